@@ -1,0 +1,1 @@
+"""Terrace trains vision-language models through a curriculum of stages on Ray."""

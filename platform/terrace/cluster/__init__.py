@@ -1,0 +1,1 @@
+"""Launchers: this process, Ray Jobs, Kubernetes."""

@@ -1,0 +1,1 @@
+"""The state machine over stages, its journal and its commands."""

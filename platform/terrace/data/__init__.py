@@ -1,0 +1,1 @@
+"""Shards, index, order, packs and the stream of packs to the workers."""

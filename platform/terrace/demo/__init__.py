@@ -1,0 +1,1 @@
+"""The demonstration corpus of drawn scenes and its gallery."""

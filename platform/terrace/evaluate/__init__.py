@@ -1,0 +1,1 @@
+"""Suites, generation and metrics."""

@@ -1,0 +1,1 @@
+"""Building and loading models, their parts, attention over segments."""

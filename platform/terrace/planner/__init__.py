@@ -1,0 +1,1 @@
+"""Parameters, memory, FLOPs, time and cost from the recipe alone."""

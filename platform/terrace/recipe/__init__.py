@@ -1,0 +1,1 @@
+"""What to run: the typed recipe, its loading and its errors."""

@@ -1,0 +1,1 @@
+"""Rule rewards, reward models, the router, the sandbox and the service."""

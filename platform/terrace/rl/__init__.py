@@ -1,0 +1,1 @@
+"""Mixed on-policy reinforcement learning: rollouts, advantages, the loop."""

@@ -1,0 +1,1 @@
+"""MLflow, progress and the report."""

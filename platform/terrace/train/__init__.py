@@ -1,0 +1,1 @@
+"""The training step and loop, optimizer, precision and checkpoints."""

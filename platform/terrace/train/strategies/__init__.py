@@ -1,0 +1,1 @@
+"""How parameters and gradients are spread over ranks: one file per strategy."""
