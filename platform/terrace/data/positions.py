@@ -1,8 +1,8 @@
 """M-RoPE positions of one sample, equal to transformers' `Qwen2_5_VLModel.get_rope_index`.
 
-A text token has the same t, h and w. An image's tokens share one t and count rows and columns from where the text stopped; the text
-goes on after the longer side. A video's tokens advance t by seconds times `tokens_per_second`. Positions restart for every sample
-of a pack, and row 0 holds the plain text positions from which attention derives the segments.
+A text token has the same t, h and w. An image's tokens share one t and count rows and columns from where the text
+stopped; the text goes on after the longer side. A video's tokens advance t by seconds times `tokens_per_second`.
+Positions restart for every sample of a pack; row 0 holds plain text positions, from which attention derives segments.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Sample to tokens: the conversation form of Qwen2.5-VL, running text, image places, coordinates, and what is supervised.
+"""Sample to tokens: conversations as Qwen2.5-VL writes them, running text, images, coordinates, and what is supervised.
 
-The one place that knows how a sample reads. `measure_sample` says how many tokens it has at *any* resolution from two facts: an
-image of h x w resized pixels is h * w / 784 tokens, and a coordinate is one token per digit. The index stores that `Measure`, so a plan
-over billions of samples is arithmetic and a pack's length is known before an image is opened.
+The one place that knows how a sample reads. `measure_sample` says how many tokens it has at *any* resolution from two
+facts: an image of h x w resized pixels is h * w / 784 tokens, and a coordinate is one token per digit. The index stores
+that `Measure`, so a plan over billions of samples is arithmetic and a pack's length is known before an image is opened.
 
-Text between two marks is encoded as one string, as Hugging Face tools do, so the ids equal the reference; only the assistant's
-header is cut off, because generation starts there.
+Text between two marks is encoded as one string, as Hugging Face tools do, so the ids equal the reference; only the
+assistant's header is cut off, because generation starts there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from terrace.data.positions import TEMPORAL_PATCH_SIZE, TOKENS_PER_SECOND, Visual, rope_positions, temporal_seconds
-from terrace.data.resize import smart_resize
+from terrace.data.resize import resized_coordinate, smart_resize
 from terrace.data.tokenizer import TextTokenizer
 from terrace.data.types import GRID_PIXELS, PATCH_SIZE, Sample
 from terrace.errors import InputError
@@ -60,25 +60,13 @@ class Measure:
             tokens += temporal_patches(frames) * (height // GRID_PIXELS) * (width // GRID_PIXELS)
         for image, axis, value in self.coordinates:
             old, new = sizes[image][axis], resized[image][1 - axis]
-            tokens += int(count_digits(scale_coordinates(np.float64(value), old, new)))
+            tokens += len(str(resized_coordinate(value, old, new)))
         return tokens
 
 
 def temporal_patches(frames: int) -> int:
     """Temporal patches of a video of `frames` frames (pairs; 1 for an image, whose `frames` is 0)."""
     return max(1, -(-frames // TEMPORAL_PATCH_SIZE))
-
-
-def scale_coordinates(values: np.ndarray, old: Any, new: Any) -> np.ndarray:
-    """Pixels of the original image to whole pixels of the resized one, clamped inside it. Elementwise; int64."""
-    scaled = np.rint(np.asarray(values, dtype=np.float64) * new / old).astype(np.int64)
-    return np.clip(scaled, 0, np.asarray(new) - 1)
-
-
-def count_digits(values: np.ndarray) -> np.ndarray:
-    """Decimal digits of non-negative whole numbers below a million. Elementwise; int64."""
-    values = np.asarray(values)
-    return 1 + sum((values >= 10**power).astype(np.int64) for power in range(1, 6))
 
 
 def encode_sample(
@@ -108,7 +96,7 @@ def encode_prompt(
 
 
 def measure_sample(sample: Sample, sizes: Sequence[Size], tokenizer: TextTokenizer) -> Measure:
-    """The resolution-independent size of a sample. Raises InputError, naming the sample, when it cannot be trained on."""
+    """The resolution-independent size of a sample. InputError, naming the sample, when it cannot be trained on."""
     _check_references(sample, len(sizes))
     running_text = sample.messages[0]["role"] == RUNNING_TEXT
     ids = supervised_tokens = 0
@@ -138,8 +126,8 @@ def measure_sample(sample: Sample, sizes: Sequence[Size], tokenizer: TextTokeniz
             cuts.append(ids + 1)  # behind the vision_end that follows
     if coordinates and not tokenizer.splits_digits:
         raise InputError(
-            f"sample {sample.id}: it has boxes or points, and this tokenizer merges digits, so its length would depend on them;"
-            " use a tokenizer that writes one token per digit"
+            f"sample {sample.id}: it has boxes or points, and this tokenizer merges digits, so its length"
+            " would depend on them; use a tokenizer that writes one token per digit"
         )
     if not text_to_learn and sample.kind != "prompt":
         raise InputError(f"sample {sample.id}: it has no text to learn from (empty answer or empty caption)")
@@ -149,8 +137,9 @@ def measure_sample(sample: Sample, sizes: Sequence[Size], tokenizer: TextTokeniz
 
 # ---------------------------------------------------------------- how a sample reads
 
-# A piece is (kind, value, supervised): text (str), mark (name of a special token), image or video ({"frames", "timestamps"}),
-# or coordinates ({"image", "values"}), which become text once the resolution is known.
+# A piece is (kind, value, supervised): text (str), mark (name of a special token), image or video ({"frames",
+# "timestamps"}), coordinates ({"image", "values"}), which become text once the resolution is known, or cut: the text
+# before it and after it are encoded separately.
 Piece = tuple[str, Any, bool]
 
 
@@ -158,7 +147,7 @@ def _pieces(sample: Sample, supervise: str) -> Iterator[Piece]:
     messages = sample.messages
     if messages[0]["role"] == RUNNING_TEXT:
         if len(messages) != 1:
-            raise InputError(f"sample {sample.id}: running text is one message of role `text`, found {len(messages)} messages")
+            raise InputError(f"sample {sample.id}: running text is one message, found {len(messages)} messages")
         supervised = supervise != "assistant"
         yield from _content(sample, messages[0]["content"], supervised)
         yield "mark", "endoftext", supervised
@@ -219,7 +208,7 @@ def _prompt_pieces(sample: Sample) -> Iterator[Piece]:
 
 
 def _joined(pieces: Iterator[Piece], render: Any) -> Iterator[Piece]:
-    """Join neighbouring text of the same supervision into one string, rendering coordinates by `render(image, axis, value)`."""
+    """Join neighbouring text of equal supervision, with coordinates rendered by `render(image, axis, value)`."""
     text, text_supervised = "", False
     for kind, value, supervised in pieces:
         if kind == "coordinates":
@@ -249,7 +238,7 @@ def _encode(
     resized = [smart_resize(height, width, *pixels) for width, height in sizes]
 
     def in_resized_pixels(image: int, axis: int, value: float) -> str:
-        return str(int(scale_coordinates(value, sizes[image][axis], resized[image][1 - axis])))
+        return str(resized_coordinate(value, sizes[image][axis], resized[image][1 - axis]))
 
     ids: list[int] = []
     supervised_runs: list[tuple[int, bool]] = []
@@ -270,9 +259,10 @@ def _encode(
             visuals.append(visual)
             images.append(tuple(frames))
         supervised_runs.append((len(ids) - before, supervised))
+    counts, flags = zip(*supervised_runs)
     return Encoded(
         input_ids=np.asarray(ids, dtype=np.int32),
-        supervised=np.repeat([flag for _, flag in supervised_runs], [count for count, _ in supervised_runs]).astype(bool),
+        supervised=np.repeat(np.asarray(flags, dtype=bool), counts),
         grids=np.asarray([visual.grid for visual in visuals], dtype=np.int32).reshape(-1, 3),
         positions=rope_positions(len(ids), visuals, tokens_per_second),
         images=tuple(images),
@@ -289,8 +279,8 @@ def _check_references(sample: Sample, image_count: int) -> None:
             referred = item["frames"] if item.get("type") == "video" else [item["image"]] if "image" in item else []
             for image in referred:
                 if not 0 <= image < image_count:
-                    raise InputError(f"sample {sample.id}: its text refers to image {image}, but it has {image_count} images")
+                    raise InputError(f"sample {sample.id}: it refers to image {image} and has {image_count} images")
             if item.get("type") in ("image", "video"):
                 shown += referred
     if sorted(set(shown)) != list(range(image_count)):
-        raise InputError(f"sample {sample.id}: it has {image_count} images, of which its text shows {sorted(set(shown))}")
+        raise InputError(f"sample {sample.id}: it has {image_count} images, its text shows {sorted(set(shown))}")
