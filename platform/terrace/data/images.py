@@ -1,0 +1,194 @@
+"""Image bytes to uint8 patches: header, decode, resize, Qwen's merge order.
+
+What is decoded: the file's own bytes decide the format, never its name. JPEG goes through simplejpeg (libjpeg-turbo), everything
+else and every JPEG that simplejpeg refuses through Pillow; together with torch's antialiased uint8 bicubic this does 789 images a
+second and core where Pillow alone does 301, at a PSNR of 75 between them. Transparent pixels are laid on white, palettes and CMYK
+become RGB, 16-bit samples keep their upper 8 bits, of an animation the first frame counts. EXIF orientation is *not* applied:
+boxes in training data are given in the stored pixels, and width and height must be the same from the header and from the decoder.
+
+A bomb is refused from its header, before anything is decoded, and Pillow's own guard stands behind that check.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from functools import cache
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from terrace.data.resize import MAX_ASPECT_RATIO
+from terrace.data.types import MERGE_SIZE, PATCH_SIZE, PATCH_VALUES
+from terrace.errors import DamagedData
+
+# No EPS, PSD or similar: formats whose decoders run programs or are rarely fuzzed have no place in training data.
+PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif")
+DEFAULT_MAX_IMAGE_PIXELS = 64_000_000
+DRAFT_RATIO = 2  # a JPEG is decoded at 1/2, 1/4 or 1/8 while that still leaves at least this many times the wanted sides
+
+
+class ImageDamage(DamagedData):
+    """An image that cannot be used; `reason` is a word to count by."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self):
+        return ImageDamage, (self.reason, self.detail)
+
+
+def image_size(data: bytes, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS) -> tuple[int, int]:
+    """(width, height) from the header alone, without decoding. Raises ImageDamage for no image, a bomb or a hair-thin image."""
+    if data[:3] == b"\xff\xd8\xff":
+        try:
+            height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+        except (ValueError, KeyError):  # simplejpeg looks up an unknown colour space
+            width, height = _pillow_size(data, max_pixels)
+    elif data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR":
+        width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
+    else:
+        width, height = _pillow_size(data, max_pixels)
+    if width < 1 or height < 1:
+        raise ImageDamage("not_an_image", f"the header says {width}x{height} pixels")
+    if width * height > max_pixels:
+        raise ImageDamage("image_too_large", f"{width}x{height} pixels are more than the allowed {max_pixels}")
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        raise ImageDamage("image_aspect_ratio", f"{width}x{height} is more than {MAX_ASPECT_RATIO} times as long as wide")
+    return width, height
+
+
+def decode_image(data: bytes, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS) -> np.ndarray:
+    """uint8 [H, W, 3] of any image file. Raises ImageDamage: not_an_image, truncated_image, image_too_large, image_aspect_ratio."""
+    image_size(data, max_pixels)
+    if data[:3] == b"\xff\xd8\xff":
+        decoded = _decode_jpeg(data)
+        if decoded is not None:
+            return decoded
+    return _decode_with_pillow(data)
+
+
+def load_patches(data: bytes, height: int, width: int, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS) -> np.ndarray:
+    """Decode and resize to height x width (multiples of 28): uint8 [P, 588] in merge order.
+
+    Large JPEGs are decoded at a fraction of their size where at least twice the wanted sides remain: the same pixels on every
+    machine, at most a grey level off the full decode on average, and several times faster from about 1,000 pixels up.
+    """
+    original_width, original_height = image_size(data, max_pixels)
+    if data[:3] == b"\xff\xd8\xff" and min(original_height / height, original_width / width) >= 2 * DRAFT_RATIO:
+        decoded = _decode_jpeg(data, DRAFT_RATIO * height, DRAFT_RATIO * width)
+        if decoded is not None:
+            return resize_patches(decoded, height, width)
+    return resize_patches(decode_image(data, max_pixels), height, width)
+
+
+def resize_patches(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 [H, W, 3] to the patches of its height x width resize: uint8 [P, 588], each patch channel-major (3, 14, 14).
+
+    The order is that of the 2x2 merge: the four patches of one image token lie next to each other.
+    """
+    return patches_of(resize_image(image, height, width))
+
+
+def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Antialiased bicubic resize, uint8 [height, width, 3] (torch's fixed-point kernel, within one grey level of Pillow's)."""
+    if image.shape[:2] == (height, width):
+        return image
+    import torch  # here, so that reading headers and arithmetic never pay for it
+
+    tensor = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]  # channels-last view, no copy
+    resized = torch.nn.functional.interpolate(tensor, size=(height, width), mode="bicubic", antialias=True)
+    return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+
+
+def patches_of(image: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] with sides that are multiples of 28, cut into patches: uint8 [H * W / 196, 588] in merge order."""
+    height, width, _ = image.shape
+    blocks = image.reshape(
+        height // (PATCH_SIZE * MERGE_SIZE), MERGE_SIZE, PATCH_SIZE, width // (PATCH_SIZE * MERGE_SIZE), MERGE_SIZE, PATCH_SIZE, 3
+    )
+    return np.ascontiguousarray(blocks.transpose(0, 3, 1, 4, 6, 2, 5)).reshape(-1, PATCH_VALUES)
+
+
+def image_of(patches: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The inverse of `patches_of`: uint8 [P, 588] back to uint8 [height, width, 3] (for looking at what the model sees)."""
+    side = PATCH_SIZE * MERGE_SIZE
+    blocks = patches.reshape(height // side, width // side, MERGE_SIZE, MERGE_SIZE, 3, PATCH_SIZE, PATCH_SIZE)
+    return np.ascontiguousarray(blocks.transpose(0, 2, 5, 1, 3, 6, 4)).reshape(height, width, 3)
+
+
+# ---------------------------------------------------------------- decoders
+
+
+def _decode_jpeg(data: bytes, min_height: int = 0, min_width: int = 0) -> np.ndarray | None:
+    """Decode with libjpeg-turbo, at a fraction of the size that still holds the minimum; None where Pillow has to try.
+
+    Strict: a missing or damaged scan is no image here. CMYK is left to Pillow, which knows Adobe's inverted form.
+    """
+    try:
+        _, _, colorspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+        if colorspace in ("CMYK", "YCCK"):
+            return None
+        return simplejpeg.decode_jpeg(data, "RGB", min_height=min_height, min_width=min_width, strict=True)
+    except (ValueError, KeyError):  # simplejpeg looks up an unknown colour space
+        return None
+
+
+@cache
+def _pillow_formats() -> tuple[str, ...]:
+    """The allowed formats that this build of Pillow can open."""
+    Image.init()
+    return tuple(name for name in PILLOW_FORMATS if name in Image.OPEN)
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # size is checked by `image_size`; other warnings are about metadata
+            return Image.open(io.BytesIO(data), formats=_pillow_formats())
+    except Image.DecompressionBombError as error:
+        raise ImageDamage("image_too_large", str(error)) from error
+    except Exception as error:  # Pillow's parsers raise many types on hostile bytes: every one means "no image"
+        if data[8:12] == b"WEBP" or data[4:12] == b"ftypavif":
+            raise ImageDamage("truncated_image", f"the image cannot be opened ({error})") from error
+        if data[:1] in b"<{" or data[:64].isascii():
+            raise ImageDamage("not_an_image", f"the file holds text or nothing, not an image: {bytes(data[:24])!r}") from error
+        raise ImageDamage("not_an_image", f"no known image format ({error})") from error
+
+
+def _pillow_size(data: bytes, max_pixels: int) -> tuple[int, int]:
+    return _open(data).size
+
+
+def _decode_with_pillow(data: bytes) -> np.ndarray:
+    image = _open(data)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image.load()
+            return _to_rgb(image)
+    except Image.DecompressionBombError as error:
+        raise ImageDamage("image_too_large", str(error)) from error
+    except Exception as error:
+        raise ImageDamage("truncated_image", f"the image cannot be decoded to its end ({error})") from error
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    """uint8 [H, W, 3] of any Pillow mode."""
+    if image.mode.startswith("I;16") or image.mode == "I":
+        values = np.asarray(image).astype(np.int64)
+        if image.mode != "I" or values.max(initial=0) > 255:
+            values = values >> 8  # 16-bit samples: keep the upper byte
+        return np.repeat(np.clip(values, 0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
+    if image.mode == "F":
+        values = np.clip(np.nan_to_num(np.asarray(image)), 0, 255).astype(np.uint8)
+        return np.repeat(values[:, :, None], 3, axis=2)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
+    return np.asarray(image.convert("RGB"))
