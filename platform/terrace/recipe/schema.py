@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
 
 PartName = Literal["vision", "projector", "language"]
 PARTS: tuple[PartName, ...] = ("vision", "projector", "language")
@@ -106,6 +106,15 @@ class Tokenizer(Strict):
 
     path: str | None = None
     train_vocabulary_size: int | None = Field(None, ge=320, le=200_000)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string"}, handler(core_schema)]}
 
 
 # ---------------------------------------------------------------- stage
@@ -213,6 +222,11 @@ class DataLoading(Strict):
     max_visual_tokens_per_pack: int | None = Field(None, ge=1)
 
 
+def is_plain_mixture(value: Any) -> bool:
+    """Whether a mixture is written as `{source: weight}`: nothing but numbers (or null, which removes a source of the base)."""
+    if not isinstance(value, dict) or not value or set(value) <= {"temperature"}:
+        return False
+    return all(weight is None or (isinstance(weight, (int, float)) and not isinstance(weight, bool)) for weight in value.values())
 
 
 class Mixture(Strict):
@@ -224,6 +238,16 @@ class Mixture(Strict):
         None, description="Weights become weight * size^temperature (0: as written, 1: proportional to size)."
     )
     epoch_caps: dict[Name, Positive] = Field({}, description="At most this many passes over a source in the stage.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_plain_map(cls, value: Any) -> Any:
+        return {"weights": value} if is_plain_mixture(value) else value
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        plain = {"type": "object", "minProperties": 1, "additionalProperties": {"type": "number", "exclusiveMinimum": 0}}
+        return {"anyOf": [plain, handler(core_schema)]}
 
 
 class Failure(Strict):

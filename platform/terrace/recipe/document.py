@@ -1,0 +1,213 @@
+"""YAML read into values that remember the file and line they came from, and merged in layers.
+
+A recipe is a stack of layers: the file that `extends` names, the file itself, then the overrides. Python's yaml module throws
+positions away and follows YAML 1.1, where `300e9` is a string, `on` a boolean and `12:30` the number 750. So scalars here follow
+the YAML 1.2 core schema (plus `_` inside numbers), and duplicate keys are refused instead of the last one winning.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from terrace.recipe.errors import Path, Place, Problem, RecipeError
+from terrace.recipe.schema import is_plain_mixture
+
+INTEGER = re.compile(r"[-+]?[0-9][0-9_]*$|0o[0-7]+$|0x[0-9a-fA-F]+$")
+FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?$")
+CONSTANTS = {"": None, "~": None, "null": None, "Null": None, "NULL": None} | {
+    word: word.lower() == "true" for word in ("true", "True", "TRUE", "false", "False", "FALSE")
+}
+MAX_NODES = 200_000  # far above any recipe; stops a file whose aliases multiply ("billion laughs")
+
+# Of these keys one is chosen: a later layer that sets one of them drops the others of the layers below.
+ALTERNATIVES: dict[tuple[str, ...], tuple[str, ...]] = {
+    ("stages", "*", "budget"): ("steps", "tokens", "samples", "epochs"),
+    ("model",): ("config", "pretrained"),
+    ("tokenizer",): ("path", "train_vocabulary_size"),
+}
+# In these maps of names a null removes the name that a lower layer gave.
+NAMED_MAPS: tuple[tuple[str, ...], ...] = (
+    ("data", "sources"), ("stages", "*", "mixture", "weights"), ("stages", "*", "mixture", "epoch_caps"), ("stages", "*", "rewards"),
+)
+MIXTURE_KEYS = ("weights", "unit", "temperature", "epoch_caps")
+
+
+@dataclass
+class Entry:
+    """A value and where it was written. `value` is a scalar, a list of entries or a map of entries."""
+
+    value: Any
+    place: Place
+
+    def plain(self) -> Any:
+        if isinstance(self.value, dict):
+            return {key: entry.plain() for key, entry in self.value.items()}
+        if isinstance(self.value, list):
+            return [entry.plain() for entry in self.value]
+        return self.value
+
+
+def read_yaml(text: str, file: str) -> Entry:
+    """The one document in `text`. Raises RecipeError for broken YAML, duplicate keys and tags."""
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else None
+        raise RecipeError([Problem((), f"not valid YAML: {error.problem or error}", Place(file, line))]) from None
+    except yaml.YAMLError as error:
+        raise RecipeError([Problem((), f"not valid YAML: {str(error).splitlines()[0]}", Place(file))]) from None
+    if node is None:
+        return Entry({}, Place(file, 1))
+    reader = _Reader(file)
+    entry = reader.entry(node)
+    if reader.problems:
+        raise RecipeError(reader.problems, file)
+    return entry
+
+
+def read_value(text: str, place: Place) -> Entry:
+    """The value of an override: YAML, so `[64, 128]`, `{min: 3136}`, `1e-4`, `true` and `null` mean what they mean in a file."""
+    entry = read_yaml(text, str(place)) if text.strip() else Entry(None, place)
+
+    def at_place(part: Entry) -> Entry:
+        if isinstance(part.value, dict):
+            return Entry({key: at_place(item) for key, item in part.value.items()}, place)
+        if isinstance(part.value, list):
+            return Entry([at_place(item) for item in part.value], place)
+        return Entry(part.value, place)
+
+    return at_place(entry)
+
+
+class _Reader:
+    """Builds entries from yaml nodes and collects what is wrong on the way."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+        self.problems: list[Problem] = []
+        self.open: set[int] = set()
+        self.nodes = 0
+
+    def entry(self, node: yaml.Node, place: Place | None = None) -> Entry:
+        place = place or Place(self.file, node.start_mark.line + 1)
+        self.nodes += 1
+        if self.nodes > MAX_NODES or id(node) in self.open:
+            raise RecipeError([Problem((), "aliases that contain themselves or multiply without end", place)])
+        if isinstance(node, yaml.ScalarNode):
+            return Entry(self.scalar(node, place), place)
+        self.open.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            value: Any = [self.entry(item) for item in node.value]
+        else:
+            value = self.mapping(node)
+        self.open.discard(id(node))
+        return Entry(value, place)
+
+    def mapping(self, node: yaml.MappingNode) -> dict[str, Entry]:
+        result: dict[str, Entry] = {}
+        merged: list[yaml.Node] = []
+        for key_node, value_node in node.value:
+            place = Place(self.file, key_node.start_mark.line + 1)
+            if not isinstance(key_node, yaml.ScalarNode):
+                self.problems.append(Problem((), "a key must be a plain word", place))
+            elif key_node.tag == "tag:yaml.org,2002:merge":
+                merged += value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
+            elif key_node.value in result:
+                first = result[key_node.value].place.line
+                self.problems.append(Problem((), f"key `{key_node.value}` is given twice, first on line {first}", place))
+            else:
+                result[key_node.value] = self.entry(value_node, place)
+        for base in merged:
+            if isinstance(base, yaml.MappingNode):
+                for key, entry in self.mapping(base).items():
+                    result.setdefault(key, entry)
+            else:
+                place = Place(self.file, base.start_mark.line + 1)
+                self.problems.append(Problem((), "`<<` takes a map or a list of maps", place))
+        return result
+
+    def scalar(self, node: yaml.ScalarNode, place: Place) -> Any:
+        text = node.value
+        if node.style is not None:  # quoted or a block: text, whatever it looks like
+            return text
+        if node.tag.startswith("!"):
+            self.problems.append(Problem((), f"YAML tag {node.tag} is not used in recipes", place))
+            return text
+        if text in CONSTANTS:
+            return CONSTANTS[text]
+        if INTEGER.match(text):
+            digits = text.replace("_", "")
+            return int(digits, 0) if digits.startswith(("0x", "0o")) else int(digits)
+        if FLOAT.match(text):
+            number = float(text.replace("_", ""))
+            if not math.isfinite(number):
+                self.problems.append(Problem((), f"{text} is larger than any number", place))
+            return number
+        return text
+
+
+# ---------------------------------------------------------------- layers
+
+
+def matches(path: Path, pattern: tuple[str, ...]) -> bool:
+    return len(path) == len(pattern) and all(wanted in ("*", step) for step, wanted in zip(path, pattern))
+
+
+def merge(base: Entry, layer: Entry, path: Path = ()) -> Entry:
+    """`layer` over `base`: maps are merged key by key, everything else is replaced.
+
+    `stages` given as a map `{name: {...}}` changes the stages of the base by name. Of mutually exclusive keys the layer's wins.
+    """
+    if path == ("stages",) and isinstance(base.value, list) and isinstance(layer.value, dict):
+        return _merge_stages(base, layer)
+    if not (isinstance(base.value, dict) and isinstance(layer.value, dict)):
+        return layer
+    result = dict(base.value)
+    for pattern, keys in ALTERNATIVES.items():
+        if matches(path, pattern) and any(key in layer.value and layer.value[key].value is not None for key in keys):
+            for key in keys:
+                result.pop(key, None)
+    removable = any(matches(path, pattern) for pattern in NAMED_MAPS)
+    for key, entry in layer.value.items():
+        if removable and entry.value is None and key in result:
+            del result[key]
+        else:
+            result[key] = merge(result[key], entry, (*path, key)) if key in result else entry
+    return Entry(result, layer.place)
+
+
+def _merge_stages(base: Entry, layer: Entry) -> Entry:
+    result = list(base.value)
+    names = {stage_name(entry): index for index, entry in enumerate(result)}
+    for name, change in layer.value.items():
+        if name not in names:
+            known = ", ".join(str(known) for known in names)
+            raise RecipeError([Problem(("stages", name), f"the extended recipe has no stage `{name}`; it has: {known}", change.place)])
+        result[names[name]] = merge(result[names[name]], change, ("stages", names[name]))
+    return Entry(result, base.place)
+
+
+def stage_name(entry: Entry) -> Any:
+    name = entry.value.get("name") if isinstance(entry.value, dict) else None
+    return name.value if name else None
+
+
+def expand_shorthands(root: Entry) -> Entry:
+    """Writes `mixture: {a: 1}` and `tokenizer: dir` in full, so that layers in either form merge."""
+    if not isinstance(root.value, dict):
+        return root
+    tokenizer = root.value.get("tokenizer")
+    if tokenizer is not None and isinstance(tokenizer.value, str):
+        root.value["tokenizer"] = Entry({"path": tokenizer}, tokenizer.place)
+    stages = root.value.get("stages")
+    if stages is not None and isinstance(stages.value, (list, dict)):
+        for stage in stages.value if isinstance(stages.value, list) else stages.value.values():
+            mixture = stage.value.get("mixture") if isinstance(stage.value, dict) else None
+            if mixture is not None and is_plain_mixture(mixture.plain()):
+                stage.value["mixture"] = Entry({"weights": mixture}, mixture.place)
+    return root

@@ -1,0 +1,65 @@
+"""What is wrong with a recipe: every problem at once, each with its place (file and line, or the override) and a way out."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from terrace.errors import InputError
+
+Path = tuple[str | int, ...]  # ("stages", 0, "budget", "steps")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value was written: a line of a file, or an override on the command line."""
+
+    file: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return self.file if self.line is None else f"{self.file}:{self.line}"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is wrong. `path` is the key's place in the recipe, `place` its place in the file where known."""
+
+    path: Path
+    message: str
+    place: Place | None = None
+
+    def __str__(self) -> str:
+        where = f"{self.place}: " if self.place else ""
+        key = f"{dotted(self.path)}: " if self.path else ""
+        return f"{where}{key}{self.message}"
+
+
+class RecipeError(InputError):
+    """The recipe cannot run as written. The message's first line says so by itself; every problem follows, one per line."""
+
+    def __init__(self, problems: Sequence[Problem], recipe: str = "recipe") -> None:
+        self.problems = list(problems)
+        if len(self.problems) == 1:
+            super().__init__(str(self.problems[0]))
+        else:
+            lines = "\n".join(f"  {problem}" for problem in self.problems)
+            super().__init__(f"{recipe}: {len(self.problems)} problems\n{lines}")
+
+
+def dotted(path: Path) -> str:
+    """`("stages", 0, "budget")` -> `stages.0.budget`, as one would write it in an override."""
+    return ".".join(str(step) for step in path)
+
+
+def nearest(word: str, choices: Iterable[str], limit: int = 8) -> str:
+    """A hint that names the nearest valid word, or all of them when none is near and they are few. May be empty."""
+    choices = list(choices)
+    by_lower = {choice.lower(): choice for choice in choices}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.55)
+    if close:
+        return f"; did you mean `{by_lower[close[0]]}`?"
+    if choices and len(choices) <= limit:
+        return f"; valid: {', '.join(choices)}"
+    return ""

@@ -1,0 +1,323 @@
+"""Recipe files into `Recipe`: `extends`, overrides, every error with its file and line, and the hashes that identify a run.
+
+    recipe = load_recipe("jobs/recipes/demo.yaml", ["stages.alignment.budget.steps=5"])
+
+Layers, later over earlier: the file that `extends:` names (relative to the extending file, any depth), the file, the overrides.
+Maps merge, lists are replaced, except that `stages` may be a map of changes by stage name. Validation is strict: a string is never
+read as a number nor a number as a boolean. All problems are reported at once (RecipeError, exit status 2).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path as FilePath
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from terrace.recipe import document
+from terrace.recipe.document import Entry
+from terrace.recipe.errors import Path, Place, Problem, RecipeError, nearest
+from terrace.recipe.schema import PARTS, Recipe
+
+FREE_FORM = {"config", "options"}  # maps whose values are passed on as they are
+
+
+def load_recipe(path: FilePath | str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in `path`, with `key.path=value` overrides. Raises RecipeError naming every problem with file and line."""
+    root = _read_layers(FilePath(path), [])
+    for override in overrides:
+        root = _apply_override(root, override)
+    return _validate(root, str(path))
+
+
+def parse_recipe(mapping: Mapping[str, Any], name: str = "recipe") -> Recipe:
+    """A recipe that is already a plain mapping (a Kubernetes resource, a test). The same checks, without lines."""
+    return _validate(document.expand_shorthands(_entry_of(mapping, Place(name))), name)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """YAML that `load_recipe` reads back to an equal recipe: everything resolved, defaults written out."""
+    return yaml.safe_dump(_shown(recipe), sort_keys=False, allow_unicode=True, width=120)
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """sha256 (hex) of everything the recipe says; the same however it was written (order of keys, 1e3 or 1000, extends or not)."""
+    return _digest(recipe.model_dump(mode="json"))
+
+
+# What changes where and how fast a stage runs but not what it computes (up to rounding): absent from its hash, so that a run may
+# resume with other workers, another strategy or other checkpoint intervals.
+LAYOUT_KEYS = {"resources", "parallel", "checkpoint", "failure", "gates", "evaluate", "activation_offload", "loss_chunk_tokens"}
+
+
+def stage_hash(recipe: Recipe, index: int) -> str:
+    """sha256 (hex) of what determines a stage's weights: model, tokenizer, its sources, the stage, and the stages before it.
+
+    A checkpoint of the stage may be continued only under the same hash.
+    """
+    stage = recipe.stages[index]
+    settings = stage.model_dump(mode="json", exclude=LAYOUT_KEYS)
+    settings["data_loading"] = {
+        key: settings["data_loading"][key] for key in ("window_samples", "max_visual_tokens_per_pack")
+    }
+    for part in PARTS:
+        if settings["train"][part]:
+            del settings["train"][part]["activation_checkpointing"]
+    before = start_index(recipe, index)
+    return _digest({
+        "model": recipe.model.model_dump(mode="json", exclude={"attention", "stands_in_for"}),
+        "tokenizer": recipe.tokenizer.model_dump(mode="json"),
+        "data_seed": recipe.data.seed,
+        "sources": {name: recipe.data.sources[name].model_dump(mode="json") for name in stage.mixture.weights},
+        "stage": settings,
+        "before": None if before is None else stage_hash(recipe, before),
+    })
+
+
+def start_index(recipe: Recipe, index: int) -> int | None:
+    """Index of the stage whose final weights stage `index` starts from; None: the recipe's initial weights."""
+    start = recipe.stages[index].start_from
+    if start is None:
+        return index - 1 if index else None
+    return next(place for place, stage in enumerate(recipe.stages) if stage.name == start)
+
+
+# ---------------------------------------------------------------- layers
+
+
+def _read_layers(path: FilePath, chain: list[FilePath], named_by: Place | None = None) -> Entry:
+    """The document at `path` over the documents it extends. `chain` holds the files on the way, to refuse cycles."""
+    real = path.resolve()
+    if real in chain:
+        names = " -> ".join(file.name for file in [*chain[chain.index(real):], real])
+        raise RecipeError([Problem(("extends",), f"recipes extend each other in a circle: {names}", named_by)])
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise RecipeError([Problem((), f"cannot read the recipe {path}: {reason}", named_by)]) from None
+    root = document.expand_shorthands(document.read_yaml(text, str(path)))
+    if not isinstance(root.value, dict):
+        raise RecipeError([Problem((), "a recipe is a map of keys (name, model, data, stages, ...)", root.place)])
+    extends = root.value.pop("extends", None)
+    if extends is None:
+        return root
+    if not isinstance(extends.value, str) or not extends.value:
+        raise RecipeError([Problem(("extends",), "takes the path of one recipe, relative to this file", extends.place)])
+    base = _read_layers(path.parent / extends.value, [*chain, real], extends.place)
+    return document.merge(base, root)
+
+
+def _apply_override(root: Entry, override: str) -> Entry:
+    key, equals, text = override.partition("=")
+    place = Place(f"override `{override}`")
+    if not equals or not key.strip():
+        raise RecipeError([Problem((), "an override has the form key.path=value", place)])
+    value = document.read_value(text, place)
+    path = _resolve(root, key.strip().split("."), place)
+    layer = value
+    for step in reversed(path):
+        layer = Entry({step: layer}, place)
+    return document.expand_shorthands(_merge_at(root, layer, path, ()))
+
+
+def _merge_at(root: Entry, layer: Entry, path: Path, done: Path) -> Entry:
+    """Merges an override's nested map, stepping into lists by index. At the end of the path a scalar or list replaces, a map merges."""
+    if path and isinstance(root.value, list):
+        index = path[0]
+        items = list(root.value)
+        items[index] = _merge_at(items[index], layer.value[index], path[1:], (*done, index))
+        return Entry(items, root.place)
+    if len(path) > 1 and isinstance(root.value, dict) and path[0] in root.value:
+        step = path[0]
+        return Entry({**root.value, step: _merge_at(root.value[step], layer.value[step], path[1:], (*done, step))}, root.place)
+    merged = document.merge(root, layer, done)
+    return Entry(merged.value, root.place)
+
+
+def _resolve(root: Entry, words: list[str], place: Place) -> Path:
+    """Words of a dotted key to steps: list items by index or (stages) by name, names that contain dots, plain mixtures."""
+    path: list[str | int] = []
+    current: Entry | None = root
+    while words:
+        if current is not None and isinstance(current.value, list):
+            index, taken = _list_item(current, words, path, place)
+            path.append(index)
+            current = current.value[index]
+        else:
+            known = current.value if current is not None and isinstance(current.value, dict) else {}
+            if path[-1:] == ["mixture"] and words[0] not in document.MIXTURE_KEYS:
+                path.append("weights")
+                weights = known.get("weights")
+                known = weights.value if weights is not None and isinstance(weights.value, dict) else {}
+            taken = next((n for n in range(len(words), 0, -1) if ".".join(words[:n]) in known), 1)
+            path.append(".".join(words[:taken]))
+            current = known.get(path[-1])
+        words = words[taken:]
+    return tuple(path)
+
+
+def _list_item(entry: Entry, words: list[str], path: list[str | int], place: Place) -> tuple[int, int]:
+    """(index, words used) of a list item named by `words`."""
+    names = [document.stage_name(item) for item in entry.value]
+    for taken in range(len(words), 0, -1):
+        if (name := ".".join(words[:taken])) in names:
+            return names.index(name), taken
+    if words[0].isdigit() and int(words[0]) < len(entry.value):
+        return int(words[0]), 1
+    named = [str(name) for name in names if name]
+    hint = nearest(words[0], named) if named else ""
+    message = f"no item `{words[0]}`; there are {len(entry.value)}, counted from 0{hint}"
+    raise RecipeError([Problem(tuple(path), message, place)])
+
+
+# ---------------------------------------------------------------- validation
+
+
+def _validate(root: Entry, name: str) -> Recipe:
+    from terrace.recipe import rules
+
+    try:
+        recipe = Recipe.model_validate_json(json.dumps(_whole_numbers(root.plain())), strict=True)
+    except ValidationError as error:
+        raise RecipeError(_problems(error, root), name) from None
+    if problems := [Problem(problem.path, problem.message, _place(root, problem.path)) for problem in rules.check(recipe)]:
+        raise RecipeError(problems, name)
+    return recipe
+
+
+def _whole_numbers(value: Any) -> Any:
+    """300e9 where an integer is meant is that integer; strict validation takes integers for floats but not the reverse."""
+    if isinstance(value, dict):
+        return {key: item if key in FREE_FORM else _whole_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_whole_numbers(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**63 else value
+
+
+def _walk(root: Entry, path: Sequence[str | int]) -> tuple[Path, Entry]:
+    """The deepest entry along a pydantic location, whose extra words (union members, `[key]`) name nothing in the document."""
+    found: list[str | int] = []
+    current = root
+    for step in path:
+        if isinstance(current.value, dict) and step in current.value:
+            current = current.value[step]
+        elif isinstance(current.value, list) and isinstance(step, int) and step < len(current.value):
+            current = current.value[step]
+        else:
+            break
+        found.append(step)
+    return tuple(found), current
+
+
+def _place(root: Entry, path: Path) -> Place:
+    return _walk(root, path)[1].place
+
+
+def _problems(error: ValidationError, root: Entry) -> list[Problem]:
+    problems: dict[Path, Problem] = {}
+    for item in error.errors(include_url=False, include_context=True):
+        path, entry = _walk(root, item["loc"])
+        if item["type"] == "missing":
+            message = f"`{item['loc'][-1]}` is missing"
+            key: Path = (*path, item["loc"][-1])
+        else:
+            message, key = _message(item, path, entry), path
+        if key in problems and item["type"] != "missing":  # one value tried against the members of a union
+            message = f"{problems[key].message}, or {message}"
+        problems[key] = Problem(path, message, entry.place)
+    return sorted(problems.values(), key=lambda problem: (str(problem.place.file), problem.place.line or 0))
+
+
+def _message(item: Mapping[str, Any], path: Path, entry: Entry) -> str:
+    if item["type"] == "extra_forbidden":
+        model = _model_at(path[:-1])
+        return "unknown key" + (nearest(str(path[-1]), model.model_fields) if model else "")
+    written = entry.plain()
+    if item["type"] == "literal_error" and isinstance(written, str):
+        choices = [choice.strip(" '") for choice in item["ctx"]["expected"].replace(" or ", ",").split(",")]
+        return f"`{written}` is not one of {', '.join(choices)}" + (nearest(written, choices, limit=0))
+    text = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    text = text.replace("valid dictionary or object to extract fields from", "map of keys").replace("an object", "a map of keys")
+    shown = json.dumps(written, ensure_ascii=False, default=str)
+    return f"{shown if len(shown) <= 60 else shown[:57] + '...'}: {text}"
+
+
+def _model_at(path: Path) -> type[BaseModel] | None:
+    """The schema's model of the map at `path`, for the nearest valid key."""
+    kind: Any = Recipe
+    for step in path:
+        model = _model_in(kind)
+        if model is not None:
+            if step not in model.model_fields:
+                return None
+            kind = model.model_fields[step].annotation
+        else:  # a list's item or a named entry of a map: the last type argument that holds a model
+            kind = next((item for item in reversed(_arguments(kind)) if _model_in(item) or _arguments(item)), None)
+    return _model_in(kind)
+
+
+def _model_in(kind: Any) -> type[BaseModel] | None:
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return kind
+    if typing.get_origin(kind) in (list, dict, tuple):
+        return None
+    return next((found for item in _arguments(kind) if (found := _model_in(item))), None)
+
+
+def _arguments(kind: Any) -> tuple[Any, ...]:
+    return tuple(item for item in typing.get_args(kind) if item is not type(None))
+
+
+# ---------------------------------------------------------------- plain values
+
+
+def _entry_of(value: Any, place: Place) -> Entry:
+    if isinstance(value, Mapping):
+        return Entry({str(key): _entry_of(item, place) for key, item in value.items()}, place)
+    if isinstance(value, (list, tuple)):
+        return Entry([_entry_of(item, place) for item in value], place)
+    if isinstance(value, BaseModel):
+        return _entry_of(value.model_dump(mode="json"), place)
+    return Entry(value, place)
+
+
+def _shown(model: BaseModel) -> dict[str, Any]:
+    """A model as plain YAML values, without the nulls that are the default anyway."""
+    shown: dict[str, Any] = {}
+    for name, field in type(model).model_fields.items():
+        value = getattr(model, name)
+        if value is None and field.default is None:
+            continue
+        shown[name] = _plain(value)
+    return shown
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return _shown(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _digest(value: Any) -> str:
+    canonical = json.dumps(_canonical(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _canonical(value: Any) -> Any:
+    """Whole floats as integers everywhere, so that 1e3, 1000 and 1000.0 are one number."""
+    if isinstance(value, Mapping):
+        return {str(key): _canonical(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_canonical(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+

@@ -1,0 +1,301 @@
+"""What a recipe may not say although every field by itself is well formed: rules across fields, sources and stages.
+
+`check` returns every problem with the path of the key to change; it never stops at the first. A rule is a generator over one
+stage (or the recipe) and knows only values, so it costs microseconds and runs before anything starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from terrace.recipe import rules_model, rules_rl
+from terrace.recipe.errors import Path, Problem, nearest
+from terrace.recipe.schema import PARTS, Recipe, Stage
+
+GRID_AREA = 28 * 28  # one visual token: 2x2 patches of 14x14 pixels
+IMAGE_MARKERS = 2  # <|vision_start|> and <|vision_end|>
+TEXT_KINDS = {"text"}
+TRAIN_METRICS = (
+    "train/loss", "train/grad_norm", "train/tokens_per_second", "train/data_wait_share", "train/pack_fill", "train/step_seconds",
+)
+
+
+def check(recipe: Recipe) -> list[Problem]:
+    """Every problem of a recipe whose fields are well typed, in the order of its keys. Empty: the recipe may run."""
+    problems = list(rules_model.check(recipe))
+    problems += _data(recipe)
+    problems += _stage_names(recipe)
+    for index, stage in enumerate(recipe.stages):
+        at: Path = ("stages", index)
+        for rule in (_parts, _mixture, _budget, _resolution, _workers, _parallel, _precision, _evaluation, _checkpoint):
+            problems += rule(recipe, stage, at)
+        problems += rules_rl.check(recipe, stage, at)
+    return problems
+
+
+def allowed_worker_counts(stage: Stage) -> list[int]:
+    """The numbers of workers a stage may run on: within `resources.workers`, dividing its packs (and grouping for sequence parallelism)."""
+    workers = stage.resources.workers
+    low, high = (workers, workers) if isinstance(workers, int) else workers
+    ring = stage.parallel.sequence_parallel
+    return [count for count in range(low, high + 1) if count % ring == 0 and stage.batch.packs % (count // ring) == 0]
+
+
+def visual_tokens_of_largest_image(stage: Stage, source_limit: int | None = None) -> int:
+    """Visual tokens (after the 2x2 merge) of an image resized to `pixels.max`, or to the source's own lower limit."""
+    tokens = stage.pixels.max // GRID_AREA
+    return tokens if source_limit is None else min(tokens, source_limit)
+
+
+# ---------------------------------------------------------------- data and names
+
+
+def _data(recipe: Recipe) -> Iterator[Problem]:
+    for name, source in recipe.data.sources.items():
+        at: Path = ("data", "sources", name)
+        if not source.uri.strip():
+            yield Problem((*at, "uri"), "is empty; name a folder, a file, a glob or an s3:// URI")
+        if source.max_samples is not None and source.holdout_samples >= source.max_samples:
+            yield Problem(
+                (*at, "holdout_samples"),
+                f"holds out {source.holdout_samples} of at most {source.max_samples} samples, so that none is left to train on",
+            )
+
+
+def _stage_names(recipe: Recipe) -> Iterator[Problem]:
+    names = [stage.name for stage in recipe.stages]
+    for index, stage in enumerate(recipe.stages):
+        if stage.name in names[:index]:
+            yield Problem(
+                ("stages", index, "name"), f"`{stage.name}` is also the name of stage {names.index(stage.name)} (counted from 0)"
+            )
+        start = stage.start_from
+        if start is None:
+            continue
+        key: Path = ("stages", index, "start_from")
+        if start not in names:
+            yield Problem(key, f"there is no stage `{start}`{nearest(start, names[:index])}")
+        elif start not in names[:index]:
+            yield Problem(key, f"stage `{start}` does not run before `{stage.name}`; a stage starts from an earlier one")
+
+
+# ---------------------------------------------------------------- parts and mixture
+
+
+def _trained(stage: Stage) -> list[str]:
+    return [part for part in PARTS if getattr(stage.train, part) is not None]
+
+
+def _before(recipe: Recipe, index: int) -> Stage | None:
+    start = recipe.stages[index].start_from
+    if start is None:
+        return recipe.stages[index - 1] if index else None
+    return next((stage for stage in recipe.stages[:index] if stage.name == start), None)
+
+
+def _parts(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
+    trained = _trained(stage)
+    if not trained:
+        yield Problem((*at, "train"), "names no part, so the stage trains nothing; name vision, projector or language with its lr")
+    sources = [recipe.data.sources[name] for name in stage.mixture.weights if name in recipe.data.sources]
+    if trained and "language" not in trained and sources and all(source.kind in TEXT_KINDS for source in sources):
+        yield Problem(
+            (*at, "mixture"), f"has only text, which gives {' and '.join(trained)} no gradient; add a source with images"
+        )
+    if stage.train.projector is not None and stage.train.projector.layer_decay != 1:
+        yield Problem((*at, "train", "projector", "layer_decay"), "the projector has no layers to decay over; leave it out")
+    before = _before(recipe, int(at[1]))
+    for part in trained:
+        if getattr(stage.train, part).optimizer_state == "keep" and (before is None or getattr(before.train, part) is None):
+            source = f"stage `{before.name}`, which does not train {part}" if before else "the initial weights"
+            yield Problem(
+                (*at, "train", part, "optimizer_state"), f"there is no optimizer state to keep: `{stage.name}` starts from {source}"
+            )
+
+
+def _mixture(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
+    sources = recipe.data.sources
+    for name in stage.mixture.weights:
+        if name not in sources:
+            yield Problem((*at, "mixture", "weights", name), f"`{name}` is not a source{nearest(name, sources)}")
+    for name in stage.mixture.epoch_caps:
+        if name not in stage.mixture.weights:
+            hint = nearest(name, stage.mixture.weights)
+            yield Problem((*at, "mixture", "epoch_caps", name), f"`{name}` is not in this stage's mixture{hint}")
+
+
+def _budget(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
+    given = {key: value for key, value in stage.budget.model_dump().items() if value is not None}
+    if len(given) != 1:
+        found = f"has {' and '.join(given)}" if given else "is empty"
+        yield Problem((*at, "budget"), f"{found}; give exactly one of steps, tokens, samples, epochs")
+    warmup = stage.schedule.warmup
+    if warmup >= 1 and warmup != int(warmup):
+        yield Problem((*at, "schedule", "warmup"), f"{warmup} is neither a share of the steps (below 1) nor a whole number of steps")
+    steps = stage.budget.steps
+    if stage.budget.tokens is not None:
+        steps = -int(-stage.budget.tokens // (stage.batch.packs * stage.sequence_length))
+    if warmup >= 1 and steps is not None and len(given) == 1 and warmup >= steps:
+        yield Problem((*at, "schedule", "warmup"), f"{int(warmup)} warm-up steps leave none of the stage's {steps} steps at the peak rate")
+
+
+def _resolution(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
+    low, high = stage.pixels.min, stage.pixels.max
+    if low > high:
+        yield Problem((*at, "pixels", "min"), f"{low} is more than pixels.max {high}")
+        return
+    if high < GRID_AREA:
+        yield Problem((*at, "pixels", "max"), f"{high} pixels hold no image: the smallest grid is 28 x 28 = {GRID_AREA} pixels")
+        return
+    if -(-low // GRID_AREA) > high // GRID_AREA:
+        below, above = low // GRID_AREA * GRID_AREA, (high // GRID_AREA + 1) * GRID_AREA
+        yield Problem(
+            (*at, "pixels"),
+            f"no grid of 28 x 28 pixels has between {low} and {high} pixels; the nearest have {below} and {above}",
+        )
+        return
+    for name in stage.mixture.weights:
+        source = recipe.data.sources.get(name)
+        if source is None or source.kind in TEXT_KINDS or source.too_long == "reduce_resolution":
+            continue
+        tokens = visual_tokens_of_largest_image(stage, source.max_visual_tokens_per_image)
+        if tokens + IMAGE_MARKERS >= stage.sequence_length:
+            yield Problem(
+                (*at, "sequence_length"),
+                f"{stage.sequence_length} tokens do not hold one image of `{name}` at pixels.max {high}: {tokens} visual tokens and "
+                f"{IMAGE_MARKERS} markers leave no room for text; raise it, or lower pixels.max below "
+                f"{(stage.sequence_length - IMAGE_MARKERS) * GRID_AREA}",
+            )
+            break
+        limit = stage.data_loading.max_visual_tokens_per_pack
+        if limit is not None and tokens > limit:
+            yield Problem(
+                (*at, "data_loading", "max_visual_tokens_per_pack"),
+                f"{limit} is less than the {tokens} visual tokens of one image of `{name}` at pixels.max {high}",
+            )
+            break
+
+
+# ---------------------------------------------------------------- layout
+
+
+def _workers(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
+    workers = stage.resources.workers
+    low, high = (workers, workers) if isinstance(workers, int) else workers
+    key: Path = (*at, "resources", "workers")
+    if low < 1 or high < low:
+        yield Problem(key, f"{list(workers) if isinstance(workers, tuple) else workers}: give a number from 1 on, or [min, max]")
+        return
+    ring = stage.parallel.sequence_parallel
+    for count in sorted({low, high}):
+        if count % ring:
+            yield Problem(key, f"{count} workers do not form groups of parallel.sequence_parallel {ring}")
+        elif stage.batch.packs % (count // ring):
+            near = [n for n in range(1, stage.batch.packs + 1) if stage.batch.packs % n == 0]
+            best = sorted(near, key=lambda n: abs(n - count // ring))[:2]
+            yield Problem(
+                (*at, "batch", "packs"),
+                f"{stage.batch.packs} packs cannot be dealt evenly to {count // ring} "
+                f"{'groups of workers' if ring > 1 else 'workers'}; workers that divide it: {', '.join(map(str, sorted(best)))}",
+            )
+    gpus = stage.resources.gpus_per_worker
+    if gpus > 1 and gpus != int(gpus):
+        yield Problem((*at, "resources", "gpus_per_worker"), f"{gpus} is neither a share of one GPU nor a whole number of GPUs")
+
+
+def _parallel(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
+    parallel, key = stage.parallel, (*at, "parallel")
+    strategy = parallel.strategy
+    if parallel.offload_optimizer != "none" and strategy == "ddp":
+        yield Problem((*key, "offload_optimizer"), "ddp keeps the optimizer on its GPU; use zero1, zero2, zero3 or fsdp")
+    if parallel.offload_parameters != "none" and strategy not in ("zero3", "fsdp"):
+        yield Problem((*key, "offload_parameters"), f"{strategy} does not shard parameters; use zero3 or fsdp")
+    for name in ("offload_optimizer", "offload_parameters"):
+        if getattr(parallel, name) == "nvme":
+            if strategy != "zero3":
+                yield Problem((*key, name), f"nvme is offered by zero3 only, not by {strategy}")
+            if parallel.nvme_path is None:
+                yield Problem((*key, "nvme_path"), f"{name}: nvme needs the path of a local disk")
+    if parallel.nvme_path is not None and "nvme" not in (parallel.offload_optimizer, parallel.offload_parameters):
+        yield Problem((*key, "nvme_path"), "is given but nothing is offloaded to nvme")
+    if strategy != "fsdp":
+        if parallel.hybrid_shard_size is not None:
+            yield Problem((*key, "hybrid_shard_size"), f"is an option of fsdp, not of {strategy}")
+        if not parallel.reshard_after_forward:
+            yield Problem((*key, "reshard_after_forward"), f"is an option of fsdp, not of {strategy}")
+    elif parallel.hybrid_shard_size is not None:
+        workers = stage.resources.workers
+        for count in {workers} if isinstance(workers, int) else set(workers):
+            if count % parallel.hybrid_shard_size:
+                yield Problem((*key, "hybrid_shard_size"), f"{parallel.hybrid_shard_size} does not divide {count} workers")
+
+
+def _precision(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
+    on_gpu = stage.resources.gpus_per_worker > 0
+    if stage.precision == "fp16" and not on_gpu:
+        yield Problem((*at, "precision"), "fp16 overflows and crawls on CPU; use bf16 or fp32, or set resources.gpus_per_worker")
+    if recipe.model.attention in ("varlen", "flash_attn") and not on_gpu:
+        yield Problem(
+            ("model", "attention"),
+            f"{recipe.model.attention} needs a GPU and stage `{stage.name}` has none; use auto, which picks what runs there",
+        )
+
+
+# ---------------------------------------------------------------- evaluation, gates, checkpoints
+
+
+def produced_metrics(recipe: Recipe, stage: Stage) -> list[str]:
+    """Names of the metrics a stage reports that are known before it runs (suites add `eval/<suite>/<metric>`)."""
+    sources = [recipe.data.sources[name] for name in stage.mixture.weights if name in recipe.data.sources]
+    kinds = dict.fromkeys(source.kind for source in sources if source.holdout_samples > 0)
+    metrics = [f"eval/{kind}/loss" for kind in kinds] + (["eval/loss"] if kinds else []) + list(TRAIN_METRICS)
+    if stage.objective == "grpo":
+        metrics += ["rl/reward", "rl/response_tokens", *(f"rl/{task}/reward" for task in stage.rewards)]
+    return metrics
+
+
+def _metric_problem(recipe: Recipe, stage: Stage, metric: str) -> str | None:
+    produced = produced_metrics(recipe, stage)
+    words = metric.split("/")
+    if metric in produced or (words[0] == "eval" and len(words) > 2 and _in_suites(words[1], stage.evaluate.suites)):
+        return None
+    kinds = {recipe.data.sources[name].kind for name in stage.mixture.weights if name in recipe.data.sources}
+    if words[0] == "eval" and words[1:2] and words[1] in kinds and words[2:] == ["loss"]:
+        return f"`{metric}` is not measured: no source of kind {words[1]} in this stage's mixture has holdout_samples"
+    return f"`{metric}` is not measured in this stage{nearest(metric, produced, limit=12)}"
+
+
+def _in_suites(name: str, suites: list[str]) -> bool:
+    return any(name == suite or suite.replace("\\", "/").rsplit("/", 1)[-1].split(":")[0].startswith(name) for suite in suites)
+
+
+def _evaluation(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
+    for index, gate in enumerate(stage.gates):
+        key: Path = (*at, "gates", index)
+        if (gate.below is None) == (gate.above is None):
+            found = "has both" if gate.below is not None else "has neither"
+            yield Problem(key, f"{found} `below` and `above`" if gate.below is not None else f"{found} `below` nor `above`; give exactly one")
+        if problem := _metric_problem(recipe, stage, gate.metric):
+            yield Problem((*key, "metric"), problem)
+    measured = any(metric.startswith("eval/") for metric in produced_metrics(recipe, stage))
+    if stage.evaluate.every_steps is not None and not measured and not stage.evaluate.suites:
+        yield Problem(
+            (*at, "evaluate", "every_steps"),
+            "there is nothing to evaluate: no source of the mixture has holdout_samples and no suite is named",
+        )
+
+
+def _checkpoint(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
+    checkpoint, key = stage.checkpoint, (*at, "checkpoint")
+    if checkpoint.keep_every_steps is not None:
+        if checkpoint.every_steps is None:
+            yield Problem((*key, "keep_every_steps"), "nothing to keep: checkpoint.every_steps is not given")
+        elif checkpoint.keep_every_steps % checkpoint.every_steps:
+            yield Problem(
+                (*key, "keep_every_steps"), f"{checkpoint.keep_every_steps} is not a multiple of every_steps {checkpoint.every_steps}"
+            )
+    if checkpoint.best_metric is not None:
+        if problem := _metric_problem(recipe, stage, checkpoint.best_metric):
+            yield Problem((*key, "best_metric"), problem)
+        elif checkpoint.best_metric.startswith("eval/") and stage.evaluate.every_steps is None:
+            yield Problem((*key, "best_metric"), f"`{checkpoint.best_metric}` is only measured often enough with evaluate.every_steps")

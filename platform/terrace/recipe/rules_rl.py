@@ -1,0 +1,60 @@
+"""Rules about objectives: which kinds of samples each one reads, and what reinforcement learning needs to know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from terrace.recipe.errors import Path, Problem, nearest
+from terrace.recipe.schema import Recipe, Stage
+
+
+def check(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
+    sources = {name: recipe.data.sources[name] for name in stage.mixture.weights if name in recipe.data.sources}
+    for name, source in sources.items():
+        key: Path = (*at, "mixture", "weights", name)
+        if stage.objective == "lm" and source.kind in ("preference", "prompt"):
+            use = "reward_model" if source.kind == "preference" else "grpo"
+            yield Problem(key, f"`{name}` holds {source.kind}s, which objective lm has no answer to learn from; use {use}")
+        if stage.objective == "reward_model" and source.kind != "preference":
+            yield Problem(key, f"a reward model learns from pairs of kind preference; `{name}` is of kind {source.kind}")
+    if stage.objective == "grpo":
+        yield from _grpo(recipe, stage, at)
+        return
+    if stage.grpo is not None:
+        yield Problem((*at, "grpo"), f"is an option of objective grpo; this stage's objective is {stage.objective}")
+    if stage.rewards:
+        yield Problem((*at, "rewards"), f"are given by objective grpo; this stage's objective is {stage.objective}")
+
+
+def _grpo(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
+    if not stage.rewards:
+        yield Problem((*at, "rewards"), "objective grpo needs at least one reward rule per task")
+    for task, rules in stage.rewards.items():
+        if not rules:
+            yield Problem((*at, "rewards", task), "has no rule, so every answer would be worth nothing")
+    for name in stage.mixture.weights:
+        source = recipe.data.sources.get(name)
+        if source is None:
+            continue
+        key: Path = ("data", "sources", name, "task")
+        if source.task is None:
+            yield Problem(key, f"stage `{stage.name}` needs the reward task of `{name}`{nearest('', stage.rewards)}")
+        elif stage.rewards and source.task not in stage.rewards:
+            yield Problem(key, f"stage `{stage.name}` has no reward for task `{source.task}`{nearest(source.task, stage.rewards)}")
+    options = stage.grpo
+    if options is None:
+        return
+    key = (*at, "grpo")
+    if options.max_response_tokens >= stage.sequence_length:
+        yield Problem(
+            (*key, "max_response_tokens"),
+            f"{options.max_response_tokens} leaves no room for a prompt in sequence_length {stage.sequence_length}",
+        )
+    if options.engine == "vllm" and stage.resources.gpus_per_worker == 0:
+        yield Problem((*key, "engine"), "vllm needs a GPU; use native, or set resources.gpus_per_worker")
+    if options.placement == "separate" and options.engine == "native":
+        yield Problem((*key, "placement"), "separate rollout workers are offered with engine vllm; native rollouts are colocated")
+    if options.updates_per_rollout == 1:
+        for name in ("clip_low", "clip_high"):
+            if getattr(options, name) is not None:
+                yield Problem((*key, name), "clips a ratio that is always 1 with updates_per_rollout 1; leave it out")
