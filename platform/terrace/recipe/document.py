@@ -1,8 +1,8 @@
 """YAML read into values that remember the file and line they came from, and merged in layers.
 
-A recipe is a stack of layers: the file that `extends` names, the file itself, then the overrides. Python's yaml module throws
-positions away and follows YAML 1.1, where `300e9` is a string, `on` a boolean and `12:30` the number 750. So scalars here follow
-the YAML 1.2 core schema (plus `_` inside numbers), and duplicate keys are refused instead of the last one winning.
+A recipe is a stack of layers: the file that `extends` names, the file itself, then the overrides. Python's yaml module
+throws positions away and follows YAML 1.1, where `300e9` is a string, `on` a boolean and `12:30` the number 750. So
+scalars here follow the YAML 1.2 core schema (plus `_` inside numbers), and duplicate keys are refused.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ ALTERNATIVES: dict[tuple[str, ...], tuple[str, ...]] = {
 }
 # In these maps of names a null removes the name that a lower layer gave.
 NAMED_MAPS: tuple[tuple[str, ...], ...] = (
-    ("data", "sources"), ("stages", "*", "mixture", "weights"), ("stages", "*", "mixture", "epoch_caps"), ("stages", "*", "rewards"),
+    ("data", "sources"),
+    ("stages", "*", "mixture", "weights"),
+    ("stages", "*", "mixture", "epoch_caps"),
+    ("stages", "*", "rewards"),
 )
 MIXTURE_KEYS = ("weights", "unit", "temperature", "epoch_caps")
 
@@ -71,7 +74,7 @@ def read_yaml(text: str, file: str) -> Entry:
 
 
 def read_value(text: str, place: Place) -> Entry:
-    """The value of an override: YAML, so `[64, 128]`, `{min: 3136}`, `1e-4`, `true` and `null` mean what they mean in a file."""
+    """The value of an override, read as in a file: `[64, 128]`, `{min: 3136}`, `1e-4`, `true` and `null` work."""
     entry = read_yaml(text, str(place)) if text.strip() else Entry(None, place)
 
     def at_place(part: Entry) -> Entry:
@@ -119,7 +122,9 @@ class _Reader:
                 merged += value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
             elif key_node.value in result:
                 first = result[key_node.value].place.line
-                self.problems.append(Problem((), f"key `{key_node.value}` is given twice, first on line {first}", place))
+                self.problems.append(
+                    Problem((), f"key `{key_node.value}` is given twice, first on line {first}", place)
+                )
             else:
                 result[key_node.value] = self.entry(value_node, place)
         for base in merged:
@@ -161,7 +166,7 @@ def matches(path: Path, pattern: tuple[str, ...]) -> bool:
 def merge(base: Entry, layer: Entry, path: Path = ()) -> Entry:
     """`layer` over `base`: maps are merged key by key, everything else is replaced.
 
-    `stages` given as a map `{name: {...}}` changes the stages of the base by name. Of mutually exclusive keys the layer's wins.
+    `stages` given as a map `{name: {...}}` changes the base's stages by name. Of exclusive keys the layer's wins.
     """
     if path == ("stages",) and isinstance(base.value, list) and isinstance(layer.value, dict):
         return _merge_stages(base, layer)
@@ -187,7 +192,9 @@ def _merge_stages(base: Entry, layer: Entry) -> Entry:
     for name, change in layer.value.items():
         if name not in names:
             known = ", ".join(str(known) for known in names)
-            raise RecipeError([Problem(("stages", name), f"the extended recipe has no stage `{name}`; it has: {known}", change.place)])
+            raise RecipeError(
+                [Problem(("stages", name), f"the extended recipe has no stage `{name}`; it has: {known}", change.place)]
+            )
         result[names[name]] = merge(result[names[name]], change, ("stages", names[name]))
     return Entry(result, base.place)
 

@@ -1,4 +1,4 @@
-"""What is wrong with a recipe: every problem at once, each with its place (file and line, or the override) and a way out."""
+"""What is wrong with a recipe: every problem at once, each with its file and line (or override) and a way out."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Problem:
 
 
 class RecipeError(InputError):
-    """The recipe cannot run as written. The message's first line says so by itself; every problem follows, one per line."""
+    """The recipe cannot run as written. The first line of the message stands alone; then one line per problem."""
 
     def __init__(self, problems: Sequence[Problem], recipe: str = "recipe") -> None:
         self.problems = list(problems)

@@ -1,10 +1,10 @@
-"""Recipe files into `Recipe`: `extends`, overrides, every error with its file and line, and the hashes that identify a run.
+"""Recipe files into `Recipe`: `extends`, overrides, errors with file and line, and the hashes that identify a run.
 
     recipe = load_recipe("jobs/recipes/demo.yaml", ["stages.alignment.budget.steps=5"])
 
-Layers, later over earlier: the file that `extends:` names (relative to the extending file, any depth), the file, the overrides.
-Maps merge, lists are replaced, except that `stages` may be a map of changes by stage name. Validation is strict: a string is never
-read as a number nor a number as a boolean. All problems are reported at once (RecipeError, exit status 2).
+Layers, later over earlier: the file that `extends:` names (relative to the extending file, any depth), the file, the
+overrides. Maps merge, lists are replaced, except that `stages` may be a map of changes by stage name. Validation is
+strict: a string is never read as a number nor a number as a boolean. All problems are reported at once (RecipeError).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FREE_FORM = {"config", "options"}  # maps whose values are passed on as they are
 
 
 def load_recipe(path: FilePath | str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in `path`, with `key.path=value` overrides. Raises RecipeError naming every problem with file and line."""
+    """The recipe in `path` under `key.path=value` overrides. RecipeError names every problem with file and line."""
     root = _read_layers(FilePath(path), [])
     for override in overrides:
         root = _apply_override(root, override)
@@ -46,17 +46,26 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """sha256 (hex) of everything the recipe says; the same however it was written (order of keys, 1e3 or 1000, extends or not)."""
+    """sha256 (hex) of everything the recipe says, however it was written (order of keys, 1e3 or 1000, extends)."""
     return _digest(recipe.model_dump(mode="json"))
 
 
-# What changes where and how fast a stage runs but not what it computes (up to rounding): absent from its hash, so that a run may
-# resume with other workers, another strategy or other checkpoint intervals.
-LAYOUT_KEYS = {"resources", "parallel", "checkpoint", "failure", "gates", "evaluate", "activation_offload", "loss_chunk_tokens"}
+# What changes where and how fast a stage runs but not what it computes (up to rounding): absent from its hash, so that
+# a run may resume with other workers, another strategy or other checkpoint intervals.
+LAYOUT_KEYS = {
+    "resources",
+    "parallel",
+    "checkpoint",
+    "failure",
+    "gates",
+    "evaluate",
+    "activation_offload",
+    "loss_chunk_tokens",
+}
 
 
 def stage_hash(recipe: Recipe, index: int) -> str:
-    """sha256 (hex) of what determines a stage's weights: model, tokenizer, its sources, the stage, and the stages before it.
+    """sha256 (hex) of what determines a stage's weights: model, tokenizer, its sources, itself, the stages before.
 
     A checkpoint of the stage may be continued only under the same hash.
     """
@@ -69,14 +78,16 @@ def stage_hash(recipe: Recipe, index: int) -> str:
         if settings["train"][part]:
             del settings["train"][part]["activation_checkpointing"]
     before = start_index(recipe, index)
-    return _digest({
-        "model": recipe.model.model_dump(mode="json", exclude={"attention", "stands_in_for"}),
-        "tokenizer": recipe.tokenizer.model_dump(mode="json"),
-        "data_seed": recipe.data.seed,
-        "sources": {name: recipe.data.sources[name].model_dump(mode="json") for name in stage.mixture.weights},
-        "stage": settings,
-        "before": None if before is None else stage_hash(recipe, before),
-    })
+    return _digest(
+        {
+            "model": recipe.model.model_dump(mode="json", exclude={"attention", "stands_in_for"}),
+            "tokenizer": recipe.tokenizer.model_dump(mode="json"),
+            "data_seed": recipe.data.seed,
+            "sources": {name: recipe.data.sources[name].model_dump(mode="json") for name in stage.mixture.weights},
+            "stage": settings,
+            "before": None if before is None else stage_hash(recipe, before),
+        }
+    )
 
 
 def start_index(recipe: Recipe, index: int) -> int | None:
@@ -94,7 +105,7 @@ def _read_layers(path: FilePath, chain: list[FilePath], named_by: Place | None =
     """The document at `path` over the documents it extends. `chain` holds the files on the way, to refuse cycles."""
     real = path.resolve()
     if real in chain:
-        names = " -> ".join(file.name for file in [*chain[chain.index(real):], real])
+        names = " -> ".join(file.name for file in [*chain[chain.index(real) :], real])
         raise RecipeError([Problem(("extends",), f"recipes extend each other in a circle: {names}", named_by)])
     try:
         text = path.read_text(encoding="utf-8")
@@ -127,7 +138,7 @@ def _apply_override(root: Entry, override: str) -> Entry:
 
 
 def _merge_at(root: Entry, layer: Entry, path: Path, done: Path) -> Entry:
-    """Merges an override's nested map, stepping into lists by index. At the end of the path a scalar or list replaces, a map merges."""
+    """Merges an override's nested map, stepping into lists by index. At the path's end maps merge, else replace."""
     if path and isinstance(root.value, list):
         index = path[0]
         items = list(root.value)
@@ -135,13 +146,15 @@ def _merge_at(root: Entry, layer: Entry, path: Path, done: Path) -> Entry:
         return Entry(items, root.place)
     if len(path) > 1 and isinstance(root.value, dict) and path[0] in root.value:
         step = path[0]
-        return Entry({**root.value, step: _merge_at(root.value[step], layer.value[step], path[1:], (*done, step))}, root.place)
+        return Entry(
+            {**root.value, step: _merge_at(root.value[step], layer.value[step], path[1:], (*done, step))}, root.place
+        )
     merged = document.merge(root, layer, done)
     return Entry(merged.value, root.place)
 
 
 def _resolve(root: Entry, words: list[str], place: Place) -> Path:
-    """Words of a dotted key to steps: list items by index or (stages) by name, names that contain dots, plain mixtures."""
+    """Steps of a dotted key: list items by index or stage name, names that contain dots, plain mixtures."""
     path: list[str | int] = []
     current: Entry | None = root
     while words:
@@ -186,13 +199,15 @@ def _validate(root: Entry, name: str) -> Recipe:
         recipe = Recipe.model_validate_json(json.dumps(_whole_numbers(root.plain())), strict=True)
     except ValidationError as error:
         raise RecipeError(_problems(error, root), name) from None
-    if problems := [Problem(problem.path, problem.message, _place(root, problem.path)) for problem in rules.check(recipe)]:
+    if problems := [
+        Problem(problem.path, problem.message, _place(root, problem.path)) for problem in rules.check(recipe)
+    ]:
         raise RecipeError(problems, name)
     return recipe
 
 
 def _whole_numbers(value: Any) -> Any:
-    """300e9 where an integer is meant is that integer; strict validation takes integers for floats but not the reverse."""
+    """300e9 may be an integer: strict validation takes integers for floats but not the reverse."""
     if isinstance(value, dict):
         return {key: item if key in FREE_FORM else _whole_numbers(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -201,14 +216,15 @@ def _whole_numbers(value: Any) -> Any:
 
 
 def _walk(root: Entry, path: Sequence[str | int]) -> tuple[Path, Entry]:
-    """The deepest entry along a pydantic location, whose extra words (union members, `[key]`) name nothing in the document."""
+    """The deepest entry along a pydantic location; its extra words (union members, `[key]`) name nothing here."""
     found: list[str | int] = []
     current = root
     for step in path:
-        if isinstance(current.value, dict) and step in current.value:
-            current = current.value[step]
-        elif isinstance(current.value, list) and isinstance(step, int) and step < len(current.value):
-            current = current.value[step]
+        here = current.value
+        if isinstance(here, list) and isinstance(step, int) and step < len(here):
+            current = here[step]
+        elif isinstance(here, dict) and step in here:
+            current = here[step]
         else:
             break
         found.append(step)
@@ -243,7 +259,9 @@ def _message(item: Mapping[str, Any], path: Path, entry: Entry) -> str:
         choices = [choice.strip(" '") for choice in item["ctx"]["expected"].replace(" or ", ",").split(",")]
         return f"`{written}` is not one of {', '.join(choices)}" + (nearest(written, choices, limit=0))
     text = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    text = text.replace("valid dictionary or object to extract fields from", "map of keys").replace("an object", "a map of keys")
+    text = text.replace("valid dictionary or object to extract fields from", "map of keys").replace(
+        "an object", "a map of keys"
+    )
     shown = json.dumps(written, ensure_ascii=False, default=str)
     return f"{shown if len(shown) <= 60 else shown[:57] + '...'}: {text}"
 
@@ -320,4 +338,3 @@ def _canonical(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_canonical(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
-

@@ -1,7 +1,7 @@
 """What a recipe may not say although every field by itself is well formed: rules across fields, sources and stages.
 
-`check` returns every problem with the path of the key to change; it never stops at the first. A rule is a generator over one
-stage (or the recipe) and knows only values, so it costs microseconds and runs before anything starts.
+`check` returns every problem with the path of the key to change; it never stops at the first. A rule is a generator
+over one stage (or the recipe) and knows only values, so it costs microseconds and runs before anything starts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ GRID_AREA = 28 * 28  # one visual token: 2x2 patches of 14x14 pixels
 IMAGE_MARKERS = 2  # <|vision_start|> and <|vision_end|>
 TEXT_KINDS = {"text"}
 TRAIN_METRICS = (
-    "train/loss", "train/grad_norm", "train/tokens_per_second", "train/data_wait_share", "train/pack_fill", "train/step_seconds",
+    "train/loss",
+    "train/grad_norm",
+    "train/tokens_per_second",
+    "train/data_wait_share",
+    "train/pack_fill",
+    "train/step_seconds",
 )
 
 
@@ -34,7 +39,7 @@ def check(recipe: Recipe) -> list[Problem]:
 
 
 def allowed_worker_counts(stage: Stage) -> list[int]:
-    """The numbers of workers a stage may run on: within `resources.workers`, dividing its packs (and grouping for sequence parallelism)."""
+    """Numbers of workers a stage may run on: within `resources.workers`, and dividing its packs evenly."""
     workers = stage.resources.workers
     low, high = (workers, workers) if isinstance(workers, int) else workers
     ring = stage.parallel.sequence_parallel
@@ -58,7 +63,7 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
         if source.max_samples is not None and source.holdout_samples >= source.max_samples:
             yield Problem(
                 (*at, "holdout_samples"),
-                f"holds out {source.holdout_samples} of at most {source.max_samples} samples, so that none is left to train on",
+                f"holds out {source.holdout_samples} of at most {source.max_samples} samples: none is left to train on",
             )
 
 
@@ -67,7 +72,8 @@ def _stage_names(recipe: Recipe) -> Iterator[Problem]:
     for index, stage in enumerate(recipe.stages):
         if stage.name in names[:index]:
             yield Problem(
-                ("stages", index, "name"), f"`{stage.name}` is also the name of stage {names.index(stage.name)} (counted from 0)"
+                ("stages", index, "name"),
+                f"`{stage.name}` is also the name of stage {names.index(stage.name)} (counted from 0)",
             )
         start = stage.start_from
         if start is None:
@@ -76,7 +82,9 @@ def _stage_names(recipe: Recipe) -> Iterator[Problem]:
         if start not in names:
             yield Problem(key, f"there is no stage `{start}`{nearest(start, names[:index])}")
         elif start not in names[:index]:
-            yield Problem(key, f"stage `{start}` does not run before `{stage.name}`; a stage starts from an earlier one")
+            yield Problem(
+                key, f"stage `{start}` does not run before `{stage.name}`; a stage starts from an earlier one"
+            )
 
 
 # ---------------------------------------------------------------- parts and mixture
@@ -96,20 +104,28 @@ def _before(recipe: Recipe, index: int) -> Stage | None:
 def _parts(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
     trained = _trained(stage)
     if not trained:
-        yield Problem((*at, "train"), "names no part, so the stage trains nothing; name vision, projector or language with its lr")
+        yield Problem(
+            (*at, "train"), "names no part, so the stage trains nothing; name vision, projector or language with its lr"
+        )
     sources = [recipe.data.sources[name] for name in stage.mixture.weights if name in recipe.data.sources]
     if trained and "language" not in trained and sources and all(source.kind in TEXT_KINDS for source in sources):
         yield Problem(
-            (*at, "mixture"), f"has only text, which gives {' and '.join(trained)} no gradient; add a source with images"
+            (*at, "mixture"),
+            f"has only text, which gives {' and '.join(trained)} no gradient; add a source with images",
         )
     if stage.train.projector is not None and stage.train.projector.layer_decay != 1:
-        yield Problem((*at, "train", "projector", "layer_decay"), "the projector has no layers to decay over; leave it out")
+        yield Problem(
+            (*at, "train", "projector", "layer_decay"), "the projector has no layers to decay over; leave it out"
+        )
     before = _before(recipe, int(at[1]))
     for part in trained:
-        if getattr(stage.train, part).optimizer_state == "keep" and (before is None or getattr(before.train, part) is None):
+        if getattr(stage.train, part).optimizer_state == "keep" and (
+            before is None or getattr(before.train, part) is None
+        ):
             source = f"stage `{before.name}`, which does not train {part}" if before else "the initial weights"
             yield Problem(
-                (*at, "train", part, "optimizer_state"), f"there is no optimizer state to keep: `{stage.name}` starts from {source}"
+                (*at, "train", part, "optimizer_state"),
+                f"there is no optimizer state to keep: `{stage.name}` starts from {source}",
             )
 
 
@@ -131,12 +147,18 @@ def _budget(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
         yield Problem((*at, "budget"), f"{found}; give exactly one of steps, tokens, samples, epochs")
     warmup = stage.schedule.warmup
     if warmup >= 1 and warmup != int(warmup):
-        yield Problem((*at, "schedule", "warmup"), f"{warmup} is neither a share of the steps (below 1) nor a whole number of steps")
+        yield Problem(
+            (*at, "schedule", "warmup"),
+            f"{warmup} is neither a share of the steps (below 1) nor a whole number of steps",
+        )
     steps = stage.budget.steps
     if stage.budget.tokens is not None:
         steps = -int(-stage.budget.tokens // (stage.batch.packs * stage.sequence_length))
     if warmup >= 1 and steps is not None and len(given) == 1 and warmup >= steps:
-        yield Problem((*at, "schedule", "warmup"), f"{int(warmup)} warm-up steps leave none of the stage's {steps} steps at the peak rate")
+        yield Problem(
+            (*at, "schedule", "warmup"),
+            f"{int(warmup)} warm-up steps leave none of the stage's {steps} steps at the peak rate",
+        )
 
 
 def _resolution(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
@@ -145,7 +167,9 @@ def _resolution(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
         yield Problem((*at, "pixels", "min"), f"{low} is more than pixels.max {high}")
         return
     if high < GRID_AREA:
-        yield Problem((*at, "pixels", "max"), f"{high} pixels hold no image: the smallest grid is 28 x 28 = {GRID_AREA} pixels")
+        yield Problem(
+            (*at, "pixels", "max"), f"{high} pixels hold no image: the smallest grid is 28 x 28 = {GRID_AREA} pixels"
+        )
         return
     if -(-low // GRID_AREA) > high // GRID_AREA:
         below, above = low // GRID_AREA * GRID_AREA, (high // GRID_AREA + 1) * GRID_AREA
@@ -162,8 +186,8 @@ def _resolution(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
         if tokens + IMAGE_MARKERS >= stage.sequence_length:
             yield Problem(
                 (*at, "sequence_length"),
-                f"{stage.sequence_length} tokens do not hold one image of `{name}` at pixels.max {high}: {tokens} visual tokens and "
-                f"{IMAGE_MARKERS} markers leave no room for text; raise it, or lower pixels.max below "
+                f"{stage.sequence_length} tokens do not hold one image of `{name}` at pixels.max {high}: {tokens} visual "
+                f"tokens and {IMAGE_MARKERS} markers leave no room for text; raise it, or lower pixels.max below "
                 f"{(stage.sequence_length - IMAGE_MARKERS) * GRID_AREA}",
             )
             break
@@ -184,7 +208,9 @@ def _workers(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
     low, high = (workers, workers) if isinstance(workers, int) else workers
     key: Path = (*at, "resources", "workers")
     if low < 1 or high < low:
-        yield Problem(key, f"{list(workers) if isinstance(workers, tuple) else workers}: give a number from 1 on, or [min, max]")
+        yield Problem(
+            key, f"{list(workers) if isinstance(workers, tuple) else workers}: give a number from 1 on, or [min, max]"
+        )
         return
     ring = stage.parallel.sequence_parallel
     for count in sorted({low, high}):
@@ -196,18 +222,22 @@ def _workers(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
             yield Problem(
                 (*at, "batch", "packs"),
                 f"{stage.batch.packs} packs cannot be dealt evenly to {count // ring} "
-                f"{'groups of workers' if ring > 1 else 'workers'}; workers that divide it: {', '.join(map(str, sorted(best)))}",
+                f"{'groups of workers' if ring > 1 else 'workers'}; {' and '.join(map(str, sorted(best)))} divide it",
             )
     gpus = stage.resources.gpus_per_worker
     if gpus > 1 and gpus != int(gpus):
-        yield Problem((*at, "resources", "gpus_per_worker"), f"{gpus} is neither a share of one GPU nor a whole number of GPUs")
+        yield Problem(
+            (*at, "resources", "gpus_per_worker"), f"{gpus} is neither a share of one GPU nor a whole number of GPUs"
+        )
 
 
 def _parallel(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
     parallel, key = stage.parallel, (*at, "parallel")
     strategy = parallel.strategy
     if parallel.offload_optimizer != "none" and strategy == "ddp":
-        yield Problem((*key, "offload_optimizer"), "ddp keeps the optimizer on its GPU; use zero1, zero2, zero3 or fsdp")
+        yield Problem(
+            (*key, "offload_optimizer"), "ddp keeps the optimizer on its GPU; use zero1, zero2, zero3 or fsdp"
+        )
     if parallel.offload_parameters != "none" and strategy not in ("zero3", "fsdp"):
         yield Problem((*key, "offload_parameters"), f"{strategy} does not shard parameters; use zero3 or fsdp")
     for name in ("offload_optimizer", "offload_parameters"):
@@ -227,17 +257,21 @@ def _parallel(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
         workers = stage.resources.workers
         for count in {workers} if isinstance(workers, int) else set(workers):
             if count % parallel.hybrid_shard_size:
-                yield Problem((*key, "hybrid_shard_size"), f"{parallel.hybrid_shard_size} does not divide {count} workers")
+                yield Problem(
+                    (*key, "hybrid_shard_size"), f"{parallel.hybrid_shard_size} does not divide {count} workers"
+                )
 
 
 def _precision(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
     on_gpu = stage.resources.gpus_per_worker > 0
     if stage.precision == "fp16" and not on_gpu:
-        yield Problem((*at, "precision"), "fp16 overflows and crawls on CPU; use bf16 or fp32, or set resources.gpus_per_worker")
+        yield Problem(
+            (*at, "precision"), "fp16 overflows and crawls on CPU; use bf16 or fp32, or set resources.gpus_per_worker"
+        )
     if recipe.model.attention in ("varlen", "flash_attn") and not on_gpu:
         yield Problem(
             ("model", "attention"),
-            f"{recipe.model.attention} needs a GPU and stage `{stage.name}` has none; use auto, which picks what runs there",
+            f"{recipe.model.attention} needs a GPU and stage `{stage.name}` has none; auto picks what runs there",
         )
 
 
@@ -266,7 +300,9 @@ def _metric_problem(recipe: Recipe, stage: Stage, metric: str) -> str | None:
 
 
 def _in_suites(name: str, suites: list[str]) -> bool:
-    return any(name == suite or suite.replace("\\", "/").rsplit("/", 1)[-1].split(":")[0].startswith(name) for suite in suites)
+    return any(
+        name == suite or suite.replace("\\", "/").rsplit("/", 1)[-1].split(":")[0].startswith(name) for suite in suites
+    )
 
 
 def _evaluation(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
@@ -274,7 +310,12 @@ def _evaluation(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
         key: Path = (*at, "gates", index)
         if (gate.below is None) == (gate.above is None):
             found = "has both" if gate.below is not None else "has neither"
-            yield Problem(key, f"{found} `below` and `above`" if gate.below is not None else f"{found} `below` nor `above`; give exactly one")
+            yield Problem(
+                key,
+                f"{found} `below` and `above`"
+                if gate.below is not None
+                else f"{found} `below` nor `above`; give exactly one",
+            )
         if problem := _metric_problem(recipe, stage, gate.metric):
             yield Problem((*key, "metric"), problem)
     measured = any(metric.startswith("eval/") for metric in produced_metrics(recipe, stage))
@@ -292,10 +333,14 @@ def _checkpoint(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
             yield Problem((*key, "keep_every_steps"), "nothing to keep: checkpoint.every_steps is not given")
         elif checkpoint.keep_every_steps % checkpoint.every_steps:
             yield Problem(
-                (*key, "keep_every_steps"), f"{checkpoint.keep_every_steps} is not a multiple of every_steps {checkpoint.every_steps}"
+                (*key, "keep_every_steps"),
+                f"{checkpoint.keep_every_steps} is not a multiple of every_steps {checkpoint.every_steps}",
             )
     if checkpoint.best_metric is not None:
         if problem := _metric_problem(recipe, stage, checkpoint.best_metric):
             yield Problem((*key, "best_metric"), problem)
         elif checkpoint.best_metric.startswith("eval/") and stage.evaluate.every_steps is None:
-            yield Problem((*key, "best_metric"), f"`{checkpoint.best_metric}` is only measured often enough with evaluate.every_steps")
+            yield Problem(
+                (*key, "best_metric"),
+                f"`{checkpoint.best_metric}` is only measured often enough with evaluate.every_steps",
+            )

@@ -1,7 +1,7 @@
 """Rules about the model and the tokenizer: sources of weights that exclude each other, and shapes that cannot be built.
 
-A configuration is transformers' own map. transformers fills every field that is missing with the default of another model size
-(Qwen2.5-VL's vision width defaults to 3584, the 7B model's is 1280), so every shape field must be written.
+A configuration is transformers' own map, in which a missing field takes the default of another model size
+(Qwen2.5-VL's vision width defaults to 3584, the 7B model has 1280), so every shape field must be written.
 """
 
 from __future__ import annotations
@@ -17,14 +17,22 @@ VISION_FIELDS = {
     "qwen2_5_vl": ("hidden_size", "intermediate_size", "depth", "num_heads", "out_hidden_size"),
     "qwen2_vl": ("embed_dim", "mlp_ratio", "depth", "num_heads", "hidden_size"),
 }
-FIXED = {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}  # what one preprocessing for all models rests on
+FIXED = {
+    "patch_size": 14,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}  # what one preprocessing for all models rests on
 CONFIG: Path = ("model", "config")
 
 
 def check(recipe: Recipe) -> Iterator[Problem]:
     model, tokenizer = recipe.model, recipe.tokenizer
     if (model.config is None) == (model.pretrained is None):
-        found = "`config` and `pretrained` exclude each other" if model.config is not None else "needs `config` or `pretrained`"
+        found = (
+            "`config` and `pretrained` exclude each other"
+            if model.config is not None
+            else "needs `config` or `pretrained`"
+        )
         yield Problem(("model",), f"{found}; give exactly one")
     if model.init is not None and model.pretrained is not None:
         yield Problem(("model", "init"), "only adds weights to a `config`; `pretrained` brings all of them")
@@ -32,7 +40,9 @@ def check(recipe: Recipe) -> Iterator[Problem]:
         found = "has both" if tokenizer.path is not None else "needs one of"
         yield Problem(("tokenizer",), f"{found} `path` and `train_vocabulary_size`; give exactly one")
     if model.config is not None:
-        yield from _config(model.config, model.architecture, trained_tokenizer=tokenizer.train_vocabulary_size is not None)
+        yield from _config(
+            model.config, model.architecture, trained_tokenizer=tokenizer.train_vocabulary_size is not None
+        )
 
 
 def head_size(text: dict[str, Any]) -> int:
@@ -59,12 +69,15 @@ def _config(config: dict[str, Any], architecture: str, trained_tokenizer: bool) 
         wanted = TEXT_FIELDS if trained_tokenizer else (*TEXT_FIELDS, "vocab_size")
         if (yield from _complete(text, wanted, (*CONFIG, "text_config"))):
             yield from _text(text)
-    if isinstance(vision, dict) and (yield from _complete(vision, VISION_FIELDS[architecture], (*CONFIG, "vision_config"))):
+    if isinstance(vision, dict) and (
+        yield from _complete(vision, VISION_FIELDS[architecture], (*CONFIG, "vision_config"))
+    ):
         yield from _vision(vision, architecture)
         out = vision["out_hidden_size" if architecture == "qwen2_5_vl" else "hidden_size"]
         if isinstance(text, dict) and _whole(text.get("hidden_size")) and out != text["hidden_size"]:
             yield Problem(
-                (*CONFIG, "vision_config"), f"the projector gives vectors of {out}, the language model takes {text['hidden_size']}"
+                (*CONFIG, "vision_config"),
+                f"the projector gives vectors of {out}, the language model takes {text['hidden_size']}",
             )
 
 
@@ -79,7 +92,9 @@ def _complete(part: dict[str, Any], wanted: tuple[str, ...], at: Path) -> Iterat
         value = part.get(field)
         if value is None:
             good = False
-            yield Problem(at, f"needs `{field}`: the default is another model's{nearest(field, set(part) - set(wanted), limit=0)}")
+            yield Problem(
+                at, f"needs `{field}`: the default is another model's{nearest(field, set(part) - set(wanted), limit=0)}"
+            )
         elif not (_whole(value) or (field == "mlp_ratio" and isinstance(value, float))):
             good = False
             yield Problem((*at, field), f"{value!r} is not a number from 1 on")
@@ -96,9 +111,13 @@ def _text(text: dict[str, Any]) -> Iterator[Problem]:
         yield Problem((*at, "num_key_value_heads"), f"{key_heads} does not divide num_attention_heads {heads}")
     section, size = mrope_section(text), head_size(text)
     if section is None:
-        yield Problem(at, f"needs `rope_parameters` with `mrope_section`: three numbers that sum to {size // 2} (half a head)")
+        yield Problem(
+            at, f"needs `rope_parameters` with `mrope_section`: three numbers that sum to {size // 2} (half a head)"
+        )
     elif len(section) != 3 or sum(section) * 2 != size:
-        yield Problem(at, f"mrope_section {section} must be three numbers that sum to {size // 2} (half of head size {size})")
+        yield Problem(
+            at, f"mrope_section {section} must be three numbers that sum to {size // 2} (half of head size {size})"
+        )
 
 
 def _vision(vision: dict[str, Any], architecture: str) -> Iterator[Problem]:
@@ -108,10 +127,15 @@ def _vision(vision: dict[str, Any], architecture: str) -> Iterator[Problem]:
             yield Problem((*at, field), f"{vision[field]}: this platform's preprocessing is made for {value}")
     width = vision["hidden_size" if architecture == "qwen2_5_vl" else "embed_dim"]
     if width % (vision["num_heads"] * 4):
-        yield Problem((*at, "num_heads"), f"{width} / {vision['num_heads']} heads is no multiple of 4, which 2-D rotary positions need")
+        yield Problem(
+            (*at, "num_heads"),
+            f"{width} / {vision['num_heads']} heads is no multiple of 4, which 2-D rotary positions need",
+        )
     window = vision.get("window_size")
     if window is not None and (not _whole(window) or window % 28):
         yield Problem((*at, "window_size"), f"{window} is not a multiple of 28 pixels")
     for block in vision.get("fullatt_block_indexes") or []:
         if not isinstance(block, int) or not 0 <= block < vision["depth"]:
-            yield Problem((*at, "fullatt_block_indexes"), f"there is no block {block}: depth is {vision['depth']}, counted from 0")
+            yield Problem(
+                (*at, "fullatt_block_indexes"), f"there is no block {block}: depth is {vision['depth']}, counted from 0"
+            )

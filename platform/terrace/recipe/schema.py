@@ -1,11 +1,12 @@
 """The typed recipe: everything a curriculum says, with every default in this one file.
 
-A recipe is YAML (see `loading.py`) read into these strict models: unknown keys and wrong types are errors. The models hold
-values and their one-field checks; rules that span fields or stages live in `rules.py`. Nothing here imports torch or ray, so a
-laptop without either can validate a recipe, and the JSON Schema of `Recipe` is the OpenAPI schema of the Kubernetes resource.
+A recipe is YAML (see `loading.py`) read into these strict models: unknown keys and wrong types are errors. The models
+hold values and their one-field checks; rules that span fields or stages live in `rules.py`. Nothing here imports torch
+or ray, so a laptop without either can validate a recipe, and the JSON Schema of `Recipe` is the OpenAPI schema of the
+Kubernetes resource.
 
-Words: a *part* is one of vision, projector, language. A *pack* is one training sequence of at most `sequence_length` tokens,
-made of whole samples ("segments"). A *batch* is the packs of one optimizer step over all workers.
+Words: a *part* is one of vision, projector, language. A *pack* is one training sequence of at most `sequence_length`
+tokens, made of whole samples ("segments"). A *batch* is the packs of one optimizer step over all workers.
 """
 
 from __future__ import annotations
@@ -18,8 +19,20 @@ PartName = Literal["vision", "projector", "language"]
 PARTS: tuple[PartName, ...] = ("vision", "projector", "language")
 
 SampleKind = Literal[
-    "caption", "document", "text", "ocr", "grounding", "gui", "qa", "counting", "chart", "instruction", "reasoning", "video",
-    "preference", "prompt",
+    "caption",
+    "document",
+    "text",
+    "ocr",
+    "grounding",
+    "gui",
+    "qa",
+    "counting",
+    "chart",
+    "instruction",
+    "reasoning",
+    "video",
+    "preference",
+    "prompt",
 ]
 
 Name = Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")]
@@ -28,7 +41,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Strict(BaseModel):
-    """Base of every recipe model: unknown keys are refused and values are never silently converted to another meaning."""
+    """Base of every recipe model: unknown keys are refused, values are never silently given another meaning."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
@@ -47,13 +60,19 @@ class Initialisation(Strict):
 class Model(Strict):
     architecture: Literal["qwen2_5_vl", "qwen2_vl"] = Field("qwen2_5_vl", description="A transformers model type.")
     config: dict[str, Any] | None = Field(
-        None, description="The transformers configuration, every shape field set: `text_config`, `vision_config`, token ids."
+        None,
+        description="The transformers configuration, every shape field set: `text_config`, `vision_config`, token ids.",
     )
-    pretrained: str | None = Field(None, description="Hugging Face directory or s3:// URI holding config.json and safetensors.")
-    init: Initialisation | None = Field(None, description="Per-part weights on top of `config`; parts not named start random.")
+    pretrained: str | None = Field(
+        None, description="Hugging Face directory or s3:// URI holding config.json and safetensors."
+    )
+    init: Initialisation | None = Field(
+        None, description="Per-part weights on top of `config`; parts not named start random."
+    )
     seed: int = Field(0, ge=0, description="Seed of the random initialisation.")
     attention: Literal["auto", "varlen", "flash_attn", "sdpa_segments", "flex"] = Field(
-        "auto", description="Attention kernels over the segments of a pack; `auto` picks by capability and logs the reason."
+        "auto",
+        description="Attention kernels over the segments of a pack; `auto` picks by capability and logs the reason.",
     )
     stands_in_for: str | None = Field(
         None, description="Says what the published model has instead, where this model only stands in for a part of it."
@@ -68,27 +87,37 @@ class Storage(Strict):
 
     endpoint_url: str | None = None
     region: str | None = None
-    max_attempts: int = Field(8, ge=1, le=30, description="Tries of one request before it is an error, with backoff and jitter.")
+    max_attempts: int = Field(
+        8, ge=1, le=30, description="Tries of one request before it is an error, with backoff and jitter."
+    )
     timeout_seconds: Positive = 60.0
 
 
 class Source(Strict):
-    """One named set of samples: raw rows that `terrace ingest` turns into shards, or shards that are indexed where they lie."""
+    """One named set of samples: raw rows that `terrace ingest` turns into shards, or shards indexed in place."""
 
-    uri: str = Field(description="Folder, file, glob or s3:// URI of shards (tar), JSON Lines, Parquet, images or text.")
+    uri: str = Field(
+        description="Folder, file, glob or s3:// URI of shards (tar), JSON Lines, Parquet, images or text."
+    )
     kind: SampleKind = "caption"
     format: Literal["auto", "webdataset", "jsonl", "json", "parquet", "image_folder", "text"] = "auto"
-    images_root: str | None = Field(None, description="Folder that image paths in rows are relative to; default: beside the rows.")
+    images_root: str | None = Field(
+        None, description="Folder that image paths in rows are relative to; default: beside the rows."
+    )
     supervise: Literal["auto", "all_text", "assistant"] = Field(
         "auto", description="`auto`: captions and documents on their text, conversations on assistant turns only."
     )
-    holdout_samples: int = Field(0, ge=0, description="Samples kept out of training for held-out loss, chosen by a seeded hash.")
+    holdout_samples: int = Field(
+        0, ge=0, description="Samples kept out of training for held-out loss, chosen by a seeded hash."
+    )
     max_samples: int | None = Field(None, ge=1, description="Cap: only this many samples (a seeded choice) take part.")
     too_long: Literal["refuse", "split", "truncate_text", "reduce_resolution"] = Field(
         "refuse", description="What happens to a sample longer than the stage's sequence: always counted, never silent."
     )
     max_visual_tokens_per_image: int | None = Field(None, ge=1)
-    on_damage: Literal["stop", "skip"] = Field("stop", description="Bytes that no longer match the index: stop, or replace.")
+    on_damage: Literal["stop", "skip"] = Field(
+        "stop", description="Bytes that no longer match the index: stop, or replace."
+    )
     task: str | None = Field(None, description="Reward task of an RL source.")
 
 
@@ -97,12 +126,14 @@ class Data(Strict):
     cache_dir: str | None = Field(None, description="Where ingested shards and indexes lie; default: `<run-dir>/data`.")
     seed: int = Field(0, ge=0, description="Seed of the data order.")
     shard_bytes: int = Field(256 * 2**20, ge=2**16, description="Target size of a shard that ingest writes.")
-    max_image_pixels: int = Field(64_000_000, ge=784, description="Images with more pixels are refused at ingest (image bombs).")
+    max_image_pixels: int = Field(
+        64_000_000, ge=784, description="Images with more pixels are refused at ingest (image bombs)."
+    )
     storage: Storage = Storage()
 
 
 class Tokenizer(Strict):
-    """Either a Hugging Face tokenizer directory, or a byte-level BPE trained on the recipe's own text (demos, tests)."""
+    """A Hugging Face tokenizer directory (a plain string says this too), or a byte-level BPE trained on the data."""
 
     path: str | None = None
     train_vocabulary_size: int | None = Field(None, ge=320, le=200_000)
@@ -125,9 +156,13 @@ class PartTraining(Strict):
     layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="Learning rate of layer l is lr * layer_decay^(layers - l) (BEiT, Qwen-VL: 0.95 for the ViT)."
     )
-    optimizer_state: Literal["reset", "keep"] = Field("reset", description="At the stage's start, if the part trained before.")
+    optimizer_state: Literal["reset", "keep"] = Field(
+        "reset", description="At the stage's start, if the part trained before."
+    )
     activation_checkpointing: bool = False
-    weight_decay: Annotated[float, Field(ge=0)] | None = Field(None, description="Overrides the optimizer's for this part.")
+    weight_decay: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="Overrides the optimizer's for this part."
+    )
 
 
 class TrainedParts(Strict):
@@ -146,7 +181,7 @@ class Pixels(Strict):
 
 
 class Budget(Strict):
-    """Exactly one is given. `tokens` counts sequence positions (steps = tokens / (batch packs * sequence length), rounded up)."""
+    """Exactly one is given. `tokens` counts sequence positions: steps = tokens / (packs * length), rounded up."""
 
     steps: Annotated[int, Field(gt=0)] | None = None
     tokens: Positive | None = None
@@ -155,7 +190,9 @@ class Budget(Strict):
 
 
 class Batch(Strict):
-    packs: int = Field(8, ge=1, description="Global batch of one optimizer step, in packed sequences, over all workers.")
+    packs: int = Field(
+        8, ge=1, description="Global batch of one optimizer step, in packed sequences, over all workers."
+    )
 
 
 class Optimizer(Strict):
@@ -177,8 +214,12 @@ class Parallel(Strict):
     offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
     offload_parameters: Literal["none", "cpu", "nvme"] = "none"
     nvme_path: str | None = None
-    reshard_after_forward: bool = Field(True, description="FSDP: free gathered parameters between forward and backward.")
-    hybrid_shard_size: int | None = Field(None, ge=1, description="FSDP: shard over this many ranks, replicate over the rest.")
+    reshard_after_forward: bool = Field(
+        True, description="FSDP: free gathered parameters between forward and backward."
+    )
+    hybrid_shard_size: int | None = Field(
+        None, ge=1, description="FSDP: shard over this many ranks, replicate over the rest."
+    )
     sequence_parallel: int = Field(1, ge=1, description="Ranks that share one pack (Ulysses).")
 
 
@@ -186,7 +227,9 @@ class Resources(Strict):
     workers: int | tuple[int, int] = Field(1, description="Number of workers, or [min, max] for elastic training.")
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1
-    decode_cpus: Annotated[int, Field(ge=1)] | None = Field(None, description="CPUs of the cluster for decoding; default: the rest.")
+    decode_cpus: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="CPUs of the cluster for decoding; default: the rest."
+    )
 
 
 class Checkpoint(Strict):
@@ -218,15 +261,20 @@ class DataLoading(Strict):
     window_samples: int = Field(2_000, ge=1, description="Samples that are packed together; position = (window, pack).")
     prefetch_packs: int = Field(8, ge=1, description="Decoded packs kept ready per worker.")
     packs_per_task: int = Field(8, ge=1, description="Packs that one decode task reads, decodes and yields.")
-    engine: Literal["ray", "inline"] = Field("ray", description="`inline` decodes in the training process (debugging, torchrun).")
+    engine: Literal["ray", "inline"] = Field(
+        "ray", description="`inline` decodes in the training process (debugging, torchrun)."
+    )
     max_visual_tokens_per_pack: int | None = Field(None, ge=1)
 
 
 def is_plain_mixture(value: Any) -> bool:
-    """Whether a mixture is written as `{source: weight}`: nothing but numbers (or null, which removes a source of the base)."""
+    """Whether a mixture is written as `{source: weight}`: only numbers, or null, which removes a source of the base."""
     if not isinstance(value, dict) or not value or set(value) <= {"temperature"}:
         return False
-    return all(weight is None or (isinstance(weight, (int, float)) and not isinstance(weight, bool)) for weight in value.values())
+    return all(
+        weight is None or (isinstance(weight, (int, float)) and not isinstance(weight, bool))
+        for weight in value.values()
+    )
 
 
 class Mixture(Strict):
@@ -246,7 +294,11 @@ class Mixture(Strict):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        plain = {"type": "object", "minProperties": 1, "additionalProperties": {"type": "number", "exclusiveMinimum": 0}}
+        plain = {
+            "type": "object",
+            "minProperties": 1,
+            "additionalProperties": {"type": "number", "exclusiveMinimum": 0},
+        }
         return {"anyOf": [plain, handler(core_schema)]}
 
 
@@ -296,7 +348,9 @@ class RewardRule(Strict):
 class Stage(Strict):
     name: Name
     objective: Literal["lm", "grpo", "reward_model"] = "lm"
-    start_from: Name | None = Field(None, description="The stage whose final weights this one starts from; default: the previous.")
+    start_from: Name | None = Field(
+        None, description="The stage whose final weights this one starts from; default: the previous."
+    )
     train: TrainedParts
     mixture: Mixture
     sequence_length: int = Field(8192, ge=16)
