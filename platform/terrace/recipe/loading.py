@@ -221,12 +221,10 @@ def _walk(root: Entry, path: Sequence[str | int]) -> tuple[Path, Entry]:
     current = root
     for step in path:
         here = current.value
-        if isinstance(here, list) and isinstance(step, int) and step < len(here):
-            current = here[step]
-        elif isinstance(here, dict) and step in here:
-            current = here[step]
-        else:
+        in_list = isinstance(here, list) and isinstance(step, int) and step < len(here)
+        if not in_list and not (isinstance(here, dict) and step in here):
             break
+        current = here[step]
         found.append(step)
     return tuple(found), current
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 PartName = Literal["vision", "projector", "language"]
 PARTS: tuple[PartName, ...] = ("vision", "projector", "language")
@@ -142,10 +142,6 @@ class Tokenizer(Strict):
     @classmethod
     def _from_path(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"anyOf": [{"type": "string"}, handler(core_schema)]}
 
 
 # ---------------------------------------------------------------- stage
@@ -291,15 +287,6 @@ class Mixture(Strict):
     @classmethod
     def _from_plain_map(cls, value: Any) -> Any:
         return {"weights": value} if is_plain_mixture(value) else value
-
-    @classmethod
-    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        plain = {
-            "type": "object",
-            "minProperties": 1,
-            "additionalProperties": {"type": "number", "exclusiveMinimum": 0},
-        }
-        return {"anyOf": [plain, handler(core_schema)]}
 
 
 class Failure(Strict):
