@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from terrace.recipe.errors import Path, Place, Problem, RecipeError
-from terrace.recipe.schema import is_plain_mixture
+from terrace.recipe.schema_inputs import is_plain_mixture
 
 INTEGER = re.compile(r"[-+]?[0-9][0-9_]*$|0o[0-7]+$|0x[0-9a-fA-F]+$")
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?$")

@@ -46,8 +46,8 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """sha256 (hex) of everything the recipe says, however it was written (order of keys, 1e3 or 1000, extends)."""
-    return _digest(recipe.model_dump(mode="json"))
+    """sha256 (hex) of all that a recipe says of its run, however it was written (order of keys, 1e3 or 1000, extends)."""
+    return _digest(recipe.model_dump(mode="json", exclude={"planning", "notes"}))
 
 
 # What changes where and how fast a stage runs but not what it computes (up to rounding): absent from its hash, so that

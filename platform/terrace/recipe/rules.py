@@ -187,7 +187,7 @@ def _resolution(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
             yield Problem(
                 (*at, "sequence_length"),
                 f"{stage.sequence_length} tokens do not hold one image of `{name}` at pixels.max {high}: {tokens} "
-                f"visual tokens and {IMAGE_MARKERS} markers leave no room for text; raise it, or lower pixels.max below "
+                f"visual tokens and {IMAGE_MARKERS} markers leave no room for text; raise it or lower pixels.max below "
                 f"{(stage.sequence_length - IMAGE_MARKERS) * GRID_AREA}",
             )
             break

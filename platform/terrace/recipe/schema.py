@@ -1,4 +1,4 @@
-"""The typed recipe: everything a curriculum says, with every default in this one file.
+"""The typed recipe: everything a curriculum says, with every default here and in `schema_inputs.py`.
 
 A recipe is YAML (see `loading.py`) read into these strict models: unknown keys and wrong types are errors. The models
 hold values and their one-field checks; rules that span fields or stages live in `rules.py`. Nothing here imports torch
@@ -13,149 +13,43 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
-PartName = Literal["vision", "projector", "language"]
-PARTS: tuple[PartName, ...] = ("vision", "projector", "language")
+from terrace.recipe.schema_inputs import (
+    PARTS,
+    Data,
+    Initialisation,
+    Mixture,
+    Model,
+    Name,
+    PartName,
+    Positive,
+    SampleKind,
+    Share,
+    Source,
+    Storage,
+    Strict,
+    Tokenizer,
+)
 
-SampleKind = Literal[
-    "caption",
-    "document",
-    "text",
-    "ocr",
-    "grounding",
-    "gui",
-    "qa",
-    "counting",
-    "chart",
-    "instruction",
-    "reasoning",
-    "video",
-    "preference",
-    "prompt",
-]
-
-Name = Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")]
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-class Strict(BaseModel):
-    """Base of every recipe model: unknown keys are refused, values are never silently given another meaning."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-
-# ---------------------------------------------------------------- model
-
-
-class Initialisation(Strict):
-    """Where each part's weights come from: a Hugging Face directory or s3:// URI, or `random`."""
-
-    vision: str = "random"
-    projector: str = "random"
-    language: str = "random"
-
-
-class Model(Strict):
-    architecture: Literal["qwen2_5_vl", "qwen2_vl"] = Field("qwen2_5_vl", description="A transformers model type.")
-    config: dict[str, Any] | None = Field(
-        None,
-        description="The transformers configuration, every shape field set: `text_config`, `vision_config`, token ids.",
-    )
-    pretrained: str | None = Field(
-        None, description="Hugging Face directory or s3:// URI holding config.json and safetensors."
-    )
-    init: Initialisation | None = Field(
-        None, description="Per-part weights on top of `config`; parts not named start random."
-    )
-    seed: int = Field(0, ge=0, description="Seed of the random initialisation.")
-    attention: Literal["auto", "varlen", "flash_attn", "sdpa_segments", "flex"] = Field(
-        "auto",
-        description="Attention kernels over the segments of a pack; `auto` picks by capability and logs the reason.",
-    )
-    stands_in_for: str | None = Field(
-        None, description="Says what the published model has instead, where this model only stands in for a part of it."
-    )
-
-
-# ---------------------------------------------------------------- data
-
-
-class Storage(Strict):
-    """How `s3://` URIs are reached. Credentials come from the usual AWS chain, never from the recipe."""
-
-    endpoint_url: str | None = None
-    region: str | None = None
-    max_attempts: int = Field(
-        8, ge=1, le=30, description="Tries of one request before it is an error, with backoff and jitter."
-    )
-    timeout_seconds: Positive = 60.0
-
-
-class Source(Strict):
-    """One named set of samples: raw rows that `terrace ingest` turns into shards, or shards indexed in place."""
-
-    uri: str = Field(
-        description="Folder, file, glob or s3:// URI of shards (tar), JSON Lines, Parquet, images or text."
-    )
-    kind: SampleKind = "caption"
-    format: Literal["auto", "webdataset", "jsonl", "json", "parquet", "image_folder", "text"] = "auto"
-    images_root: str | None = Field(
-        None, description="Folder that image paths in rows are relative to; default: beside the rows."
-    )
-    supervise: Literal["auto", "all_text", "assistant"] = Field(
-        "auto", description="`auto`: captions and documents on their text, conversations on assistant turns only."
-    )
-    holdout_samples: int = Field(
-        0, ge=0, description="Samples kept out of training for held-out loss, chosen by a seeded hash."
-    )
-    max_samples: int | None = Field(None, ge=1, description="Cap: only this many samples (a seeded choice) take part.")
-    too_long: Literal["refuse", "split", "truncate_text", "reduce_resolution"] = Field(
-        "refuse", description="What happens to a sample longer than the stage's sequence: always counted, never silent."
-    )
-    max_visual_tokens_per_image: int | None = Field(None, ge=1)
-    on_damage: Literal["stop", "skip"] = Field(
-        "stop", description="Bytes that no longer match the index: stop, or replace."
-    )
-    task: str | None = Field(None, description="Reward task of an RL source.")
-
-
-class Data(Strict):
-    sources: dict[Name, Source] = Field(min_length=1)
-    cache_dir: str | None = Field(None, description="Where ingested shards and indexes lie; default: `<run-dir>/data`.")
-    seed: int = Field(0, ge=0, description="Seed of the data order.")
-    shard_bytes: int = Field(256 * 2**20, ge=2**16, description="Target size of a shard that ingest writes.")
-    max_image_pixels: int = Field(
-        64_000_000, ge=784, description="Images with more pixels are refused at ingest (image bombs)."
-    )
-    storage: Storage = Storage()
-
-
-class Tokenizer(Strict):
-    """A Hugging Face tokenizer directory (a plain string says this too), or a byte-level BPE trained on the data."""
-
-    path: str | None = None
-    train_vocabulary_size: int | None = Field(None, ge=320, le=200_000)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_path(cls, value: Any) -> Any:
-        return {"path": value} if isinstance(value, str) else value
+# Names that readers of a recipe import from here, wherever in the schema they are defined.
+__all__ = ["PARTS", "Initialisation", "PartName", "Recipe", "SampleKind", "Source", "Stage", "Storage"]
 
 
 # ---------------------------------------------------------------- stage
 
 
 class PartTraining(Strict):
-    lr: Positive
+    lr: Positive = Field(description="Peak learning rate of the part.")
     layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="Learning rate of layer l is lr * layer_decay^(layers - l) (BEiT, Qwen-VL: 0.95 for the ViT)."
     )
     optimizer_state: Literal["reset", "keep"] = Field(
         "reset", description="At the stage's start, if the part trained before."
     )
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = Field(
+        False, description="Recompute the part's activations in the backward pass to save memory."
+    )
     weight_decay: Annotated[float, Field(ge=0)] | None = Field(
         None, description="Overrides the optimizer's for this part."
     )
@@ -164,25 +58,27 @@ class PartTraining(Strict):
 class TrainedParts(Strict):
     """Parts named here train; every other part is frozen."""
 
-    vision: PartTraining | None = None
-    projector: PartTraining | None = None
-    language: PartTraining | None = None
+    vision: PartTraining | None = Field(None, description="How the vision tower trains; unset: frozen.")
+    projector: PartTraining | None = Field(None, description="How the projector trains; unset: frozen.")
+    language: PartTraining | None = Field(None, description="How the language model trains; unset: frozen.")
 
 
 class Pixels(Strict):
     """Bounds on the pixels of a resized image. Sides are multiples of 28 (14-pixel patches merged 2x2)."""
 
-    min: int = Field(3136, ge=1)
-    max: int = Field(1_003_520, ge=1)
+    min: int = Field(3136, ge=1, description="Smaller images are enlarged to this many pixels.")
+    max: int = Field(1_003_520, ge=1, description="Larger images are reduced to this many pixels.")
 
 
 class Budget(Strict):
     """Exactly one is given. `tokens` counts sequence positions: steps = tokens / (packs * length), rounded up."""
 
-    steps: Annotated[int, Field(gt=0)] | None = None
-    tokens: Positive | None = None
-    samples: Annotated[int, Field(gt=0)] | None = None
-    epochs: Positive | None = None
+    steps: Annotated[int, Field(gt=0)] | None = Field(None, description="Length of the stage in optimizer steps.")
+    tokens: Positive | None = Field(
+        None, description="Length of the stage in sequence positions; steps are derived and rounded up."
+    )
+    samples: Annotated[int, Field(gt=0)] | None = Field(None, description="Length of the stage in samples.")
+    epochs: Positive | None = Field(None, description="Length of the stage in passes over the mixture.")
 
 
 class Batch(Strict):
@@ -192,24 +88,34 @@ class Batch(Strict):
 
 
 class Optimizer(Strict):
-    kind: Literal["adamw"] = "adamw"
-    betas: tuple[Share, Share] = (0.9, 0.95)
-    eps: Positive = 1e-8
-    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    kind: Literal["adamw"] = Field("adamw", description="Optimizer.")
+    betas: tuple[Share, Share] = Field((0.9, 0.95), description="AdamW's two decay rates.")
+    eps: Positive = Field(1e-8, description="AdamW's epsilon.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.1, description="Decoupled weight decay; a part may override it."
+    )
     clip: Positive | None = Field(1.0, description="Global gradient norm limit; null: none.")
 
 
 class Schedule(Strict):
-    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    kind: Literal["cosine", "linear", "constant"] = Field(
+        "cosine", description="Shape of the learning rate after the warm-up."
+    )
     warmup: Annotated[float, Field(ge=0)] = Field(0.03, description="Share of the steps below 1, steps from 1 on.")
     min_ratio: Share = Field(0.1, description="Final learning rate as a share of the peak.")
 
 
 class Parallel(Strict):
-    strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp"] = "ddp"
-    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
-    offload_parameters: Literal["none", "cpu", "nvme"] = "none"
-    nvme_path: str | None = None
+    strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp"] = Field(
+        "ddp", description="How parameters, gradients and optimizer states are spread over the workers."
+    )
+    offload_optimizer: Literal["none", "cpu", "nvme"] = Field(
+        "none", description="Where ZeRO keeps optimizer states between steps."
+    )
+    offload_parameters: Literal["none", "cpu", "nvme"] = Field(
+        "none", description="Where ZeRO-3 keeps parameters between uses."
+    )
+    nvme_path: str | None = Field(None, description="Local folder for `nvme` offload.")
     reshard_after_forward: bool = Field(
         True, description="FSDP: free gathered parameters between forward and backward."
     )
@@ -221,8 +127,8 @@ class Parallel(Strict):
 
 class Resources(Strict):
     workers: int | tuple[int, int] = Field(1, description="Number of workers, or [min, max] for elastic training.")
-    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
-    cpus_per_worker: Annotated[float, Field(gt=0)] = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] = Field(0, description="GPUs of one worker; 0 trains on CPU.")
+    cpus_per_worker: Annotated[float, Field(gt=0)] = Field(1, description="CPUs of one worker.")
     decode_cpus: Annotated[int, Field(ge=1)] | None = Field(
         None, description="CPUs of the cluster for decoding; default: the rest."
     )
@@ -230,27 +136,31 @@ class Resources(Strict):
 
 class Checkpoint(Strict):
     every_steps: int | None = Field(None, ge=1, description="Default: only at the stage's end.")
-    keep_last: int = Field(2, ge=1)
-    keep_every_steps: int | None = Field(None, ge=1)
-    best_metric: str | None = None
-    asynchronous: bool = True
+    keep_last: int = Field(2, ge=1, description="Newest checkpoints that stay.")
+    keep_every_steps: int | None = Field(None, ge=1, description="Checkpoints at multiples of this step stay as well.")
+    best_metric: str | None = Field(None, description="Also keep the checkpoint with the lowest value of this metric.")
+    asynchronous: bool = Field(True, description="Write while training goes on.")
 
 
 class Gate(Strict):
     """A bound on a metric at the stage's end, for example `eval/caption/loss` below 2.5."""
 
-    metric: str
-    below: float | None = None
-    above: float | None = None
-    on_miss: Literal["pause", "fail", "continue"] = "pause"
+    metric: str = Field(description="Metric at the stage's end, for example `eval/caption/loss`.")
+    below: float | None = Field(None, description="The metric must be below this.")
+    above: float | None = Field(None, description="The metric must be above this.")
+    on_miss: Literal["pause", "fail", "continue"] = Field(
+        "pause", description="What happens otherwise: pause the curriculum, fail it, or continue and say so."
+    )
 
 
 class Evaluate(Strict):
     """Held-out loss per kind (samples kept by `holdout_samples`) before and after the stage, and optional suites."""
 
-    every_steps: int | None = Field(None, ge=1)
-    max_samples_per_kind: int = Field(64, ge=1)
-    suites: list[str] = []
+    every_steps: int | None = Field(
+        None, ge=1, description="Also evaluate every so many steps; default: before and after the stage."
+    )
+    max_samples_per_kind: int = Field(64, ge=1, description="Held-out samples per kind at most.")
+    suites: list[str] = Field([], description="Benchmark suites to run at the stage's end.")
 
 
 class DataLoading(Strict):
@@ -260,119 +170,147 @@ class DataLoading(Strict):
     engine: Literal["ray", "inline"] = Field(
         "ray", description="`inline` decodes in the training process (debugging, torchrun)."
     )
-    max_visual_tokens_per_pack: int | None = Field(None, ge=1)
-
-
-def is_plain_mixture(value: Any) -> bool:
-    """Whether a mixture is written as `{source: weight}`: only numbers, or null, which removes a source of the base."""
-    if not isinstance(value, dict) or not value or set(value) <= {"temperature"}:
-        return False
-    return all(
-        weight is None or (isinstance(weight, (int, float)) and not isinstance(weight, bool))
-        for weight in value.values()
+    max_visual_tokens_per_pack: int | None = Field(
+        None, ge=1, description="Bound on the visual tokens of one pack (vision memory)."
     )
-
-
-class Mixture(Strict):
-    """Written in a recipe as a plain map `{source: weight}`, or in full."""
-
-    weights: dict[Name, Positive] = Field(min_length=1)
-    unit: Literal["samples", "tokens"] = "samples"
-    temperature: Annotated[float, Field(ge=0, le=1)] | None = Field(
-        None, description="Weights become weight * size^temperature (0: as written, 1: proportional to size)."
-    )
-    epoch_caps: dict[Name, Positive] = Field({}, description="At most this many passes over a source in the stage.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_plain_map(cls, value: Any) -> Any:
-        return {"weights": value} if is_plain_mixture(value) else value
 
 
 class Failure(Strict):
     """What a stage survives. Preemption counts in neither budget."""
 
     max_restarts: int = Field(3, ge=0, description="Restarts after a program failure.")
-    max_infrastructure_restarts: int = Field(20, ge=0)
-    backoff_seconds: Positive = 10.0
-    backoff_cap_seconds: Positive = 600.0
-    stall_timeout_seconds: Positive = 1800.0
-    preemption_grace_seconds: Positive = 60.0
-    on_nonfinite: Literal["stop", "skip", "rewind"] = "stop"
+    max_infrastructure_restarts: int = Field(20, ge=0, description="Restarts after a stall, a lost node or a lost job.")
+    backoff_seconds: Positive = Field(
+        10.0, description="Delay before the first restart; doubles with each further failure."
+    )
+    backoff_cap_seconds: Positive = Field(600.0, description="Longest delay before a restart.")
+    stall_timeout_seconds: Positive = Field(
+        1800.0, description="No progress for this long while running: the attempt is replaced."
+    )
+    preemption_grace_seconds: Positive = Field(60.0, description="Time to save a checkpoint when told to stop.")
+    on_nonfinite: Literal["stop", "skip", "rewind"] = Field(
+        "stop", description="What a non-finite loss or gradient does."
+    )
 
 
 class GrpoOptions(Strict):
     """MORL as published: on-policy, one step per rollout batch, no clip, no KL (MiMo-VL section 3.3)."""
 
-    prompts_per_iteration: int = Field(32, ge=1)
-    samples_per_prompt: int = Field(8, ge=2)
-    max_response_tokens: int = Field(512, ge=1)
-    temperature: Positive = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    updates_per_rollout: int = Field(1, ge=1)
-    normalise: Literal["std", "none"] = "std"
-    baseline: Literal["mean", "leave_one_out"] = "mean"
-    clip_low: Positive | None = None
-    clip_high: Positive | None = None
-    kl_coefficient: Annotated[float, Field(ge=0)] = 0.0
-    entropy_coefficient: float = 0.0
-    dynamic_sampling: bool = True
-    max_sampling_rounds: int = Field(4, ge=1)
-    easy_pool_probability: Share = 0.0
-    drop_pass_rate_above: Share | None = None
-    engine: Literal["native", "vllm"] = "native"
-    placement: Literal["colocated", "separate"] = "colocated"
-    max_reward_failure_rate: Share = 0.2
-    max_logprob_mismatch: Positive = 0.1
+    prompts_per_iteration: int = Field(32, ge=1, description="Prompts of one on-policy iteration.")
+    samples_per_prompt: int = Field(8, ge=2, description="Responses sampled for each prompt (the group).")
+    max_response_tokens: int = Field(512, ge=1, description="Longest response.")
+    temperature: Positive = Field(1.0, description="Sampling temperature.")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Nucleus sampling mass.")
+    updates_per_rollout: int = Field(1, ge=1, description="Optimizer steps per rollout batch; 1 is on-policy.")
+    normalise: Literal["std", "none"] = Field(
+        "std", description="Whether advantages are divided by the group's standard deviation."
+    )
+    baseline: Literal["mean", "leave_one_out"] = Field(
+        "mean", description="What is subtracted from rewards within a group."
+    )
+    clip_low: Positive | None = Field(None, description="Lower clip of the probability ratio; unset: none.")
+    clip_high: Positive | None = Field(None, description="Upper clip of the probability ratio; unset: none.")
+    kl_coefficient: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="Weight of the KL penalty to the starting weights."
+    )
+    entropy_coefficient: float = Field(0.0, description="Weight of the entropy bonus.")
+    dynamic_sampling: bool = Field(True, description="Sample further prompts where all rewards of a group are equal.")
+    max_sampling_rounds: int = Field(4, ge=1, description="Rounds of dynamic sampling at most.")
+    easy_pool_probability: Share = Field(0.0, description="Chance to draw a prompt that is already solved.")
+    drop_pass_rate_above: Share | None = Field(None, description="Prompts solved more often than this leave the pool.")
+    engine: Literal["native", "vllm"] = Field("native", description="What generates responses.")
+    placement: Literal["colocated", "separate"] = Field(
+        "colocated", description="Whether generation shares the training GPUs."
+    )
+    max_reward_failure_rate: Share = Field(0.2, description="Share of failed rewards above which the stage stops.")
+    max_logprob_mismatch: Positive = Field(
+        0.1, description="Allowed difference of log-probabilities between generation and training."
+    )
 
 
 class RewardRule(Strict):
     name: str = Field(description="A registered reward, e.g. counting, grounding, gui_point, visual_reasoning, remote.")
-    weight: Positive = 1.0
-    options: dict[str, Any] = {}
+    weight: Positive = Field(1.0, description="Weight of the reward within its task.")
+    options: dict[str, Any] = Field({}, description="Options of the reward.")
 
 
 class Stage(Strict):
-    name: Name
-    objective: Literal["lm", "grpo", "reward_model"] = "lm"
+    name: Name = Field(description="Name of the stage, unique in the recipe.")
+    objective: Literal["lm", "grpo", "reward_model"] = Field("lm", description="What a step optimises.")
     start_from: Name | None = Field(
         None, description="The stage whose final weights this one starts from; default: the previous."
     )
-    train: TrainedParts
-    mixture: Mixture
-    sequence_length: int = Field(8192, ge=16)
-    pixels: Pixels = Pixels()
-    budget: Budget
-    batch: Batch = Batch()
-    optimizer: Optimizer = Optimizer()
-    schedule: Schedule = Schedule()
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    parallel: Parallel = Parallel()
-    resources: Resources = Resources()
-    checkpoint: Checkpoint = Checkpoint()
-    data_loading: DataLoading = DataLoading()
-    activation_offload: bool = False
+    train: TrainedParts = Field(description="The parts that train and how; every other part is frozen.")
+    mixture: Mixture = Field(description="The sources and their shares.")
+    sequence_length: int = Field(8192, ge=16, description="Tokens of one pack.")
+    pixels: Pixels = Field(Pixels(), description="Bounds on the size of images.")
+    budget: Budget = Field(description="Length of the stage; exactly one field is given.")
+    batch: Batch = Field(Batch(), description="Global batch of one optimizer step.")
+    optimizer: Optimizer = Field(Optimizer(), description="Optimizer settings.")
+    schedule: Schedule = Field(Schedule(), description="Learning-rate schedule.")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "bf16", description="Number format of the forward and backward pass."
+    )
+    parallel: Parallel = Field(Parallel(), description="Distribution over workers.")
+    resources: Resources = Field(Resources(), description="Workers, GPUs and CPUs.")
+    checkpoint: Checkpoint = Field(Checkpoint(), description="When checkpoints are written and which stay.")
+    data_loading: DataLoading = Field(DataLoading(), description="Packing window and prefetch.")
+    activation_offload: bool = Field(False, description="Keep activations in host memory between forward and backward.")
     loss_chunk_tokens: int = Field(1024, ge=1, description="Rows of logits that exist at once in the loss.")
-    evaluate: Evaluate = Evaluate()
-    gates: list[Gate] = []
-    failure: Failure = Failure()
-    grpo: GrpoOptions | None = None
+    evaluate: Evaluate = Field(Evaluate(), description="Held-out loss and suites.")
+    gates: list[Gate] = Field([], description="Bounds on metrics that decide whether the next stage starts.")
+    failure: Failure = Field(Failure(), description="What the stage survives.")
+    grpo: GrpoOptions | None = Field(None, description="Options of the objective grpo.")
     rewards: dict[str, list[RewardRule]] = Field({}, description="Reward rules per task (objective grpo).")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, description="Seed of the stage's own randomness.")
 
 
 class Tracking(Strict):
     uri: str | None = Field(None, description="MLflow tracking URI; default: sqlite in the run directory.")
-    experiment: str = "terrace"
-    log_every_steps: int = Field(1, ge=1)
+    experiment: str = Field("terrace", description="MLflow experiment.")
+    log_every_steps: int = Field(1, ge=1, description="Log step metrics every so many steps.")
+
+
+class Gpu(Strict):
+    """A GPU that the planner's own table does not have, or has with other figures."""
+
+    memory_gib: Positive = Field(description="Memory of one GPU in GiB (2^30 bytes), as its driver reports it.")
+    bf16_tflops: Positive = Field(
+        description="Dense bfloat16 matrix throughput of one GPU in TFLOP/s (without sparsity)."
+    )
+    bandwidth_gbs: Positive = Field(1000.0, description="Memory bandwidth in GB/s.")
+    price_per_hour: Positive | None = Field(None, description="Price of one GPU for one hour; default: the plan's.")
+    source: str = Field("recipe", description="Where the figures come from.")
+
+
+class Planning(Strict):
+    """What `terrace plan` assumes where the recipe alone does not say it. Never changes what a run computes."""
+
+    gpu: str = Field("h100-80gb", description="GPU of the plan, from the planner's table or `gpus`.")
+    gpus: dict[Name, Gpu] = Field({}, description="Further GPUs by name.")
+    mfu: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.4, description="Model FLOPs utilisation: share of the GPU's peak that training reaches."
+    )
+    price_per_gpu_hour: Positive = Field(2.5, description="Price of one GPU for one hour, in any currency.")
+    visual_token_share: Share = Field(
+        0.5, description="Share of visual tokens in the packs of sources with images, until an index tells it."
+    )
+    tokens_per_sample: Positive = Field(512.0, description="Mean tokens of a sample, until an index tells it.")
+    bytes_per_visual_token: Positive = Field(
+        400.0, description="Compressed image bytes per visual token (28 x 28 pixels), until an index tells it."
+    )
+    memory_margin: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.08, description="Share of a GPU's memory left to the CUDA context, NCCL and fragmentation."
+    )
 
 
 class Recipe(Strict):
-    name: Name
-    description: str = ""
-    model: Model
-    tokenizer: Tokenizer
-    data: Data
-    stages: list[Stage] = Field(min_length=1, max_length=32)
-    tracking: Tracking = Tracking()
+    name: Name = Field(description="Name of the curriculum in reports and MLflow. Cannot change later.")
+    description: str = Field("", description="What the curriculum is for.")
+    model: Model = Field(description="The model that all stages train. Cannot change later.")
+    tokenizer: Tokenizer = Field(description="The tokenizer. Cannot change later.")
+    data: Data = Field(description="The sources of samples.")
+    stages: list[Stage] = Field(min_length=1, max_length=32, description="The stages, in the order they run.")
+    tracking: Tracking = Field(Tracking(), description="Where metrics go.")
+    planning: Planning = Field(Planning(), description="Assumptions of `terrace plan`.")
     notes: list[str] = Field([], description="What is assumed, borrowed or stands in, in words.")

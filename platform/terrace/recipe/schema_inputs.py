@@ -1,0 +1,175 @@
+"""What goes into a curriculum: the model, the tokenizer, the sources and how they are mixed. Part of the schema."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PartName = Literal["vision", "projector", "language"]
+PARTS: tuple[PartName, ...] = ("vision", "projector", "language")
+
+SampleKind = Literal[
+    "caption",
+    "document",
+    "text",
+    "ocr",
+    "grounding",
+    "gui",
+    "qa",
+    "counting",
+    "chart",
+    "instruction",
+    "reasoning",
+    "video",
+    "preference",
+    "prompt",
+]
+
+Name = Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Strict(BaseModel):
+    """Base of every recipe model: unknown keys are refused, values are never silently given another meaning."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+# ---------------------------------------------------------------- model
+
+
+class Initialisation(Strict):
+    """Where each part's weights come from: a Hugging Face directory or s3:// URI, or `random`."""
+
+    vision: str = Field(
+        "random", description="Source of the vision tower's weights: a directory, s3:// URI, or `random`."
+    )
+    projector: str = Field(
+        "random", description="Source of the projector's weights: a directory, s3:// URI, or `random`."
+    )
+    language: str = Field(
+        "random", description="Source of the language model's weights: a directory, s3:// URI, or `random`."
+    )
+
+
+class Model(Strict):
+    architecture: Literal["qwen2_5_vl", "qwen2_vl"] = Field("qwen2_5_vl", description="A transformers model type.")
+    config: dict[str, Any] | None = Field(
+        None,
+        description="The transformers configuration, every shape field set: `text_config`, `vision_config`, token ids.",
+    )
+    pretrained: str | None = Field(
+        None, description="Hugging Face directory or s3:// URI holding config.json and safetensors."
+    )
+    init: Initialisation | None = Field(
+        None, description="Per-part weights on top of `config`; parts not named start random."
+    )
+    seed: int = Field(0, ge=0, description="Seed of the random initialisation.")
+    attention: Literal["auto", "varlen", "flash_attn", "sdpa_segments", "flex"] = Field(
+        "auto",
+        description="Attention kernels over the segments of a pack; `auto` picks by capability and logs the reason.",
+    )
+    stands_in_for: str | None = Field(
+        None, description="Says what the published model has instead, where this model only stands in for a part of it."
+    )
+
+
+# ---------------------------------------------------------------- data
+
+
+class Storage(Strict):
+    """How `s3://` URIs are reached. Credentials come from the usual AWS chain, never from the recipe."""
+
+    endpoint_url: str | None = Field(None, description="S3-compatible endpoint of the data; unset: AWS.")
+    region: str | None = Field(None, description="Region of the data's bucket.")
+    max_attempts: int = Field(
+        8, ge=1, le=30, description="Tries of one request before it is an error, with backoff and jitter."
+    )
+    timeout_seconds: Positive = Field(60.0, description="Time limit of one request.")
+
+
+class Source(Strict):
+    """One named set of samples: raw rows that `terrace ingest` turns into shards, or shards indexed in place."""
+
+    uri: str = Field(
+        description="Folder, file, glob or s3:// URI of shards (tar), JSON Lines, Parquet, images or text."
+    )
+    kind: SampleKind = Field(
+        "caption", description="What the samples are; decides how they are read and which held-out group they join."
+    )
+    format: Literal["auto", "webdataset", "jsonl", "json", "parquet", "image_folder", "text"] = Field(
+        "auto", description="Format of the raw rows; `auto` tells it from names and first bytes."
+    )
+    images_root: str | None = Field(
+        None, description="Folder that image paths in rows are relative to; default: beside the rows."
+    )
+    supervise: Literal["auto", "all_text", "assistant"] = Field(
+        "auto", description="`auto`: captions and documents on their text, conversations on assistant turns only."
+    )
+    holdout_samples: int = Field(
+        0, ge=0, description="Samples kept out of training for held-out loss, chosen by a seeded hash."
+    )
+    max_samples: int | None = Field(None, ge=1, description="Cap: only this many samples (a seeded choice) take part.")
+    too_long: Literal["refuse", "split", "truncate_text", "reduce_resolution"] = Field(
+        "refuse", description="What happens to a sample longer than the stage's sequence: always counted, never silent."
+    )
+    max_visual_tokens_per_image: int | None = Field(
+        None, ge=1, description="Images of this source are resized below this many visual tokens."
+    )
+    on_damage: Literal["stop", "skip"] = Field(
+        "stop", description="Bytes that no longer match the index: stop, or replace."
+    )
+    task: str | None = Field(None, description="Reward task of an RL source.")
+
+
+class Data(Strict):
+    sources: dict[Name, Source] = Field(min_length=1, description="The named sets of samples that mixtures refer to.")
+    cache_dir: str | None = Field(None, description="Where ingested shards and indexes lie; default: `<run-dir>/data`.")
+    seed: int = Field(0, ge=0, description="Seed of the data order.")
+    shard_bytes: int = Field(256 * 2**20, ge=2**16, description="Target size of a shard that ingest writes.")
+    max_image_pixels: int = Field(
+        64_000_000, ge=784, description="Images with more pixels are refused at ingest (image bombs)."
+    )
+    storage: Storage = Field(Storage(), description="How s3:// URIs of the data are reached.")
+
+
+class Tokenizer(Strict):
+    """A Hugging Face tokenizer directory (a plain string says this too), or a byte-level BPE trained on the data."""
+
+    path: str | None = Field(None, description="Hugging Face tokenizer directory or s3:// URI.")
+    train_vocabulary_size: int | None = Field(
+        None, ge=320, le=200_000, description="Train a byte-level BPE of this size on the recipe's own text instead."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
+def is_plain_mixture(value: Any) -> bool:
+    """Whether a mixture is written as `{source: weight}`: only numbers, or null, which removes a source of the base."""
+    if not isinstance(value, dict) or not value or set(value) <= {"temperature"}:
+        return False
+    return all(
+        weight is None or (isinstance(weight, (int, float)) and not isinstance(weight, bool))
+        for weight in value.values()
+    )
+
+
+class Mixture(Strict):
+    """Written in a recipe as a plain map `{source: weight}`, or in full."""
+
+    weights: dict[Name, Positive] = Field(min_length=1, description="Share of each source; normalised.")
+    unit: Literal["samples", "tokens"] = Field("samples", description="Whether weights count samples or tokens.")
+    temperature: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        None, description="Weights become weight * size^temperature (0: as written, 1: proportional to size)."
+    )
+    epoch_caps: dict[Name, Positive] = Field({}, description="At most this many passes over a source in the stage.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_plain_map(cls, value: Any) -> Any:
+        return {"weights": value} if is_plain_mixture(value) else value
