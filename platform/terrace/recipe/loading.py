@@ -46,7 +46,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """sha256 (hex) of all that a recipe says of its run, however it was written (order of keys, 1e3 or 1000, extends)."""
+    """sha256 (hex) of what a recipe says of its run, however it was written (order of keys, 1e3 or 1000, extends)."""
     return _digest(recipe.model_dump(mode="json", exclude={"planning", "notes"}))
 
 
