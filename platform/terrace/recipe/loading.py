@@ -134,7 +134,7 @@ def _apply_override(root: Entry, override: str) -> Entry:
     layer = value
     for step in reversed(path):
         layer = Entry({step: layer}, place)
-    return document.expand_shorthands(_merge_at(root, layer, path, ()))
+    return _merge_at(root, document.expand_shorthands(layer), path, ())
 
 
 def _merge_at(root: Entry, layer: Entry, path: Path, done: Path) -> Entry:

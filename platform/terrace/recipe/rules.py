@@ -163,13 +163,13 @@ def _budget(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
 
 def _resolution(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
     low, high = stage.pixels.min, stage.pixels.max
-    if low > high:
-        yield Problem((*at, "pixels", "min"), f"{low} is more than pixels.max {high}")
-        return
     if high < GRID_AREA:
         yield Problem(
             (*at, "pixels", "max"), f"{high} pixels hold no image: the smallest grid is 28 x 28 = {GRID_AREA} pixels"
         )
+        return
+    if low > high:
+        yield Problem((*at, "pixels", "min"), f"{low} is more than pixels.max {high}")
         return
     if -(-low // GRID_AREA) > high // GRID_AREA:
         below, above = low // GRID_AREA * GRID_AREA, (high // GRID_AREA + 1) * GRID_AREA

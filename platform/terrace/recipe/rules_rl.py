@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from terrace.recipe.errors import Path, Problem, nearest
 from terrace.recipe.schema import Recipe, Stage
+
+REWARD_NAME = re.compile(r"[a-z][a-z0-9_]*|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+ADDRESS_OPTIONS = ("url", "endpoint", "service")
 
 
 def check(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
@@ -36,11 +40,17 @@ def _grpo(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
     for task, rules in stage.rewards.items():
         if not rules:
             yield Problem((*at, "rewards", task), "has no rule, so every answer would be worth nothing")
+        for index, rule in enumerate(rules):
+            key: Path = (*at, "rewards", task, index)
+            if not REWARD_NAME.fullmatch(rule.name):
+                yield Problem((*key, "name"), f"`{rule.name}` is neither a reward's name nor package.module:function")
+            if rule.name == "remote" and not any(word in option for option in rule.options for word in ADDRESS_OPTIONS):
+                yield Problem(key, "reward `remote` calls a service and needs its address: options: {url: http://...}")
     for name in stage.mixture.weights:
         source = recipe.data.sources.get(name)
         if source is None:
             continue
-        key: Path = ("data", "sources", name, "task")
+        key = ("data", "sources", name, "task")
         if source.task is None:
             yield Problem(key, f"stage `{stage.name}` needs the reward task of `{name}`{nearest('', stage.rewards)}")
         elif stage.rewards and source.task not in stage.rewards:
