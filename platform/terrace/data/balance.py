@@ -1,0 +1,73 @@
+"""Deal the packs of a global batch to ranks: the same number each, nearly the same cost.
+
+Full packs have equal tokens and unequal work: attention grows with the square of a segment, the vision tower with its
+patches. A step lasts as long as its slowest rank, so the largest packs go first, each to the rank with the least work
+that still has room (longest processing time first). The cost is counted in multiply-adds of the forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from terrace.data.types import PackSpec
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Multiply-adds per token, per squared token of a segment, and per patch; defaults: the 7B shape of Qwen2.5-VL."""
+
+    per_token: float = 7.07e9
+    per_token_pair: float = 28 * 3584.0  # causal: half of 2 * layers * width
+    per_patch: float = 0.66e9
+
+    def cost(self, pack: PackSpec) -> float:
+        pairs = sum(length * length for length in pack.lengths)
+        return self.per_token * sum(pack.lengths) + self.per_token_pair * pairs + self.per_patch * pack.patches
+
+
+def cost_model(config: Mapping[str, Any] | None) -> CostModel:
+    """The cost model of a transformers configuration; the 7B shape where the recipe gives none."""
+    text = (config or {}).get("text_config") or {}
+    vision = (config or {}).get("vision_config") or {}
+    if "hidden_size" not in text or "num_hidden_layers" not in text:
+        return CostModel()
+    width, layers = text["hidden_size"], text["num_hidden_layers"]
+    heads = text.get("num_attention_heads", 1)
+    key_value_width = width // heads * text.get("num_key_value_heads", heads)
+    per_layer = 2 * width * width + 2 * width * key_value_width + 3 * width * text.get("intermediate_size", 4 * width)
+    per_token = layers * per_layer + width * text.get("vocab_size", 0)
+    vision_width, depth = vision.get("hidden_size", 0), vision.get("depth", 0)
+    window = 64  # patches that see each other in a window of 112 pixels
+    vision_layer = 4 * vision_width**2 + 3 * vision_width * vision.get("intermediate_size", 4 * vision_width)
+    return CostModel(float(per_token), float(layers * width), float(depth * (vision_layer + 2 * window * vision_width)))
+
+
+def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """Numbers of the packs that each rank gets, in ascending order: equal counts, balanced cost.
+
+    `len(costs)` must be a multiple of `ranks`. Deterministic: ties go to the lower number and the lower rank.
+    """
+    if len(costs) % ranks:
+        raise ValueError(f"{len(costs)} packs cannot be dealt evenly to {ranks} ranks")
+    share = len(costs) // ranks
+    loads = [0.0] * ranks
+    hands: list[list[int]] = [[] for _ in range(ranks)]
+    for pack in sorted(range(len(costs)), key=lambda number: (-costs[number], number)):
+        rank = min((r for r in range(ranks) if len(hands[r]) < share), key=lambda r: (loads[r], r))
+        hands[rank].append(pack)
+        loads[rank] += costs[pack]
+    return [sorted(hand) for hand in hands]
+
+
+def deal_in_order(costs: Sequence[float], ranks: int) -> list[list[int]]:
+    """The plain way to compare with: pack i goes to rank i modulo ranks."""
+    return [list(range(rank, len(costs), ranks)) for rank in range(ranks)]
+
+
+def max_over_mean(costs: Sequence[float], hands: Sequence[Sequence[int]]) -> float:
+    """How much longer than the average rank the slowest one works; 1.0 is perfect, and 1.0 for a batch without work."""
+    loads = [sum(costs[pack] for pack in hand) for hand in hands]
+    mean = sum(loads) / len(loads)
+    return max(loads) / mean if mean > 0 else 1.0
