@@ -1,0 +1,59 @@
+"""`terrace serve-rewards RECIPE`: serve the rewards that a recipe's grpo stage names."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+
+from terrace.errors import InputError
+
+
+def register(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser("serve-rewards", help="serve a stage's rewards over HTTP (Ray Serve)")
+    parser.add_argument("recipe", help="recipe file")
+    parser.add_argument("overrides", nargs="*", help="key.path=value")
+    parser.add_argument("--stage", help="stage name; default: the only grpo stage")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=8100)
+    parser.add_argument("--replicas", type=int, default=1)
+    parser.add_argument("--sandbox-workers", type=int, default=2, help="killable processes per replica")
+    parser.add_argument("--item-seconds", type=float, default=5.0, help="time limit of one response")
+    parser.add_argument("--token-env", default="TERRACE_REWARD_TOKEN", help="environment variable that holds the token")
+    parser.add_argument("--no-token", action="store_true", help="no authentication; only allowed on a loopback address")
+    parser.set_defaults(main=main)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Start the service and wait until it is interrupted."""
+    from terrace.recipe.loading import load_recipe
+
+    recipe = load_recipe(args.recipe, args.overrides)
+    stages = [stage for stage in recipe.stages if stage.rewards and args.stage in (None, stage.name)]
+    if len(stages) != 1:
+        names = ", ".join(stage.name for stage in recipe.stages if stage.rewards) or "none"
+        raise InputError(f"{args.recipe}: name one stage with rewards by --stage (it has: {names})")
+    token = None if args.no_token else os.environ.get(args.token_env)
+    if token is None and not args.no_token:
+        raise InputError(
+            f"set the environment variable {args.token_env} to a token (or give --no-token on a loopback address)"
+        )
+    if args.no_token and args.host not in ("127.0.0.1", "localhost", "::1"):
+        raise InputError(f"--no-token is only for a loopback address, not {args.host}")
+    from ray import serve
+
+    from terrace.rewards.service import serve_application
+
+    serve.start(http_options={"host": args.host, "port": args.port})
+    serve.run(
+        serve_application(stages[0].rewards, token, args.replicas, args.sandbox_workers, args.item_seconds),
+        name="rewards",
+        route_prefix="/",
+    )
+    print(f"rewards of stage {stages[0].name} at http://{args.host}:{args.port}/score (health: /health)", flush=True)
+    try:
+        while True:
+            time.sleep(3600)
+    except KeyboardInterrupt:
+        serve.shutdown()
+    return 0

@@ -1,0 +1,48 @@
+"""Names of rewards. A recipe names a built-in, or any importable function as `package.module:function`.
+
+`place` says where it runs: `sandbox` (a killable subprocess; the default for everything that reads model text) or
+`caller` (needs the network or a model: remote services and reward models, which have their own limits).
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Literal
+
+from terrace.errors import InputError
+from terrace.rewards.types import Reward
+
+_RULES = "terrace.rewards.rules"
+BUILT_IN: dict[str, tuple[str, Literal["sandbox", "caller"]]] = {
+    "text_reasoning": (f"{_RULES}.math:text_reasoning", "sandbox"),
+    "visual_reasoning": (f"{_RULES}.math:visual_reasoning", "sandbox"),
+    "math": (f"{_RULES}.math:math", "sandbox"),
+    "grounding": (f"{_RULES}.grounding:grounding", "sandbox"),
+    "gui_point": (f"{_RULES}.gui_point:gui_point", "sandbox"),
+    "counting": (f"{_RULES}.counting:counting", "sandbox"),
+    "temporal_grounding": (f"{_RULES}.temporal:temporal_grounding", "sandbox"),
+    "format": (f"{_RULES}.format:format", "sandbox"),
+    "remote": ("terrace.rewards.remote:remote", "caller"),
+    "reward_model": ("terrace.rewards.reward_model:reward_model", "caller"),
+}
+
+
+def place_of(name: str) -> Literal["sandbox", "caller"]:
+    """Where the reward runs."""
+    return BUILT_IN[name][1] if name in BUILT_IN else "sandbox"
+
+
+def load_reward(name: str) -> Reward:
+    """The function behind a name. Unknown names and import failures are input errors that list what exists."""
+    target = BUILT_IN[name][0] if name in BUILT_IN else name
+    if ":" not in target:
+        raise InputError(
+            f"reward {name!r} is not known: use one of {', '.join(sorted(BUILT_IN))}, or package.module:function"
+        )
+    module_name, function_name = target.split(":", 1)
+    try:
+        function: Callable = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"reward {name!r}: cannot import {target} ({error})") from error
+    return function

@@ -1,0 +1,55 @@
+"""Grounding: overlap of one predicted box with the solution's box, in the pixels that the model saw.
+
+`metric="giou"` (as published for MORL) with `mapping="half"`: (GIoU + 1) / 2. With rewards normalised by the group's
+standard deviation any affine map gives the same advantages, so this keeps the published signal and puts an unreadable
+answer (0) where a box infinitely far away would be. `mapping="clamp"`: max(GIoU, 0). `metric="iou"` is in [0, 1]
+already.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from terrace.rewards.rules.coordinates import answer_groups, from_answer_units, to_model_pixels
+from terrace.rewards.types import RewardItem
+
+
+def iou_and_giou(box: list[float], other: list[float]) -> tuple[float, float]:
+    """Intersection over union, and the generalised form (Rezatofighi et al. 2019), of two boxes x1, y1, x2, y2."""
+    width = min(box[2], other[2]) - max(box[0], other[0])
+    height = min(box[3], other[3]) - max(box[1], other[1])
+    intersection = max(width, 0.0) * max(height, 0.0)
+    areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in (box, other)]
+    union = sum(areas) - intersection
+    hull = (max(box[2], other[2]) - min(box[0], other[0])) * (max(box[3], other[3]) - min(box[1], other[1]))
+    iou = intersection / union
+    return iou, iou - (hull - union) / hull
+
+
+def grounding(
+    items: list[RewardItem],
+    *,
+    metric: Literal["giou", "iou"] = "giou",
+    mapping: Literal["half", "clamp"] = "half",
+    coordinates: Literal["pixels", "relative_1000", "relative_1"] = "pixels",
+) -> list[float | None]:
+    """Score the one box of each answer. No box, several different boxes, or one without area: 0."""
+    return [_score(item, metric, mapping, coordinates) for item in items]
+
+
+def _score(item: RewardItem, metric: str, mapping: str, coordinates: str) -> float | None:
+    solution = item.solution if isinstance(item.solution, dict) else {"bbox": item.solution}
+    image = int(solution.get("image", 0))
+    gold = to_model_pixels([float(value) for value in solution["bbox"]], item.metadata, image)
+    if gold[2] <= gold[0] or gold[3] <= gold[1]:
+        return None  # the solution is no box
+    groups = answer_groups(item.response)
+    if len(groups) != 1 or len(groups[0]) != 4:
+        return 0.0
+    box = from_answer_units(groups[0], coordinates, item.metadata, image)
+    if box[2] <= box[0] or box[3] <= box[1]:
+        return 0.0
+    iou, giou = iou_and_giou(box, gold)
+    if metric == "iou":
+        return min(max(iou, 0.0), 1.0)
+    return min(max((giou + 1) / 2 if mapping == "half" else giou, 0.0), 1.0)

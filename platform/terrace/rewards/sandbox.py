@@ -1,0 +1,203 @@
+"""Killable subprocesses that evaluate model text under time and memory limits.
+
+A rule runs on one item at a time in a worker process. An item that exceeds `item_seconds` costs that once: the process
+is killed, the item's outcome is a failure with its reason, a fresh process goes on with the next item. Start of a
+process: about 0.5 s with sympy.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import terrace
+from terrace.errors import TerraceError
+from terrace.rewards.types import Outcome, RewardItem, outcomes_of
+
+LOGGER = logging.getLogger(__name__)
+START_SECONDS = 120.0
+
+
+class SandboxError(TerraceError):
+    """The sandbox itself cannot work (no process starts, or the rule cannot be imported)."""
+
+
+class _Killed(Exception):
+    """The worker process was killed or died; `reason` says why."""
+
+
+class _Process:
+    """One worker process and the bytes read from it so far."""
+
+    def __init__(self, memory_bytes: int, item_seconds: float) -> None:
+        package_root = str(Path(terrace.__path__[0]).parent)
+        search_path = os.pathsep.join([package_root, *(path for path in sys.path if path and path != package_root)])
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "terrace.rewards.sandbox_worker", str(memory_bytes), str(item_seconds)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": search_path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+        self._buffer = b""
+
+    def send(self, request: dict) -> None:
+        try:
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+        except OSError as error:
+            raise _Killed(self._end_reason()) from error
+
+    def receive(self, seconds: float) -> dict:
+        """The next answer; raises `_Killed` when none comes in time or the process has ended."""
+        deadline = time.monotonic() + seconds
+        while b"\n" not in self._buffer:
+            remaining = deadline - time.monotonic()
+            if remaining <= 0 or not select.select([self._process.stdout], [], [], remaining)[0]:
+                self.kill()
+                raise _Killed(f"time limit of {seconds:g} s")
+            chunk = os.read(self._process.stdout.fileno(), 1 << 16)
+            if not chunk:
+                raise _Killed(self._end_reason())
+            self._buffer += chunk
+        line, self._buffer = self._buffer.split(b"\n", 1)
+        return json.loads(line)
+
+    def _end_reason(self) -> str:
+        self.kill()
+        status = self._process.returncode
+        return f"process ended by signal {-status}" if status and status < 0 else f"process ended with status {status}"
+
+    def kill(self) -> None:
+        if self._process.poll() is None:
+            try:
+                self._process.wait(timeout=0.2)  # one that ends by itself keeps its own status
+            except subprocess.TimeoutExpired:
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._process.stdin.close()
+        self._process.stdout.close()
+
+
+@dataclass
+class _Job:
+    """Items of one `judge` call that a worker thread takes together."""
+
+    rule: str
+    options: dict[str, Any]
+    items: Sequence[RewardItem]
+    outcomes: list[Outcome | None]
+    places: range
+    done: threading.Event = field(default_factory=threading.Event)
+    error: BaseException | None = None
+
+
+class SandboxPool:
+    """`workers` killable processes. Thread-safe; `close()` (or leaving the `with` block) ends the processes."""
+
+    def __init__(
+        self, workers: int = 2, item_seconds: float = 5.0, memory_bytes: int = 2**30, items_per_request: int = 16
+    ) -> None:
+        self.item_seconds = item_seconds
+        self._memory_bytes = memory_bytes
+        self._items_per_request = items_per_request
+        self._jobs: queue.Queue[_Job | None] = queue.Queue()
+        self._threads = [
+            threading.Thread(target=self._work, daemon=True, name=f"reward-sandbox-{i}") for i in range(workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def judge(self, rule: str, items: Sequence[RewardItem], options: dict[str, Any] | None = None) -> list[Outcome]:
+        """Outcomes in the order of the items; blocks until the last is there. Errors of the sandbox itself are
+        raised."""
+        outcomes: list[Outcome | None] = [None] * len(items)
+        jobs = []
+        for start in range(0, len(items), self._items_per_request):
+            places = range(start, min(start + self._items_per_request, len(items)))
+            jobs.append(_Job(rule, options or {}, [items[place] for place in places], outcomes, places))
+            self._jobs.put(jobs[-1])
+        for job in jobs:
+            job.done.wait()
+            if job.error is not None:
+                raise SandboxError(f"reward {rule!r}: {job.error}") from job.error
+        return [outcome if outcome is not None else Outcome(None, f"{rule}: not judged") for outcome in outcomes]
+
+    def close(self) -> None:
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:
+            thread.join(timeout=2 * self.item_seconds + 5)
+
+    def __enter__(self) -> SandboxPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _work(self) -> None:
+        process: _Process | None = None
+        while (job := self._jobs.get()) is not None:
+            try:
+                process = self._do(job, process)
+            except BaseException as error:
+                job.error, process = error, None
+                LOGGER.warning("reward sandbox: %s", error)
+            finally:
+                job.done.set()
+        if process is not None:
+            process.kill()
+
+    def _do(self, job: _Job, process: _Process | None) -> _Process | None:
+        place, starts_without_answer = 0, 0
+        while place < len(job.items):
+            if process is None:
+                process = _Process(self._memory_bytes, self.item_seconds)
+            begun = False
+            try:
+                process.send(
+                    {"rule": job.rule, "options": job.options, "items": [tuple(item) for item in job.items[place:]]}
+                )
+                process.receive(START_SECONDS)
+                begun = True
+                while place < len(job.items):
+                    answer = process.receive(self.item_seconds)
+                    self._record(job, place, answer)
+                    place += 1
+                    if answer.get("restart"):
+                        process.kill()
+                        process = None
+                        break
+            except _Killed as reason:
+                process = None
+                if begun:
+                    self._record(job, place, {"failure": str(reason)})
+                    place += 1
+                    continue
+                starts_without_answer += 1
+                if starts_without_answer >= 3:
+                    raise SandboxError(
+                        f"the process ends before it can judge anything ({reason}); import the rule by hand"
+                    ) from None
+        return process
+
+    @staticmethod
+    def _record(job: _Job, place: int, answer: dict) -> None:
+        if "failure" in answer:
+            outcome = Outcome(None, f"{job.rule}: {answer['failure']}")
+        else:
+            (outcome,) = outcomes_of([answer["value"]], job.rule)
+        job.outcomes[job.places[place]] = outcome

@@ -1,0 +1,135 @@
+"""The rewards of a stage as an HTTP service: the same router behind Ray Serve.
+
+`POST /score` `{"items": [{"task", "prompt", "response", "solution", "metadata"}]}` -> `{"scores": [{"value", "parts",
+"failure"}]}`; `GET /health`; `GET /metrics` (Prometheus text). `/score` and `/metrics` want `Authorization: Bearer
+TOKEN`. Requests that arrive within a few milliseconds are judged together. A failed reward is `"value": null` with its
+reason.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from terrace.errors import InputError, TerraceError
+from terrace.recipe.schema import RewardRule
+from terrace.rewards.router import Router
+from terrace.rewards.sandbox import SandboxPool
+from terrace.rewards.types import RewardItem, Score
+
+MAX_REQUEST_BYTES = 256 * 2**20
+
+
+class RewardService:
+    """Answers the three routes. `token=None` switches authentication off (loopback use only)."""
+
+    def __init__(
+        self,
+        rewards: Mapping[str, Sequence[dict]],
+        token: str | None,
+        sandbox_workers: int = 2,
+        item_seconds: float = 5.0,
+    ) -> None:
+        self._pool = SandboxPool(sandbox_workers, item_seconds)
+        rules = {task: [RewardRule.model_validate(rule) for rule in named] for task, named in rewards.items()}
+        self._router = Router(rules, self._pool)
+        self._token = token
+        self._requests = 0
+        self._seconds = 0.0
+
+    async def score_requests(self, requests: list[list[tuple[str, RewardItem]]]) -> list[list[Score]]:
+        """Judge several requests' pairs in one go; the answers are cut apart again."""
+        pairs = [pair for request in requests for pair in request]
+        scores = iter(await asyncio.to_thread(self._router.score, pairs))
+        return [[next(scores) for _ in request] for request in requests]
+
+    async def score_request(self, pairs: list[tuple[str, RewardItem]]) -> list[Score]:
+        return (await self.score_requests([pairs]))[0]
+
+    async def __call__(self, request: Any) -> Any:
+        """One Starlette request to its response."""
+        from starlette.responses import JSONResponse, PlainTextResponse
+
+        path = request.url.path.rstrip("/")
+        if path.endswith("/health"):
+            return JSONResponse({"status": "ok", "tasks": list(self._router.tasks)})
+        if self._token is not None:
+            given = request.headers.get("authorization", "")
+            if not hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode()):
+                return JSONResponse({"error": "missing or wrong token"}, status_code=401)
+        if path.endswith("/metrics"):
+            return PlainTextResponse(self._metrics())
+        if not (path.endswith("/score") and request.method == "POST"):
+            return JSONResponse({"error": "use POST /score, GET /health or GET /metrics"}, status_code=404)
+        body = await request.body()
+        if len(body) > MAX_REQUEST_BYTES:
+            return JSONResponse({"error": f"more than {MAX_REQUEST_BYTES} bytes"}, status_code=413)
+        try:
+            pairs = [_pair(fields) for fields in json.loads(body)["items"]]
+            unknown = sorted({task for task, _ in pairs} - set(self._router.tasks))
+            if unknown:
+                raise InputError(
+                    f"no reward for task {', '.join(unknown)}; this service has {', '.join(self._router.tasks)}"
+                )
+        except (ValueError, KeyError, TypeError, AttributeError, InputError) as error:
+            return JSONResponse({"error": f"{type(error).__name__}: {error}"}, status_code=422)
+        started = time.monotonic()
+        try:
+            scores = await self.score_request(pairs)
+        except (
+            TerraceError
+        ) as error:  # a sandbox that cannot start, a remote reward that is down: the caller tries again
+            return JSONResponse({"error": str(error)}, status_code=503)
+        self._requests += 1
+        self._seconds += time.monotonic() - started
+        answers = [{"value": score.value, "parts": score.parts, "failure": score.failure} for score in scores]
+        return JSONResponse({"scores": answers})
+
+    def _metrics(self) -> str:
+        lines = [
+            "# TYPE terrace_reward_requests_total counter",
+            f"terrace_reward_requests_total {self._requests}",
+            "# TYPE terrace_reward_seconds_total counter",
+            f"terrace_reward_seconds_total {self._seconds:.6f}",
+            "# TYPE terrace_reward_responses_total counter",
+        ]
+        for task, count in self._router.counts.items():
+            label = json.dumps(task)
+            lines.append(f'terrace_reward_responses_total{{task={label},result="scored"}} {count.scored}')
+            lines.append(f'terrace_reward_responses_total{{task={label},result="failed"}} {count.failed}')
+        return "\n".join(lines) + "\n"
+
+
+def _pair(fields: dict) -> tuple[str, RewardItem]:
+    task, response = fields["task"], fields["response"]
+    if not isinstance(task, str) or not isinstance(response, str):
+        raise TypeError("task and response are strings")
+    return task, RewardItem(fields.get("prompt", ""), response, fields["solution"], fields.get("metadata") or {})
+
+
+def serve_application(
+    rewards: Mapping[str, Sequence[RewardRule]],
+    token: str | None,
+    replicas: int = 1,
+    sandbox_workers: int = 2,
+    item_seconds: float = 5.0,
+    batch_wait_seconds: float = 0.005,
+) -> Any:
+    """The Ray Serve application (deploy it with `serve.run`)."""
+    from ray import serve
+
+    @serve.deployment(name="rewards", num_replicas=replicas, max_ongoing_requests=64)
+    class DeployedRewardService(RewardService):
+        @serve.batch(max_batch_size=64, batch_wait_timeout_s=batch_wait_seconds)
+        async def score_request(self, pairs: list[list[tuple[str, RewardItem]]]) -> list[list[Score]]:  # type: ignore[override]
+            return await self.score_requests(pairs)
+
+        async def __call__(self, request: Any) -> Any:
+            return await RewardService.__call__(self, request)
+
+    plain = {task: [rule.model_dump() for rule in rules] for task, rules in rewards.items()}
+    return DeployedRewardService.bind(plain, token, sandbox_workers, item_seconds)

@@ -1,0 +1,114 @@
+"""The reward service's routes and the remote client's patience, without Ray; and the hacking alarm."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+from starlette.requests import Request
+
+from terrace.errors import InputError
+from terrace.rewards.alarm import AlarmLimits, Form, distinct_share, hacking_alarms
+from terrace.rewards.remote import RewardServiceError, remote
+from terrace.rewards.service import RewardService
+from terrace.rewards.types import RewardItem
+
+ITEMS = [RewardItem("", "4", "4"), RewardItem("", "5", "4"), RewardItem("", "4", "no number")]
+
+
+@pytest.fixture(scope="module")
+def service():
+    return RewardService({"counting": [{"name": "counting"}]}, token="secret", sandbox_workers=1)
+
+
+@pytest.fixture
+def client(service):
+    async def application(scope, receive, send):
+        response = await service(Request(scope, receive))
+        await response(scope, receive, send)
+
+    def ask(method, path, token="secret", **keywords):
+        import asyncio
+
+        async def go():
+            transport = httpx.ASGITransport(app=application)
+            async with httpx.AsyncClient(transport=transport, base_url="http://rewards") as session:
+                headers = {"Authorization": f"Bearer {token}"} if token else {}
+                return await session.request(method, path, headers=headers, **keywords)
+
+        return asyncio.run(go())
+
+    return ask
+
+
+def test_service_scores_and_reports_failures_as_null(client):
+    body = {"items": [{"task": "counting", **item._asdict()} for item in ITEMS]}
+    scores = client("POST", "/score", json=body).json()["scores"]
+    assert [score["value"] for score in scores] == [1.0, 0.0, None]
+    assert "could not judge" in scores[2]["failure"]
+    metrics = client("GET", "/metrics").text
+    assert 'terrace_reward_responses_total{task="counting",result="scored"} 2' in metrics
+    assert 'terrace_reward_responses_total{task="counting",result="failed"} 1' in metrics
+
+
+def test_service_wants_its_token_and_well_formed_requests(client):
+    assert client("GET", "/health", token=None).json()["tasks"] == ["counting"]
+    assert client("POST", "/score", token=None, json={"items": []}).status_code == 401
+    assert client("POST", "/score", token="wrong", json={"items": []}).status_code == 401
+    assert client("GET", "/metrics", token=None).status_code == 401
+    assert client("POST", "/score", content=b"{").status_code == 422
+    assert client("POST", "/score", json={"items": [{"task": "counting"}]}).status_code == 422
+    wrong = client("POST", "/score", json={"items": [{"task": "captioning", "response": "", "solution": ""}]})
+    assert wrong.status_code == 422
+    assert "captioning" in wrong.text
+    assert client("GET", "/nothing").status_code == 404
+
+
+def _remote(handler, monkeypatch, **options):
+    monkeypatch.setenv("TERRACE_REWARD_TOKEN", "secret")
+    return remote(
+        ITEMS, url="http://x/", task="counting", pause_seconds=0.001, transport=httpx.MockTransport(handler), **options
+    )
+
+
+def test_remote_retries_a_slow_or_failing_service_and_then_answers(monkeypatch):
+    calls = []
+
+    def handler(request):
+        calls.append(request)
+        if len(calls) == 1:
+            raise httpx.ReadTimeout("slow")
+        if len(calls) == 2:
+            return httpx.Response(503, text="starting")
+        return httpx.Response(200, json={"scores": [{"value": 1.0}, {"value": 0.0}, {"value": None}]})
+
+    assert _remote(handler, monkeypatch) == [1.0, 0.0, None]
+    assert len(calls) == 3
+    assert calls[0].headers["authorization"] == "Bearer secret"
+
+
+def test_remote_errors_are_errors_and_never_zero(monkeypatch):
+    def dead(request):
+        raise httpx.ConnectError("refused")
+
+    with pytest.raises(RewardServiceError, match="3 attempts"):
+        _remote(dead, monkeypatch, attempts=3)
+    with pytest.raises(InputError, match="401"):
+        _remote(lambda request: httpx.Response(401, text="no"), monkeypatch)
+    with pytest.raises(RewardServiceError, match="1 scores for 3"):
+        _remote(lambda request: httpx.Response(200, json={"scores": [{"value": 1.0}]}), monkeypatch)
+
+
+def test_alarm_needs_rising_reward_and_collapsing_form():
+    limits = AlarmLimits(window=2)
+    fine = [Form(0.2, 100, 0.9, 0), Form(0.2, 100, 0.9, 0), Form(0.8, 60, 0.8, 0), Form(0.8, 60, 0.8, 0)]
+    assert hacking_alarms("counting", fine, limits) == []
+    shorter = fine[:2] + [Form(0.8, 10, 0.8, 0)] * 2
+    assert "shrank" in hacking_alarms("counting", shorter, limits)[0]
+    repeated = fine[:2] + [Form(0.8, 90, 0.1, 0)] * 2
+    assert "distinct" in hacking_alarms("counting", repeated, limits)[0]
+    longer = fine[:2] + [Form(0.8, 400, 0.9, 0.9)] * 2
+    assert "length limit" in hacking_alarms("counting", longer, limits)[0]
+    no_rise = fine[:2] + [Form(0.2, 10, 0.1, 0)] * 2
+    assert hacking_alarms("counting", no_rise, limits) == []
+    assert hacking_alarms("counting", shorter[:3], limits) == []
+    assert distinct_share(["a b", "a  b", "c"]) == pytest.approx(2 / 3)
