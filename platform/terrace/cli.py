@@ -1,0 +1,133 @@
+"""The `terrace` command: finds the subcommand, runs it, turns its errors into one clear line and an exit status.
+
+0: done. 2: the input is wrong (recipe, data, command line). 143: stopped on request with a checkpoint. 1: anything
+else. Each subcommand lives beside its subject and is imported only when it is used, so that `terrace status` starts
+in a blink.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import sys
+import traceback
+from collections.abc import Sequence
+
+from terrace.errors import TerraceError
+
+# Subcommand -> (module that registers it, one line of help). The help is here so that `terrace --help` imports nothing.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "run": ("terrace.curriculum.command", "run a recipe's stages, or continue where an earlier run stopped"),
+    "status": ("terrace.curriculum.command", "show a run's stages, steps, losses and checkpoints"),
+    "logs": ("terrace.curriculum.command", "show what the workers of a stage attempt logged"),
+    "pause": ("terrace.curriculum.command", "finish the stage in flight and start no other"),
+    "suspend": ("terrace.curriculum.command", "checkpoint now and release everything"),
+    "resume": ("terrace.curriculum.command", "continue a paused, suspended or failed run, or run again from a stage"),
+    "cancel": ("terrace.curriculum.command", "end a run for good"),
+    "validate": ("terrace.curriculum.command", "check a recipe and print its stages and parameter counts"),
+    "plan": ("terrace.planner.command", "memory, FLOPs, hours and cost per stage, before anything runs"),
+    "schema": ("terrace.recipe.command", "print the JSON Schema of a recipe (completion in editors)"),
+    "ingest": ("terrace.data.command", "turn raw rows and images into shards"),
+    "index": ("terrace.data.command", "index shards where they lie"),
+    "inspect": ("terrace.data.command", "show samples of a source as the model sees them"),
+    "order": ("terrace.data.command", "list the first packs of a stage without running it"),
+    "evaluate": ("terrace.evaluate.command", "score a model on suites"),
+    "report": ("terrace.track.report_command", "write a run's report"),
+    "render": ("terrace.cluster.command", "print the Kubernetes resource of a recipe"),
+    "serve-rewards": ("terrace.rewards.command", "serve rewards over HTTP"),
+    "demo": ("terrace.demo.command", "train a tiny model through four stages on this machine"),
+}
+GROUPS = {
+    "Runs": ("run", "status", "logs", "pause", "suspend", "resume", "cancel"),
+    "Recipes": ("validate", "plan", "schema", "render"),
+    "Data": ("ingest", "index", "inspect", "order"),
+    "Models": ("evaluate", "report", "serve-rewards", "demo"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one subcommand; returns the process's exit status."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [word for word in given if word != "--debug"]
+    try:
+        if not given or given[0] in ("-h", "--help", "help"):
+            print(help_text())
+            return 0
+        if given[0] == "--version":
+            print(f"terrace {importlib.metadata.version('terrace')}")
+            return 0
+        return run_subcommand(given)
+    except TerraceError as error:
+        return _fail(error, error.exit_status, debug)
+    except KeyboardInterrupt as error:
+        return _fail(error, 130, debug)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output left, which is no error of ours
+        return 1
+    except Exception as error:
+        return _fail(error, 1, debug)
+
+
+def run_subcommand(given: list[str]) -> int:
+    """Parse and run. argparse itself exits with 2 on a wrong command line, after one line on stderr."""
+    name = given[0]
+    parser = argparse.ArgumentParser(prog="terrace", add_help=False)
+    subparsers = parser.add_subparsers(dest="command", metavar="command")
+    if name not in COMMANDS:
+        import difflib
+
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else "`terrace --help` lists the commands"
+        print(f"terrace: there is no command {name!r}; {hint}", file=sys.stderr)
+        return 2
+    try:
+        module = importlib.import_module(COMMANDS[name][0])
+    except ModuleNotFoundError as error:
+        # Named here because a part may be installed without its extra; an error inside our own package is shown as it
+        # is.
+        raise TerraceError(f"`terrace {name}` needs a module that is not installed: {error.name}") from error
+    module.register(subparsers)
+    parsed, rest = parser.parse_known_args(given)
+    if rest and hasattr(parsed, "overrides") and not any(word.startswith("-") for word in rest):
+        parsed.overrides = [*parsed.overrides, *rest]  # key.path=value may stand behind an option too
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)} (`terrace {name} --help`)")
+    return int(parsed.main(parsed) or 0)
+
+
+def help_text() -> str:
+    lines = [
+        "terrace: trains vision-language models through a curriculum of stages",
+        "",
+        "usage: terrace COMMAND ... [--debug]",
+        "",
+    ]
+    for group, names in GROUPS.items():
+        lines.append(f"{group}:")
+        lines += [f"  {name:<14} {COMMANDS[name][1]}" for name in names]
+        lines.append("")
+    lines += [
+        "`terrace COMMAND --help` explains each. A first run:",
+        "  terrace demo",
+        "  terrace run jobs/recipes/demo.yaml --run-dir runs/demo stages.0.budget.steps=20",
+        "",
+        "Exit status: 0 done, 2 the input is wrong, 143 stopped on request with a checkpoint, 1 anything else.",
+    ]
+    return "\n".join(lines)
+
+
+def _fail(error: BaseException, status: int, debug: bool) -> int:
+    text = str(error).strip() or type(error).__name__
+    name = "" if isinstance(error, TerraceError) else f"{type(error).__name__}: "
+    print(f"terrace: {name}{text}", file=sys.stderr)
+    if debug:
+        traceback.print_exception(error)
+    elif not isinstance(error, TerraceError | KeyboardInterrupt):
+        print("(--debug shows where)", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""What a launcher is asked to start and what it saw of it: plain values shared by every launcher and the state machine.
+
+An *attempt* is one try at one stage, numbered from 1 over the whole life of the run directory, so that a number is
+never used twice and a newer number fences an older one. The files of a stage lie at `stage_directory(...)`; a stop
+request and the newest attempt's number are small files there, which workers on any machine that sees the run
+directory can read.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from terrace.errors import TerraceError
+
+AttemptStatus = Literal["absent", "starting", "running", "succeeded", "failed", "preempted", "interrupted"]
+FailureKind = Literal["program", "infrastructure", "input"]
+
+
+class Fenced(TerraceError):
+    """A newer attempt of the same stage was started: this one must stop and write nothing more."""
+
+
+@dataclass(frozen=True)
+class AttemptObservation:
+    """What a launcher sees of one attempt.
+
+    `absent` is an attempt the launcher knows nothing of (never started, or gone without a trace). `preempted` ended
+    because it was told to and saved a checkpoint. `interrupted` died together with its controller, so nobody can say
+    why. `live` says that something of it may still run and write (a process, a job, a pod): no other attempt may
+    start before it is False.
+    """
+
+    stage: str
+    attempt: int
+    status: AttemptStatus
+    live: bool = False
+    failure: FailureKind | None = None
+    reason: str = ""
+    message: str = ""
+    result: dict[str, Any] | None = None
+    step: int | None = None
+    progress_at: float | None = None  # seconds since the epoch of the newest sign of progress
+
+
+@dataclass(frozen=True)
+class LaunchRequest:
+    """One stage attempt to start."""
+
+    stage_index: int
+    stage: str
+    attempt: int
+    run_dir: Path
+
+
+class Launcher(Protocol):
+    """Starts attempts and says what became of them. None of the calls blocks for long."""
+
+    name: str
+
+    def attach(self, run_dir: Path) -> None:
+        """The run directory whose attempts this launcher looks after; called once, first."""
+
+    def launch(self, request: LaunchRequest) -> None:
+        """Start the attempt, or adopt it if it already runs (the same request may come twice after a crash)."""
+
+    def observe(self, stage_index: int, stage: str, attempt: int) -> AttemptObservation: ...
+
+    def live_attempts(self) -> list[tuple[str, int]]:
+        """Every (stage, attempt) of this run of which something may still run."""
+
+    def stop(self, stage_index: int, stage: str, attempt: int, reason: str, force: bool) -> None:
+        """Ask for a checkpoint and an end (`force` False), or end it at once."""
+
+    def close(self) -> None: ...
+
+
+def stage_directory(run_dir: Path, stage_index: int, stage: str) -> Path:
+    """`RUN/stages/<NN>-<name>`, NN from 01."""
+    return Path(run_dir) / "stages" / f"{stage_index + 1:02d}-{stage}"
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a small file so that a reader sees the old or the new content, never a part."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file that its writer replaces atomically; None where there is no such file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def request_stop(stage_dir: Path, attempt: int, reason: str) -> None:
+    """Leave the request to checkpoint and stop where the attempt's workers look for it."""
+    write_atomic(stage_dir / f"stop-{attempt}.json", json.dumps({"reason": reason, "time": time.time()}))
+
+
+def claim_attempt(stage_dir: Path, attempt: int) -> None:
+    """Make `attempt` the only one that may write in the stage's directory."""
+    current = read_json(stage_dir / "attempt.json")
+    if current and current["attempt"] > attempt:
+        raise Fenced(
+            f"attempt {attempt} of {stage_dir.name} was overtaken by attempt {current['attempt']}; nothing was started"
+        )
+    write_atomic(stage_dir / "attempt.json", json.dumps({"attempt": attempt}))
+
+
+def stop_requested(stage_dir: Path, attempt: int) -> str | None:
+    """The reason to stop, None to go on. Raises Fenced when a newer attempt owns the stage."""
+    current = read_json(stage_dir / "attempt.json")
+    if current and current["attempt"] > attempt:
+        raise Fenced(f"attempt {attempt} of {stage_dir.name} was overtaken by attempt {current['attempt']}")
+    request = read_json(stage_dir / f"stop-{attempt}.json")
+    return request["reason"] if request else None
+
+
+def outcome_path(stage_dir: Path, attempt: int, rank: int) -> Path:
+    return stage_dir / "attempts" / f"{attempt:03d}" / f"rank-{rank:04d}.json"
+
+
+def write_outcome(stage_dir: Path, attempt: int, rank: int, outcome: dict[str, Any]) -> None:
+    """How this rank's attempt ended: `status` succeeded, preempted or failed, with the error in words."""
+    write_atomic(outcome_path(stage_dir, attempt, rank), json.dumps(outcome))
+
+
+def read_outcomes(stage_dir: Path, attempt: int) -> list[dict[str, Any]]:
+    folder = outcome_path(stage_dir, attempt, 0).parent
+    return [outcome for path in sorted(folder.glob("rank-*.json")) if (outcome := read_json(path))]
+
+
+def newest_checkpoint_step(stage_dir: Path) -> int | None:
+    """The step of the newest checkpoint directory of a stage; the trainer itself decides which one is complete."""
+    steps = [int(name) for path in (stage_dir / "checkpoints").glob("step-*") if (name := path.name[5:]).isdigit()]
+    return max(steps, default=None)

@@ -1,0 +1,39 @@
+"""One stage attempt, seen from a worker: the adapter between a launcher's plain facts and the trainer's context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from terrace.errors import InputError
+from terrace.recipe.schema import Recipe
+
+
+def run_in_worker(
+    recipe: Recipe,
+    stage_index: int,
+    run_dir: Path,
+    attempt: int,
+    *,
+    rank: int,
+    world_size: int,
+    local_rank: int,
+    device: str,
+    report: Callable[[dict[str, Any], Path | None], None],
+    should_stop: Callable[[], str | None],
+) -> None:
+    """Run the stage's objective in this worker. Raises Preempted after a checkpoint when `should_stop` gave a reason."""
+    from terrace.train.context import WorkerContext
+
+    context = WorkerContext(rank, world_size, local_rank, device, report, should_stop)
+    objective = recipe.stages[stage_index].objective
+    if objective == "grpo":
+        from terrace.rl.worker import run_stage
+    elif objective == "lm":
+        from terrace.train.worker import run_stage
+    else:
+        raise InputError(
+            f"stage {recipe.stages[stage_index].name}: objective {objective} is not one that `terrace run` can train"
+        )
+    run_stage(recipe, stage_index, run_dir, attempt, context)

@@ -1,0 +1,187 @@
+"""`terrace run|validate|status|logs|pause|suspend|resume|cancel`: from the command line to the curriculum and back."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from terrace.errors import InputError
+
+LAUNCHERS = ("local", "ray", "kubernetes")
+
+
+def register(subparsers: argparse._SubParsersAction) -> None:
+    run = subparsers.add_parser(
+        "run",
+        help="run a recipe's stages, or continue where an earlier run stopped",
+        description="Run all stages of a recipe. The same command again continues a run that was stopped or killed.",
+    )
+    run.add_argument("recipe", type=Path, help="recipe file (YAML)")
+    run.add_argument("--run-dir", type=Path, required=True, help="directory of the run: recipe, journal, data, stages")
+    run.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.path=value",
+        help="changes to the recipe, for example stages.0.budget.steps=50",
+    )
+    _launcher_options(run)
+    run.set_defaults(main=run_command)
+
+    validate = subparsers.add_parser("validate", help="check a recipe and print its stages and parameter counts")
+    validate.add_argument("recipe", type=Path)
+    validate.add_argument("overrides", nargs="*", metavar="key.path=value")
+    validate.add_argument("--json", action="store_true", help="print the facts as JSON")
+    validate.set_defaults(main=validate_command)
+
+    status = subparsers.add_parser("status", help="show a run's stages, steps, losses and checkpoints")
+    status.add_argument("run_dir", type=Path)
+    status.add_argument("--json", action="store_true")
+    status.set_defaults(main=status_command)
+
+    logs = subparsers.add_parser("logs", help="show what the workers of a stage attempt logged")
+    logs.add_argument("run_dir", type=Path)
+    logs.add_argument("--stage", help="stage name; default: the newest one with a log")
+    logs.add_argument("--rank", type=int, default=0)
+    logs.add_argument("--follow", "-f", action="store_true", help="keep printing until the run ends or Ctrl-C")
+    logs.set_defaults(main=logs_command)
+
+    for name, text in (
+        ("pause", "finish the stage in flight and start no other"),
+        ("suspend", "checkpoint now, end the stage in flight and release everything"),
+        ("cancel", "end the run for good"),
+    ):
+        parser = subparsers.add_parser(name, help=text)
+        parser.add_argument("run_dir", type=Path)
+        parser.set_defaults(main=request_command, request=f"{name}_requested")
+
+    resume = subparsers.add_parser(
+        "resume", help="continue a paused, suspended or failed run, or run again from a stage"
+    )
+    resume.add_argument("run_dir", type=Path)
+    resume.add_argument(
+        "--from",
+        dest="from_stage",
+        metavar="STAGE",
+        help="run this stage and those after it again from their beginning",
+    )
+    _launcher_options(resume)
+    resume.set_defaults(main=resume_command)
+
+
+def _launcher_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--launcher",
+        choices=LAUNCHERS,
+        default="local",
+        help="local: Ray in this process (default); ray: jobs on a running Ray cluster; kubernetes: a Curriculum resource",
+    )
+    parser.add_argument("--address", help="launcher ray: the cluster's dashboard, for example http://127.0.0.1:8265")
+    parser.add_argument("--dashboard", action="store_true", help="launcher local: start Ray's dashboard too")
+
+
+def run_command(arguments: argparse.Namespace) -> int:
+    from terrace.recipe.loading import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    return _control(recipe, arguments, None)
+
+
+def resume_command(arguments: argparse.Namespace) -> int:
+    from terrace.curriculum.journal import read_journal
+    from terrace.curriculum.run import resume_recipe
+    from terrace.curriculum.state import fold
+
+    recipe = resume_recipe(arguments.run_dir, arguments.from_stage)
+    if arguments.from_stage:
+        return _control(recipe, arguments, {"event": "rerun_requested", "stage": arguments.from_stage})
+    state = fold([stage.name for stage in recipe.stages], read_journal(arguments.run_dir).events)
+    if state.phase == "cancelled":
+        raise InputError(
+            f"{arguments.run_dir} was cancelled, which is for good; `terrace resume {arguments.run_dir} --from STAGE` runs stages again"
+        )
+    waits = state.phase in ("paused", "suspended", "failed")
+    return _control(recipe, arguments, {"event": "resume_requested"} if waits else None)
+
+
+def _control(recipe: Any, arguments: argparse.Namespace, request: dict[str, Any] | None) -> int:
+    from terrace.curriculum.launch import run_with_launcher
+
+    outcome = run_with_launcher(
+        recipe,
+        arguments.run_dir,
+        arguments.launcher,
+        request=request,
+        address=arguments.address,
+        dashboard=arguments.dashboard,
+    )
+    stream = sys.stdout if outcome.exit_status == 0 else sys.stderr
+    print(outcome.message, file=stream)
+    return outcome.exit_status
+
+
+def validate_command(arguments: argparse.Namespace) -> int:
+    from terrace.curriculum.validate import describe_recipe, print_description
+    from terrace.recipe.loading import load_recipe
+
+    description = describe_recipe(load_recipe(arguments.recipe, arguments.overrides))
+    if arguments.json:
+        print(json.dumps(description, indent=2))
+    else:
+        print_description(description)
+    return 0
+
+
+def status_command(arguments: argparse.Namespace) -> int:
+    from terrace.curriculum.status import print_status, run_status
+
+    status = run_status(arguments.run_dir)
+    if arguments.json:
+        print(json.dumps(status, indent=2))
+    else:
+        print_status(status)
+    return 0
+
+
+def request_command(arguments: argparse.Namespace) -> int:
+    """Pause, suspend or cancel: through the living controller where there is one, else straight into the journal."""
+    from terrace.curriculum.journal import Journal, LeaseHeld, leave_request, read_journal
+    from terrace.curriculum.run_directory import require_run
+    from terrace.curriculum.state import TERMINAL, fold
+
+    run_dir, kind = arguments.run_dir, arguments.request
+    word = kind.removesuffix("_requested")
+    names = [stage.name for stage in require_run(run_dir).stages]
+    state = fold(names, read_journal(run_dir).events)
+    if state.phase in TERMINAL:
+        raise InputError(f"{run_dir}: the run is {state.phase}; there is nothing to {word}")
+    try:
+        with Journal(run_dir) as journal:
+            journal.append({"event": kind})
+        print(f"{run_dir}: {word} noted; no controller works on it now")
+    except LeaseHeld:
+        leave_request(run_dir, {"event": kind})
+        print(f"{run_dir}: {word} asked of its controller; `terrace status {run_dir}` shows when it is done")
+    return 0
+
+
+def logs_command(arguments: argparse.Namespace) -> int:
+    from terrace.curriculum.journal import lease_holder
+    from terrace.curriculum.run_directory import require_run
+
+    require_run(arguments.run_dir)
+    pattern = f"stages/*-{arguments.stage or '*'}/attempts/*/rank-{arguments.rank:04d}.log"
+    logs = sorted(Path(arguments.run_dir).glob(pattern), key=lambda path: path.stat().st_mtime)
+    if not logs:
+        raise InputError(f"{arguments.run_dir}: no log of {arguments.stage or 'any stage'}, rank {arguments.rank}")
+    print(f"# {logs[-1]}", file=sys.stderr)
+    with open(logs[-1], encoding="utf-8", errors="replace") as file:
+        while True:
+            sys.stdout.write(file.read())
+            sys.stdout.flush()
+            if not arguments.follow or lease_holder(arguments.run_dir) is None:
+                return 0
+            time.sleep(0.5)

@@ -1,0 +1,91 @@
+"""`terrace validate`: what a recipe will do, in numbers that follow from it alone: parameters per part and stage, tokens, steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from terrace.curriculum.machine import source_stage
+from terrace.curriculum.watch import planned_steps
+from terrace.recipe.schema import PARTS, Recipe
+
+
+def describe_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Plain values for people and programs. Builds the model on the meta device: seconds, no weights."""
+    from terrace.models.build import parameter_counts
+
+    counts = parameter_counts(recipe)
+    stages = []
+    for index, stage in enumerate(recipe.stages):
+        trained = [part for part in PARTS if getattr(stage.train, part)]
+        stages.append(
+            {
+                "name": stage.name,
+                "objective": stage.objective,
+                "trains": {part: getattr(stage.train, part).lr for part in trained},
+                "trained_parameters": sum(counts[part] for part in trained),
+                "starts_from": source_stage(recipe, index),
+                "sequence_length": stage.sequence_length,
+                "batch_packs": stage.batch.packs,
+                "max_visual_tokens_per_image": stage.pixels.max // 784,
+                "precision": stage.precision,
+                "strategy": stage.parallel.strategy,
+                "workers": stage.resources.workers,
+                "budget": stage.budget.model_dump(exclude_none=True),
+                "steps": planned_steps(stage),
+                "mixture": dict(stage.mixture.weights),
+            }
+        )
+    return {
+        "name": recipe.name,
+        "parameters": {**counts, "total": sum(counts[part] for part in PARTS)},
+        "stands_in_for": recipe.model.stands_in_for,
+        "notes": list(recipe.notes),
+        "stages": stages,
+    }
+
+
+def print_description(description: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    parameters = ", ".join(f"{part} {count:,}" for part, count in description["parameters"].items())
+    console.print(
+        f"[bold]{escape(description['name'])}[/] is valid: {len(description['stages'])} stages", soft_wrap=True
+    )
+    console.print(f"parameters: {parameters}", soft_wrap=True)
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for name in (
+        "stage",
+        "trains (learning rate)",
+        "parameters",
+        "sequence",
+        "batch",
+        "budget",
+        "steps",
+        "precision",
+        "strategy",
+        "workers",
+    ):
+        table.add_column(name, justify="right" if name in ("parameters", "sequence", "batch", "steps") else "left")
+    for number, stage in enumerate(description["stages"], start=1):
+        budget = ", ".join(f"{value:g} {unit}" for unit, value in stage["budget"].items())
+        workers = stage["workers"] if isinstance(stage["workers"], int) else "-".join(map(str, stage["workers"]))
+        table.add_row(
+            f"{number} {escape(stage['name'])}",
+            ", ".join(f"{part} {lr:g}" for part, lr in stage["trains"].items()),
+            f"{stage['trained_parameters']:,}",
+            f"{stage['sequence_length']:,}",
+            f"{stage['batch_packs']:,}",
+            budget,
+            f"{stage['steps']:,}" if stage["steps"] else "by data",
+            stage["precision"],
+            stage["strategy"],
+            str(workers),
+        )
+    console.print(table)
+    if description["stands_in_for"]:
+        console.print(f"stands in for: {escape(description['stands_in_for'])}", soft_wrap=True)
+    for note in description["notes"]:
+        console.print(f"note: {escape(note)}", style="dim", soft_wrap=True)

@@ -1,0 +1,133 @@
+"""Shows and tracks a stage while it runs: rows of its metrics.jsonl go to the display and to MLflow. Decides nothing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from terrace.cluster.attempt import newest_checkpoint_step, stage_directory
+from terrace.curriculum.state import RunState, StageState
+from terrace.recipe.schema import Recipe, Stage
+from terrace.track.follow import MetricsFollower
+from terrace.track.mlflow_store import Tracking, open_tracking
+from terrace.track.progress import Display
+
+
+class Watch:
+    """One per controller. `record` appends an event to the journal; it is only called from `poll` and the stage methods."""
+
+    def __init__(
+        self, recipe: Recipe, run_dir: Path, state: RunState, display: Display, record: Callable[[dict[str, Any]], None]
+    ):
+        self._recipe, self._run_dir, self._state = recipe, run_dir, state
+        self._display, self._record = display, record
+        self._tracking: Tracking | None = None
+        self._new_runs: list[
+            dict[str, Any]
+        ] = []  # tracking_started events that the tracking thread wants in the journal
+        self._follower: MetricsFollower | None = None
+        self._stage: StageState | None = None
+        self._unlogged: list[dict[str, Any]] = []
+        self._checkpoint: int | None = None
+
+    def start(self, recipe_parameters: dict[str, Any]) -> None:
+        """Open tracking and continue or create the curriculum's run."""
+        tracking = self._recipe.tracking
+        self._tracking = open_tracking(self._run_dir, tracking.uri, tracking.experiment, self._display.message)
+        self._tracking.start_run(
+            self._recipe.name,
+            self._state.tracking_run,
+            None,
+            recipe_parameters,
+            {"terrace.run_dir": str(self._run_dir)},
+            lambda run_id: self._new_runs.append({"event": "tracking_started", "run_id": run_id}),
+        )
+        self._tracking.flush()
+        self._record_runs()
+
+    def begin_stage(self, stage: StageState) -> None:
+        """An attempt of the stage starts or is adopted."""
+        recipe_stage = self._recipe.stages[stage.index]
+        self._stage, self._unlogged = stage, []
+        self._checkpoint = stage.checkpoint_step
+        folder = stage_directory(self._run_dir, stage.index, stage.name)
+        self._follower = MetricsFollower(folder / "metrics.jsonl")
+        self._display.stage(stage.index + 1, len(self._recipe.stages), stage.name, planned_steps(recipe_stage))
+        if self._tracking and self._state.tracking_run:
+            name = f"{stage.index + 1:02d}-{stage.name}" + (f"-rerun-{stage.reruns}" if stage.reruns else "")
+            self._tracking.start_run(
+                name,
+                stage.tracking_run,
+                self._state.tracking_run,
+                recipe_stage.model_dump(mode="json", exclude_none=True),
+                {"terrace.stage": stage.name},
+                lambda run_id: self._new_runs.append(
+                    {"event": "stage_tracking_started", "stage": stage.name, "run_id": run_id}
+                ),
+            )
+
+    def poll(self) -> None:
+        """Take what is new."""
+        self._record_runs()
+        if self._stage is None or self._follower is None:
+            return
+        rows = list(self._follower.rows())
+        for row in rows:
+            if total := row.get("total_steps"):
+                self._display.total(total)
+            self._display.step(row)
+        every = self._recipe.tracking.log_every_steps
+        self._unlogged += [row for row in rows if every == 1 or row["step"] % every == 0 or row["step"] == 1]
+        if self._tracking and self._stage.tracking_run and self._unlogged:
+            self._tracking.log_steps(self._stage.tracking_run, self._unlogged)
+            self._unlogged = []
+        step = newest_checkpoint_step(stage_directory(self._run_dir, self._stage.index, self._stage.name))
+        if step is not None and step != self._checkpoint:
+            self._checkpoint = step
+            self._record(
+                {"event": "checkpoint_saved", "stage": self._stage.name, "attempt": self._stage.attempt, "step": step}
+            )
+
+    def end_stage(self, stage: StageState, status: str) -> None:
+        """The attempt is over: what is left of its rows, its result, and its state in MLflow (FINISHED, FAILED, SCHEDULED)."""
+        self._wait_for_run(stage)
+        self.poll()
+        if self._tracking and stage.tracking_run:
+            if stage.result:
+                self._tracking.log_result(stage.tracking_run, stage.result, int(stage.result.get("steps", 0)))
+            self._tracking.end_run(stage.tracking_run, status)
+        self._stage = self._follower = None
+
+    def close(self, status: str) -> None:
+        """Leave the curriculum's run in this state, with recipe and journal as artifacts."""
+        if self._tracking is None:
+            return
+        if run := self._state.tracking_run:
+            self._tracking.log_artifacts(run, [self._run_dir / "recipe.yaml", self._run_dir / "journal.jsonl"])
+            self._tracking.end_run(run, status)
+        self._tracking.close()
+
+    def _wait_for_run(self, stage: StageState) -> None:
+        """A stage of a few steps can be over before MLflow has made its run."""
+        if self._tracking and self._stage is stage and stage.tracking_run is None:
+            self._tracking.flush()
+            self._record_runs()
+
+    def _record_runs(self) -> None:
+        while self._new_runs:
+            event = self._new_runs.pop(0)
+            stage = self._state.stage(event.get("stage"))
+            known = stage.tracking_run if stage else self._state.tracking_run
+            if known != event["run_id"]:
+                self._record(event)
+
+
+def planned_steps(stage: Stage) -> int | None:
+    """Steps of the stage where its budget alone says so."""
+    if stage.budget.steps:
+        return stage.budget.steps
+    if stage.budget.tokens:
+        return math.ceil(stage.budget.tokens / (stage.batch.packs * stage.sequence_length))
+    return None
