@@ -1,0 +1,55 @@
+# `make help` lists the targets. Everything runs in .venv, which the first target that needs it creates with the pinned
+# versions of constraints.txt (about 3 minutes; a second call is instant).
+
+PYTHON ?= $(or $(shell command -v python3.11),python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUN_DIR ?= runs/$(if $(DATA),demo-$(notdir $(patsubst %/,%,$(DATA))),demo)
+
+export PYTHONUNBUFFERED := 1
+export RAY_DEDUP_LOGS := 0
+export DS_ACCELERATOR ?= cpu
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint bench-data bench-train bench-rl docs clean
+
+help:  ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 22
+
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found: install Python 3.11 or later, or name one with PYTHON=..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[test,deepspeed,kubernetes]'
+	@touch $@
+
+install: $(STAMP)  ## .venv with the package and pinned versions
+
+demo: $(STAMP)  ## The four stages on a tiny model and drawn scenes, or on your rows: make demo DATA=folder
+	$(BIN)/terrace demo --run-dir $(RUN_DIR) $(if $(DATA),--data $(DATA)) $(ARGS)
+
+test: $(STAMP)  ## All tests but the slow ones
+	$(BIN)/python -m pytest -m "not slow and not gpu and not cluster" $(ARGS)
+
+test-all: $(STAMP)  ## All tests that need no GPU and no Kubernetes cluster
+	$(BIN)/python -m pytest -m "not gpu and not cluster" $(ARGS)
+
+lint: $(STAMP)  ## Ruff, and the contract on which layer may import which
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports --no-cache
+
+bench-data: $(STAMP)  ## Loader throughput beside the loaders people use
+	$(BIN)/python tests/bench/bench_data.py $(ARGS)
+
+bench-train: $(STAMP)  ## Step time beside plain transformers training
+	$(BIN)/python tests/bench/bench_train.py $(ARGS)
+
+bench-rl: $(STAMP)  ## Seconds per RL iteration
+	$(BIN)/python tests/bench/bench_rl.py $(ARGS)
+
+docs: $(STAMP)  ## Writes the recipe reference from the schema
+	$(BIN)/python docs/write_reference.py
+
+clean:  ## Removes the environment, caches and demo runs
+	rm -rf $(VENV) runs build site .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info

@@ -1,0 +1,235 @@
+"""The result as one self-contained HTML page: what was trained, how the losses moved, and pictures with answers.
+
+No script, no outside file: pictures are embedded, marks and curves are inline SVG. It can be mailed or opened from a disk.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from html import escape
+from pathlib import Path
+
+from terrace.demo.results import TASKS, Results, Shown, StageLosses, encode_picture
+
+STAGE_COLOURS = ("#c2630a", "#0f7b8a", "#3355d6", "#8b3fc4", "#b02a5b", "#5a6b1f")
+
+STYLE = """
+:root { color-scheme: light; --ink: #1c2028; --muted: #6a7180; --line: #e4e7ec; --page: #f6f7f9; --right: #168f52;
+  --wrong: #d0343a; }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto,
+  "Helvetica Neue", Arial, sans-serif; }
+main { max-width: 1160px; margin: 0 auto; padding: 44px 24px 72px; }
+h1 { font-size: 32px; line-height: 1.2; letter-spacing: -0.02em; margin: 0 0 6px; }
+h2 { font-size: 19px; letter-spacing: -0.01em; margin: 44px 0 14px; }
+p { margin: 0; }
+.lead, .note { color: var(--muted); }
+.note { font-size: 13px; margin-top: 10px; }
+.facts { display: flex; flex-wrap: wrap; gap: 10px 36px; margin-top: 22px; }
+.facts div { min-width: 92px; }
+.facts b { display: block; font-size: 24px; letter-spacing: -0.02em; font-variant-numeric: tabular-nums; }
+.facts span { color: var(--muted); font-size: 13px; }
+.panel { background: #fff; border: 1px solid var(--line); border-radius: 12px; padding: 20px 22px; overflow-x: auto; }
+.curve text { font: 12px system-ui, sans-serif; fill: var(--muted); }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
+th, td { text-align: right; padding: 7px 12px; border-bottom: 1px solid var(--line); white-space: nowrap; }
+tr:last-child td { border-bottom: 0; }
+th { color: var(--muted); font-weight: 500; font-size: 13px; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+th i { display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 7px; }
+td .arrow { color: #a3a9b5; padding: 0 5px; }
+td b { font-weight: 600; }
+td.up b { color: var(--wrong); }
+.none { color: #c3c8d1; }
+.bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: 10px 16px; align-items: center; }
+.bars .track { background: #edeff3; border-radius: 6px; height: 12px; overflow: hidden; }
+.bars .fill { background: var(--right); height: 100%; border-radius: 6px; }
+.bars .share { color: var(--muted); font-variant-numeric: tabular-nums; font-size: 13px; text-align: right; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(244px, 1fr)); gap: 18px; }
+.card { background: #fff; border: 1px solid var(--line); border-radius: 12px; overflow: hidden; display: flex;
+  flex-direction: column; }
+.card figure { margin: 0; background: #fbfbfc; border-bottom: 1px solid var(--line); }
+.card svg.picture { display: block; width: 100%; height: auto; max-height: 290px; }
+.card .says { padding: 12px 16px 16px; }
+.card .task { font-size: 11px; letter-spacing: 0.06em; text-transform: uppercase; color: var(--muted); }
+.card .question { color: var(--muted); font-size: 13.5px; margin-top: 4px; white-space: pre-line; }
+.card .answer { margin-top: 6px; font-size: 16px; padding-left: 25px; position: relative; overflow-wrap: anywhere;
+  white-space: pre-line; }
+.card .answer::before { position: absolute; left: 0; top: 4px; width: 16px; height: 16px; border-radius: 50%; color: #fff;
+  font-size: 11px; line-height: 16px; text-align: center; font-weight: 700; }
+.right .answer::before { content: "\\2713"; background: var(--right); }
+.wrong .answer::before { content: "\\00d7"; background: var(--wrong); }
+.card .expected { color: var(--muted); font-size: 13px; padding-left: 25px; margin-top: 2px; white-space: pre-line;
+  overflow-wrap: anywhere; }
+footer { margin-top: 40px; color: var(--muted); font-size: 13px; }
+code { font: 13px ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
+"""
+
+
+def write_page(results: Results, path: Path, subtitle: str) -> Path:
+    """Writes the page and returns its path."""
+    right, total = sum(r for r, _ in results.scores.values()), sum(t for _, t in results.scores.values())
+    facts = [
+        (f"{results.parameters / 1e6:.1f} M", "parameters"),
+        (str(len(results.stages)), "stages"),
+        (f"{sum(stage.steps for stage in results.stages):,}", "optimizer steps"),
+        (f"{sum(stage.tokens for stage in results.stages) / 1e6:.2f} M", "tokens"),
+        (_minutes(sum(stage.seconds for stage in results.stages)), "training"),
+        (f"{100 * right / max(1, total):.0f} %", "held-out questions right"),
+    ]
+    body = f"""
+<h1>{escape(results.name)}</h1>
+<p class="lead">{escape(subtitle)}</p>
+<div class="facts">{"".join(f"<div><b>{value}</b><span>{name}</span></div>" for value, name in facts)}</div>
+<h2>One curriculum, {len(results.stages)} stages</h2>
+<div class="panel">{_curve(results.stages)}</div>
+<h2>Loss on held-out samples, before and after each stage</h2>
+<div class="panel">{_table(results.stages)}</div>
+<h2>Right answers on held-out pictures</h2>
+<div class="panel">{_bars(results)}</div>
+<h2>In its own words</h2>
+<div class="cards">{"".join(_card(item) for item in results.shown)}</div>
+<p class="note">Solid marks are the model's, dashed ones the truth. A box is right from an overlap (IoU) of 0.5 on.
+Answers are greedy; no picture here was seen in training.</p>
+<footer>Written by <code>terrace demo</code>.</footer>"""
+    path.write_text(
+        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(results.name)} · Terrace</title>\n'
+        f"<style>{STYLE}</style>\n<main>{body}\n</main>\n</html>\n",
+        encoding="utf-8",
+    )
+    return path
+
+
+def _minutes(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"
+
+
+# ---------------------------------------------------------------- training curve
+
+
+def _curve(stages: list[StageLosses]) -> str:
+    """Training loss over all steps on a logarithmic scale; one colour per stage."""
+    width, height, left, top, bottom = 1080, 260, 44, 34, 26
+    smooth = [_smoothed(stage.curve) for stage in stages]
+    values = [value for curve in smooth for value in curve]
+    if not values:
+        return ""
+    low, high = math.log(max(0.01, min(values)) * 0.92), math.log(max(values) * 1.08)
+    steps = sum(len(curve) for curve in smooth)
+
+    def at(step: float, loss: float) -> tuple[float, float]:
+        x = left + (width - left - 8) * step / max(1, steps - 1)
+        return x, top + (height - top - bottom) * (high - math.log(max(0.01, loss))) / (high - low)
+
+    parts = []
+    for mark in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10):
+        if low <= math.log(mark) <= high:
+            y = at(0, mark)[1]
+            parts.append(f'<line x1="{left}" x2="{width - 8}" y1="{y:.1f}" y2="{y:.1f}" stroke="#edeff3"/>')
+            parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{mark:g}</text>')
+    start = 0
+    for place, (stage, curve) in enumerate(zip(stages, smooth)):
+        colour = STAGE_COLOURS[place % len(STAGE_COLOURS)]
+        points = " ".join("{:.1f},{:.1f}".format(*at(start + step, loss)) for step, loss in enumerate(curve))
+        x1, x2 = at(start, 1)[0], at(start + len(curve), 1)[0]
+        if place:
+            parts.append(
+                f'<line x1="{x1:.1f}" x2="{x1:.1f}" y1="{top - 8}" y2="{height - bottom}" stroke="#cfd4dc" stroke-dasharray="3 4"/>'
+            )
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2" stroke-linejoin="round"/>')
+        # Short stages lie close together: their names stand at two heights.
+        y = 12 if place % 2 == 0 or x2 - x1 > 130 else 27
+        parts.append(f'<text x="{x1 + 5:.1f}" y="{y}" style="fill:{colour};font-weight:600">{escape(stage.name)}</text>')
+        start += len(curve)
+    parts.append(f'<text x="{width - 8}" y="{height - 6}" text-anchor="end">{steps:,} steps</text>')
+    parts.append(f'<text x="{left}" y="{height - 6}">training loss (log scale)</text>')
+    return f'<svg class="curve" viewBox="0 0 {width} {height}" width="100%" role="img">{"".join(parts)}</svg>'
+
+
+def _smoothed(curve: list[float]) -> list[float]:
+    """A centred mean over about a fortieth of the stage, without reaching into its neighbours."""
+    half = max(1, len(curve) // 80)
+    return [sum(part) / len(part) for part in (curve[max(0, at - half) : at + half + 1] for at in range(len(curve)))]
+
+
+# ---------------------------------------------------------------- tables
+
+
+def _table(stages: list[StageLosses]) -> str:
+    kinds = [kind for kind in (*TASKS, "text") if any(kind in stage.after for stage in stages)]
+    kinds += sorted({kind for stage in stages for kind in stage.after} - set(kinds))
+    head = "".join(
+        f'<th><i style="background:{STAGE_COLOURS[place % len(STAGE_COLOURS)]}"></i>{escape(stage.name)}</th>'
+        for place, stage in enumerate(stages)
+    )
+    rows = []
+    for kind in kinds:
+        cells = "".join(_cell(stage, kind) for stage in stages)
+        rows.append(f"<tr><td>{escape(kind)}</td>{cells}</tr>")
+    return f"<table><tr><th>kind of sample</th>{head}</tr>{''.join(rows)}</table>"
+
+
+def _cell(stage: StageLosses, kind: str) -> str:
+    if kind not in stage.after:
+        return '<td class="none">–</td>'
+    before, after = stage.before.get(kind, math.nan), stage.after[kind]
+    rose = ' class="up"' if after > before else ""
+    return f'<td{rose}>{before:.3f}<span class="arrow">→</span><b>{after:.3f}</b></td>'
+
+
+def _bars(results: Results) -> str:
+    parts = []
+    for kind, (right, total) in results.scores.items():
+        share = 100 * right / max(1, total)
+        parts.append(
+            f"<div>{escape(TASKS.get(kind, kind))}</div>"
+            f'<div class="track"><div class="fill" style="width:{share:.0f}%"></div></div>'
+            f'<div class="share">{right} of {total}</div>'
+        )
+    return f'<div class="bars">{"".join(parts)}</div>'
+
+
+# ---------------------------------------------------------------- pictures
+
+
+def _card(item: Shown) -> str:
+    figure = f"<figure>{_picture(item)}</figure>" if item.picture is not None else ""
+    question = f'<div class="question">{escape(item.question)}</div>' if item.question else ""
+    expected = "" if item.right else f'<div class="expected">expected {escape(item.expected)}</div>'
+    return (
+        f'<div class="card {"right" if item.right else "wrong"}">{figure}<div class="says">'
+        f'<div class="task">{escape(TASKS.get(item.kind, item.kind))}</div>{question}'
+        f'<div class="answer">{escape(item.answer) or "(nothing)"}</div>{expected}</div></div>'
+    )
+
+
+def _picture(item: Shown) -> str:
+    picture = item.picture
+    assert picture is not None  # the caller shows pictures only
+    width, height = picture.size
+    data = base64.b64encode(encode_picture(picture)).decode("ascii")
+    unit = max(width, height) / 224
+    marks = ""
+    if item.expected_mark and len(item.expected_mark) == 4:
+        marks += _rectangle(item.expected_mark, width, height, f'stroke="#1c2028" stroke-width="{1.6 * unit}" stroke-dasharray="{5 * unit}"')
+    if item.found_mark:
+        colour = "#168f52" if item.right else "#d0343a"
+        if len(item.found_mark) == 4:
+            marks += _rectangle(item.found_mark, width, height, f'stroke="#fff" stroke-width="{4 * unit}"')
+            marks += _rectangle(item.found_mark, width, height, f'stroke="{colour}" stroke-width="{2.4 * unit}"')
+        else:
+            x, y = item.found_mark[0] * width, item.found_mark[1] * height
+            for radius, fill in ((8, "#fff"), (6.2, colour), (2.2, "#fff")):
+                marks += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius * unit:.1f}" fill="{fill}"/>'
+    return (
+        f'<svg class="picture" viewBox="0 0 {width} {height}" role="img"><image width="{width}" height="{height}" '
+        f'href="data:image/jpeg;base64,{data}"/>{marks}</svg>'
+    )
+
+
+def _rectangle(mark: tuple[float, ...], width: int, height: int, style: str) -> str:
+    x1, x2 = sorted((mark[0] * width, mark[2] * width))
+    y1, y2 = sorted((mark[1] * height, mark[3] * height))
+    return f'<rect x="{x1:.1f}" y="{y1:.1f}" width="{x2 - x1:.1f}" height="{y2 - y1:.1f}" fill="none" {style}/>'
