@@ -1,0 +1,1 @@
+"""The Kubernetes operator of Terrace: thin kopf handlers around a pure reconcile."""

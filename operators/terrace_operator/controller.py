@@ -1,0 +1,198 @@
+"""Carries plans out: cache -> reconcile -> status -> effects. One name at a time per worker, any number of names.
+
+The order makes kill -9 harmless: the status is written first, with the resourceVersion it was read at; only then are objects
+created (a taken name is adopted) or deleted (by uid). A write that is refused as stale changes nothing, here or in the cluster.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from terrace.cluster import manifests
+from terrace.cluster.api import AlreadyExists, ApiError, Conflict, Refused
+from terrace.curriculum.state import RunState
+from terrace_operator.cache import CHILD_KINDS, Cache
+from terrace_operator.codec import decode
+from terrace_operator.metrics import NoMetrics
+from terrace_operator.reconcile import Create, Delete, Direct, Effect, Event, reconcile
+from terrace_operator.status import rfc3339
+
+Manifest = dict[str, Any]
+logger = logging.getLogger("terrace.operator")
+RETRY_SECONDS = 5.0
+MAX_CONFLICTS = 4
+
+
+class ApiCalls(Protocol):
+    """What the controller needs of the API; `terrace.cluster.api.Api` and the simulator's store both have it."""
+
+    namespace: str
+
+    def get(self, kind: str, name: str) -> Manifest | None: ...
+    def list(self, kind: str, selector: str = "") -> list[Manifest]: ...
+    def create(self, body: Manifest) -> Manifest: ...
+    def replace_status(self, body: Manifest) -> Manifest: ...
+    def patch(self, kind: str, name: str, change: Manifest) -> Manifest: ...
+    def delete(self, kind: str, name: str, uid: str | None = None, foreground: bool = False) -> None: ...
+
+
+@dataclass
+class Controller:
+    api: ApiCalls
+    clock: Callable[[], float] = time.time
+    monotonic: Callable[[], float] = time.monotonic
+    metrics: Any = field(default_factory=NoMetrics)
+    cache: Cache = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.cache = Cache(self.monotonic)
+
+    def resync(self) -> list[str]:
+        """Read everything anew: at the start, and from time to time because a watch can lose events. Returns all names."""
+        for kind in ("Curriculum", *CHILD_KINDS):
+            selector = "app.kubernetes.io/managed-by=terrace-operator" if kind in ("RayJob", "ConfigMap") else ""
+            self.cache.replace_all(kind, self.api.list(kind, selector))
+        return self.cache.names()
+
+    def handle(self, name: str) -> float | None:
+        """Reconcile one Curriculum; seconds until it wants to be looked at again, None if it is gone."""
+        for _ in range(MAX_CONFLICTS):
+            curriculum = self.cache.curriculum(name)
+            if curriculum is None:
+                return None
+            if curriculum["metadata"].get("deletionTimestamp"):
+                return None  # the garbage collector removes what it owns
+            try:
+                return self._once(name, curriculum)
+            except Conflict:
+                self.metrics.conflict()
+                fresh = self.api.get("Curriculum", name)
+                if fresh is None:
+                    self.cache.store("Curriculum", curriculum, deleted=True)
+                    return None
+                self.cache.store("Curriculum", fresh)
+        return RETRY_SECONDS
+
+    def _once(self, name: str, curriculum: Manifest) -> float:
+        self._confirm_absent(name, curriculum)
+        old_status = curriculum.get("status") or {}
+        plan = reconcile(curriculum, self.cache.world(name), self.clock())
+        creates = any(isinstance(effect, Create) for effect in plan.effects)
+        if plan.status != old_status or creates:
+            written = self.api.replace_status({**curriculum, "status": plan.status})
+            self.cache.store("Curriculum", written)
+            curriculum = written
+        for event in plan.events:
+            logger.info(event.message, extra={"curriculum": name, "reason": event.reason})
+            self._post(curriculum, event)
+        for effect in plan.effects:
+            if not self._carry_out(name, effect):
+                return 1.0
+        self.metrics.planned(plan)
+        return 1.0 if creates else plan.requeue_seconds
+
+    def _confirm_absent(self, name: str, curriculum: Manifest) -> None:
+        """A RayJob that the cache does not know may only be late: ask before its attempt is called lost."""
+        stored = (curriculum.get("status") or {}).get("controller") or {}
+        names = [stage["name"] for stage in (stored.get("machine") or {}).get("stages", ())]
+        state: RunState = decode(stored, names)[0]
+        stored_index = {stage["name"]: stage.get("index", 0) for stage in (stored.get("machine") or {}).get("stages", ())}
+        for stage in state.attempts_in_flight:
+            job = manifests.rayjob_name(name, stored_index[stage.name], stage.attempt)
+            if not self.cache.has_rayjob(name, job) and (found := self.api.get("RayJob", job)) is not None:
+                self.cache.store("RayJob", found)
+
+    def _carry_out(self, name: str, effect: Effect) -> bool:
+        """False when what was planned no longer fits and must be decided again."""
+        match effect:
+            case Create(body):
+                return self._create(name, body)
+            case Delete(job, uid):
+                self.api.delete("RayJob", job, uid=uid, foreground=True)
+                fresh = self.api.get("RayJob", job)
+                stale = {"metadata": {"name": job, "uid": uid, "labels": {manifests.LABEL_CURRICULUM: name}}}
+                self.cache.store("RayJob", fresh or stale, deleted=fresh is None)
+                return fresh is None or bool(fresh["metadata"].get("deletionTimestamp"))
+            case Direct(config_map, directive):
+                import json
+
+                self.api.patch("ConfigMap", config_map, {"data": {"directive.json": json.dumps(directive, sort_keys=True)}})
+                return True
+        return True
+
+    def _create(self, name: str, body: Manifest) -> bool:
+        kind, object_name = body["kind"], body["metadata"]["name"]
+        if kind == "RayJob" and not self._alone(name, object_name):
+            return False
+        try:
+            made = self.api.create(body)
+            logger.info("created %s %s", kind, object_name, extra={"curriculum": name})
+        except AlreadyExists:
+            found = self.api.get(kind, object_name)
+            if found is None:
+                return False
+            made = found
+            if not _owned_by(found, body):
+                self.cache.refuse(name, object_name, f"{kind} {object_name} exists and belongs to something else: delete it")
+                return True
+        except Refused as error:
+            logger.warning("refused: %s %s: %s", kind, object_name, error, extra={"curriculum": name})
+            # Whatever is refused, it is the attempt that cannot start.
+            job = next_job_name(self.cache.curriculum(name), name)
+            self.cache.refuse(name, job or object_name, f"{kind} {object_name} was refused: {error}")
+            return False
+        if kind in CHILD_KINDS:
+            self.cache.store(kind, made)
+        else:
+            self.cache.made(name, kind, object_name)
+        return True
+
+    def _alone(self, name: str, object_name: str) -> bool:
+        """The last look before an attempt is created: no RayJob that this process has not seen."""
+        selector = f"{manifests.LABEL_CURRICULUM}={name}"
+        unseen = False
+        for job in self.api.list("RayJob", selector):
+            job_name = job["metadata"]["name"]
+            unseen = unseen or (job_name != object_name and not self.cache.has_rayjob(name, job_name))
+            self.cache.store("RayJob", job)
+        return not unseen
+
+    def _post(self, curriculum: Manifest, event: Event) -> None:
+        """Events inform people; one that cannot be written is logged and forgotten."""
+        metadata = curriculum["metadata"]
+        text = f"{event.reason} {event.message} {metadata.get('resourceVersion')}"
+        now = rfc3339(self.clock())
+        body = {
+            "apiVersion": "v1", "kind": "Event", "type": "Warning" if event.warning else "Normal",
+            "metadata": {"name": f"{metadata['name']}.{hashlib.sha256(text.encode()).hexdigest()[:16]}",
+                         "namespace": metadata["namespace"]},
+            "involvedObject": {"apiVersion": curriculum["apiVersion"], "kind": curriculum["kind"], "name": metadata["name"],
+                               "namespace": metadata["namespace"], "uid": metadata["uid"]},
+            "reason": event.reason, "message": event.message or event.reason, "count": 1,
+            "firstTimestamp": now, "lastTimestamp": now,
+            "source": {"component": "terrace-operator"}, "reportingComponent": "terrace-operator",
+        }  # fmt: skip
+        try:
+            self.api.create(body)
+        except AlreadyExists:
+            return
+        except ApiError as error:
+            logger.warning("event not written: %s", error, extra={"curriculum": metadata["name"]})
+
+
+def _owned_by(found: Manifest, body: Manifest) -> bool:
+    wanted = body["metadata"]["ownerReferences"][0]["uid"]
+    return any(reference.get("uid") == wanted for reference in found["metadata"].get("ownerReferences", ()))
+
+
+def next_job_name(curriculum: Manifest | None, name: str) -> str | None:
+    """RayJob of the attempt that is about to start, by the status."""
+    for stage in (((curriculum or {}).get("status") or {}).get("stages")) or ():
+        if stage["phase"] not in ("Succeeded", "Pending"):
+            return stage.get("rayJobName")
+    return None

@@ -1,0 +1,180 @@
+"""What the cluster shows of a curriculum's attempts, in the words of the state machine. Pure.
+
+KubeRay's words are not enough by themselves: `Complete` only says that Ray ended, a dead node leaves a RayJob `Running` for ever,
+and a RayJob that Kueue preempted starts again under the same name. So the program's own report (the progress ConfigMap) decides
+where it can, and it counts only if it is of this attempt and, for how it ended, of this RayCluster.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from terrace.cluster.attempt import AttemptObservation, FailureKind
+from terrace.cluster.cluster_schema import CurriculumSpec
+from terrace.cluster.manifests import LABEL_ATTEMPT, LABEL_STAGE, rayjob_name
+from terrace.curriculum.machine import Observation
+from terrace.curriculum.state import RunState, StageState
+from terrace_operator.codec import Memory
+
+Manifest = dict[str, Any]
+ENDED = ("Complete", "Failed")
+EXIT_CODE = re.compile(r"exit code:? (\d+)")
+HEAD_DIED = re.compile(r"supervisor actor|node (has )?died|JobSupervisor|Unable to schedule", re.IGNORECASE)
+PROGRAM_REASONS = ("", "AppFailed")
+REPORT_GRACE_SECONDS = 60.0  # between the end of a program and its last report being seen
+
+
+@dataclass(frozen=True)
+class World:
+    """Everything seen of one curriculum. Seconds are of a clock that only runs forward, since this operator first saw it so."""
+
+    rayjobs: dict[str, Manifest] = field(default_factory=dict)
+    report: Manifest | None = None  # progress.json, parsed
+    directive: Manifest | None = None  # directive.json, parsed
+    quiet_seconds: float = 0.0  # since the report last changed
+    deleting_seconds: dict[str, float] = field(default_factory=dict)  # RayJob -> since its deletion was first seen
+    ended_seconds: dict[str, float] = field(default_factory=dict)  # RayJob -> since its end was first seen
+    workloads: dict[str, Manifest] = field(default_factory=dict)  # RayJob name -> Kueue Workload
+    recipes: dict[str, str] = field(default_factory=dict)  # recipe ConfigMap -> YAML
+    refused: dict[str, str] = field(default_factory=dict)  # RayJob -> why the API server refused to create it
+    objects: frozenset[str] = frozenset()  # "<kind>/<name>" of the other objects that exist
+
+
+def report_of(world: World, stage: str, attempt: int) -> Manifest | None:
+    """The report, if it is of this attempt: reports of older attempts are ignored."""
+    report = world.report
+    if report and report.get("stage") == stage and report.get("attempt") == attempt:
+        return report
+    return None
+
+
+def is_suspended(job: Manifest) -> bool:
+    return bool(job.get("spec", {}).get("suspend"))
+
+
+def is_queued(job: Manifest) -> bool:
+    """Waiting for quota, or losing it."""
+    return is_suspended(job) or status_of(job).get("jobDeploymentStatus") in ("Suspending", "Suspended")
+
+
+def status_of(job: Manifest) -> Manifest:
+    return job.get("status") or {}
+
+
+def is_fenced(spec: CurriculumSpec, world: World, name: str) -> bool:
+    """Its pods did not go in time (their node is dead): its attempt number keeps it from writing, so it no longer counts."""
+    return world.deleting_seconds.get(name, 0.0) > spec.failure_policy.fence_timeout_seconds
+
+
+def observe(curriculum: str, spec: CurriculumSpec, state: RunState, memory: Memory, world: World, now: float) -> Observation:
+    """The state machine's observation. `memory.admitted_at` must be up to date (see `follow_queue`)."""
+    names = {stage.index: stage.name for stage in state.stages}
+    live = []
+    for name, job in world.rayjobs.items():
+        labels = job["metadata"].get("labels", {})
+        index, attempt = int(labels.get(LABEL_STAGE, -1)), int(labels.get(LABEL_ATTEMPT, 0))
+        ended_well = status_of(job).get("jobDeploymentStatus") == "Complete" and status_of(job).get("jobStatus") == "SUCCEEDED"
+        if index in names and not ended_well and not is_fenced(spec, world, name):
+            live.append((names[index], attempt))
+    seen = tuple(
+        _attempt(curriculum, spec, stage, memory, world, now) for stage in state.stages if not stage.ended
+    )
+    return Observation(attempts=seen, live=tuple(sorted(live)))
+
+
+def _attempt(
+    curriculum: str, spec: CurriculumSpec, stage: StageState, memory: Memory, world: World, now: float
+) -> AttemptObservation:
+    name = rayjob_name(curriculum, stage.index, stage.attempt)
+    job = world.rayjobs.get(name)
+    report = report_of(world, stage.name, stage.attempt)
+
+    def seen(status: Any, **values: Any) -> AttemptObservation:
+        return AttemptObservation(stage.name, stage.attempt, status, step=(report or {}).get("step"), **values)
+
+    if job is None:
+        if not stage.launched and name in world.refused:
+            return seen("failed", failure="infrastructure", reason="CreateRefused", message=world.refused[name])
+        return seen("absent")
+    if job["metadata"].get("deletionTimestamp"):
+        if stage.stop_deadline is not None:
+            return seen("preempted", live=True, message="stopped on request")
+        return seen("absent", live=not is_fenced(spec, world, name))
+    status = status_of(job)
+    deployment, ended = status.get("jobDeploymentStatus", ""), status.get("jobStatus", "")
+    if deployment in (*ENDED, "ValidationFailed"):
+        return _ended(stage, status, report, world.ended_seconds.get(name, 0.0), seen)
+    if is_queued(job) or name not in memory.admitted_at:
+        return seen("starting", live=True, progress_at=now)  # waiting for quota is not stalling, however long
+    program_runs = ended == "RUNNING" or report is not None
+    admitted = min(memory.admitted_at[name], now)
+    if not program_runs:
+        waited = now - admitted
+        limit = spec.failure_policy.pre_running_timeout_seconds
+        if waited > limit and world.quiet_seconds > min(limit, 60):
+            message = f"admitted {waited:.0f} s ago and the program has not started (preRunningTimeoutSeconds: {limit})"
+            return seen("failed", live=True, failure="infrastructure", reason="PreRunningDeadlineExceeded", message=message)
+        return seen("starting", live=True, progress_at=now)
+    # The wall clock may jump and the operator may have been away: only seconds it watched itself count as silence.
+    return seen("running", live=True, progress_at=now - min(world.quiet_seconds, max(now - admitted, 0.0)))
+
+
+def _ended(stage: StageState, status: Manifest, report: Manifest | None, ended_seconds: float, seen: Any) -> AttemptObservation:
+    deployment, ended = status.get("jobDeploymentStatus", ""), status.get("jobStatus", "")
+    message = str(status.get("message") or "")[:1000]
+    if deployment == "Complete" and ended == "SUCCEEDED":
+        result = (report or {}).get("result")
+        # The last report and the RayJob's status are seen through different watches: wait a little for the later one.
+        waiting = result is None and ended_seconds < REPORT_GRACE_SECONDS
+        return seen("succeeded", live=waiting, result=result, message=message)
+    code, told = exit_code(status, report)
+    if code == 143:
+        return seen("preempted", live=True, reason="Preempted", message=told or "stopped after a checkpoint")
+    if deployment == "ValidationFailed":
+        return seen("failed", live=True, failure="input", reason="ValidationFailed", message=message)
+    kind, reason = classify(status, code)
+    return seen("failed", live=True, failure=kind, reason=reason, message=told or message or reason)
+
+
+def exit_code(status: Manifest, report: Manifest | None) -> tuple[int | None, str]:
+    """Exit status and last words of the program, from its report if that is of this RayCluster, else from Ray's message."""
+    ended = (report or {}).get("exit")
+    cluster = (report or {}).get("cluster")
+    if ended and (not cluster or cluster == status.get("rayClusterName")):
+        return ended.get("status"), str(ended.get("message") or "")[:1000]
+    found = EXIT_CODE.search(str(status.get("message") or ""))
+    return (int(found.group(1)) if found else None), ""
+
+
+def classify(status: Manifest, code: int | None) -> tuple[FailureKind, str]:
+    """Whose failure it is: the input's (never tried again), the program's, or the infrastructure's."""
+    reason, message = status.get("reason") or "", str(status.get("message") or "")
+    if code == 2:
+        return "input", "InputWrong"
+    if code is not None and 128 < code < 192 and code != 134 and code != 139:
+        return "infrastructure", "Killed"  # SIGKILL (out of memory on the node, eviction); abort and segfault are the program's
+    if code is None and HEAD_DIED.search(message):
+        return "infrastructure", "HeadLost"
+    if reason in PROGRAM_REASONS and status.get("jobStatus") != "STOPPED":
+        return "program", reason or "AppFailed"
+    return "infrastructure", reason or "Stopped"
+
+
+def follow_queue(curriculum: str, state: RunState, memory: Memory, world: World, now: float) -> list[tuple[str, str]]:
+    """Update `memory` with quota got and lost; returns events (reason, message). Preemptions count in no failure budget."""
+    events = []
+    for stage in state.attempts_in_flight:
+        name = rayjob_name(curriculum, stage.index, stage.attempt)
+        job = world.rayjobs.get(name)
+        if job is None or job["metadata"].get("deletionTimestamp"):
+            continue
+        if is_queued(job):
+            if memory.admitted_at.pop(name, None) is not None:
+                memory.queue_preemptions[stage.name] = memory.queue_preemptions.get(stage.name, 0) + 1
+                events.append(("QueuePreempted", f"stage {stage.name}: the queue took the quota of {name} back; it waits again"))
+        elif name not in memory.admitted_at:
+            memory.admitted_at = {name: now}
+            events.append(("Admitted", f"stage {stage.name}: {name} may start"))
+    return events
