@@ -79,3 +79,18 @@ def visual_tokens(height: int, width: int, pixels: Any) -> int:
     """Image tokens of an image of this original size: one per 28x28 pixels of the resized image."""
     new_height, new_width = smart_resize(height, width, *pixel_bounds(pixels))
     return (new_height // GRID_PIXELS) * (new_width // GRID_PIXELS)
+
+
+def resized_coordinate(value: float, original: int, resized: int) -> int:
+    """A coordinate of the original image in whole pixels of the resized one, clamped to [0, resized - 1].
+
+    `original` and `resized` are the two widths for an x, the two heights for a y. The formula is that of Qwen2.5-VL's own
+    data preparation: round(value * scale), halves to even.
+    """
+    return max(0, min(round(value * (resized / original)), resized - 1))
+
+
+def resized_coordinate_many(values: np.ndarray, originals: np.ndarray, resized: np.ndarray) -> np.ndarray:
+    """`resized_coordinate` of many coordinates: int64 [C]."""
+    scaled = np.rint(np.asarray(values, np.float64) * (np.asarray(resized, np.float64) / originals))
+    return np.clip(scaled, 0, np.asarray(resized, np.float64) - 1).astype(np.int64)
