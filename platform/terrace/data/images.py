@@ -192,3 +192,14 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
         return np.asarray(Image.alpha_composite(white, rgba).convert("RGB"))
     return np.asarray(image.convert("RGB"))
+
+
+def looks_complete(data: bytes) -> bool:
+    """Whether the file has its end mark, without decoding: catches a cut file, not a flipped bit inside."""
+    if data[:3] == b"\xff\xd8\xff":
+        return data.rfind(b"\xff\xd9", max(0, len(data) - 65_536)) >= 0
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return data.rfind(b"IEND", max(0, len(data) - 65_536)) >= 0
+    if data[8:12] == b"WEBP":
+        return len(data) >= int.from_bytes(data[4:8], "little") + 8
+    return True

@@ -1,0 +1,384 @@
+"""Files on local disk and on S3 behind one small set of functions, with retries where a network is in between.
+
+`read_ranges` is what streaming lives on: neighbouring ranges become one request (a gap of 64 KiB costs less than another round
+trip), larger requests are cut at 16 MiB and run in parallel, and 5xx answers, throttling, timeouts and broken connections are tried
+again with exponential backoff and full jitter before they become a StorageError that names the object. A range that ends behind
+the object's end comes back short: the caller knows sample and shard and says so.
+
+S3 goes through s3fs, credentials through the usual AWS chain (environment, files, instance role), never through a recipe.
+"""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from terrace.errors import InputError, TerraceError
+from terrace.recipe.schema import Storage
+
+MERGE_GAP_BYTES = 64 * 1024
+MAX_REQUEST_BYTES = 16 * 2**20
+PARALLEL_REQUESTS = 8
+BACKOFF_BASE_SECONDS = 0.2
+BACKOFF_CAP_SECONDS = 20.0
+DEFAULT_STORAGE = Storage()
+Result = TypeVar("Result")
+Range = tuple[int, int]  # (offset, size) in bytes
+
+
+class StorageError(TerraceError):
+    """An object could not be read or written after every allowed try."""
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """One file of a listing. `version` changes when its content does: the ETag on S3, mtime in ns on disk."""
+
+    uri: str
+    size: int
+    version: str
+
+
+def is_remote(uri: str) -> bool:
+    return "://" in uri and not uri.startswith("file://")
+
+
+def local_path(uri: str) -> str:
+    """An absolute path: workers on a cluster have another current folder."""
+    return os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
+
+
+def absolute(uri: str) -> str:
+    """`uri` as it means the same in every process of this machine."""
+    return uri.rstrip("/") if is_remote(uri) else local_path(uri)
+
+
+def join(root: str, *names: str) -> str:
+    """`root/name/...` for a local folder or an s3:// prefix."""
+    return "/".join([root.rstrip("/") or "/", *(name.strip("/") for name in names)])
+
+
+def relative_name(uri: str, root: str) -> str:
+    """`uri` as seen from the folder `root`, or its base name if it does not lie below."""
+    prefix = root.rstrip("/") + "/"
+    return uri[len(prefix) :] if uri.startswith(prefix) else uri.rsplit("/", 1)[-1]
+
+
+# ---------------------------------------------------------------- listing and whole files
+
+
+def list_files(uri: str, storage: Storage = DEFAULT_STORAGE) -> list[StoredFile]:
+    """Files below a folder, of a glob, or the one file named, sorted by URI. Hidden files are left out. Empty if nothing is there."""
+    if is_remote(uri):
+        return _list_remote(uri, storage)
+    path = local_path(uri)
+    if os.path.isdir(path):
+        found = [os.path.join(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names]
+    elif os.path.isfile(path):
+        found = [path]
+    else:
+        found = [name for name in glob.glob(path, recursive=True) if os.path.isfile(name)]
+    root = path.rstrip("/") + "/" if os.path.isdir(path) else ""
+    visible = [name for name in found if not any(part.startswith(".") for part in name.removeprefix(root).split("/") if part != "..")]
+    stats = [(name, os.stat(name)) for name in sorted(visible)]
+    return [StoredFile(name, stat.st_size, str(stat.st_mtime_ns)) for name, stat in stats]
+
+
+def file_size(uri: str, storage: Storage = DEFAULT_STORAGE) -> int | None:
+    """Bytes of a file, or None where there is none."""
+    if not is_remote(uri):
+        path = uri.removeprefix("file://")
+        return os.path.getsize(path) if os.path.isfile(path) else None
+    filesystem = s3(storage)
+
+    def size() -> int | None:
+        try:
+            return int(filesystem.info(uri)["size"])
+        except FileNotFoundError:
+            return None
+
+    return retried(size, uri, storage)
+
+
+def read_file(uri: str, storage: Storage = DEFAULT_STORAGE) -> bytes:
+    """All bytes of a file. FileNotFoundError where there is none, StorageError when the storage fails for good."""
+    if not is_remote(uri):
+        return Path(uri.removeprefix("file://")).read_bytes()
+    filesystem = s3(storage)
+    return retried(lambda: filesystem.cat_file(uri), uri, storage)
+
+
+def write_file(uri: str, data: bytes, storage: Storage = DEFAULT_STORAGE) -> None:
+    """Write a whole file atomically: readers see the old content or the new, never a part."""
+    if is_remote(uri):
+        filesystem = s3(storage)
+        retried(lambda: filesystem.pipe_file(uri, data), uri, storage)  # one PUT: S3 shows it only when complete
+        return
+    with atomic_path(Path(uri.removeprefix("file://"))) as temporary:
+        temporary.write_bytes(data)
+
+
+def upload(local: Path, uri: str, storage: Storage = DEFAULT_STORAGE) -> None:
+    """Move a finished local file to `uri`, atomically."""
+    if is_remote(uri):
+        filesystem = s3(storage)
+        retried(lambda: filesystem.put_file(str(local), uri), uri, storage)
+        local.unlink()
+        return
+    target = Path(uri.removeprefix("file://"))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(local, target)
+
+
+@contextmanager
+def atomic_path(target: Path) -> Iterator[Path]:
+    """A temporary path beside `target` that takes its place when the block ends well, and vanishes when it does not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def open_sequential(uri: str, storage: Storage = DEFAULT_STORAGE) -> Iterator[IO[bytes]]:
+    """A file for reading front to back. On S3 in blocks of 16 MiB, each of them retried."""
+    if not is_remote(uri):
+        with open(uri.removeprefix("file://"), "rb", buffering=1 << 20) as file:
+            yield file
+        return
+    size = file_size(uri, storage)
+    if size is None:
+        raise FileNotFoundError(uri)
+    with io.BufferedReader(_RangeFile(uri, size, storage), buffer_size=MAX_REQUEST_BYTES) as file:
+        yield file
+
+
+# ---------------------------------------------------------------- ranges
+
+
+def read_ranges(uri: str, ranges: Sequence[Range], storage: Storage = DEFAULT_STORAGE) -> list[bytes]:
+    """The bytes of each (offset, size), in the order asked. Short or empty where the file ends before."""
+    merged = merge_ranges(ranges)
+    if is_remote(uri):
+        blocks = _read_remote(uri, [span for span, _ in merged], storage)
+    else:
+        blocks = _read_local(uri.removeprefix("file://"), [span for span, _ in merged])
+    results: list[bytes] = [b""] * len(ranges)
+    for ((start, _), members), block in zip(merged, blocks):
+        view = memoryview(block)
+        for member in members:
+            offset, size = ranges[member]
+            results[member] = bytes(view[offset - start : offset - start + size])
+    return results
+
+
+def merge_ranges(ranges: Sequence[Range], gap: int = MERGE_GAP_BYTES) -> list[tuple[Range, list[int]]]:
+    """Ranges joined where the gap between them is at most `gap` bytes: [((offset, size), [numbers of the ranges inside])]."""
+    order = sorted(range(len(ranges)), key=lambda number: ranges[number])
+    merged: list[tuple[Range, list[int]]] = []
+    for number in order:
+        offset, size = ranges[number]
+        if merged:
+            (start, length), members = merged[-1]
+            if offset <= start + length + gap:
+                merged[-1] = ((start, max(length, offset + size - start)), [*members, number])
+                continue
+        merged.append(((offset, size), [number]))
+    return merged
+
+
+def _read_local(path: str, spans: list[Range]) -> list[bytes]:
+    with open(path, "rb", buffering=0) as file:
+        return [_pread(file.fileno(), offset, size) for offset, size in spans]
+
+
+def _pread(descriptor: int, offset: int, size: int) -> bytes:
+    block = os.pread(descriptor, size, offset)
+    if len(block) in (0, size):
+        return block
+    parts, got = [block], len(block)
+    while got < size and (block := os.pread(descriptor, size - got, offset + got)):
+        parts.append(block)
+        got += len(block)
+    return b"".join(parts)
+
+
+def _read_remote(uri: str, spans: list[Range], storage: Storage) -> list[bytes]:
+    requests = [
+        (number, at, min(MAX_REQUEST_BYTES, offset + size - at))
+        for number, (offset, size) in enumerate(spans)
+        for at in range(offset, offset + size, MAX_REQUEST_BYTES)
+    ]
+    parts: list[list[bytes]] = [[] for _ in spans]
+    fetch = lambda request: _get_range(uri, request[1], request[2], storage)  # noqa: E731
+    if len(requests) == 1:
+        blocks = [fetch(requests[0])]
+    else:
+        with ThreadPoolExecutor(min(PARALLEL_REQUESTS, max(1, len(requests)))) as pool:
+            blocks = list(pool.map(fetch, requests))
+    for (number, _, _), block in zip(requests, blocks):
+        parts[number].append(block)
+    return [b"".join(blocks) for blocks in parts]
+
+
+def _get_range(uri: str, offset: int, size: int, storage: Storage) -> bytes:
+    filesystem = s3(storage)
+
+    def get() -> bytes:
+        try:
+            return filesystem.cat_file(uri, start=offset, end=offset + size)
+        except OSError as error:
+            if "InvalidRange" in str(error) or "not satisfiable" in str(error):
+                return b""  # the object ends before this range
+            raise
+
+    return retried(get, uri, storage)
+
+
+# ---------------------------------------------------------------- S3
+
+
+@lru_cache(maxsize=8)
+def _filesystem(storage_json: str, process: int) -> Any:
+    import s3fs
+
+    storage = Storage.model_validate_json(storage_json)
+    client: dict[str, Any] = {"region_name": storage.region} if storage.region else {}
+    return s3fs.S3FileSystem(
+        endpoint_url=storage.endpoint_url,
+        client_kwargs=client,
+        # Our own loop retries (with jitter, and a message that names the object): the layers below try once.
+        config_kwargs={
+            "retries": {"max_attempts": 1},
+            "connect_timeout": min(storage.timeout_seconds, 20),
+            "read_timeout": storage.timeout_seconds,
+            "max_pool_connections": 4 * PARALLEL_REQUESTS,
+        },
+        use_listings_cache=False,
+        skip_instance_cache=True,
+    )
+
+
+def s3(storage: Storage = DEFAULT_STORAGE) -> Any:
+    """The s3fs file system of these settings, one per process (its event loop does not survive a fork)."""
+    filesystem = _filesystem(storage.model_dump_json(), os.getpid())
+    filesystem.retries = 1
+    return filesystem
+
+
+def _list_remote(uri: str, storage: Storage) -> list[StoredFile]:
+    filesystem = s3(storage)
+
+    def listing() -> dict[str, dict[str, Any]]:
+        if any(mark in uri for mark in "*?["):
+            return filesystem.glob(uri, detail=True)
+        return filesystem.find(uri, detail=True)
+
+    try:
+        found = retried(listing, uri, storage)
+    except FileNotFoundError:
+        return []
+    files = [
+        StoredFile(f"s3://{name}", int(info["size"]), str(info.get("ETag", "")).strip('"'))
+        for name, info in found.items()
+        if info.get("type") == "file" and not name.rsplit("/", 1)[-1].startswith(".")
+    ]
+    return sorted(files, key=lambda file: file.uri)
+
+
+class _RangeFile(io.RawIOBase):
+    """An object on S3 as a raw seekable file; each read is one retried range request."""
+
+    def __init__(self, uri: str, size: int, storage: Storage):
+        super().__init__()
+        self._uri, self._size, self._storage, self._at = uri, size, storage, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        size = min(len(buffer), MAX_REQUEST_BYTES, self._size - self._at)
+        if size <= 0:
+            return 0
+        block = _get_range(self._uri, self._at, size, self._storage)
+        buffer[: len(block)] = block
+        self._at += len(block)
+        return len(block)
+
+
+def retried(action: Callable[[], Result], uri: str, storage: Storage = DEFAULT_STORAGE) -> Result:
+    """Run `action`, again while the storage has a passing fault, at most `storage.max_attempts` times."""
+    for attempt in range(1, storage.max_attempts + 1):
+        try:
+            return action()
+        except FileNotFoundError:
+            raise
+        except PermissionError as error:
+            raise InputError(f"{uri}: access denied ({error}); check the credentials and the bucket's policy") from error
+        except Exception as error:
+            if not is_passing(error):
+                raise StorageError(f"{uri}: {type(error).__name__}: {error}") from error
+            if attempt == storage.max_attempts:
+                raise StorageError(
+                    f"{uri}: still failing after {attempt} tries ({type(error).__name__}: {error}); check the storage, then run"
+                    " the same command again"
+                ) from error
+            ceiling = min(BACKOFF_CAP_SECONDS, BACKOFF_BASE_SECONDS * 2 ** (attempt - 1))
+            time.sleep(ceiling / 2 + random.uniform(0, ceiling / 2))
+    raise AssertionError("max_attempts is at least 1")
+
+
+_PASSING_CODES = {
+    "InternalError", "ServiceUnavailable", "SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestTimeTooSkewed",
+    "RequestLimitExceeded", "BandwidthLimitExceeded", "500", "502", "503", "504", "429",
+}  # fmt: skip
+_PASSING_TYPES = (
+    "EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError", "ClientPayloadError",
+    "ServerDisconnectedError", "ClientConnectorError", "ClientOSError", "ResponseStreamingError", "IncompleteReadError",
+    "HTTPClientError", "FSTimeoutError", "ContentLengthError",
+)  # fmt: skip
+
+
+def is_passing(error: BaseException | None) -> bool:
+    """Whether trying again may help: 5xx, throttling, timeouts, broken connections, in the error or in what caused it."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if isinstance(response, dict):
+            code = str(response.get("Error", {}).get("Code", ""))
+            status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) or 0)
+            if code in _PASSING_CODES or status >= 500 or status == 429:
+                return True
+        names = {kind.__name__ for kind in type(error).__mro__}
+        if isinstance(error, (TimeoutError, ConnectionError)) or names & set(_PASSING_TYPES):
+            return True
+        if isinstance(error, OSError) and error.errno in (5, 16, 110, 104, 111):  # EIO and EBUSY are s3fs's words for 5xx
+            return True
+        error = error.__cause__ or error.__context__
+    return False
