@@ -95,9 +95,9 @@ def _complete(part: dict[str, Any], wanted: tuple[str, ...], at: Path) -> Iterat
             yield Problem(
                 at, f"needs `{field}`: the default is another model's{nearest(field, set(part) - set(wanted), limit=0)}"
             )
-        elif not (_whole(value) or (field == "mlp_ratio" and isinstance(value, float))):
+        elif not _whole(value):
             good = False
-            yield Problem((*at, field), f"{value!r} is not a number from 1 on")
+            yield Problem((*at, field), f"{value!r} is not a whole number from 1 on")
     return good
 
 

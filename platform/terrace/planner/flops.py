@@ -1,0 +1,157 @@
+"""Floating-point operations of one pack, forward and backward, per part. One multiply-add counts two.
+
+Model FLOPs: what the mathematics needs, as `torch.utils.flop_counter` counts it (a test holds 1 %). Attention counts the whole
+square of each segment although half of it is masked, which is the convention of that counter and of published MFU figures.
+What activation checkpointing computes twice is reported apart.
+
+Backward of a matrix product is two products of the same size: one for its weight's gradient (trained parts only) and one for
+its input's gradient (where anything before it trains). So a frozen part costs forward only, or forward and one backward product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from terrace.planner.shapes import MERGE, PATCH_VALUES, ModelShape
+from terrace.recipe.schema import PARTS, PartName
+
+
+@dataclass(frozen=True)
+class PackLoad:
+    """What a pack makes the model do. Sums are over segments or images."""
+
+    tokens: float
+    supervised_tokens: float  # rows that meet the output layer
+    token_squares: float  # sum of segment length squared
+    patches: float
+    image_squares: float  # sum of patches of an image squared
+    window_squares: float  # sum of patches of a window squared
+
+    @property
+    def visual_tokens(self) -> float:
+        return self.patches / MERGE
+
+
+def exact_load(
+    shape: ModelShape, segments: Sequence[int], grids: Iterable[tuple[int, int]], supervised_tokens: int
+) -> PackLoad:
+    """The load of a known pack: token counts of its segments, (height, width) in patches of its images.
+
+    A pack without an image runs one blank image of 2 x 2 patches (the text-only guard).
+    """
+    grids = list(grids) or [(2, 2)]
+    areas = [height * width for height, width in grids]
+    return PackLoad(
+        tokens=sum(segments),
+        supervised_tokens=supervised_tokens,
+        token_squares=sum(length * length for length in segments),
+        patches=sum(areas),
+        image_squares=sum(area * area for area in areas),
+        window_squares=sum(_window_squares(height, width, shape.vision.window) for height, width in grids),
+    )
+
+
+def assumed_load(
+    shape: ModelShape, tokens: float, visual_tokens: float, segment_tokens: float, image_tokens: float
+) -> PackLoad:
+    """The load of a pack of equal segments and equal images; every token that is not visual is supervised."""
+    patches = max(visual_tokens, 1.0) * MERGE
+    image = max(1.0, min(image_tokens, visual_tokens)) * MERGE
+    window = image if shape.vision.window is None else min(image, shape.vision.window**2)
+    return PackLoad(
+        tokens=tokens,
+        supervised_tokens=tokens - visual_tokens,
+        token_squares=tokens * min(segment_tokens, tokens),
+        patches=patches,
+        image_squares=patches * image,
+        window_squares=patches * window,
+    )
+
+
+def _window_squares(height: int, width: int, window: int | None) -> float:
+    """Sum of squared patch counts of an image's windows; those at the right and lower edge may be smaller."""
+    if window is None:
+        return float((height * width) ** 2)
+
+    def pieces(side: int) -> list[int]:
+        return [window] * (side // window) + ([side % window] if side % window else [])
+
+    return float(sum((rows * columns) ** 2 for rows in pieces(height) for columns in pieces(width)))
+
+
+# ---------------------------------------------------------------- forward
+
+
+def forward_flops(shape: ModelShape, load: PackLoad) -> dict[PartName, float]:
+    """Forward FLOPs of one pack per part."""
+    return {part: sum(_forward(shape, load)[part].values()) for part in PARTS}
+
+
+def _forward(shape: ModelShape, load: PackLoad) -> dict[PartName, dict[str, float]]:
+    """Per part: `embed` (no gradient of its input is ever needed), `linear`, `attention`, `head`."""
+    vision, language = shape.vision, shape.language
+    products = 3 if vision.gated else 2
+    windowed = vision.depth - vision.full_blocks
+    squares = vision.full_blocks * load.image_squares + windowed * load.window_squares
+    layer = language.width * (2 * language.query_width + 2 * language.key_width + 3 * language.intermediate)
+    merged = shape.merged_width
+    return {
+        "vision": {
+            "embed": 2 * load.patches * PATCH_VALUES * vision.width,
+            "linear": 2
+            * load.patches
+            * vision.depth
+            * vision.width
+            * (4 * vision.width + products * vision.intermediate),
+            "attention": 4 * vision.width * squares,
+        },
+        "projector": {"linear": 2 * load.visual_tokens * merged * (merged + language.width)},
+        "language": {
+            "linear": 2 * load.tokens * language.layers * layer,
+            "attention": 4 * language.query_width * language.layers * load.token_squares,
+            "head": 2 * load.supervised_tokens * language.width * language.vocabulary,
+        },
+    }
+
+
+# ---------------------------------------------------------------- a training step
+
+
+@dataclass(frozen=True)
+class PackFlops:
+    """FLOPs of one pack per part. `recompute` is what activation checkpointing adds in hardware, not part of the model's."""
+
+    forward: dict[PartName, float]
+    backward: dict[PartName, float]
+    recompute: dict[PartName, float]
+
+    @property
+    def model(self) -> float:
+        return sum(self.forward.values()) + sum(self.backward.values())
+
+    @property
+    def hardware(self) -> float:
+        return self.model + sum(self.recompute.values())
+
+
+def training_flops(
+    shape: ModelShape, load: PackLoad, trained: Sequence[PartName], checkpointed: Sequence[PartName] = ()
+) -> PackFlops:
+    """FLOPs of forward and backward of one pack when `trained` parts train and the others are frozen."""
+    forward = _forward(shape, load)
+    backward: dict[PartName, float] = {}
+    for place, part in enumerate(PARTS):
+        weights = part in trained  # gradients of this part's weights
+        inputs = weights or any(before in trained for before in PARTS[:place])  # of what comes into it
+        linear = forward[part]["linear"] + forward[part].get("head", 0.0)
+        backward[part] = (
+            linear * (weights + inputs)
+            + forward[part].get("attention", 0.0) * 2 * inputs  # two products forward, four backward
+            + forward[part].get("embed", 0.0) * weights
+        )
+    recompute = {
+        part: sum(forward[part].get(kind, 0.0) for kind in ("linear", "attention")) if part in checkpointed else 0.0
+        for part in PARTS
+    }
+    return PackFlops({part: sum(forward[part].values()) for part in PARTS}, backward, recompute)
