@@ -41,10 +41,10 @@ _CHINESE = re.compile(r"[零〇一二两三四五六七八九十百千万亿]{1,
 _ONES_IN_WORDS = (
     "zero one two three four five six seven eight nine ten "
     "eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
-).split()  # noqa: SIM905
-_TENS_IN_WORDS = "twenty thirty forty fifty sixty seventy eighty ninety".split()  # noqa: SIM905
-_WORDS = {word: value for value, word in enumerate(_ONES_IN_WORDS)}
-_WORDS |= {word: 10 * value for value, word in enumerate(_TENS_IN_WORDS, start=2)}
+)
+_TENS_IN_WORDS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_WORDS = {word: value for value, word in enumerate(_ONES_IN_WORDS.split())}
+_WORDS |= {word: 10 * value for value, word in enumerate(_TENS_IN_WORDS.split(), start=2)}
 _WORD_NUMBER = re.compile(
     rf"\b({'|'.join(_WORDS)})(?:[- ]({'|'.join(list(_WORDS)[1:10])}))?\b( hundred\b)?", re.IGNORECASE
 )

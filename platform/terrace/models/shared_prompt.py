@@ -1,0 +1,145 @@
+"""A prompt computed once for all of its responses: attention with a shared prefix, for training and for decoding.
+
+A *unit* is a prompt followed by G responses in one pack: `[prompt | response 1 | ... | response G]`. The prompt
+attends to itself; each response attends to the prompt and to itself, never to another response. Positions of every
+response go on from the prompt's end, so logits and gradients are those of G separate sequences, while a prompt of P
+tokens (mostly image) costs P instead of G * P rows in every layer, and its images one pass through the vision tower.
+
+The responses of a unit are padded to the longest of them inside attention only: one call per unit, exact on every
+device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from terrace.models.attention import registered_name, use_attention
+from terrace.models.batch import DeviceBatch
+from terrace.models.forward import check_placeholders, image_features
+from terrace.models.guard import blank_image, count_as_zero
+
+NAME = "terrace_flash_shared_prompt"  # "flash" as in models.attention: transformers then builds no mask
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Where a prompt and its responses lie in a pack: `[start, start + prompt)` and then each response's tokens."""
+
+    start: int
+    prompt: int
+    responses: tuple[int, ...] = ()
+
+    @property
+    def end(self) -> int:
+        return self.start + self.prompt + sum(self.responses)
+
+
+class DecodeAttention(Protocol):
+    """What a decoding cache answers for one new token of each of A sequences."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """query [1, H, A, D], key and value [1, K, A, D] -> [1, A, H, D]."""
+
+
+def use_shared_prompt_attention(model: Any, backend: str) -> None:
+    """Give the language layers this attention; `backend` still serves vision and packs without units."""
+    use_attention(model, backend)
+    model.config.text_config._attn_implementation = NAME
+    model.config.text_config.terrace_backend = backend
+
+
+def unit_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, units: list[Unit], scale: float
+) -> torch.Tensor:
+    """query [1, H, T, D], key and value [1, K, T, D] -> [1, T, H, D]."""
+    outputs = []
+    for unit in units:
+        prompt = slice(unit.start, unit.start + unit.prompt)
+        q, k, v = query[:, :, prompt], key[:, :, prompt], value[:, :, prompt]
+        grouped = q.shape[1] != k.shape[1]
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+        outputs.append(out[0].transpose(0, 1))
+        if unit.responses and max(unit.responses):
+            outputs.append(_responses(query, key, value, k, v, unit, scale))
+    return torch.cat(outputs).unsqueeze(0)
+
+
+def _responses(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, prompt_key: torch.Tensor, prompt_value: torch.Tensor,
+    unit: Unit, scale: float,
+) -> torch.Tensor:
+    """Attention of all responses of a unit to the prompt and themselves: [sum of responses, H, D]."""
+    lengths, longest, count = unit.responses, max(unit.responses), len(unit.responses)
+    begin = unit.start + unit.prompt
+
+    def padded(tensor: torch.Tensor) -> torch.Tensor:  # [1, h, T, D] -> [G, h, longest, D]
+        rows = tensor[0, :, begin : unit.end]
+        if all(length == longest for length in lengths):
+            return rows.unflatten(1, (count, longest)).transpose(0, 1)
+        parts = [F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in rows.split(lengths, dim=1)]
+        return torch.stack(parts)
+
+    q = padded(query)
+    k = torch.cat([prompt_key.expand(count, -1, -1, -1), padded(key)], dim=2)
+    v = torch.cat([prompt_value.expand(count, -1, -1, -1), padded(value)], dim=2)
+    # Padding stands behind every real token of its response, so the causal mask alone hides it.
+    rows = torch.arange(longest, device=q.device)
+    visible = torch.ones(longest, unit.prompt + longest, dtype=torch.bool, device=q.device)
+    visible[:, unit.prompt :] = rows[:, None] >= rows[None, :]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    return torch.cat([out[place, :, :length].transpose(0, 1) for place, length in enumerate(lengths)])
+
+
+def _attention(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, scaling: float | None = None, prompt_units: list[Unit] | None = None,
+    decode: DecodeAttention | None = None, keep: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None, **rest: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls. `keep` collects keys and values per layer (prefill); `decode` brings its own cache."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if value.dtype != query.dtype:  # rotary embedding in fp32 under autocast
+        query, key = query.to(value.dtype), key.to(value.dtype)
+    if decode is not None:
+        return decode.attend(module.layer_idx, query, key, value, scale), None
+    if keep is not None:
+        keep[module.layer_idx] = (key, value)
+    if prompt_units is not None:
+        return unit_attention(query, key, value, prompt_units, scale), None
+    plain = ALL_ATTENTION_FUNCTIONS[registered_name(module.config.terrace_backend)]
+    return plain(module, query, key, value, attention_mask, scaling=scale, **rest)
+
+
+AttentionInterface.register(NAME, _attention)
+
+
+def units_hidden(
+    model: Any, batch: DeviceBatch, units: list[Unit], keep: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
+) -> torch.Tensor:
+    """Hidden states [T, hidden] of a pack of units after the final norm, prompts computed once."""
+    config = model.config
+    check_placeholders(batch, config)
+    embeddings = model.model.language_model.embed_tokens(batch.input_ids)
+    if batch.pixel_values is not None and batch.image_grids is not None:
+        features = image_features(model, batch.pixel_values, batch.image_grids)
+        places = (batch.input_ids == config.image_token_id) | (batch.input_ids == config.video_token_id)
+        embeddings = embeddings.masked_scatter(places.unsqueeze(-1), features.to(embeddings.dtype))
+    else:
+        dtype = next(model.model.visual.patch_embed.parameters()).dtype
+        embeddings = count_as_zero(embeddings, image_features(model, *blank_image(batch.device, dtype)))
+    output = model.model.language_model(
+        inputs_embeds=embeddings,
+        position_ids=batch.position_ids,
+        attention_mask=None,
+        use_cache=False,
+        prompt_units=units,
+        keep=keep,
+    )
+    return output.last_hidden_state[0]

@@ -1,0 +1,148 @@
+"""The policy objective: GRPO as published for MORL, and its relatives by options.
+
+Per token t of response i, with advantage A_i (rl.advantages):
+
+    ratio = exp(logp - logp_old)                  MORL: one update per rollout, logp_old = stop_gradient(logp), ratio = 1
+    J_t   = min(ratio A_i, clip(ratio, 1 - clip_low, 1 + clip_high) A_i)          (no clip: ratio A_i)
+    loss  = sum_t [ -J_t + kl (exp(ref - logp) - (ref - logp) - 1) - entropy_coefficient H_t ]
+
+The sum is divided by the response tokens of the whole global batch (token mean, as in MORL eq. 1 and DAPO), which the loop
+does through the strategy's `scale`, so neither packing nor ranks can change it. Log-probabilities are those of the sampling
+distribution: logits divided by the temperature, media tokens left out. Rows of logits exist `chunk_tokens` at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from terrace.models.batch import DeviceBatch
+from terrace.models.shared_prompt import Unit, units_hidden
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    """What the loss needs of the recipe's GrpoOptions."""
+
+    temperature: float = 1.0
+    clip_low: float | None = None
+    clip_high: float | None = None
+    kl_coefficient: float = 0.0
+    entropy_coefficient: float = 0.0
+    forbidden: tuple[int, ...] = ()  # token ids that are never sampled
+    chunk_tokens: int = 1024
+
+
+@dataclass
+class PolicyBatch:
+    """One pack of units for the policy step; M response tokens. `results` is filled by the loss."""
+
+    batch: DeviceBatch
+    units: list[Unit]
+    rows: torch.Tensor  # int64 [M]: the place in the pack whose logits predict the token
+    tokens: torch.Tensor  # int64 [M]
+    advantages: torch.Tensor  # float32 [M]
+    old_logprobs: torch.Tensor | None = None  # float32 [M]; None: on-policy, the ratio is 1
+    reference_logprobs: torch.Tensor | None = None  # float32 [M], for the KL term
+    results: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, scale: float) -> torch.Tensor:
+    """float32 [N]: log-probability of each row's token under softmax(logits / scale). logits float32 [N, V]."""
+    tempered = logits / scale if scale != 1.0 else logits
+    return tempered.gather(1, tokens.unsqueeze(1)).squeeze(1) - torch.logsumexp(tempered, dim=1)
+
+
+def token_losses(
+    logprobs: torch.Tensor, entropies: torch.Tensor, advantages: torch.Tensor, old: torch.Tensor | None,
+    reference: torch.Tensor | None, options: PolicyOptions,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss per token [N] and the sums (clipped tokens, KL) that become metrics. All float32 [N]."""
+    ratio = torch.exp(logprobs - (logprobs.detach() if old is None else old))
+    objective = ratio * advantages
+    clipped = torch.zeros((), device=logprobs.device)
+    if options.clip_low is not None or options.clip_high is not None:
+        low = 0.0 if options.clip_low is None else 1 - options.clip_low
+        high = float("inf") if options.clip_high is None else 1 + options.clip_high
+        bounded = ratio.clamp(low, high) * advantages
+        clipped = (bounded < objective).sum().float()
+        objective = torch.minimum(objective, bounded)
+    losses = -objective
+    divergence = torch.zeros((), device=logprobs.device)
+    if reference is not None:
+        difference = reference - logprobs
+        kl = torch.exp(difference) - difference - 1
+        divergence = kl.detach().sum()
+        losses = losses + options.kl_coefficient * kl
+    if options.entropy_coefficient:
+        losses = losses - options.entropy_coefficient * entropies
+    return losses, {"clipped": clipped, "kl": divergence}
+
+
+def logprobs_and_entropies(
+    model: Any, hidden: torch.Tensor, tokens: torch.Tensor, forbidden: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 [N] each, of rows of hidden states [N, H]."""
+    logits = model.lm_head(hidden).float()
+    if len(forbidden):
+        logits = logits.index_fill(1, forbidden, float("-inf"))
+    tempered = logits / scale if scale != 1.0 else logits
+    logged = torch.log_softmax(tempered, dim=1)
+    entropies = -(logged.exp() * logged.masked_fill(torch.isinf(logged), 0.0)).sum(dim=1)
+    return logged.gather(1, tokens.unsqueeze(1)).squeeze(1), entropies
+
+
+def summed_policy_loss(model: Any, batch: PolicyBatch, options: PolicyOptions) -> torch.Tensor:
+    """Float32 scalar: the sum of the token losses of a pack. Fills `batch.results` with what metrics need."""
+    hidden = units_hidden(model, batch.batch, batch.units)
+    forbidden = torch.tensor(options.forbidden, dtype=torch.int64, device=hidden.device)
+    selected = hidden.index_select(0, batch.rows)
+    logprobs, entropies = [], []
+    parts = zip(selected.split(options.chunk_tokens), batch.tokens.split(options.chunk_tokens))
+    chunked = torch.is_grad_enabled() and len(batch.rows) > options.chunk_tokens
+    for rows, tokens in parts:
+        if chunked:
+            made = checkpoint(
+                logprobs_and_entropies, model, rows, tokens, forbidden, options.temperature, use_reentrant=False
+            )
+        else:
+            made = logprobs_and_entropies(model, rows, tokens, forbidden, options.temperature)
+        logprobs.append(made[0])
+        entropies.append(made[1])
+    if not logprobs:  # a pack without responses still runs the model, for the collectives
+        return 0.0 * model.lm_head(hidden[:1]).float().sum()
+    joined, entropy = torch.cat(logprobs), torch.cat(entropies)
+    losses, sums = token_losses(
+        joined, entropy, batch.advantages, batch.old_logprobs, batch.reference_logprobs, options
+    )
+    batch.results = {"logprobs": joined.detach(), "entropy": entropy.detach().sum(), **sums}
+    return losses.sum()
+
+
+def grpo_objective(options: PolicyOptions) -> Callable[[Any, PolicyBatch], torch.Tensor]:
+    """`loss(model, batch)` for a strategy."""
+
+    def loss(model: Any, batch: PolicyBatch) -> torch.Tensor:
+        return summed_policy_loss(model, batch, options)
+
+    return loss
+
+
+def response_rows(units: Sequence[Unit], lengths: Sequence[Sequence[int]]) -> list[int]:
+    """For each response token in order, the place in the pack whose logits predict it.
+
+    `lengths` are the responses' tokens including the last one, which is predicted but never fed: a response of n tokens
+    has n - 1 rows in the pack. The first token of every response is predicted by the prompt's last row.
+    """
+    rows: list[int] = []
+    for unit, unit_lengths in zip(units, lengths):
+        begin = unit.start + unit.prompt
+        for length in unit_lengths:
+            rows.append(unit.start + unit.prompt - 1)
+            rows.extend(range(begin, begin + length - 1))
+            begin += length - 1
+    return rows

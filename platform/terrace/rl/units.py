@@ -1,0 +1,115 @@
+"""From scored groups to packs of the policy step: units laid out, dealt to ranks by cost, and moved to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from terrace.data.balance import deal
+from terrace.data.types import PATCH_VALUES, PackedExample
+from terrace.models.batch import to_device
+from terrace.models.shared_prompt import Unit
+from terrace.objectives.grpo import PolicyBatch, response_rows
+from terrace.rl.rollout import Prompt, Response
+
+
+@dataclass(frozen=True)
+class TrainGroup:
+    """A prompt with the responses that take part in the update, and one advantage for each."""
+
+    prompt: Prompt
+    responses: tuple[Response, ...]
+    advantages: tuple[float, ...]
+
+    @property
+    def rows(self) -> int:
+        """Rows of the pack that this group takes."""
+        return len(self.prompt.input_ids) + sum(len(response.tokens) - 1 for response in self.responses)
+
+    @property
+    def response_tokens(self) -> int:
+        return sum(len(response.tokens) for response in self.responses)
+
+    @property
+    def cost(self) -> float:
+        """Relative work: rows, attention of the responses to the prompt, and patches."""
+        tail = self.rows - len(self.prompt.input_ids)
+        return self.rows + len(self.prompt.input_ids) * (self.rows + tail) / 16_384 + 0.25 * len(self.prompt.patches)
+
+
+def pack_groups(groups: Sequence[TrainGroup], sequence_length: int) -> list[list[TrainGroup]]:
+    """Groups in order into packs of at most `sequence_length` rows; one that is longer alone is a pack of its own."""
+    packs: list[list[TrainGroup]] = []
+    filled = sequence_length + 1
+    for group in groups:
+        if filled + group.rows > sequence_length:
+            packs.append([])
+            filled = 0
+        packs[-1].append(group)
+        filled += group.rows
+    return packs
+
+
+def deal_groups(groups: Sequence[TrainGroup], world_size: int, rank: int) -> list[TrainGroup]:
+    """This rank's share: as equal in count as the numbers allow, balanced by cost, the same on every rank."""
+    whole = len(groups) // world_size * world_size
+    hands = deal([group.cost for group in groups[:whole]], world_size) if whole else [[] for _ in range(world_size)]
+    mine = sorted(hands[rank]) + [place for place in range(whole, len(groups)) if place % world_size == rank]
+    return [groups[place] for place in mine]
+
+
+def unit_pack(groups: Sequence[TrainGroup], number: int = 0) -> tuple[PackedExample, list[Unit]]:
+    """Lay out units: `[prompt | responses without their last token]` each. No groups: an empty pack."""
+    ids, positions, units, start = [], [], [], 0
+    for group in groups:
+        prompt = group.prompt
+        length = len(prompt.input_ids)
+        unit = Unit(start, length, tuple(len(response.tokens) - 1 for response in group.responses))
+        ids.append(prompt.input_ids)
+        positions.append(prompt.positions)
+        for response in group.responses:
+            place = np.arange(len(response.tokens) - 1)
+            mrope = prompt.next_position + place
+            ids.append(response.tokens[:-1])
+            positions.append(np.stack([length + place, mrope, mrope, mrope]))
+        units.append(unit)
+        start = unit.end
+    example = PackedExample(
+        pack=number,
+        input_ids=np.concatenate(ids).astype(np.int32) if ids else np.zeros(0, np.int32),
+        targets=np.full(start, -100, np.int32),
+        position_ids=np.concatenate(positions, axis=1).astype(np.int32) if ids else np.zeros((4, 0), np.int32),
+        segment_ends=np.asarray([unit.end for unit in units], np.int32),
+        patches=np.concatenate([group.prompt.patches for group in groups]) if ids else np.zeros((0, PATCH_VALUES), np.uint8),
+        image_grids=np.concatenate([group.prompt.grids for group in groups]) if ids else np.zeros((0, 3), np.int32),
+        sample_ids=[group.prompt.id for group in groups],
+        sources=[group.prompt.key[0] for group in groups],
+        kinds=["prompt"] * len(groups),
+        sequence_length=max(start, 1),
+    )
+    return example, units or [Unit(0, 1)]
+
+
+def policy_batch(groups: Sequence[TrainGroup], device: torch.device | str, dtype: torch.dtype) -> PolicyBatch:
+    """One pack on the device."""
+    example, units = unit_pack(groups)
+    lengths = [[len(response.tokens) for response in group.responses] for group in groups]
+    rows = response_rows(units, lengths)
+    tokens = [response.tokens for group in groups for response in group.responses]
+    advantages = [
+        np.full(len(response.tokens), advantage)
+        for group in groups
+        for response, advantage in zip(group.responses, group.advantages)
+    ]
+    return PolicyBatch(
+        batch=to_device(example, device, dtype),
+        units=units,
+        rows=torch.tensor(rows, dtype=torch.int64, device=device),
+        tokens=torch.from_numpy(np.concatenate(tokens).astype(np.int64) if tokens else np.zeros(0, np.int64)).to(device),
+        advantages=torch.from_numpy(
+            (np.concatenate(advantages) if advantages else np.zeros(0)).astype(np.float32)
+        ).to(device),
+    )  # fmt: skip

@@ -1,0 +1,199 @@
+"""Decoding and the shared prompt against transformers and the unshared computation, on a tiny random model in fp32."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from terrace.models.attention import attention
+from terrace.models.batch import normalise_patches
+from terrace.models.build import build_model, model_config
+from terrace.models.shared_prompt import use_shared_prompt_attention
+from terrace.objectives.grpo import PolicyOptions, summed_policy_loss
+from terrace.recipe.schema import Model
+from terrace.rl.native import NativeEngine
+from terrace.rl.rollout import Prompt, Response, Sampling, uniforms
+from terrace.rl.units import TrainGroup, pack_groups, policy_batch
+
+from packs import IMAGE_PAD, VIDEO_PAD, segment, tiny_model  # isort: skip
+
+STOP = 502
+FORBIDDEN = (IMAGE_PAD, VIDEO_PAD)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.set_num_threads(1)
+    description = Model.model_validate(tiny_model())
+    model = build_model(description, model_config(description))
+    with torch.no_grad():  # larger weights, so that distributions are far from uniform and prompts matter
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    use_shared_prompt_attention(model, "sdpa_segments")
+    return model
+
+
+def prompt_of(number: int, images) -> Prompt:
+    rng = np.random.default_rng(number)
+    ids, _, positions, patches, grids = segment(rng, 5 + 4 * number, images)
+    return Prompt(("prompts", number), f"prompt-{number}", "task", ids, positions, patches, grids, "")
+
+
+PROMPTS = [prompt_of(0, [(2, 3)]), prompt_of(1, []), prompt_of(2, [(1, 2), (4, 2)])]
+
+
+def engine_of(model, stop=(STOP,), **changes) -> NativeEngine:
+    return NativeEngine(model, FORBIDDEN, stop, "cpu", "fp32", **changes)
+
+
+def generated_by_transformers(model, prompt: Prompt, tokens: int) -> list[int]:
+    inputs = {
+        "input_ids": torch.from_numpy(prompt.input_ids).long()[None],
+        "mm_token_type_ids": torch.from_numpy((prompt.input_ids == IMAGE_PAD).astype(np.int64))[None],
+    }
+    if len(prompt.grids):
+        inputs["pixel_values"] = normalise_patches(torch.from_numpy(prompt.patches), torch.float32)
+        inputs["image_grid_thw"] = torch.from_numpy(prompt.grids).long()
+    with attention(model, "sdpa"), torch.no_grad():
+        out = model.generate(
+            **inputs, max_new_tokens=tokens, do_sample=False, suppress_tokens=list(FORBIDDEN), eos_token_id=STOP,
+            pad_token_id=0,
+        )
+    use_shared_prompt_attention(model, "sdpa_segments")
+    return out[0, len(prompt.input_ids) :].tolist()
+
+
+def test_greedy_tokens_equal_transformers_generate(model):
+    groups = engine_of(model).generate(PROMPTS, Sampling(samples=2, max_tokens=24, temperature=0))
+    for prompt, group in zip(PROMPTS, groups):
+        expected = generated_by_transformers(model, prompt, 24)
+        for response in group:
+            assert response.tokens.tolist() == expected
+            assert response.finished == (expected[-1] == STOP)
+
+
+def test_engine_logprobs_equal_the_trainers(model):
+    sampling = Sampling(samples=4, max_tokens=20, temperature=0.7, seed=3)
+    groups = engine_of(model, stop=range(0, 512, 10)).generate(PROMPTS, sampling)
+    lengths = {len(response.tokens) for group in groups for response in group}
+    assert len(lengths) > 1, "the test wants responses of different lengths"
+    trained = [TrainGroup(prompt, tuple(group), (1.0,) * 4) for prompt, group in zip(PROMPTS, groups)]
+    batch = policy_batch(trained, "cpu", torch.float32)
+    with torch.no_grad():
+        summed_policy_loss(model, batch, PolicyOptions(temperature=0.7, forbidden=FORBIDDEN, chunk_tokens=16))
+    engine = np.concatenate([response.logprobs for group in groups for response in group])
+    assert np.abs(batch.results["logprobs"].numpy() - engine).max() < 1e-4
+    assert not np.isin(batch.tokens.numpy(), FORBIDDEN).any()
+
+
+def test_a_response_does_not_depend_on_its_batch(model):
+    sampling = Sampling(samples=4, max_tokens=16, seed=11)
+    stop = range(0, 512, 10)
+    together = engine_of(model, stop).generate(PROMPTS, sampling)
+    alone = [engine_of(model, stop).generate([prompt], sampling)[0] for prompt in PROMPTS]
+    waves = engine_of(model, stop, max_rows=4).generate(PROMPTS, sampling)
+    for first, second, third in zip(together, alone, waves):
+        for a, b, c in zip(first, second, third):
+            assert a.tokens.tolist() == b.tokens.tolist() == c.tokens.tolist()
+    texts = {tuple(response.tokens.tolist()) for group in together for response in group}
+    assert len(texts) == 12
+    other = engine_of(model, stop).generate(PROMPTS, Sampling(samples=4, max_tokens=16, seed=12))
+    assert other[0][0].tokens.tolist() != together[0][0].tokens.tolist()
+
+
+def test_samples_follow_the_distribution(model):
+    """The first token of 4,000 samples of a prompt against its probabilities, whole and with top_p."""
+    prompt, samples = PROMPTS[1], 4000
+    logits = first_logits(model, prompt)
+    for top_p in (1.0, 0.6):
+        sampling = Sampling(samples=samples, max_tokens=1, temperature=1.5, top_p=top_p, seed=1)
+        group = engine_of(model, max_rows=samples).generate([prompt], sampling)[0]
+        counts = np.bincount([int(response.tokens[0]) for response in group], minlength=len(logits))
+        expected = np.exp(logits / 1.5 - np.logaddexp.reduce(logits / 1.5))
+        if top_p < 1:
+            order = np.argsort(-expected)
+            before = np.cumsum(expected[order]) - expected[order]
+            expected[order[before >= top_p]] = 0
+            expected /= expected.sum()
+        assert counts[expected == 0].sum() == 0
+        spread = np.sqrt(samples * expected * (1 - expected)) + 1e-9
+        assert (np.abs(counts - samples * expected) <= 5 * spread + 1).all()
+
+
+def first_logits(model, prompt: Prompt) -> np.ndarray:
+    """Float64 [V] after the prompt, media tokens at -inf."""
+    tokens = np.array([1], np.int32)
+    group = TrainGroup(prompt, (Response(tokens, np.zeros(1, np.float32), False),), (1.0,))
+    batch = policy_batch([group], "cpu", torch.float32)
+    from terrace.models.shared_prompt import units_hidden
+
+    with torch.no_grad():
+        logits = model.lm_head(units_hidden(model, batch.batch, batch.units)[-1]).double().numpy()
+    logits[list(FORBIDDEN)] = -np.inf
+    return logits
+
+
+def test_uniforms_are_reproducible_and_differ():
+    assert uniforms(1, ("a", 2), 3, 4).tolist() == uniforms(1, ("a", 2), 3, 4).tolist()
+    assert uniforms(1, ("a", 2), 3, 4)[:2].tolist() == uniforms(1, ("a", 2), 3, 2).tolist()
+    assert len({uniforms(s, ("a", r), g, 1)[0] for s in range(3) for r in range(3) for g in range(3)}) == 27
+
+
+def random_groups() -> list[TrainGroup]:
+    rng = np.random.default_rng(5)
+    groups = []
+    for number, prompt in enumerate(PROMPTS):
+        lengths = [1, 7, 12] if number != 1 else [5, 5, 5]
+        responses = tuple(
+            Response(rng.integers(0, 500, length).astype(np.int32), np.zeros(length, np.float32), True)
+            for length in lengths
+        )
+        groups.append(TrainGroup(prompt, responses, tuple(rng.normal(size=3).tolist())))
+    return groups
+
+
+def loss_and_gradients(model, packs, options) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad(set_to_none=True)
+    total = 0.0
+    for pack in packs:
+        loss = summed_policy_loss(model, policy_batch(pack, "cpu", torch.float32), options)
+        loss.backward()
+        total += float(loss.detach())
+    return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("chunk_tokens", [1024, 8])
+def test_shared_prompt_equals_unshared_loss_and_gradients(model, chunk_tokens):
+    options = PolicyOptions(forbidden=FORBIDDEN, entropy_coefficient=0.1, chunk_tokens=chunk_tokens)
+    groups = random_groups()
+    unshared = [
+        [TrainGroup(group.prompt, (response,), (advantage,))]
+        for group in groups
+        for response, advantage in zip(group.responses, group.advantages)
+    ]
+    expected_loss, expected = loss_and_gradients(model, unshared, options)
+    assert len(pack_groups(groups, 10_000)) == 1
+    for packs in (pack_groups(groups, 10_000), pack_groups(groups, 1)):
+        loss, gradients = loss_and_gradients(model, packs, options)
+        assert loss == pytest.approx(expected_loss, rel=1e-5)
+        assert gradients.keys() == expected.keys()
+        for name, gradient in gradients.items():
+            scale = float(expected[name].abs().max())
+            assert float((gradient - expected[name]).abs().max()) <= 2e-5 * max(scale, 1e-3), name
+    model.zero_grad(set_to_none=True)
+
+
+def test_responses_do_not_see_each_other(model):
+    """Changing one response leaves the other's log-probabilities bit for bit the same."""
+    groups = random_groups()
+    first = groups[0]
+    changed = TrainGroup(first.prompt, (first.responses[0], first.responses[1], groups[1].responses[0]), first.advantages)
+    results = []
+    for group in (first, changed):
+        batch = policy_batch([group], "cpu", torch.float32)
+        with torch.no_grad():
+            summed_policy_loss(model, batch, PolicyOptions())
+        results.append(batch.results["logprobs"][:8])
+    assert float((results[0] - results[1]).abs().max()) < 1e-6
