@@ -1,0 +1,122 @@
+"""Build a model: its transformers configuration, its empty shape, and the shape filled with weights on a device.
+
+The order is always the same: a skeleton on the meta device (no memory), then memory and weights tensor by tensor. A
+strategy that shards does the second half by itself (`train/strategies`).
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.utils import logging as transformers_logging
+
+from terrace.errors import InputError
+from terrace.models.head import install_loss_head
+from terrace.models.parts import part_parameters
+from terrace.models.weights import TensorSource, initial_weights
+from terrace.recipe.schema import Model, PartName, Recipe
+
+SPECIAL_TOKENS = {
+    "image_token_id": "image_pad",
+    "video_token_id": "video_pad",
+    "vision_start_token_id": "vision_start",
+    "vision_end_token_id": "vision_end",
+}
+
+
+def model_config(model: Model, tokenizer: Any | None = None) -> Any:
+    """The transformers configuration. `tokenizer` (data.tokenizer.TextTokenizer) fills in token ids and the
+    vocabulary size.
+
+    Raises InputError if the tokenizer has more tokens than the configuration's vocabulary.
+    """
+    if model.pretrained is not None:
+        config = AutoConfig.from_pretrained(model.pretrained)
+        if config.model_type != model.architecture:
+            raise InputError(
+                f"model.pretrained is a {config.model_type}, model.architecture says {model.architecture}"
+            )
+    else:
+        values = dict(model.config or {})
+        text = dict(values.get("text_config") or {})
+        if tokenizer is not None:
+            text.setdefault("vocab_size", tokenizer.vocabulary_size)
+            text.setdefault("bos_token_id", tokenizer.special.endoftext)
+            text.setdefault("eos_token_id", tokenizer.special.im_end)
+            for key, special in SPECIAL_TOKENS.items():
+                values[key] = getattr(tokenizer.special, special)
+        values["text_config"] = text
+        config = AutoConfig.for_model(model.architecture, **values)
+    if tokenizer is not None and tokenizer.vocabulary_size > config.text_config.vocab_size:
+        raise InputError(
+            f"the tokenizer has {tokenizer.vocabulary_size} tokens, model.config.text_config.vocab_size is "
+            f"{config.text_config.vocab_size}: raise it to at least the tokenizer's"
+        )
+    if getattr(config.text_config, "attention_dropout", 0.0):
+        raise InputError("model.config.text_config.attention_dropout must be 0: packed attention has no dropout")
+    return config
+
+
+def meta_model(config: Any) -> Any:
+    """The model's shape on the meta device: parameters have names and sizes and take no memory. `config` is copied."""
+    config = copy.deepcopy(config)
+    for sub in (config, config.text_config, config.vision_config):
+        sub._attn_implementation = "sdpa"
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+            install_loss_head(model)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    model.tie_weights()
+    return model
+
+
+def restore_buffers(model: Any) -> None:
+    """Compute the buffers that no checkpoint holds (rotary frequencies), in float32 whatever the weights are."""
+    owner = model
+    for module in model.modules():
+        if hasattr(module, "_init_weights"):
+            owner = module
+        buffers = dict(module.named_buffers(recurse=False))
+        if buffers:
+            for name, buffer in buffers.items():
+                setattr(module, name, buffer.float())
+            owner._init_weights(module)
+
+
+def materialise(
+    skeleton: Any, source: TensorSource, device: torch.device | str, dtype: torch.dtype = torch.float32
+) -> Any:
+    """Give a skeleton memory on the device and fill it from the source. Returns the same object."""
+    trainable = {name: parameter.requires_grad for name, parameter in skeleton.named_parameters()}
+    model = skeleton.to(dtype).to_empty(device=device)
+    model.tie_weights()
+    restore_buffers(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(source(name))
+            parameter.requires_grad_(trainable[name])
+    return model
+
+
+def build_model(
+    model: Model, config: Any, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+    start: Path | None = None,
+) -> Any:
+    """A whole model on one device: from `start`, or from the recipe's directory, parts, or seeded random numbers."""
+    skeleton = meta_model(config)
+    source, _ = initial_weights(model, skeleton, start)
+    return materialise(skeleton, source, device, dtype)
+
+
+def parameter_counts(recipe: Recipe, config: Any | None = None) -> dict[PartName, int]:
+    """Parameters per part, counted on the meta device (a tied tensor counts once, in the language part)."""
+    shape = meta_model(config if config is not None else model_config(recipe.model))
+    return {part: sum(p.numel() for _, p in pairs) for part, pairs in part_parameters(shape).items()}

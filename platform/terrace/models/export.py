@@ -1,0 +1,98 @@
+"""A stage's final weights as a plain Hugging Face directory: config, safetensors in shards, tokenizer, image
+preprocessing.
+
+Weights are the float32 masters whatever the stage's precision, so that the next stage starts from exactly where this
+one ended; `dtype` in config.json says what they were computed in, and that is what `from_pretrained` and servers load
+them as.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+from transformers.utils import logging as transformers_logging
+
+from terrace.data.types import MERGE_SIZE, PATCH_SIZE
+from terrace.models.batch import IMAGE_MEAN, IMAGE_STD, TEMPORAL_PATCH_SIZE
+from terrace.models.build import meta_model
+
+SHARD_SIZE = "4GB"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "vocab.json",
+    "merges.txt", "added_tokens.json",
+)
+
+
+def preprocessor_config(pixels: tuple[int, int]) -> dict[str, Any]:
+    """What transformers' Qwen2VLImageProcessor must be told to produce the patches that training saw."""
+    return {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2_5_VLProcessor",
+        "do_resize": True,
+        "do_rescale": True,
+        "do_normalize": True,
+        "do_convert_rgb": True,
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "image_mean": list(IMAGE_MEAN),
+        "image_std": list(IMAGE_STD),
+        "min_pixels": pixels[0],
+        "max_pixels": pixels[1],
+        "size": {"shortest_edge": pixels[0], "longest_edge": pixels[1]},
+        "patch_size": PATCH_SIZE,
+        "temporal_patch_size": TEMPORAL_PATCH_SIZE,
+        "merge_size": MERGE_SIZE,
+    }
+
+
+def export_hf(
+    state: Mapping[str, torch.Tensor], config: Any, tokenizer_dir: Path | None, out_dir: Path,
+    pixels: tuple[int, int] = (3136, 1_003_520), dtype: str = "float32",
+) -> Path:
+    """Write a Hugging Face directory (`out_dir` must not exist) from full tensors by parameter name. Returns `out_dir`.
+
+    The directory appears under its name only when it is complete.
+    """
+    work = out_dir.with_name(f".{out_dir.name}.partial")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    config = copy.deepcopy(config)
+    for sub in (config, config.text_config, config.vision_config):
+        sub.dtype = dtype
+    model = meta_model(config)
+    model.generation_config = GenerationConfig(eos_token_id=config.text_config.eos_token_id, do_sample=False)
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        model.save_pretrained(work, state_dict=_with_tied(model, state), max_shard_size=SHARD_SIZE)
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+    saved = json.loads((work / "config.json").read_text())
+    saved["dtype"] = dtype
+    (work / "config.json").write_text(json.dumps(saved, indent=2) + "\n")
+    (work / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(pixels), indent=2) + "\n")
+    if tokenizer_dir is not None:
+        for name in TOKENIZER_FILES:
+            if (tokenizer_dir / name).is_file():
+                shutil.copyfile(tokenizer_dir / name, work / name)
+    shutil.rmtree(out_dir, ignore_errors=True)
+    work.rename(out_dir)
+    return out_dir
+
+
+def _with_tied(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    full = dict(state)
+    if getattr(model.config, "tie_word_embeddings", False):
+        full.setdefault("lm_head.weight", full["model.language_model.embed_tokens.weight"])
+    expected = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if expected != set(full):
+        raise ValueError(f"export: tensors differ from the model's: {sorted(expected ^ set(full))[:8]}")
+    return full

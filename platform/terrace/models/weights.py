@@ -1,0 +1,173 @@
+"""Where initial weights come from: random numbers seeded by name, Hugging Face directories, or one source per part.
+
+A source is asked for one tensor at a time by name, so a strategy that shards can take each tensor, keep its slice and
+let the rest go; and the random weights of a tensor depend on the seed and its name only, never on ranks or the order
+of calls. Every tensor that is missing, unexpected or of another shape is named; nothing is silently left random.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from terrace.errors import InputError
+from terrace.models.parts import canonical_name, part_of
+from terrace.recipe.schema import PARTS, Model, PartName
+
+log = logging.getLogger(__name__)
+
+TensorSource = Callable[[str], torch.Tensor]  # parameter name -> full tensor on the CPU
+
+
+@dataclass
+class LoadReport:
+    """What happened to tensors that were not simply copied. Each entry is one line for a person."""
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    reshaped: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+class Directory:
+    """The tensors of a Hugging Face directory by canonical name, read lazily from its safetensors files."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        files = sorted(self.path.glob("*.safetensors"))
+        if not files:
+            raise InputError(f"{self.path}: no *.safetensors file; a Hugging Face model directory is expected")
+        index = self.path / "model.safetensors.index.json"
+        if index.is_file():
+            named = set(json.loads(index.read_text())["weight_map"].values())
+            absent = sorted(named - {file.name for file in files})
+            if absent:
+                raise InputError(f"{self.path}: the index names {', '.join(absent)}, which is not there")
+            files = [self.path / name for name in sorted(named)]
+        self._places: dict[str, tuple[Path, str]] = {}
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                    self._places[canonical_name(name)] = (file, name)
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._places)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        file, stored = self._places[name]
+        with safe_open(file, framework="pt") as opened:
+            return tuple(opened.get_slice(stored).get_shape())
+
+    def read(self, name: str) -> torch.Tensor:
+        file, stored = self._places[name]
+        with safe_open(file, framework="pt") as opened:
+            return opened.get_tensor(stored)
+
+
+def random_source(skeleton: Any, seed: int) -> TensorSource:
+    """transformers' own initialisation of the model's classes, drawn per module from (seed, module name), in
+    float32."""
+    owners: dict[str, Any] = {}
+    for name, module in skeleton.named_modules():
+        parent = name.rpartition(".")[0]
+        owners[name] = module if hasattr(module, "_init_weights") else owners.get(parent, skeleton)
+
+    def read(name: str) -> torch.Tensor:
+        module_name, _, leaf = name.rpartition(".")
+        module = copy.deepcopy(skeleton.get_submodule(module_name)).to_empty(device="cpu").float()
+        digest = hashlib.sha256(f"{seed}:{module_name}".encode()).digest()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int.from_bytes(digest[:7], "big"))
+            owners[module_name]._init_weights(module)
+        return getattr(module, leaf).detach()
+
+    return read
+
+
+def initial_weights(model: Model, skeleton: Any, start: Path | None = None) -> tuple[TensorSource, LoadReport]:
+    """The source of every parameter of `skeleton`, and what is worth saying about it.
+
+    `start` is the directory of an earlier stage's final weights and wins over the recipe's own. Raises InputError
+    that names every missing and reshaped tensor of a directory. Growing vocabularies (more rows in embeddings and
+    output) are allowed: the rows that the directory lacks are random.
+    """
+    random = random_source(skeleton, model.seed)
+    report = LoadReport()
+    by_part: dict[PartName, Directory | None] = dict.fromkeys(PARTS)
+    if start is not None or model.pretrained is not None:
+        directory = Directory(start if start is not None else str(model.pretrained))
+        by_part = dict.fromkeys(PARTS, directory)
+    elif model.init is not None:
+        for part in PARTS:
+            place = getattr(model.init, part)
+            by_part[part] = None if place == "random" else Directory(place)
+    shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+    grown = _compare(shapes, by_part, report)
+    if report.missing or report.reshaped:
+        raise InputError("initial weights do not fit the model: " + "; ".join(report.missing + report.reshaped))
+    for line in report.unexpected + report.notes:
+        log.warning("initial weights: %s", line)
+
+    def read(name: str) -> torch.Tensor:
+        directory = by_part[part_of(name)]
+        if directory is None:
+            return random(name)
+        tensor = directory.read(name)
+        if name in grown:
+            whole = random(name).to(tensor.dtype)
+            whole[: tensor.shape[0]] = tensor
+            return whole
+        return tensor
+
+    return read, report
+
+
+def _compare(
+    shapes: dict[str, tuple[int, ...]], by_part: dict[PartName, Directory | None], report: LoadReport
+) -> set[str]:
+    """Fill the report; returns the names of vocabulary tensors that grow."""
+    grown = set()
+    for name, shape in shapes.items():
+        directory = by_part[part_of(name)]
+        if directory is None:
+            continue
+        if name not in directory.names:
+            report.missing.append(f"{name} is missing in {directory.path}")
+            continue
+        found = directory.shape(name)
+        if found == shape:
+            continue
+        vocabulary = name in ("lm_head.weight", "model.language_model.embed_tokens.weight")
+        if vocabulary and found[1:] == shape[1:] and found[0] < shape[0]:
+            grown.add(name)
+            report.notes.append(f"{name} grows from {found[0]} to {shape[0]} rows; the new rows are random")
+        else:
+            report.reshaped.append(f"{name} has shape {list(found)} in {directory.path}, the model has {list(shape)}")
+    for part, directory in by_part.items():
+        if directory is not None:
+            report.unexpected.extend(_unexpected(directory, part, shapes))
+    return grown
+
+
+def _unexpected(directory: Directory, part: PartName, known: Iterable[str]) -> list[str]:
+    names = set(known)
+    lines = []
+    for name in sorted(directory.names - names):
+        try:
+            belongs = part_of(name) == part
+        except InputError:
+            belongs = part == "language"  # tensors of no part are named once
+        tied = name == "lm_head.weight"
+        if belongs and not tied:
+            lines.append(f"{name} in {directory.path} is not part of the model and is left out")
+    return lines

@@ -1,0 +1,59 @@
+"""What a training process knows of its surroundings: rank, device, how to report, when to stop. Nothing of Ray.
+
+The launcher makes one: for Ray Train, for torchrun, or for a test with two gloo processes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+def _no_report(_metrics: dict[str, Any], _checkpoint: Path | None) -> None:
+    return None
+
+
+def _never() -> str | None:
+    return None
+
+
+@dataclass
+class WorkerContext:
+    """`report(metrics, checkpoint)` is called by every rank at every checkpoint; `should_stop()` by every rank once
+    per step, and returns a reason when the run must save and end. Either may be a barrier."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    device: str = "cpu"
+    report: Callable[[dict[str, Any], Path | None], None] = field(default=_no_report)
+    should_stop: Callable[[], str | None] = field(default=_never)
+
+
+def torchrun_context() -> WorkerContext:
+    """The context that torchrun's environment variables describe; one process without them."""
+    import torch
+
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
+    return WorkerContext(
+        rank=int(os.environ.get("RANK", 0)),
+        world_size=int(os.environ.get("WORLD_SIZE", 1)),
+        local_rank=local_rank,
+        device=device,
+        should_stop=stop_on_sigterm(),
+    )
+
+
+def stop_on_sigterm() -> Callable[[], str | None]:
+    """A `should_stop` that answers after SIGTERM. Only the main thread may install it; elsewhere it never answers."""
+    if threading.current_thread() is not threading.main_thread():
+        return _never
+    received: list[str] = []
+    signal.signal(signal.SIGTERM, lambda *_: received.append("SIGTERM"))
+    return lambda: received[0] if received else None

@@ -1,0 +1,128 @@
+"""Where a stage stands: its step, its totals, what is left out; and how that comes back from a checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from terrace.errors import InputError
+from terrace.recipe.schema import Stage
+from terrace.train.checkpoint import FENCE, json_bytes, write_durably
+from terrace.train.collectives import barrier, from_rank_zero
+from terrace.train.context import WorkerContext
+from terrace.train.feed import StageFeed
+from terrace.train.restore import CheckpointReader, keep_optimizer_state, newest_complete, previous_checkpoint, resume
+from terrace.train.setup import names_of_kept_parts
+from terrace.train.step import BatchCounts, NonFinite
+from terrace.train.strategies.interface import Strategy
+
+log = logging.getLogger(__name__)
+
+LEFT_OUT = "left_out_steps.json"
+
+
+@dataclass
+class Progress:
+    """Steps count from 1; `step` is the last one done."""
+
+    step: int = 0
+    loss: float | None = None
+    tokens: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    skipped_steps: int = 0
+    per_source: dict[str, int] = field(default_factory=dict)
+    evaluation_before: dict[str, float] | None = None
+    left_out: set[int] = field(default_factory=set)
+
+    def advance(self, step: int, counts: BatchCounts, loss: float, seconds: float, skipped: bool) -> None:
+        self.step, self.seconds = step, self.seconds + seconds
+        self.tokens += counts.tokens
+        self.samples += counts.samples
+        for source, number in counts.samples_per_source.items():
+            self.per_source[source] = self.per_source.get(source, 0) + number
+        if skipped:
+            self.skipped_steps += 1
+        else:
+            self.loss = loss
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        totals = {key: getattr(self, key) for key in ("tokens", "samples", "seconds", "skipped_steps", "per_source")}
+        return {"step": self.step, "loss": self.loss, "totals": totals, "evaluation_before": self.evaluation_before}
+
+    def result(self, after: dict[str, float]) -> dict[str, Any]:
+        """The content of result.json."""
+        return {
+            "steps": self.step,
+            "loss": self.loss,
+            "evaluation": {"before": self.evaluation_before or {}, "after": after},
+            **self.state()["totals"],
+        }
+
+    def record_nonfinite(self, error: NonFinite, policy: str, stage_dir: Path, context: WorkerContext) -> None:
+        """`stop`: raise. `skip`: go on. `rewind`: raise, and leave this step out when the restarted stage comes to
+        it."""
+        if context.rank == 0:
+            with open(stage_dir / "nonfinite.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": error.step, "samples": error.sample_ids, "policy": policy}) + "\n")
+            if policy == "rewind":
+                write_durably(stage_dir / LEFT_OUT, json_bytes(sorted(self.left_out | {error.step})))
+        barrier(context)
+        if policy != "skip":
+            raise error
+        log.warning("%s; the step is skipped", error)
+
+
+def next_attempt(checkpoints: Path, context: WorkerContext) -> int:
+    """One more than the last attempt that wrote here; rank 0 decides."""
+    fence = checkpoints / FENCE
+    number = int(json.loads(fence.read_text())["attempt"]) + 1 if context.rank == 0 and fence.is_file() else 1
+    return int(from_rank_zero(number, context))
+
+
+def resume_or_hand_over(
+    strategy: Strategy, feed: StageFeed, stage: Stage, identity: str, stage_dir: Path, start_weights: Path | None,
+    context: WorkerContext,
+) -> Progress:
+    """Load the newest complete checkpoint of the stage, else carry over the optimizer state that the recipe keeps.
+
+    `identity` is the stage's hash. Raises InputError if the checkpoint was made under another one, or if its place in
+    the data is not this feed's: what would be continued is then another stage.
+    """
+    found = newest_complete(stage_dir / "checkpoints") if context.rank == 0 else None
+    path = from_rank_zero(found.path if found else None, context)
+    left_out = set(json.loads((stage_dir / LEFT_OUT).read_text())) if (stage_dir / LEFT_OUT).is_file() else set()
+    if path is None:
+        names = [name for name, p in strategy.model.named_parameters() if p.requires_grad]
+        kept = names_of_kept_parts(names, stage)
+        if kept and start_weights is not None:
+            fresh = keep_optimizer_state(strategy, previous_checkpoint(start_weights), kept)
+            if fresh and context.rank == 0:
+                log.warning("optimizer_state: keep: %d tensors start fresh, they did not train before", len(fresh))
+        return Progress(left_out=left_out)
+    reader = CheckpointReader(path)
+    state = reader.state
+    if state["stage_hash"] != identity:
+        raise InputError(
+            f"{path}: the recipe changed what this stage computes since this checkpoint (model, data, optimizer, "
+            "budget or a stage before it); use a new run directory, or change the recipe back. Workers, strategy and "
+            "checkpoint intervals may change"
+        )
+    if state["data"] != json.loads(json.dumps(feed.state(state["step"]))):
+        raise InputError(
+            f"{path}: the data, its mixture, seed or batch changed since this checkpoint, so its place in the data "
+            "order does not exist any more; use a new run directory, or change them back"
+        )
+    resume(strategy, reader)
+    log.info("resumed from %s (step %d, saved by %s)", path, state["step"], state["saved_by"])
+    return Progress(
+        step=int(state["step"]),
+        loss=state["loss"],
+        evaluation_before=state["evaluation_before"],
+        left_out=left_out,
+        **state["totals"],
+    )

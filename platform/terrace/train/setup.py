@@ -1,0 +1,73 @@
+"""From a recipe's stage to a strategy that is ready to train: skeleton, freezing, attention, groups, initial weights.
+
+In a stated order, because each step relies on the one before: skeleton on the meta device, freeze, activation
+checkpointing, attention, then the strategy gives it memory and weights. Shared by next-token training and the
+on-policy loop.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from terrace.errors import InputError
+from terrace.models.attention import choose_backend, use_attention
+from terrace.models.build import meta_model
+from terrace.models.parts import language_layers, part_of, part_parameters, vision_blocks
+from terrace.models.weights import initial_weights
+from terrace.recipe.schema import PARTS, Recipe, Stage
+from terrace.train.context import WorkerContext
+from terrace.train.optimizer import parameter_groups
+from terrace.train.strategies.interface import Loss, Setup, Strategy, open_strategy
+
+log = logging.getLogger(__name__)
+
+
+def freeze_parts(model: Any, stage: Stage) -> None:
+    """Only the parts that the stage names take gradients."""
+    for part, pairs in part_parameters(model).items():
+        for _, parameter in pairs:
+            parameter.requires_grad_(getattr(stage.train, part) is not None)
+
+
+def checkpoint_activations(model: Any, stage: Stage) -> None:
+    """Recompute the blocks of the parts that ask for it in backward, instead of keeping their activations."""
+    wrapped = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+    for part, blocks in (("vision", vision_blocks(model)), ("language", language_layers(model))):
+        training = getattr(stage.train, part)
+        for block in blocks:
+            block.gradient_checkpointing = training is not None and training.activation_checkpointing
+            block._gradient_checkpointing_func = wrapped
+
+
+def prepare_strategy(
+    recipe: Recipe, stage: Stage, config: Any, context: WorkerContext, loss: Loss, start_weights: Path | None = None
+) -> Strategy:
+    """A strategy with the stage's initial weights (of `start_weights`, or the recipe's own), frozen parts and
+    optimizer."""
+    torch.set_float32_matmul_precision("highest" if stage.precision == "fp32" else "high")
+    skeleton = meta_model(config)
+    freeze_parts(skeleton, stage)
+    checkpoint_activations(skeleton, stage)
+    skeleton.train()
+    backend, reason = choose_backend(recipe.model.attention, torch.device(context.device).type, stage.precision)
+    use_attention(skeleton, backend)
+    if context.rank == 0:
+        log.info("attention: %s (%s)", backend, reason)
+    source, _ = initial_weights(recipe.model, skeleton, start_weights)
+    groups = parameter_groups([name for name, _ in skeleton.named_parameters()], stage)
+    if not groups:
+        raise InputError(f"stage {stage.name}: no part trains; name at least one of {', '.join(PARTS)} under `train`")
+    return open_strategy(
+        Setup(skeleton=skeleton, source=source, groups=groups, stage=stage, context=context, loss=loss)
+    )
+
+
+def names_of_kept_parts(names: list[str], stage: Stage) -> list[str]:
+    """Parameters of the parts whose optimizer state the stage keeps."""
+    kept = {part for part in PARTS if (training := getattr(stage.train, part)) and training.optimizer_state == "keep"}
+    return [name for name in names if part_of(name) in kept]

@@ -1,0 +1,112 @@
+"""DDP: every rank holds the whole model; gradients are averaged while the last pack's backward runs.
+
+Also what runs on one process (no wrapper then). Memory per rank: 16 bytes per trained parameter (float32 weight,
+gradient, two moments) and 4 per frozen one. bf16 and fp16 through autocast, so weights, gradients and their reduction
+stay float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from terrace.models.build import materialise
+from terrace.models.weights import TensorSource
+from terrace.train.precision import LossScale, compute_context
+from terrace.train.strategies.interface import (
+    OPTIMIZER_KINDS,
+    Kind,
+    Setup,
+    StepModule,
+    optimizer_arguments,
+    torch_groups,
+)
+
+
+class DataParallel:
+    """See strategies.interface.Strategy."""
+
+    def __init__(self, setup: Setup) -> None:
+        stage, context = setup.stage, setup.context
+        self._precision, self._device, self._world_size = stage.precision, context.device, context.world_size
+        self._offload = stage.activation_offload
+        self.loss_scale = LossScale() if stage.precision == "fp16" else None
+        self.model = materialise(setup.skeleton, setup.source, context.device)
+        self._parameters = dict(self.model.named_parameters())
+        self._module: Any = StepModule(self.model, setup.loss)
+        self._synchronised = context.world_size > 1
+        if self._synchronised:
+            self._module = DistributedDataParallel(self._module, broadcast_buffers=False, gradient_as_bucket_view=True)
+        groups = torch_groups(setup.groups, self._parameters)
+        self._optimizer = torch.optim.AdamW(groups, fused=True, **optimizer_arguments(stage))
+        self._trained = [name for group in setup.groups for name in group.names]
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        module = self._module.module if self._synchronised else self._module
+        with torch.no_grad(), compute_context(self._precision, self._device):
+            return module(batch)
+
+    def accumulate(self, batch: Any, scale: float, last: bool) -> torch.Tensor:
+        factor = scale * self._world_size * (self.loss_scale.value if self.loss_scale else 1.0)
+        quiet = self._synchronised and not last
+        with self._module.no_sync() if quiet else contextlib.nullcontext():
+            with self._kept_on_host(), compute_context(self._precision, self._device):
+                loss = self._module(batch)
+            (loss * factor).backward()
+        return loss.detach()
+
+    def _kept_on_host(self) -> contextlib.AbstractContextManager[object]:
+        if self._offload:
+            return torch.autograd.graph.save_on_cpu(pin_memory=str(self._device).startswith("cuda"))
+        return contextlib.nullcontext()
+
+    def clip(self, limit: float | None) -> float:
+        gradients = [p.grad for p in (self._parameters[name] for name in self._trained) if p.grad is not None]
+        if self.loss_scale:
+            torch._foreach_mul_(gradients, 1.0 / self.loss_scale.value)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if limit is not None and bool(torch.isfinite(norm)):
+            torch.nn.utils.clip_grads_with_norm_([self._parameters[name] for name in self._trained], limit, norm)
+        return float(norm)
+
+    def step(self, learning_rates: list[float]) -> None:
+        for group, rate in zip(self._optimizer.param_groups, learning_rates, strict=True):
+            group["lr"] = rate
+        self._optimizer.step()
+        self.discard()
+
+    def discard(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def tensors(self, kind: Kind) -> Iterator[tuple[str, torch.Tensor]]:
+        if kind == "weights":
+            for name, parameter in self._parameters.items():
+                yield name, parameter.detach()
+            return
+        for name in self._trained:
+            state = self._optimizer.state.get(self._parameters[name])
+            if state:
+                yield name, state[kind]
+
+    def optimizer_steps(self) -> dict[str, int]:
+        states = {name: self._optimizer.state.get(self._parameters[name]) for name in self._trained}
+        return {name: int(state["step"]) for name, state in states.items() if state}
+
+    def load_weights(self, source: TensorSource) -> None:
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(source(name))
+
+    def load_optimizer(self, source: Callable[[Kind, str], torch.Tensor], steps: dict[str, int]) -> None:
+        for name, count in steps.items():
+            parameter = self._parameters[name]
+            state: dict[str, torch.Tensor] = {
+                "step": torch.tensor(float(count), dtype=torch.float32, device=parameter.device)
+            }
+            for kind in OPTIMIZER_KINDS:
+                state[kind] = source(kind, name).to(parameter.device, torch.float32).clone()
+            self._optimizer.state[parameter] = state

@@ -1,0 +1,108 @@
+"""What the loop asks of a strategy. One file beside this one per strategy; none of them appears anywhere else.
+
+A strategy owns the model, its gradients and the optimizer, however they are spread over ranks. Whole tensors go in
+and out by parameter name, so checkpoints know neither the strategy nor the number of ranks. Every method is
+collective: all ranks call it in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import nn
+
+from terrace.errors import InputError
+from terrace.models.weights import TensorSource
+from terrace.recipe.schema import Stage
+from terrace.train.context import WorkerContext
+from terrace.train.optimizer import ParameterGroup
+from terrace.train.precision import LossScale
+
+Kind = Literal["weights", "exp_avg", "exp_avg_sq"]
+OPTIMIZER_KINDS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
+Loss = Callable[[Any, Any], torch.Tensor]  # (transformers model, batch) -> summed loss, float32 scalar
+
+
+@dataclass
+class Setup:
+    """What a strategy starts from. The skeleton is on the meta device, with frozen parameters already marked."""
+
+    skeleton: Any
+    source: TensorSource
+    groups: list[ParameterGroup]
+    stage: Stage
+    context: WorkerContext
+    loss: Loss
+
+
+class Strategy(Protocol):
+    """See the module's docstring. Gradients are those of `sum over ranks and packs of loss * scale`."""
+
+    model: Any  # the transformers model (its tensors may be shards)
+    loss_scale: LossScale | None  # fp16 only
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        """Summed loss of one pack, float32 scalar, without gradients."""
+
+    def accumulate(self, batch: Any, scale: float, last: bool) -> torch.Tensor:
+        """Forward and backward of one pack; returns its summed loss, detached. Ranks synchronise only at the `last`
+        pack."""
+
+    def clip(self, limit: float | None) -> float:
+        """Global norm of the gradients before clipping them to `limit`; not finite if a gradient is not."""
+
+    def step(self, learning_rates: list[float]) -> None:
+        """One optimizer step, one learning rate per parameter group; gradients are zero afterwards."""
+
+    def discard(self) -> None:
+        """Drop the gradients."""
+
+    def tensors(self, kind: Kind) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, whole float32 tensor) in the same order on every rank; optimizer kinds for trained parameters only."""
+
+    def optimizer_steps(self) -> dict[str, int]:
+        """Steps the optimizer has made, per trained parameter."""
+
+    def load_weights(self, source: TensorSource) -> None:
+        """Replace every weight."""
+
+    def load_optimizer(self, source: Callable[[Kind, str], torch.Tensor], steps: dict[str, int]) -> None:
+        """Replace the optimizer's state of the parameters in `steps`."""
+
+
+class StepModule(nn.Module):
+    """The model and its loss as one module, because wrappers (DDP, FSDP, ZeRO) act around one forward call."""
+
+    def __init__(self, model: Any, loss: Loss) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = loss
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        return self._loss(self.model, batch)
+
+
+def open_strategy(setup: Setup) -> Strategy:
+    """The strategy that the stage names. Raises InputError for one whose library is not installed."""
+    name = setup.stage.parallel.strategy
+    if name == "ddp":
+        from terrace.train.strategies.ddp import DataParallel
+
+        return DataParallel(setup)
+    raise InputError(f"parallel.strategy {name} is not available in this installation")
+
+
+def optimizer_arguments(stage: Stage) -> dict[str, Any]:
+    """Keyword arguments of AdamW that do not depend on the group."""
+    return {"betas": tuple(stage.optimizer.betas), "eps": stage.optimizer.eps}
+
+
+def torch_groups(groups: list[ParameterGroup], parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The groups as a torch optimizer takes them; their learning rates are set before every step."""
+    return [
+        {"params": [parameters[name] for name in group.names], "lr": 0.0, "weight_decay": group.weight_decay}
+        for group in groups
+    ]

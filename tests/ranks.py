@@ -1,0 +1,84 @@
+"""Functions that test processes run: one stage on packs made in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from packs import random_pack
+
+from terrace.data.types import PackedExample
+from terrace.models.build import model_config
+from terrace.recipe.schema import Recipe
+from terrace.train.context import WorkerContext
+from terrace.train.feed import StageFeed
+from terrace.train.loop import StageResult, train_stage
+
+
+@dataclass
+class Step:
+    step: int
+    packs: list[PackedExample]
+    wait_seconds: float = 0.0
+
+
+def packs_of_step(step: int, count: int) -> list[PackedExample]:
+    """Packs of a global batch: in every second step only the first half of them hold images."""
+    with_images = [step % 2 == 0 or place < count // 2 for place in range(count)]
+    return [random_pack(step * count + place, with_images[place]) for place in range(count)]
+
+
+def memory_feed(recipe: Recipe, stage_index: int, context: WorkerContext, poison_step: int | None = None) -> StageFeed:
+    """A feed whose packs depend on their number alone. Ranks take consecutive halves, so one has no image every
+    second step."""
+    stage = recipe.stages[stage_index]
+    share = stage.batch.packs // context.world_size
+
+    def stream(start: int) -> Iterator[Step]:
+        for step in range(start, int(stage.budget.steps or 0)):
+            packs = packs_of_step(step, stage.batch.packs)
+            yield Step(step, packs[context.rank * share : (context.rank + 1) * share])
+
+    return StageFeed(
+        config=model_config(recipe.model),
+        total_steps=int(stage.budget.steps or 0),
+        stream=stream,
+        state=lambda step: {"packs": step * stage.batch.packs},
+        held_out={"caption": [random_pack(9_000 + k) for k in range(3)], "text": [random_pack(9_003, False)]},
+    )
+
+
+def stage_dir(run_dir: Path, index: int) -> Path:
+    return run_dir / f"{index + 1:02d}"
+
+
+def train_stages(
+    rank: int, world_size: int, recipe_values: dict[str, Any], run_dir: str, first: int = 0,
+    stop_after: int | None = None,
+) -> list[StageResult]:
+    """The stages from `first` on, each from the one before. `stop_after`: told to stop at that many steps of the
+    first."""
+    recipe = Recipe.model_validate(recipe_values)
+    results = []
+    for index in range(first, len(recipe.stages)):
+        asked = 0
+
+        def should_stop() -> str | None:
+            nonlocal asked
+            asked += 1
+            return "test" if stop_after is not None and asked >= stop_after else None
+
+        context = WorkerContext(rank=rank, world_size=world_size, local_rank=rank, should_stop=should_stop)
+        folder = stage_dir(Path(run_dir), index)
+        folder.mkdir(parents=True, exist_ok=True)
+        start = stage_dir(Path(run_dir), index - 1) / "final" if index else None
+        results.append(train_stage(recipe, index, memory_feed(recipe, index, context), folder, start, context))
+    return results
+
+
+def losses(run_dir: Path, index: int = 0) -> list[float]:
+    lines = (stage_dir(run_dir, index) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
