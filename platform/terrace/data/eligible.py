@@ -1,14 +1,16 @@
-"""Which samples of a source take part in a stage, and as what: whole, shortened, cut into pieces, or at lower resolution.
+"""Which samples of a source take part in a stage, and as what: whole, shortened, cut up, or at lower resolution.
 
-Everything is decided from the index before anything runs. The result is a few numpy columns, one entry per training item
-(a piece of a split document is an item of its own), which the order permutes and the packing fits together.
+Everything is decided from the index before anything runs. The result is a few numpy columns, one entry per training
+item (a piece of a split document is an item of its own), which the order permutes and the packing fits together.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -61,6 +63,7 @@ class EligibleSource:
     items: Items
     id_of: Callable[[int], str]
     changes: dict[str, int] = field(default_factory=dict)
+    mark: str = ""  # changes when any item or its id does
 
     @property
     def count(self) -> int:
@@ -93,7 +96,7 @@ def eligible_source(
 ) -> EligibleSource:
     """The training items of `rows` (int [n]) of an index at the stage's resolution, `source.too_long` applied.
 
-    `index` is a SourceIndex: its columns give every length, and `measure(row)` and `image_sizes(row)` the details of
+    `index` is a SourceIndex: its columns give every length, and `measure(row)` and `sizes(row)` the details of
     the few samples that are too long.
     """
     bounds = source_pixels(source, pixels)
@@ -119,15 +122,19 @@ def eligible_source(
         if source.too_long == "refuse":
             changes["refused"] += 1
             continue
-        made = _fitted(source.too_long, index.measure(row), index.image_sizes(row), bounds, sequence_length, visual_limit)
-        changes[f"{source.too_long}" if made else "refused"] += 1
-        extra += [(row, length, seen, grid, limit or own_limit, start, stop) for length, seen, grid, limit, start, stop in made]
+        measure, sizes = index.measure(row), index.sizes(row)
+        made = _fitted(source.too_long, measure, sizes, bounds, sequence_length, visual_limit)
+        changes[source.too_long if made else "refused"] += 1
+        extra += [(row, *item[:3], item[3] or own_limit, *item[4:]) for item in made]
     items = whole
     if extra:
         columns = np.asarray(extra, dtype=np.int64).T
         items = Items(*(np.concatenate([old, new.astype(old.dtype)]) for old, new in zip(_columns(whole), columns)))
         items = items[np.lexsort((items.starts, items.rows))]
-    return EligibleSource(name, items, lambda row: str(index.ids[row]), dict(changes))
+    digest = hashlib.sha256(np.ascontiguousarray(index.columns["id_hash"]).tobytes())
+    for column in _columns(items):
+        digest.update(np.ascontiguousarray(column).tobytes())
+    return EligibleSource(name, items, lambda row: str(index.ids[row]), dict(changes), digest.hexdigest())
 
 
 def _columns(items: Items) -> list[np.ndarray]:
@@ -157,7 +164,7 @@ def _fitted(
     if measure.coordinates or not measure.cuts:
         return []  # conversations are never split; a document with coordinates has no fixed places to cut
     pieces = split_points(total, images, _cut_tokens(measure, images), sequence_length)
-    made = [_piece(start, stop, images) for start, stop in zip(pieces[:-1], pieces[1:])]
+    made = [_piece(start, stop, images) for start, stop in pairwise(pieces)]
     return made if all(piece[0] <= sequence_length and piece[1] <= visual_limit for piece in made) else []
 
 
@@ -190,8 +197,8 @@ def _cut_tokens(measure: Measure, images: list[tuple[int, int]]) -> list[int]:
 def split_points(total: int, images: list[tuple[int, int]], cuts: list[int], limit: int) -> list[int]:
     """Where a document of `total` tokens is cut into pieces of at most `limit`: [0, ..., total].
 
-    At the last line end or image end that fits; where none lies in the second half of the piece, between two tokens; never
-    inside an image (then the piece may pass `limit`, and the caller refuses the document).
+    At the last line end or image end that fits; where none lies in the second half of the piece, between two tokens;
+    never inside an image (then the piece may pass `limit`, and the caller refuses the document).
     """
     points = [0]
     while total - points[-1] > limit:

@@ -1,9 +1,9 @@
 """The mixture: which source gives the n-th sample of a stage, exact over every prefix, and computed from n.
 
 Weights become whole numbers (0.7 and 0.3 are 7 and 3), so the interleave repeats with period 7 + 3. Within a period
-every pick of a source has a window in which it must fall for the counts to stay within one sample of n times its share,
-and the earliest deadline goes first: the schedule known as Pfair, which always exists. After any number of samples every
-source stands strictly within one sample of its share, where drawing at random would be off by the square root.
+every pick of a source has a window in which it must fall for the counts to stay within one sample of n times its
+share, and the earliest deadline goes first: the schedule known as Pfair, which always exists. After n samples every
+source stands strictly within one sample of its share, where drawing at random would be off by the square root of n.
 
 A source whose epoch cap is reached drops out and the others go on in their proportions: a new phase of the interleave.
 """

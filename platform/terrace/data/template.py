@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from terrace.data.positions import TEMPORAL_PATCH_SIZE, TOKENS_PER_SECOND, Visual, rope_positions, temporal_seconds
-from terrace.data.resize import resized_coordinate, smart_resize
+from terrace.data.resize import resized_coordinate, resized_coordinate_many, smart_resize
 from terrace.data.tokenizer import TextTokenizer
 from terrace.data.types import GRID_PIXELS, PATCH_SIZE, Sample
 from terrace.errors import InputError
@@ -67,6 +67,16 @@ class Measure:
 def temporal_patches(frames: int) -> int:
     """Temporal patches of a video of `frames` frames (pairs; 1 for an image, whose `frames` is 0)."""
     return max(1, -(-frames // TEMPORAL_PATCH_SIZE))
+
+
+# Pixels of the original image to whole pixels of the resized one: (values, old sides, new sides), elementwise; int64.
+scale_coordinates = resized_coordinate_many
+
+
+def count_digits(values: np.ndarray) -> np.ndarray:
+    """Decimal digits of non-negative whole numbers below a million. Elementwise; int64."""
+    values = np.asarray(values)
+    return 1 + sum((values >= 10**power).astype(np.int64) for power in range(1, 6))
 
 
 def encode_sample(

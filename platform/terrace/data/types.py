@@ -79,6 +79,8 @@ class PackedExample:
     sources: list[str]  # source name of each segment
     kinds: list[str]  # sample kind of each segment
     sequence_length: int  # the stage's length, for the fill
+    video_grids: tuple[int, ...] = ()  # rows of `image_grids` that are videos: two rows of `patches` per patch, one per frame
+    damaged: tuple[str, ...] = ()  # samples left out by `on_damage: skip`, as "source/id"
 
     @property
     def tokens(self) -> int:

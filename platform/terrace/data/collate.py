@@ -1,0 +1,176 @@
+"""Pack specification plus sample bytes to the packed example that the model reads. The same bytes on any machine.
+
+Every length was known from the index; a sample that encodes to another one means that tokenizer, template or data
+changed since, and stops the stage by name rather than shifting every later token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from terrace.data.images import ImageDamage, load_patches
+from terrace.data.positions import TEMPORAL_PATCH_SIZE, Visual, rope_positions, temporal_seconds
+from terrace.data.template import Encoded, encode_sample
+from terrace.data.tokenizer import TextTokenizer
+from terrace.data.types import MERGE_SIZE, PATCH_SIZE, PATCH_VALUES, PackedExample, PackSpec, Sample
+from terrace.errors import DamagedData, InputError
+
+NO_TARGET = -100
+
+
+@dataclass(frozen=True)
+class CollateSettings:
+    """What a stage says about reading a sample; small, travels with every task."""
+
+    tokenizer_dir: str
+    pixels: tuple[int, int]
+    sequence_length: int
+    max_image_pixels: int
+    supervise: Mapping[str, str]  # per source
+    skip_damaged: frozenset[str]  # sources with `on_damage: skip`
+    tokens_per_second: float
+
+
+@dataclass(frozen=True)
+class LoadedSample:
+    """A sample as read from its shard: its images' bytes and their original (width, height), in image order."""
+
+    sample: Sample
+    images: Sequence[bytes]
+    sizes: Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One sample ready to stand in a pack."""
+
+    encoded: Encoded
+    targets: np.ndarray  # int32 [L]
+    patches: list[np.ndarray]  # uint8 [P_i, 588] each
+    videos: list[bool]  # per grid
+
+
+def collate(
+    spec: PackSpec, samples: Sequence[LoadedSample | DamagedData], tokenizer: TextTokenizer, settings: CollateSettings
+) -> PackedExample:
+    """Build the pack of `spec` from its samples, in order.
+
+    Raises DamagedData, naming source and sample, for bytes that cannot be used; a source with `on_damage: skip` loses
+    that segment instead, always the same one, and the pack names it in `damaged`.
+    """
+    segments: list[Segment] = []
+    kept: list[int] = []
+    damaged: list[str] = []
+    for number, (ref, loaded) in enumerate(zip(spec.samples, samples)):
+        try:
+            if isinstance(loaded, DamagedData):
+                raise loaded
+            segments.append(make_segment(spec, number, loaded, tokenizer, settings))
+        except DamagedData:
+            if ref.source not in settings.skip_damaged:
+                raise
+            damaged.append(f"{ref.source}/{ref.id}")
+        else:
+            kept.append(number)
+    lengths = [len(segment.encoded.input_ids) for segment in segments]
+    videos = [flag for segment in segments for flag in segment.videos]
+    return PackedExample(
+        pack=spec.pack,
+        input_ids=_joined([segment.encoded.input_ids for segment in segments], (0,), np.int32),
+        targets=_joined([segment.targets for segment in segments], (0,), np.int32),
+        position_ids=_joined([segment.encoded.positions for segment in segments], (4, 0), np.int32, axis=1),
+        segment_ends=np.cumsum(lengths, dtype=np.int32) if lengths else np.empty(0, dtype=np.int32),
+        patches=_joined([part for segment in segments for part in segment.patches], (0, PATCH_VALUES), np.uint8),
+        image_grids=_joined([segment.encoded.grids for segment in segments], (0, 3), np.int32),
+        sample_ids=[spec.samples[number].id for number in kept],
+        sources=[spec.samples[number].source for number in kept],
+        kinds=[samples[number].sample.kind for number in kept],
+        sequence_length=settings.sequence_length,
+        video_grids=tuple(place for place, flag in enumerate(videos) if flag),
+        damaged=tuple(damaged),
+    )
+
+
+def make_segment(
+    spec: PackSpec, number: int, loaded: LoadedSample, tokenizer: TextTokenizer, settings: CollateSettings
+) -> Segment:
+    """Encode, decode and cut one sample of a pack as its specification says."""
+    ref = spec.samples[number]
+    limit = spec.pixels_max[number] if spec.pixels_max else 0
+    pixels = (min(settings.pixels[0], limit), limit) if limit else settings.pixels
+    supervise = settings.supervise.get(ref.source, "auto")
+    try:
+        encoded = encode_sample(loaded.sample, loaded.sizes, tokenizer, pixels, supervise, settings.tokens_per_second)
+    except InputError as error:
+        raise DamagedData(f"source {ref.source}, sample {ref.id}: {error}") from error
+    span = spec.spans[number] if spec.spans else None
+    if span is not None:
+        encoded = cut_encoded(encoded, span, loaded.sample, tokenizer, settings.tokens_per_second)
+    if len(encoded.input_ids) != spec.lengths[number]:
+        raise DamagedData(
+            f"source {ref.source}, sample {ref.id}: it has {len(encoded.input_ids)} tokens where the index says"
+            f" {spec.lengths[number]}; the tokenizer or the data changed since it was indexed: index it again"
+        )
+    targets = np.full(len(encoded.input_ids), NO_TARGET, dtype=np.int32)
+    targets[:-1] = np.where(encoded.supervised[1:], encoded.input_ids[1:], NO_TARGET)
+    patches = []
+    for grid, images in zip(encoded.grids.tolist(), encoded.images):
+        height, width = grid[1] * PATCH_SIZE, grid[2] * PATCH_SIZE
+        frames = []
+        for image in images:
+            try:
+                frames.append(load_patches(loaded.images[image], height, width, settings.max_image_pixels))
+            except ImageDamage as error:
+                raise DamagedData(f"source {ref.source}, sample {ref.id}, image {image}: {error}") from error
+        patches += frames if not _is_video(grid, images) else [_paired(frames)]
+    videos = [_is_video(grid, images) for grid, images in zip(encoded.grids.tolist(), encoded.images)]
+    return Segment(encoded, targets, patches, videos)
+
+
+def cut_encoded(
+    encoded: Encoded, span: tuple[int, int], sample: Sample, tokenizer: TextTokenizer, tokens_per_second: float
+) -> Encoded:
+    """The token range of an encoded sample as a segment of its own: positions restart, other images are dropped."""
+    start, stop = span
+    pads = (encoded.input_ids == tokenizer.special.image_pad) | (encoded.input_ids == tokenizer.special.video_pad)
+    pad_places = np.flatnonzero(pads)
+    items = [item for message in sample.messages for item in message["content"]]
+    stamps = [item["timestamps"] for item in items if item["type"] == "video"]
+    visuals, grids, images, seen = [], [], [], 0
+    for grid, numbers in zip(encoded.grids.tolist(), encoded.images):
+        tokens = grid[0] * grid[1] * grid[2] // MERGE_SIZE**2
+        first = int(pad_places[seen])
+        seconds = temporal_seconds(stamps.pop(0)) if encoded.input_ids[first] == tokenizer.special.video_pad else None
+        seen += tokens
+        if start <= first and first + tokens <= stop:
+            visuals.append(Visual(first - start, tuple(grid), seconds))
+            grids.append(grid)
+            images.append(numbers)
+    return Encoded(
+        input_ids=encoded.input_ids[start:stop],
+        supervised=encoded.supervised[start:stop],
+        grids=np.asarray(grids, dtype=np.int32).reshape(-1, 3),
+        positions=rope_positions(stop - start, visuals, tokens_per_second),
+        images=tuple(images),
+    )
+
+
+def _is_video(grid: Sequence[int], images: Sequence[int]) -> bool:
+    return len(images) > 1 or grid[0] > 1
+
+
+def _paired(frames: list[np.ndarray]) -> np.ndarray:
+    """Frames of a video (uint8 [P, 588] each) as temporal patches: rows 2k and 2k + 1 are the two frames of patch k."""
+    if len(frames) % TEMPORAL_PATCH_SIZE:
+        frames = [*frames, frames[-1]]
+    pairs = [np.stack(frames[at : at + 2], axis=1) for at in range(0, len(frames), TEMPORAL_PATCH_SIZE)]
+    return np.concatenate(pairs).reshape(-1, PATCH_VALUES)
+
+
+def _joined(parts: list[np.ndarray], empty_shape: tuple[int, ...], dtype: type, axis: int = 0) -> np.ndarray:
+    if not parts:
+        return np.empty(empty_shape, dtype=dtype)
+    return np.ascontiguousarray(np.concatenate(parts, axis=axis), dtype=dtype)

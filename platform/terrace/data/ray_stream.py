@@ -1,0 +1,170 @@
+"""The Ray Data side of the stream: tasks as a data source, arrays as bytes columns, a bounded share of the cluster.
+
+The only file that imports ray.data for streaming. Every execution gets a DataContext of its own, so two datasets of one
+process cannot change each other's order or limits.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from ray.data import DataContext, Dataset, Datasource, ExecutionResources
+from ray.data.block import BlockMetadata
+from ray.data.datasource import ReadTask
+
+from terrace.data.tasks import PackTask, TaskSettings, run_task
+from terrace.data.types import PATCH_VALUES, PackedExample
+from terrace.errors import DamagedData, TerraceError
+from terrace.recipe.schema import Stage
+
+BLOCK_BYTES = 32 * 2**20  # larger blocks hold finished packs back, smaller ones cost a fixed 5 ms each
+
+# Field, dtype, shape behind the ragged axis. All arrays are C-contiguous.
+_ARRAYS: tuple[tuple[str, Any, tuple[int, ...]], ...] = (
+    ("input_ids", np.int32, (-1,)),
+    ("targets", np.int32, (-1,)),
+    ("position_ids", np.int32, (4, -1)),
+    ("segment_ends", np.int32, (-1,)),
+    ("patches", np.uint8, (-1, PATCH_VALUES)),
+    ("image_grids", np.int32, (-1, 3)),
+)
+_LISTS = ("sample_ids", "sources", "kinds", "damaged")
+SCHEMA = pa.schema(
+    [("pack", pa.int64()), ("sequence_length", pa.int32())]
+    + [(name, pa.large_binary()) for name, _, _ in _ARRAYS]
+    + [(name, pa.list_(pa.string())) for name in _LISTS]
+    + [("video_grids", pa.list_(pa.int32()))]
+)
+
+
+def to_table(pack: PackedExample) -> pa.Table:
+    """One pack as a row of bytes."""
+    columns: dict[str, Any] = {"pack": [pack.pack], "sequence_length": [pack.sequence_length]}
+    for name, dtype, _ in _ARRAYS:
+        columns[name] = [np.ascontiguousarray(getattr(pack, name), dtype=dtype).tobytes()]
+    for name in (*_LISTS, "video_grids"):
+        columns[name] = [list(getattr(pack, name))]
+    return pa.table(columns, schema=SCHEMA)
+
+
+def from_table(table: pa.Table) -> Iterator[PackedExample]:
+    """The packs of a block, in order. Arrays are copies: the block's memory is free once they are made."""
+    for row in range(table.num_rows):
+        values: dict[str, Any] = {}
+        for name, dtype, shape in _ARRAYS:
+            values[name] = np.frombuffer(table[name][row].as_buffer(), dtype=dtype).reshape(shape).copy()
+        for name in _LISTS:
+            values[name] = table[name][row].as_py()
+        values["damaged"] = tuple(values["damaged"])
+        yield PackedExample(
+            pack=table["pack"][row].as_py(),
+            sequence_length=table["sequence_length"][row].as_py(),
+            video_grids=tuple(table["video_grids"][row].as_py()),
+            **values,
+        )
+
+
+class PackSource(Datasource):
+    """Decode tasks as a Ray Data source: one read task each, in order."""
+
+    def __init__(self, tasks: list[PackTask], settings: TaskSettings):
+        super().__init__()
+        self._tasks = tasks
+        self._settings = settings.without_indexes()
+
+    def get_name(self) -> str:
+        return "Packs"
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(self, parallelism: int, *args: Any, **options: Any) -> list[ReadTask]:
+        return [_read_task(task, self._settings) for task in self._tasks]
+
+
+def _read_task(task: PackTask, settings: TaskSettings) -> ReadTask:
+    def read() -> Iterator[pa.Table]:
+        for pack in run_task(task, settings):
+            yield to_table(pack)
+
+    size = sum(part.spec.patches * PATCH_VALUES + sum(part.spec.lengths) * 28 for part in task.parts)
+    metadata = BlockMetadata(num_rows=len(task.parts), size_bytes=size, input_files=None, exec_stats=None)
+    return ReadTask(read, metadata, schema=SCHEMA)
+
+
+def ray_packs(
+    tasks: Iterator[PackTask], settings: TaskSettings, stage: Stage, world_size: int, pipeline_tasks: int
+) -> Iterator[PackedExample]:
+    """Packs of the tasks, in order, from one Ray Data execution after another."""
+    while True:
+        some = list(itertools.islice(tasks, pipeline_tasks))
+        if not some:
+            return
+        blocks = _blocks(some, settings, stage, world_size)
+        try:
+            for table in blocks:
+                yield from from_table(table)
+        except TerraceError:
+            raise
+        except Exception as error:
+            cause = _terrace_error(error)
+            if cause is None:
+                raise
+            raise cause from None
+        finally:
+            blocks.close()
+
+
+def _blocks(tasks: list[PackTask], settings: TaskSettings, stage: Stage, world_size: int) -> Iterator[pa.Table]:
+    cpus, concurrency = decode_share(stage, world_size)
+    context = DataContext.get_current().copy()
+    context.enable_progress_bars = False
+    context.target_max_block_size = BLOCK_BYTES
+    context.op_resource_reservation_enabled = False
+    context.execution_options.preserve_order = True
+    context.execution_options.verbose_progress = False
+    memory = ray.cluster_resources().get("object_store_memory", 2**30) / 2 / world_size
+    context.execution_options.resource_limits = ExecutionResources(cpu=cpus * concurrency, object_store_memory=memory)
+    with DataContext.current(context):
+        dataset: Dataset = ray.data.read_datasource(
+            PackSource(tasks, settings), override_num_blocks=len(tasks), num_cpus=cpus, concurrency=concurrency
+        )
+    batches = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
+    try:
+        yield from batches
+    finally:
+        batches.close()
+
+
+def decode_share(stage: Stage, world_size: int) -> tuple[float, int]:
+    """(CPUs per decode task, tasks at once) of one rank: its share of what the training workers leave.
+
+    Where they leave nothing, decoding still goes on, one task at a time and without a claim on a CPU: a stage that
+    waits for ever for a free CPU would be worse than one that is a little slower.
+    """
+    total = ray.cluster_resources().get("CPU", 1.0)
+    resources = stage.resources
+    if resources.decode_cpus is not None:
+        free = float(resources.decode_cpus)
+    else:
+        free = total - resources.cpus_per_worker * world_size
+    share = free / world_size
+    if share >= 1:
+        return 1.0, int(share)
+    return (round(share, 3) if share >= 0.1 else 0.0), 1
+
+
+def _terrace_error(error: BaseException | None) -> TerraceError | None:
+    """The error of a decode task inside Ray's wrappers."""
+    seen = 0
+    while error is not None and seen < 10:
+        if isinstance(error, TerraceError):
+            return error if type(error).__module__.startswith("terrace") else DamagedData(str(error))
+        error = getattr(error, "cause", None) or error.__cause__
+        seen += 1
+    return None
