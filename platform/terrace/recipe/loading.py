@@ -60,6 +60,7 @@ LAYOUT_KEYS = {
     "gates",
     "evaluate",
     "activation_offload",
+    "frozen_activation_checkpointing",
     "loss_chunk_tokens",
 }
 

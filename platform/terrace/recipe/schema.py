@@ -255,6 +255,9 @@ class Stage(Strict):
     resources: Resources = Field(Resources(), description="Workers, GPUs and CPUs.")
     checkpoint: Checkpoint = Field(Checkpoint(), description="When checkpoints are written and which stay.")
     data_loading: DataLoading = Field(DataLoading(), description="Packing window and prefetch.")
+    frozen_activation_checkpointing: bool = Field(
+        False, description="Recompute the activations of frozen parts that gradients pass through."
+    )
     activation_offload: bool = Field(False, description="Keep activations in host memory between forward and backward.")
     loss_chunk_tokens: int = Field(1024, ge=1, description="Rows of logits that exist at once in the loss.")
     evaluate: Evaluate = Field(Evaluate(), description="Held-out loss and suites.")
