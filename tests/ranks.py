@@ -46,7 +46,8 @@ def memory_feed(recipe: Recipe, stage_index: int, context: WorkerContext, poison
         config=model_config(recipe.model),
         total_steps=int(stage.budget.steps or 0),
         stream=stream,
-        state=lambda step: {"packs": step * stage.batch.packs},
+        state=lambda step: {"pack": step * stage.batch.packs},
+        restore=lambda state: None,
         held_out={"caption": [random_pack(9_000 + k) for k in range(3)], "text": [random_pack(9_003, False)]},
     )
 

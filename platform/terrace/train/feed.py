@@ -26,13 +26,15 @@ class StepInput(Protocol):
 
 @dataclass
 class StageFeed:
-    """`stream(start)` yields the steps from `start` to the last one; `state(step)` is the place in the data order after
-    `step` steps, a few integers that a checkpoint keeps and a resumed stage must find unchanged."""
+    """`stream(start)` yields the steps from `start` to the last one. `state(step)` is the place in the data order after
+    `step` steps, a few integers that a checkpoint keeps; `restore(state)` accepts it again, and raises InputError if the
+    order is another one by now."""
 
     config: Any  # the model's transformers configuration, token ids filled in
     total_steps: int
     stream: Callable[[int], Iterator[StepInput]]
     state: Callable[[int], dict[str, Any]]
+    restore: Callable[[dict[str, Any]], None]
     held_out: Mapping[str, Sequence[PackedExample]] = field(default_factory=dict)  # per sample kind
     tokenizer_dir: Path | None = None
 
@@ -58,6 +60,7 @@ def open_feed(recipe: Recipe, stage_index: int, prepared: Any, context: WorkerCo
         total_steps=plan.total_steps,
         stream=stream,
         state=plan.state,
+        restore=plan.restore,
         held_out=held_out_packs(recipe, stage_index, prepared, stage.evaluate.max_samples_per_kind),
         tokenizer_dir=prepared.tokenizer_dir,
     )

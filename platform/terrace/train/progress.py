@@ -112,11 +112,7 @@ def resume_or_hand_over(
             "budget or a stage before it); use a new run directory, or change the recipe back. Workers, strategy and "
             "checkpoint intervals may change"
         )
-    if state["data"] != json.loads(json.dumps(feed.state(state["step"]))):
-        raise InputError(
-            f"{path}: the data, its mixture, seed or batch changed since this checkpoint, so its place in the data "
-            "order does not exist any more; use a new run directory, or change them back"
-        )
+    feed.restore(state["data"])
     resume(strategy, reader)
     log.info("resumed from %s (step %d, saved by %s)", path, state["step"], state["saved_by"])
     return Progress(

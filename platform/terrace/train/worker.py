@@ -41,10 +41,10 @@ def run_stage(
     recipe: Recipe, stage_index: int, run_dir: Path, attempt: int | None, context: WorkerContext,
     observers: Sequence[Observer] = (),
 ) -> StageResult:
-    """Train one stage of a run directory whose data is prepared (`<run-dir>/data` or the recipe's cache_dir)."""
+    """Train one stage of a run directory whose data is prepared (`<run-dir>/data`). Every rank calls it."""
     from terrace.data.prepare import load_prepared
 
-    prepared = load_prepared(Path(recipe.data.cache_dir) if recipe.data.cache_dir else run_dir / "data")
+    prepared = load_prepared(run_dir / "data")
     folder = stage_folder(recipe, stage_index, run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     start = start_weights_of(recipe, stage_index, run_dir)
