@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -136,9 +138,11 @@ def first_logits(model, prompt: Prompt) -> np.ndarray:
 
 
 def test_uniforms_are_reproducible_and_differ():
-    assert uniforms(1, ("a", 2), 3, 4).tolist() == uniforms(1, ("a", 2), 3, 4).tolist()
-    assert uniforms(1, ("a", 2), 3, 4)[:2].tolist() == uniforms(1, ("a", 2), 3, 2).tolist()
-    assert len({uniforms(s, ("a", r), g, 1)[0] for s in range(3) for r in range(3) for g in range(3)}) == 27
+    first = PROMPTS[0]
+    assert uniforms(1, first, 3, 4).tolist() == uniforms(1, first, 3, 4).tolist()
+    assert uniforms(1, first, 3, 4)[:2].tolist() == uniforms(1, first, 3, 2).tolist()
+    again = dataclasses.replace(first, occurrence=1)
+    assert len({uniforms(s, p, g, 1)[0] for s in range(3) for p in [*PROMPTS, again] for g in range(3)}) == 36
 
 
 def random_groups() -> list[TrainGroup]:

@@ -53,7 +53,8 @@ def use_shared_prompt_attention(model: Any, backend: str) -> None:
     """Give the language layers this attention; `backend` still serves vision and packs without units."""
     use_attention(model, backend)
     model.config.text_config._attn_implementation = NAME
-    model.config.text_config.terrace_backend = backend
+    for layer in model.model.language_model.layers:
+        layer.self_attn.plain_backend = backend
 
 
 def unit_attention(
@@ -113,7 +114,7 @@ def _attention(
         keep[module.layer_idx] = (key, value)
     if prompt_units is not None:
         return unit_attention(query, key, value, prompt_units, scale), None
-    plain = ALL_ATTENTION_FUNCTIONS[registered_name(module.config.terrace_backend)]
+    plain = ALL_ATTENTION_FUNCTIONS[registered_name(module.plain_backend)]
     return plain(module, query, key, value, attention_mask, scaling=scale, **rest)
 
 

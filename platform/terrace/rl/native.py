@@ -76,7 +76,7 @@ class NativeEngine:
     def _wave(self, prompts: Sequence[Prompt], sampling: Sampling, ready: GroupReady) -> list[list[Response]]:
         count, samples = len(prompts), sampling.samples
         hidden, cache = self._prefill(prompts, sampling)
-        noise = np.stack([uniforms(sampling.seed, p.key, s, sampling.max_tokens) for p in prompts for s in range(samples)])
+        noise = np.stack([uniforms(sampling.seed, p, s, sampling.max_tokens) for p in prompts for s in range(samples)])
         wave = _Wave(count, samples, sampling.max_tokens, ready)
         logits = self._model.lm_head(hidden).float().repeat_interleave(samples, dim=0)
         next_positions = torch.tensor([[p.next_position, len(p.input_ids)] for p in prompts], device=self._device)

@@ -31,6 +31,7 @@ class Prompt:
     solution: Any = None
     metadata: dict[str, Any] = field(default_factory=dict)
     images: tuple[bytes, ...] = ()  # encoded files, for engines that do their own vision preprocessing
+    occurrence: int = 0  # how often this prompt was drawn before in the same iteration
 
     @property
     def next_position(self) -> int:
@@ -82,10 +83,10 @@ class RolloutEngine(Protocol):
         """Get ready to generate again."""
 
 
-def uniforms(seed: int, key: tuple[str, int], sample: int, count: int) -> np.ndarray:
+def uniforms(seed: int, prompt: Prompt, sample: int, count: int) -> np.ndarray:
     """float64 [count] in [0, 1): the random numbers of one response, from (seed, prompt, sample) alone.
 
     Whatever else is in the batch, in which order and on how many workers: the same response draws the same numbers.
     """
-    state = seed_of(seed, "response", key[0], key[1], sample)
+    state = seed_of(seed, "response", *prompt.key, prompt.occurrence, sample)
     return np.random.Generator(np.random.Philox(key=state)).random(count)

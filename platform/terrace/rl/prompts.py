@@ -1,0 +1,188 @@
+"""The prompts of an iteration: drawn in the data plane's order, read from their shards, encoded as training encodes.
+
+Draw n of the stage is the n-th sample of the mixture's interleave, or a prompt of the easy pool. The position (an integer)
+and the pool are the whole state, so the order is the same after a restart and for any number of workers.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from terrace.data.eligible import source_pixels
+from terrace.data.images import load_patches
+from terrace.data.order import source_rows
+from terrace.data.plan import StagePlan
+from terrace.data.read import read_located
+from terrace.data.template import encode_prompt
+from terrace.data.tokenizer import TextTokenizer
+from terrace.data.types import PATCH_SIZE, PATCH_VALUES, Sample
+from terrace.errors import DamagedData, InputError
+from terrace.recipe.schema import GrpoOptions, Recipe
+from terrace.rl.pools import EasyPool
+from terrace.rl.rollout import Prompt
+
+DRAWN_AT_ONCE = 64
+READ_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One prompt of an iteration, by reference."""
+
+    key: tuple[str, int]  # (source, row)
+    occurrence: int  # draws of the same prompt before this one in the iteration
+
+
+class PromptOrder:
+    """Position -> prompt. `position` counts samples of the interleave that were used or passed over."""
+
+    def __init__(self, recipe: Recipe, stage_index: int, prepared: Any) -> None:
+        stage = recipe.stages[stage_index]
+        options = stage.grpo or GrpoOptions()
+        room = stage.sequence_length - options.max_response_tokens
+        if room < 16:
+            raise InputError(
+                f"stage {stage.name}: sequence_length {stage.sequence_length} leaves {room} tokens for a prompt beside "
+                f"max_response_tokens {options.max_response_tokens}"
+            )
+        shorter = recipe.model_copy(update={"stages": [s.model_copy(update={"sequence_length": room}) for s in recipe.stages]})
+        self._plan = StagePlan.build(shorter, stage_index, prepared)
+        self._seed = stage.seed
+        self.pool = EasyPool(options.easy_pool_probability, options.drop_pass_rate_above)
+        self.position = 0
+        self.draws = 0
+        self._ahead: list[tuple[int, tuple[str, int]]] = []
+        budget = stage.budget
+        if budget.steps is not None:
+            self.iterations = -(-budget.steps // options.updates_per_rollout)
+        elif budget.samples is not None or budget.epochs is not None:
+            samples = budget.samples or self._plan.interleave.total or 0
+            self.iterations = max(1, -(-samples // options.prompts_per_iteration))
+        else:
+            raise InputError(f"stage {stage.name}: the budget of a grpo stage is steps, samples (prompts) or epochs")
+        self.fingerprint = self._plan.fingerprint
+
+    def draw(self, count: int, drawn: Counter[tuple[str, int]]) -> list[Drawn]:
+        """The next `count` prompts; `drawn` counts those of the iteration and is updated. Fewer when the order ends."""
+        found: list[Drawn] = []
+        while len(found) < count:
+            key = self.pool.pick(self._seed, self.draws)
+            if key is None:
+                key = self._next_of_order()
+            if key is None:
+                break
+            self.draws += 1
+            found.append(Drawn(key, drawn[key]))
+            drawn[key] += 1
+        return found
+
+    def _next_of_order(self) -> tuple[str, int] | None:
+        passed_over = 0
+        while True:
+            if not self._ahead or self._ahead[0][0] != self.position:
+                self._ahead = self._read_ahead()
+                if not self._ahead:
+                    return None
+            _, key = self._ahead.pop(0)
+            self.position += 1
+            # When the pool holds nearly everything, easy prompts are taken rather than searching for ever.
+            if not self.pool.takes_out(key) or passed_over >= 10 * DRAWN_AT_ONCE:
+                return key
+            passed_over += 1
+
+    def _read_ahead(self) -> list[tuple[int, tuple[str, int]]]:
+        plan, start = self._plan, self.position
+        sources, draws = plan.interleave.draw(start, start + DRAWN_AT_ONCE)
+        keys: list[tuple[str, int]] = [("", -1)] * len(sources)
+        for number, source in enumerate(plan.sources):
+            here = np.flatnonzero(sources == number)
+            if here.size:
+                items = source.take(source_rows(draws[here], source.count, plan.seed, source.name))
+                for place, row in zip(here.tolist(), items.rows.tolist()):
+                    keys[place] = (source.name, row)
+        return [(start + place, key) for place, key in enumerate(keys)]
+
+    def state(self) -> dict[str, Any]:
+        return {"position": self.position, "draws": self.draws, "pool": self.pool.state()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.position, self.draws = int(state["position"]), int(state["draws"])
+        self.pool.restore(state["pool"])
+        self._ahead = []
+
+
+class PromptReader:
+    """References to prompts: reads, decodes, resizes and encodes with the modules that training uses."""
+
+    def __init__(self, recipe: Recipe, stage_index: int, prepared: Any, tokenizer: TextTokenizer) -> None:
+        self._recipe, self._stage, self._prepared = recipe, recipe.stages[stage_index], prepared
+        self._tokenizer = tokenizer
+
+    def read(self, drawn: Sequence[Drawn]) -> list[Prompt]:
+        """Prompts in the order of the references. Raises DamagedData or InputError naming source and sample."""
+        locations = [self._prepared.indexes[one.key[0]].location(one.key[1]) for one in drawn]
+        results = read_located(locations)
+        for result in results:
+            if isinstance(result, DamagedData):
+                raise result
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            return list(pool.map(lambda pair: self._prompt(pair[0], *pair[1]), zip(drawn, results)))
+
+    def _prompt(self, drawn: Drawn, sample: Sample, images: list[bytes]) -> Prompt:
+        name, row = drawn.key
+        source = self._recipe.data.sources[name]
+        task = sample.metadata.get("task") or source.task
+        if task is None or "solution" not in sample.metadata:
+            raise InputError(
+                f"source {name}, sample {sample.id}: a prompt of a grpo stage needs `task` and `solution`; "
+                "name the source's `task`, or give the row both keys"
+            )
+        sizes = self._prepared.indexes[name].sizes(row)
+        pixels = source_pixels(source, (self._stage.pixels.min, self._stage.pixels.max))
+        encoded = encode_prompt(sample, sizes, self._tokenizer, pixels)
+        if any(len(numbers) != 1 for numbers in encoded.images):
+            raise InputError(f"source {name}, sample {sample.id}: rollouts take images, not videos")
+        patches, model_sizes = [], {}
+        for (_, rows, columns), (number,) in zip(encoded.grids.tolist(), encoded.images):
+            height, width = rows * PATCH_SIZE, columns * PATCH_SIZE
+            patches.append(load_patches(images[number], height, width, self._recipe.data.max_image_pixels))
+            model_sizes[number] = [width, height]
+        metadata = {
+            **sample.metadata,
+            "image_sizes": [list(size) for size in sizes],
+            "model_sizes": [model_sizes[number] for number in sorted(model_sizes)],
+        }
+        return Prompt(
+            key=drawn.key,
+            id=sample.id,
+            task=task,
+            input_ids=encoded.input_ids,
+            positions=encoded.positions,
+            patches=np.concatenate(patches) if patches else np.zeros((0, PATCH_VALUES), np.uint8),
+            grids=encoded.grids,
+            text=prompt_text(sample),
+            solution=sample.metadata["solution"],
+            metadata=metadata,
+            images=tuple(images),
+            occurrence=drawn.occurrence,
+        )
+
+
+def prompt_text(sample: Sample) -> str:
+    """The last user turn as text, images as `<image>`: what rewards and logs show."""
+    turn = next((m for m in reversed(sample.messages) if m["role"] != "assistant"), sample.messages[0])
+    return "".join(item["text"] if item["type"] == "text" else f"<{item['type']}>" for item in turn["content"])
+
+
+def held_out(recipe: Recipe, stage_index: int, prepared: Any, per_source: int) -> list[Drawn]:
+    """References to the held-out prompts of the stage's sources: at most `per_source` of each, those of lowest row."""
+    found = []
+    for name in recipe.stages[stage_index].mixture.weights:
+        found += [Drawn((name, int(row)), 0) for row in np.asarray(prepared.indexes[name].holdout_rows)[:per_source]]
+    return found
