@@ -7,6 +7,7 @@ created (a taken name is adopted) or deleted (by uid). A write that is refused a
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import time
 from collections.abc import Callable
@@ -17,7 +18,6 @@ from terrace.cluster import manifests
 from terrace.cluster.api import AlreadyExists, ApiError, Conflict, Refused
 from terrace.curriculum.state import RunState
 from terrace_operator.cache import CHILD_KINDS, Cache
-from terrace_operator.codec import decode
 from terrace_operator.metrics import NoMetrics
 from terrace_operator.reconcile import Create, Delete, Direct, Effect, Event, reconcile
 from terrace_operator.status import rfc3339
@@ -99,11 +99,10 @@ class Controller:
     def _confirm_absent(self, name: str, curriculum: Manifest) -> None:
         """A RayJob that the cache does not know may only be late: ask before its attempt is called lost."""
         stored = (curriculum.get("status") or {}).get("controller") or {}
-        names = [stage["name"] for stage in (stored.get("machine") or {}).get("stages", ())]
-        state: RunState = decode(stored, names)[0]
-        stored_index = {stage["name"]: stage.get("index", 0) for stage in (stored.get("machine") or {}).get("stages", ())}
-        for stage in state.attempts_in_flight:
-            job = manifests.rayjob_name(name, stored_index[stage.name], stage.attempt)
+        for stage in (stored.get("machine") or {}).get("stages", ()):
+            if stage.get("ended", True):
+                continue
+            job = manifests.rayjob_name(name, stage.get("index", 0), stage["attempt"])
             if not self.cache.has_rayjob(name, job) and (found := self.api.get("RayJob", job)) is not None:
                 self.cache.store("RayJob", found)
 
@@ -119,8 +118,6 @@ class Controller:
                 self.cache.store("RayJob", fresh or stale, deleted=fresh is None)
                 return fresh is None or bool(fresh["metadata"].get("deletionTimestamp"))
             case Direct(config_map, directive):
-                import json
-
                 self.api.patch("ConfigMap", config_map, {"data": {"directive.json": json.dumps(directive, sort_keys=True)}})
                 return True
         return True

@@ -6,9 +6,6 @@ from typing import Any
 
 from terrace_operator.reconcile import Create, Plan
 
-JOB_REASONS = ("StageStarted", "StageCompleted", "AttemptFailed", "AttemptStopped", "QueuePreempted", "Succeeded", "Failed")
-
-
 class NoMetrics:
     def planned(self, plan: Plan) -> None:
         pass

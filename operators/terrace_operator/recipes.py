@@ -7,6 +7,7 @@ The text of a started stage is read back from the recipe ConfigMap of its newest
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,10 +29,9 @@ Manifest = dict[str, Any]
 
 @dataclass(frozen=True)
 class Accepted:
-    """The spec in force. `may_continue` is False when nothing may be decided now; `problem` says why."""
+    """The spec in force, None when nothing may be decided now; `problem` says why."""
 
     spec: CurriculumSpec | None
-    may_continue: bool = True
     reason: str = "Valid"
     problem: str = ""
     edits_ignored: list[str] = field(default_factory=list)
@@ -44,7 +44,7 @@ def accept(curriculum: Manifest, old_status: Manifest, world: World) -> Accepted
     stored = old_status.get("controller") or {}
     started = {stage["name"]: stage for stage in (stored.get("machine") or {}).get("stages", ()) if stage.get("attempt")}
     if not started:
-        return Accepted(spec, spec is not None, "Valid" if spec else "InvalidSpec", problem)
+        return Accepted(spec, "Valid" if spec else "InvalidSpec", problem)
     memory = decode(stored, [])[1]
     if spec is None:
         return _last_good(curriculum["spec"], started, memory, world, metadata["name"], problem)
@@ -136,6 +136,10 @@ def with_failure_policy(spec: CurriculumSpec) -> CurriculumSpec:
 
 def _merge(curriculum: str, spec: CurriculumSpec, started: Manifest, memory: Memory, world: World) -> Accepted:
     names = [stage.name for stage in spec.recipe.stages]
+    misplaced = [name for name in started if name not in names or names.index(name) != started[name].get("index")]
+    if misplaced:
+        problem = f"stages that have started were removed, renamed or moved: {', '.join(misplaced)}"
+        return _last_good(spec, started, memory, world, curriculum, problem)
     stages, sources = list(spec.recipe.stages), dict(spec.recipe.data.sources)
     ignored: list[str] = []
     for index, name in enumerate(names):
@@ -147,20 +151,15 @@ def _merge(curriculum: str, spec: CurriculumSpec, started: Manifest, memory: Mem
         kept = _kept_recipe(curriculum, name, memory, world)
         if kept is None:
             message = f"stage {name} has started and was edited, and the recipe it started with is gone: undo the edit"
-            return Accepted(spec, False, "EditRefused", message)
+            return Accepted(None, "EditRefused", message)
         stages[index] = next(stage for stage in kept.stages if stage.name == name)
         sources |= {source: kept.data.sources[source] for source in stages[index].mixture.weights}
         ignored.append(name)
-    missing = [name for name in started if name not in names]
-    moved = [name for name in started if name in names and names.index(name) != started[name].get("index")]
-    if missing or moved:
-        text = f"stages that have started were removed, renamed or moved: {', '.join(missing + moved)}: undo the edit"
-        return Accepted(spec, False, "EditRefused", text)
     if not ignored:
         return Accepted(spec)
     merged = spec.model_copy(update={"recipe": _with(spec.recipe, stages, sources)})
     text = f"the edit of {', '.join(ignored)} is ignored, as it has started; it goes on as it was (rerunFrom takes the edit)"
-    return Accepted(merged, True, "EditIgnored", text, ignored)
+    return Accepted(merged, "EditIgnored", text, ignored)
 
 
 def _with(recipe: Recipe, stages: list[Stage], sources: dict[str, Source]) -> Recipe:
@@ -173,16 +172,20 @@ def _kept_recipe(curriculum: str, name: str, memory: Memory, world: World) -> Re
     return recipe_from_text(text) if text is not None else None
 
 
-def _last_good(values: Manifest, started: Manifest, memory: Memory, world: World, curriculum: str, problem: str) -> Accepted:
-    """The spec was edited into something invalid while running: what runs is followed on, under the recipe it started with."""
+def _last_good(
+    spec: CurriculumSpec | Manifest, started: Manifest, memory: Memory, world: World, curriculum: str, problem: str
+) -> Accepted:
+    """The spec was edited into something that cannot be: the run goes on under the recipe of its newest attempt."""
     newest = max(started.values(), key=lambda stage: stage.get("index", 0))["name"]
-    text = world.recipes.get(manifests.recipe_name(curriculum, memory.recipe_maps.get(newest, "")))
-    try:
-        recipe = recipe_from_text(text) if text else None
-        spec = CurriculumSpec.model_validate({**values, "recipe": recipe}) if recipe else None
-    except ValidationError:
-        spec = None
-    return Accepted(spec, spec is not None, "EditRefused", f"the edited spec is not valid and not in force: {problem}")
+    recipe = _kept_recipe(curriculum, newest, memory, world)
+    kept = None
+    if recipe is not None and isinstance(spec, CurriculumSpec):
+        kept = spec.model_copy(update={"recipe": recipe})
+    elif recipe is not None:
+        with contextlib.suppress(ValidationError):
+            kept = CurriculumSpec.model_validate({**spec, "recipe": recipe})
+    message = f"the edit is not in force: {problem}; undo it. The run goes on with the recipe it had"
+    return Accepted(kept, "EditRefused", message)
 
 
 @functools.lru_cache(maxsize=1024)

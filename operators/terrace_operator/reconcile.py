@@ -73,7 +73,7 @@ def reconcile(curriculum: Manifest, world: World, now: float) -> Plan:
     old_status = curriculum.get("status") or {}
     accepted = recipes.accept(curriculum, old_status, world)
     if accepted.spec is None:
-        return Plan(status.refused(curriculum, old_status, accepted.problem, now), requeue_seconds=QUEUE_CHECK_SECONDS)
+        return Plan(status.refused(curriculum, old_status, accepted.reason, accepted.problem, now))
     spec = accepted.spec
     state, memory = decode(old_status.get("controller") or {}, [stage.name for stage in spec.recipe.stages])
     memory.edits_ignored = list(accepted.edits_ignored)
@@ -81,9 +81,8 @@ def reconcile(curriculum: Manifest, world: World, now: float) -> Plan:
     events = [Event(reason, message) for reason, message in _follow(curriculum, state, memory, world, now)]
     effects: list[Effect] = []
     waiting: Wait | None = None
-    if accepted.may_continue:
-        _requests(spec, state, memory, now, events)
-        effects, waiting = _decide(curriculum, spec, state, memory, world, now, events)
+    _requests(spec, state, memory, now, events)
+    effects, waiting = _decide(curriculum, spec, state, memory, world, now, events)
     new_status = status.derive(curriculum, old_status, accepted, state, memory, world, waiting, now)
     new_status["controller"] = encode(state, memory)
     return Plan(new_status, effects, events, _requeue(state, waiting, now))

@@ -52,15 +52,16 @@ def event_of(event: Manifest) -> tuple[str, str, bool] | None:
     return reason, ": ".join(part for part in (where + attempt, why) if part)[:MAX_TEXT], warning
 
 
-def refused(curriculum: Manifest, old: Manifest, problem: str, now: float) -> Manifest:
-    """Status of a Curriculum whose spec is not valid and of which nothing has started."""
+def refused(curriculum: Manifest, old: Manifest, reason: str, problem: str, now: float) -> Manifest:
+    """Status of a Curriculum without a spec that could be in force: all that is known stays, and nothing is started."""
     generation = curriculum["metadata"].get("generation", 0)
     findings = [
-        Finding("Accepted", "False", "InvalidSpec", problem),
-        Finding("Progressing", "False", "InvalidSpec", "nothing is started until the spec is corrected"),
+        Finding("Accepted", "False", reason, problem),
+        Finding("Progressing", "False", reason, "nothing is started until the spec is corrected"),
     ]
-    conditions = merge(old.get("conditions") or [], findings, generation, rfc3339(now) or "")
-    return {**old, "observedGeneration": generation, "phase": "Pending", "conditions": conditions}
+    others = [condition for condition in old.get("conditions") or [] if condition["type"] not in ("Accepted", "Progressing")]
+    conditions = merge(old.get("conditions") or [], findings, generation, rfc3339(now) or "") + others
+    return {**old, "observedGeneration": generation, "phase": old.get("phase", "Pending"), "conditions": conditions}
 
 
 def derive(
@@ -194,7 +195,7 @@ def _findings(
     world: World, waiting: Wait | None,
 ) -> list[Finding]:  # fmt: skip
     problem = accepted.problem or "the spec is in force"
-    findings = [Finding("Accepted", "False" if not accepted.may_continue or accepted.reason != "Valid" else "True",
+    findings = [Finding("Accepted", "True" if accepted.reason == "Valid" else "False",
                         accepted.reason, problem)]  # fmt: skip
     findings.append(quota_message(job, world.workloads.get(job["metadata"]["name"]) if job else None))
     findings.append(_progressing(state, current, shown, waiting, findings[-1]))
@@ -224,7 +225,7 @@ def _progressing(state: RunState, current: StageState | None, shown: Manifest, w
                "BackingOff": "BackingOff", "Stopped": "Preempted", "Pending": "Pending"}  # fmt: skip
     reason = reasons.get(shown["phase"], "Pending")
     if reason == "WaitingForQuota":
-        preempted = int(shown.get("preemptions", 0)) > 0 and "Evicted" in quota.reason
+        preempted = int(shown.get("preemptions", 0)) > 0
         return Finding("Progressing", "True", "Preempted" if preempted else reason, quota.message or "waiting for the queue")
     if reason == "BackingOff" and current is not None:
         text = f"{current.reason}: {current.message}; next attempt {shown.get('nextRetryTime', 'soon')}"

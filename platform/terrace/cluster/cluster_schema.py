@@ -82,6 +82,10 @@ class Runtime(ClusterModel):
     working_dir: Annotated[str, Field(min_length=1, max_length=256)] = Field(
         "/opt/terrace", description="Folder in the image that holds `jobs/pretrain.py`."
     )
+    entrypoint: Annotated[list[Annotated[str, Field(max_length=8192)]], Field(min_length=1, max_length=16)] = Field(
+        ["python", "jobs/pretrain.py"], description="Program of a stage and its first arguments. Terrace adds the recipe, --run-dir, "
+        "--stage and --attempt."
+    )
     run_as_user: Annotated[int, Field(ge=1)] = Field(1000, description="Numeric user id of the pods; never root.")
     termination_grace_seconds: Annotated[int, Field(ge=1, le=3600)] | None = Field(
         None, description="Time a pod has to save a checkpoint when it must go. Unset: the stage's preemption grace plus 30."

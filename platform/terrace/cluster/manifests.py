@@ -155,7 +155,7 @@ def allocated_gpus(stage: Stage, runtime: Runtime) -> int:
 
 
 def entrypoint(spec: CurriculumSpec, stage: Stage, attempt: int, rerun: int = 0) -> str:
-    command = ["python", "jobs/pretrain.py", f"{RECIPE_FOLDER}/recipe.yaml", "--run-dir", spec.storage.uri]
+    command = [*spec.runtime.entrypoint, f"{RECIPE_FOLDER}/recipe.yaml", "--run-dir", spec.storage.uri]
     command += ["--stage", stage.name, "--attempt", str(attempt)]
     if rerun:
         command += ["--rerun", str(rerun)]
