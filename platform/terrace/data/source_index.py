@@ -56,6 +56,7 @@ class SourceIndex:
     kinds: list[str]
     kind_codes: np.ndarray  # int8 [N], into `kinds`
     suffixes: list[str]
+    refused: dict[str, int] = field(default_factory=dict)  # reason -> samples that ingest or the index left out
     seed: int = 0
     holdout_samples: int = 0
     max_samples: int | None = None
@@ -199,6 +200,7 @@ def load_index(
         kinds=kinds.dictionary.to_pylist(),
         kind_codes=kinds.indices.to_numpy(zero_copy_only=False).astype(np.int8),
         suffixes=suffixes,
+        refused=summary["refused"],
         seed=seed,
         holdout_samples=holdout_samples,
         max_samples=max_samples,
