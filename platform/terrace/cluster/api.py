@@ -110,6 +110,10 @@ class Api:
             if not token:
                 return items
 
+    def probe(self, kind: str) -> None:
+        """ApiError unless objects of this kind can be listed here."""
+        self._call("GET", kind, KINDS[kind].path(self.namespace), query={"limit": "1"})
+
     def create(self, body: Manifest) -> Manifest:
         """AlreadyExists where the name is taken; Refused where the server will not have it."""
         return self._call("POST", body["kind"], KINDS[body["kind"]].path(self.namespace), body)

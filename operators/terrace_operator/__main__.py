@@ -1,0 +1,108 @@
+"""`python -m terrace_operator --namespace N`: the operator, inside a cluster or outside with a kubeconfig."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import uuid
+from datetime import UTC, datetime
+
+import kopf
+from terrace.cluster.api import Api, connect
+from terrace.errors import TerraceError
+
+from terrace_operator.controller import Controller
+from terrace_operator.handlers import register
+from terrace_operator.leader import Leader
+from terrace_operator.metrics import Metrics
+from terrace_operator.runtime import Runtime, serve_health
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object per line, with the Curriculum's name where there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "level": record.levelname.lower(),
+                "logger": record.name, "message": record.getMessage()}  # fmt: skip
+        line |= {key: getattr(record, key) for key in ("curriculum", "reason") if hasattr(record, key)}
+        if record.exc_info:
+            line["trace"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("terrace_operator", description=__doc__)
+    parser.add_argument("--namespace", "-n", default=os.environ.get("TERRACE_NAMESPACE"), help="namespace to act in")
+    parser.add_argument("--port", type=int, default=8080, help="port of /healthz, /readyz and /metrics; 0: a free one")
+    parser.add_argument("--workers", type=int, default=4, help="curricula handled at the same time")
+    parser.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
+    return parser.parse_args(argv)
+
+
+def has_kueue(api: Api) -> bool:
+    """Whether Workloads can be watched: Kueue is installed and the Role allows it."""
+    try:
+        api.probe("Workload")
+    except TerraceError:
+        return False
+    return True
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = arguments(argv)
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonFormatter())
+    logging.basicConfig(level=options.log_level, handlers=[handler], force=True)
+    metrics = Metrics()
+    try:
+        api = connect(options.namespace, metrics.on_call)
+    except TerraceError as error:
+        print(f"terrace_operator: {error}", file=sys.stderr)
+        return error.exit_status
+    controller = Controller(api, metrics=metrics)
+    leader = Leader(api, f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}")
+    runtime = Runtime(controller, leader, metrics, options.workers)
+    server = serve_health(runtime, options.port)
+    registry = kopf.OperatorRegistry()
+    with_kueue = has_kueue(api)
+    register(registry, runtime, with_kueue)
+    logging.getLogger("terrace.operator").info(
+        "operator starts in namespace %s, port %s, Kueue %s", api.namespace, server.server_port, "found" if with_kueue else "absent"
+    )
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    runtime.start()
+    try:
+        # kopf's own signal handlers are off outside the main thread; the flag stops it, and the workers end after it.
+        watching = threading.Thread(target=_watch, args=(registry, api.namespace, stop), daemon=True)
+        watching.start()
+        while watching.is_alive() and not stop.wait(0.5):
+            pass
+        watching.join(timeout=10)
+    finally:
+        runtime.stop()
+        server.shutdown()
+    if not stop.is_set():
+        logging.getLogger("terrace.operator").error("the watches ended; leaving so that the pod is restarted")
+        return 1
+    return 0
+
+
+def _watch(registry: kopf.OperatorRegistry, namespace: str, stop: threading.Event) -> None:
+    loop = asyncio.new_event_loop()
+    asyncio.set_event_loop(loop)
+    loop.run_until_complete(
+        kopf.operator(registry=registry, namespaces=[namespace], standalone=True, clusterwide=False, stop_flag=stop)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
