@@ -33,9 +33,7 @@ class PackLoad:
         return self.patches / MERGE
 
 
-def exact_load(
-    shape: ModelShape, segments: Sequence[int], grids: Iterable[tuple[int, int]], supervised_tokens: int
-) -> PackLoad:
+def exact_load(shape: ModelShape, segments: Sequence[int], grids: Iterable[tuple[int, int]], supervised_tokens: int) -> PackLoad:
     """The load of a known pack: token counts of its segments, (height, width) in patches of its images.
 
     A pack without an image runs one blank image of 2 x 2 patches (the text-only guard).
@@ -52,9 +50,7 @@ def exact_load(
     )
 
 
-def assumed_load(
-    shape: ModelShape, tokens: float, visual_tokens: float, segment_tokens: float, image_tokens: float
-) -> PackLoad:
+def assumed_load(shape: ModelShape, tokens: float, visual_tokens: float, segment_tokens: float, image_tokens: float) -> PackLoad:
     """The load of a pack of equal segments and equal images; every token that is not visual is supervised."""
     patches = max(visual_tokens, 1.0) * MERGE
     image = max(1.0, min(image_tokens, visual_tokens)) * MERGE
@@ -99,11 +95,7 @@ def _forward(shape: ModelShape, load: PackLoad) -> dict[PartName, dict[str, floa
     return {
         "vision": {
             "embed": 2 * load.patches * PATCH_VALUES * vision.width,
-            "linear": 2
-            * load.patches
-            * vision.depth
-            * vision.width
-            * (4 * vision.width + products * vision.intermediate),
+            "linear": 2 * load.patches * vision.depth * vision.width * (4 * vision.width + products * vision.intermediate),
             "attention": 4 * vision.width * squares,
         },
         "projector": {"linear": 2 * load.visual_tokens * merged * (merged + language.width)},
@@ -135,9 +127,7 @@ class PackFlops:
         return self.model + sum(self.recompute.values())
 
 
-def training_flops(
-    shape: ModelShape, load: PackLoad, trained: Sequence[PartName], checkpointed: Sequence[PartName] = ()
-) -> PackFlops:
+def training_flops(shape: ModelShape, load: PackLoad, trained: Sequence[PartName], checkpointed: Sequence[PartName] = ()) -> PackFlops:
     """FLOPs of forward and backward of one pack when `trained` parts train and the others are frozen."""
     forward = _forward(shape, load)
     backward: dict[PartName, float] = {}
@@ -151,7 +141,6 @@ def training_flops(
             + forward[part].get("embed", 0.0) * weights
         )
     recompute = {
-        part: sum(forward[part].get(kind, 0.0) for kind in ("linear", "attention")) if part in checkpointed else 0.0
-        for part in PARTS
+        part: sum(forward[part].get(kind, 0.0) for kind in ("linear", "attention")) if part in checkpointed else 0.0 for part in PARTS
     }
     return PackFlops({part: sum(forward[part].values()) for part in PARTS}, backward, recompute)

@@ -1,0 +1,79 @@
+"""What an index tells the plan about a source: samples that train, and their mean tokens, squares and bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from terrace.recipe.schema import Recipe, Stage
+
+IMAGE_AREA = 28 * 28
+
+
+@dataclass(frozen=True)
+class SampleMeans:
+    """Means over samples. Squares are sums over a sample's segments and images, as attention meets them."""
+
+    tokens: float
+    supervised_tokens: float
+    token_squares: float
+    visual_tokens: float
+    image_squares: float  # of patches
+    bytes: float
+
+    def scaled(self, factor: float) -> SampleMeans:
+        return SampleMeans(*(getattr(self, field.name) * factor for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class SourceFacts:
+    samples: int  # that train
+    means: SampleMeans
+
+
+def source_facts(index: Any, stage: Stage, max_visual_tokens_per_image: int | None) -> SourceFacts:
+    """The facts of one source (a data.source_index.SourceIndex) at the stage's resolution."""
+    import numpy as np
+
+    most = stage.pixels.max
+    if max_visual_tokens_per_image is not None:
+        most = max(stage.pixels.min, min(most, max_visual_tokens_per_image * IMAGE_AREA))
+    pixels = (stage.pixels.min, most)
+    rows = index.train_rows
+    lengths = index.lengths(pixels)[rows].astype(np.float64)
+    fitting = lengths <= stage.sequence_length  # longer ones are refused, split or reduced: none meets attention whole
+    lengths = np.minimum(lengths, stage.sequence_length)
+    patches = index.patches(pixels)[rows].astype(np.float64)
+    images = np.maximum(1, np.diff(index.starts["image"])[rows])
+    sizes = np.concatenate([[0], np.cumsum(index.columns["member_size"], dtype=np.int64)])
+    starts = index.starts["member"]
+    payload = sizes[starts[1:]] - sizes[starts[:-1]]
+    if not len(rows):
+        return SourceFacts(0, SampleMeans(0, 0, 0, 0, 0, 0))
+    return SourceFacts(
+        samples=int(fitting.sum()),
+        means=SampleMeans(
+            tokens=float(lengths.mean()),
+            supervised_tokens=float(index.supervised_tokens[rows].mean()),
+            token_squares=float((lengths**2).mean()),
+            visual_tokens=float(patches.mean()) / 4,
+            image_squares=float((patches**2 / images).mean()),
+            bytes=float(payload[rows].mean()),
+        ),
+    )
+
+
+def load_facts(recipe: Recipe, root: Path) -> list[dict[str, SourceFacts]]:
+    """Per stage, the facts of its sources from prepared data in `root`. Raises InputError where there is none."""
+    from terrace.data.prepare import load_prepared
+
+    indexes = load_prepared(root).indexes
+    return [
+        {
+            name: source_facts(indexes[name], stage, recipe.data.sources[name].max_visual_tokens_per_image)
+            for name in stage.mixture.weights
+            if name in indexes
+        }
+        for stage in recipe.stages
+    ]

@@ -1,0 +1,244 @@
+"""Memory of one GPU in a training step: weights, gradients, optimizer, activations, logits and buffers, for every strategy.
+
+Bytes per parameter follow from where a strategy keeps what (`_state`). Activations follow from what autograd saves in each
+block, tensor by tensor (`_language_layer`, `_vision_block`): a part that trains also keeps the inputs of its matrix products; a
+frozen part through which gradients pass keeps the rest; a part that nothing before trains keeps nothing. With activation
+checkpointing only the input of each block stays, plus one block being recomputed. The pack is the worst one the stage
+allows: full, and as many visual tokens as may be in it.
+
+`ddp` computes under autocast: weights, residual stream and norms are float32, and the matrices have copies in the stage's
+precision until backward. The sharded strategies hold or gather weights in the stage's precision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from math import gcd
+
+from terrace.planner.parameters import part_sizes, trained_parts
+from terrace.planner.shapes import MERGE, ModelShape
+from terrace.recipe.schema import PARTS, PartName, Stage
+
+FP32 = 4
+MOMENTS = 8  # two float32 moments of AdamW
+DEEPSPEED_BUCKET = 5e8  # elements of DeepSpeed's reduce and gather buckets
+MAX_LIVE = 1e9  # parameters that ZeRO-3 keeps gathered at a time
+COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU at the peak of a step. `host` is what offloading moves to the machine's memory instead."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    vision_activations: float
+    language_activations: float
+    working: float  # one block's forward or backward, beyond what the logits need at another moment
+    logits: float
+    buffers: float  # copies in compute precision, gathered layers, communication buckets, the output layer's gradient
+    host: float = 0.0
+
+    @property
+    def activations(self) -> float:
+        return self.vision_activations + self.language_activations + self.working
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, field.name) for field in fields(self) if field.name != "host")
+
+
+@dataclass(frozen=True)
+class PackSize:
+    """The pack that memory is planned for: tokens, of which visual, and rows that meet the output layer."""
+
+    tokens: float
+    visual_tokens: float
+    supervised_tokens: float
+
+
+def worst_pack(stage: Stage, has_images: bool) -> PackSize:
+    """The largest pack: full, visual tokens up to the stage's bound, all other tokens supervised."""
+    length = stage.sequence_length / stage.parallel.sequence_parallel
+    limit = stage.data_loading.max_visual_tokens_per_pack or stage.sequence_length
+    visual = min(limit, stage.sequence_length) / stage.parallel.sequence_parallel if has_images else 1
+    return PackSize(length, visual, length)
+
+
+def stage_memory(shape: ModelShape, stage: Stage, workers: int, pack: PackSize, on_gpu: bool = True, accumulates: bool = True) -> Memory:
+    """Peak memory per GPU of `stage` on `workers` workers with one pack at a time."""
+    compute = COMPUTE_BYTES[stage.precision]
+    state = _state(shape, stage, workers, compute)
+    vision = _vision_activations(shape, stage, pack, compute, on_gpu)
+    language = _language_activations(shape, stage, pack, compute, on_gpu)
+    logits = min(stage.loss_chunk_tokens, pack.supervised_tokens) * shape.language.vocabulary * 2 * FP32
+    kept = [vision.kept, language.kept]
+    host = state.host
+    if stage.activation_offload:
+        host += sum(kept)
+        kept = [0.0, 0.0]
+    head = _head_buffers(shape, stage, compute, pack)
+    working = max(vision.working, language.working)
+    return Memory(
+        weights=state.weights,
+        gradients=state.gradients,
+        optimizer=state.optimizer,
+        vision_activations=kept[0],
+        language_activations=kept[1],
+        working=max(0.0, working - logits - head),
+        logits=logits,
+        buffers=state.buffers + head,
+        host=host,
+    )
+
+
+# ---------------------------------------------------------------- parameters
+
+
+@dataclass(frozen=True)
+class _State:
+    weights: float
+    gradients: float
+    optimizer: float
+    buffers: float
+    host: float
+
+
+def _state(shape: ModelShape, stage: Stage, workers: int, compute: int) -> _State:
+    """Bytes of weights, gradients and optimizer per GPU, and of what the strategy needs to work on them."""
+    sizes = part_sizes(shape)
+    everything = sum(size.total for size in sizes.values())
+    trained = sum(sizes[part].total for part in trained_parts(stage))
+    largest_block = max(size.block for size in sizes.values())
+    outer = shape.language.vocabulary * shape.language.width * (1 if shape.language.tied else 2)
+    parallel, shards = stage.parallel, workers
+    strategy = parallel.strategy
+    buffers = 0.0
+    if strategy == "ddp":
+        weights, gradients, optimizer = FP32 * everything, FP32 * trained, MOMENTS * trained
+        if compute < FP32:  # autocast's copies of every matrix that gradients pass through
+            buffers = compute * _matrices_in_backward(shape, stage)
+    elif strategy == "fsdp":
+        shards = gcd(parallel.hybrid_shard_size or workers, workers)
+        weights, gradients, optimizer = FP32 * everything / shards, FP32 * trained / shards, MOMENTS * trained / shards
+        if workers > 1:  # two blocks gathered (one ahead), the embeddings, one block's gradient being reduced
+            gathered = 2 * largest_block if parallel.reshard_after_forward else everything - outer
+            buffers = compute * (gathered + outer) + FP32 * largest_block
+    else:
+        bucket = min(DEEPSPEED_BUCKET, trained)
+        weights = compute * everything / (shards if strategy == "zero3" else 1)
+        gradients = compute * trained / (1 if strategy == "zero1" else shards)
+        optimizer = (FP32 + MOMENTS) * trained / shards  # a float32 master copy and the moments
+        buffers = compute * 2 * bucket if workers > 1 else 0.0
+        if strategy == "zero3" and workers > 1:
+            buffers = compute * (bucket + min(MAX_LIVE, everything))
+    host = 0.0
+    if parallel.offload_optimizer != "none":
+        host, optimizer = optimizer + gradients, 0.0
+        gradients = 0.0 if strategy in ("zero2", "zero3") else gradients
+    if parallel.offload_parameters != "none":
+        host, weights = host + weights, 0.0
+    return _State(weights, gradients, optimizer, buffers, host)
+
+
+def gradients_reach(stage: Stage, part: PartName) -> bool:
+    """Whether gradients pass through a part: it trains, or something before it does."""
+    return any(getattr(stage.train, before) is not None for before in PARTS[: PARTS.index(part) + 1])
+
+
+def _matrices_in_backward(shape: ModelShape, stage: Stage) -> float:
+    sizes = part_sizes(shape)
+    embeddings = shape.language.vocabulary * shape.language.width
+    count = sum(sizes[part].total for part in PARTS if gradients_reach(stage, part))
+    return count - embeddings * (1 if gradients_reach(stage, "language") else 0)
+
+
+def _head_buffers(shape: ModelShape, stage: Stage, compute: int, pack: PackSize) -> float:
+    """The output layer's matrix in compute precision, its running float32 gradient and one product added to it."""
+    matrix = shape.language.vocabulary * shape.language.width
+    copies = compute * matrix if compute < FP32 and stage.parallel.strategy == "ddp" else 0
+    if stage.train.language is not None:
+        copies += FP32 * matrix + compute * matrix
+    return copies + FP32 * pack.supervised_tokens * shape.language.width
+
+
+# ---------------------------------------------------------------- activations
+
+
+@dataclass(frozen=True)
+class _Activations:
+    kept: float  # from forward until backward, over all blocks
+    working: float  # one block at work
+
+
+def _language_activations(shape: ModelShape, stage: Stage, pack: PackSize, compute: int, on_gpu: bool) -> _Activations:
+    language, train = shape.language, stage.train.language
+    residual = FP32 if stage.parallel.strategy == "ddp" else compute
+    layer = _language_layer(shape, stage, compute, on_gpu)
+    working = pack.tokens * (3 * language.intermediate * compute + 2 * language.width * residual)
+    if not gradients_reach(stage, "language"):
+        return _Activations(0.0, working)
+    ends = pack.tokens * language.width * (3 * residual + 1) + pack.tokens * language.width * (FP32 + residual)
+    checkpointed = train.activation_checkpointing if train else stage.frozen_activation_checkpointing
+    if checkpointed:
+        return _Activations(pack.tokens * language.layers * language.width * residual + ends, pack.tokens * layer + working)
+    return _Activations(pack.tokens * language.layers * layer + ends, working)
+
+
+def _language_layer(shape: ModelShape, stage: Stage, compute: int, on_gpu: bool) -> float:
+    """Bytes per token that autograd keeps for one decoder layer."""
+    language, trained = shape.language, stage.train.language is not None
+    width, inner, query = language.width, language.intermediate, language.query_width
+    key = language.key_width if on_gpu else query  # exact attention on CPU repeats keys and values for every head
+    autocast = stage.parallel.strategy == "ddp" and compute < FP32
+    norms = 2 * FP32 * width
+    attention = compute * (2 * query + 2 * key) + FP32 * language.heads
+    rotary = 2 * language.head_size * (FP32 if autocast else compute)
+    feed_forward = 3 * inner * compute
+    if trained:
+        if autocast:  # each of the five projections casts its input by itself
+            norms += 2 * FP32 * width + 5 * compute * width
+        else:
+            norms += 2 * 2 * compute * width
+        attention += 0 if on_gpu else compute * query
+        feed_forward += inner * compute
+    return norms + attention + rotary + feed_forward
+
+
+def _vision_activations(shape: ModelShape, stage: Stage, pack: PackSize, compute: int, on_gpu: bool) -> _Activations:
+    """Vision tower and projector."""
+    vision, train = shape.vision, stage.train.vision
+    patches = pack.visual_tokens * MERGE
+    residual = FP32 if stage.parallel.strategy == "ddp" else compute
+    block = _vision_block(shape, stage, compute, on_gpu)
+    products = 3 if vision.gated else 2
+    working = patches * (products * vision.intermediate * compute + 2 * vision.width * residual)
+    merged = shape.merged_width
+    kept = 0.0
+    if gradients_reach(stage, "projector"):
+        trained = stage.train.projector is not None
+        kept += patches * vision.width * (FP32 + (FP32 if trained else 0)) + pack.visual_tokens * merged * compute
+        kept += 2 * pack.visual_tokens * merged * compute if trained else 0.0
+        kept += pack.visual_tokens * shape.language.width * residual
+    if train is None:
+        return _Activations(kept, working)
+    if train.activation_checkpointing:
+        return _Activations(kept + patches * vision.depth * vision.width * residual, patches * block + working)
+    return _Activations(kept + patches * vision.depth * block, working)
+
+
+def _vision_block(shape: ModelShape, stage: Stage, compute: int, on_gpu: bool) -> float:
+    """Bytes per patch that autograd keeps for one vision block, which trains."""
+    vision = shape.vision
+    width, inner = vision.width, vision.intermediate
+    autocast = stage.parallel.strategy == "ddp" and compute < FP32
+    if vision.gated:  # RMSNorm keeps its input and the normalised values
+        norms = 2 * 2 * FP32 * width if autocast else 2 * (FP32 + compute) * width
+        feed_forward = 4 * inner * compute
+    else:
+        norms = 2 * FP32 * width if autocast else 2 * compute * width
+        feed_forward = 3 * inner * compute
+    inputs = compute * width * ((3 if vision.gated else 2) if autocast else 2)
+    attention = compute * width * (4 if on_gpu else 5) + FP32 * vision.heads
+    return norms + inputs + attention + feed_forward

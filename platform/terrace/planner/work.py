@@ -1,0 +1,126 @@
+"""How much a stage has to do: steps, tokens and samples from its budget, and what an average pack holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from terrace.planner.data_facts import SampleMeans, SourceFacts
+from terrace.planner.flops import PackLoad, assumed_load
+from terrace.planner.shapes import MERGE, ModelShape
+from terrace.recipe.schema import Recipe, Stage
+
+PIXELS_OF_TOKEN = 28 * 28
+TEXT_BYTES_PER_TOKEN = 4.0
+FILL = 0.997  # share of a pack that packing fills
+
+
+@dataclass(frozen=True)
+class SourceShare:
+    """A source's part in a stage: its share of the samples, how many that makes, and passes over it (None: unknown)."""
+
+    share: float
+    samples: float | None
+    epochs: float | None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage does. None: it cannot be known without an index (a budget in epochs)."""
+
+    steps: int | None
+    tokens: float | None  # sequence positions
+    samples: float | None
+    exact: bool  # from an index rather than from `planning`
+    pack: PackLoad  # an average pack
+    pack_bytes: float
+    sources: dict[str, SourceShare]
+
+
+def has_images(recipe: Recipe, stage: Stage) -> bool:
+    return any(recipe.data.sources[name].kind != "text" for name in stage.mixture.weights)
+
+
+def stage_work(recipe: Recipe, stage: Stage, shape: ModelShape, facts: Mapping[str, SourceFacts]) -> Work:
+    """The work of one stage. `facts` of every source of its mixture make it exact."""
+    exact = all(facts.get(name) is not None and facts[name].samples > 0 for name in stage.mixture.weights)
+    shares = _shares(stage, facts if exact else {})
+    if exact:
+        mean = _mixed({name: facts[name].means for name in shares}, shares)
+        per_pack = FILL * stage.sequence_length / mean.tokens
+        pack, pack_bytes = _load(mean.scaled(per_pack), shape), mean.bytes * per_pack
+        sample_tokens = mean.tokens / FILL
+    else:
+        pack = _assumed(recipe, stage, shape, shares)
+        sample_tokens = min(recipe.planning.tokens_per_sample, stage.sequence_length)
+        pack_bytes = pack.visual_tokens * recipe.planning.bytes_per_visual_token
+        pack_bytes += (pack.tokens - pack.visual_tokens) * TEXT_BYTES_PER_TOKEN
+    per_step = stage.batch.packs * stage.sequence_length
+    budget = stage.budget
+    samples: float | None = budget.samples
+    if budget.epochs is not None:
+        samples = budget.epochs * sum(facts[name].samples for name in shares) if exact else None
+    if budget.steps is not None:
+        steps: int | None = budget.steps
+    elif budget.tokens is not None:
+        steps = math.ceil(budget.tokens / per_step)
+    else:
+        steps = None if samples is None else math.ceil(samples * sample_tokens / per_step)
+    tokens = None if steps is None else float(steps * per_step)
+    if samples is None and tokens is not None:
+        samples = tokens / sample_tokens
+    sources = {
+        name: SourceShare(
+            share,
+            None if samples is None else samples * share,
+            samples * share / facts[name].samples if exact and samples is not None else None,
+        )
+        for name, share in shares.items()
+    }
+    return Work(steps, tokens, samples, exact, pack, pack_bytes, sources)
+
+
+def _shares(stage: Stage, facts: Mapping[str, SourceFacts]) -> dict[str, float]:
+    """Share of each source in samples (in the mixture's unit where sizes are unknown)."""
+    mixture = stage.mixture
+    weights = dict(mixture.weights)
+    if facts:
+        for name in weights:
+            if mixture.temperature is not None:
+                weights[name] *= facts[name].samples ** mixture.temperature
+            if mixture.unit == "tokens":
+                weights[name] /= facts[name].means.tokens
+    whole = sum(weights.values())
+    return {name: weight / whole for name, weight in weights.items()}
+
+
+def _mixed(means: Mapping[str, SampleMeans], shares: Mapping[str, float]) -> SampleMeans:
+    parts = [means[name].scaled(share) for name, share in shares.items()]
+    names = SampleMeans.__dataclass_fields__
+    return SampleMeans(*(sum(getattr(part, name) for part in parts) for name in names))
+
+
+def _load(mean: SampleMeans, shape: ModelShape) -> PackLoad:
+    patches = max(mean.visual_tokens, 1.0) * MERGE
+    image = max(mean.image_squares / patches, float(MERGE))  # mean patches that a patch sees in its image
+    window = image if shape.vision.window is None else min(image, float(shape.vision.window**2))
+    return PackLoad(
+        tokens=mean.tokens,
+        supervised_tokens=mean.supervised_tokens,
+        token_squares=mean.token_squares,
+        patches=patches,
+        image_squares=patches * image,
+        window_squares=patches * window,
+    )
+
+
+def _assumed(recipe: Recipe, stage: Stage, shape: ModelShape, shares: Mapping[str, float]) -> PackLoad:
+    planning = recipe.planning
+    with_images = sum(share for name, share in shares.items() if recipe.data.sources[name].kind != "text")
+    visual = planning.visual_token_share * with_images * stage.sequence_length
+    limit = stage.data_loading.max_visual_tokens_per_pack
+    visual = visual if limit is None else min(visual, limit)
+    segment = min(planning.tokens_per_sample, stage.sequence_length)
+    image = min(stage.pixels.max / PIXELS_OF_TOKEN, planning.visual_token_share * segment)
+    return assumed_load(shape, stage.sequence_length, visual, segment, image)
