@@ -1,4 +1,4 @@
-"""Train a recipe's stages: `python jobs/pretrain.py RECIPE --run-dir DIR [key.path=value ...]`, the same as `terrace run`.
+"""Train a recipe's stages: `python jobs/pretrain.py RECIPE --run-dir DIR [key.path=value ...]` is `terrace run`.
 
 Also the entry point of a Ray job: `ray job submit --working-dir . -- python jobs/pretrain.py jobs/recipes/demo.yaml
 --run-dir ...` Works where the package is not installed: the repository's `platform/` is then put on the path here and

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from terrace.errors import TerraceError
+from terrace.track.follow import last_row
 
 AttemptStatus = Literal["absent", "starting", "running", "succeeded", "failed", "preempted", "interrupted"]
 FailureKind = Literal["program", "infrastructure", "input"]
@@ -112,9 +113,7 @@ def claim_attempt(stage_dir: Path, attempt: int) -> None:
     """Make `attempt` the only one that may write in the stage's directory."""
     current = read_json(stage_dir / "attempt.json")
     if current and current["attempt"] > attempt:
-        raise Fenced(
-            f"attempt {attempt} of {stage_dir.name} was overtaken by attempt {current['attempt']}; nothing was started"
-        )
+        raise Fenced(f"attempt {attempt} of {stage_dir.name} was overtaken by attempt {current['attempt']}; nothing was started")
     write_atomic(stage_dir / "attempt.json", json.dumps({"attempt": attempt}))
 
 
@@ -145,3 +144,15 @@ def newest_checkpoint_step(stage_dir: Path) -> int | None:
     """The step of the newest checkpoint directory of a stage; the trainer itself decides which one is complete."""
     steps = [int(name) for path in (stage_dir / "checkpoints").glob("step-*") if (name := path.name[5:]).isdigit()]
     return max(steps, default=None)
+
+
+def stage_result(stage_dir: Path) -> dict[str, Any] | None:
+    """The result of a complete stage, with the numbers of its last step as `train`; None while it is not complete."""
+    result = read_json(stage_dir / "result.json")
+    if result is None:
+        return None
+    row = last_row(stage_dir / "metrics.jsonl") or {}
+    numbers = {key: value for key, value in row.items() if isinstance(value, int | float) and key != "step"}
+    if row.get("step_seconds") and "data_wait_seconds" in row:
+        numbers["data_wait_share"] = row["data_wait_seconds"] / row["step_seconds"]
+    return {**result, "train": numbers}

@@ -1,4 +1,4 @@
-"""The launcher in this process: Ray Train's TorchTrainer on a Ray of our own, or on the cluster this process belongs to.
+"""The launcher in this process: Ray Train's TorchTrainer, on a Ray of our own or the cluster we belong to.
 
 Each attempt is one `TorchTrainer.fit()` in a thread. Workers receive the stage function as an argument and know
 nothing of the curriculum: they get a WorkerContext, look for a stop request in the stage's directory, leave a
@@ -59,10 +59,10 @@ class LocalLauncher:
             return
         stage_dir = stage_directory(request.run_dir, request.stage_index, request.stage)
         attempts.claim_attempt(stage_dir, request.attempt)
+        # Not in the attempt's thread: Ray's processes die with the very thread that started them (PR_SET_PDEATHSIG).
+        start_ray(self._recipe, self._dashboard)
         running = _Running(threading.Thread(target=lambda: None))
-        running.thread = threading.Thread(
-            target=self._fit, args=(request, running), name=f"fit-{request.stage}", daemon=True
-        )
+        running.thread = threading.Thread(target=self._fit, args=(request, running), name=f"fit-{request.stage}", daemon=True)
         self._running[key] = running
         running.thread.start()
 
@@ -70,7 +70,7 @@ class LocalLauncher:
         stage_dir = stage_directory(self._run_dir, stage_index, stage)
         running = self._running.get((stage, attempt))
         alive = running is not None and running.thread.is_alive()
-        if not alive and (result := attempts.read_json(stage_dir / "result.json")):
+        if not alive and (result := attempts.stage_result(stage_dir)):
             return AttemptObservation(stage, attempt, "succeeded", live=False, result=result)
         if alive:
             row = last_row(stage_dir / "metrics.jsonl")
@@ -93,13 +93,7 @@ class LocalLauncher:
         if not force:
             attempts.request_stop(stage_directory(self._run_dir, stage_index, stage), attempt, reason)
             return
-        end_processes(
-            [
-                process
-                for process in live_processes(self._run_dir)
-                if (process.stage, process.attempt) == (stage, attempt)
-            ]
-        )
+        end_processes([process for process in live_processes(self._run_dir) if (process.stage, process.attempt) == (stage, attempt)])
 
     def close(self) -> None:
         """End this process's connection to Ray, and the Ray it started."""
@@ -113,7 +107,6 @@ class LocalLauncher:
     def _fit(self, request: LaunchRequest, running: _Running) -> None:
         """In the attempt's thread: everything that goes wrong becomes the attempt's error."""
         try:
-            start_ray(self._recipe, self._dashboard)
             _trainer(self._recipe, request, self._run_stage).fit()
         except BaseException as error:
             running.error = error
@@ -173,7 +166,7 @@ def _describe(error: BaseException) -> tuple[str, str]:
 
 
 def start_ray(recipe: Recipe, dashboard: bool = False) -> None:
-    """Connect to the cluster this process belongs to (`RAY_ADDRESS`, set inside a Ray job too), or start one on this machine.
+    """Connect to the cluster we belong to (`RAY_ADDRESS`, set inside a Ray job too), or start one on this machine.
 
     A Ray of our own gets at least the logical CPUs that the largest stage asks for (workers, and one per worker for
     decoding), so that a recipe for two workers runs on a small laptop too, and an object store of a tenth of the
@@ -208,9 +201,7 @@ def start_ray(recipe: Recipe, dashboard: bool = False) -> None:
     needed = 1
     for stage in recipe.stages:
         workers = _worker_range(stage.resources.workers)[1]
-        needed = max(
-            needed, int(-(-workers * stage.resources.cpus_per_worker // 1)) + (stage.resources.decode_cpus or workers)
-        )
+        needed = max(needed, int(-(-workers * stage.resources.cpus_per_worker // 1)) + (stage.resources.decode_cpus or workers))
     memory = psutil.virtual_memory().available
     ray.init(
         address="local",
@@ -252,9 +243,7 @@ def _trainer(recipe: Recipe, request: LaunchRequest, run_stage: StageFunction) -
             "run_dir": str(request.run_dir),
             "attempt": request.attempt,
         },
-        scaling_config=ray.train.ScalingConfig(
-            num_workers=workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=per_worker
-        ),
+        scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=per_worker),
         run_config=ray.train.RunConfig(
             name=f"{request.stage}-{request.attempt:03d}",
             storage_path=str(Path(request.run_dir).absolute() / "ray"),
@@ -331,7 +320,7 @@ def _worker(config: dict[str, Any]) -> None:
 
 
 def _reporter(stage_dir: Path, rank: int) -> Callable[[dict[str, Any], Path | None], None]:
-    """Every rank calls it at every checkpoint. One small file says how far the stage is; Ray Train needs no copy of it."""
+    """Every rank calls it at every checkpoint. One small file says how far the stage is; Ray needs no copy."""
 
     def report(metrics: dict[str, Any], checkpoint: Path | None) -> None:
         if rank == 0:

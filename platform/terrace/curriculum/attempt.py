@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from terrace.cluster.attempt import stage_directory, write_atomic
 from terrace.errors import InputError
 from terrace.recipe.schema import Recipe
 
@@ -23,7 +25,7 @@ def run_in_worker(
     report: Callable[[dict[str, Any], Path | None], None],
     should_stop: Callable[[], str | None],
 ) -> None:
-    """Run the stage's objective in this worker. Raises Preempted after a checkpoint when `should_stop` gave a reason."""
+    """Run the stage in this worker. Raises Preempted after a checkpoint when `should_stop` gave a reason."""
     from terrace.train.context import WorkerContext
 
     context = WorkerContext(rank, world_size, local_rank, device, report, should_stop)
@@ -33,7 +35,13 @@ def run_in_worker(
     elif objective == "lm":
         from terrace.train.worker import run_stage
     else:
-        raise InputError(
-            f"stage {recipe.stages[stage_index].name}: objective {objective} is not one that `terrace run` can train"
-        )
-    run_stage(recipe, stage_index, run_dir, attempt, context)
+        raise InputError(f"stage {recipe.stages[stage_index].name}: objective {objective} is not one that `terrace run` can train")
+    folder = stage_directory(run_dir, stage_index, recipe.stages[stage_index].name)
+
+    def observe(event: str, values: dict[str, Any]) -> None:
+        # The number of steps follows from data that only the worker has opened: the display and `terrace status` want
+        # it.
+        if event == "started":
+            write_atomic(folder / "plan.json", json.dumps({"total_steps": values["total_steps"]}))
+
+    run_stage(recipe, stage_index, run_dir, attempt, context, (observe,))

@@ -12,6 +12,7 @@ from typing import Any
 from terrace.errors import InputError
 
 LAUNCHERS = ("local", "ray", "kubernetes")
+RERUN_HELP = "run this stage and those after it again from their beginning; what they wrote is moved aside"
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
@@ -28,6 +29,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         metavar="key.path=value",
         help="changes to the recipe, for example stages.0.budget.steps=50",
     )
+    run.add_argument("--from", dest="from_stage", metavar="STAGE", help=RERUN_HELP)
     _launcher_options(run)
     run.set_defaults(main=run_command)
 
@@ -58,15 +60,13 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         parser.add_argument("run_dir", type=Path)
         parser.set_defaults(main=request_command, request=f"{name}_requested")
 
-    resume = subparsers.add_parser(
-        "resume", help="continue a paused, suspended or failed run, or run again from a stage"
-    )
+    resume = subparsers.add_parser("resume", help="continue a paused, suspended or failed run, or run again from a stage")
     resume.add_argument("run_dir", type=Path)
     resume.add_argument(
         "--from",
         dest="from_stage",
         metavar="STAGE",
-        help="run this stage and those after it again from their beginning",
+        help=RERUN_HELP,
     )
     _launcher_options(resume)
     resume.set_defaults(main=resume_command)
@@ -77,7 +77,7 @@ def _launcher_options(parser: argparse.ArgumentParser) -> None:
         "--launcher",
         choices=LAUNCHERS,
         default="local",
-        help="local: Ray in this process (default); ray: jobs on a running Ray cluster; kubernetes: a Curriculum resource",
+        help="local: Ray in this process (default); ray: jobs on a running Ray cluster; kubernetes: a Curriculum",
     )
     parser.add_argument("--address", help="launcher ray: the cluster's dashboard, for example http://127.0.0.1:8265")
     parser.add_argument("--dashboard", action="store_true", help="launcher local: start Ray's dashboard too")
@@ -87,22 +87,24 @@ def run_command(arguments: argparse.Namespace) -> int:
     from terrace.recipe.loading import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    return _control(recipe, arguments, None)
+    return _control(recipe, arguments, _rerun(arguments))
+
+
+def _rerun(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    return {"event": "rerun_requested", "stage": arguments.from_stage} if arguments.from_stage else None
 
 
 def resume_command(arguments: argparse.Namespace) -> int:
     from terrace.curriculum.journal import read_journal
-    from terrace.curriculum.run import resume_recipe
+    from terrace.curriculum.run_directory import require_run
     from terrace.curriculum.state import fold
 
-    recipe = resume_recipe(arguments.run_dir, arguments.from_stage)
+    recipe = require_run(arguments.run_dir)
     if arguments.from_stage:
-        return _control(recipe, arguments, {"event": "rerun_requested", "stage": arguments.from_stage})
+        return _control(recipe, arguments, _rerun(arguments))
     state = fold([stage.name for stage in recipe.stages], read_journal(arguments.run_dir).events)
     if state.phase == "cancelled":
-        raise InputError(
-            f"{arguments.run_dir} was cancelled, which is for good; `terrace resume {arguments.run_dir} --from STAGE` runs stages again"
-        )
+        raise InputError(f"{arguments.run_dir} was cancelled, which is for good; --from STAGE runs stages again")
     waits = state.phase in ("paused", "suspended", "failed")
     return _control(recipe, arguments, {"event": "resume_requested"} if waits else None)
 

@@ -45,7 +45,7 @@ class LeaseLost(TerraceError):
 
 @dataclass(frozen=True)
 class JournalContent:
-    """The events of a journal, the bytes they take, and the torn rest of a write that a crash cut short ('' for none)."""
+    """The events, the bytes they take, and the torn rest of a write that a crash cut short ('' for none)."""
 
     events: list[dict[str, Any]]
     valid_bytes: int
@@ -102,8 +102,8 @@ def acquire_lease(run_dir: Path, seconds: float = LEASE_SECONDS, clock: Callable
         if held and not held.get("released") and _holder_lives(held, now):
             raise LeaseHeld(
                 f"another controller works on {run_dir}: process {held['pid']} on {held['host']} since "
-                f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(held['acquired']))} UTC. Stop it with `terrace suspend {run_dir}`, "
-                f"or wait until it ends."
+                f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(held['acquired']))} UTC. "
+                f"`terrace suspend {run_dir}` stops it."
             )
         token = (held["token"] if held else 0) + 1
         content = {

@@ -24,9 +24,7 @@ def run_with_launcher(
 ) -> Outcome:
     """`terrace run`: the whole curriculum with the named launcher, shown on this process's standard output."""
     with display or Display() as shown:
-        return run_curriculum(
-            recipe, run_dir, make_launcher(recipe, launcher, address, dashboard), shown, request=request
-        )
+        return run_curriculum(recipe, run_dir, make_launcher(recipe, launcher, address, dashboard), shown, request=request)
 
 
 def make_launcher(recipe: Recipe, name: str, address: str | None, dashboard: bool) -> Launcher:

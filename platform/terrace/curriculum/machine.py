@@ -1,9 +1,9 @@
-"""The state machine over stages: (recipe, journal events, what is seen, the time) -> what to do next. Pure; no clock, no files.
+"""The state machine over stages: (recipe, journal, what is seen, the time) -> what to do next. Pure.
 
-Every launcher and the Kubernetes operator use this one function. Whoever calls it carries the actions out in order,
-appending a `Record`'s event to the journal before the action after it, and calls again. A crash between any two
-actions is harmless: an attempt is recorded before it is launched, launching is create-or-adopt, and everything
-decided here is decided again from the journal. The rules:
+No clock, no files, no Ray: every launcher and the Kubernetes operator use this one function. Whoever calls it carries
+the actions out in order, appending a `Record`'s event to the journal before the action after it, and calls again. A
+crash between any two actions is harmless: an attempt is recorded before it is launched, launching is create-or-adopt,
+and everything decided here is decided again from the journal. The rules:
 
 - Stages run in order; an attempt starts only when nothing of any other attempt may still run.
 - A program failure and an infrastructure failure have separate budgets and wait an exponentially growing time; a
@@ -36,9 +36,7 @@ class Observation:
 
     attempts: tuple[AttemptObservation, ...] = ()
     live: tuple[tuple[str, int], ...] = ()  # every (stage, attempt) of which something may still run
-    interrupted: bool = (
-        False  # the controller itself was told to stop (SIGTERM): checkpoint and leave, the run goes on later
-    )
+    interrupted: bool = False  # the controller itself was told to stop (SIGTERM): checkpoint and leave, the run goes on later
 
     def attempt(self, stage: StageState) -> AttemptObservation:
         for seen in self.attempts:
@@ -109,7 +107,7 @@ Action = Record | Prepare | Clear | Launch | Stop | Wait | Finish
 
 
 def step(recipe: Recipe, events: Iterable[Event], observation: Observation, now: float) -> list[Action]:
-    """The next actions, in order. Never empty; ends in Wait, Finish, or something that changes what is seen next time."""
+    """The next actions, in order. Never empty; the last is Wait, Finish, or changes what is seen next time."""
     return next_actions(recipe, fold([stage.name for stage in recipe.stages], events), observation, now)
 
 
@@ -222,9 +220,7 @@ def _follow(failure: Failure, state: RunState, stage: StageState, observation: O
             return actions + _stop(failure, stage, must_stop, now)
         quiet_since = max(value for value in (seen.progress_at, stage.attempt_started_at, 0.0) if value is not None)
         if now - quiet_since > failure.stall_timeout_seconds:
-            message = (
-                f"no progress for {now - quiet_since:.0f} s (stall_timeout_seconds: {failure.stall_timeout_seconds:g})"
-            )
+            message = f"no progress for {now - quiet_since:.0f} s (stall_timeout_seconds: {failure.stall_timeout_seconds:g})"
             stalled = _failed(failure, stage, "infrastructure", "Stalled", message, now)
             return [*actions, stalled, Stop(stage.index, stage.name, stage.attempt, message, force=True)]
         return [*actions, Wait(now + POLL_SECONDS, f"stage {stage.name} attempt {stage.attempt} is running")]
@@ -256,9 +252,7 @@ def _follow(failure: Failure, state: RunState, stage: StageState, observation: O
             )
         ]
     if seen.status == "absent":
-        return [
-            _failed(failure, stage, "infrastructure", "AttemptLost", "the attempt vanished without an outcome", now)
-        ]
+        return [_failed(failure, stage, "infrastructure", "AttemptLost", "the attempt vanished without an outcome", now)]
     return [_failed(failure, stage, seen.failure or "program", seen.reason or "ProgramFailed", seen.message, now)]
 
 
@@ -321,19 +315,29 @@ def _budget_spent(failure: Failure, stage: StageState) -> dict[str, Any] | None:
 
 
 def metric_value(result: dict[str, Any] | None, metric: str) -> float | None:
-    """A stage's metric by path: `loss`, or `eval/<kind>/loss` for the held-out loss after the stage; None if not finite or absent."""
-    value: Any = result or {}
-    path = metric.split("/")
-    if path[0] == "eval":
-        path = ["evaluation", "after", *path[1:]]
-    if path[-1] == "loss" and path[:2] == ["evaluation", "after"] and len(path) == 4:
-        kinds = value.get("evaluation", {}).get("after", {})
-        found = kinds.get(path[2])
-        value = found.get("loss") if isinstance(found, dict) else found
-    else:
-        for key in path:
-            value = value.get(key) if isinstance(value, dict) else None
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    """A metric of a finished stage, None if it was not measured or is not finite.
+
+    `train/<name>` is the last step's, `eval/<kind>/loss` the held-out loss after the stage, `eval/loss` its mean over kinds,
+    `eval/<suite>/<name>` a suite's score, and anything else what the stage's result has under `metrics`.
+    """
+    result = result or {}
+    losses = (result.get("evaluation") or {}).get("after") or {}
+    group, _, rest = metric.partition("/")
+    found = (result.get("metrics") or {}).get(metric)
+    if found is None and group == "train":
+        found = (result.get("train") or {}).get(rest, result.get(rest))
+    elif found is None and group == "eval":
+        name, _, score = rest.partition("/")
+        if rest == "loss":
+            values = [value for value in losses.values() if isinstance(value, int | float)]
+            found = sum(values) / len(values) if values else None
+        elif score == "loss" and name in losses:
+            found = losses[name]
+        else:
+            found = ((result.get("suites") or {}).get(name) or {}).get(score)
+    if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
+        return None
+    return float(found)
 
 
 def _gates(gates: list[Gate], stage: StageState) -> list[dict[str, Any]]:
@@ -345,11 +349,7 @@ def _gates(gates: list[Gate], stage: StageState) -> list[dict[str, Any]]:
         value = metric_value(stage.result, gate.metric)
         bounds = [f"below {gate.below:g}"] if gate.below is not None else []
         bounds += [f"above {gate.above:g}"] if gate.above is not None else []
-        passed = (
-            value is not None
-            and (gate.below is None or value < gate.below)
-            and (gate.above is None or value > gate.above)
-        )
+        passed = value is not None and (gate.below is None or value < gate.below) and (gate.above is None or value > gate.above)
         seen = "was not measured" if value is None else f"is {value:.6g}"
         records.append(
             {
@@ -365,14 +365,8 @@ def _gates(gates: list[Gate], stage: StageState) -> list[dict[str, Any]]:
     if records:
         return records
     order = {"fail": 0, "pause": 1}
-    missed = [
-        number
-        for number, seen in stage.gates.items()
-        if not seen["passed"] and not seen["handled"] and number < len(gates)
-    ]
-    missed = sorted(
-        (number for number in missed if gates[number].on_miss in order), key=lambda n: order[gates[n].on_miss]
-    )
+    missed = [number for number, seen in stage.gates.items() if not seen["passed"] and not seen["handled"] and number < len(gates)]
+    missed = sorted((number for number in missed if gates[number].on_miss in order), key=lambda n: order[gates[n].on_miss])
     if not missed:
         return []
     gate = gates[missed[0]]

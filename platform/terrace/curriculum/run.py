@@ -23,7 +23,7 @@ from terrace.cluster.attempt import Launcher, LaunchRequest, stage_directory
 from terrace.curriculum import machine
 from terrace.curriculum.journal import Journal, pending_requests, read_journal
 from terrace.curriculum.machine import Clear, Finish, Launch, Observation, Prepare, Record, Stop, Wait
-from terrace.curriculum.run_directory import changed_keys, check_changes, require_run, store_recipe, stored_recipe
+from terrace.curriculum.run_directory import changed_keys, check_changes, store_recipe, stored_recipe
 from terrace.curriculum.state import RunState, apply, fold
 from terrace.curriculum.watch import Watch
 from terrace.errors import InputError
@@ -43,7 +43,7 @@ PreparesData = Callable[[Recipe, Path, Display], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How the controller left the run: the run's phase (or `interrupted`), the process's exit status, one line of why."""
+    """How the controller left the run: its phase (or `interrupted`), the process's exit status, one line of why."""
 
     phase: str
     exit_status: int
@@ -79,6 +79,8 @@ def run_curriculum(
     """
     run_dir = Path(run_dir).absolute()
     names = [stage.name for stage in recipe.stages]
+    if request and request.get("stage", names[0]) not in names:
+        raise InputError(f"there is no stage {request['stage']}; the recipe's stages are {', '.join(names)}")
     state = fold(names, read_journal(run_dir).events)
     if state.phase == "succeeded" and request is None and not changed_keys(stored_recipe(run_dir) or recipe, recipe):
         return Outcome("succeeded", 0, f"{run_dir}: this run is complete; nothing to do", state)
@@ -87,7 +89,7 @@ def run_curriculum(
         if journal.torn:
             display.message(f"journal.jsonl ended in a torn line of {len(journal.torn)} characters, which was cut off")
         controller = _Controller(recipe, run_dir, launcher, journal, display, state, prepare or prepare_run_data)
-        _open_run(controller)
+        _open_run(controller, request)
         if request is not None:
             _record(controller, request)
         finished = _at_rest(controller)
@@ -100,20 +102,20 @@ def run_curriculum(
             return _run(controller)
 
 
-def _open_run(controller: _Controller) -> None:
+def _open_run(controller: _Controller, request: dict[str, Any] | None) -> None:
     """Store the recipe of a new run; of an old one check what changed."""
     stored = stored_recipe(controller.run_dir)
     if stored is None:
         store_recipe(controller.run_dir, controller.recipe)
         return
-    old_state = fold([stage.name for stage in stored.stages], controller.journal.events)
+    # A rerun from a stage makes that stage and those after it free to change again.
+    asked = [request] if request and request["event"] == "rerun_requested" else []
+    old_state = fold([stage.name for stage in stored.stages], [*controller.journal.events, *asked])
     changed = check_changes(stored, controller.recipe, old_state, controller.run_dir)
     if changed:
         store_recipe(controller.run_dir, controller.recipe)
         if controller.state.phase != "new":
-            _record(
-                controller, {"event": "recipe_changed", "keys": changed, "recipe_hash": recipe_hash(controller.recipe)}
-            )
+            _record(controller, {"event": "recipe_changed", "keys": changed, "recipe_hash": recipe_hash(controller.recipe)})
 
 
 def _at_rest(controller: _Controller) -> Finish | None:
@@ -137,6 +139,14 @@ def _rest_message(controller: _Controller, finished: Finish) -> str:
     return f"{controller.run_dir} is {finished.phase}{why}" + (f" ({hint})" if hint else "")
 
 
+def _end_message(controller: _Controller, finished: Finish) -> str:
+    if finished.phase == "succeeded":
+        last = controller.state.stages[-1]
+        weights = stage_directory(controller.run_dir, last.index, last.name) / "final"
+        return f"all {len(controller.state.stages)} stages are complete; the model is in {weights}"
+    return finished.message if finished.phase == "interrupted" else _rest_message(controller, finished)
+
+
 def _run(controller: _Controller) -> Outcome:
     try:
         while True:
@@ -146,9 +156,7 @@ def _run(controller: _Controller) -> Outcome:
             for action in actions:
                 finished = _perform(controller, action)
                 if finished is not None:
-                    return Outcome(
-                        finished.phase, finished.exit_status, _rest_message(controller, finished), controller.state
-                    )
+                    return Outcome(finished.phase, finished.exit_status, _end_message(controller, finished), controller.state)
             if controller.watch:
                 controller.watch.poll()
     finally:
@@ -160,10 +168,7 @@ def _run(controller: _Controller) -> Outcome:
 
 
 def _observe(controller: _Controller) -> Observation:
-    seen = tuple(
-        controller.launcher.observe(stage.index, stage.name, stage.attempt)
-        for stage in controller.state.attempts_in_flight
-    )
+    seen = tuple(controller.launcher.observe(stage.index, stage.name, stage.attempt) for stage in controller.state.attempts_in_flight)
     live = tuple(controller.launcher.live_attempts())
     return Observation(seen, live, controller.interrupted.is_set())
 
@@ -180,9 +185,7 @@ def _perform(controller: _Controller, action: machine.Action) -> Finish | None:
             folder = stage_directory(controller.run_dir, index, stage)
             aside = folder.with_name(f"{folder.name}.rerun-{rerun}")
             if folder.exists():
-                if (
-                    aside.exists()
-                ):  # a crash in the middle of an earlier move left both; the older is the one to keep aside
+                if aside.exists():  # a crash in the middle of an earlier move left both; the older is the one to keep aside
                     shutil.rmtree(folder)
                 else:
                     folder.rename(aside)
@@ -204,9 +207,7 @@ def _begin(controller: _Controller, stage_index: int) -> None:
     """The first launch of this process opens tracking; each shows its stage."""
     state = controller.state
     if controller.watch is None:
-        controller.watch = Watch(
-            controller.recipe, controller.run_dir, state, controller.display, lambda event: _record(controller, event)
-        )
+        controller.watch = Watch(controller.recipe, controller.run_dir, state, controller.display, lambda event: _record(controller, event))
         controller.watch.start(_parameters(controller.recipe))
     controller.watch.begin_stage(state.stages[stage_index])
 
@@ -286,7 +287,7 @@ def prepare_run_data(recipe: Recipe, run_dir: Path, display: Display) -> dict[st
 
 @contextmanager
 def _signals(interrupted: threading.Event) -> Iterator[None]:
-    """SIGTERM and SIGINT ask for a checkpoint and an end; a second SIGINT ends at once. Only the main thread can listen."""
+    """SIGTERM and SIGINT ask for a checkpoint and an end; a second SIGINT ends at once. For the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -302,12 +303,3 @@ def _signals(interrupted: threading.Event) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def resume_recipe(run_dir: Path, stage: str | None) -> Recipe:
-    """The stored recipe of a run that someone wants to resume, after checking the stage's name."""
-    recipe = require_run(run_dir)
-    names = [item.name for item in recipe.stages]
-    if stage is not None and stage not in names:
-        raise InputError(f"{run_dir} has no stage {stage}; its stages are {', '.join(names)}")
-    return recipe

@@ -35,9 +35,7 @@ def require_run(run_dir: Path) -> Recipe:
     """The stored recipe; InputError where there is no run."""
     recipe = stored_recipe(run_dir)
     if recipe is None:
-        raise InputError(
-            f"{run_dir} is no run directory: it has no {RECIPE_NAME}. Start one with `terrace run RECIPE --run-dir {run_dir}`."
-        )
+        raise InputError(f"{run_dir} is no run directory (no {RECIPE_NAME}); `terrace run RECIPE --run-dir {run_dir}` starts one")
     return recipe
 
 
@@ -52,7 +50,7 @@ def changed_keys(old: Recipe, new: Recipe) -> list[str]:
 
 def refused_changes(old: Recipe, new: Recipe, state: RunState) -> list[str]:
     """The changed keys that this run no longer allows."""
-    started = [stage.index for stage in state.stages if stage.attempt > 0]
+    started = [stage.index for stage in state.stages if stage.phase != "pending"]
     if not started:
         return [key for key in changed_keys(old, new) if key == "name"]
     count = max(started) + 1
@@ -70,8 +68,8 @@ def check_changes(old: Recipe, new: Recipe, state: RunState, run_dir: Path) -> l
     if refused:
         shown = ", ".join(refused[:12]) + (f" and {len(refused) - 12} more" if len(refused) > 12 else "")
         raise InputError(
-            f"{run_dir} was started with another recipe; these keys belong to stages that have started and cannot change: {shown}. "
-            f"Use another --run-dir, or run the stage again from its beginning with `terrace resume {run_dir} --from STAGE`."
+            f"{run_dir} was started with another recipe; what has started cannot change, but these keys did: {shown}. "
+            "Use another --run-dir, or add `--from STAGE` to run from that stage's beginning again."
         )
     return changed_keys(old, new)
 
@@ -98,8 +96,4 @@ def _differences(old: Any, new: Any, prefix: str) -> list[str]:
         ]
     else:
         return [] if old == new else [prefix]
-    return [
-        key
-        for name, before, after in pairs
-        for key in _differences(before, after, f"{prefix}.{name}" if prefix else name)
-    ]
+    return [key for name, before, after in pairs for key in _differences(before, after, f"{prefix}.{name}" if prefix else name)]

@@ -19,7 +19,7 @@ TERMINAL: tuple[str, ...] = ("succeeded", "failed", "cancelled")
 
 @dataclass
 class StageState:
-    """One stage of the curriculum. `attempt` is the newest attempt's number; numbers never repeat, a rerun continues them."""
+    """One stage. `attempt` is the newest attempt's number; numbers never repeat, a rerun continues them."""
 
     name: str
     index: int

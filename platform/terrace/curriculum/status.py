@@ -66,9 +66,7 @@ def _why(state: RunState, holder: dict[str, Any] | None) -> str:
         return "no controller works on this run; the same `terrace run` command, or `terrace resume`, continues it"
     stage = state.current
     if state.request:
-        return f"{state.request} was requested" + (
-            f"; stage {stage.name} is finished first" if stage and state.request == "pause" else ""
-        )
+        return f"{state.request} was requested" + (f"; stage {stage.name} is finished first" if stage and state.request == "pause" else "")
     if stage and stage.phase == "waiting" and stage.retry_at:
         wait = max(0.0, stage.retry_at - time.time())
         return f"stage {stage.name} is tried again in {duration(wait)}: {stage.message or stage.reason}"
@@ -78,12 +76,11 @@ def _why(state: RunState, holder: dict[str, Any] | None) -> str:
 def _stage_status(recipe: Recipe, stage: StageState, run_dir: Path) -> dict[str, Any]:
     folder = stage_directory(run_dir, stage.index, stage.name)
     row = last_row(folder / "metrics.jsonl") if stage.attempt else None
-    result = (
-        stage.result or (read_json(folder / "result.json") if stage.attempt and not stage.must_clear else None) or {}
-    )
+    result = stage.result or (read_json(folder / "result.json") if stage.attempt and not stage.must_clear else None) or {}
     checkpoints = sorted(path.name for path in (folder / "checkpoints").glob("step-*") if path.name[5:].isdigit())
     final = folder / "final"
-    total = result.get("steps") or (row or {}).get("total_steps") or planned_steps(recipe.stages[stage.index])
+    plan = read_json(folder / "plan.json") or {}
+    total = result.get("steps") or plan.get("total_steps") or planned_steps(recipe.stages[stage.index])
     return {
         "name": stage.name,
         "phase": stage.phase,
@@ -118,11 +115,12 @@ def print_status(status: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=160)  # nobody's window: a log file must not cut the columns
     style = _STYLES.get(status["phase"], "white")
     done = sum(stage["phase"] == "completed" for stage in status["stages"])
     console.print(
-        f"[bold]{escape(status['name'])}[/]  [{style}]{status['phase']}[/]  {done}/{len(status['stages'])} stages"
-        f"  {_times(status)}",
+        f"[bold]{escape(status['name'])}[/]  [{style}]{status['phase']}[/]  {done}/{len(status['stages'])} stages  {_times(status)}",
         soft_wrap=True,
     )
     if status["message"]:
@@ -133,13 +131,13 @@ def print_status(status: dict[str, Any]) -> None:
         ("phase", "left"),
         ("step", "right"),
         ("loss", "right"),
-        ("held-out before", "right"),
+        ("before", "right"),
         ("after", "right"),
         ("checkpoint", "left"),
         ("attempts", "right"),
         ("time", "right"),
     ):
-        table.add_column(name, justify=justify, no_wrap=name in ("stage", "phase", "step"))
+        table.add_column(name, justify=justify, no_wrap=True)
     for number, stage in enumerate(status["stages"], start=1):
         before, after = (_mean(stage["evaluation"].get(when)) for when in ("before", "after"))
         table.add_row(
@@ -168,9 +166,7 @@ def print_status(status: dict[str, Any]) -> None:
                 soft_wrap=True,
             )
     if status["controller"]:
-        console.print(
-            f"controller: process {status['controller']['pid']} on {status['controller']['host']}", style="dim"
-        )
+        console.print(f"controller: process {status['controller']['pid']} on {status['controller']['host']}", style="dim")
     console.print(f"run directory: {escape(status['run_dir'])}", style="dim", soft_wrap=True)
 
 
@@ -178,7 +174,8 @@ def _times(status: dict[str, Any]) -> str:
     if status["started_at"] is None:
         return ""
     end = status["ended_at"] or time.time()
-    return f"started {time.strftime('%Y-%m-%d %H:%M', time.gmtime(status['started_at']))} UTC, {duration(end - status['started_at'])}"
+    started = time.strftime("%Y-%m-%d %H:%M", time.gmtime(status["started_at"]))
+    return f"started {started} UTC, {duration(end - status['started_at'])}"
 
 
 def _stage_time(stage: dict[str, Any]) -> str:

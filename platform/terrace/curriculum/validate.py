@@ -1,4 +1,4 @@
-"""`terrace validate`: what a recipe will do, in numbers that follow from it alone: parameters per part and stage, tokens, steps."""
+"""`terrace validate`: what a recipe will do, in numbers that follow from it alone (parameters, tokens, steps)."""
 
 from __future__ import annotations
 
@@ -51,9 +51,7 @@ def print_description(description: dict[str, Any]) -> None:
 
     console = Console(highlight=False)
     parameters = ", ".join(f"{part} {count:,}" for part, count in description["parameters"].items())
-    console.print(
-        f"[bold]{escape(description['name'])}[/] is valid: {len(description['stages'])} stages", soft_wrap=True
-    )
+    console.print(f"[bold]{escape(description['name'])}[/] is valid: {len(description['stages'])} stages", soft_wrap=True)
     console.print(f"parameters: {parameters}", soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for name in (

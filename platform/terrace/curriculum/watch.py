@@ -1,4 +1,4 @@
-"""Shows and tracks a stage while it runs: rows of its metrics.jsonl go to the display and to MLflow. Decides nothing."""
+"""Shows and tracks a stage while it runs: rows of its metrics.jsonl go to the display and to MLflow."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from terrace.cluster.attempt import newest_checkpoint_step, stage_directory
+from terrace.cluster.attempt import newest_checkpoint_step, read_json, stage_directory
 from terrace.curriculum.state import RunState, StageState
 from terrace.recipe.schema import Recipe, Stage
 from terrace.track.follow import MetricsFollower
@@ -16,17 +16,13 @@ from terrace.track.progress import Display
 
 
 class Watch:
-    """One per controller. `record` appends an event to the journal; it is only called from `poll` and the stage methods."""
+    """One per controller. `record` appends to the journal; it is only called from `poll` and the stage methods."""
 
-    def __init__(
-        self, recipe: Recipe, run_dir: Path, state: RunState, display: Display, record: Callable[[dict[str, Any]], None]
-    ):
+    def __init__(self, recipe: Recipe, run_dir: Path, state: RunState, display: Display, record: Callable[[dict[str, Any]], None]):
         self._recipe, self._run_dir, self._state = recipe, run_dir, state
         self._display, self._record = display, record
         self._tracking: Tracking | None = None
-        self._new_runs: list[
-            dict[str, Any]
-        ] = []  # tracking_started events that the tracking thread wants in the journal
+        self._new_runs: list[dict[str, Any]] = []  # tracking_started events that the tracking thread wants in the journal
         self._follower: MetricsFollower | None = None
         self._stage: StageState | None = None
         self._unlogged: list[dict[str, Any]] = []
@@ -63,9 +59,7 @@ class Watch:
                 self._state.tracking_run,
                 recipe_stage.model_dump(mode="json", exclude_none=True),
                 {"terrace.stage": stage.name},
-                lambda run_id: self._new_runs.append(
-                    {"event": "stage_tracking_started", "stage": stage.name, "run_id": run_id}
-                ),
+                lambda run_id: self._new_runs.append({"event": "stage_tracking_started", "stage": stage.name, "run_id": run_id}),
             )
 
     def poll(self) -> None:
@@ -74,9 +68,9 @@ class Watch:
         if self._stage is None or self._follower is None:
             return
         rows = list(self._follower.rows())
+        if rows and (plan := read_json(self._follower.path.with_name("plan.json"))):
+            self._display.total(plan["total_steps"])
         for row in rows:
-            if total := row.get("total_steps"):
-                self._display.total(total)
             self._display.step(row)
         every = self._recipe.tracking.log_every_steps
         self._unlogged += [row for row in rows if every == 1 or row["step"] % every == 0 or row["step"] == 1]
@@ -86,12 +80,10 @@ class Watch:
         step = newest_checkpoint_step(stage_directory(self._run_dir, self._stage.index, self._stage.name))
         if step is not None and step != self._checkpoint:
             self._checkpoint = step
-            self._record(
-                {"event": "checkpoint_saved", "stage": self._stage.name, "attempt": self._stage.attempt, "step": step}
-            )
+            self._record({"event": "checkpoint_saved", "stage": self._stage.name, "attempt": self._stage.attempt, "step": step})
 
     def end_stage(self, stage: StageState, status: str) -> None:
-        """The attempt is over: what is left of its rows, its result, and its state in MLflow (FINISHED, FAILED, SCHEDULED)."""
+        """The attempt is over: the rest of its rows, its result, its state in MLflow (FINISHED, FAILED, SCHEDULED)."""
         self._wait_for_run(stage)
         self.poll()
         if self._tracking and stage.tracking_run:

@@ -1,4 +1,4 @@
-"""Follows a stage's metrics.jsonl while a trainer on any machine writes it: no message per step crosses Ray for this."""
+"""Follows a stage's metrics.jsonl while a trainer on any machine writes it: no message per step crosses Ray."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class MetricsFollower:
-    """Yields the complete rows that were added since the last call. A file that was cut (a resume does that) is read anew.
+    """Yields the complete rows added since the last call. A file that was cut (a resume does that) is read anew.
 
     Rows then come again, so a reader that must see every step once compares the step with the last one it took.
     """

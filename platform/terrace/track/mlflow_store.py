@@ -118,7 +118,7 @@ class Tracking:
         self._broken = True
         LOGGER.debug("tracking failed", exc_info=error)
         self._warn(
-            f"tracking to {self._uri} stopped: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}. "
+            f"tracking to {self._uri} stopped: {type(error).__name__}: {str(error).partition(chr(10))[0]}. "
             "The run goes on; metrics.jsonl keeps every step, and the next start logs what is missing."
         )
 
@@ -181,9 +181,7 @@ def open_tracking(run_dir: Path, uri: str | None, experiment: str, warn: Callabl
 def flatten(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
     """`{"a": {"b": 1}}` -> `[("a.b", 1)]`; lists by index; nothing for None."""
     if isinstance(value, dict):
-        return [
-            pair for key, item in value.items() for pair in flatten(item, f"{prefix}.{key}" if prefix else str(key))
-        ]
+        return [pair for key, item in value.items() for pair in flatten(item, f"{prefix}.{key}" if prefix else str(key))]
     if isinstance(value, list | tuple) and any(isinstance(item, dict) for item in value):
         return [pair for index, item in enumerate(value) for pair in flatten(item, f"{prefix}.{index}")]
     return [] if value is None else [(prefix, value)]
@@ -198,7 +196,7 @@ def _numbers(value: dict[str, Any]) -> list[tuple[str, float]]:
 
 
 def _points(row: dict[str, Any]) -> list[Any]:
-    """One step's numbers as MLflow points, `learning_rate/vision` for nested ones; time from the row where it has one."""
+    """One step's numbers as MLflow points (`learning_rate/vision`); the time from the row where it has one."""
     from mlflow.entities import Metric
 
     milliseconds = int(row.get("time", time.time()) * 1000)

@@ -33,9 +33,7 @@ class _Stage:
 class Display:
     """One per run. `terminal` None: bars if the output is a terminal."""
 
-    def __init__(
-        self, output: TextIO | None = None, terminal: bool | None = None, clock: Callable[[], float] = time.monotonic
-    ):
+    def __init__(self, output: TextIO | None = None, terminal: bool | None = None, clock: Callable[[], float] = time.monotonic):
         self._output = output or sys.stdout
         self._terminal = self._output.isatty() if terminal is None else terminal
         self._clock = clock
@@ -71,7 +69,7 @@ class Display:
         self._output.flush()
 
     def activity(self, name: str, done: int | None = None, total: int | None = None) -> None:
-        """Progress of something that is not a training step, for example ingest: named, with a count where there is one."""
+        """Progress of something that is no training step, for example ingest: named, counted where it can be."""
         if self._progress:
             if self._stage is not None or self._task is None or self._progress.tasks[self._task].description != name:
                 self._new_task(name, total)
@@ -112,7 +110,7 @@ class Display:
             self.message(f"stage {stage.number}/{stage.count} {stage.name}  step {row['step']}{of}  {facts}")
 
     def _facts(self, stage: _Stage, row: dict[str, Any], now: float) -> str:
-        facts = [f"loss {row['loss']:.4f}"]
+        facts = ["loss not finite" if row["loss"] is None else f"loss {row['loss']:.4f}"]
         if row.get("tokens_per_second"):
             facts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
         done = row["step"] - (stage.first_step or 0)
