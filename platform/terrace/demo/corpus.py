@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,12 @@ from PIL import Image
 
 from terrace.demo import scenes
 from terrace.demo.scenes import Scene, Thing
+from terrace.recipe.schema import Source
 
 Row = dict[str, Any]
 Drawn = tuple[Row, dict[str, Image.Image]]  # a row, and its pictures by path
 
+FOLDER_NAME = "demo-corpus"  # recipes that point into a folder of this name get it drawn
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 RESULT_QUESTION = "What is the result of the sum in the picture?"
 READ_QUESTION = "Read all the text in the picture, from top to bottom."
@@ -61,7 +63,7 @@ def write_corpus(
     """
     samples = SAMPLES if samples is None else samples
     stamp = folder / "corpus.json"
-    wanted = {"seed": seed, "samples": samples, "version": 1}
+    wanted = {"seed": seed, "samples": samples, "version": 2}
     if stamp.is_file() and json.loads(stamp.read_text()) == wanted:
         return folder
     stamp.unlink(missing_ok=True)
@@ -236,7 +238,7 @@ def _ocr(rng: random.Random) -> tuple[Row, list[Scene]]:
 
 def box_question(thing: Thing) -> str:
     """The question whose answer is the thing's box."""
-    return f"Give the box of the {name_of(thing)} as [x1, y1, x2, y2] in pixels."
+    return f"Where is the {name_of(thing)}?"
 
 
 def _grounding_scene(rng: random.Random) -> tuple[Scene, list[Thing]]:
@@ -267,7 +269,7 @@ def _gui(rng: random.Random) -> tuple[Row, list[Scene]]:
 
 def _choices(rng: random.Random, right: str, others: list[str]) -> tuple[str, str]:
     """The lines `A. ...` to `D. ...` with the right answer somewhere, and its letter."""
-    options = rng.sample([other for other in others if other != right], min(3, len(others) - 1)) + [right]
+    options = [right, *rng.sample([other for other in others if other != right], min(3, len(others) - 1))]
     rng.shuffle(options)
     lines = [f"{letter}. {option}" for letter, option in zip("ABCD", options)]
     return "\n".join(lines) + "\nAnswer with the letter.", "ABCD"[options.index(right)]
@@ -330,7 +332,7 @@ def _reasoning(rng: random.Random) -> tuple[Row, list[Scene]]:
         question = f"There are {a} {first} {shape}s and {b} {second} {shape}s. How many {shape}s are there?"
         answer = f"{a} {first} and {b} {second}: {a} + {b} = {a + b}.\nThe answer is \\boxed{{{a + b}}}."
         return _chat([(question, answer)], images=0), []
-    scene = scenes.draw_chart(rng.getrandbits(40), highest=8)
+    scene = scenes.draw_chart(rng.getrandbits(40))
     first, second = rng.sample(scene.things, 2)
     high, low = max(first.value, second.value), min(first.value, second.value)
     question = f"How much do the {first.colour} bar and the {second.colour} bar differ?"
@@ -385,3 +387,21 @@ _WRITERS: dict[str, Callable[[random.Random], tuple[Row, list[Scene]]]] = {
     "rl/grounding": _rl_grounding,
     "rl/arithmetic": _rl_arithmetic,
 }
+
+
+# ---------------------------------------------------------------- for recipes
+
+
+def draw_missing(
+    sources: Mapping[str, Source], say: Callable[[str], None], progress: Callable[[int, int], None] | None = None
+) -> Path | None:
+    """Draws the corpus that `sources` point at (`.../demo-corpus/<name>.jsonl`) unless it is there. Returns its folder.
+
+    So that jobs/recipes/demo.yaml runs on a fresh machine by itself, without a step before it.
+    """
+    folders = {Path(source.uri).parent for source in sources.values() if Path(source.uri).parent.name == FOLDER_NAME}
+    for folder in folders:
+        if not (folder / "corpus.json").is_file():
+            say(f"drawing the demo's corpus into {folder} ({sum(SAMPLES.values()):,} samples)")
+        write_corpus(folder, progress=progress)
+    return next(iter(folders), None)

@@ -32,7 +32,7 @@ def write_sheet(results: Results, path: Path) -> Path:
     """Writes the contact sheet of `results.shown` and returns its path."""
     cards = [_card(item) for item in results.shown if item.picture is not None]
     rows = [cards[start : start + COLUMNS] for start in range(0, len(cards), COLUMNS)]
-    heights = [max(card.height for card in row) for row in rows]
+    heights = [max(card.height for card in row) + 20 * SCALE for row in rows]
     header = 92 * SCALE
     width = (2 * MARGIN + COLUMNS * CARD_WIDTH + (COLUMNS - 1) * GAP) * SCALE
     height = header + sum(heights) + (len(rows) - 1) * GAP * SCALE + MARGIN * SCALE
@@ -48,7 +48,7 @@ def write_sheet(results: Results, path: Path) -> Path:
             x = (MARGIN + column * (CARD_WIDTH + GAP)) * SCALE
             shape = [x, y, x + CARD_WIDTH * SCALE, y + row_height]
             draw.rounded_rectangle(shape, 10 * SCALE, fill=CARD, outline=FAINT, width=SCALE)
-            sheet.paste(card.crop((0, 0, card.width, card.height)), (x + SCALE, y + 6 * SCALE))
+            sheet.paste(card, (x + SCALE, y + 10 * SCALE))
         y += row_height + GAP * SCALE
     sheet.save(path, optimize=True)
     return path
@@ -61,12 +61,12 @@ def _card(item: Shown) -> Image.Image:
     said = _wrap(item.answer.replace("\n", " · ") or "(nothing)", 15, inner - 22, 4)
     wanted = [] if item.right else _wrap(f"expected {item.expected}".replace("\n", " · "), 12, inner - 22, 3)
     text_height = 22 + 18 * len(question) + 21 * len(said) + 16 * len(wanted)
-    height = PADDING + PICTURE_HEIGHT + 10 + text_height + PADDING
+    height = PICTURE_HEIGHT + 18 + text_height
     card = Image.new("RGB", ((CARD_WIDTH - 2) * SCALE, height * SCALE), CARD)
     draw = ImageDraw.Draw(card)
     picture = marked_picture(item, inner * SCALE, PICTURE_HEIGHT * SCALE)
-    card.paste(picture, (((CARD_WIDTH - 2) * SCALE - picture.width) // 2, PADDING * SCALE // 2))
-    y = PADDING + PICTURE_HEIGHT
+    card.paste(picture, (((CARD_WIDTH - 2) * SCALE - picture.width) // 2, 6 * SCALE))
+    y = PICTURE_HEIGHT + 16
     _write(draw, (PADDING, y), TASKS.get(item.kind, item.kind).upper(), 10, MUTED)
     y += 18
     for text in question:

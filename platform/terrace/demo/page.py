@@ -133,14 +133,14 @@ def _curve(stages: list[StageLosses]) -> str:
     for place, (stage, curve) in enumerate(zip(stages, smooth)):
         colour = STAGE_COLOURS[place % len(STAGE_COLOURS)]
         points = " ".join("{:.1f},{:.1f}".format(*at(start + step, loss)) for step, loss in enumerate(curve))
-        x1, x2 = at(start, 1)[0], at(start + len(curve), 1)[0]
+        x1 = at(start, 1)[0]
         if place:
             parts.append(
                 f'<line x1="{x1:.1f}" x2="{x1:.1f}" y1="{top - 8}" y2="{height - bottom}" stroke="#cfd4dc" stroke-dasharray="3 4"/>'
             )
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2" stroke-linejoin="round"/>')
-        # Short stages lie close together: their names stand at two heights.
-        y = 12 if place % 2 == 0 or x2 - x1 > 130 else 27
+        # Short stages lie close together: their names take turns at two heights.
+        y = 12 if place % 2 == 0 else 27
         parts.append(f'<text x="{x1 + 5:.1f}" y="{y}" style="fill:{colour};font-weight:600">{escape(stage.name)}</text>')
         start += len(curve)
     parts.append(f'<text x="{width - 8}" y="{height - 6}" text-anchor="end">{steps:,} steps</text>')

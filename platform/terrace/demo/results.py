@@ -100,7 +100,7 @@ def collect(
     stages = read_stages(recipe, run_dir)
     final = run_dir / "stages" / f"{len(stages):02d}-{stages[-1].name}" / "final"
     speaker = load_speaker(final)
-    prepared = load_prepared(_data_root(recipe, run_dir))
+    prepared = load_prepared(run_dir / "data")
     asked: list[tuple[str, Question, list[bytes]]] = []
     for kind in TASKS:
         sources = [name for name, source in recipe.data.sources.items() if source.kind == kind and name in prepared.indexes]
@@ -116,10 +116,6 @@ def collect(
         if progress:
             progress(place + 1, len(asked))
     return Results(recipe.name, stages, shown, scores, sum(p.numel() for p in speaker.model.parameters()))
-
-
-def _data_root(recipe: Recipe, run_dir: Path) -> Path:
-    return Path(recipe.data.cache_dir) if recipe.data.cache_dir else run_dir / "data"
 
 
 def _questions(kind: str, indexes: list[Any], speaker: Speaker, limit: int) -> list[tuple[str, Question, list[bytes]]]:

@@ -20,6 +20,8 @@ from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 SIZE = 224  # pixels of a side; every scene is square
 SUPERSAMPLING = 2
+CELLS = 3  # things lie in a 3 x 3 grid: at 84 x 84 pixels a cell is what one visual token sees
+PITCH = SIZE / CELLS
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (224, 49, 49),
@@ -35,7 +37,7 @@ WORDS = (
     "BUS", "CAFE", "BANK", "HOTEL", "PARK", "STOP", "EXIT", "OPEN", "MILK", "TEA", "FISH", "ZOO",
     "BOOK", "MAP", "TAXI", "SHOP",
 )  # fmt: skip
-BUTTONS = ("OK", "Cancel", "Save", "Open", "Print", "Help")
+BUTTONS = ("OK", "Save", "Open", "Help", "Send", "Quit")
 TITLES = ("Notes", "Photos", "Music", "Mail")
 PLACES = (
     ("top left", "top", "top right"),
@@ -144,19 +146,17 @@ class _Canvas:
 
 
 def draw_shapes(seed: int, most: int = 4, colours: int = len(COLOURS)) -> Scene:
-    """1 to `most` shapes of at most `colours` colours that do not touch, each wholly inside one cell of a 2 x 2 or 3 x 3 grid."""
+    """1 to `most` shapes of at most `colours` colours that do not touch, each wholly inside one cell of the grid."""
     rng = random.Random(seed)
     count = rng.randint(1, most)
-    cells = 2 if count <= 4 and rng.random() < 0.6 else 3
-    chosen = sorted(rng.sample(range(cells * cells), count))
+    chosen = sorted(rng.sample(range(CELLS * CELLS), count))
     palette = rng.sample(list(COLOURS), min(colours, len(COLOURS)))
     canvas, things = _Canvas(), []
-    pitch = SIZE / cells
     for cell in chosen:
-        side = round(pitch * rng.uniform(0.55, 0.85))
-        free = pitch - side - 4
-        left = round(cell % cells * pitch + 2 + rng.uniform(0, free))
-        top = round(cell // cells * pitch + 2 + rng.uniform(0, free))
+        side = round(PITCH * rng.uniform(0.6, 0.92))
+        free = PITCH - side - 2
+        left = round(cell % CELLS * PITCH + 1 + rng.uniform(0, free))
+        top = round(cell // CELLS * PITCH + 1 + rng.uniform(0, free))
         shape, colour = rng.choice(SHAPES), rng.choice(palette)
         things.append(Thing("shape", shape, colour, _draw_shape(canvas, shape, colour, left, top, side)))
     return Scene("shapes", canvas.finish(), tuple(things))
@@ -182,20 +182,19 @@ def _draw_shape(canvas: _Canvas, shape: str, colour: str, left: int, top: int, s
 
 
 def draw_sign(seed: int, most: int = 2) -> Scene:
-    """1 to `most` coloured signs, one above the other, each with one printed word."""
+    """1 to `most` coloured signs in different rows, each with one printed word."""
     rng = random.Random(seed)
     count = rng.randint(1, most)
     canvas, things = _Canvas(), []
-    height = SIZE // count
-    for row, (word, colour) in enumerate(zip(rng.sample(WORDS, count), rng.sample(list(COLOURS), count))):
-        pixels = rng.randint(44, 50)
-        width = round(len(word) * pixels * 0.62) + 34
-        x = rng.randint(width // 2 + 4, max(width // 2 + 4, SIZE - width // 2 - 4))
-        y = rng.randint(row * height + 44, (row + 1) * height - 44)
-        box = (max(2, x - width // 2), y - 36, min(SIZE - 2, x + width // 2), y + 36)
+    rows = sorted(rng.sample(range(CELLS), count))
+    for row, word, colour in zip(rows, rng.sample(WORDS, count), rng.sample(list(COLOURS), count)):
+        pixels = rng.randint(43, 48)
+        half = round(len(word) * pixels * 0.31) + 16
+        x = rng.randint(half + 3, SIZE - half - 3)
+        y = round((row + 0.5) * PITCH) + rng.randint(-5, 5)
+        box = (x - half, y - 31, x + half, y + 31)
         canvas.rectangle(box, COLOURS[colour], radius=10)
-        ink = COLOURS["black"] if colour == "yellow" else (255, 255, 255)
-        canvas.text(((box[0] + box[2]) / 2, y), word, pixels, ink, bold=True)
+        canvas.text((x, y), word, pixels, _ink_on(colour), bold=True)
         things.append(Thing("word", word, colour, box))
     return Scene("sign", canvas.finish(), tuple(things))
 
@@ -205,63 +204,64 @@ def draw_sum(seed: int) -> Scene:
     rng = random.Random(seed)
     left, right = rng.randint(1, 5), rng.randint(1, 4)
     canvas = _Canvas()
-    x, y = rng.randint(100, SIZE - 100), rng.randint(56, SIZE - 56)
-    box = (x - 92, y - 46, x + 92, y + 46)
+    x, y = SIZE // 2 + rng.randint(-8, 8), round((rng.randrange(CELLS) + 0.5) * PITCH) + rng.randint(-3, 3)
+    box = (x - 100, y - 33, x + 100, y + 33)
     canvas.rectangle(box, (255, 255, 255), radius=12, outline=(150, 150, 160))
     ink = COLOURS[rng.choice(["black", "blue", "purple"])]
-    for offset, text in ((-56, str(left)), (0, "+"), (56, str(right))):
-        canvas.text((x + offset, y), text, 66, ink, bold=True)
+    for offset, text in ((-66, str(left)), (0, "+"), (66, str(right))):
+        canvas.text((x + offset, y), text, 58, ink, bold=True)
     thing = Thing("word", f"{left} + {right}", "black", box)
     return Scene("sum", canvas.finish(), (thing,), facts={"left": left, "right": right, "result": left + right})
 
 
 def draw_chart(seed: int, highest: int = 8) -> Scene:
-    """3 or 4 bars of different colours and different whole heights over grid lines at every unit, numbered at every second."""
+    """Three bars of different colours and different whole heights over a line at every unit, numbered at every second."""
     rng = random.Random(seed)
-    count = rng.randint(3, 4)
     canvas, things = _Canvas(), []
-    base, unit, left = 206, 24, 30
+    base, unit, left = 208, 24, 28
     canvas.rectangle((2, 2, SIZE - 2, SIZE - 2), (255, 255, 255), radius=8)
     for value in range(highest + 1):
         y = base - value * unit
         canvas.line((left, y), (SIZE - 8, y), (150, 150, 160) if value == 0 else (222, 224, 230))
         if value % 2 == 0:
-            canvas.text((17, y), str(value), 18, (90, 90, 100))
-    width = (SIZE - 12 - left) / count
-    colours, values = rng.sample(list(COLOURS), count), rng.sample(range(1, highest + 1), count)
-    for place, (colour, value) in enumerate(zip(colours, values)):
-        x = left + place * width + width * 0.15
-        box = (round(x), base - value * unit, round(x + width * 0.7), base)
+            canvas.text((16, y), str(value), 18, (90, 90, 100))
+    for place, (colour, value) in enumerate(zip(rng.sample(list(COLOURS), 3), rng.sample(range(1, highest + 1), 3))):
+        x = round((place + 0.5) * PITCH) + (11 if place == 0 else 2)
+        box = (x - 23, base - value * unit, x + 23, base)
         canvas.rectangle(box, COLOURS[colour])
         things.append(Thing("bar", colour, colour, box, value))
     return Scene("chart", canvas.finish(), tuple(things))
 
 
 def draw_window(seed: int) -> Scene:
-    """A window with a title, two lines that stand for text, and two or three labelled buttons of different colours."""
+    """A window with a title, two or three labelled buttons of different colours, and grey lines that stand for text."""
     rng = random.Random(seed)
     canvas, things = _Canvas(), []
-    top = rng.randint(4, 26)
-    frame = (6, top, SIZE - 6, top + 192)
-    canvas.rectangle(frame, (255, 255, 255), radius=8, outline=(160, 164, 174))
-    canvas.rectangle((6, top, SIZE - 6, top + 34), (92, 104, 128), radius=8)
-    canvas.rectangle((6, top + 20, SIZE - 6, top + 34), (92, 104, 128))
+    canvas.rectangle((3, 3, SIZE - 3, SIZE - 3), (255, 255, 255), radius=8, outline=(160, 164, 174))
+    canvas.rectangle((3, 3, SIZE - 3, 34), (92, 104, 128), radius=8)
+    canvas.rectangle((3, 18, SIZE - 3, 34), (92, 104, 128))
     title = rng.choice(TITLES)
-    canvas.text((SIZE / 2, top + 17), title, 22, (255, 255, 255), bold=True)
+    canvas.text((SIZE / 2, 19), title, 22, (255, 255, 255), bold=True)
     count = rng.randint(2, 3)
-    slots = sorted(rng.sample(range(6), count))  # three rows of two
-    for slot, label, colour in zip(slots, rng.sample(BUTTONS, count), rng.sample(list(COLOURS), count)):
-        x, y = 60 + 104 * (slot % 2), top + 62 + 50 * (slot // 2)
-        box = (x - 46, y - 20, x + 46, y + 20)
-        canvas.rectangle(box, COLOURS[colour], radius=6)
-        ink = COLOURS["black"] if colour == "yellow" else (255, 255, 255)
-        canvas.text((x, y), label, 26, ink, bold=True)
-        things.append(Thing("button", label, colour, box))
-    for slot in set(range(6)) - set(slots):
-        x, y = 60 + 104 * (slot % 2), top + 62 + 50 * (slot // 2)
-        for row, length in ((-8, 40), (6, rng.randint(10, 36))):
-            canvas.rectangle((x - 42, y + row - 3, x - 42 + 2 * length, y + row + 3), (214, 218, 226), radius=3)
+    slots = sorted(rng.sample(range(CELLS * CELLS), count))
+    labels = dict(zip(slots, zip(rng.sample(BUTTONS, count), rng.sample(list(COLOURS), count))))
+    for slot in range(CELLS * CELLS):
+        x = (40, 112, 184)[slot % CELLS] + rng.randint(-2, 2)
+        y = (56, 112, 186)[slot // CELLS] + rng.randint(-2, 2) + (rng.randint(-10, 10) if slot >= CELLS else 0)
+        if slot in labels:
+            label, colour = labels[slot]
+            box = (x - 31, y - 17, x + 31, y + 17)
+            canvas.rectangle(box, COLOURS[colour], radius=6)
+            canvas.text((x, y), label, 24, _ink_on(colour), bold=True)
+            things.append(Thing("button", label, colour, box))
+        else:
+            for row, length in ((-7, 24), (5, rng.randint(8, 22))):
+                canvas.rectangle((x - 27, y + row - 3, x - 27 + 2 * length, y + row + 3), (214, 218, 226), radius=3)
     return Scene("window", canvas.finish(), tuple(things), title=title)
+
+
+def _ink_on(colour: str) -> tuple[int, int, int]:
+    return COLOURS["black"] if colour == "yellow" else (255, 255, 255)
 
 
 DRAWERS = {

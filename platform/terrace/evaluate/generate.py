@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import AutoModelForImageTextToText, DynamicCache
+from transformers.utils import logging as transformers_logging
 
 from terrace.data.images import image_size, load_patches
 from terrace.data.template import encode_prompt
@@ -52,7 +53,13 @@ def load_speaker(
     if pixels is None:
         preprocessing = json.loads((directory / "preprocessor_config.json").read_text())
         pixels = (int(preprocessing["min_pixels"]), int(preprocessing["max_pixels"]))
-    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa")
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa")
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
     return Speaker(model.to(device).eval(), load_tokenizer(directory), pixels)
 
 

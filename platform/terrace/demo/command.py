@@ -1,0 +1,114 @@
+"""`terrace demo`: a tiny model through the whole curriculum on this machine, then a look at what it learned.
+
+Without `--data` the demo draws its own corpus; with it, a folder of JSON Lines takes its place. The same command again
+continues a demo that was stopped; of a finished one it shows the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import yaml
+
+from terrace.errors import InputError
+from terrace.recipe.schema import Recipe
+
+RECIPES = Path(__file__).resolve().parents[3] / "jobs" / "recipes"
+DRAWN_RECIPE, FOLDER_RECIPE = RECIPES / "demo.yaml", RECIPES / "demo-folder.yaml"
+
+
+def register(subparsers: argparse._SubParsersAction) -> None:
+    parser = subparsers.add_parser(
+        "demo",
+        help="train a tiny model through four stages on this machine",
+        description="Draw a corpus of scenes (or take --data FOLDER), train a tiny vision-language model through four stages,"
+        " print the held-out losses and show pictures with the model's own answers.",
+    )
+    parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder of .jsonl files to train on instead")
+    parser.add_argument("--run-dir", type=Path, help="directory of the run (default: runs/demo, or runs/demo-<folder>)")
+    parser.add_argument("--dashboard", action="store_true", help="start Ray's dashboard too")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the recipe")
+    parser.set_defaults(main=demo_command)
+
+
+def demo_command(arguments: argparse.Namespace) -> int:
+    from terrace.curriculum.launch import run_with_launcher
+    from terrace.track.progress import Display
+
+    run_dir = arguments.run_dir or Path("runs") / ("demo" if arguments.data is None else f"demo-{arguments.data.resolve().name}")
+    with Display() as display:
+        if arguments.data is None:
+            recipe = _drawn_recipe(arguments.overrides, display)
+        else:
+            recipe = _folder_recipe(arguments.data, run_dir, arguments.overrides, display)
+    outcome = run_with_launcher(recipe, run_dir, "local", dashboard=arguments.dashboard)
+    if outcome.phase != "succeeded":
+        print(outcome.message, file=sys.stderr)
+        return outcome.exit_status
+    show(recipe, run_dir, arguments.data)
+    return 0
+
+
+def _drawn_recipe(overrides: list[str], display) -> Recipe:
+    from terrace.demo.corpus import draw_missing
+    from terrace.recipe.loading import load_recipe
+
+    _require(DRAWN_RECIPE)
+    recipe = load_recipe(DRAWN_RECIPE, overrides)
+    draw_missing(recipe.data.sources, display.message, lambda done, total: display.activity("drawing scenes", done, total))
+    return recipe
+
+
+def _folder_recipe(folder: Path, run_dir: Path, overrides: list[str], display) -> Recipe:
+    """The folder's own recipe, written beside its run on the first call and read again from there."""
+    from terrace.demo.folder import find_sources, folder_recipe
+    from terrace.recipe.loading import load_recipe
+
+    _require(FOLDER_RECIPE)
+    path = run_dir / "folder-recipe.yaml"
+    if not path.is_file():
+        found, left_out = find_sources(folder)
+        for source in found:
+            display.message(f"{source.path.name}: {source.rows:,} rows, {source.kind}")
+        for line in left_out:
+            display.message(f"left out: {line}")
+        mapping = folder_recipe(yaml.safe_load(FOLDER_RECIPE.read_text()), found, folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True, width=120))
+    return load_recipe(path, overrides)
+
+
+def _require(recipe: Path) -> None:
+    if not recipe.is_file():
+        raise InputError(f"{recipe} is missing: `terrace demo` runs from a checkout of the repository (pip install -e .)")
+
+
+def show(recipe: Recipe, run_dir: Path, folder: Path | None) -> None:
+    """Ask the final model held-out questions; print the tables; write gallery.html and gallery.png into the run directory."""
+    from rich.console import Console
+
+    from terrace.demo.gallery import write_sheet
+    from terrace.demo.page import write_page
+    from terrace.demo.results import collect
+    from terrace.demo.tables import print_answers, print_losses
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 150  # a log file has no width of its own
+
+    def progress(done: int, total: int) -> None:
+        if done == total or done % 50 == 0:
+            console.print(f"asking the model: {done} of {total} held-out questions", end="\r" if console.is_terminal else "\n")
+
+    results = collect(recipe, run_dir, progress=progress)
+    print_losses(results, console)
+    print_answers(results, console)
+    where = "drawn scenes" if folder is None else f"the rows of {folder}"
+    page = write_page(results, run_dir / "gallery.html", f"A tiny vision-language model, trained from random weights on {where}.")
+    sheet = write_sheet(results, run_dir / "gallery.png")
+    console.print(f"\nPictures with the model's answers: [bold]{page}[/bold] and [bold]{sheet}[/bold]", soft_wrap=True)
+    final = run_dir / "stages" / f"{len(recipe.stages):02d}-{recipe.stages[-1].name}" / "final"
+    console.print(f"The model as a Hugging Face directory: [bold]{final}[/bold]", soft_wrap=True)
+    console.print(f"Metrics: [bold]mlflow ui --backend-store-uri sqlite:///{run_dir}/mlflow.db[/bold]", soft_wrap=True)

@@ -1,0 +1,60 @@
+"""The demo's result on a terminal: held-out loss per kind and stage, and some of the model's answers."""
+
+from __future__ import annotations
+
+import math
+
+from rich.console import Console
+from rich.table import Table
+
+from terrace.demo.results import TASKS, Results
+
+
+def print_losses(results: Results, console: Console) -> None:
+    """One row per kind of sample, one column per stage: held-out loss before and after."""
+    table = Table(title="\nLoss on held-out samples, before -> after each stage", title_justify="left", title_style="bold")
+    table.add_column("kind")
+    for number, stage in enumerate(results.stages, start=1):
+        table.add_column(f"{number} {stage.name}\n{stage.steps} steps, {stage.seconds:.0f} s", justify="right")
+    table.add_column("right answers", justify="right")
+    kinds = [*TASKS, "text"]
+    kinds += sorted({kind for stage in results.stages for kind in stage.after} - set(kinds))
+    for kind in kinds:
+        if not any(kind in stage.after for stage in results.stages):
+            continue
+        cells = []
+        for stage in results.stages:
+            if kind not in stage.after:
+                cells.append("")
+                continue
+            before, after = stage.before.get(kind, math.nan), stage.after[kind]
+            colour = "green" if after < before else "red"
+            cells.append(f"{before:.3f} -> [{colour}]{after:.3f}[/{colour}]")
+        right, total = results.scores.get(kind, (0, 0))
+        table.add_row(kind, *cells, f"{right} of {total}" if total else "")
+    console.print(table)
+
+
+def print_answers(results: Results, console: Console, most: int = 12) -> None:
+    """A question, the model's answer and, where it is wrong, the right one: one of each kind first."""
+    table = Table(title="\nIn its own words, on pictures it has never seen", title_justify="left", title_style="bold")
+    for name in ("kind", "question", "answer", "expected"):
+        table.add_column(name, overflow="fold")
+    by_kind: dict[str, list] = {}
+    for item in results.shown:
+        by_kind.setdefault(item.kind, []).append(item)
+    rounds = [items[turn] for turn in range(3) for items in by_kind.values() if len(items) > turn]
+    for item in rounds[:most]:
+        answer = _short(item.answer)
+        table.add_row(
+            item.kind,
+            _short(item.question) or "(describe)",
+            f"[green]{answer}[/green]" if item.right else f"[red]{answer}[/red]",
+            "" if item.right else _short(item.expected),
+        )
+    console.print(table)
+
+
+def _short(text: str, most: int = 140) -> str:
+    flat = " ".join(text.split()).replace("[", "\\[")
+    return flat if len(flat) <= most else flat[: most - 4] + " ..."
