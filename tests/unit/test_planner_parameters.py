@@ -131,9 +131,7 @@ def test_flops_are_those_of_the_flop_counter(
     example = pack(segments)
     batch = to_device(example, "cpu", torch.float32)
     shape = model_shape(recipe)
-    load = exact_load(
-        shape, [length for length, _ in segments], [grid for _, grid in segments if grid], example.supervised_tokens
-    )
+    load = exact_load(shape, [length for length, _ in segments], [grid for _, grid in segments if grid], example.supervised_tokens)
     flops = training_flops(shape, load, trained)  # type: ignore[arg-type]
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         summed_loss(model, batch, 64).backward()

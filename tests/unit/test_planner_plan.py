@@ -1,0 +1,189 @@
+"""The plan's numbers follow from the recipe, name what does not fit, and the changes it names do fit."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from terrace import cli
+from terrace.errors import InputError
+from terrace.planner.data_facts import SampleMeans, SourceFacts
+from terrace.planner.gpus import GPUS, find_gpu
+from terrace.planner.memory import stage_memory, worst_pack
+from terrace.planner.plan import make_plan, workers_for
+from terrace.planner.render import plan_values
+from terrace.planner.shapes import model_shape
+from terrace.recipe.loading import load_recipe
+from terrace.recipe.schema import Planning
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+MIMO = REPOSITORY / "jobs" / "recipes" / "mimo-vl-7b.yaml"
+TINY = REPOSITORY / "tests" / "recipes" / "tiny.yaml"
+
+
+def test_mimo_vl_7b_on_256_gpus() -> None:
+    values = plan_values(make_plan(load_recipe(MIMO), gpu="h100-80gb", gpus=256))
+    first, _, third, fourth = values["stages"]
+    assert [stage["name"] for stage in values["stages"]] == [
+        "projector-warmup", "alignment", "multimodal-pretraining", "long-context-sft",
+    ]  # fmt: skip
+    assert first["parameters"] == {
+        "vision": 636_401_664, "projector": 47_196_416, "language": 7_622_619_136, "total": 8_306_217_216,
+    }  # fmt: skip
+    assert [stage["trainable_parameters"] for stage in values["stages"]] == [47_196_416, 683_598_080, 8_306_217_216, 8_306_217_216]
+    assert [stage["steps"] for stage in values["stages"]] == [14_306, 7_964, 66_758, 13_114]
+    assert values["total"]["tokens"] == pytest.approx(2.417e12, rel=1e-3)
+    assert third["flops"] == pytest.approx(6 * 7e9 * 1.4e12, rel=0.35)  # 6 N D of the language model, and the vision tower
+    assert third["flops_per_step"]["backward"]["language"] == 2 * third["flops_per_step"]["forward"]["language"]
+    assert first["flops_per_step"]["backward"]["vision"] == 0
+    assert fourth["gpu_hours"] == pytest.approx(fourth["flops"] / (989.4e12 * 0.4 * 3600))
+    assert values["total"]["gpu_hours"] == pytest.approx(sum(stage["gpu_hours"] for stage in values["stages"]))
+    assert values["total"]["fits"] is True
+    for stage in values["stages"]:
+        memory = stage["memory_per_gpu_bytes"]
+        parts = sum(memory[name] for name in ("weights", "gradients", "optimizer", "activations", "logits", "buffers"))
+        assert memory["total"] == pytest.approx(parts, abs=8)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "bytes_per_parameter"),
+    [("ddp", 4 + 4 + 8), ("zero1", 2 + 2 + 12 / 8), ("zero2", 2 + 14 / 8), ("zero3", 16 / 8), ("fsdp", 16 / 8)],
+)
+def test_bytes_per_parameter_of_each_strategy(strategy: str, bytes_per_parameter: float) -> None:
+    recipe = load_recipe(MIMO, [f"stages.2.parallel.strategy={strategy}"])
+    stage = recipe.stages[2]
+    memory = stage_memory(model_shape(recipe), stage, 8, worst_pack(stage, True))
+    held = memory.weights + memory.gradients + memory.optimizer
+    assert held == pytest.approx(bytes_per_parameter * 8_306_217_216, rel=1e-6)
+
+
+def test_frozen_parts_cost_neither_gradients_nor_optimizer() -> None:
+    recipe = load_recipe(MIMO, ["stages.0.parallel.strategy=ddp"])
+    stage = recipe.stages[0]
+    memory = stage_memory(model_shape(recipe), stage, 1, worst_pack(stage, True))
+    assert memory.gradients == 4 * 47_196_416
+    assert memory.optimizer == 8 * 47_196_416
+
+
+def test_checkpointing_saves_activations_only() -> None:
+    values = plan_values(make_plan(load_recipe(MIMO)))
+    for stage in values["stages"]:
+        kept, recomputed = stage["activations_without_checkpointing"], stage["activations_with_checkpointing"]
+        assert recomputed["language"] < 0.15 * kept["language"]
+        assert recomputed["vision"] <= kept["vision"]
+
+
+def test_what_does_not_fit_says_what_to_change_and_the_changed_plan_fits(tmp_path: Path) -> None:
+    plan = make_plan(load_recipe(MIMO), gpu="rtx-4090-24gb", gpus=8)
+    assert not plan.fits
+    assert all(stage.changes for stage in plan.stages if not stage.fits)
+    for number in (0, -1):  # the nearest change of each stage, then the alternatives
+        overrides, gpus = [], 8
+        for stage in plan.stages:
+            if not stage.fits:
+                change = stage.changes[number]
+                overrides += change.describe(stage.name, stage.workers)
+                gpus = max(gpus, change.workers)
+        changed = make_plan(load_recipe(MIMO, overrides), gpu="rtx-4090-24gb", gpus=None if number else 8)
+        if number == 0:
+            assert changed.fits, overrides
+        else:
+            grown = {stage.name for stage in plan.stages if not stage.fits and stage.changes[-1].workers > 8}
+            assert all(stage.fits for stage in changed.stages if stage.name in grown)
+
+
+def test_a_stage_that_fits_needs_no_change() -> None:
+    assert all(stage.changes == [] for stage in make_plan(load_recipe(MIMO), gpus=256).stages)
+
+
+def test_gpus_that_the_batch_does_not_divide_by_stay_unused() -> None:
+    recipe = load_recipe(MIMO)
+    assert [workers_for(stage, 200) for stage in recipe.stages] == [160, 160, 160, 160]
+    assert workers_for(recipe.stages[0], None) == 256
+    plan = make_plan(recipe, gpus=200)
+    assert "160 of 200" in plan.stages[0].notes[0]
+
+
+def test_gpus_are_found_by_name_and_extended_by_the_recipe() -> None:
+    with pytest.raises(InputError, match="did you mean `h100-80gb`"):
+        find_gpu("h100-80g", Planning())
+    recipe = load_recipe(TINY, ["planning.gpus={mine: {memory_gib: 2, bf16_tflops: 10, price_per_hour: 0.5}}", "planning.gpu=mine"])
+    plan = make_plan(recipe)
+    assert (plan.gpu.memory_gib, plan.price_per_gpu_hour) == (2, 0.5)
+    assert all(gpu.source for gpu in GPUS.values())
+
+
+def test_budgets_become_steps() -> None:
+    def steps(budget: str) -> int | None:
+        return make_plan(load_recipe(TINY, [f"stages.0.budget={budget}"])).stages[0].work.steps
+
+    assert steps("{steps: 7}") == 7
+    assert steps("{tokens: 2049}") == 3  # 4 packs of 256 tokens
+    assert steps("{epochs: 2}") is None
+    values = plan_values(make_plan(load_recipe(TINY, ["stages.0.budget={epochs: 2}"])))
+    assert values["stages"][0]["gpu_hours"] is None
+    assert values["total"]["gpu_hours"] is None
+
+
+def test_an_index_makes_samples_and_epochs_exact() -> None:
+    recipe = load_recipe(TINY, ["stages.1.budget={epochs: 2}", "stages.1.mixture={captions: 3, documents: 1}"])
+    short = SourceFacts(90, SampleMeans(64, 40, 64 * 64, 16, 16 * 16 * 16, 9_000))
+    long = SourceFacts(30, SampleMeans(128, 100, 128 * 128, 20, 20 * 20 * 16, 12_000))
+    facts = [{"captions": short, "documents": long, "text": short, "grounding": short, "instructions": short}] * 4
+    stage = make_plan(recipe, facts=facts).stages[1]
+    assert stage.work.exact
+    assert stage.work.samples == 240
+    assert stage.work.sources["captions"].epochs == pytest.approx(2)
+    assert stage.work.sources["documents"].samples == pytest.approx(60)
+    assert stage.work.steps == 19  # 240 samples of 80 tokens on average, 4 x 256 tokens a step
+    assert stage.work.pack.tokens == pytest.approx(256, rel=0.01)
+    assert stage.work.pack.visual_tokens == pytest.approx(256 * 17 / 80, rel=0.01)
+
+
+def test_a_remote_model_cannot_be_planned() -> None:
+    recipe = load_recipe(TINY, ["model.config=null", "model.pretrained=s3://models/somewhere"])
+    with pytest.raises(InputError, match="needs the model's shape"):
+        make_plan(recipe)
+
+
+def test_a_local_model_is_planned_from_its_config(tmp_path: Path) -> None:
+    recipe = load_recipe(TINY, ["tokenizer=/none", "model.config.text_config.vocab_size=1024"])
+    (tmp_path / "config.json").write_text(json.dumps(recipe.model.config))
+    local = load_recipe(TINY, [f"model.pretrained={tmp_path}"])
+    assert model_shape(local) == model_shape(recipe)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", str(MIMO), "--gpus", "256", "--mfu", "0.5", "--price", "4", "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    total = values["total"]
+    assert values["mfu"] == 0.5
+    assert total["cost"] == pytest.approx(4 * total["gpu_hours"])
+
+
+def test_the_command_prints_a_table_that_says_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", str(MIMO), "--gpu", "rtx-4090-24gb", "--gpus", "8"]) == 0
+    text = capsys.readouterr().out
+    assert "does NOT fit" in text
+    assert "stages.projector-warmup.frozen_activation_checkpointing=true" in text
+
+
+def test_a_wrong_recipe_or_gpu_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", str(MIMO), "stages.0.budgt.steps=1"]) == 2
+    assert cli.main(["plan", str(MIMO), "--gpu", "h100"]) == 2
+    assert capsys.readouterr().err.count("did you mean") == 2
+
+
+def test_planning_imports_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys; from terrace.recipe.loading import load_recipe; from terrace.planner.plan import make_plan; "
+        f"make_plan(load_recipe({str(MIMO)!r})); assert not {{'torch', 'ray', 'numpy'}} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
