@@ -15,9 +15,9 @@ import uuid
 from datetime import UTC, datetime
 
 import kopf
+
 from terrace.cluster.api import Api, connect
 from terrace.errors import TerraceError
-
 from terrace_operator.controller import Controller
 from terrace_operator.handlers import register
 from terrace_operator.leader import Leader
@@ -74,7 +74,10 @@ def main(argv: list[str] | None = None) -> int:
     with_kueue = has_kueue(api)
     register(registry, runtime, with_kueue)
     logging.getLogger("terrace.operator").info(
-        "operator starts in namespace %s, port %s, Kueue %s", api.namespace, server.server_port, "found" if with_kueue else "absent"
+        "operator starts in namespace %s, port %s, Kueue %s",
+        api.namespace,
+        server.server_port,
+        "found" if with_kueue else "absent",
     )
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -31,7 +31,9 @@ def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def encode(state: RunState, memory: Memory) -> dict[str, Any]:
-    machine = {item.name: getattr(state, item.name) for item in fields(RunState) if item.name not in ("stages", "commands")}
+    machine = {
+        item.name: getattr(state, item.name) for item in fields(RunState) if item.name not in ("stages", "commands")
+    }
     machine["commands"] = sorted(state.commands)[-8:]
     machine["stages"] = [_compact(stage) for stage in state.stages]
     return {"machine": machine, "operator": {item.name: getattr(memory, item.name) for item in fields(Memory)}}

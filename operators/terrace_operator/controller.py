@@ -16,7 +16,6 @@ from typing import Any, Protocol
 
 from terrace.cluster import manifests
 from terrace.cluster.api import AlreadyExists, ApiError, Conflict, Refused
-from terrace.curriculum.state import RunState
 from terrace_operator.cache import CHILD_KINDS, Cache
 from terrace_operator.metrics import NoMetrics
 from terrace_operator.reconcile import Create, Delete, Direct, Effect, Event, reconcile
@@ -118,7 +117,9 @@ class Controller:
                 self.cache.store("RayJob", fresh or stale, deleted=fresh is None)
                 return fresh is None or bool(fresh["metadata"].get("deletionTimestamp"))
             case Direct(config_map, directive):
-                self.api.patch("ConfigMap", config_map, {"data": {"directive.json": json.dumps(directive, sort_keys=True)}})
+                self.api.patch(
+                    "ConfigMap", config_map, {"data": {"directive.json": json.dumps(directive, sort_keys=True)}}
+                )
                 return True
         return True
 
@@ -135,7 +136,9 @@ class Controller:
                 return False
             made = found
             if not _owned_by(found, body):
-                self.cache.refuse(name, object_name, f"{kind} {object_name} exists and belongs to something else: delete it")
+                self.cache.refuse(
+                    name, object_name, f"{kind} {object_name} exists and belongs to something else: delete it"
+                )
                 return True
         except Refused as error:
             logger.warning("refused: %s %s: %s", kind, object_name, error, extra={"curriculum": name})

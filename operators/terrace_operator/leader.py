@@ -13,7 +13,6 @@ import time
 from typing import Any
 
 from terrace.cluster.api import AlreadyExists, ApiError, Conflict
-
 from terrace_operator.status import rfc3339
 
 logger = logging.getLogger("terrace.leader")

@@ -16,6 +16,7 @@ import yaml
 from pydantic import ValidationError
 
 from terrace.cluster import manifests
+from terrace.cluster.checks import cluster_problems
 from terrace.cluster.cluster_schema import CurriculumSpec
 from terrace.errors import InputError
 from terrace.recipe import rules
@@ -42,7 +43,9 @@ def accept(curriculum: Manifest, old_status: Manifest, world: World) -> Accepted
     metadata = curriculum["metadata"]
     spec, problem = _checked_edit((metadata["uid"], metadata.get("generation", 0)), curriculum.get("spec") or {})
     stored = old_status.get("controller") or {}
-    started = {stage["name"]: stage for stage in (stored.get("machine") or {}).get("stages", ()) if stage.get("attempt")}
+    started = {
+        stage["name"]: stage for stage in (stored.get("machine") or {}).get("stages", ()) if stage.get("attempt")
+    }
     if not started:
         return Accepted(spec, "Valid" if spec else "InvalidSpec", problem)
     memory = decode(stored, [])[1]
@@ -92,33 +95,6 @@ def check(raw: Manifest) -> tuple[CurriculumSpec | None, str]:
     return with_failure_policy(spec), ""
 
 
-def cluster_problems(spec: CurriculumSpec) -> list[str]:
-    """What neither the API server nor the recipe's rules can see: stages against the pods they get."""
-    problems = []
-    cpus_per_pod = _cpus(spec.runtime.worker.cpu)
-    for number, stage in enumerate(spec.recipe.stages):
-        where = f"recipe.stages[{number}] ({stage.name})"
-        gpus = stage.resources.gpus_per_worker * spec.runtime.workers_per_pod
-        if gpus != int(gpus):
-            problems.append(
-                f"{where}: {spec.runtime.workers_per_pod} workers per pod at {stage.resources.gpus_per_worker:g} GPUs each need "
-                f"{gpus:g} GPUs in a pod, which is not whole: change runtime.workersPerPod"
-            )
-        needed = stage.resources.cpus_per_worker * spec.runtime.workers_per_pod
-        if needed > cpus_per_pod:
-            problems.append(
-                f"{where}: {needed:g} CPUs of workers do not fit a pod of {spec.runtime.worker.cpu}: raise runtime.worker.cpu"
-            )
-        low, high = manifests.worker_bounds(stage)
-        if low % spec.runtime.workers_per_pod or high % spec.runtime.workers_per_pod:
-            problems.append(f"{where}: {low} to {high} workers do not divide into pods of {spec.runtime.workers_per_pod}")
-    return problems
-
-
-def _cpus(quantity: str) -> float:
-    return float(quantity[:-1]) / 1000 if quantity.endswith("m") else float(quantity)
-
-
 def with_failure_policy(spec: CurriculumSpec) -> CurriculumSpec:
     """The recipe with the cluster's failure policy over every stage's own."""
     policy = spec.failure_policy
@@ -130,7 +106,9 @@ def with_failure_policy(spec: CurriculumSpec) -> CurriculumSpec:
     changes = {key: value for key, value in given.items() if value is not None}
     if not changes:
         return spec
-    stages = [stage.model_copy(update={"failure": stage.failure.model_copy(update=changes)}) for stage in spec.recipe.stages]
+    stages = [
+        stage.model_copy(update={"failure": stage.failure.model_copy(update=changes)}) for stage in spec.recipe.stages
+    ]
     return spec.model_copy(update={"recipe": spec.recipe.model_copy(update={"stages": stages})})
 
 
@@ -191,7 +169,6 @@ def _last_good(
 @functools.lru_cache(maxsize=1024)
 def recipe_from_text(text: str) -> Recipe:
     return parse_recipe(yaml.safe_load(text))
-
 
 
 def hash_of(recipe: Recipe, index: int) -> str:

@@ -132,7 +132,13 @@ def _requests(spec: CurriculumSpec, state: RunState, memory: Memory, now: float,
 
 
 def _decide(
-    curriculum: Manifest, spec: CurriculumSpec, state: RunState, memory: Memory, world: World, now: float, events: list[Event]
+    curriculum: Manifest,
+    spec: CurriculumSpec,
+    state: RunState,
+    memory: Memory,
+    world: World,
+    now: float,
+    events: list[Event],
 ) -> tuple[list[Effect], Wait | None]:
     """Run the state machine until it waits, finishes, or wants something done in the cluster."""
     effects: list[Effect] = []

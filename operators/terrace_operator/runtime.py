@@ -9,7 +9,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from terrace.cluster.api import ApiError
-
 from terrace_operator.controller import Controller
 from terrace_operator.leader import Leader
 from terrace_operator.metrics import Metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 
 import pytest
@@ -61,7 +62,7 @@ def test_backoff_doubles_up_to_its_cap(bench):
     times = [body["metadata"]["creationTimestamp"] for body in bench.store.objects["Event"].values()
              if body["reason"] == "StageStarted"]  # fmt: skip
     seconds = [int(text[14:16]) * 60 + int(text[17:19]) for text in times]
-    gaps = [later - earlier for earlier, later in zip(seconds, seconds[1:])]
+    gaps = [later - earlier for earlier, later in itertools.pairwise(seconds)]
     assert len(gaps) == 4
     assert all(low <= gap <= low + 2 for gap, low in zip(gaps, (10, 20, 25, 25)))
 
@@ -145,7 +146,10 @@ def test_rayjob_deleted_by_hand_is_an_infrastructure_failure(bench):
     bench.store.delete("RayJob", "tiny-s0-1", foreground=True)
     status = bench.run_until("Succeeded")
     assert (status["stages"][0]["attempt"], status["stages"][0]["infraRestarts"]) == (2, 1)
-    assert ("AttemptFailed", "stage warmup, attempt 1: AttemptLost: the attempt vanished without an outcome") in bench.events()
+    assert (
+        "AttemptFailed",
+        "stage warmup, attempt 1: AttemptLost: the attempt vanished without an outcome",
+    ) in bench.events()
 
 
 def test_dead_node_is_found_by_silence_and_the_old_attempt_is_fenced(bench):
@@ -167,7 +171,9 @@ def test_dead_node_is_found_by_silence_and_the_old_attempt_is_fenced(bench):
 def test_gate_missed_pauses_and_a_resume_token_accepts_it(bench):
     gates = [{"metric": "eval/caption/loss", "below": 2.0}]
     behaviour = {"stages": {"warmup": {"after": {"caption": 2.5}}}}
-    bench.store.create(tiny_curriculum(stages=[tiny_stage("warmup", gates=gates), tiny_stage("align")], behaviour=behaviour))
+    bench.store.create(
+        tiny_curriculum(stages=[tiny_stage("warmup", gates=gates), tiny_stage("align")], behaviour=behaviour)
+    )
     status = bench.run_until("Paused")
     assert condition(status, "Progressing")["reason"] == "GateMissed"
     assert "eval/caption/loss" in condition(status, "Progressing")["message"]
@@ -239,7 +245,9 @@ def test_operator_killed_at_every_write_changes_nothing(bench, crd):
                 here.controller.api = Api()
             if here.status().get("phase") == "Succeeded":
                 break
-        stages = [(s["name"], s["phase"], s["attempt"], s["restarts"], s["infraRestarts"]) for s in here.status()["stages"]]
+        stages = [
+            (s["name"], s["phase"], s["attempt"], s["restarts"], s["infraRestarts"]) for s in here.status()["stages"]
+        ]
         return [stages, here.jobs(), [launch[0] for launch in here.cluster.launches]], writes
 
     expected, writes = one_run(None)
@@ -252,7 +260,9 @@ def test_operator_killed_at_every_write_changes_nothing(bench, crd):
 def test_two_operators_at_once_do_no_harm(bench):
     from terrace_operator.controller import Controller
 
-    bench.store.create(tiny_curriculum(stages=five_stages(), behaviour={"stages": {"align": {"attempts": {"1": {"exit": 1}}}}}))
+    bench.store.create(
+        tiny_curriculum(stages=five_stages(), behaviour={"stages": {"align": {"attempts": {"1": {"exit": 1}}}}})
+    )
     other = Controller(bench.store, clock=bench.clock.wall, monotonic=bench.clock.monotonic)
     other.resync()
     for _ in range(200):
@@ -273,7 +283,14 @@ def test_reports_of_older_attempts_are_ignored(bench):
     bench.run(3.0)
     stage = bench.status()["stages"][0]
     assert stage["attempt"] == 2
-    old = {"stage": "warmup", "attempt": 1, "step": 39, "total_steps": 40, "result": {"loss": 0.0}, "exit": {"status": 0}}
+    old = {
+        "stage": "warmup",
+        "attempt": 1,
+        "step": 39,
+        "total_steps": 40,
+        "result": {"loss": 0.0},
+        "exit": {"status": 0},
+    }
     bench.store.patch("ConfigMap", "tiny-progress", {"data": {"progress.json": json.dumps(old)}})
     bench.controller.resync()
     bench.controller.handle("tiny")
@@ -284,7 +301,11 @@ def test_reports_of_older_attempts_are_ignored(bench):
 def test_edit_of_a_later_stage_applies_and_of_a_started_one_is_reported(bench):
     bench.store.create(tiny_curriculum(behaviour={"steps": 20, "step_seconds": 0.1}))
     bench.run(1.0)
-    stages = [tiny_stage("warmup", budget={"steps": 999}), tiny_stage("align", budget={"steps": 7}), tiny_stage("added")]
+    stages = [
+        tiny_stage("warmup", budget={"steps": 999}),
+        tiny_stage("align", budget={"steps": 7}),
+        tiny_stage("added"),
+    ]
     spec = bench.store.objects["Curriculum"]["tiny"]["spec"]
     bench.edit(recipe={**spec["recipe"], "stages": stages})
     bench.run(0.5)
@@ -293,7 +314,9 @@ def test_edit_of_a_later_stage_applies_and_of_a_started_one_is_reported(bench):
     assert "warmup" in accepted["message"]
     status = bench.run_until("Succeeded")
     assert status["stagesDone"] == "3/3"
-    texts = {name: body["data"]["recipe.yaml"] for name, body in bench.store.objects["ConfigMap"].items() if "recipe" in name}
+    texts = {
+        name: body["data"]["recipe.yaml"] for name, body in bench.store.objects["ConfigMap"].items() if "recipe" in name
+    }
     last = texts[status["stages"][1]["recipeConfigMap"]]
     assert "steps: 7" in last
     assert "steps: 999" not in last

@@ -47,7 +47,9 @@ class Kind:
     def path(self, namespace: str | None, name: str = "", subresource: str = "") -> str:
         root = f"/api/{self.group_version}" if "/" not in self.group_version else f"/apis/{self.group_version}"
         space = f"/namespaces/{namespace}" if namespace else ""
-        return root + space + f"/{self.plural}" + (f"/{name}" if name else "") + (f"/{subresource}" if subresource else "")
+        return (
+            root + space + f"/{self.plural}" + (f"/{name}" if name else "") + (f"/{subresource}" if subresource else "")
+        )
 
 
 KINDS: dict[str, Kind] = {
@@ -70,7 +72,9 @@ KINDS: dict[str, Kind] = {
 class Api:
     """Calls in one namespace. Safe to use from several threads."""
 
-    def __init__(self, configuration: Any, namespace: str, on_call: Callable[[str, str, int], None] | None = None) -> None:
+    def __init__(
+        self, configuration: Any, namespace: str, on_call: Callable[[str, str, int], None] | None = None
+    ) -> None:
         import urllib3
 
         self.namespace, self._configuration, self._on_call = namespace, configuration, on_call
@@ -97,7 +101,11 @@ class Api:
         items: list[Manifest] = []
         token = ""
         while True:
-            query = {"limit": "500"} | ({"labelSelector": selector} if selector else {}) | ({"continue": token} if token else {})
+            query = (
+                {"limit": "500"}
+                | ({"labelSelector": selector} if selector else {})
+                | ({"continue": token} if token else {})
+            )
             try:
                 page = self._call("GET", kind, KINDS[kind].path(self.namespace), query=query)
             except ApiError as error:
@@ -145,12 +153,20 @@ class Api:
             if error.code != 404:
                 raise
 
+    def pod_log(self, name: str) -> Iterator[str]:
+        """Lines that the pod's container has written so far."""
+        response = self._request("GET", KINDS["Pod"].path(self.namespace, name, "log"), None, None, stream=True)
+        for line in response:
+            yield line.decode("utf-8", "replace").rstrip("\n")
+
     def watch(self, kind: str, resource_version: str = "", timeout_seconds: int = 300) -> Iterator[Manifest]:
         """Events of a kind until the server ends the watch (used by `terrace` to follow; the operator watches through kopf)."""
         query = {"watch": "true", "timeoutSeconds": str(timeout_seconds), "allowWatchBookmarks": "true"}
         if resource_version:
             query["resourceVersion"] = resource_version
-        response = self._request("GET", KINDS[kind].path(self.namespace) + "?" + urlencode(query), None, None, stream=True)
+        response = self._request(
+            "GET", KINDS[kind].path(self.namespace) + "?" + urlencode(query), None, None, stream=True
+        )
         buffer = b""
         for chunk in response.stream(4096):
             buffer += chunk
@@ -179,7 +195,9 @@ class Api:
             return json.loads(raw) if raw else {}
         raise _error(method, path, code, raw)
 
-    def _request(self, method: str, url: str, body: Manifest | None, content_type: str | None, stream: bool = False) -> Any:
+    def _request(
+        self, method: str, url: str, body: Manifest | None, content_type: str | None, stream: bool = False
+    ) -> Any:
         headers = {"Accept": "application/json", "User-Agent": "terrace"}
         if token := self._configuration.get_api_key_with_prefix("authorization"):
             headers["Authorization"] = token
@@ -211,7 +229,9 @@ def connect(namespace: str | None = None, on_call: Callable[[str, str, int], Non
     try:
         from kubernetes import client, config
     except ImportError as error:
-        raise InputError("the Kubernetes launcher needs the package `kubernetes`: pip install 'terrace[kubernetes]'") from error
+        raise InputError(
+            "the Kubernetes launcher needs the package `kubernetes`: pip install 'terrace[kubernetes]'"
+        ) from error
     configuration = client.Configuration()
     try:
         if os.environ.get("KUBERNETES_SERVICE_HOST") and not os.environ.get("KUBECONFIG"):

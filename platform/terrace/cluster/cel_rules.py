@@ -93,7 +93,10 @@ MODEL_RULES: dict[str, list[Rule]] = {
     "Pixels": [Rule("self.min <= self.max", "pixels.min must not exceed pixels.max")],
     "Gate": [Rule("has(self.below) != has(self.above)", "a gate needs exactly one of below, above")],
     "Tokenizer": [
-        Rule("has(self.path) != has(self.train_vocabulary_size)", "tokenizer needs exactly one of path, train_vocabulary_size")
+        Rule(
+            "has(self.path) != has(self.train_vocabulary_size)",
+            "tokenizer needs exactly one of path, train_vocabulary_size",
+        )
     ],
     "Model": [Rule("has(self.config) || has(self.pretrained)", "model needs config or pretrained")],
     "Parallel": [
@@ -103,7 +106,10 @@ MODEL_RULES: dict[str, list[Rule]] = {
         )
     ],
     "Failure": [
-        Rule("self.backoff_seconds <= self.backoff_cap_seconds", "failure.backoff_seconds must not exceed backoff_cap_seconds")
+        Rule(
+            "self.backoff_seconds <= self.backoff_cap_seconds",
+            "failure.backoff_seconds must not exceed backoff_cap_seconds",
+        )
     ],
     "FailurePolicy": [
         Rule(

@@ -33,23 +33,31 @@ class PodSize(ClusterModel):
 
     cpu: Quantity = Field("2", description="CPU request, and limit for memory-bound safety; for example `8` or `500m`.")
     memory: Quantity = Field("8Gi", description="Memory request and limit.")
-    shared_memory: Quantity = Field("2Gi", description="Size of /dev/shm (Ray's object store and NCCL use it); part of memory.")
+    shared_memory: Quantity = Field(
+        "2Gi", description="Size of /dev/shm (Ray's object store and NCCL use it); part of memory."
+    )
 
 
 class EnvironmentVariable(ClusterModel):
     name: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] = Field(
         description="Name of the variable."
     )
-    value: Annotated[str, Field(max_length=4096)] = Field(description="Its value. Secrets belong in `storage.credentialsSecret`.")
+    value: Annotated[str, Field(max_length=4096)] = Field(
+        description="Its value. Secrets belong in `storage.credentialsSecret`."
+    )
 
 
 class Toleration(ClusterModel):
     """A Kubernetes toleration, as in a pod spec."""
 
-    key: Annotated[str, Field(max_length=253)] | None = Field(None, description="Taint key; empty with operator Exists: all.")
+    key: Annotated[str, Field(max_length=253)] | None = Field(
+        None, description="Taint key; empty with operator Exists: all."
+    )
     operator: Literal["Exists", "Equal"] = Field("Exists", description="Whether the value is compared.")
     value: Annotated[str, Field(max_length=63)] | None = Field(None, description="Taint value for operator Equal.")
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(None, description="Taint effect; empty: all.")
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
+        None, description="Taint effect; empty: all."
+    )
     toleration_seconds: Annotated[int, Field(ge=0)] | None = Field(None, description="Only with NoExecute: how long.")
 
 
@@ -59,8 +67,12 @@ class Runtime(ClusterModel):
     image: Annotated[str, Field(min_length=1, max_length=512)] = Field(
         description="Training image, best with a digest (`repo@sha256:...`)."
     )
-    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field("IfNotPresent", description="As in a pod spec.")
-    image_pull_secrets: Annotated[list[DnsName], Field(max_length=8)] = Field([], description="Names of registry Secrets.")
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field(
+        "IfNotPresent", description="As in a pod spec."
+    )
+    image_pull_secrets: Annotated[list[DnsName], Field(max_length=8)] = Field(
+        [], description="Names of registry Secrets."
+    )
     ray_version: Annotated[str, Field(max_length=32, pattern=r"^[0-9]+\.[0-9]+\.[0-9]+.*$")] = Field(
         "2.60.0", description="Ray version inside the image; KubeRay needs it to choose probes and commands."
     )
@@ -69,26 +81,39 @@ class Runtime(ClusterModel):
         description="ServiceAccount of the pods. Unset: the operator makes `<name>-trainer`, allowed to read and patch the one "
         "progress ConfigMap of this Curriculum and nothing else.",
     )
-    head: PodSize = Field(PodSize(cpu="2", memory="8Gi"), description="Size of the Ray head pod (no training runs on it).")
-    worker: PodSize = Field(PodSize(cpu="8", memory="64Gi", shared_memory="16Gi"), description="Size of one worker pod.")
-    submitter: PodSize = Field(
-        PodSize(cpu="500m", memory="512Mi", shared_memory="64Mi"), description="Size of the small pod that submits the job."
+    head: PodSize = Field(
+        PodSize(cpu="2", memory="8Gi"), description="Size of the Ray head pod (no training runs on it)."
     )
-    workers_per_pod: Annotated[int, Field(ge=1, le=16)] = Field(1, description="Training workers (ranks) that share a pod.")
-    gpu_resource: Annotated[str, Field(max_length=253)] = Field("nvidia.com/gpu", description="Extended resource of one GPU.")
-    node_selector: Annotated[dict[LabelKey, LabelValue], Field(max_length=16)] = Field({}, description="For worker pods.")
+    worker: PodSize = Field(
+        PodSize(cpu="8", memory="64Gi", shared_memory="16Gi"), description="Size of one worker pod."
+    )
+    submitter: PodSize = Field(
+        PodSize(cpu="500m", memory="512Mi", shared_memory="64Mi"),
+        description="Size of the small pod that submits the job.",
+    )
+    workers_per_pod: Annotated[int, Field(ge=1, le=16)] = Field(
+        1, description="Training workers (ranks) that share a pod."
+    )
+    gpu_resource: Annotated[str, Field(max_length=253)] = Field(
+        "nvidia.com/gpu", description="Extended resource of one GPU."
+    )
+    node_selector: Annotated[dict[LabelKey, LabelValue], Field(max_length=16)] = Field(
+        {}, description="For worker pods."
+    )
     tolerations: Annotated[list[Toleration], Field(max_length=16)] = Field([], description="For head and worker pods.")
     env: Annotated[list[EnvironmentVariable], Field(max_length=64)] = Field([], description="For all pods of a stage.")
     working_dir: Annotated[str, Field(min_length=1, max_length=256)] = Field(
         "/opt/terrace", description="Folder in the image that holds `jobs/pretrain.py`."
     )
     entrypoint: Annotated[list[Annotated[str, Field(max_length=8192)]], Field(min_length=1, max_length=16)] = Field(
-        ["python", "jobs/pretrain.py"], description="Program of a stage and its first arguments. Terrace adds the recipe, --run-dir, "
-        "--stage and --attempt."
+        ["python", "jobs/pretrain.py"],
+        description="Program of a stage and its first arguments. Terrace adds the recipe, --run-dir, "
+        "--stage and --attempt.",
     )
     run_as_user: Annotated[int, Field(ge=1)] = Field(1000, description="Numeric user id of the pods; never root.")
     termination_grace_seconds: Annotated[int, Field(ge=1, le=3600)] | None = Field(
-        None, description="Time a pod has to save a checkpoint when it must go. Unset: the stage's preemption grace plus 30."
+        None,
+        description="Time a pod has to save a checkpoint when it must go. Unset: the stage's preemption grace plus 30.",
     )
 
 
@@ -100,9 +125,12 @@ class Queue(ClusterModel):
     topology_required: LabelKey | None = Field(
         None, description="Node label level that all workers must share, for example a rack. Pending until one is free."
     )
-    topology_preferred: LabelKey | None = Field(None, description="As topologyRequired, but falls back to wider levels.")
+    topology_preferred: LabelKey | None = Field(
+        None, description="As topologyRequired, but falls back to wider levels."
+    )
     topology_aware: bool = Field(
-        False, description="The GPU flavors have a topology: groups without a level then say 'unconstrained' explicitly."
+        False,
+        description="The GPU flavors have a topology: groups without a level then say 'unconstrained' explicitly.",
     )
 
 
@@ -110,7 +138,9 @@ class Volume(ClusterModel):
     """A PersistentVolumeClaim seen by all pods, for data or for the run directory where there is no object store."""
 
     claim: DnsName = Field(description="Name of the PersistentVolumeClaim in the same namespace.")
-    mount_path: Annotated[str, Field(min_length=1, max_length=256, pattern=r"^/.*$")] = Field(description="Where it is mounted.")
+    mount_path: Annotated[str, Field(min_length=1, max_length=256, pattern=r"^/.*$")] = Field(
+        description="Where it is mounted."
+    )
     read_only: bool = Field(False, description="Mount without write access (training data).")
 
 
@@ -125,17 +155,22 @@ class ClusterStorage(ClusterModel):
     )
     region: Annotated[str, Field(max_length=64)] | None = Field(None, description="Region of the bucket.")
     credentials_secret: DnsName | None = Field(
-        None, description="Secret whose keys become environment variables of the pods (AWS_ACCESS_KEY_ID, ...). The operator "
-        "never reads it. Unset: workload identity of the ServiceAccount."
+        None,
+        description="Secret whose keys become environment variables of the pods (AWS_ACCESS_KEY_ID, ...). The operator "
+        "never reads it. Unset: workload identity of the ServiceAccount.",
     )
     volumes: Annotated[list[Volume], Field(max_length=8)] = Field([], description="Claims mounted into every pod.")
-    scratch: Quantity = Field("20Gi", description="Size limit of the writable scratch folder of each pod (/tmp and caches).")
+    scratch: Quantity = Field(
+        "20Gi", description="Size limit of the writable scratch folder of each pod (/tmp and caches)."
+    )
 
 
 class ClusterTracking(ClusterModel):
     """MLflow as the pods reach it; overrides the recipe's `tracking`."""
 
-    mlflow_uri: Annotated[str, Field(min_length=1, max_length=512)] | None = Field(None, description="Tracking server URI.")
+    mlflow_uri: Annotated[str, Field(min_length=1, max_length=512)] | None = Field(
+        None, description="Tracking server URI."
+    )
     experiment: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(None, description="Experiment name.")
     credentials_secret: DnsName | None = Field(None, description="Secret with MLFLOW_TRACKING_USERNAME and _PASSWORD.")
 
@@ -144,22 +179,28 @@ class FailurePolicy(ClusterModel):
     """What the cluster adds to, or overrides in, the `failure` block of every stage."""
 
     max_restarts: Annotated[int, Field(ge=0, le=1000)] | None = Field(
-        None, description="Restarts after program failures, for every stage; unset: the stage's own `failure.max_restarts`."
+        None,
+        description="Restarts after program failures, for every stage; unset: the stage's own `failure.max_restarts`.",
     )
     max_infra_restarts: Annotated[int, Field(ge=0, le=10000)] | None = Field(
         None, description="Restarts after infrastructure failures (stall, lost RayJob, node); unset: the stage's own."
     )
-    backoff_seconds: Annotated[float, Field(gt=0)] | None = Field(None, description="First delay; doubles with each failure.")
+    backoff_seconds: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="First delay; doubles with each failure."
+    )
     backoff_cap_seconds: Annotated[float, Field(gt=0)] | None = Field(None, description="Longest delay.")
     stall_timeout_seconds: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="No new progress report for this long while running: the attempt is replaced (node death looks so)."
+        None,
+        description="No new progress report for this long while running: the attempt is replaced (node death looks so).",
     )
     pre_running_timeout_seconds: Annotated[int, Field(ge=60)] = Field(
-        1800, description="From admission to the first line of the program: image pulls, GPUs, submitter. Then: replaced."
+        1800,
+        description="From admission to the first line of the program: image pulls, GPUs, submitter. Then: replaced.",
     )
     fence_timeout_seconds: Annotated[int, Field(ge=0)] = Field(
-        300, description="How long a new attempt waits for the old one's pods to be gone. Pods of a dead node stay for ever; "
-        "after this the new attempt starts, and the old attempt's number keeps it from writing checkpoints."
+        300,
+        description="How long a new attempt waits for the old one's pods to be gone. Pods of a dead node stay for ever; "
+        "after this the new attempt starts, and the old attempt's number keeps it from writing checkpoints.",
     )
 
 
@@ -172,17 +213,20 @@ class ClusterSpec(ClusterModel):
     tracking: ClusterTracking = Field(ClusterTracking(), description="MLflow.")
     failure_policy: FailurePolicy = Field(FailurePolicy(), description="Restarts, backoff, stall detection.")
     suspend: bool = Field(
-        False, description="True: save a checkpoint, then release every pod and all quota. False again: continue from there."
+        False,
+        description="True: save a checkpoint, then release every pod and all quota. False again: continue from there.",
     )
     paused: bool = Field(False, description="True: finish the running stage, start no other.")
     cancelled: bool = Field(False, description="True: save a checkpoint, release everything and never start again.")
     resume_token: Annotated[str, Field(min_length=1, max_length=63)] | None = Field(
-        None, description="Any text. Changing it continues a curriculum that waits at a missed gate or has failed; its current "
-        "stage gets its whole budgets again. With rerunFrom it starts over from that stage."
+        None,
+        description="Any text. Changing it continues a curriculum that waits at a missed gate or has failed; its current "
+        "stage gets its whole budgets again. With rerunFrom it starts over from that stage.",
     )
     rerun_from: Annotated[str, Field(max_length=63)] | None = Field(
-        None, description="Name of a stage to run again, with all after it, once per value of resumeToken. What the stages had "
-        "written is moved aside, not deleted."
+        None,
+        description="Name of a stage to run again, with all after it, once per value of resumeToken. What the stages had "
+        "written is moved aside, not deleted.",
     )
 
 

@@ -23,7 +23,18 @@ GROUP, VERSION, PLURAL, KIND = "terrace.dev", "v1alpha1", "curricula", "Curricul
 API_VERSION = f"{GROUP}/{VERSION}"
 LONG_TEXT = {"description": 4096, "notes": 2048, "message": 2048}
 DEFAULT_TEXT_LENGTH, DEFAULT_ITEMS = 1024, 64
-KEPT = ("type", "minimum", "maximum", "pattern", "minLength", "maxLength", "minItems", "maxItems", "minProperties", "enum")
+KEPT = (
+    "type",
+    "minimum",
+    "maximum",
+    "pattern",
+    "minLength",
+    "maxLength",
+    "minItems",
+    "maxItems",
+    "minProperties",
+    "enum",
+)
 LIST_MAPS = {"CurriculumStatus.conditions": "type", "CurriculumStatus.stages": "name"}
 
 
@@ -82,7 +93,9 @@ def _map(schema: dict[str, Any], definitions: dict[str, Any], path: str) -> dict
         return {"x-kubernetes-preserve-unknown-fields": True}
     node: dict[str, Any] = {"additionalProperties": structural(values, definitions, path + "{}")}
     node["maxProperties"] = schema.get("maxProperties", DEFAULT_ITEMS)
-    if patterns:  # `matches` on keys is over the API server's cost budget: it cannot bound their length; the operator checks it
+    if (
+        patterns
+    ):  # `matches` on keys is over the API server's cost budget: it cannot bound their length; the operator checks it
         node["x-kubernetes-validations"] = [
             {"rule": "self.all(key, size(key) >= 1 && size(key) <= 63)", "message": "names have 1 to 63 characters"}
         ]
@@ -107,9 +120,13 @@ def _object(model: str, definition: dict[str, Any], definitions: dict[str, Any])
 
 def _finish(node: dict[str, Any], schema: dict[str, Any], path: str, nullable: bool) -> dict[str, Any]:
     default = schema.get("default")
-    if isinstance(default, dict):  # in full: the API server checks a default against the rules before it fills nested defaults
+    if isinstance(
+        default, dict
+    ):  # in full: the API server checks a default against the rules before it fills nested defaults
         default = {key: value for key, value in default.items() if value is not None}
-    if default is not None and not path.startswith(("CurriculumStatus", "StageStatus", "CheckpointStatus", "Condition")):
+    if default is not None and not path.startswith(
+        ("CurriculumStatus", "StageStatus", "CheckpointStatus", "Condition")
+    ):
         node["default"] = list(default) if isinstance(default, tuple) else default
     if nullable:
         node["nullable"] = True
@@ -117,7 +134,9 @@ def _finish(node: dict[str, Any], schema: dict[str, Any], path: str, nullable: b
     if text:
         node["description"] = " ".join(text.split())
     if rules := FIELD_RULES.get(path):
-        node["x-kubernetes-validations"] = node.get("x-kubernetes-validations", []) + [rule.as_openapi() for rule in rules]
+        node["x-kubernetes-validations"] = node.get("x-kubernetes-validations", []) + [
+            rule.as_openapi() for rule in rules
+        ]
     return node
 
 
@@ -127,7 +146,9 @@ def _model_schema(model: type, **extra: Any) -> dict[str, Any]:
 
 
 def column(name: str, kind: str, path: str, description: str, wide: bool = False) -> dict[str, Any]:
-    return {"name": name, "type": kind, "jsonPath": path, "description": description} | ({"priority": 1} if wide else {})
+    return {"name": name, "type": kind, "jsonPath": path, "description": description} | (
+        {"priority": 1} if wide else {}
+    )
 
 
 PRINTER_COLUMNS = [

@@ -102,7 +102,10 @@ class Cluster:
             "name": cluster, "ownerReferences": [_owner(job)]}, "spec": job["spec"]["rayClusterSpec"]}  # fmt: skip
         made = self.store.create(body)
         spec = job["spec"]["rayClusterSpec"]
-        templates = [("head", spec["headGroupSpec"]["template"], 1), ("submitter", job["spec"]["submitterPodTemplate"], 1)]
+        templates = [
+            ("head", spec["headGroupSpec"]["template"], 1),
+            ("submitter", job["spec"]["submitterPodTemplate"], 1),
+        ]
         templates += [("worker", group["template"], group["replicas"]) for group in spec["workerGroupSpecs"]]
         for role, template, count in templates:
             for number in range(count):
@@ -137,7 +140,9 @@ class Cluster:
         with self.store.lock:
             current = self.store.objects.get("RayJob", {}).get(job["metadata"]["name"])
             if current is not None and current["metadata"]["uid"] == job["metadata"]["uid"]:
-                self.store._store("MODIFIED", "RayJob", {**current, "status": {**(current.get("status") or {}), **values}})
+                self.store._store(
+                    "MODIFIED", "RayJob", {**current, "status": {**(current.get("status") or {}), **values}}
+                )
 
     # ------------------------------------------------------------ the program
 
@@ -149,7 +154,9 @@ class Cluster:
         checkpoint = (report.get("checkpoint") or {}) if report.get("stage") == stage else {}
         start = int(checkpoint.get("step", 0))
         cluster = self.store.objects["RayJob"][name]["status"]["rayClusterName"]
-        self.programs[name] = Program(stage, attempt, cluster, start, behaviour["steps"], behaviour, now + behaviour["step_seconds"])
+        self.programs[name] = Program(
+            stage, attempt, cluster, start, behaviour["steps"], behaviour, now + behaviour["step_seconds"]
+        )
         self.launches.append((name, start, len(self.launches)))
 
     def _report(self, curriculum: str) -> Manifest:
@@ -174,10 +181,18 @@ class Cluster:
             failing = program.behaviour.get("exit")
             if failing is not None and program.step > program.total // 2:
                 message = f"Job entrypoint command failed with exit code {failing}"
-                self._write(curriculum, program, exit={"status": failing, "message": program.behaviour.get("message", "it broke")})
+                self._write(
+                    curriculum,
+                    program,
+                    exit={"status": failing, "message": program.behaviour.get("message", "it broke")},
+                )
                 self._finish(job, "Failed", "FAILED", "AppFailed", message)
             elif program.step >= program.total:
-                result = {"steps": program.total, "loss": 1.0, "evaluation": {"after": program.behaviour.get("after", {})}}
+                result = {
+                    "steps": program.total,
+                    "loss": 1.0,
+                    "evaluation": {"after": program.behaviour.get("after", {})},
+                }
                 self._write(curriculum, program, result=result, exit={"status": 0, "message": ""})
                 self._finish(job, "Complete", "SUCCEEDED", "", "Job finished successfully")
             else:
@@ -217,7 +232,11 @@ class Cluster:
                       and (other.get("status") or {}).get("jobDeploymentStatus") not in ("Complete", "Failed"))  # fmt: skip
         admitted = self.quota is None or holding < self.quota
         if self.messages:
-            text = "Quota reserved" if admitted else "couldn't assign flavors to pod set workers: insufficient unused quota for gpu"
+            text = (
+                "Quota reserved"
+                if admitted
+                else "couldn't assign flavors to pod set workers: insufficient unused quota for gpu"
+            )
             self._workload(job, "True" if admitted else "False", "QuotaReserved" if admitted else "Pending", text)
         if admitted:
             self.set_suspend(job["metadata"]["name"], False)
@@ -232,7 +251,9 @@ class Cluster:
         """What Kueue does to make room: suspend the job; KubeRay then deletes its cluster."""
         job = self.store.objects["RayJob"][name]
         if self.messages:
-            self._workload(job, "False", "Pending", "preempted to accommodate a workload of higher priority", evicted=True)
+            self._workload(
+                job, "False", "Pending", "preempted to accommodate a workload of higher priority", evicted=True
+            )
         self.set_suspend(name, True)
 
     def _workload(self, job: Manifest, reserved: str, reason: str, message: str, evicted: bool = False) -> None:
@@ -261,5 +282,7 @@ def behaviour_of(job: Manifest, stage: str, attempt: int) -> Manifest:
     env = {item["name"]: item["value"] for item in template["spec"]["containers"][0]["env"]}
     given = json.loads(env.get("STAND_IN", "{}"))
     stage_given = given.get("stages", {}).get(stage, {})
-    values = {"steps": 4, "step_seconds": 0.05} | given | stage_given | stage_given.get("attempts", {}).get(str(attempt), {})
+    values = (
+        {"steps": 4, "step_seconds": 0.05} | given | stage_given | stage_given.get("attempts", {}).get(str(attempt), {})
+    )
     return {key: value for key, value in values.items() if key not in ("stages", "attempts")}

@@ -148,14 +148,29 @@ def structural_errors(schema: Schema, path: str = "") -> list[str]:
     errors = []
     if path and "type" not in schema and not schema.get(PRESERVE) and not schema.get("x-kubernetes-int-or-string"):
         errors.append(f"{path}: type is required")
-    for word in ("$ref", "anyOf", "const", "prefixItems", "propertyNames", "patternProperties", "title", "definitions", "$defs"):
+    for word in (
+        "$ref",
+        "anyOf",
+        "const",
+        "prefixItems",
+        "propertyNames",
+        "patternProperties",
+        "title",
+        "definitions",
+        "$defs",
+    ):
         if word in schema:
             errors.append(f"{path}: {word} is not allowed")
     if schema.get("additionalProperties") is False or ("properties" in schema and "additionalProperties" in schema):
         errors.append(f"{path}: additionalProperties with properties")
     if isinstance(schema.get("exclusiveMinimum"), (int, float)) and not isinstance(schema["exclusiveMinimum"], bool):
         errors.append(f"{path}: exclusiveMinimum must be a boolean")
-    if schema.get("type") == "string" and "maxLength" not in schema and "enum" not in schema and path.startswith(".spec"):
+    if (
+        schema.get("type") == "string"
+        and "maxLength" not in schema
+        and "enum" not in schema
+        and path.startswith(".spec")
+    ):
         errors.append(f"{path}: no maxLength")
     if schema.get("type") == "array" and "maxItems" not in schema:
         errors.append(f"{path}: no maxItems")

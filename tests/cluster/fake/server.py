@@ -11,18 +11,29 @@ from typing import Any
 
 import yaml
 from aiohttp import web
+
 from fake.kuberay import Cluster
 from fake.store import Gone, Store, install_crd
 from terrace.cluster.api import KINDS, AlreadyExists, ApiError, Conflict
 
 Manifest = dict[str, Any]
-KINDS_SERVED = {**{kind: (item.group_version, item.plural) for kind, item in KINDS.items()}, "RayCluster": ("ray.io/v1", "rayclusters")}
+KINDS_SERVED = {
+    **{kind: (item.group_version, item.plural) for kind, item in KINDS.items()},
+    "RayCluster": ("ray.io/v1", "rayclusters"),
+}
 BY_PATH = {pair: kind for kind, pair in KINDS_SERVED.items()}
 SHORT = {"Curriculum": ["cur"], "ConfigMap": ["cm"]}
 
 
 def status_body(code: int, reason: str, message: str) -> Manifest:
-    return {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "reason": reason, "message": message}
+    return {
+        "kind": "Status",
+        "apiVersion": "v1",
+        "status": "Failure",
+        "code": code,
+        "reason": reason,
+        "message": message,
+    }
 
 
 def failure(error: ApiError) -> web.Response:
@@ -121,7 +132,9 @@ class Server:
         if method == "POST":
             if query.get("dryRun"):
                 return web.json_response(body, status=201)
-            return web.json_response(self.store.create({**body, "apiVersion": version, "kind": kind}, strict), status=201)
+            return web.json_response(
+                self.store.create({**body, "apiVersion": version, "kind": kind}, strict), status=201
+            )
         if method == "PUT":
             body = {**body, "apiVersion": version, "kind": kind}
             call = self.store.replace_status if subresource == "status" else self.store.replace
@@ -135,7 +148,9 @@ class Server:
         if uid and uid != known["metadata"]["uid"]:
             raise Conflict(f"Precondition failed: UID {uid}", 409)
         self.store.delete(kind, name, foreground=body.get("propagationPolicy") == "Foreground")
-        return web.json_response(self.store.get(kind, name) or {"kind": "Status", "apiVersion": "v1", "status": "Success"})
+        return web.json_response(
+            self.store.get(kind, name) or {"kind": "Status", "apiVersion": "v1", "status": "Success"}
+        )
 
     def _list(self, kind: str, selector: str) -> Manifest:
         with self.store.lock:
