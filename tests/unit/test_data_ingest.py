@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from terrace.data.ingest import ingest_source, iter_refused, load_report
 from terrace.data.index import build_index
+from terrace.data.ingest import ingest_source, iter_refused, load_report
 from terrace.data.read import read_located, read_sample
 from terrace.data.refusals import REASONS
 from terrace.data.source_index import load_index

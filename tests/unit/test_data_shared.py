@@ -9,7 +9,7 @@ import pytest
 from terrace.data.prepare import PreparedData, load_prepared, prepare_data
 from terrace.data.read import read_located
 from terrace.data.template import encode_prompt, encode_sample
-from terrace.recipe.loading import parse_recipe
+from terrace.recipe.schema import Recipe
 
 FEW = {"gui.jsonl": 104, "ocr.jsonl": 346, "text.jsonl": 500, "rl/visual_math.jsonl": 118}
 ALL = FEW | {
@@ -20,10 +20,10 @@ ALL = FEW | {
 
 def prepared(shared_data: Path, files: dict[str, int], run_dir: Path) -> PreparedData:
     names = {file: file.removesuffix(".jsonl").replace("/", "-") for file in files}
-    recipe = parse_recipe(
+    recipe = Recipe.model_validate(
         {
             "name": "shared",
-            "model": {"config": {}},
+            "model": {},
             "tokenizer": {"path": str(shared_data / "tokenizers" / "qwen2")},
             "data": {
                 "sources": {
@@ -35,7 +35,10 @@ def prepared(shared_data: Path, files: dict[str, int], run_dir: Path) -> Prepare
                 }
             },
             "stages": [
-                {"name": "s", "train": {"projector": {"lr": 0.001}}, "mixture": dict.fromkeys(names.values(), 1.0), "budget": {"steps": 1}}
+                {
+                    "name": "s", "train": {"projector": {"lr": 0.001}}, "budget": {"steps": 1},
+                    "mixture": {"weights": dict.fromkeys(names.values(), 1.0)},
+                }
             ],
         }
     )  # fmt: skip

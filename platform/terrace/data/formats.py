@@ -309,4 +309,4 @@ def _open_seekable(uri: str, storage: Storage) -> Any:
     """A file that Parquet readers can jump in."""
     if is_remote(uri):
         return s3(storage).open(uri, "rb", block_size=8 * 2**20)
-    return open(uri.removeprefix("file://"), "rb")  # noqa: SIM115: the caller closes it
+    return open(uri.removeprefix("file://"), "rb")

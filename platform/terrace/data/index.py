@@ -157,9 +157,7 @@ def _build(settings: IndexSettings, report: IngestReport, progress: Progress | N
 # ---------------------------------------------------------------- one shard
 
 
-def index_shard(
-    settings: IndexSettings, item: tuple[int, Shard], inside: Callable[[int], None] | None = None
-) -> dict[str, Any]:
+def index_shard(settings: IndexSettings, item: tuple[int, Shard], inside: Callable[[int], None] | None = None) -> dict[str, Any]:
     """Write the part file of one shard and its receipt {"samples", "refused"}; reuse it if it is there."""
     number, shard = item
     receipt_uri = join(settings.folder, "parts", f"{number:06d}.json")
@@ -190,9 +188,7 @@ def index_shard(
     return receipt
 
 
-def index_group(
-    group: Group, default_id: str, settings: IndexSettings, tokenizer: TextTokenizer, shard_number: int
-) -> dict[str, Any]:
+def index_group(group: Group, default_id: str, settings: IndexSettings, tokenizer: TextTokenizer, shard_number: int) -> dict[str, Any]:
     """The index row of one sample. Raises Refusal."""
     sample, images = sample_of_members(group.key, group.data, default_id, settings.kind)
     sizes = []

@@ -98,9 +98,15 @@ def ingest_source(
         report = IngestReport(name, folder, fingerprint, format_name, shards, samples=-1, in_place=True)
         _finish(report, [], data.storage)
         return report
-    settings = UnitSettings(  # fmt: skip
-        name, source.kind, source.task, source.images_root and absolute(source.images_root), folder, data.shard_bytes,
-        data.max_image_pixels, data.storage,
+    settings = UnitSettings(
+        name,
+        source.kind,
+        source.task,
+        source.images_root and absolute(source.images_root),
+        folder,
+        data.shard_bytes,
+        data.max_image_pixels,
+        data.storage,
     )
     units = plan_units(format_name, files, _folder_of(source.uri, files), data.storage)
     receipts: list[dict[str, Any]] = [{} for _ in units]
@@ -259,7 +265,8 @@ class _UnitWriter:
         return self._shards
 
     def _cut(self) -> None:
-        assert self._writer is not None and self._path is not None
+        assert self._writer is not None
+        assert self._path is not None
         self._writer.close()
         size = self._path.stat().st_size
         upload(self._path, join(self._settings.folder, "shards", self._path.name), self._settings.storage)

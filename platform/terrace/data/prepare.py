@@ -61,16 +61,12 @@ def prepare_data(
             pass  # its shards or indexes were deleted: made again below
     out_dir = absolute(recipe.data.cache_dir) if recipe.data.cache_dir else str(root)
     names = used_sources(recipe)
-    reports = {
-        name: ingest_source(name, recipe.data.sources[name], recipe.data, out_dir, progress, use_ray) for name in names
-    }
+    reports = {name: ingest_source(name, recipe.data.sources[name], recipe.data, out_dir, progress, use_ray) for name in names}
     tokenizer = prepare_tokenizer(recipe, reports, out_dir, progress)
     entries = {}
     for name in names:
         source = recipe.data.sources[name]
-        folder = build_index(
-            name, source, reports[name], tokenizer, recipe.data.max_image_pixels, recipe.data.storage, progress, use_ray
-        )
+        folder = build_index(name, source, reports[name], tokenizer, recipe.data.max_image_pixels, recipe.data.storage, progress, use_ray)
         entries[name] = {
             "folder": _relative(folder, str(root)), "holdout_samples": source.holdout_samples, "max_samples": source.max_samples
         }  # fmt: skip
@@ -90,9 +86,7 @@ def load_prepared(root: str | Path) -> PreparedData:
         raise InputError(f"there is no prepared data in {root}; the run prepares it before its first stage")
     storage = Storage(**manifest["storage"])
     indexes = {
-        name: load_index(
-            _resolved(entry["folder"], root), manifest["seed"], entry["holdout_samples"], entry["max_samples"], storage
-        )
+        name: load_index(_resolved(entry["folder"], root), manifest["seed"], entry["holdout_samples"], entry["max_samples"], storage)
         for name, entry in manifest["sources"].items()
     }
     return PreparedData(indexes, Path(_resolved(manifest["tokenizer_dir"], root)), root)
@@ -121,9 +115,7 @@ def data_mark(recipe: Recipe) -> str:
 # ---------------------------------------------------------------- tokenizer
 
 
-def prepare_tokenizer(
-    recipe: Recipe, reports: dict[str, IngestReport], out_dir: str, progress: Progress | None = None
-) -> TextTokenizer:
+def prepare_tokenizer(recipe: Recipe, reports: dict[str, IngestReport], out_dir: str, progress: Progress | None = None) -> TextTokenizer:
     """The recipe's tokenizer: a local folder as it is, one on S3 copied here, or one trained on the sources' texts."""
     if recipe.tokenizer.path is not None:
         if not is_remote(recipe.tokenizer.path):

@@ -88,7 +88,7 @@ class ShardWriter:
     """Writes one tar. The same samples give the same bytes: no times, no owners."""
 
     def __init__(self, path: Path):
-        self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115: closed by `close`
+        self._tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
         self.samples = 0
 
     @property
