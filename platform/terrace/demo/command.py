@@ -16,7 +16,7 @@ from terrace.errors import InputError
 from terrace.recipe.schema import Recipe
 
 RECIPES = Path(__file__).resolve().parents[3] / "jobs" / "recipes"
-DRAWN_RECIPE, FOLDER_RECIPE = RECIPES / "demo.yaml", RECIPES / "demo-folder.yaml"
+DRAWN_RECIPE, FOLDER_RECIPE = RECIPES / "demo.yaml", Path(__file__).with_name("folder.yaml")
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:

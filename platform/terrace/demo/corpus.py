@@ -280,10 +280,8 @@ def _qa(rng: random.Random) -> tuple[Row, list[Scene]]:
     scene = scenes.draw_shapes(rng.getrandbits(40), most=3)
     thing, turns = rng.choice(scene.things), []
     names = {name_of(other) for other in scene.things}
-    if rng.random() < 0.5:
-        asked = name_of(thing)
-    else:
-        asked = f"{rng.choice(list(scenes.COLOURS))} {rng.choice(scenes.SHAPES)}"
+    there = rng.random() < 0.5
+    asked = name_of(thing) if there else f"{rng.choice(list(scenes.COLOURS))} {rng.choice(scenes.SHAPES)}"
     turns.append((f"Is there a {asked} in the picture?", "yes" if asked in names else "no"))
     of_colour = [other for other in scene.things if other.colour == thing.colour]
     if len(of_colour) == 1:

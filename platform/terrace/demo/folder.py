@@ -144,7 +144,7 @@ def _source_name(stem: str) -> str:
 
 
 def folder_recipe(base: Mapping[str, Any], found: list[Found], folder: Path) -> dict[str, Any]:
-    """The recipe of `base` (jobs/recipes/demo-folder.yaml as a mapping) with the folder's sources and mixtures over them."""
+    """The recipe of `base` (folder.yaml beside this file, as a mapping) with the folder's sources and mixtures over them."""
     sources = {
         source.name: {
             "uri": str(source.path),

@@ -127,10 +127,8 @@ def _tick(draw: ImageDraw.ImageDraw, x: float, y: float, right: bool) -> None:
     """A check mark or a cross in a disc, 14 pixels wide."""
     x, y, size = x * SCALE, y * SCALE, 14 * SCALE
     draw.ellipse([x, y, x + size, y + size], fill=RIGHT if right else WRONG)
-    if right:
-        strokes = [[(0.28, 0.54), (0.44, 0.70), (0.74, 0.34)]]
-    else:
-        strokes = [[(0.32, 0.32), (0.68, 0.68)], [(0.68, 0.32), (0.32, 0.68)]]
+    tick, cross = [[(0.28, 0.54), (0.44, 0.70), (0.74, 0.34)]], [[(0.32, 0.32), (0.68, 0.68)], [(0.68, 0.32), (0.32, 0.68)]]
+    strokes = tick if right else cross
     for stroke in strokes:
         points = [(x + a * size, y + b * size) for a, b in stroke]
         draw.line(points, fill=(255, 255, 255), width=2 * SCALE, joint="curve")

@@ -213,7 +213,8 @@ def _picture(item: Shown) -> str:
     unit = max(width, height) / 224
     marks = ""
     if item.expected_mark and len(item.expected_mark) == 4:
-        marks += _rectangle(item.expected_mark, width, height, f'stroke="#1c2028" stroke-width="{1.6 * unit}" stroke-dasharray="{5 * unit}"')
+        dashed = f'stroke="#1c2028" stroke-width="{1.6 * unit}" stroke-dasharray="{5 * unit}"'
+        marks += _rectangle(item.expected_mark, width, height, dashed)
     if item.found_mark:
         colour = "#168f52" if item.right else "#d0343a"
         if len(item.found_mark) == 4:

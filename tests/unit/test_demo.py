@@ -1,0 +1,197 @@
+"""The demo's corpus, folder recognition, readings of answers and pages: what is drawn is what is said."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from terrace.data.conventions import convert_row
+from terrace.data.types import Sample
+from terrace.demo import corpus, scenes
+from terrace.demo.folder import find_sources, kind_of_rows, stage_weights
+from terrace.demo.gallery import write_sheet
+from terrace.demo.page import write_page
+from terrace.demo.results import Results, Shown, StageLosses
+from terrace.errors import InputError
+from terrace.evaluate.answers import iou, is_right, numbers_in_brackets, questions_of
+
+FEW = dict.fromkeys(corpus.SAMPLES, 3)
+PIXELS = (3136, 7056)
+
+
+@pytest.mark.parametrize("kind", scenes.DRAWERS)
+def test_a_scene_is_a_function_of_its_seed(kind):
+    first, again, other = (scenes.DRAWERS[kind](seed) for seed in (5, 5, 6))
+    assert first.picture.tobytes() == again.picture.tobytes()
+    assert first.things == again.things
+    assert first.picture.tobytes() != other.picture.tobytes()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_things_lie_where_their_boxes_say_and_in_their_colour(seed):
+    scene = scenes.draw_shapes(seed, most=6)
+    pixels = np.asarray(scene.picture).astype(int)
+    for thing in scene.things:
+        x1, y1, x2, y2 = thing.box
+        assert 0 <= x1 < x2 <= scenes.SIZE
+        assert 0 <= y1 < y2 <= scenes.SIZE
+        # The light on a scene changes a colour by up to 35 of 255 levels.
+        middle = pixels[(y1 + y2) // 2, (x1 + x2) // 2]
+        assert np.abs(middle - np.array(scenes.COLOURS[thing.colour])).max() < 50, thing
+    boxes = [thing.box for thing in scene.things]
+    assert all(iou(a, b) == 0 for a in boxes for b in boxes if a is not b)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_bars_are_as_high_as_their_values(seed):
+    bars = scenes.draw_chart(seed).things
+    heights = [bar.box[3] - bar.box[1] for bar in bars]
+    assert [height / bar.value for height, bar in zip(heights, bars)] == [heights[0] / bars[0].value] * 3
+
+
+def test_corpus_rows_are_what_ingest_reads_and_pictures_are_not_shared(tmp_path):
+    folder = corpus.write_corpus(tmp_path / "demo-corpus", samples=FEW, workers=1)
+    pictures = []
+    for source in FEW:
+        lines = (folder / f"{source}.jsonl").read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line]
+        assert len(rows) == 3
+        for row in rows:
+            sample, images = convert_row(row, row["id"], "prompt" if source.startswith("rl/") else "qa")
+            assert sample.id == row["id"]
+            for image in images:
+                path = (folder / source).parent / image.path
+                assert Image.open(path).size == (scenes.SIZE, scenes.SIZE)
+                pictures.append(path)
+    assert len(pictures) == len(set(pictures)) > 30
+
+
+def test_a_finished_corpus_is_left_alone_and_another_seed_draws_another(tmp_path):
+    folder = corpus.write_corpus(tmp_path, samples={"captions": 2}, workers=1)
+    before = (folder / "captions.jsonl").stat().st_mtime_ns, (folder / "captions.jsonl").read_text()
+    corpus.write_corpus(tmp_path, samples={"captions": 2}, workers=1)
+    assert ((folder / "captions.jsonl").stat().st_mtime_ns, (folder / "captions.jsonl").read_text()) == before
+    corpus.write_corpus(tmp_path, seed=1, samples={"captions": 2}, workers=1)
+    assert (folder / "captions.jsonl").read_text() != before[1]
+
+
+def test_counts_in_answers_are_the_scene_s():
+    for row, _ in corpus.draw_rows("counting", 3, 0, 30):
+        for question, answer in zip(row["messages"][::2], row["messages"][1::2]):
+            assert re.fullmatch("[0-6]", answer["content"])
+            assert "How many" in question["content"]
+
+
+def test_worked_answers_are_right():
+    for row, _ in corpus.draw_rows("reasoning", 3, 0, 30):
+        left, sign, right, result = re.search(r"(\d) ([+-]) (\d) = (\d)", row["messages"][1]["content"]).groups()
+        assert int(result) == (int(left) + int(right) if sign == "+" else int(left) - int(right))
+        assert f"\\boxed{{{result}}}" in row["messages"][1]["content"]
+
+
+# ---------------------------------------------------------------- a folder of rows
+
+
+def test_files_are_recognised_by_rows_first_and_name_second():
+    chat = {"messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "x"}], "images": ["a"]}
+    assert kind_of_rows([{"image": "a.jpg", "text": "x"}], "anything") == "caption"
+    assert kind_of_rows([{"content": [{"type": "text", "text": "x"}]}], "x") == "document"
+    assert kind_of_rows([{"text": "x"}], "x") == "text"
+    assert kind_of_rows([chat], "ocr_train") == "ocr"
+    assert kind_of_rows([chat], "science-qa") == "qa"
+    assert kind_of_rows([chat], "dialogues") == "instruction"
+    assert kind_of_rows([{**chat, "objects": {"bbox": [[1, 2, 3, 4]]}}], "qa") == "grounding"
+    assert kind_of_rows([{**chat, "objects": {"point": [[1, 2]]}}], "qa") == "gui"
+    assert kind_of_rows([{**chat, "rejected_response": "y"}], "qa") == "preference"
+    assert kind_of_rows([{"messages": chat["messages"][:1], "solution": "3", "task": "counting"}], "qa") == "prompt"
+    assert kind_of_rows([{"a": 1}], "qa") == "unknown"
+
+
+def test_a_folder_without_pictures_is_refused_by_name(tmp_path):
+    (tmp_path / "text.jsonl").write_text('{"text": "only words"}\n')
+    with pytest.raises(InputError, match=str(tmp_path)):
+        find_sources(tmp_path)
+
+
+def test_a_stage_whose_kinds_are_missing_takes_what_has_pictures(tmp_path):
+    (tmp_path / "qa.jsonl").write_text('{"messages": [{"role": "user"}, {"role": "assistant"}], "images": ["a"]}\nnot json\n')
+    (tmp_path / "text.jsonl").write_text('{"text": "words"}\n')
+    found, left_out = find_sources(tmp_path)
+    assert left_out == []
+    assert stage_weights({"caption": 1.0}, found) == {"qa": 1.0}
+    assert stage_weights({"qa": 2.0, "text": 0.5}, found) == {"qa": 2.0, "text": 0.5}
+
+
+def test_every_real_file_is_recognised(shared_data):
+    found, left_out = find_sources(shared_data)
+    kinds = {source.name: source.kind for source in found}
+    assert kinds == {
+        "captions": "caption", "grounding": "grounding", "gui": "gui", "interleaved": "document", "ocr": "ocr", "qa": "qa",
+        "reasoning": "reasoning", "text": "text",
+    }  # fmt: skip
+    assert [line.split(":")[0] for line in left_out] == ["preference.jsonl"]
+
+
+# ---------------------------------------------------------------- answers
+
+
+def test_brackets_with_the_right_count_are_read():
+    assert numbers_in_brackets('{"point": [12, 7]} or [1, 2, 3, 4]', 4) == (1, 2, 3, 4)
+    assert numbers_in_brackets('{"point": [12, 7]}', 2) == (12, 7)
+    assert numbers_in_brackets("[1, 2, 3]", 4) is None
+    assert iou((0, 0, 10, 10), (5, 0, 15, 10)) == pytest.approx(1 / 3)
+    assert iou((0, 0, 10, 10), (10, 0, 20, 10)) == 0
+
+
+def _sample() -> Sample:
+    turn = [
+        {"role": "user", "content": [{"type": "image", "image": 0}, {"type": "text", "text": "Where?"}]},
+        {"role": "assistant", "content": [{"type": "box", "image": 0, "box": [112, 0, 224, 56]}]},
+        {"role": "user", "content": [{"type": "text", "text": "How many?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "3"}]},
+    ]
+    return Sample("one", "qa", turn)
+
+
+def test_each_turn_is_asked_alone_with_coordinates_of_the_resized_picture():
+    where, count = questions_of(_sample(), [(224, 224)], PIXELS)
+    assert where.expected == "[42, 0, 83, 21]"
+    assert len(where.prompt.messages) == len(count.prompt.messages) == 1
+    assert [item["type"] for item in count.prompt.messages[0]["content"]] == ["image", "text"]
+    assert is_right("[40, 0, 80, 22]", where, 118.8)
+    assert not is_right("[0, 0, 30, 22]", where, 118.8)
+    assert not is_right("there", where, 118.8)
+    assert is_right(" 3.", count, 118.8)
+    assert not is_right("4", count, 118.8)
+
+
+def test_a_caption_is_asked_as_its_beginning():
+    content = [{"type": "image", "image": 0}, {"type": "text", "text": "A red star."}]
+    [question] = questions_of(Sample("c", "caption", [{"role": "text", "content": content}]), [(224, 224)], PIXELS)
+    assert question.expected == "A red star."
+    assert question.prompt.messages[0]["content"] == content[:1]
+
+
+# ---------------------------------------------------------------- pages
+
+
+def test_page_and_sheet_hold_every_answer(tmp_path: Path):
+    picture = scenes.draw_shapes(1).picture
+    shown = [
+        Shown("grounding", picture, "Where is <it>?", "[1, 2, 3, 4]", "[1, 2, 3, 4]", True, (0.1, 0.1, 0.5, 0.5), (0.1, 0.1, 0.5, 0.6)),
+        Shown("gui", picture, "Click.", "[1, 2]", "[9, 9]", False, (0.1, 0.1), (0.9, 0.9)),
+        Shown("reasoning", None, "1 + 1?", "2", "2", True, None, None),
+    ]
+    stages = [StageLosses("one", {"qa": 3.0}, {"qa": 2.0}, 2, 1.0, 100, [3.0, 2.5]), StageLosses("two", {}, {}, 1, 1.0, 10, [1.0])]
+    results = Results("demo", stages, shown, {"grounding": (1, 1), "gui": (0, 1)}, 1_000_000)
+    html = write_page(results, tmp_path / "page.html", "words & more").read_text(encoding="utf-8")
+    assert html.count("data:image/jpeg;base64,") == 2
+    assert "Where is &lt;it&gt;?" in html
+    assert "words &amp; more" in html
+    assert "http" not in html.replace("http-equiv", "")
+    assert Image.open(write_sheet(results, tmp_path / "sheet.png")).size[0] > 1000
