@@ -27,8 +27,8 @@ class StepInput(Protocol):
 @dataclass
 class StageFeed:
     """`stream(start)` yields the steps from `start` to the last one. `state(step)` is the place in the data order after
-    `step` steps, a few integers that a checkpoint keeps; `restore(state)` accepts it again, and raises InputError if the
-    order is another one by now."""
+    `step` steps, a few integers that a checkpoint keeps; `restore(state)` accepts it again, and raises InputError if
+    the order is another one by now."""
 
     config: Any  # the model's transformers configuration, token ids filled in
     total_steps: int

@@ -92,7 +92,15 @@ def open_strategy(setup: Setup) -> Strategy:
         from terrace.train.strategies.ddp import DataParallel
 
         return DataParallel(setup)
-    raise InputError(f"parallel.strategy {name} is not available in this installation")
+    if name == "fsdp":
+        from terrace.train.strategies.fsdp import FullyShard
+
+        return FullyShard(setup)
+    if name in ("zero1", "zero2", "zero3"):
+        from terrace.train.strategies.deepspeed import Zero
+
+        return Zero(setup)
+    raise InputError(f"parallel.strategy {name} is unknown")
 
 
 def optimizer_arguments(stage: Stage) -> dict[str, Any]:

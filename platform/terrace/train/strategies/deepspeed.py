@@ -1,0 +1,259 @@
+"""ZeRO-1, 2 and 3 through DeepSpeed; the only file that imports it.
+
+Optimizer state is split over ranks (1), gradients too (2), parameters too (3), with offload of optimizer and
+parameters to host memory or NVMe. The optimizer is torch's AdamW with the same groups as everywhere; clipping is
+DeepSpeed's, at the recipe's limit. bf16: compute weights in bf16, float32 masters, float32 reduction. Trained and
+frozen parameters may be mixed at will.
+
+Whole tensors go in and out through DeepSpeed's own `safe_get_full_*` and `safe_set_full_*`, so checkpoints have the
+same format as under any other strategy. Note that ZeRO-2 and 3 reduce gradients at every pack: that is what they are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from terrace.errors import InputError
+from terrace.models.build import materialise
+from terrace.models.weights import TensorSource
+from terrace.recipe.schema import Stage
+from terrace.train.context import WorkerContext
+from terrace.train.precision import LossScale
+from terrace.train.strategies.interface import (
+    OPTIMIZER_KINDS,
+    Kind,
+    Setup,
+    StepModule,
+    optimizer_arguments,
+    torch_groups,
+)
+
+
+class Zero:
+    """See strategies.interface.Strategy."""
+
+    def __init__(self, setup: Setup) -> None:
+        stage, context = setup.stage, setup.context
+        deepspeed = _import_deepspeed(context)
+        self._world_size = context.world_size
+        self._offload_activations = stage.activation_offload
+        self._zero_stage = int(stage.parallel.strategy[-1])
+        self.loss_scale = LossScale() if stage.precision == "fp16" else None
+        self.model = materialise(setup.skeleton, setup.source, context.device)
+        self._parameters: dict[str, Any] = dict(self.model.named_parameters())
+        self._trained = [name for group in setup.groups for name in group.names]
+        optimizer = torch.optim.AdamW(torch_groups(setup.groups, self._parameters), **optimizer_arguments(stage))
+        self._frozen_masters = _keep_frozen_masters(self._parameters, stage)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=StepModule(self.model, setup.loss),
+            optimizer=optimizer,
+            model_parameters=[self._parameters[name] for name in self._trained],
+            config=_configuration(stage, context),
+            dist_init_required=False,
+        )
+        self._steps = dict.fromkeys(self._trained, 0)
+        self._create_state()
+        _rotary_in_float32(self.model)
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return self._engine(batch)
+
+    def accumulate(self, batch: Any, scale: float, last: bool) -> torch.Tensor:
+        self._engine.set_gradient_accumulation_boundary(last)
+        if self.loss_scale:
+            self._optimizer.override_loss_scale(self.loss_scale.value)
+        if self._offload_activations:
+            with torch.autograd.graph.save_on_cpu(pin_memory=True):
+                loss = self._engine(batch)
+        else:
+            loss = self._engine(batch)
+        self._engine.backward(loss * (scale * self._world_size), scale_wrt_gas=False)
+        return loss.detach()
+
+    def clip(self, limit: float | None) -> float:
+        """The norm that DeepSpeed will clip by in `step` (`limit` is in its configuration)."""
+        from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_norm
+
+        if self._zero_stage == 3:
+            norm = combine_grad_norm_groups(self._optimizer._get_norm_groups())
+        else:
+            norm = self._optimizer.scaled_global_norm()
+        if is_invalid_grad_norm(norm):
+            return float("nan")
+        return float(norm) / float(self._optimizer.loss_scale)
+
+    def step(self, learning_rates: list[float]) -> None:
+        for group, rate in zip(self._optimizer.param_groups, learning_rates, strict=True):
+            group["lr"] = rate
+        self._engine.step()
+        for name in self._steps:
+            self._steps[name] += 1
+
+    def discard(self) -> None:
+        if self._zero_stage == 3:
+            self._optimizer._overflow_clean_up(self._optimizer.loss_scale)
+        else:
+            self._optimizer.zero_grad(set_to_none=True)
+            self._optimizer._release_preflattened_grad_buffers()
+            for gradients in (self._optimizer.averaged_gradients, self._optimizer.all_grad_tensors):
+                for key in gradients:
+                    gradients[key] = None
+        self._optimizer.micro_step_id = 0 if self._zero_stage == 3 else -1
+
+    def tensors(self, kind: Kind) -> Iterator[tuple[str, torch.Tensor]]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if kind != "weights":
+            for name in self._trained:
+                if self._steps[name]:
+                    yield name, safe_get_full_optimizer_state(self._parameters[name], kind).view(self._shape(name))
+            return
+        for name, parameter in self._parameters.items():
+            if name in self._steps:
+                yield name, safe_get_full_fp32_param(parameter).view(self._shape(name))
+            elif name in self._frozen_masters:
+                yield name, self._frozen_masters[name]
+            else:
+                yield name, _gathered(parameter)
+
+    def _shape(self, name: str) -> torch.Size:
+        parameter = self._parameters[name]
+        return getattr(parameter, "ds_shape", parameter.shape)
+
+    def optimizer_steps(self) -> dict[str, int]:
+        return {name: count for name, count in self._steps.items() if count}
+
+    def load_weights(self, source: TensorSource) -> None:
+        import deepspeed
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for name, parameter in self._parameters.items():
+            whole = source(name).float()
+            if name in self._frozen_masters:
+                self._frozen_masters[name].copy_(whole)
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self._zero_stage == 3):
+                parameter.data.copy_(whole)
+            if name in self._steps:
+                safe_set_full_fp32_param(parameter, whole.to(parameter.device))
+
+    def load_optimizer(self, source: Callable[[Kind, str], torch.Tensor], steps: dict[str, int]) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        counts = {steps.get(name, 0) for name in self._trained}
+        if len(counts) > 1:
+            raise InputError(
+                "ZeRO keeps one step count for all parameters, and this stage would carry optimizer state for some "
+                "parts only: set optimizer_state: reset, or parallel.strategy ddp or fsdp"
+            )
+        for state in self._flat_states():
+            for value in state.values():
+                value.zero_()
+            state["step"] += float(max(counts))
+        for name, count in steps.items():
+            for kind in OPTIMIZER_KINDS:
+                whole = source(kind, name).float().to(self._parameters[name].device)
+                safe_set_full_optimizer_state(self._parameters[name], whole, kind)
+            self._steps[name] = count
+
+    def _flat_states(self) -> list[dict[str, torch.Tensor]]:
+        """The AdamW state of this rank's flat partitions, one per group (and per sub-group under ZeRO-3)."""
+        if self._zero_stage == 3:
+            flats = self._optimizer.fp32_partitioned_groups_flat
+        else:
+            flats = self._optimizer.single_partition_of_fp32_groups
+        return [self._optimizer.optimizer.state[flat] for flat in flats]
+
+    def _create_state(self) -> None:
+        """Create the AdamW state before the first step.
+
+        ZeRO-1 and 2 link parameters to their state after the first group's first step, when the other groups have
+        none yet.
+        """
+        for state in self._flat_states():
+            state["step"] = torch.zeros(())
+        flats = self._optimizer.optimizer.state
+        for flat, state in flats.items():
+            for kind in OPTIMIZER_KINDS:
+                state[kind] = torch.zeros_like(flat.data)
+        if self._zero_stage != 3:
+            self._optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _import_deepspeed(context: WorkerContext) -> Any:
+    """DeepSpeed chooses its device from an environment variable when it is imported."""
+    if not context.device.startswith("cuda"):
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", str(context.local_rank))
+    try:
+        import deepspeed
+    except ImportError as error:
+        raise InputError("parallel.strategy zero1, zero2 and zero3 need DeepSpeed: pip install deepspeed") from error
+    if not dist.is_initialized():  # one process on its own
+        backend = "nccl" if context.device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+    deepspeed.init_distributed(dist_init_required=False)
+    deepspeed.utils.logger.setLevel("WARNING")
+    return deepspeed
+
+
+def _configuration(stage: Stage, context: WorkerContext) -> dict[str, Any]:
+    """DeepSpeed's own configuration of a stage."""
+    parallel = stage.parallel
+    zero: dict[str, Any] = {"stage": int(parallel.strategy[-1]), "contiguous_gradients": True, "overlap_comm": False}
+    for what, choice in (("optimizer", parallel.offload_optimizer), ("param", parallel.offload_parameters)):
+        if choice != "none":
+            zero[f"offload_{what}"] = {"device": choice, "pin_memory": context.device.startswith("cuda")}
+            if choice == "nvme":
+                zero[f"offload_{what}"]["nvme_path"] = parallel.nvme_path
+    if context.device.startswith("cuda"):
+        zero["overlap_comm"] = True
+    if zero["stage"] == 3:
+        zero["stage3_param_persistence_threshold"] = 10_000
+    packs_per_rank = stage.batch.packs // context.world_size
+    configuration: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": packs_per_rank,
+        "train_batch_size": packs_per_rank * context.world_size,
+        "gradient_clipping": stage.optimizer.clip or 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "communication_data_type": "fp32",
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+    if stage.precision == "bf16":
+        configuration["bf16"] = {"enabled": True}
+        configuration["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif stage.precision == "fp16":
+        configuration["fp16"] = {"enabled": True, "loss_scale": 1.0}
+    return configuration
+
+
+def _keep_frozen_masters(parameters: dict[str, Any], stage: Stage) -> dict[str, torch.Tensor]:
+    """DeepSpeed casts frozen weights to the compute precision and keeps no master: hold float32 copies on the host."""
+    if stage.precision == "fp32":
+        return {}
+    frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
+    return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in frozen.items()}
+
+
+def _rotary_in_float32(model: Any) -> None:
+    """DeepSpeed casts buffers along with the weights; rotary frequencies must not lose digits."""
+    from terrace.models.build import restore_buffers
+
+    restore_buffers(model)
+
+
+def _gathered(parameter: Any) -> torch.Tensor:
+    """A frozen parameter, whole (ZeRO-3 partitions frozen ones too)."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+        return parameter.data.detach().float().clone()

@@ -1,0 +1,190 @@
+"""FSDP2 (`fully_shard`): parameters, gradients and optimizer state are split over ranks, block by block.
+
+Each transformer block of vision and language is gathered when it runs and, with `reshard_after_forward`, freed again;
+what is left (embeddings, patch embedding, projector, output layer) forms the root group. Memory per rank: 16 bytes
+per trained parameter divided by the ranks, plus the largest blocks in compute precision. bf16 and fp16: shards are
+float32 masters, blocks are gathered in compute precision, gradients are reduced in float32.
+
+Accumulation without synchronisation keeps whole float32 gradients on every rank until the last pack of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from terrace.errors import InputError
+from terrace.models.build import restore_buffers
+from terrace.models.parts import language_layers, vision_blocks
+from terrace.models.weights import TensorSource
+from terrace.recipe.schema import Stage
+from terrace.train.context import WorkerContext
+from terrace.train.precision import DTYPES, LossScale
+from terrace.train.strategies.interface import (
+    OPTIMIZER_KINDS,
+    Kind,
+    Setup,
+    StepModule,
+    optimizer_arguments,
+    torch_groups,
+)
+
+
+class FullyShard:
+    """See strategies.interface.Strategy."""
+
+    def __init__(self, setup: Setup) -> None:
+        stage, context = setup.stage, setup.context
+        self._world_size = context.world_size
+        self._offload_activations = stage.activation_offload
+        self.loss_scale = LossScale() if stage.precision == "fp16" else None
+        self.model = setup.skeleton
+        self._module: Any = StepModule(self.model, setup.loss)
+        on_host = "cpu" in (stage.parallel.offload_parameters, stage.parallel.offload_optimizer)
+        self._device = torch.device("cpu" if on_host else context.device)
+        trainable = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
+        _shard(self._module, self.model, stage, context, on_host)
+        self.model.to_empty(device=self._device)
+        self.model.tie_weights()
+        _buffers_to(self.model, torch.device(context.device))
+        # The shards, held by name: while a group is gathered, the modules show whole tensors in their place.
+        self._parameters: dict[str, Any] = dict(self.model.named_parameters())
+        for name, parameter in self._parameters.items():
+            parameter.requires_grad_(trainable[name])
+        self.load_weights(setup.source)
+        self._trained = [name for group in setup.groups for name in group.names]
+        groups = torch_groups(setup.groups, self._parameters)
+        self._optimizer = torch.optim.AdamW(groups, fused=True, **optimizer_arguments(stage))
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return self._module(batch)
+
+    def accumulate(self, batch: Any, scale: float, last: bool) -> torch.Tensor:
+        factor = scale * self._world_size * (self.loss_scale.value if self.loss_scale else 1.0)
+        self._module.set_requires_gradient_sync(last)
+        if self._offload_activations:
+            with torch.autograd.graph.save_on_cpu(pin_memory=self._device.type == "cuda"):
+                loss = self._module(batch)
+        else:
+            loss = self._module(batch)
+        (loss * factor).backward()
+        return loss.detach()
+
+    def clip(self, limit: float | None) -> float:
+        parameters = [self._parameters[name] for name in self._trained]
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if self.loss_scale:
+            for gradient in gradients:
+                gradient.mul_(1.0 / self.loss_scale.value)
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        if limit is not None and bool(torch.isfinite(norm)):
+            torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+        return float(norm)
+
+    def step(self, learning_rates: list[float]) -> None:
+        for group, rate in zip(self._optimizer.param_groups, learning_rates, strict=True):
+            group["lr"] = rate
+        self._optimizer.step()
+        self.discard()
+
+    def discard(self) -> None:
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def tensors(self, kind: Kind) -> Iterator[tuple[str, torch.Tensor]]:
+        if kind == "weights":
+            for name, parameter in self._parameters.items():
+                yield name, _whole(parameter.detach(), self._device)
+            return
+        for name in self._trained:
+            state = self._optimizer.state.get(self._parameters[name])
+            if state:
+                yield name, _whole(state[kind], self._device)
+
+    def optimizer_steps(self) -> dict[str, int]:
+        states = {name: self._optimizer.state.get(self._parameters[name]) for name in self._trained}
+        return {name: int(state["step"]) for name, state in states.items() if state}
+
+    def load_weights(self, source: TensorSource) -> None:
+        for module in self._module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                _fill(parameter, source(name))
+
+    def load_optimizer(self, source: Callable[[Kind, str], torch.Tensor], steps: dict[str, int]) -> None:
+        for name, count in steps.items():
+            parameter = self._parameters[name]
+            state: dict[str, Any] = {"step": torch.tensor(float(count), device=self._device)}
+            for kind in OPTIMIZER_KINDS:
+                state[kind] = torch.zeros_like(parameter.detach())
+                _fill(state[kind], source(kind, name))
+            self._optimizer.state[parameter] = state
+
+
+def _shard(module: Any, model: Any, stage: Stage, context: WorkerContext, on_host: bool) -> None:
+    """Make every block and then the rest an FSDP group."""
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if stage.precision == "fp32" else DTYPES[stage.precision],
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # rotary angles stay float32; hidden states already have the compute precision
+    )
+    options: dict[str, Any] = {
+        "mesh": _mesh(stage, context),
+        "mp_policy": policy,
+        "offload_policy": CPUOffloadPolicy() if on_host else OffloadPolicy(),
+    }
+    for block in (*vision_blocks(model), *language_layers(model)):
+        fully_shard(block, reshard_after_forward=stage.parallel.reshard_after_forward, **options)
+    fully_shard(module, reshard_after_forward=False, **options)
+
+
+def _mesh(stage: Stage, context: WorkerContext) -> DeviceMesh:
+    """All ranks, or `hybrid_shard_size` neighbours that shard and as many groups of them as replicate."""
+    if not dist.is_initialized():  # one process on its own
+        backend = "nccl" if context.device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+    kind = torch.device(context.device).type
+    size = stage.parallel.hybrid_shard_size
+    if size is None or size >= context.world_size:
+        return init_device_mesh(kind, (context.world_size,))
+    if context.world_size % size:
+        raise InputError(f"parallel.hybrid_shard_size {size} does not divide the {context.world_size} workers")
+    return init_device_mesh(kind, (context.world_size // size, size), mesh_dim_names=("replicate", "shard"))
+
+
+def _buffers_to(model: Any, device: torch.device) -> None:
+    restore_buffers(model)
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device))
+
+
+def _fill(target: Any, whole: torch.Tensor) -> None:
+    """Copy this rank's part of a whole tensor into a sharded (or plain) one."""
+    if not isinstance(target, DTensor):
+        target.copy_(whole)
+        return
+    shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
+    local = target.to_local()
+    if local.numel():
+        local.copy_(whole[tuple(slice(start, start + length) for start, length in zip(offset, shape))])
+
+
+def _whole(tensor: Any, device: torch.device) -> torch.Tensor:
+    """The whole of a sharded tensor; every rank calls it."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if device.type == "cpu" and tensor.device_mesh.device_type != "cpu":  # offloaded shards are gathered on the device
+        tensor = tensor.to(tensor.device_mesh.device_type)
+    return tensor.full_tensor()

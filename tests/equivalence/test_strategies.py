@@ -1,0 +1,90 @@
+"""Every strategy gives the same curve and the same weights as one process, and continues what any other saved."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from packs import tiny_recipe
+from processes import run_ranks
+from ranks import losses, stage_dir, train_stages
+
+from terrace.models.weights import Directory
+
+STRATEGIES = ["fsdp", "zero1", "zero2", "zero3"]
+
+
+def two_stages(strategy: str, precision: str = "fp32", **changes):
+    """A run that crosses a freeze/unfreeze boundary; in every second step one of two ranks has no image."""
+    common = {
+        "parallel": {"strategy": strategy}, "precision": precision, "checkpoint": {"every_steps": 2, "keep_last": 9},
+        "optimizer": {"clip": 1.0}, **changes,
+    }
+    layered = {"vision": {"lr": 1e-3, "layer_decay": 0.9}, "projector": {"lr": 1e-3}, "language": {"lr": 5e-4}}
+    layered["language"]["activation_checkpointing"] = True
+    return tiny_recipe([
+        {"name": "warm", "train": {"projector": {"lr": 1e-3}}, "budget": {"steps": 3}, **common},
+        {"name": "all", "train": layered, "budget": {"steps": 5}, **common},
+    ])
+
+
+def train(recipe, folder, world_size: int, **options):
+    values = recipe.model_dump(mode="json")
+    if world_size == 1:
+        return train_stages(0, 1, values, str(folder), **options)
+    return run_ranks(world_size, train_stages, values, str(folder), *options.values(), timeout=400)
+
+
+def weights(folder):
+    directory = Directory(folder / "final")
+    return {name: directory.read(name) for name in sorted(directory.names)}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """One process, DDP (no wrapper), float32."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("reference")
+    train(two_stages("ddp"), folder, 1)
+    return folder
+
+
+def assert_same_run(folder, reference, rtol: float, weight_tolerance: float) -> None:
+    for index in (0, 1):
+        np.testing.assert_allclose(losses(folder, index), losses(reference, index), rtol=rtol)
+    ours, theirs = weights(stage_dir(folder, 1)), weights(stage_dir(reference, 1))
+    assert set(ours) == set(theirs)
+    for name, tensor in theirs.items():
+        assert float((ours[name] - tensor).abs().max()) < weight_tolerance, name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", *STRATEGIES])
+def test_two_ranks_of_any_strategy_equal_one_process(tmp_path, reference, strategy):
+    train(two_stages(strategy), tmp_path, 2)
+    assert_same_run(tmp_path, reference, 1e-5, 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", *STRATEGIES])
+def test_bf16_stays_close(tmp_path, reference, strategy):
+    train(two_stages(strategy, "bf16"), tmp_path, 2)
+    for index in (0, 1):
+        np.testing.assert_allclose(losses(tmp_path, index), losses(reference, index), rtol=2e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("saved", ["ddp", *STRATEGIES])
+@pytest.mark.parametrize("loaded", ["ddp", *STRATEGIES])
+def test_what_one_strategy_saved_any_other_continues(tmp_path, reference, saved, loaded):
+    """Saved by two ranks after 2 of 5 steps of the second stage; continued by one rank under another strategy."""
+    train(two_stages(saved), tmp_path, 2)
+    folder = stage_dir(tmp_path, 1)
+    for name in ("result.json",):
+        (folder / name).unlink()
+    for later in ("step-000004", "step-000005"):
+        shutil.rmtree(folder / "checkpoints" / later)
+    train(two_stages(loaded), tmp_path, 1, first=1)
+    assert_same_run(tmp_path, reference, 1e-5, 1e-4)
