@@ -7,6 +7,7 @@ process cannot change each other's order or limits.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -121,9 +122,11 @@ def ray_packs(
 
 
 def _blocks(tasks: list[PackTask], settings: TaskSettings, stage: Stage, world_size: int) -> Iterator[pa.Table]:
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # otherwise six lines per execution, over the progress bars
     cpus, concurrency = decode_share(stage, world_size)
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
+    context.print_on_execution_start = False
     context.target_max_block_size = BLOCK_BYTES
     context.op_resource_reservation_enabled = False
     context.execution_options.preserve_order = True

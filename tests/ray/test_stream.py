@@ -1,0 +1,178 @@
+"""The stream through Ray Data: the same packs as in this process, from any step, whatever dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+
+from terrace.data.held_out import held_out_packs
+from terrace.data.plan import StagePlan
+from terrace.data.prepare import prepare_data
+from terrace.data.stream import open_stream
+from terrace.errors import DamagedData
+from terrace.recipe.loading import load_recipe
+
+pytestmark = pytest.mark.ray
+TINY = Path(__file__).resolve().parent.parent / "recipes" / "tiny.yaml"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """200 captioned pictures and 80 texts."""
+    root = tmp_path_factory.mktemp("rows")
+    random = np.random.default_rng(0)
+    captions, texts = [], []
+    for number in range(200):
+        width, height = (int(side) for side in random.integers(40, 240, 2))
+        noise = random.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((width, height)).save(root / f"{number}.jpg")
+        words = " ".join(f"word{random.integers(30)}" for _ in range(random.integers(3, 30)))
+        captions.append({"id": f"c{number}", "image": f"{number}.jpg", "text": words})
+    for number in range(80):
+        texts.append({"id": f"t{number}", "text": " ".join(f"line{random.integers(90)}" for _ in range(60))})
+    for name, rows in (("captions", captions), ("text", texts)):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def recipe_of(folder: Path, *overrides: str):
+    mixture = "stages.0.mixture={weights: {captions: 0.7, text: 0.3}}"
+    sources = [f"data.sources.{name}.uri={folder / name}.jsonl" for name in ("captions", "text")]
+    common = ["stages.0.sequence_length=256", "stages.0.pixels={min: 784, max: 25088}", "stages.0.batch.packs=4"]
+    loading = ["stages.0.data_loading={packs_per_task: 3, window_samples: 50, prefetch_packs: 4}"]
+    return load_recipe(TINY, [mixture, *sources, *common, *loading, "stages.0.budget={steps: 12}", *overrides])
+
+
+def open_all(folder: Path, run_dir: Path, *overrides: str):
+    recipe = recipe_of(folder, *overrides)
+    prepared = prepare_data(only_first(recipe), run_dir, use_ray=False)
+    return recipe, prepared, StagePlan.build(recipe, 0, prepared)
+
+
+def only_first(recipe):
+    """The recipe with its first stage alone: the others' sources do not exist here."""
+    return recipe.model_copy(update={"stages": recipe.stages[:1]})
+
+
+def contents(packs) -> list[tuple]:
+    arrays = ("input_ids", "targets", "position_ids", "segment_ends", "patches", "image_grids")
+    return [
+        (pack.pack, *(getattr(pack, name).tobytes() for name in arrays), *pack.sample_ids, *pack.sources, *pack.kinds)
+        for pack in packs
+    ]
+
+
+@pytest.fixture(scope="module")
+def data(folder, tmp_path_factory):
+    return open_all(folder, tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def expected(data):
+    _, prepared, plan = data
+    return [contents(step.packs) for step in open_stream(plan, prepared, 0, 1, 0, "inline")]
+
+
+def test_inline_holds_every_step_in_order(data, expected):
+    _, _, plan = data
+    assert len(expected) == 12
+    assert [[pack[0] for pack in step] for step in expected] == [list(range(4 * s, 4 * s + 4)) for s in range(12)]
+
+
+def test_ray_gives_the_same_packs(ray_cluster, data, expected):
+    _, prepared, plan = data
+    found = list(open_stream(plan, prepared, 0, 1, 0, "ray"))
+    assert [step.step for step in found] == list(range(12))
+    assert [contents(step.packs) for step in found] == expected
+    assert all(step.wait_seconds >= 0 for step in found)
+
+
+@pytest.mark.parametrize(("workers", "start"), [(2, 5), (4, 11)])
+def test_workers_share_them_from_any_step(ray_cluster, data, expected, workers, start):
+    _, prepared, plan = data
+    engine = "ray" if workers == 2 else "inline"
+    ranks = [list(open_stream(plan, prepared, rank, workers, start, engine)) for rank in range(workers)]
+    for turn, step in enumerate(range(start, 12)):
+        shared = sorted(pack for rank in ranks for pack in contents(rank[turn].packs))
+        assert shared == sorted(expected[step])
+
+
+def test_closing_early_leaves_nothing_running(ray_cluster, data):
+    _, prepared, plan = data
+    before = {thread.ident for thread in threading.enumerate()}
+    for engine in ("ray", "inline"):
+        stream = open_stream(plan, prepared, 0, 1, 2, engine)
+        assert next(stream).step == 2
+        stream.close()
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        left = [thread.name for thread in threading.enumerate() if thread.ident not in before]
+        if not any("Executor" in name or "terrace" in name for name in left):
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail(f"still running: {left}")
+
+
+def test_a_killed_decode_worker_changes_nothing(ray_cluster, data, expected):
+    _, prepared, plan = data
+    stream = open_stream(plan, prepared, 0, 1, 0, "ray")
+    found = [contents(next(stream).packs)]
+    killed = 0
+    for process in psutil.process_iter(["cmdline"]):
+        command = " ".join(process.info["cmdline"] or [])
+        if "ReadPacks" in command and _of_this_ray(process, ray_cluster):
+            os.kill(process.pid, signal.SIGKILL)
+            killed += 1
+    found += [contents(step.packs) for step in stream]
+    assert found == expected
+
+
+def _of_this_ray(process: psutil.Process, ray) -> bool:
+    """Only workers of the raylet that this test session started."""
+    node = ray.nodes()[0]
+    parents = [parent.name() for parent in process.parents()]
+    return "raylet" in parents and os.getpid() in [parent.pid for parent in process.parents()] and bool(node)
+
+
+def test_a_flipped_byte_names_shard_and_sample_or_is_skipped(ray_cluster, folder, tmp_path):
+    _, prepared, plan = open_all(folder, tmp_path, "stages.0.mixture={weights: {captions: 1.0}}")
+    ref = plan.packs_of_step(1)[0].samples[0]
+    location = prepared.indexes[ref.source].location(ref.row)
+    _, offset, size, _ = max(location.members, key=lambda member: member[2])
+    with open(location.shard.removeprefix("file://"), "r+b") as shard:
+        shard.seek(offset + size // 2)
+        byte = shard.read(1)
+        shard.seek(offset + size // 2)
+        shard.write(bytes([byte[0] ^ 0xFF]))
+    for engine in ("inline", "ray"):
+        with pytest.raises(DamagedData, match=rf"(?s){ref.id}.*\.tar"):
+            list(open_stream(plan, prepared, 0, 1, 0, engine))
+    recipe = recipe_of(folder, "stages.0.mixture={weights: {captions: 1.0}}", "data.sources.captions.on_damage=skip")
+    tolerant = StagePlan.build(recipe, 0, prepared)
+    runs = [
+        [(pack.pack, pack.damaged, tuple(pack.sample_ids)) for step in open_stream(tolerant, prepared, 0, 1, 0, engine)
+         for pack in step.packs]
+        for engine in ("inline", "ray")
+    ]  # fmt: skip
+    assert runs[0] == runs[1]
+    assert any(f"captions/{ref.id}" in damaged for _, damaged, _ in runs[0])
+
+
+def test_held_out_packs_are_no_training_samples(data):
+    recipe, prepared, plan = data
+    held = held_out_packs(recipe, 0, prepared, 3)
+    assert set(held) == {"caption", "text"}
+    kept = {(source, name) for packs in held.values() for pack in packs for source, name in zip(pack.sources, pack.sample_ids)}
+    trained = {(ref.source, ref.id) for _, packs in plan.steps() for pack in packs for ref in pack.samples}
+    assert not kept & trained
+    assert [len(pack.sample_ids) for pack in held["caption"]] == [3]

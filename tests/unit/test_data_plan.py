@@ -1,0 +1,208 @@
+"""The plan of a stage: the same packs from any position and for any number of workers, every sample exactly once."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from terrace.data.balance import CostModel
+from terrace.data.eligible import Items, split_points
+from terrace.data.order import mix64
+from terrace.data.plan import StagePlan
+from terrace.errors import InputError
+from terrace.recipe.schema import Stage
+
+
+@dataclass
+class FormulaSource:
+    """A source of any size whose lengths are a hash of the row: an index that is never materialised."""
+
+    name: str
+    count: int
+    longest: int = 400
+    mean_tokens: float = 0.0
+    changes: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.mean_tokens = self.mean_tokens or (self.longest + 20) / 2
+
+    def take(self, numbers):
+        with np.errstate(over="ignore"):
+            lengths = 20 + (mix64(numbers.astype(np.uint64), 7) % np.uint64(self.longest - 19)).astype(np.int64)
+        zero = np.zeros_like(numbers)
+        return Items(numbers, lengths, lengths // 3, lengths // 3 * 4, zero, zero, zero - 1)
+
+    def id_of(self, row):
+        return f"{self.name}-{row}"
+
+
+def stage(**changes) -> Stage:
+    values = {
+        "name": "one",
+        "train": {"projector": {"lr": 1e-3}},
+        "mixture": {"weights": {"a": 0.7, "b": 0.3}},
+        "sequence_length": 1024,
+        "budget": {"steps": 30},
+        "batch": {"packs": 14},
+        "data_loading": {"window_samples": 200},
+    }
+    return Stage.model_validate(values | changes)
+
+
+def plan(sources=None, **changes) -> StagePlan:
+    sources = sources or [FormulaSource("a", 500), FormulaSource("b", 90)]
+    return StagePlan(stage(**changes), {source.name: source for source in sources}, 0, CostModel())
+
+
+def seen(packs) -> Counter:
+    return Counter((ref.source, ref.row) for pack in packs for ref in pack.samples)
+
+
+@settings(max_examples=12, deadline=None)
+@given(step=st.integers(0, 29), seed=st.integers(0, 5))
+def test_any_step_can_be_started_from(step, seed):
+    whole = [packs for _, packs in plan(seed=seed).steps()]
+    fresh = plan(seed=seed)
+    assert fresh.packs_of_step(step) == whole[step]
+    assert [packs for _, packs in fresh.steps(step)] == whole[step:]
+    restored = plan(seed=seed)
+    restored.restore(fresh.state(step))
+    assert [packs for _, packs in restored.steps(step)] == whole[step:]
+    assert restored.packs_of_step(0) == whole[0]
+
+
+def test_state_goes_on_at_once_and_refuses_another_order():
+    state = plan().state(25)
+    assert all(isinstance(state[key], int) for key in state if key != "plan")
+    restored = plan()
+    restored.restore(state)
+    restored.packs_of_step(25)
+    assert min(restored._windows) == state["window"] > 0  # no window before it was packed
+    with pytest.raises(InputError, match="changed since"):
+        plan(sequence_length=2048).restore(state)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 7])
+def test_workers_share_the_same_packs(workers):
+    made = plan()
+    for step in (0, 3, 29):
+        hands = made.deal(step, workers)
+        assert {len(hand) for hand in hands} == {14 // workers}
+        dealt = sorted((pack for hand in hands for pack in hand), key=lambda pack: pack.pack)
+        assert dealt == made.packs_of_step(step)
+        assert made.balance(step, workers)["max_over_mean"] <= made.balance(step, workers)["in_order"] + 1e-9
+
+
+def test_a_batch_that_cannot_be_dealt_evenly_is_refused():
+    with pytest.raises(InputError, match=r"batch.packs is 14, .* 4 workers"):
+        plan().deal(0, 4)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_an_epoch_holds_every_sample_exactly_once(epochs):
+    made = plan(budget={"epochs": epochs})
+    packs = [pack for _, batch in made.steps() for pack in batch]
+    assert len(packs) == made.total_steps * 14
+    expected = {("a", row) for row in range(500)} | {("b", row) for row in range(90)}
+    assert seen(packs) == Counter(dict.fromkeys(expected, epochs))
+    empty = [pack for pack in packs if not pack.samples]
+    assert len(empty) < 14
+    assert packs[len(packs) - len(empty) :] == empty
+    assert [pack.pack for pack in packs] == list(range(len(packs)))
+
+
+def test_a_budget_of_samples_is_met_exactly():
+    made = plan(budget={"samples": 333})
+    assert sum(seen(pack for _, batch in made.steps() for pack in batch).values()) == 333
+
+
+def test_a_budget_of_tokens_counts_positions():
+    assert plan(budget={"tokens": 1024 * 14 * 10}).total_steps == 10
+    assert plan(budget={"tokens": 1024 * 14 * 10 + 1}).total_steps == 11
+
+
+def test_shares_and_limits():
+    made = plan(budget={"steps": 40})
+    drawn = seen(pack for _, batch in made.steps() for pack in batch)
+    share = sum(count for (name, _), count in drawn.items() if name == "a") / sum(drawn.values())
+    assert share == pytest.approx(0.7, abs=0.01)
+    for _, batch in made.steps():
+        assert all(sum(pack.lengths) <= 1024 for pack in batch)
+    limited = plan(data_loading={"window_samples": 200, "max_visual_tokens_per_pack": 150})
+    for _, batch in limited.steps(20):
+        assert all(sum(pack.visual_tokens) <= 150 for pack in batch)
+
+
+def test_epoch_caps():
+    made = plan(mixture={"weights": {"a": 0.5, "b": 0.5}, "epoch_caps": {"b": 1}}, budget={"steps": 20})
+    drawn = seen(pack for _, batch in made.steps() for pack in batch)
+    assert max(count for (name, _), count in drawn.items() if name == "b") == 1
+    with pytest.raises(InputError, match="epoch_caps leave only"):
+        plan(mixture={"weights": {"a": 0.5, "b": 0.5}, "epoch_caps": {"a": 1, "b": 1}}, budget={"steps": 20})
+
+
+def test_token_weights_give_token_shares():
+    sources = [FormulaSource("a", 3000, longest=100), FormulaSource("b", 3000, longest=700)]
+    mixture = {"weights": {"a": 0.5, "b": 0.5}, "unit": "tokens"}
+    made = plan(sources, mixture=mixture, budget={"steps": 40})
+    tokens = Counter()
+    for _, batch in made.steps():
+        for pack in batch:
+            for ref, length in zip(pack.samples, pack.lengths):
+                tokens[ref.source] += length
+    assert tokens["a"] / sum(tokens.values()) == pytest.approx(0.5, abs=0.02)
+
+
+def test_temperature_moves_towards_size():
+    made = plan(mixture={"weights": {"a": 1.0, "b": 1.0}, "temperature": 1.0})
+    assert made.explain()["sources"]["a"]["share_of_samples"] == pytest.approx(500 / 590, abs=1e-4)
+
+
+def test_ten_billion_samples_are_planned_at_once():
+    begun = time.process_time()
+    sources = [FormulaSource("a", 9 * 10**9), FormulaSource("b", 10**9)]
+    made = plan(sources, sequence_length=8192, budget={"tokens": 2.4e12}, batch={"packs": 512},
+                data_loading={"window_samples": 2000})  # fmt: skip
+    assert made.total_steps == 572_205
+    first = made.packs_of_step(0)
+    assert len(first) == 512
+    state = made.state(3) | {"step": 500_000, "pack": 256_000_000, "window": 5_000_000,
+                             "window_first_pack": 256_000_000, "window_position": 9_950_000_000}  # fmt: skip
+    made.restore(state)
+    assert made.packs_of_step(500_000)[0].pack == 256_000_000
+    assert time.process_time() - begun < 5  # 0.3 s on an idle machine
+    assert len(made._windows) <= 16
+    assert len(made._anchors) < 100
+
+
+def test_an_empty_source_is_named():
+    with pytest.raises(InputError, match=r"source b has no sample .*3 refused"):
+        plan([FormulaSource("a", 10), FormulaSource("b", 0, changes={"refused": 3})])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    total=st.integers(1, 3000),
+    limit=st.integers(50, 400),
+    cuts=st.lists(st.integers(1, 3000), max_size=40),
+    starts=st.lists(st.integers(0, 2900), max_size=8, unique=True),
+)
+def test_documents_are_cut_whole_images_apart(total, limit, cuts, starts):
+    images, last = [], 0
+    for start in sorted(starts):
+        if start >= last and start + 40 <= total:
+            images.append((start, start + 40))
+            last = start + 40
+    inside = {token for start, end in images for token in range(start + 1, end)}
+    points = split_points(total, images, sorted({cut for cut in cuts if cut < total and cut not in inside}), limit)
+    assert points[0] == 0
+    assert points[-1] == total
+    assert all(0 < after - before <= limit for before, after in pairwise(points))
+    assert not inside & set(points)
