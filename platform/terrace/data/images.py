@@ -153,7 +153,8 @@ def _open(data: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageDamage("image_too_large", str(error)) from error
     except Exception as error:  # Pillow's parsers raise many types on hostile bytes: every one means "no image"
-        if data[8:12] == b"WEBP" or data[4:12] == b"ftypavif":
+        begins_well = data[:3] == b"\xff\xd8\xff" or data[:4] in (b"\x89PNG", b"GIF8")
+        if (begins_well and len(data) > 64) or data[8:12] == b"WEBP" or data[4:12] == b"ftypavif":
             raise ImageDamage("truncated_image", f"the image cannot be opened ({error})") from error
         if data[:1] in b"<{" or data[:64].isascii():
             raise ImageDamage("not_an_image", f"the file holds text or nothing, not an image: {bytes(data[:24])!r}") from error

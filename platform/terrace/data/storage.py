@@ -266,7 +266,7 @@ def _filesystem(storage_json: str, process: int) -> Any:
         client_kwargs=client,
         # Our own loop retries (with jitter, and a message that names the object): the layers below try once.
         config_kwargs={
-            "retries": {"max_attempts": 1},
+            "retries": {"total_max_attempts": 1},
             "connect_timeout": min(storage.timeout_seconds, 20),
             "read_timeout": storage.timeout_seconds,
             "max_pool_connections": 4 * PARALLEL_REQUESTS,

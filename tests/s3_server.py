@@ -1,0 +1,57 @@
+"""A real S3-protocol server (moto) in a thread of this process, with faults on request."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import make_server
+
+ACCESS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+
+
+@dataclass
+class S3Server:
+    """`fault(request number, method) -> status or None` decides which requests fail."""
+
+    url: str
+    requests: list[tuple[str, str, str]] = field(default_factory=list)  # (method, path, range)
+    fault: Callable[[int, str], int | None] | None = None
+    failed: int = 0
+
+
+@contextmanager
+def serve_s3() -> Iterator[S3Server]:
+    """Serve until the block ends, on a free port of this machine."""
+    backend = DomainDispatcherApplication(create_backend_app)
+    numbers, lock = itertools.count(), threading.Lock()
+    state = S3Server("")
+
+    def application(environ: dict[str, Any], start_response: Any) -> Any:
+        method = environ["REQUEST_METHOD"]
+        with lock:
+            number = next(numbers)
+            state.requests.append((method, environ["PATH_INFO"], environ.get("HTTP_RANGE", "")))
+            status = state.fault(number, method) if state.fault is not None else None
+            state.failed += status is not None
+        if status is not None:
+            environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+            body = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
+            start_response(f"{status} Slow Down", [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+            return [body]
+        return backend(environ, start_response)
+
+    server = make_server("127.0.0.1", 0, application, threaded=True)
+    state.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield state
+    finally:
+        server.shutdown()
+        thread.join(10)
