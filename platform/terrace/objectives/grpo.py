@@ -2,13 +2,14 @@
 
 Per token t of response i, with advantage A_i (rl.advantages):
 
-    ratio = exp(logp - logp_old)                  MORL: one update per rollout, logp_old = stop_gradient(logp), ratio = 1
-    J_t   = min(ratio A_i, clip(ratio, 1 - clip_low, 1 + clip_high) A_i)          (no clip: ratio A_i)
-    loss  = sum_t [ -J_t + kl (exp(ref - logp) - (ref - logp) - 1) - entropy_coefficient H_t ]
+    ratio = exp(logp - logp_old)                  MORL: one update per rollout, logp_old = stop_gradient(logp), ratio =
+    1 J_t   = min(ratio A_i, clip(ratio, 1 - clip_low, 1 + clip_high) A_i)          (no clip: ratio A_i) loss  = sum_t [
+    -J_t + kl (exp(ref - logp) - (ref - logp) - 1) - entropy_coefficient H_t ]
 
-The sum is divided by the response tokens of the whole global batch (token mean, as in MORL eq. 1 and DAPO), which the loop
-does through the strategy's `scale`, so neither packing nor ranks can change it. Log-probabilities are those of the sampling
-distribution: logits divided by the temperature, media tokens left out. Rows of logits exist `chunk_tokens` at a time.
+The sum is divided by the response tokens of the whole global batch (token mean, as in MORL eq. 1 and DAPO), which the
+loop does through the strategy's `scale`, so neither packing nor ranks can change it. Log-probabilities are those of the
+sampling distribution: logits divided by the temperature, media tokens left out. Rows of logits exist `chunk_tokens` at
+a time.
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def summed_policy_loss(model: Any, batch: PolicyBatch, options: PolicyOptions) -
     losses, sums = token_losses(
         joined, entropy, batch.advantages, batch.old_logprobs, batch.reference_logprobs, options
     )
-    batch.results = {"logprobs": joined.detach(), "entropy": entropy.detach().sum(), **sums}
+    batch.results = {"logprobs": joined.detach(), "entropies": entropy.detach(), **sums}
     return losses.sum()
 
 

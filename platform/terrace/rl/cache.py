@@ -2,7 +2,8 @@
 
 Shape letters: B prompts, R sequences (rows), K key-value heads, H heads, D head size, P longest prompt, T most response
 tokens. Prompts are padded to P once; responses all have the same number of tokens so far, so they need no padding.
-Attention to prompt and response is computed separately and joined by the usual online softmax (running maximum and sum).
+Attention to prompt and response is computed separately and joined by the usual online softmax (running maximum and
+sum).
 """
 
 from __future__ import annotations

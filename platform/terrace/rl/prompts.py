@@ -1,7 +1,7 @@
 """The prompts of an iteration: drawn in the data plane's order, read from their shards, encoded as training encodes.
 
-Draw n of the stage is the n-th sample of the mixture's interleave, or a prompt of the easy pool. The position (an integer)
-and the pool are the whole state, so the order is the same after a restart and for any number of workers.
+Draw n of the stage is the n-th sample of the mixture's interleave, or a prompt of the easy pool. The position (an
+integer) and the pool are the whole state, so the order is the same after a restart and for any number of workers.
 """
 
 from __future__ import annotations
@@ -109,9 +109,18 @@ class PromptOrder:
         return [(start + place, key) for place, key in enumerate(keys)]
 
     def state(self) -> dict[str, Any]:
-        return {"position": self.position, "draws": self.draws, "pool": self.pool.state()}
+        """What a checkpoint keeps, the same for any number of workers."""
+        return {
+            "prompts": self.fingerprint, "position": self.position, "draws": self.draws, "pool": self.pool.state()
+        }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a checkpoint. Raises InputError if the order is another one by now."""
+        if state.get("prompts") != self.fingerprint:
+            raise InputError(
+                "the checkpoint's order of prompts is not this recipe's: sources, mixture, seed, pixels or lengths changed "
+                "since; change them back, or start the stage in a new run directory"
+            )
         self.position, self.draws = int(state["position"]), int(state["draws"])
         self.pool.restore(state["pool"])
         self._ahead = []

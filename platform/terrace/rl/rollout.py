@@ -1,7 +1,7 @@
 """The interface of rollout engines: prompts in as token ids, G responses each out with token ids and log-probabilities.
 
-Two engines stand behind it: `native` (decoding on the training model itself) and `vllm`. Both receive the same prompts from
-the same preprocessing, never sample a media token, and report the log-probability of every sampled token under the
+Two engines stand behind it: `native` (decoding on the training model itself) and `vllm`. Both receive the same prompts
+from the same preprocessing, never sample a media token, and report the log-probability of every sampled token under the
 tempered distribution without those tokens, which is the distribution that the policy step differentiates.
 """
 

@@ -33,12 +33,6 @@ class TrainGroup:
     def response_tokens(self) -> int:
         return sum(len(response.tokens) for response in self.responses)
 
-    @property
-    def cost(self) -> float:
-        """Relative work: rows, attention of the responses to the prompt, and patches."""
-        tail = self.rows - len(self.prompt.input_ids)
-        return self.rows + len(self.prompt.input_ids) * (self.rows + tail) / 16_384 + 0.25 * len(self.prompt.patches)
-
 
 def pack_groups(groups: Sequence[TrainGroup], sequence_length: int) -> list[list[TrainGroup]]:
     """Groups in order into packs of at most `sequence_length` rows; one that is longer alone is a pack of its own."""
@@ -53,12 +47,17 @@ def pack_groups(groups: Sequence[TrainGroup], sequence_length: int) -> list[list
     return packs
 
 
-def deal_groups(groups: Sequence[TrainGroup], world_size: int, rank: int) -> list[TrainGroup]:
-    """This rank's share: as equal in count as the numbers allow, balanced by cost, the same on every rank."""
-    whole = len(groups) // world_size * world_size
-    hands = deal([group.cost for group in groups[:whole]], world_size) if whole else [[] for _ in range(world_size)]
-    mine = sorted(hands[rank]) + [place for place in range(whole, len(groups)) if place % world_size == rank]
-    return [groups[place] for place in mine]
+def group_cost(prompt_tokens: int, patches: int, response_tokens: int) -> float:
+    """Relative work of a group: rows, attention of the responses to the prompt, and patches."""
+    rows = prompt_tokens + response_tokens
+    return rows + prompt_tokens * (rows + response_tokens) / 16_384 + 0.25 * patches
+
+
+def deal_groups(costs: Sequence[float], world_size: int, rank: int) -> list[int]:
+    """Numbers of this rank's groups: as equal in count as possible, balanced by cost, agreed on by every rank."""
+    whole = len(costs) // world_size * world_size
+    dealt = deal(costs[:whole], world_size)[rank] if whole else []
+    return dealt + [place for place in range(whole, len(costs)) if place % world_size == rank]
 
 
 def unit_pack(groups: Sequence[TrainGroup], number: int = 0) -> tuple[PackedExample, list[Unit]]:

@@ -1,0 +1,207 @@
+"""The first half of an iteration: draw prompts, decode, score, until enough groups teach something.
+
+Every rank draws the same prompts and rolls out every world_size-th of them. Groups are scored in the background as soon
+as they are complete, while others still decode. Ranks then exchange responses and rewards (token ids, no images), so
+all of them select the same groups.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from terrace.data.order import seed_of
+from terrace.data.tokenizer import TextTokenizer
+from terrace.errors import TerraceError
+from terrace.recipe.schema import GrpoOptions
+from terrace.rewards.router import Router
+from terrace.rewards.types import RewardItem, Score
+from terrace.rl.dynamic_sampling import Selection, prompts_to_draw, select_groups
+from terrace.rl.prompts import Drawn, PromptOrder, PromptReader
+from terrace.rl.rollout import Prompt, Response, RolloutEngine, Sampling
+from terrace.rl.stored import load_rewards, load_rollout, save_rewards, save_rollout
+from terrace.train.collectives import gather_objects
+from terrace.train.context import WorkerContext
+
+
+class RewardFailures(TerraceError):
+    """More rewards failed than the recipe allows."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """One prompt's scored responses as all ranks know them."""
+
+    drawn: Drawn
+    id: str
+    task: str
+    prompt_tokens: int
+    patches: int
+    responses: tuple[Response, ...]
+    rewards: np.ndarray  # float64 [G], NaN where the reward failed
+    failures: tuple[str, ...]
+    texts: tuple[str, ...]
+    question: str
+    solution: str
+
+    @property
+    def response_tokens(self) -> int:
+        return sum(len(response.tokens) for response in self.responses)
+
+
+@dataclass
+class Collected:
+    """All groups of an iteration in the order they were drawn, and which of them train."""
+
+    groups: list[Group]
+    selection: Selection
+    rounds: int
+    rollout_seconds: float
+    reward_seconds: float  # waited for rewards after decoding
+    prompts: dict[Drawn, Prompt] = field(default_factory=dict)  # those that this rank has read
+
+    @property
+    def kept(self) -> list[Group]:
+        return [self.groups[place] for place in self.selection.kept]
+
+
+@dataclass
+class Collector:
+    """What collecting needs that does not change between iterations."""
+
+    order: PromptOrder
+    reader: PromptReader
+    engine: RolloutEngine
+    router: Router
+    tokenizer: TextTokenizer
+    options: GrpoOptions
+    seed: int
+    stage_hash: str
+    context: WorkerContext
+
+    def collect(self, iteration: int, folder: Path) -> Collected:
+        """Rounds of prompts until `prompts_per_iteration` groups are kept, the rounds are used up, or the order
+        ends."""
+        wanted, dynamic = self.options.prompts_per_iteration, self.options.dynamic_sampling
+        counter: Counter[tuple[str, int]] = Counter()
+        collected = Collected([], select_groups([], wanted, dynamic), 0, 0.0, 0.0)
+        for number in range(self.options.max_sampling_rounds if dynamic else 1):
+            selection = collected.selection
+            kept = len(selection.kept)
+            drawn = self.order.draw(prompts_to_draw(wanted - kept, kept, len(collected.groups)), counter)
+            if not drawn:
+                break
+            collected.groups += self._round(iteration, number, drawn, folder, collected)
+            collected.rounds = number + 1
+            collected.selection = select_groups([group.rewards for group in collected.groups], wanted, dynamic)
+            self._check_failures(collected.groups, iteration)
+            if collected.selection.missing <= 0:
+                break
+        return collected
+
+    def score_once(self, drawn: Sequence[Drawn], sampling: Sampling) -> list[Group]:
+        """One response set for each prompt, scored: for held-out prompts. This rank's share is gathered from all."""
+        mine = drawn[self.context.rank :: self.context.world_size]
+        prompts = self.reader.read(mine) if mine else []
+        groups = self.engine.generate(prompts, sampling) if prompts else []
+        scores = [self._submit(prompt, group).result() for prompt, group in zip(prompts, groups)]
+        own = [self._group(*four) for four in zip(mine, prompts, groups, map(_values, scores))]
+        return self._exchange(own, len(drawn))
+
+    def _round(
+        self, iteration: int, number: int, drawn: Sequence[Drawn], folder: Path, collected: Collected
+    ) -> list[Group]:
+        context = self.context
+        mine = drawn[context.rank :: context.world_size]
+        identity = {
+            "stage": self.stage_hash, "iteration": iteration, "round": number, "rank": context.rank,
+            "world_size": context.world_size, "prompts": [[*one.key, one.occurrence] for one in mine],
+        }  # fmt: skip
+        rollout_file = folder / f"rollout-{number}-{context.rank}.npz"
+        reward_file = folder / f"rewards-{number}-{context.rank}.json"
+        started = time.perf_counter()
+        prompts = self.reader.read(mine) if mine else []
+        collected.prompts.update(zip(mine, prompts))
+        rewards = load_rewards(reward_file, identity)
+        futures: dict[int, Future[list[Score]]] = {}
+
+        def ready(place: int, group: list[Response]) -> None:
+            if rewards is None:
+                futures[place] = self._submit(prompts[place], group)
+
+        groups = load_rollout(rollout_file, identity)
+        if groups is None:
+            sampling = Sampling(
+                samples=self.options.samples_per_prompt,
+                max_tokens=self.options.max_response_tokens,
+                temperature=self.options.temperature,
+                top_p=self.options.top_p,
+                seed=seed_of(self.seed, "rollout", iteration),
+            )
+            groups = self.engine.generate(prompts, sampling, ready) if prompts else []
+            save_rollout(rollout_file, identity, groups)
+        else:
+            for place, group in enumerate(groups):
+                ready(place, group)
+        decoded = time.perf_counter()
+        if rewards is None:
+            rewards = [_values(futures[place].result()) for place in range(len(groups))]
+            save_rewards(reward_file, identity, rewards)
+        collected.rollout_seconds += decoded - started
+        collected.reward_seconds += time.perf_counter() - decoded
+        return self._exchange([self._group(*four) for four in zip(mine, prompts, groups, rewards)], len(drawn))
+
+    def _submit(self, prompt: Prompt, group: Sequence[Response]) -> Future[list[Score]]:
+        return self.router.submit([
+            (prompt.task, RewardItem(prompt.text, self.text_of(response), prompt.solution, prompt.metadata))
+            for response in group
+        ])  # fmt: skip
+
+    def text_of(self, response: Response) -> str:
+        """The response as text, without end marks."""
+        return self.tokenizer.decode(response.tokens.tolist(), skip_special_tokens=True)
+
+    def _group(
+        self, drawn: Drawn, prompt: Prompt, responses: Sequence[Response],
+        rewards: Sequence[tuple[float | None, str | None]],
+    ) -> Group:
+        return Group(
+            drawn=drawn,
+            id=prompt.id,
+            task=prompt.task,
+            prompt_tokens=len(prompt.input_ids),
+            patches=len(prompt.patches),
+            responses=tuple(responses),
+            rewards=np.asarray([np.nan if value is None else value for value, _ in rewards], np.float64),
+            failures=tuple(reason or "" for value, reason in rewards if value is None),
+            texts=tuple(self.text_of(response) for response in responses),
+            question=prompt.text,
+            solution=str(prompt.solution),
+        )
+
+    def _exchange(self, own: list[Group], count: int) -> list[Group]:
+        """All ranks' groups in the order they were drawn: rank r has numbers r, r + world_size, ..."""
+        hands: list[list[Any]] = gather_objects(own, self.context)
+        return [hands[number % len(hands)][number // len(hands)] for number in range(count)]
+
+    def _check_failures(self, groups: Sequence[Group], iteration: int) -> None:
+        total = sum(len(group.rewards) for group in groups)
+        reasons = Counter(reason for group in groups for reason in group.failures)
+        failed = sum(reasons.values())
+        if failed > self.options.max_reward_failure_rate * total:
+            listed = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+            raise RewardFailures(
+                f"iteration {iteration}: {failed} of {total} rewards failed ({listed}), more than max_reward_failure_rate "
+                f"{self.options.max_reward_failure_rate}; none was counted as 0. Repair the reward, then resume"
+            )
+
+
+def _values(scores: Sequence[Score]) -> list[tuple[float | None, str | None]]:
+    return [(score.value, score.failure) for score in scores]

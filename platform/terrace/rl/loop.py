@@ -1,0 +1,346 @@
+"""One on-policy stage: draw, decode, score, choose, update, until its iterations are done. Read it top to bottom.
+
+The counterpart of train.loop for `objective: grpo`, with the same signature style, files and observers' events; strategy,
+checkpoints, optimizer, schedule and export are the training engine's. An iteration is `updates_per_rollout` optimizer
+steps on one batch of rollouts. Within an iteration rollouts and rewards are kept on disk (`stored.py`); checkpoints lie
+between iterations. A run that is killed anywhere repeats at most one decoding round and the update.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from terrace.data.tokenizer import load_tokenizer
+from terrace.errors import InputError, Preempted
+from terrace.models.attention import choose_backend
+from terrace.models.build import build_model, model_config
+from terrace.models.shared_prompt import use_shared_prompt_attention
+from terrace.objectives.grpo import PolicyOptions, grpo_objective
+from terrace.recipe.loading import recipe_hash, stage_hash
+from terrace.recipe.schema import GrpoOptions, Recipe, Stage
+from terrace.rewards.alarm import hacking_alarms
+from terrace.rewards.router import Router
+from terrace.rewards.sandbox import SandboxPool
+from terrace.rl.advantages import group_advantages
+from terrace.rl.collect import Collected, Collector, Group
+from terrace.rl.engines import forbidden_tokens, open_engine
+from terrace.rl.figures import examples, form_of, mean_reward, past_forms, task_figures
+from terrace.rl.pools import PASS_REWARD
+from terrace.rl.prompts import PromptOrder, PromptReader, held_out
+from terrace.rl.rollout import Sampling
+from terrace.rl.stored import forget_iterations, iteration_folder
+from terrace.rl.units import TrainGroup, deal_groups, group_cost
+from terrace.rl.update import PolicyStepper, UpdateOutcome
+from terrace.train.checkpoint import CheckpointWriter, json_bytes, write_durably
+from terrace.train.collectives import barrier, gather_rows
+from terrace.train.context import WorkerContext
+from terrace.train.finish import export_final
+from terrace.train.loop import Observer, StageResult
+from terrace.train.metrics import MetricsLog
+from terrace.train.optimizer import parameter_groups, part_learning_rates, schedule_factor
+from terrace.train.progress import next_attempt, resume_or_hand_over
+from terrace.train.setup import prepare_strategy
+from terrace.train.step import BatchCounts, NonFinite, seed_step
+
+log = logging.getLogger(__name__)
+
+SANDBOX_WORKERS = 2
+
+
+def train_rl_stage(
+    recipe: Recipe, stage_index: int, prepared: Any, stage_dir: Path, start_weights: Path | None,
+    context: WorkerContext, observers: Sequence[Observer] = (), attempt: int | None = None,
+) -> StageResult:
+    """Train a grpo stage to its end, or go on where it stopped. Done already: return its result.
+
+    Raises Preempted after saving when told to stop, RewardFailures when too many rewards fail, NonFinite when a loss or
+    gradient is not a number and the recipe says stop.
+    """
+    stage = recipe.stages[stage_index]
+    options = stage.grpo or GrpoOptions()
+    result_file = stage_dir / "result.json"
+    if result_file.is_file():
+        return StageResult(**json.loads(result_file.read_text()))
+    if stage.failure.on_nonfinite == "rewind":
+        raise InputError(f"stage {stage.name}: on_nonfinite rewind is not offered for grpo; use stop or skip")
+
+    # Open: prompts, policy, reference, engine, rewards, checkpoint folder.
+    tokenizer = load_tokenizer(prepared.tokenizer_dir)
+    config = model_config(recipe.model, tokenizer)
+    order = PromptOrder(recipe, stage_index, prepared)
+    updates = options.updates_per_rollout
+    total_steps = order.iterations * updates
+    policy = policy_options(stage, options, forbidden_tokens(tokenizer, config))
+    strategy = prepare_strategy(recipe, stage, config, context, grpo_objective(policy), start_weights)
+    backend, _ = choose_backend(recipe.model.attention, torch.device(context.device).type, stage.precision)
+    use_shared_prompt_attention(strategy.model, backend)
+    reference = None
+    if options.kl_coefficient > 0:
+        reference = build_model(recipe.model, config, context.device, start=start_weights).eval().requires_grad_(False)
+        use_shared_prompt_attention(reference, backend)
+    groups = parameter_groups([name for name, _ in strategy.model.named_parameters()], stage)
+    attempt = next_attempt(stage_dir / "checkpoints", context) if attempt is None else attempt
+    writer = CheckpointWriter(stage_dir / "checkpoints", stage.checkpoint, context, attempt)
+    barrier(context)
+    identity = stage_hash(recipe, stage_index)
+    place = SimpleNamespace(state=lambda _step: order.state(), restore=order.restore)
+    progress = resume_or_hand_over(strategy, place, stage, identity, stage_dir, start_weights, context)
+
+    with SandboxPool(SANDBOX_WORKERS) as sandbox:
+        collector = Collector(
+            order=order,
+            reader=PromptReader(recipe, stage_index, prepared, tokenizer),
+            engine=open_engine(recipe, stage, strategy, config, tokenizer, stage_dir, context),
+            router=Router(stage.rewards, sandbox),
+            tokenizer=tokenizer,
+            options=options,
+            seed=stage.seed,
+            stage_hash=identity,
+            context=context,
+        )
+        stepper = PolicyStepper(
+            strategy, policy, stage.sequence_length, stage.precision, stage.optimizer.clip, context, reference
+        )
+        evaluation = held_out(recipe, stage_index, prepared, stage.evaluate.max_samples_per_kind)
+
+        def evaluate() -> dict[str, float]:
+            collector.engine.update_weights(lambda: strategy.tensors("weights"))
+            collector.engine.wake()
+            greedy = Sampling(samples=1, max_tokens=options.max_response_tokens, temperature=0)
+            figures = task_figures(collector.score_once(evaluation, greedy)) if evaluation else {}
+            collector.engine.sleep()
+            return {f"reward/{task}": values["reward"] for task, values in figures.items()}
+
+        def notify(event: str, values: dict[str, Any]) -> None:
+            if context.rank == 0:
+                for observer in observers:
+                    observer(event, values)
+
+        if progress.evaluation_before is None:
+            progress.evaluation_before = evaluate()
+        metrics = MetricsLog(stage_dir / "metrics.jsonl", progress.step) if context.rank == 0 else None
+        history = past_forms(stage_dir / "metrics.jsonl") if context.rank == 0 else {}
+        notify("started", {"stage": stage.name, "step": progress.step, "total_steps": total_steps, "attempt": attempt})
+        notify("evaluation", {"when": "before", "loss": progress.evaluation_before})
+
+        def save() -> None:
+            if metrics:
+                metrics.sync()
+            state = {
+                **progress.state(),
+                "total_steps": total_steps,
+                "data": order.state(),
+                "recipe_hash": recipe_hash(recipe),
+                "stage_hash": identity,
+                "loss_scale": strategy.loss_scale.state() if strategy.loss_scale else None,
+                "random": {"rule": "seeded per iteration and prompt", "seed": stage.seed},
+                "saved_by": {"strategy": stage.parallel.strategy, "world_size": context.world_size},
+            }
+            path = writer.save(strategy, state)
+            context.report({"step": progress.step, "loss": progress.loss}, path)
+            notify("checkpoint", {"step": progress.step, "path": str(path)})
+
+        # Iterate.
+        for iteration in range(progress.step // updates, order.iterations):
+            started = time.perf_counter()
+            collector.engine.update_weights(lambda: strategy.tensors("weights"))
+            collector.engine.wake()
+            synced = time.perf_counter()
+            collected = collector.collect(iteration, iteration_folder(stage_dir, iteration))
+            collector.engine.sleep()
+            for group in collected.groups:
+                order.pool.record(group.drawn.key, pass_rate(group))
+            stop = bool(gather_rows([float(context.should_stop() is not None)], context).sum())
+            figures = task_figures(collected.groups)
+            shared = {
+                "iteration": iteration + 1,
+                "reward": mean_reward(figures),
+                "tasks": figures,
+                "groups_kept": len(collected.kept),
+                "groups_drawn": len(collected.groups),
+                "groups_without_difference": collected.selection.without_difference,
+                "groups_unjudged": collected.selection.unjudged,
+                "groups_surplus": collected.selection.surplus,
+                "sampling_rounds": collected.rounds,
+                "easy_pool": len(order.pool.members),
+                "sync_seconds": synced - started,
+                "rollout_seconds": collected.rollout_seconds,
+                "reward_seconds": collected.reward_seconds,
+            }
+
+            # Update: one optimizer step per part of the batch; all parts' old log-probabilities come before the first.
+            parts = [collected.kept[number::updates] for number in range(updates)]
+            packs = [stepper.packs(own_groups(part, options, collected, collector, context)) for part in parts]
+            old = [stepper.logprobs(part) for part in packs] if updates > 1 else [None] * updates
+            for number, (part, part_packs, part_old) in enumerate(zip(parts, packs, old)):
+                step = iteration * updates + number + 1
+                factor = schedule_factor(stage.schedule, step - 1, total_steps)
+                seed_step(stage.seed, step - 1, context.rank)
+                outcome: UpdateOutcome | None = None
+                if part:
+                    tokens = sum(group.response_tokens for group in part)
+                    try:
+                        rates = [group.peak_lr * factor for group in groups]
+                        outcome = stepper.step(part_packs, tokens, rates, step, part_old)
+                    except NonFinite as error:
+                        progress.record_nonfinite(error, stage.failure.on_nonfinite, stage_dir, context)
+                counts = batch_counts(part, stage, stop)
+                seconds = time.perf_counter() - started
+                started = time.perf_counter()
+                skipped = outcome is None or outcome.skipped
+                progress.advance(step, counts, outcome.loss if outcome else math.nan, seconds, skipped)
+                line = {
+                    "step": step,
+                    **update_line(outcome, counts, stage, seconds),
+                    "learning_rate": part_learning_rates(stage, factor),
+                    **(shared if number == 0 else {}),
+                }
+                if number == 0 and outcome is not None:
+                    for task, entropy in outcome.entropy.items():
+                        figures[task]["entropy"] = entropy
+                    if outcome.mismatch_mean > options.max_logprob_mismatch:
+                        alarm(f"iteration {iteration + 1}: log-probabilities of the rollout engine and the trainer differ by "
+                              f"{outcome.mismatch_mean:.3f} on average, more than max_logprob_mismatch", notify)
+                if metrics:
+                    metrics.append(line)
+                notify("step", line)
+
+            if context.rank == 0:
+                for task, values in figures.items():
+                    history.setdefault(task, []).append(form_of(values))
+                    for message in hacking_alarms(task, history[task]):
+                        alarm(message, notify)
+                with open(stage_dir / "examples.jsonl", "a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in examples(collected.groups, iteration + 1))
+            every, final = stage.checkpoint.every_steps, progress.step == total_steps
+            evaluate_every = stage.evaluate.every_steps
+            if evaluate_every and crossed(progress.step, updates, evaluate_every) and not final:
+                notify("evaluation", {"when": progress.step, "loss": evaluate()})
+            if stop or final or (every and crossed(progress.step, updates, every)):
+                save()
+                if context.rank == 0:
+                    forget_iterations(stage_dir, iteration)
+            if stop and not final:
+                writer.wait()
+                raise Preempted(f"stage {stage.name}: told to stop, saved at step {progress.step}; run again to go on")
+
+        # Finish as every stage does: the last checkpoint, evaluation, the Hugging Face directory, and the result last.
+        writer.wait()
+        barrier(context)
+        after = evaluate()
+        notify("evaluation", {"when": "after", "loss": after})
+    export_final(strategy, stage, config, prepared.tokenizer_dir, stage_dir / "final", context)
+    result = progress.result(after)
+    if metrics:
+        metrics.close()
+        write_durably(result_file, json_bytes(result))
+    barrier(context)
+    notify("finished", result)
+    return StageResult(**result)
+
+
+def policy_options(stage: Stage, options: GrpoOptions, forbidden: tuple[int, ...]) -> PolicyOptions:
+    """The loss's part of the recipe. With several updates per rollout the ratio is clipped only if the recipe says so."""
+    return PolicyOptions(
+        temperature=options.temperature,
+        clip_low=options.clip_low,
+        clip_high=options.clip_high,
+        kl_coefficient=options.kl_coefficient,
+        entropy_coefficient=options.entropy_coefficient,
+        forbidden=forbidden,
+        chunk_tokens=stage.loss_chunk_tokens,
+    )
+
+
+def pass_rate(group: Group) -> float:
+    """Share of the judged responses that pass; 0 if none was judged."""
+    judged = group.rewards[group.rewards == group.rewards]
+    return float((judged >= PASS_REWARD).mean()) if len(judged) else 0.0
+
+
+def own_groups(
+    part: Sequence[Group], options: GrpoOptions, collected: Collected, collector: Collector, context: WorkerContext
+) -> list[TrainGroup]:
+    """This rank's groups of an update with their advantages. Prompts that another rank has decoded are read here."""
+    costs = [group_cost(group.prompt_tokens, group.patches, group.response_tokens) for group in part]
+    mine = [part[number] for number in deal_groups(costs, context.world_size, context.rank)]
+    missing = [group.drawn for group in mine if group.drawn not in collected.prompts]
+    if missing:
+        collected.prompts.update(zip(missing, collector.reader.read(missing)))
+    made = []
+    for group in mine:
+        advantages, counted = group_advantages(
+            group.rewards, [0] * len(group.rewards), options.normalise, options.baseline
+        )
+        chosen = [place for place, counts in enumerate(counted) if counts]
+        made.append(TrainGroup(
+            prompt=collected.prompts[group.drawn],
+            responses=tuple(group.responses[place] for place in chosen),
+            advantages=tuple(float(advantages[place]) for place in chosen),
+        ))  # fmt: skip
+    return made
+
+
+def batch_counts(part: Sequence[Group], stage: Stage, stop: bool) -> BatchCounts:
+    """What an update trains on, from what all ranks know."""
+    sources = dict.fromkeys(sorted(stage.mixture.weights), 0)
+    for group in part:
+        sources[group.drawn.key[0]] += len(group.responses)
+    return BatchCounts(
+        supervised_tokens=sum(group.response_tokens for group in part),
+        tokens=sum(group.prompt_tokens + group.response_tokens for group in part),
+        samples=sum(len(group.responses) for group in part),
+        visual_tokens=sum(group.patches // 4 for group in part),
+        packs=len(part),
+        samples_per_source=sources,
+        max_over_mean_cost=1.0,
+        stop=stop,
+    )
+
+
+def update_line(outcome: UpdateOutcome | None, counts: BatchCounts, stage: Stage, seconds: float) -> dict[str, Any]:
+    """The fields of metrics.jsonl that every stage has, and those of the policy step."""
+    line: dict[str, Any] = {
+        "loss": outcome.loss if outcome and math.isfinite(outcome.loss) else None,
+        "supervised_tokens": counts.supervised_tokens,
+        "tokens": counts.tokens,
+        "samples": counts.samples,
+        "grad_norm": outcome.grad_norm if outcome and math.isfinite(outcome.grad_norm) else None,
+        "step_seconds": seconds,
+        "data_wait_seconds": 0.0,
+        "tokens_per_second": counts.tokens / seconds,
+        "pack_fill": outcome.rows / (outcome.packs * stage.sequence_length) if outcome else 0.0,
+        "samples_per_source": counts.samples_per_source,
+        "max_over_mean_cost": counts.max_over_mean_cost,
+        "visual_tokens": counts.visual_tokens,
+    }
+    if outcome is None or outcome.skipped:
+        line["skipped"] = True
+    if outcome is not None:
+        line |= {
+            "update_seconds": outcome.seconds,
+            "logprob_mismatch_mean": outcome.mismatch_mean,
+            "logprob_mismatch_max": outcome.mismatch_max,
+            "clipped": outcome.clipped,
+            "kl": outcome.kl,
+        }
+    return line
+
+
+def crossed(step: int, updates: int, every: int) -> bool:
+    """Whether a multiple of `every` lies in the last `updates` steps."""
+    return step // every > (step - updates) // every
+
+
+def alarm(message: str, notify: Observer) -> None:
+    log.warning("%s", message)
+    notify("alarm", {"message": message})

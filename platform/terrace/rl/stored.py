@@ -1,0 +1,81 @@
+"""What an iteration has reached, on disk: rollouts of a round, then their rewards. A killed run goes on from there.
+
+One pair of files per round and rank below `<stage>/iterations/<number>/`. Each carries an identity (stage hash,
+iteration, round, rank, number of ranks, prompts); a file of another identity is as good as none. A rollout that was cut
+off while decoding is made again: sampling depends on seeds alone, so it comes out the same.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from terrace.rl.rollout import Response
+from terrace.train.checkpoint import json_bytes, write_durably
+
+
+def iteration_folder(stage_dir: Path, iteration: int) -> Path:
+    return stage_dir / "iterations" / f"{iteration:06d}"
+
+
+def save_rollout(path: Path, identity: dict[str, Any], groups: Sequence[Sequence[Response]]) -> None:
+    """Write a round's responses of this rank, whole or not at all."""
+    responses = [response for group in groups for response in group]
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        identity=np.frombuffer(json_bytes(identity), np.uint8),
+        groups=np.asarray([len(group) for group in groups], np.int64),
+        lengths=np.asarray([len(response.tokens) for response in responses], np.int64),
+        tokens=np.concatenate([response.tokens for response in responses]) if responses else np.zeros(0, np.int32),
+        logprobs=np.concatenate([response.logprobs for response in responses]) if responses else np.zeros(0, np.float32),
+        finished=np.asarray([response.finished for response in responses], bool),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, buffer.getvalue())
+
+
+def load_rollout(path: Path, identity: dict[str, Any]) -> list[list[Response]] | None:
+    """The responses of a round, or None if there is no file of this identity."""
+    if not path.is_file():
+        return None
+    with np.load(path) as stored:
+        if stored["identity"].tobytes() != json_bytes(identity):
+            return None
+        ends = np.cumsum(stored["lengths"])[:-1]
+        tokens, logprobs = np.split(stored["tokens"], ends), np.split(stored["logprobs"], ends)
+        flat = [Response(*three) for three in zip(tokens, logprobs, stored["finished"].tolist())]
+        counts = stored["groups"].tolist()
+    groups, start = [], 0
+    for count in counts:
+        groups.append(flat[start : start + count])
+        start += count
+    return groups
+
+
+def save_rewards(path: Path, identity: dict[str, Any], rewards: Sequence[Sequence[tuple[float | None, str | None]]]) -> None:
+    """Write a round's rewards: per group and response its value, or None and the reason."""
+    write_durably(path, json_bytes({"identity": identity, "rewards": [[list(one) for one in group] for group in rewards]}))
+
+
+def load_rewards(path: Path, identity: dict[str, Any]) -> list[list[tuple[float | None, str | None]]] | None:
+    """The rewards of a round, or None if there is no file of this identity."""
+    if not path.is_file():
+        return None
+    stored = json.loads(path.read_text())
+    if stored["identity"] != json.loads(json_bytes(identity)):
+        return None
+    return [[(value, reason) for value, reason in group] for group in stored["rewards"]]
+
+
+def forget_iterations(stage_dir: Path, before: int) -> None:
+    """Remove what a checkpoint has made superfluous."""
+    for folder in (stage_dir / "iterations").glob("[0-9]*"):
+        if folder.name.isdigit() and int(folder.name) < before:
+            shutil.rmtree(folder, ignore_errors=True)
