@@ -13,6 +13,7 @@ import importlib.metadata
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from terrace.errors import TerraceError
 
@@ -38,6 +39,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve-rewards": ("terrace.rewards.command", "serve rewards over HTTP"),
     "demo": ("terrace.demo.command", "train a tiny model through four stages on this machine"),
 }
+READ_SAMPLES = ("run", "ingest", "order", "inspect")
 GROUPS = {
     "Runs": ("run", "status", "logs", "pause", "suspend", "resume", "cancel"),
     "Recipes": ("validate", "plan", "schema", "render"),
@@ -94,7 +96,23 @@ def run_subcommand(given: list[str]) -> int:
         parsed.overrides = [*parsed.overrides, *rest]  # key.path=value may stand behind an option too
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)} (`terrace {name} --help`)")
+    if name in READ_SAMPLES:
+        _draw_demo_scenes(parsed)
     return int(parsed.main(parsed) or 0)
+
+
+def _draw_demo_scenes(parsed: argparse.Namespace) -> None:
+    """jobs/recipes/demo.yaml and what extends it train on scenes that are drawn on first use, so that they run anywhere."""
+    path = getattr(parsed, "recipe", None)
+    if path is None or not Path(path).is_file():
+        return  # the subcommand says what is wrong
+    from terrace.recipe.loading import load_recipe
+
+    sources = load_recipe(path, getattr(parsed, "overrides", ())).data.sources
+    if any("demo-corpus" in source.uri for source in sources.values()):
+        from terrace.demo.corpus import draw_missing
+
+        draw_missing(sources, print)
 
 
 def help_text() -> str:

@@ -390,16 +390,20 @@ _WRITERS: dict[str, Callable[[random.Random], tuple[Row, list[Scene]]]] = {
 # ---------------------------------------------------------------- for recipes
 
 
+def drawn_folders(sources: Mapping[str, Source]) -> list[Path]:
+    """The folders named `demo-corpus` that sources point into (`.../demo-corpus/<name>.jsonl`, `.../rl/<name>.jsonl`)."""
+    parents = {parent for source in sources.values() for parent in Path(source.uri).parents if parent.name == FOLDER_NAME}
+    return sorted(parents)
+
+
 def draw_missing(
     sources: Mapping[str, Source], say: Callable[[str], None], progress: Callable[[int, int], None] | None = None
-) -> Path | None:
-    """Draws the corpus that `sources` point at (`.../demo-corpus/<name>.jsonl`) unless it is there. Returns its folder.
+) -> None:
+    """Draws the corpus that `sources` point into, unless it is there.
 
-    So that jobs/recipes/demo.yaml runs on a fresh machine by itself, without a step before it.
+    So that jobs/recipes/demo.yaml, and what extends it, runs on a fresh machine without a step before it.
     """
-    folders = {Path(source.uri).parent for source in sources.values() if Path(source.uri).parent.name == FOLDER_NAME}
-    for folder in folders:
+    for folder in drawn_folders(sources):
         if not (folder / "corpus.json").is_file():
             say(f"drawing the demo's corpus into {folder} ({sum(SAMPLES.values()):,} samples)")
         write_corpus(folder, progress=progress)
-    return next(iter(folders), None)
