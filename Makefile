@@ -49,7 +49,7 @@ bench-rl: $(STAMP)  ## Seconds per RL iteration
 	$(BIN)/python tests/bench/bench_rl.py $(ARGS)
 
 docs: $(STAMP)  ## Writes the recipe reference from the schema
-	$(BIN)/python docs/write_reference.py
+	$(BIN)/python -m terrace.recipe.reference docs/recipe-reference.md
 
 clean:  ## Removes the environment, caches and demo runs
 	rm -rf $(VENV) runs build site .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info

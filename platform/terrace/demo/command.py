@@ -68,7 +68,11 @@ def _folder_recipe(folder: Path, run_dir: Path, overrides: list[str], display) -
 
     _require(FOLDER_RECIPE)
     path = run_dir / "folder-recipe.yaml"
-    if not path.is_file():
+    if path.is_file():
+        earlier = {Path(source.uri).parent for source in load_recipe(path).data.sources.values()}
+        if earlier != {folder.resolve()}:
+            raise InputError(f"{run_dir} holds a demo of {', '.join(map(str, earlier))}; name another --run-dir for {folder}")
+    else:
         found, left_out = find_sources(folder)
         for source in found:
             display.message(f"{source.path.name}: {source.rows:,} rows, {source.kind}")
@@ -91,7 +95,7 @@ def show(recipe: Recipe, run_dir: Path, folder: Path | None) -> None:
 
     from terrace.demo.gallery import write_sheet
     from terrace.demo.page import write_page
-    from terrace.demo.results import collect
+    from terrace.demo.results import EXACT, TASKS, collect
     from terrace.demo.tables import print_answers, print_losses
 
     console = Console(highlight=False)
@@ -102,7 +106,7 @@ def show(recipe: Recipe, run_dir: Path, folder: Path | None) -> None:
         if done == total or done % 50 == 0:
             console.print(f"asking the model: {done} of {total} held-out questions", end="\r" if console.is_terminal else "\n")
 
-    results = collect(recipe, run_dir, progress=progress)
+    results = collect(recipe, run_dir, judged=tuple(TASKS) if folder is None else EXACT, progress=progress)
     print_losses(results, console)
     print_answers(results, console)
     where = "drawn scenes" if folder is None else f"the rows of {folder}"

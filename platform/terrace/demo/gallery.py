@@ -18,7 +18,7 @@ RIGHT, WRONG, TRUE = (22, 143, 82), (208, 52, 58), (120, 126, 138)
 PAGE, CARD = (246, 247, 249), (255, 255, 255)
 
 SCALE = 2  # the sheet is drawn for dense screens
-COLUMNS = 4
+COLUMNS, PER_KIND = 4, 2
 CARD_WIDTH, PICTURE_HEIGHT, PADDING, GAP = 268, 236, 16, 18
 MARGIN = 36
 
@@ -30,7 +30,9 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 def write_sheet(results: Results, path: Path) -> Path:
     """Writes the contact sheet of `results.shown` and returns its path."""
-    cards = [_card(item) for item in results.shown if item.picture is not None]
+    chosen = [item for item in results.shown if item.picture is not None]
+    chosen = [item for place, item in enumerate(chosen) if sum(other.kind == item.kind for other in chosen[:place]) < PER_KIND]
+    cards = [_card(item) for item in chosen]
     rows = [cards[start : start + COLUMNS] for start in range(0, len(cards), COLUMNS)]
     heights = [max(card.height for card in row) + 20 * SCALE for row in rows]
     header = 92 * SCALE
@@ -40,7 +42,8 @@ def write_sheet(results: Results, path: Path) -> Path:
     draw = ImageDraw.Draw(sheet)
     right, total = sum(r for r, _ in results.scores.values()), sum(t for _, t in results.scores.values())
     _write(draw, (MARGIN, 26), "What the model says about pictures it has never seen", 24, INK)
-    line = f"{results.name} · {results.parameters / 1e6:.1f} M parameters · {right} of {total} held-out questions right"
+    line = f"{results.name} · {results.parameters / 1e6:.1f} M parameters"
+    line += f" · {right} of {total} held-out questions right" if total else ""
     _write(draw, (MARGIN, 60), line, 14, MUTED)
     y = header
     for row, row_height in zip(rows, heights):
@@ -59,7 +62,7 @@ def _card(item: Shown) -> Image.Image:
     inner = CARD_WIDTH - 2 * PADDING
     question = _wrap(item.question.replace("\n", "  "), 13, inner, 3) if item.question else []
     said = _wrap(item.answer.replace("\n", " · ") or "(nothing)", 15, inner - 22, 4)
-    wanted = [] if item.right else _wrap(f"expected {item.expected}".replace("\n", " · "), 12, inner - 22, 3)
+    wanted = [] if item.right or not item.expected else _wrap(f"expected {item.expected}".replace("\n", " · "), 12, inner - 22, 3)
     text_height = 22 + 18 * len(question) + 21 * len(said) + 16 * len(wanted)
     height = PICTURE_HEIGHT + 18 + text_height
     card = Image.new("RGB", ((CARD_WIDTH - 2) * SCALE, height * SCALE), CARD)
@@ -73,7 +76,10 @@ def _card(item: Shown) -> Image.Image:
         _write(draw, (PADDING, y), text, 13, MUTED)
         y += 18
     y += 2
-    _tick(draw, PADDING, y + 3, item.right)
+    if item.right is None:
+        _dot(draw, PADDING + 4, y + 7)
+    else:
+        _tick(draw, PADDING, y + 3, item.right)
     for text in said:
         _write(draw, (PADDING + 22, y), text, 15, INK)
         y += 21
@@ -94,7 +100,7 @@ def marked_picture(item: Shown, width: int, height: int) -> Image.Image:
     if item.expected_mark and len(item.expected_mark) == 4:
         _dashed_box(draw, _scaled(item.expected_mark, picture.size), INK)
     if item.found_mark:
-        colour = RIGHT if item.right else WRONG
+        colour = TRUE if item.right is None else RIGHT if item.right else WRONG
         mark = _scaled(item.found_mark, picture.size)
         if len(mark) == 4:
             x1, x2 = sorted((mark[0], mark[2]))
@@ -132,6 +138,10 @@ def _tick(draw: ImageDraw.ImageDraw, x: float, y: float, right: bool) -> None:
     for stroke in strokes:
         points = [(x + a * size, y + b * size) for a, b in stroke]
         draw.line(points, fill=(255, 255, 255), width=2 * SCALE, joint="curve")
+
+
+def _dot(draw: ImageDraw.ImageDraw, x: float, y: float) -> None:
+    draw.ellipse([x * SCALE, y * SCALE, (x + 6) * SCALE, (y + 6) * SCALE], fill=TRUE)
 
 
 def _write(draw: ImageDraw.ImageDraw, place: tuple[float, float], text: str, size: int, fill: tuple[int, int, int]) -> None:

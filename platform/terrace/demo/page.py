@@ -59,6 +59,7 @@ td.up b { color: var(--wrong); }
 .card .answer::before { position: absolute; left: 0; top: 4px; width: 16px; height: 16px; border-radius: 50%; color: #fff;
   font-size: 11px; line-height: 16px; text-align: center; font-weight: 700; }
 .right .answer::before { content: "\\2713"; background: var(--right); }
+.open .answer::before { content: ""; background: #9aa1ae; width: 8px; height: 8px; left: 4px; top: 8px; }
 .wrong .answer::before { content: "\\00d7"; background: var(--wrong); }
 .card .expected { color: var(--muted); font-size: 13px; padding-left: 25px; margin-top: 2px; white-space: pre-line;
   overflow-wrap: anywhere; }
@@ -76,8 +77,9 @@ def write_page(results: Results, path: Path, subtitle: str) -> Path:
         (f"{sum(stage.steps for stage in results.stages):,}", "optimizer steps"),
         (f"{sum(stage.tokens for stage in results.stages) / 1e6:.2f} M", "tokens"),
         (_minutes(sum(stage.seconds for stage in results.stages)), "training"),
-        (f"{100 * right / max(1, total):.0f} %", "held-out questions right"),
     ]
+    if total:
+        facts.append((f"{100 * right / total:.0f} %", "held-out questions right"))
     body = f"""
 <h1>{escape(results.name)}</h1>
 <p class="lead">{escape(subtitle)}</p>
@@ -86,8 +88,7 @@ def write_page(results: Results, path: Path, subtitle: str) -> Path:
 <div class="panel">{_curve(results.stages)}</div>
 <h2>Loss on held-out samples, before and after each stage</h2>
 <div class="panel">{_table(results.stages)}</div>
-<h2>Right answers on held-out pictures</h2>
-<div class="panel">{_bars(results)}</div>
+{_bars(results)}
 <h2>In its own words</h2>
 <div class="cards">{"".join(_card(item) for item in results.shown)}</div>
 <p class="note">Solid marks are the model's, dashed ones the truth. A box is right from an overlap (IoU) of 0.5 on.
@@ -188,7 +189,9 @@ def _bars(results: Results) -> str:
             f'<div class="track"><div class="fill" style="width:{share:.0f}%"></div></div>'
             f'<div class="share">{right} of {total}</div>'
         )
-    return f'<div class="bars">{"".join(parts)}</div>'
+    if not parts:
+        return ""
+    return f'<h2>Right answers on held-out pictures</h2>\n<div class="panel"><div class="bars">{"".join(parts)}</div></div>'
 
 
 # ---------------------------------------------------------------- pictures
@@ -196,13 +199,21 @@ def _bars(results: Results) -> str:
 
 def _card(item: Shown) -> str:
     figure = f"<figure>{_picture(item)}</figure>" if item.picture is not None else ""
-    question = f'<div class="question">{escape(item.question)}</div>' if item.question else ""
-    expected = "" if item.right else f'<div class="expected">expected {escape(item.expected)}</div>'
+    question = f'<div class="question">{escape(_short(item.question))}</div>' if item.question else ""
+    expected = "" if item.right else f'<div class="expected">expected {escape(_short(item.expected))}</div>'
     return (
-        f'<div class="card {"right" if item.right else "wrong"}">{figure}<div class="says">'
+        f'<div class="card {_verdict(item)}">{figure}<div class="says">'
         f'<div class="task">{escape(TASKS.get(item.kind, item.kind))}</div>{question}'
-        f'<div class="answer">{escape(item.answer) or "(nothing)"}</div>{expected}</div></div>'
+        f'<div class="answer">{escape(_short(item.answer)) or "(nothing)"}</div>{expected}</div></div>'
     )
+
+
+def _short(text: str, most: int = 320) -> str:
+    return text if len(text) <= most else text[: most - 4].rstrip() + " ..."
+
+
+def _verdict(item: Shown) -> str:
+    return "open" if item.right is None else "right" if item.right else "wrong"
 
 
 def _picture(item: Shown) -> str:
@@ -216,7 +227,7 @@ def _picture(item: Shown) -> str:
         dashed = f'stroke="#1c2028" stroke-width="{1.6 * unit}" stroke-dasharray="{5 * unit}"'
         marks += _rectangle(item.expected_mark, width, height, dashed)
     if item.found_mark:
-        colour = "#168f52" if item.right else "#d0343a"
+        colour = {"right": "#168f52", "wrong": "#d0343a", "open": "#6a7180"}[_verdict(item)]
         if len(item.found_mark) == 4:
             marks += _rectangle(item.found_mark, width, height, f'stroke="#fff" stroke-width="{4 * unit}"')
             marks += _rectangle(item.found_mark, width, height, f'stroke="{colour}" stroke-width="{2.4 * unit}"')

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ TASKS = {  # how the kinds of samples are called on the page, in the order they 
     "instruction": "Following",
     "document": "Continuing a book",
 }
+EXACT = frozenset({"grounding", "gui", "qa", "counting", "chart", "reasoning"})  # answers that a rule can judge in any data
 PICTURE_SIDE = 448  # pixels of the longer side of a picture that goes into the gallery
 
 
@@ -59,7 +60,7 @@ class Shown:
     question: str
     answer: str
     expected: str
-    right: bool
+    right: bool | None  # None: free text that no rule can judge
     found_mark: tuple[float, ...] | None  # box or point of the answer, as shares (0 to 1) of the picture's width and height
     expected_mark: tuple[float, ...] | None
 
@@ -93,10 +94,13 @@ def read_stages(recipe: Recipe, run_dir: Path) -> list[StageLosses]:
 
 
 def collect(
-    recipe: Recipe, run_dir: Path, questions_per_kind: int = 40, shown_per_kind: int = 3,
-    progress: Callable[[int, int], None] | None = None,
+    recipe: Recipe, run_dir: Path, judged: Collection[str] = tuple(TASKS), questions_per_kind: int = 40,
+    shown_per_kind: int = 3, progress: Callable[[int, int], None] | None = None,
 ) -> Results:
-    """Asks the last stage's model held-out questions of every kind it trained on. About 60 ms per short answer on a CPU."""
+    """Asks the last stage's model held-out questions of every kind it trained on. About 60 ms per short answer on a CPU.
+
+    Kinds that are not in `judged` are shown, not scored.
+    """
     stages = read_stages(recipe, run_dir)
     final = run_dir / "stages" / f"{len(stages):02d}-{stages[-1].name}" / "final"
     speaker = load_speaker(final)
@@ -104,14 +108,16 @@ def collect(
     asked: list[tuple[str, Question, list[bytes]]] = []
     for kind in TASKS:
         sources = [name for name, source in recipe.data.sources.items() if source.kind == kind and name in prepared.indexes]
-        asked += _questions(kind, [prepared.indexes[name] for name in sources], speaker, questions_per_kind)
+        limit = questions_per_kind if kind in judged else shown_per_kind
+        asked += _questions(kind, [prepared.indexes[name] for name in sources], speaker, limit)
     scores: dict[str, tuple[int, int]] = {}
     shown: list[Shown] = []
     for place, (kind, question, files) in enumerate(asked):
-        item = _ask(kind, question, files, speaker)
-        right, total = scores.get(kind, (0, 0))
-        scores[kind] = (right + item.right, total + 1)
-        if total < shown_per_kind:
+        item = _ask(kind, question, files, speaker, kind in judged)
+        if item.right is not None:
+            right, total = scores.get(kind, (0, 0))
+            scores[kind] = (right + item.right, total + 1)
+        if sum(other.kind == kind for other in shown) < shown_per_kind:
             shown.append(item)
         if progress:
             progress(place + 1, len(asked))
@@ -131,12 +137,13 @@ def _questions(kind: str, indexes: list[Any], speaker: Speaker, limit: int) -> l
     return turns[:limit]
 
 
-def _ask(kind: str, question: Question, files: list[bytes], speaker: Speaker) -> Shown:
+def _ask(kind: str, question: Question, files: list[bytes], speaker: Speaker, judged: bool) -> Shown:
     said = answer(speaker, question.prompt, files, max_new_tokens=72).text
     if question.prompt.messages[0]["role"] == "text" and "\n" not in question.expected:
         said = said.split("\n")[0]
     if not files:
-        return Shown(kind, None, question.text, said, question.expected, is_right(said, question, 1.0), None, None)
+        right = is_right(said, question, 1.0) if judged else None
+        return Shown(kind, None, question.text, said, question.expected, right, None, None)
     width, height = image_size(files[question.image])
     new_height, new_width = smart_resize(height, width, *speaker.pixels)
     diagonal = (new_width**2 + new_height**2) ** 0.5
@@ -147,7 +154,7 @@ def _ask(kind: str, question: Question, files: list[bytes], speaker: Speaker) ->
         question=question.text,
         answer=said,
         expected=question.expected,
-        right=is_right(said, question, diagonal),
+        right=is_right(said, question, diagonal) if judged else None,
         found_mark=_shares(found, new_width, new_height),
         expected_mark=_shares(question.box, new_width, new_height),
     )

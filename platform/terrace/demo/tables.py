@@ -49,7 +49,7 @@ def print_answers(results: Results, console: Console, most: int = 12) -> None:
         table.add_row(
             item.kind,
             _short(item.question) or "(describe)",
-            f"[green]{answer}[/green]" if item.right else f"[red]{answer}[/red]",
+            answer if item.right is None else f"[green]{answer}[/green]" if item.right else f"[red]{answer}[/red]",
             "" if item.right else _short(item.expected),
         )
     console.print(table)

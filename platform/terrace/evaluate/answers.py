@@ -30,7 +30,7 @@ class Question:
     text: str  # the question in words
     expected: str  # the right answer as text, coordinates in pixels of the resized image
     box: tuple[int, ...] | None = None  # expected box or point in pixels of the resized image
-    image: int = 0  # the image that `box` lies in, numbered as in the prompt
+    image: int = 0  # the image that `box` lies in, or that the text follows; numbered as in the prompt
 
 
 def numbers_in_brackets(text: str, count: int) -> tuple[float, ...] | None:
@@ -90,7 +90,8 @@ def questions_of(sample: Sample, sizes: Sequence[tuple[int, int]], pixels: tuple
         if not expected.strip():
             return []
         prompt = Sample(sample.id, "prompt", beginning, sample.metadata)
-        return [Question(prompt, tuple(range(len(sizes))), "", expected.strip())]
+        shown = content[last]["image"] if last >= 0 else 0
+        return [Question(prompt, tuple(range(len(sizes))), "", expected.strip(), image=shown)]
     found, system, images = [], [], []
     for place, message in enumerate(sample.messages):
         if message["role"] == "system":
