@@ -82,8 +82,7 @@ def expected(data):
     return [contents(step.packs) for step in open_stream(plan, prepared, 0, 1, 0, "inline")]
 
 
-def test_inline_holds_every_step_in_order(data, expected):
-    _, _, plan = data
+def test_inline_holds_every_step_in_order(expected):
     assert len(expected) == 12
     assert [[pack[0] for pack in step] for step in expected] == [list(range(4 * s, 4 * s + 4)) for s in range(12)]
 

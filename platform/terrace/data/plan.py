@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
@@ -83,6 +84,7 @@ class StagePlan:
         self._anchors = [Anchor(0, 0, 0)]
         self._windows: OrderedDict[int, Window] = OrderedDict()
         self._total_packs: int | None = None
+        self._lock = threading.RLock()  # a stream plans ahead in a thread while the loop asks for its state
         self.fingerprint = self._fingerprint(data_seed, basis)
         self._check_caps()
 
@@ -170,9 +172,10 @@ class StagePlan:
         if self._total_packs is None:
             if self.total_samples is None:
                 return self.total_steps * self.stage.batch.packs
-            while (window := self._walk()) is not None:
-                self._total_packs = window.first_pack + len(window.packs)
-            self._total_packs = self._anchors[-1].first_pack
+            with self._lock:
+                while self._pack_window(self._anchors[-1]) is not None:
+                    pass
+                self._total_packs = self._anchors[-1].first_pack
         return self._total_packs
 
     def packs_of_step(self, step: int) -> list[PackSpec]:
@@ -183,14 +186,15 @@ class StagePlan:
     def packs(self, start: int, stop: int) -> list[PackSpec]:
         """Packs [start, stop) of the stage."""
         found: list[PackSpec] = []
-        while start < stop:
-            window = self._window_of(start)
-            if window is None:
-                found += [PackSpec(pack, (), (), (), 0, PADDING_WINDOW) for pack in range(start, stop)]
-                break
-            upto = min(stop, window.first_pack + len(window.packs))
-            found += window.packs[start - window.first_pack : upto - window.first_pack]
-            start = upto
+        with self._lock:
+            while start < stop:
+                window = self._window_of(start)
+                if window is None:
+                    found += [PackSpec(pack, (), (), (), 0, PADDING_WINDOW) for pack in range(start, stop)]
+                    break
+                upto = min(stop, window.first_pack + len(window.packs))
+                found += window.packs[start - window.first_pack : upto - window.first_pack]
+                start = upto
         return found
 
     def steps(self, start: int = 0) -> Iterator[tuple[int, list[PackSpec]]]:
@@ -221,8 +225,9 @@ class StagePlan:
     def state(self, step: int) -> dict[str, Any]:
         """The position before a step, for a checkpoint: a few integers, the same for any number of workers."""
         pack = step * self.stage.batch.packs
-        window = self._window_of(pack)
-        anchor = self._anchor_of(pack)
+        with self._lock:
+            window = self._window_of(pack)
+            anchor = self._anchor_of(pack)
         return {
             "version": 1,
             "plan": self.fingerprint,
@@ -245,7 +250,8 @@ class StagePlan:
                 " restore them, or start the stage in a new run directory"
             )
         if state["window"] != PADDING_WINDOW:
-            self._remember(Anchor(state["window_first_pack"], state["window"], state["window_position"]))
+            with self._lock:
+                self._remember(Anchor(state["window_first_pack"], state["window"], state["window_position"]))
 
     def explain(self) -> dict[str, Any]:
         """What the plan decided, for people: shares, samples, tokens, what was refused or changed."""
@@ -282,9 +288,6 @@ class StagePlan:
             window = self._pack_window(self._anchor_of(pack))
             if window is None or pack < window.first_pack + len(window.packs):
                 return window
-
-    def _walk(self) -> Window | None:
-        return self._pack_window(self._anchors[-1])
 
     def _pack_window(self, anchor: Anchor) -> Window | None:
         """Draw and pack the window at an anchor, and remember where the next one starts."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from terrace.data.types import PATCH_VALUES, PackedExample
 from terrace.errors import DamagedData, TerraceError
 from terrace.recipe.schema import Stage
 
+PIPELINE_TASKS = (16, 64, 256)  # tasks of the first, second and every later execution
 BLOCK_BYTES = 32 * 2**20  # larger blocks hold finished packs back, smaller ones cost a fixed 5 ms each
 
 # Field, dtype, shape behind the ragged axis. All arrays are C-contiguous.
@@ -99,26 +101,32 @@ def _read_task(task: PackTask, settings: TaskSettings) -> ReadTask:
 
 
 def ray_packs(
-    tasks: Iterator[PackTask], settings: TaskSettings, stage: Stage, world_size: int, pipeline_tasks: int
+    tasks: Iterator[PackTask], settings: TaskSettings, stage: Stage, world_size: int
 ) -> Iterator[PackedExample]:
-    """Packs of the tasks, in order, from one Ray Data execution after another."""
-    while True:
-        some = list(itertools.islice(tasks, pipeline_tasks))
-        if not some:
-            return
-        blocks = _blocks(some, settings, stage, world_size)
-        try:
-            for table in blocks:
-                yield from from_table(table)
-        except TerraceError:
-            raise
-        except Exception as error:
-            cause = _terrace_error(error)
-            if cause is None:
+    """Packs of the tasks, in order, from one Ray Data execution after another.
+
+    The first execution is short, so that training starts before much is planned; while one runs, a thread plans the
+    next.
+    """
+    sizes = itertools.chain(PIPELINE_TASKS, itertools.repeat(PIPELINE_TASKS[-1]))
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="terrace-plan") as planner:
+        some = list(itertools.islice(tasks, next(sizes)))
+        while some:
+            following = planner.submit(lambda: list(itertools.islice(tasks, next(sizes))))
+            blocks = _blocks(some, settings, stage, world_size)
+            try:
+                for table in blocks:
+                    yield from from_table(table)
+            except TerraceError:
                 raise
-            raise cause from None
-        finally:
-            blocks.close()
+            except Exception as error:
+                cause = _terrace_error(error)
+                if cause is None:
+                    raise
+                raise cause from None
+            finally:
+                blocks.close()
+            some = following.result()
 
 
 def _blocks(tasks: list[PackTask], settings: TaskSettings, stage: Stage, world_size: int) -> Iterator[pa.Table]:
@@ -137,7 +145,9 @@ def _blocks(tasks: list[PackTask], settings: TaskSettings, stage: Stage, world_s
         dataset: Dataset = ray.data.read_datasource(
             PackSource(tasks, settings), override_num_blocks=len(tasks), num_cpus=cpus, concurrency=concurrency
         )
-    batches = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1))
+    loading = stage.data_loading
+    prefetch = max(1, loading.prefetch_packs // loading.packs_per_task)  # in blocks; a block holds at most a task's packs
+    batches = iter(dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=prefetch))
     try:
         yield from batches
     finally:
@@ -152,10 +162,8 @@ def decode_share(stage: Stage, world_size: int) -> tuple[float, int]:
     """
     total = ray.cluster_resources().get("CPU", 1.0)
     resources = stage.resources
-    if resources.decode_cpus is not None:
-        free = float(resources.decode_cpus)
-    else:
-        free = total - resources.cpus_per_worker * world_size
+    left = total - resources.cpus_per_worker * world_size
+    free = left if resources.decode_cpus is None else float(resources.decode_cpus)
     share = free / world_size
     if share >= 1:
         return 1.0, int(share)

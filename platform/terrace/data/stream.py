@@ -21,8 +21,6 @@ from terrace.data.tasks import PackTask, TaskSettings, make_pack, pack_task
 from terrace.data.types import PackedExample
 from terrace.errors import InputError
 
-PIPELINE_TASKS = 256  # tasks of one Ray Data execution; the next one is planned when they are through
-
 
 @dataclass
 class StepInput:
@@ -49,7 +47,7 @@ def open_stream(
     if engine == "ray":
         from terrace.data.ray_stream import ray_packs
 
-        packs = ray_packs(tasks, settings, plan.stage, world_size, PIPELINE_TASKS)
+        packs = ray_packs(tasks, settings, plan.stage, world_size)
     elif engine == "inline":
         packs = inline_packs(tasks, settings, plan.stage.data_loading.prefetch_packs)
     else:
