@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from terrace.data.balance import CostModel
 from terrace.data.eligible import Items, split_points
 from terrace.data.order import mix64
+from terrace.data.order_command import order_facts, order_text
 from terrace.data.plan import StagePlan
 from terrace.errors import InputError
 from terrace.recipe.schema import Stage
@@ -206,3 +208,18 @@ def test_documents_are_cut_whole_images_apart(total, limit, cuts, starts):
     assert points[-1] == total
     assert all(0 < after - before <= limit for before, after in pairwise(points))
     assert not inside & set(points)
+
+
+def test_the_order_command_shows_packs_and_where_they_go():
+    made = plan()
+    facts = order_facts(made, 20, 10, workers=2)
+    assert [pack["pack"] for pack in facts["packs"]] == list(range(20, 30))
+    assert json.loads(json.dumps(facts)) == facts
+    for shown, pack in zip(facts["packs"], made.packs(20, 30)):
+        assert [(s["source"], s["row"], s["tokens"]) for s in shown["samples"]] == [
+            (ref.source, ref.row, tokens) for ref, tokens in zip(pack.samples, pack.lengths)
+        ]
+        assert shown["fill"] == shown["tokens"] / 1024
+        assert pack in made.deal(shown["step"], 2)[shown["worker"]]
+    assert f"fill of these 10 packs: {facts['fill']:.2%}" in order_text(facts)
+    assert len(order_facts(made, 30 * 14 - 3, 10)["packs"]) == 3  # the stage ends there
