@@ -139,6 +139,8 @@ def test_a_split_document_is_all_there(tokenizer, config):
         assert len(piece.patches) == count
         assert (piece.input_ids == tokenizer.special.image_pad).sum() == visual
         ids.append(piece.input_ids)
+        ends_well = stop == total or tokenizer.decode(piece.input_ids[-1:]).endswith(("\n", "<|vision_end|>"))
+        assert ends_well, tokenizer.decode(piece.input_ids[-5:])
         patches.append(piece.patches)
     assert np.array_equal(np.concatenate(ids), whole.input_ids)
     assert np.array_equal(np.concatenate(patches), whole.patches)
