@@ -111,7 +111,7 @@ class World:
                 message="told by the world",
                 progress_at=process.progress_at,
                 result={"steps": 3, "loss": 1.0, "evaluation": {"after": {"caption": 1.0}}} if process.status == "succeeded" else None,
-            )  # fmt: skip
+            )
             for process in self.processes.values()
             if process.status != "absent"
         ]
