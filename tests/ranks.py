@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,6 +79,18 @@ def train_stages(
         start = stage_dir(Path(run_dir), index - 1) / "final" if index else None
         results.append(train_stage(recipe, index, memory_feed(recipe, index, context), folder, start, context))
     return results
+
+
+def continue_copies(rank: int, world_size: int, recipes: dict[str, dict[str, Any]], saved: str, out: str) -> None:
+    """Continue a copy of a run's second stage under each of the recipes, one after another."""
+    import torch.distributed as dist
+
+    for name, values in recipes.items():
+        folder = Path(out) / name
+        if rank == 0:
+            shutil.copytree(saved, folder)
+        dist.barrier()
+        train_stages(rank, world_size, values, str(folder), first=1)
 
 
 def losses(run_dir: Path, index: int = 0) -> list[float]:

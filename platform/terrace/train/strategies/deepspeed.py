@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from terrace.errors import InputError
+from terrace.errors import InputError, TerraceError
 from terrace.models.build import materialise
 from terrace.models.weights import TensorSource
 from terrace.recipe.schema import Stage
@@ -78,15 +78,7 @@ class Zero:
 
     def clip(self, limit: float | None) -> float:
         """The norm that DeepSpeed will clip by in `step` (`limit` is in its configuration)."""
-        from deepspeed.runtime.utils import combine_grad_norm_groups, is_invalid_grad_norm
-
-        if self._zero_stage == 3:
-            norm = combine_grad_norm_groups(self._optimizer._get_norm_groups())
-        else:
-            norm = self._optimizer.scaled_global_norm()
-        if is_invalid_grad_norm(norm):
-            return float("nan")
-        return float(norm) / float(self._optimizer.loss_scale)
+        return _gradient_norm(self._optimizer)
 
     def step(self, learning_rates: list[float]) -> None:
         for group, rate in zip(self._optimizer.param_groups, learning_rates, strict=True):
@@ -96,15 +88,7 @@ class Zero:
             self._steps[name] += 1
 
     def discard(self) -> None:
-        if self._zero_stage == 3:
-            self._optimizer._overflow_clean_up(self._optimizer.loss_scale)
-        else:
-            self._optimizer.zero_grad(set_to_none=True)
-            self._optimizer._release_preflattened_grad_buffers()
-            for gradients in (self._optimizer.averaged_gradients, self._optimizer.all_grad_tensors):
-                for key in gradients:
-                    gradients[key] = None
-        self._optimizer.micro_step_id = 0 if self._zero_stage == 3 else -1
+        _drop_gradients(self._optimizer)
 
     def tensors(self, kind: Kind) -> Iterator[tuple[str, torch.Tensor]]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -163,11 +147,7 @@ class Zero:
 
     def _flat_states(self) -> list[dict[str, torch.Tensor]]:
         """The AdamW state of this rank's flat partitions, one per group (and per sub-group under ZeRO-3)."""
-        if self._zero_stage == 3:
-            flats = self._optimizer.fp32_partitioned_groups_flat
-        else:
-            flats = self._optimizer.single_partition_of_fp32_groups
-        return [self._optimizer.optimizer.state[flat] for flat in flats]
+        return [self._optimizer.optimizer.state[flat] for flat in _flat_partitions(self._optimizer)]
 
     def _create_state(self) -> None:
         """Create the AdamW state before the first step.
@@ -183,6 +163,51 @@ class Zero:
                 state[kind] = torch.zeros_like(flat.data)
         if self._zero_stage != 3:
             self._optimizer._lazy_init_hp_params_optimizer_state()
+
+
+# DeepSpeed has three optimizers around ours, told apart by their attributes: ZeRO-3's, that of ZeRO-1 and 2, and
+# another for
+# ZeRO-1 in bf16. What they lack in common is here.
+
+
+def _flat_partitions(optimizer: Any) -> list[torch.Tensor]:
+    """This rank's float32 partitions, which are the keys of AdamW's state."""
+    for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+        if hasattr(optimizer, attribute):
+            return list(getattr(optimizer, attribute))
+    raise TerraceError(f"DeepSpeed's {type(optimizer).__name__} is not one that Terrace knows; install deepspeed 0.19")
+
+
+def _gradient_norm(optimizer: Any) -> float:
+    """Global norm of the reduced gradients before a step; not a number if a gradient is not finite."""
+    from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors, is_invalid_grad_norm
+
+    if hasattr(optimizer, "_get_norm_groups"):
+        norm = combine_grad_norm_groups(optimizer._get_norm_groups())
+    elif hasattr(optimizer, "scaled_global_norm"):
+        norm = optimizer.scaled_global_norm()
+    else:
+        norm = get_global_norm_of_tensors(optimizer.get_grads_for_norm()[0], mpu=None, norm_type=2)
+    if is_invalid_grad_norm(norm):
+        return float("nan")
+    return float(norm) / float(getattr(optimizer, "loss_scale", 1.0))
+
+
+def _drop_gradients(optimizer: Any) -> None:
+    """Forget accumulated gradients, as DeepSpeed does after an overflow."""
+    if hasattr(optimizer, "_overflow_clean_up"):
+        optimizer._overflow_clean_up(optimizer.loss_scale)
+        optimizer.micro_step_id = 0
+    elif hasattr(optimizer, "clear_hp_grads"):
+        optimizer.clear_hp_grads()
+        optimizer.clear_lp_grads()
+    else:
+        optimizer.zero_grad(set_to_none=True)
+        optimizer._release_preflattened_grad_buffers()
+        for gradients in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
+            for key in gradients:
+                gradients[key] = None
+        optimizer.micro_step_id = -1
 
 
 def _import_deepspeed(context: WorkerContext) -> Any:
