@@ -93,6 +93,25 @@ def continue_copies(rank: int, world_size: int, recipes: dict[str, dict[str, Any
         train_stages(rank, world_size, values, str(folder), first=1)
 
 
+def train_with_a_poisoned_pack(rank: int, world_size: int, recipes: dict[str, dict[str, Any]], out: str) -> None:
+    """One stage per recipe, in which the first pack of step 2 has pixels that are not numbers."""
+    from unittest import mock
+
+    import terrace.train.step as step_module
+
+    real = step_module.to_device
+
+    def poisoned(pack: PackedExample, device: Any, dtype: Any) -> Any:
+        batch = real(pack, device, dtype)
+        if pack.pack == 4:
+            batch.pixel_values[0] = float("nan")
+        return batch
+
+    with mock.patch.object(step_module, "to_device", poisoned):
+        for name, values in recipes.items():
+            train_stages(rank, world_size, values, str(Path(out) / name))
+
+
 def losses(run_dir: Path, index: int = 0) -> list[float]:
     lines = (stage_dir(run_dir, index) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from packs import tiny_recipe
 from processes import run_ranks
-from ranks import continue_copies, losses, stage_dir, train_stages
+from ranks import continue_copies, losses, stage_dir, train_stages, train_with_a_poisoned_pack
 
 from terrace.models.weights import Directory
 
@@ -89,3 +89,22 @@ def test_what_one_strategy_saved_any_other_continues(tmp_path, reference, saved,
     run_ranks(world_size, continue_copies, recipes, str(tmp_path / "saved"), str(tmp_path), timeout=500)
     for loaded in recipes:
         assert_same_run(tmp_path / loaded, reference, 1e-5, 1e-4)
+
+
+@pytest.mark.slow
+def test_a_skipped_step_leaves_no_trace_under_any_strategy(tmp_path):
+    """The gradients of a batch with a loss that is not finite are dropped whole, however they are spread."""
+    recipes = {
+        name: tiny_recipe(
+            budget={"steps": 4}, failure={"on_nonfinite": "skip"}, parallel={"strategy": name}
+        ).model_dump(mode="json")
+        for name in ("ddp", *STRATEGIES)
+    }
+    train_with_a_poisoned_pack(0, 1, {"ddp": recipes["ddp"]}, str(tmp_path / "one"))
+    run_ranks(2, train_with_a_poisoned_pack, recipes, str(tmp_path / "two"), timeout=400)
+    expected = losses(tmp_path / "one" / "ddp")
+    assert expected[1] is None
+    for name in recipes:
+        found = losses(tmp_path / "two" / name)
+        assert found[1] is None, name
+        np.testing.assert_allclose(found[2:], expected[2:], rtol=1e-5, err_msg=name)

@@ -1,0 +1,207 @@
+"""Parameter groups, schedules, loss scale, parts and initial weights: the plain values of training."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from terrace.errors import InputError
+from terrace.models.build import build_model, meta_model, model_config, parameter_counts
+from terrace.models.parts import canonical_name, has_weight_decay, last_layers, layer_number, part_of, part_parameters
+from terrace.models.weights import initial_weights
+from terrace.recipe.schema import Model, Recipe, Schedule
+from terrace.train.metrics import MetricsLog
+from terrace.train.optimizer import parameter_groups, schedule_factor
+from terrace.train.precision import LossScale
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SHAPE = {
+    "text_config": {
+        "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "eos_token_id": 502, "bos_token_id": 501,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
+    },
+    "vision_config": {
+        "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
+        "window_size": 112, "fullatt_block_indexes": [1],
+    },
+    "image_token_id": 505, "video_token_id": 506, "vision_start_token_id": 503, "vision_end_token_id": 504,
+}
+
+
+def _model(**changes) -> Model:
+    return Model.model_validate({"config": SHAPE, **changes})
+
+
+def _stage(**changes):
+    values = {
+        "name": "one", "train": {"vision": {"lr": 1.0, "layer_decay": 0.5}, "language": {"lr": 2.0, "weight_decay": 0.3}},
+        "mixture": {"weights": {"a": 1.0}}, "budget": {"steps": 1}, **changes,
+    }
+    return Recipe.model_validate({
+        "name": "r", "model": {"config": SHAPE}, "tokenizer": {"path": "x"},
+        "data": {"sources": {"a": {"uri": "x"}}}, "stages": [values],
+    }).stages[0]
+
+
+NAMES = [name for name, _ in meta_model(model_config(_model())).named_parameters()]
+
+
+def test_every_parameter_has_a_part_and_a_layer():
+    depths = last_layers(NAMES)
+    assert depths == {"vision": 2, "projector": 0, "language": 3}
+    assert {part_of(name) for name in NAMES} == {"vision", "projector", "language"}
+    assert layer_number("model.visual.patch_embed.proj.weight", depths) == 0
+    assert layer_number("model.visual.blocks.1.attn.qkv.weight", depths) == 2
+    assert layer_number("model.language_model.embed_tokens.weight", depths) == 0
+    assert layer_number("lm_head.weight", depths) == 3
+    with pytest.raises(InputError, match="belongs to none"):
+        part_of("something.else.weight")
+
+
+@pytest.mark.parametrize(
+    ("name", "decayed"),
+    [
+        ("model.visual.merger.ln_q.weight", False), ("model.visual.blocks.0.norm1.weight", False),
+        ("model.language_model.norm.weight", False), ("model.language_model.layers.0.input_layernorm.weight", False),
+        ("model.language_model.layers.0.self_attn.q_proj.bias", False), ("model.visual.patch_embed.proj.weight", True),
+        ("lm_head.weight", True),
+    ],
+)
+def test_norms_and_biases_are_not_decayed(name, decayed):
+    assert has_weight_decay(name) == decayed
+
+
+def test_groups_cover_trained_parts_once_with_their_rates():
+    groups = parameter_groups(NAMES, _stage())
+    covered = [name for group in groups for name in group.names]
+    assert sorted(covered) == sorted(name for name in NAMES if part_of(name) != "projector")
+    rates = {name: group for group in groups for name in group.names}
+    assert rates["model.visual.blocks.1.attn.qkv.weight"].peak_lr == 1.0
+    assert rates["model.visual.blocks.0.attn.qkv.weight"].peak_lr == 0.5
+    assert rates["model.visual.patch_embed.proj.weight"].peak_lr == 0.25
+    assert rates["lm_head.weight"].peak_lr == 2.0
+    assert rates["lm_head.weight"].weight_decay == 0.3
+    assert rates["model.visual.patch_embed.proj.weight"].weight_decay == 0.1
+    assert rates["model.visual.blocks.0.norm1.weight"].weight_decay == 0.0
+
+
+def test_schedules():
+    cosine = Schedule(kind="cosine", warmup=0.1, min_ratio=0.2)
+    values = [schedule_factor(cosine, step, 100) for step in range(100)]
+    assert values[0] == pytest.approx(0.1)
+    assert values[9] == 1.0
+    assert max(values) == 1.0
+    assert values[-1] == pytest.approx(0.2)
+    assert all(a >= b for a, b in itertools.pairwise(values[10:]))
+    linear = Schedule(kind="linear", warmup=4, min_ratio=0.0)
+    assert [schedule_factor(linear, step, 9) for step in range(9)] == [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
+    assert schedule_factor(Schedule(kind="constant", warmup=0), 50, 100) == 1.0
+
+
+def test_loss_scale_halves_at_overflow_and_grows_again():
+    scale = LossScale(value=8.0, growth_interval=2)
+    scale.after_overflow()
+    assert (scale.value, scale.overflows) == (4.0, 1)
+    scale.after_step()
+    again = LossScale(growth_interval=2)
+    again.restore(scale.state())
+    again.after_step()
+    assert again.value == 8.0
+
+
+def test_random_weights_depend_on_seed_and_name_alone():
+    one, same, other = (build_model(_model(seed=seed), model_config(_model())) for seed in (0, 0, 1))
+    for (name, a), (_, b), (_, c) in zip(one.named_parameters(), same.named_parameters(), other.named_parameters()):
+        assert torch.equal(a, b), name
+        if a.dim() > 1:
+            assert not torch.equal(a, c), name
+            assert 0.015 < float(a.detach().std()) < 0.025, name
+
+
+@pytest.fixture
+def saved(tmp_path):
+    build_model(_model(seed=5), model_config(_model())).save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_parts_come_from_different_places(saved):
+    reference = dict(build_model(_model(seed=5), model_config(_model())).named_parameters())
+    mixed = build_model(_model(init={"vision": str(saved), "language": str(saved)}), model_config(_model()))
+    for name, parameter in mixed.named_parameters():
+        if parameter.dim() > 1:
+            assert torch.equal(parameter, reference[name]) == (part_of(name) != "projector"), name
+
+
+def test_every_missing_unexpected_and_reshaped_tensor_is_named(saved):
+    tensors = load_file(saved / "model.safetensors")
+    gone = tensors.pop("visual.blocks.0.norm1.weight")
+    tensors["visual.blocks.9.extra.weight"] = gone.clone()
+    tensors["visual.merger.mlp.0.bias"] = torch.zeros(7)
+    save_file(tensors, saved / "model.safetensors")
+    skeleton = meta_model(model_config(_model()))
+    with pytest.raises(InputError, match=r"blocks\.0\.norm1\.weight is missing") as caught:
+        initial_weights(_model(), skeleton, saved)
+    assert "model.visual.merger.mlp.0.bias has shape [7]" in str(caught.value)
+    tensors["visual.blocks.0.norm1.weight"] = gone
+    tensors["visual.merger.mlp.0.bias"] = torch.zeros(128)
+    save_file(tensors, saved / "model.safetensors")
+    _, report = initial_weights(_model(), skeleton, saved)
+    assert [line.split()[0] for line in report.unexpected] == ["model.visual.blocks.9.extra.weight"]
+
+
+def test_a_vocabulary_may_grow(saved):
+    shape = json.loads(json.dumps(SHAPE))
+    shape["text_config"]["vocab_size"] = 520
+    bigger = Model.model_validate({"config": shape, "init": {"language": str(saved)}})
+    model = build_model(bigger, model_config(bigger))
+    old = build_model(_model(seed=5), model_config(_model()))
+    assert torch.equal(model.lm_head.weight[:512], old.lm_head.weight)
+    assert float(model.lm_head.weight[512:].detach().std()) > 0.01
+    _, report = initial_weights(bigger, meta_model(model_config(bigger)))
+    assert any("grows from 512 to 520" in note for note in report.notes)
+
+
+def test_older_spellings_of_names():
+    assert canonical_name("visual.blocks.0.norm1.weight") == "model.visual.blocks.0.norm1.weight"
+    assert canonical_name("model.layers.3.mlp.up_proj.weight") == "model.language_model.layers.3.mlp.up_proj.weight"
+    assert canonical_name("lm_head.weight") == "lm_head.weight"
+
+
+def test_parameter_counts_of_a_published_shape():
+    """Qwen2.5-VL-7B as released has 8,292,166,656 parameters (its report says a wider vision MLP than was released)."""
+    from terrace.recipe.loading import load_recipe
+
+    path = REPOSITORY / "jobs" / "recipes" / "qwen2.5-vl-7b.yaml"
+    recipe = load_recipe(path, ["model.config.vision_config.intermediate_size=3420"])
+    counts = parameter_counts(recipe)
+    assert sum(counts.values()) == 8_292_166_656
+    assert counts["language"] == 7_615_616_512
+
+
+def test_tied_output_counts_once_and_survives_materialising():
+    shape = {**SHAPE, "tie_word_embeddings": True}
+    tied = Model.model_validate({"config": shape})
+    model = build_model(tied, model_config(tied))
+    assert model.lm_head.weight is model.model.language_model.embed_tokens.weight
+    assert "lm_head.weight" not in {name for name, _ in part_parameters(model)["language"]}
+
+
+def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsLog(path, 0)
+    for step in (1, 2, 3):
+        first.append({"step": step, "loss": math.pi})
+    first.close()
+    with open(path, "a") as file:
+        file.write('{"step": 4, "lo')  # torn by a crash
+    second = MetricsLog(path, 2)
+    second.append({"step": 3, "loss": 0.0})
+    second.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
