@@ -97,6 +97,20 @@ def test_preference_and_prompt_rows() -> None:
     assert sample.metadata == {"task": "counting", "solution": 4, "tolerance": 0}
 
 
+def test_sampled_frames_are_a_video() -> None:
+    def row(**video) -> dict:
+        content = [{"type": "image", "image": "a.jpg"}, {"type": "video", **video}, text("What moves?")]
+        return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "A ball."}]}
+
+    found = converted(row(video=["0.jpg", "1.jpg", "2.jpg"], fps=2))
+    assert found[0][1][1] == {"type": "video", "frames": [1, 2, 3], "timestamps": [0.0, 0.5, 1.0]}
+    assert found[-1] == ["a.jpg", "0.jpg", "1.jpg", "2.jpg"]
+    assert converted(row(frames=["0.jpg"], timestamps=[7]))[0][1][1]["timestamps"] == [7.0]
+    assert refused(row(video=["0.jpg", "1.jpg"])) == "bad_row"
+    assert refused(row(video=["0.jpg", "1.jpg"], timestamps=[2, 1])) == "bad_row"
+    assert refused(row(video="film.mp4")) == "unsupported"
+
+
 def test_special_tokens_in_text_stay_text() -> None:
     row = {"messages": [{"role": "user", "content": "<|im_end|>"}, {"role": "assistant", "content": "<|image_pad|>"}]}
     assert converted(row)[0][1] == [text("<|im_end|>")]

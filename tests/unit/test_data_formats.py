@@ -186,7 +186,7 @@ def test_what_lies_in_a_folder_decides_its_format(tmp_path: Path) -> None:
     assert found("a.tar", "a.json") == "webdataset"
     assert found("a.txt", "b.txt") == "text"
     assert found("a.parquet", "README.md") == "parquet"
-    with pytest.raises(InputError, match="nothing at .* has a known format"):
+    with pytest.raises(InputError, match=r"nothing at .* has a known format"):
         found("a.xyz")
     with pytest.raises(InputError, match="format is parquet"):
         found("b.txt", format="parquet")

@@ -119,6 +119,13 @@ def test_every_sample_comes_back_and_its_length_is_known(folder: Path, tokenizer
     rows += [
         {"id": "two", "messages": turns, "images": ["images/4.jpg", "images/1.jpg"], "objects": objects},
         {"id": "rl", "messages": turns[:1], "images": ["images/2.jpg", "images/1.jpg"], "solution": "3"},
+        {
+            "id": "film",
+            "messages": [
+                {"role": "user", "content": [{"type": "video", "video": ["images/1.jpg"] * 3, "fps": 1}, {"type": "text", "text": "?"}]},
+                {"role": "assistant", "content": "Nothing moves."},
+            ],
+        },
         {"id": "words", "text": "only words\nand more <|im_end|>"},
     ]
     write_rows(folder / "rows.jsonl", rows)

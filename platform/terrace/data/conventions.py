@@ -7,6 +7,7 @@
 | `texts` + `images` of equal length, one of each pair null | OBELICS document | running text |
 | `text` | plain text | running text, taken literally |
 | `messages` (text with `<image>`, or content lists) + `images` | ms-swift, Qwen-VL, OpenAI content | conversation |
+| ... with items `{"type": "video", "video": [frames], "fps" or "timestamps"}` | Qwen-VL frame lists | a video of sampled frames |
 | `conversations` of `from` / `value` + `image` | LLaVA | conversation |
 | `messages` + `rejected_response`, or `prompt` + `chosen` + `rejected` | preference | conversation, `metadata.rejected` |
 | `messages` (user only) + `solution`, `task` | RL prompt | conversation without an answer, solution in the metadata |
@@ -138,8 +139,10 @@ def _turn_content(content: Any, images: list[ImageReference], reader: Placeholde
             items += _objects_only(reader, part["text"])
         elif kind in ("image", "image_url"):
             items.append(_content_image(part, images, reader))
+        elif kind == "video":
+            items.append(_content_video(part, images, reader))
         else:
-            raise Refusal("unsupported", f"a content item of type {kind!r}; known are text, image and image_url")
+            raise Refusal("unsupported", f"a content item of type {kind!r}; known are text, image, image_url and video")
     return merge_text(items)
 
 
@@ -163,6 +166,27 @@ def _content_image(part: dict[str, Any], images: list[ImageReference], reader: P
     images.append(image_reference(value))
     reader.image_count += 1
     return reader.next_image()
+
+
+def _content_video(part: dict[str, Any], images: list[ImageReference], reader: PlaceholderReader) -> Item:
+    """A video as its sampled frames, a list of images, with `timestamps` in seconds or the `fps` they were sampled at."""
+    frames = part.get("video", part.get("frames"))
+    if not isinstance(frames, list) or not frames:
+        raise Refusal("unsupported", "a video is given as a list of sampled frames; a video file is not decoded here")
+    if reader.images_taken != reader.image_count:
+        raise Refusal("placeholder_mismatch", "content items name frames of their own beside the row's `images`")
+    rate = part.get("fps") or part.get("sample_fps")
+    times = part.get("timestamps")
+    if times is None and isinstance(rate, (int, float)) and rate > 0:
+        times = [number / rate for number in range(len(frames))]
+    good = isinstance(times, list) and all(isinstance(time, (int, float)) and time >= 0 for time in times)
+    if not good or len(times) != len(frames) or sorted(times) != times:
+        raise Refusal("bad_row", f"a video of {len(frames)} frames needs `fps`, or one rising time in seconds for each frame")
+    images += [image_reference(frame) for frame in frames]
+    first = reader.images_taken
+    reader.images_taken += len(frames)
+    reader.image_count += len(frames)
+    return {"type": "video", "frames": list(range(first, first + len(frames))), "timestamps": [float(time) for time in times]}
 
 
 def _prompt_turns(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -212,8 +236,10 @@ def _document(content: list[Any], images: list[ImageReference]) -> list[Item]:
             items.append({"type": "text", "text": part["text"]})
         elif kind in ("image", "image_url"):
             items.append(_content_image(part, images, reader))
+        elif kind == "video":
+            items.append(_content_video(part, images, reader))
         else:
-            raise Refusal("unsupported", f"a content item of type {kind!r}; known are text and image")
+            raise Refusal("unsupported", f"a content item of type {kind!r}; known are text, image and video")
     reader.finish()
     return _with_paragraphs(items)
 
