@@ -42,6 +42,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--namespace", "-n", default=os.environ.get("TERRACE_NAMESPACE"), help="namespace to act in")
     parser.add_argument("--port", type=int, default=8080, help="port of /healthz, /readyz and /metrics; 0: a free one")
     parser.add_argument("--workers", type=int, default=4, help="curricula handled at the same time")
+    parser.add_argument("--lease-seconds", type=float, default=15.0, help="a replica that is silent this long is replaced")
     parser.add_argument("--log-level", default="INFO", choices=["DEBUG", "INFO", "WARNING", "ERROR"])
     return parser.parse_args(argv)
 
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"terrace_operator: {error}", file=sys.stderr)
         return error.exit_status
     controller = Controller(api, metrics=metrics)
-    leader = Leader(api, f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}")
+    leader = Leader(api, f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}", options.lease_seconds)
     runtime = Runtime(controller, leader, metrics, options.workers)
     server = serve_health(runtime, options.port)
     registry = kopf.OperatorRegistry()

@@ -37,6 +37,11 @@ class Cache:
         with self._lock:
             return self._curricula.get(name)
 
+    def knows(self, body: Manifest) -> bool:
+        """Whether this very version of a Curriculum is the one that is kept."""
+        known = self.curriculum(body["metadata"]["name"])
+        return known is not None and known["metadata"].get("resourceVersion") == body["metadata"].get("resourceVersion")
+
     def store(self, kind: str, body: Manifest, deleted: bool = False) -> str | None:
         """Take one object in; returns the Curriculum it concerns, None if none."""
         metadata = body["metadata"]

@@ -86,13 +86,13 @@ class Controller:
             written = self.api.replace_status({**curriculum, "status": plan.status})
             self.cache.store("Curriculum", written)
             curriculum = written
+        self.metrics.planned(plan)
         for event in plan.events:
             logger.info(event.message, extra={"curriculum": name, "reason": event.reason})
             self._post(curriculum, event)
         for effect in plan.effects:
             if not self._carry_out(name, effect):
                 return 1.0
-        self.metrics.planned(plan)
         return 1.0 if creates else plan.requeue_seconds
 
     def _confirm_absent(self, name: str, curriculum: Manifest) -> None:

@@ -32,7 +32,7 @@ def register(registry: kopf.OperatorRegistry, runtime: Runtime, with_kueue: bool
     watch("RayJob", "ray.io", "v1", "rayjobs", MANAGED)
     watch("ConfigMap", "", "v1", "configmaps", MANAGED)
     if with_kueue:
-        watch("Workload", "kueue.x-k8s.io", "v1beta1", "workloads", None)
+        watch("Workload", "kueue.x-k8s.io", "v1beta2", "workloads", None)
 
     @kopf.on.login(registry=registry, id="login")
     def login(**kwargs: Any) -> kopf.ConnectionInfo | None:

@@ -8,6 +8,7 @@ changed here, never by comparing clocks of two machines.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from typing import Any
@@ -17,21 +18,21 @@ from terrace_operator.status import rfc3339
 
 logger = logging.getLogger("terrace.leader")
 NAME = "terrace-operator"
-DURATION_SECONDS, RENEW_SECONDS = 15.0, 4.0
+DURATION_SECONDS = 15.0
 
 
 class Leader:
     """Takes the lease when it is free or has not changed for its duration; `is_leader` says whether it is held."""
 
-    def __init__(self, api: Any, identity: str) -> None:
-        self._api, self._identity = api, identity
+    def __init__(self, api: Any, identity: str, seconds: float = DURATION_SECONDS) -> None:
+        self._api, self._identity, self._seconds = api, identity, seconds
         self._seen: tuple[str, float] = ("", time.monotonic())
-        self._renewed = 0.0
+        self._renewed = float("-inf")
         self._stop = threading.Event()
 
     @property
     def is_leader(self) -> bool:
-        return time.monotonic() - self._renewed < DURATION_SECONDS
+        return time.monotonic() - self._renewed < self._seconds
 
     def run(self) -> None:
         """Renew until stopped (a thread of its own)."""
@@ -43,14 +44,14 @@ class Leader:
                 logger.warning("lease not renewed: %s", error)
             if self.is_leader != was:
                 logger.info("this replica %s", "acts now" if self.is_leader else "stands by")
-            self._stop.wait(RENEW_SECONDS if self.is_leader else 1.0)
+            self._stop.wait(self._seconds / 4 if self.is_leader else min(1.0, self._seconds / 8))
 
     def stop(self) -> None:
         """Stop renewing and free the lease, so that the next replica need not wait."""
         self._stop.set()
         if not self.is_leader:
             return
-        self._renewed = 0.0
+        self._renewed = float("-inf")
         try:
             lease = self._api.get("Lease", NAME)
             if lease and lease["spec"].get("holderIdentity") == self._identity:
@@ -60,7 +61,7 @@ class Leader:
 
     def renew(self) -> None:
         lease = self._api.get("Lease", NAME)
-        spec = {"holderIdentity": self._identity, "leaseDurationSeconds": int(DURATION_SECONDS),
+        spec = {"holderIdentity": self._identity, "leaseDurationSeconds": math.ceil(self._seconds),
                 "renewTime": (rfc3339(time.time()) or "")[:-1] + ".000000Z"}  # fmt: skip
         started = time.monotonic()
         try:
@@ -72,7 +73,7 @@ class Leader:
                 if version != self._seen[0]:
                     self._seen = (version, started)
                 holder = lease["spec"].get("holderIdentity")
-                expired = started - self._seen[1] > lease["spec"].get("leaseDurationSeconds", DURATION_SECONDS)
+                expired = started - self._seen[1] > lease["spec"].get("leaseDurationSeconds", self._seconds)
                 if holder not in ("", None, self._identity) and not expired:
                     return
                 self._api.replace({**lease, "spec": {**lease["spec"], **spec}})

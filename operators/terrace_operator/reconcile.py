@@ -85,7 +85,7 @@ def reconcile(curriculum: Manifest, world: World, now: float) -> Plan:
     effects, waiting = _decide(curriculum, spec, state, memory, world, now, events)
     new_status = status.derive(curriculum, old_status, accepted, state, memory, world, waiting, now)
     new_status["controller"] = encode(state, memory)
-    return Plan(new_status, effects, events, _requeue(state, waiting, now))
+    return Plan(new_status, effects, events, _requeue(spec, state, world, waiting, now))
 
 
 def _follow(curriculum: Manifest, state: RunState, memory: Memory, world: World, now: float) -> list[tuple[str, str]]:
@@ -219,11 +219,15 @@ def _creations(
     return [Create(body) for body in [*missing, job]]
 
 
-def _requeue(state: RunState, waiting: Wait | None, now: float) -> float:
+def _requeue(spec: CurriculumSpec, state: RunState, world: World, waiting: Wait | None, now: float) -> float:
+    """Seconds until the next look, at the latest; everything that is watched wakes it earlier."""
     if state.phase in TERMINAL or state.phase in ("paused", "suspended"):
         return QUEUE_CHECK_SECONDS * 10
-    if waiting is not None and not state.attempts_in_flight:
-        return min(max(waiting.until - now, 0.5), QUEUE_CHECK_SECONDS)
-    if waiting is not None and any(stage.stop_deadline for stage in state.stages):
+    if not state.attempts_in_flight:
+        return min(max(waiting.until - now, 0.5), QUEUE_CHECK_SECONDS) if waiting is not None else 2.0
+    if any(stage.stop_deadline for stage in state.stages):
         return 2.0
-    return RUNNING_CHECK_SECONDS if state.attempts_in_flight else 2.0
+    stalled_in = min(
+        spec.recipe.stages[stage.index].failure.stall_timeout_seconds - world.quiet_seconds for stage in state.attempts_in_flight
+    )
+    return min(max(stalled_in + 0.5, 0.5), RUNNING_CHECK_SECONDS)

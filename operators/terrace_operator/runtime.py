@@ -46,7 +46,9 @@ class Runtime:
         self.leader.stop()
 
     def seen(self, kind: str, body: Manifest, deleted: bool) -> None:
-        """A watch showed an object: remember it and wake its Curriculum."""
+        """A watch showed an object: remember it and wake its Curriculum, unless it is what this process has just written."""
+        if kind == "Curriculum" and not deleted and self.controller.cache.knows(body):
+            return
         if name := self.controller.cache.store(kind, body, deleted=deleted):
             self._queue.add(name)
 

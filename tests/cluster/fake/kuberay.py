@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +46,7 @@ class Cluster:
     launches: list[tuple[str, int, int]] = field(default_factory=list)  # (RayJob, step it started at, time order)
     messages: bool = True  # copy reasons into Workloads
     pods: bool = True  # make Pod objects (admission checks them); without: faster
+    behaviour: Callable[[Manifest, str, int], Manifest] = field(default_factory=lambda: behaviour_of)
     numbers: random.Random = field(default_factory=lambda: random.Random(0))
 
     def tick(self, now: float) -> None:
@@ -149,7 +151,7 @@ class Cluster:
     def _begin(self, job: Manifest, now: float) -> None:
         name, words = job["metadata"]["name"], job["spec"]["entrypoint"].split()
         stage, attempt = words[words.index("--stage") + 1], int(job["metadata"]["labels"][LABEL_ATTEMPT])
-        behaviour = behaviour_of(job, stage, attempt)
+        behaviour = self.behaviour(job, stage, attempt)
         report = self._report(job["metadata"]["labels"][LABEL_CURRICULUM])
         checkpoint = (report.get("checkpoint") or {}) if report.get("stage") == stage else {}
         start = int(checkpoint.get("step", 0))
@@ -263,7 +265,7 @@ class Cluster:
             conditions.append({"type": "Evicted", "status": "True", "reason": "Preempted", "message": message})
         known = self.store.objects.get("Workload", {}).get(name)
         if known is None:
-            known = self.store.create({"apiVersion": "kueue.x-k8s.io/v1beta1", "kind": "Workload", "spec": {}, "metadata": {
+            known = self.store.create({"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "Workload", "spec": {}, "metadata": {
                 "name": name, "ownerReferences": [_owner(job)]}})  # fmt: skip
         if (known.get("status") or {}).get("conditions") != conditions:
             with self.store.lock:

@@ -57,6 +57,7 @@ class Server:
         self._stop = threading.Event()
         self._ready = threading.Event()
         self._loop = asyncio.new_event_loop()
+        self._runner: web.AppRunner | None = None
         self.url = ""
 
     def __enter__(self) -> Server:
@@ -67,7 +68,12 @@ class Server:
 
     def __exit__(self, *_: Any) -> None:
         self._stop.set()
+        asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
+
+    async def _close(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
 
     def kubeconfig(self, namespace: str = "default") -> str:
         return yaml.safe_dump({
@@ -81,7 +87,7 @@ class Server:
         asyncio.set_event_loop(self._loop)
         app = web.Application()
         app.router.add_route("*", "/{tail:.*}", self._handle)
-        runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+        self._runner = runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         self._loop.run_until_complete(runner.setup())
         site = web.TCPSite(runner, "127.0.0.1", 0)
         self._loop.run_until_complete(site.start())
@@ -125,6 +131,8 @@ class Server:
             body = self.store.get(kind, name)
             if body is None:
                 raise ApiError(f'{rest[0]} "{name}" not found', 404)
+            if kind == "Curriculum" and "as=Table" in request.headers.get("Accept", ""):
+                return web.json_response(table(self.crd, [body]))
             return web.json_response(body)
         data = await request.read()
         body = (yaml.safe_load(data) or {}) if data else {}

@@ -53,7 +53,7 @@ class Store:
     calls: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.lock = threading.Condition(threading.RLock())
+        self.lock = threading.RLock()
 
     # ------------------------------------------------------------ reading
 
@@ -65,7 +65,7 @@ class Store:
     def list(self, kind: str, selector: str = "") -> list[Manifest]:
         self._count("list", kind)
         with self.lock:
-            if selector.startswith("terrace.dev/curriculum="):
+            if kind == "RayJob" and selector.startswith("terrace.dev/curriculum="):
                 return self._of_curriculum(kind, selector.split("=", 1)[1])
             return [body for body in self.objects.get(kind, {}).values() if matches(selector, body)]
 
@@ -242,7 +242,6 @@ class Store:
             self.compacted[kind] = dropped[-1].version
         for listener in self.listeners:
             listener(kind, entry)
-        self.lock.notify_all()
         return body
 
     def _dependents(self, body: Manifest) -> list[tuple[str, str]]:

@@ -1,0 +1,209 @@
+"""One harness for two clusters: the fake one in this process, and a real one named by KUBECONFIG. Tests see only the API."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT, condition, summary, tiny_curriculum
+from terrace.cluster.api import Api, ApiError, connect
+from terrace.cluster.manifests import LABEL_CURRICULUM
+
+Manifest = dict[str, Any]
+HERE = Path(__file__).resolve().parent
+
+
+class Harness:
+    """An operator process on a cluster, and what tests do to both."""
+
+    real = False
+    patience = 30.0  # seconds until a test gives up
+
+    def __init__(self, api: Api, namespace: str, environment: dict[str, str], folder: Path) -> None:
+        self.api, self.namespace, self.environment, self.folder = api, namespace, environment, folder
+        self.operator: subprocess.Popen | None = None
+        self.starts = 0
+
+    # ------------------------------------------------------------ the operator
+
+    def start(self) -> None:
+        self.starts += 1
+        log = open(self.folder / f"operator-{self.starts}.log", "w")
+        command = [sys.executable, "-m", "terrace_operator", "--namespace", self.namespace, "--port", "0", "--lease-seconds", "1"]
+        self.operator = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
+
+    def kill(self) -> None:
+        """kill -9: no handler runs, no lease is given back."""
+        assert self.operator is not None
+        self.operator.send_signal(signal.SIGKILL)
+        self.operator.wait(10)
+
+    def stop(self) -> None:
+        if self.operator is not None and self.operator.poll() is None:
+            self.operator.terminate()
+            try:
+                self.operator.wait(20)
+            except subprocess.TimeoutExpired:
+                self.operator.kill()
+
+    # ------------------------------------------------------------ curricula
+
+    def create(self, name: str, **values: Any) -> str:
+        """A Curriculum with a name of its own in this cluster."""
+        name = f"{name}-{uuid.uuid4().hex[:4]}"
+        body = self.adapt(tiny_curriculum(name, **values))
+        self.api.create(body)
+        return name
+
+    def adapt(self, body: Manifest) -> Manifest:
+        return body
+
+    def edit(self, name: str, **spec: Any) -> None:
+        self.api.patch("Curriculum", name, {"spec": spec})
+
+    def status(self, name: str) -> Manifest:
+        return (self.api.get("Curriculum", name) or {}).get("status") or {}
+
+    def until(self, name: str, test: Any, what: str = "") -> Manifest:
+        """Wait until `test(status)` holds; `test` may be the name of a phase."""
+        wanted = (lambda status: status.get("phase") == test) if isinstance(test, str) else test
+        end = time.monotonic() + self.patience
+        status: Manifest = {}
+        while time.monotonic() < end:
+            assert self.operator is None or self.operator.poll() is None, "the operator has ended: " + self.log()
+            status = self.status(name)
+            if status and wanted(status):
+                return status
+            time.sleep(0.05 if not self.real else 1.0)
+        pytest.fail(f"{name}: not {what or test} after {self.patience:g} s: {json.dumps(summary(status))}\n{self.log()}")
+
+    def log(self, characters: int = 3000) -> str:
+        return (self.folder / f"operator-{self.starts}.log").read_text()[-characters:]
+
+    def children(self, name: str) -> dict[str, list[str]]:
+        selector = f"{LABEL_CURRICULUM}={name}"
+        kinds = ("RayJob", "ConfigMap", "ServiceAccount", "Role", "RoleBinding", "PodDisruptionBudget", "Pod")
+        found = {kind: sorted(body["metadata"]["name"] for body in self.api.list(kind, selector)) for kind in kinds}
+        return {kind: names for kind, names in found.items() if names}
+
+    def kubectl(self, *words: str) -> str:
+        command = ["kubectl", "--namespace", self.namespace, *words]
+        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    # ------------------------------------------------------------ the queue
+
+    queue = {"name": "training"}
+
+    def hold_queue(self) -> None:
+        """Admit nothing more, and take the quota back from what has it."""
+        raise NotImplementedError
+
+    def open_queue(self) -> None:
+        raise NotImplementedError
+
+
+class FakeHarness(Harness):
+    def __init__(self, server: Any, folder: Path) -> None:
+        config = folder / "kubeconfig.yaml"
+        config.write_text(server.kubeconfig())
+        environment = {**os.environ, "KUBECONFIG": str(config), "PYTHONPATH": f"{ROOT}/platform:{ROOT}/operators"}
+        os.environ["KUBECONFIG"], before = str(config), os.environ.get("KUBECONFIG")
+        try:
+            api = connect()
+        finally:
+            os.environ.pop("KUBECONFIG")
+            if before is not None:
+                os.environ["KUBECONFIG"] = before
+        super().__init__(api, "default", environment, folder)
+        self.server = server
+
+    def hold_queue(self) -> None:
+        with self.server.store.lock:
+            self.server.cluster.quota = 0
+            for name, job in list(self.server.store.objects.get("RayJob", {}).items()):
+                queued = "kueue.x-k8s.io/queue-name" in job["metadata"].get("labels", {})
+                if queued and not job["spec"].get("suspend"):
+                    self.server.cluster.preempt(name)
+
+    def open_queue(self) -> None:
+        self.server.cluster.quota = None
+
+
+class RealHarness(Harness):
+    """A namespace of its own on the cluster of KUBECONFIG, under PodSecurity `restricted`; removed afterwards."""
+
+    real = True
+    patience = 900.0
+
+    def __init__(self, folder: Path) -> None:
+        namespace = f"terrace-test-{uuid.uuid4().hex[:6]}"
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}/platform:{ROOT}/operators"}
+        super().__init__(connect(namespace), namespace, environment, folder)
+        self.image = os.environ.get("TERRACE_TEST_IMAGE", "rayproject/ray:2.60.0-py311")
+        self.ray_version = os.environ.get("TERRACE_TEST_RAY_VERSION", "2.60.0")
+        self._apply(yaml.safe_load((ROOT / "k8s/crds/curricula.yaml").read_text()))
+        self._apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace, "labels": {
+            "pod-security.kubernetes.io/enforce": "restricted"}}})  # fmt: skip
+        self.kubectl("wait", "--for=condition=Established", "crd/curricula.terrace.dev", "--timeout=60s")
+        self.queue = {"name": "training"}
+        self._queues("None")
+
+    def _apply(self, *bodies: Manifest) -> None:
+        text = yaml.safe_dump_all(bodies)
+        subprocess.run(["kubectl", "apply", "--server-side", "-f", "-"], input=text, text=True, check=True, timeout=60, env=self.environment)
+
+    def _queues(self, stop_policy: str) -> None:
+        """A flavor and a queue of the test's own; `stopPolicy` is how Kueue takes quota back from all of a queue."""
+        name = self.namespace
+        quota = [{"name": "cpu", "nominalQuota": "64"}, {"name": "memory", "nominalQuota": "256Gi"}]
+        self._apply(
+            {"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "ResourceFlavor", "metadata": {"name": name}},
+            {"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "ClusterQueue", "metadata": {"name": name}, "spec": {
+                "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}}, "stopPolicy": stop_policy,
+                "resourceGroups": [{"coveredResources": ["cpu", "memory"], "flavors": [{"name": name, "resources": quota}]}]}},
+            {"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "LocalQueue", "metadata": {"name": "training", "namespace": name},
+             "spec": {"clusterQueue": name}},
+        )  # fmt: skip
+
+    def adapt(self, body: Manifest) -> Manifest:
+        """The stand-in program in an ordinary Ray image, in small pods, at a pace that a cluster can follow."""
+        runtime = body["spec"]["runtime"]
+        small = {"cpu": "1", "memory": "2Gi", "sharedMemory": "512Mi"}
+        runtime |= {"image": self.image, "rayVersion": self.ray_version, "workingDir": "/tmp", "head": small, "worker": small}
+        runtime["entrypoint"] = ["python", "-c", (HERE / "stand_in.py").read_text()]
+        given = json.loads(runtime["env"][0]["value"])
+        given["step_seconds"] = max(2.0, given.get("step_seconds", 0.0))
+        runtime["env"][0]["value"] = json.dumps(given)
+        return body
+
+    def hold_queue(self) -> None:
+        self._queues("HoldAndDrain")
+
+    def open_queue(self) -> None:
+        self._queues("None")
+
+    def remove(self) -> None:
+        words = ["kubectl", "delete", "--ignore-not-found", "--wait=false"]
+        for kind, name in (("namespace", self.namespace), ("clusterqueue", self.namespace), ("resourceflavor", self.namespace)):
+            subprocess.run([*words, kind, name], env=self.environment, timeout=120, check=False)
+
+
+def is_gone(harness: Harness, name: str) -> bool:
+    try:
+        return harness.api.get("Curriculum", name) is None
+    except ApiError:
+        return False
+
+
+__all__ = ["FakeHarness", "Harness", "RealHarness", "condition", "is_gone"]

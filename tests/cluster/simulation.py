@@ -1,0 +1,388 @@
+"""A thousand curricula and everything that goes wrong with them, in virtual time: the operator's controller, unchanged, on the fake
+API store with a simulated KubeRay and Kueue.
+
+What goes wrong, at random but repeatably: programs fail, are killed, hang; nodes die and their pods never end; the queue preempts;
+people suspend, pause and delete RayJobs; watches deliver late, twice or never; API calls fail before or after they took effect;
+the operator is killed and restarted; the wall clock jumps by up to an hour. After every start of a program the invariants are checked.
+
+    python tests/cluster/simulation.py --curricula 1000 --write docs/reliability.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import random
+import sys
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+sys.path[:0] = [str(HERE), str(ROOT / "operators"), str(ROOT / "platform")]
+
+from conftest import Clock, tiny_curriculum, tiny_stage  # noqa: E402
+from fake.kuberay import Cluster  # noqa: E402
+from fake.store import Change, Store  # noqa: E402
+from terrace.cluster.api import ApiError, Refused  # noqa: E402
+from terrace_operator.controller import Controller  # noqa: E402
+
+Manifest = dict[str, Any]
+LINGER = "simulation/pods"
+STAGES = 8
+STEP_SECONDS, BOOT_SECONDS = 60.0, 40.0
+LIMITS = {"maxRestarts": 3, "maxInfraRestarts": 12, "backoffSeconds": 10, "backoffCapSeconds": 300, "stallTimeoutSeconds": 300,
+          "preRunningTimeoutSeconds": 900, "fenceTimeoutSeconds": 240}  # fmt: skip
+CHANCES = {"exit 1": 0.10, "exit 137": 0.03, "hang": 0.03, "node dies": 0.02, "preempted": 0.05, "deleted by hand": 0.02}
+WATCH_LOST, WATCH_TWICE, API_ERROR, REFUSED = 0.02, 0.03, 0.004, 0.01
+
+
+class Flaky:
+    """The store as the operator reaches it: some calls fail before they act, some after."""
+
+    namespace = "default"
+
+    def __init__(self, store: Store, numbers: random.Random, counts: Counter[str]) -> None:
+        self._store, self._numbers, self._counts = store, numbers, counts
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(self._store, name)
+
+        def flaky(*args: Any, **kwargs: Any) -> Any:
+            kind = args[0]["kind"] if isinstance(args[0], dict) else args[0]
+            self._counts[f"{name} {kind}"] += 1
+            dice = self._numbers.random()
+            if dice < API_ERROR / 2:
+                raise ApiError("the API server is away", 503)
+            if name == "create" and kind == "RayJob" and self._numbers.random() < REFUSED:
+                raise Refused("webhook: try again later", 403)
+            result = call(*args, **kwargs)
+            if dice > 1 - API_ERROR / 2:
+                raise ApiError("the answer was lost", 504)
+            return result
+
+        return flaky
+
+
+@dataclass
+class Simulation:
+    curricula: int
+    seed: int = 0
+    wall_limit: float = 86_400.0 * 30  # virtual seconds until what is not finished counts as stuck
+    counts: Counter[str] = field(default_factory=Counter)
+    calls: Counter[str] = field(default_factory=Counter)
+    reconcile_seconds: float = 0.0
+    reconciles: int = 0
+
+    def __post_init__(self) -> None:
+        self.numbers = random.Random(self.seed)
+        self.clock = Clock()
+        self.store = Store(clock=self.clock.wall, history=200)
+        self.cluster = Cluster(self.store, boot_seconds=BOOT_SECONDS, pods=False, messages=False, behaviour=self._behaviour)
+        self.cluster.numbers = random.Random(self.seed + 1)
+        self.heap: list[tuple[float, int, str, Any]] = []
+        self.number = 0
+        self.wakes: dict[str, float] = {}
+        self.finished: set[str] = set()
+        self.succeeded: dict[str, list[str]] = {}
+        self.attempts: dict[str, int] = {}
+        self.running: dict[str, str] = {}  # curriculum -> RayJob whose program runs
+        self.broken: list[str] = []
+        self.controller: Controller | None = None
+        self.store.listeners.append(self._changed)
+        self.store.admission.append(self._linger)
+
+    # ------------------------------------------------------------ the machinery
+
+    def at(self, delay: float, kind: str, what: Any = None) -> None:
+        self.number += 1
+        heapq.heappush(self.heap, (self.clock.forward + delay, self.number, kind, what))
+
+    def wake(self, name: str, delay: float) -> None:
+        due = self.clock.forward + delay
+        if self.wakes.get(name, float("inf")) > due:
+            self.wakes[name] = due
+            self.at(delay, "reconcile", (name, due))
+
+    def _changed(self, kind: str, change: Change) -> None:
+        """A write: whoever watches hears of it, late, twice or never."""
+        if kind == "RayJob":
+            self.at(1.0, "job", change.body["metadata"]["name"])
+        if kind in ("Curriculum", "RayJob", "ConfigMap"):
+            dice = self.numbers.random()
+            copies = 0 if dice < WATCH_LOST else 2 if dice > 1 - WATCH_TWICE else 1
+            self.counts["watch events lost"] += copies == 0
+            self.counts["watch events doubled"] += copies == 2
+            for _ in range(copies):
+                self.at(self.numbers.expovariate(2.0), "watch", (kind, change))
+
+    def _linger(self, kind: str, body: Manifest, old: Manifest | None) -> Manifest | None:
+        """A RayJob that is deleted stays until its pods are gone."""
+        if kind != "RayJob" or old is not None:
+            return None
+        return {**body, "metadata": {**body["metadata"], "finalizers": [LINGER]}}
+
+    def _behaviour(self, job: Manifest, stage: str, attempt: int) -> Manifest:
+        """Called when a program starts: what will become of it, and whether it may start at all."""
+        name = job["metadata"]["name"]
+        self._check_start(name.rsplit("-s", 1)[0], name, stage, attempt)
+        behaviour: Manifest = {"steps": 3, "step_seconds": STEP_SECONDS}
+        dice = self.numbers.random()
+        for what, chance in CHANCES.items():
+            dice -= chance
+            if dice < 0:
+                self.counts[what] += 1
+                if what.startswith("exit"):
+                    behaviour["exit"] = int(what.split()[1])
+                elif what == "hang":
+                    behaviour["hang"] = True
+                else:
+                    self.at(self.numbers.uniform(1, 2.5 * STEP_SECONDS), what, name)
+                break
+        return behaviour
+
+    # ------------------------------------------------------------ the run
+
+    def run(self) -> Simulation:
+        self.restart()
+        for number in range(self.curricula):
+            self.at(self.numbers.uniform(0, 3600), "submit", number)
+        self.at(600, "restart")
+        self.at(3000, "clock")
+        self.at(300, "resync")
+        while self.heap and len(self.finished) < self.curricula and self.clock.forward < self.wall_limit:
+            due, _, kind, what = heapq.heappop(self.heap)
+            self.clock.advance(max(due - self.clock.forward, 0.0))
+            getattr(self, "_on_" + kind.replace(" ", "_"))(what)
+        for number in range(self.curricula):
+            if (name := f"c{number}") not in self.finished:
+                self.broken.append(f"{name} is stuck: {self.status(name).get('phase')}")
+        self._check_budgets()
+        return self
+
+    def status(self, name: str) -> Manifest:
+        return (self.store.objects.get("Curriculum", {}).get(name) or {}).get("status") or {}
+
+    def restart(self) -> None:
+        """kill -9: what the operator had in memory is gone; a new one reads everything anew."""
+        api = Flaky(self.store, self.numbers, self.calls)
+        self.controller = Controller(api, clock=self.clock.wall, monotonic=self.clock.monotonic)
+        while True:
+            try:
+                names = self.controller.resync()
+                break
+            except ApiError:
+                continue
+        for name in names:
+            self.wakes.pop(name, None)
+            self.wake(name, self.numbers.uniform(0, 2))
+
+    def _on_submit(self, number: int) -> None:
+        stages = [tiny_stage(f"stage{index}") for index in range(STAGES)]
+        body = tiny_curriculum(f"c{number}", stages=stages, queue={"name": "training"}, failurePolicy=LIMITS)
+        body["status"] = {}
+        self.store.create(body)
+        if self.numbers.random() < 0.1:
+            self.at(self.numbers.uniform(60, 3000), "suspend", f"c{number}")
+        if self.numbers.random() < 0.1:
+            self.at(self.numbers.uniform(60, 3000), "pause", f"c{number}")
+
+    def _on_suspend(self, name: str) -> None:
+        self._wish(name, "suspend")
+
+    def _on_pause(self, name: str) -> None:
+        self._wish(name, "paused")
+
+    def _wish(self, name: str, wish: str) -> None:
+        self.counts[wish] += 1
+        self.store.patch("Curriculum", name, {"spec": {wish: True}})
+        self.at(self.numbers.uniform(100, 2000), "release", (name, wish))
+
+    def _on_release(self, what: tuple[str, str]) -> None:
+        self.store.patch("Curriculum", what[0], {"spec": {what[1]: False}})
+
+    def _on_restart(self, _: Any) -> None:
+        self.counts["operator restarts"] += 1
+        self.restart()
+        self.at(self.numbers.uniform(300, 1200), "restart")
+
+    def _on_clock(self, _: Any) -> None:
+        self.counts["clock jumps"] += 1
+        self.clock.now += self.numbers.uniform(-3600, 3600)
+        self.at(self.numbers.uniform(600, 3000), "clock")
+
+    def _on_resync(self, _: Any) -> None:
+        assert self.controller is not None
+        try:
+            for name in self.controller.resync():
+                if name not in self.finished:
+                    self.wake(name, 0.0)
+        except ApiError:
+            self.counts["resyncs failed"] += 1
+        self.at(300, "resync")
+
+    def _on_watch(self, what: tuple[str, Change]) -> None:
+        assert self.controller is not None
+        kind, change = what
+        if kind == "Curriculum" and change.kind != "DELETED" and self.controller.cache.knows(change.body):
+            return
+        if name := self.controller.cache.store(kind, change.body, deleted=change.kind == "DELETED"):
+            self.wake(name, 0.0)
+
+    def _on_reconcile(self, what: tuple[str, float]) -> None:
+        assert self.controller is not None
+        name, due = what
+        if self.wakes.get(name) != due:
+            return
+        del self.wakes[name]
+        started = time.perf_counter()
+        try:
+            again = self.controller.handle(name)
+        except ApiError:
+            self.counts["API errors met"] += 1
+            again = 5.0
+        self.reconcile_seconds += time.perf_counter() - started
+        self.reconciles += 1
+        if self.status(name).get("phase") in ("Succeeded", "Failed"):
+            self.finished.add(name)
+        elif again is not None:
+            self.wake(name, again)
+
+    def _on_job(self, name: str) -> None:
+        job = self.store.objects.get("RayJob", {}).get(name)
+        if job is None:
+            return
+        if job["metadata"].get("deletionTimestamp"):
+            self._ended(name)
+            if name not in self.cluster.dead:
+                self.at(self.numbers.uniform(2, 60), "pods gone", name)
+            return
+        self.cluster.tick_job(job, self.clock.forward)
+        job = self.store.objects["RayJob"].get(name, job)
+        status = job.get("status") or {}
+        state = status.get("jobDeploymentStatus", "")
+        if state in ("Complete", "Failed"):
+            self._ended(name)
+            if state == "Complete":
+                curriculum, stage = name.rsplit("-s", 1)[0], job["spec"]["entrypoint"].split("--stage ")[1].split()[0]
+                done = self.succeeded.setdefault(curriculum, [])
+                if stage not in done:
+                    done.append(stage)
+            return
+        if state in ("Suspending", "Suspended"):
+            self._ended(name)
+        if state in ("Initializing", "Running") and name not in self.cluster.dead:
+            self.at(BOOT_SECONDS if state == "Initializing" else STEP_SECONDS / 2, "job", name)
+
+    def _on_pods_gone(self, name: str) -> None:
+        job = self.store.objects.get("RayJob", {}).get(name)
+        if job is not None and job["metadata"].get("deletionTimestamp"):
+            self.store._drop_finalizer(job, LINGER)
+
+    def _on_node_dies(self, name: str) -> None:
+        self.cluster.dead.add(name)
+
+    def _on_preempted(self, name: str) -> None:
+        if name in self.cluster.programs:
+            self.cluster.preempt(name)
+
+    def _on_deleted_by_hand(self, name: str) -> None:
+        if name in self.cluster.programs:
+            self.store.delete("RayJob", name, foreground=True)
+
+    # ------------------------------------------------------------ invariants
+
+    def _ended(self, name: str) -> None:
+        curriculum = name.rsplit("-s", 1)[0]
+        if self.running.get(curriculum) == name:
+            del self.running[curriculum]
+
+    def _check_start(self, curriculum: str, job: str, stage: str, attempt: int) -> None:
+        """A program starts: alone, in order, after all before it, never after its own success, with a number never used before."""
+        other = self.running.get(curriculum)
+        lives = other is not None and other != job and other in self.store.objects.get("RayJob", {})
+        if lives and not (other in self.cluster.dead and self._deleted_for(other) > LIMITS["fenceTimeoutSeconds"]):
+            self.broken.append(f"{curriculum}: {job} starts while {other} lives")
+        done = self.succeeded.get(curriculum, [])
+        index = int(stage.removeprefix("stage"))
+        if stage in done:
+            self.broken.append(f"{curriculum}: {stage} starts again after its success")
+        if done != [f"stage{number}" for number in range(index)]:
+            self.broken.append(f"{curriculum}: {stage} starts after {done}")
+        if attempt < self.attempts.get(f"{curriculum} {stage}", 1):
+            self.broken.append(f"{curriculum}: attempt {attempt} of {stage} starts after a newer one")
+        self.attempts[f"{curriculum} {stage}"] = attempt
+        self.running[curriculum] = job
+
+    def _deleted_for(self, job: str) -> float:
+        assert self.controller is not None
+        name = job.rsplit("-s", 1)[0]
+        return self.controller.cache.world(name).deleting_seconds.get(job, 0.0) + 10.0
+
+    def _check_budgets(self) -> None:
+        for name in self.finished:
+            status = self.status(name)
+            for stage in status["stages"]:
+                over = [stage["restarts"] - LIMITS["maxRestarts"], stage["infraRestarts"] - LIMITS["maxInfraRestarts"]]
+                allowed = 1 if status["phase"] == "Failed" and stage["phase"] not in ("Succeeded", "Pending") else 0
+                if max(over) > allowed:
+                    self.broken.append(f"{name}: budget overspent in {stage['name']}: {stage['restarts']}, {stage['infraRestarts']}")
+            if status["phase"] == "Failed" and not any(
+                s["restarts"] == LIMITS["maxRestarts"] + 1 or s["infraRestarts"] == LIMITS["maxInfraRestarts"] + 1 for s in status["stages"]
+            ):
+                self.broken.append(f"{name} failed without a spent budget")
+            if status["phase"] == "Succeeded" and len(self.succeeded.get(name, [])) != STAGES:
+                self.broken.append(f"{name} succeeded with {len(self.succeeded.get(name, []))} stages")
+
+    # ------------------------------------------------------------ figures
+
+    @property
+    def started(self) -> int:
+        return sum(stage["attempt"] for number in range(self.curricula) for stage in self.status(f"c{number}").get("stages", ()))
+
+    def figures(self) -> dict[str, float]:
+        phases = Counter(self.status(f"c{number}").get("phase") for number in range(self.curricula))
+        calls = sum(count for call, count in self.calls.items() if not call.endswith(" Event"))
+        return {
+            "curricula": self.curricula, "stage attempts": self.started, "succeeded": phases["Succeeded"],
+            "failed (budget spent)": phases["Failed"], "invariants broken": len(self.broken),
+            "reconciles per attempt": round(self.reconciles / max(self.started, 1), 1),
+            "milliseconds per reconcile": round(1000 * self.reconcile_seconds / max(self.reconciles, 1), 2),
+            "API calls per attempt (without events)": round(calls / max(self.started, 1), 1),
+            "status writes per attempt": round(self.calls["replace_status Curriculum"] / max(self.started, 1), 1),
+            "virtual hours": round(self.clock.forward / 3600, 1),
+        }  # fmt: skip
+
+
+def table(runs: list[tuple[Simulation, float]]) -> str:
+    """Markdown: one column per run."""
+    rows = [run.figures() | {"wall seconds of the simulation": round(seconds, 1)} for run, seconds in runs]
+    lines = ["| | " + " | ".join(f"{run.curricula} curricula" for run, _ in runs) + " |", "|---" * (len(runs) + 1) + "|"]
+    lines += [f"| {key} | " + " | ".join(f"{row[key]:,}" for row in rows) + " |" for key in rows[0] if key != "curricula"]
+    happened = ["exit 1", "exit 137", "hang", "node dies", "preempted", "deleted by hand", "suspend", "paused", "operator restarts",
+                "clock jumps", "watch events lost", "watch events doubled", "API errors met"]  # fmt: skip
+    lines += [f"| what went wrong: {key} | " + " | ".join(f"{run.counts[key]:,}" for run, _ in runs) + " |" for key in happened]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--curricula", type=int, nargs="+", default=[100, 1000])
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    runs = []
+    for number in options.curricula:
+        started = time.perf_counter()
+        run = Simulation(number, options.seed).run()
+        runs.append((run, time.perf_counter() - started))
+        for text in run.broken[:20]:
+            print(text, file=sys.stderr)
+    print(table(runs))
+    return 1 if any(run.broken for run, _ in runs) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""The program that stands in for training in the end-to-end suite on a real cluster: standard library only.
+
+Takes the arguments of `jobs/pretrain.py`, counts steps instead of training, reports through the progress ConfigMap as the trainer does,
+continues from its last reported checkpoint, and stops when told to. What goes wrong is in the variable STAND_IN (see `fake/kuberay.py`).
+"""
+
+import json
+import os
+import ssl
+import sys
+import time
+import urllib.error
+import urllib.request
+
+ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
+
+
+def call(method, change=None):
+    url = os.environ.get("STAND_IN_API") or "https://%s:%s" % (
+        os.environ["KUBERNETES_SERVICE_HOST"],
+        os.environ["KUBERNETES_SERVICE_PORT"],
+    )
+    url += "/api/v1/namespaces/%s/configmaps/%s" % (os.environ["TERRACE_NAMESPACE"], os.environ["TERRACE_PROGRESS"])
+    request = urllib.request.Request(url, method=method, data=json.dumps(change).encode() if change else None)
+    request.add_header("Content-Type", "application/merge-patch+json")
+    context = None
+    if url.startswith("https"):
+        context = ssl.create_default_context(cafile=ACCOUNT + "/ca.crt")
+        request.add_header("Authorization", "Bearer " + open(ACCOUNT + "/token").read())
+    for attempt in range(20):
+        try:
+            return json.load(urllib.request.urlopen(request, context=context, timeout=10)).get("data") or {}
+        except (urllib.error.URLError, OSError):
+            if attempt == 19:
+                raise
+            time.sleep(1)
+
+
+def main(words):
+    stage, attempt = words[words.index("--stage") + 1], int(words[words.index("--attempt") + 1])
+    given = json.loads(os.environ.get("STAND_IN", "{}"))
+    of_stage = given.get("stages", {}).get(stage, {})
+    behaviour = {"steps": 4, "step_seconds": 0.05} | given | of_stage | of_stage.get("attempts", {}).get(str(attempt), {})
+    before = json.loads(call("GET").get("progress.json", "{}"))
+    step = int((before.get("checkpoint") or {}).get("step", 0)) if before.get("stage") == stage else 0
+
+    def report(**values):
+        body = {
+            "stage": stage, "attempt": attempt, "cluster": os.environ.get("RAY_CLUSTER_NAME", ""), "step": step,
+            "total_steps": behaviour["steps"], "metrics": {"loss": "%.4f" % (2.0 / (step + 1))},
+            "checkpoint": {"uri": "s3://test/%s/step-%06d" % (stage, step), "step": step}, **values,
+        }  # fmt: skip
+        directive = json.loads(call("PATCH", {"data": {"progress.json": json.dumps(body)}}).get("directive.json", "{}"))
+        return directive.get("stage") == stage and directive.get("attempt") == attempt
+
+    while step < behaviour["steps"]:
+        time.sleep(behaviour["step_seconds"])
+        if behaviour.get("hang") and step >= 1:
+            continue
+        step += 1
+        if behaviour.get("exit") is not None and step > behaviour["steps"] // 2:
+            report(exit={"status": behaviour["exit"], "message": behaviour.get("message", "it broke")})
+            return behaviour["exit"]
+        if report():
+            report(exit={"status": 143, "message": "stopped after a checkpoint"})
+            return 143
+    result = {"steps": step, "loss": 1.0, "evaluation": {"after": behaviour.get("after", {})}}
+    report(result=result, exit={"status": 0, "message": ""})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,0 +1,240 @@
+"""The operator as a process against an API server over HTTP: the fake one by default, a real cluster with `pytest -m cluster`.
+
+    pytest tests/cluster/test_end_to_end.py                                      # the fake API server, a simulated KubeRay and Kueue
+    KUBECONFIG=... pytest -m cluster tests/cluster/test_end_to_end.py            # needs KubeRay and Kueue; makes its own namespace
+
+On a real cluster TERRACE_TEST_IMAGE names an image with Python and Ray (default rayproject/ray), TERRACE_TEST_RAY_VERSION its version.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+from conftest import condition, tiny_curriculum, tiny_stage
+from fake.podsecurity import enforce
+from fake.server import Server
+from harness import FakeHarness, RealHarness, is_gone
+from terrace.cluster.api import Refused
+
+FIVE = [tiny_stage(name) for name in ("warmup", "align", "pretrain", "long-sft", "rl")]
+
+
+@pytest.fixture(scope="module", params=["fake", pytest.param("real", marks=pytest.mark.cluster)])
+def cluster(request, crd, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("operator")
+    if request.param == "real":
+        asked = "cluster" in (request.config.getoption("markexpr") or "").replace("not cluster", "")
+        if not (asked and os.environ.get("KUBECONFIG")):
+            pytest.skip("a real cluster is used only with KUBECONFIG and `-m cluster`")
+        harness = RealHarness(folder)
+        harness.start()
+        yield harness
+        harness.stop()
+        harness.remove()
+        return
+    with Server(crd) as server:
+        server.store.admission.append(enforce)  # the namespace is under PodSecurity `restricted`
+        harness = FakeHarness(server, folder)
+        harness.start()
+        yield harness
+        harness.stop()
+
+
+def test_five_stages_to_succeeded_and_kubectl_shows_it(cluster):
+    name = cluster.create("five", stages=FIVE)
+    status = cluster.until(name, "Succeeded")
+    assert status["stagesDone"] == "5/5"
+    assert [stage["attempt"] for stage in status["stages"]] == [1] * 5
+    cluster.kubectl("wait", "--for=condition=Succeeded", f"cur/{name}", "--timeout=10s")
+    head, row = cluster.kubectl("get", "cur", name).splitlines()
+    assert head.split() == ["NAME", "PHASE", "STAGE", "STAGES", "STEP", "RESTARTS", "REASON", "AGE"]
+    assert row.split()[:2] == [name, "Succeeded"]
+    reasons = {event["reason"] for event in cluster.api.list("Event") if event["involvedObject"]["name"] == name}
+    assert {"Started", "StageStarted", "StageCompleted", "Succeeded"} <= reasons
+
+
+def test_program_failure_until_the_budget_is_spent(cluster):
+    behaviour = {"stages": {"align": {"exit": 1, "message": "loss became NaN at step 3"}}}
+    name = cluster.create("broken", behaviour=behaviour, failurePolicy={"maxRestarts": 2, "backoffSeconds": 0.2})
+    status = cluster.until(name, "Failed")
+    assert status["stages"][1]["restarts"] == 3
+    failed = condition(status, "Failed")
+    assert (failed["status"], failed["reason"]) == ("True", "ProgramFailuresSpent")
+    assert "program failure 3; max_restarts is 2" in failed["message"]
+    jobs = cluster.children(name).get("RayJob", [])
+    for job in jobs:  # a terminal curriculum does not start again when its children vanish
+        cluster.api.delete("RayJob", job)
+    time.sleep(1.5)
+    assert cluster.children(name).get("RayJob", []) == []
+
+
+def test_suspend_and_resume_from_the_checkpoint(cluster):
+    name = cluster.create("suspended", behaviour={"steps": 40, "step_seconds": 0.05})
+    cluster.until(name, lambda status: status["stages"][0]["step"] >= 3, "at step 3")
+    cluster.edit(name, suspend=True)
+    status = cluster.until(name, "Suspended")
+    saved = status["lastCheckpoint"]["step"]
+    assert saved >= 3
+    assert "RayJob" not in cluster.children(name)
+    assert "Pod" not in cluster.children(name)
+    cluster.edit(name, suspend=False)
+    status = cluster.until(name, lambda status: status["stages"][0]["attempt"] == 2 and status["stages"][0]["step"] > saved, "resumed")
+    assert status["restarts"] == 0
+    cluster.until(name, "Succeeded")
+
+
+def test_preemption_by_the_queue_and_return(cluster):
+    name = cluster.create("preempted", behaviour={"steps": 40}, queue=cluster.queue,
+                          failurePolicy={"maxRestarts": 0, "maxInfraRestarts": 0})  # fmt: skip
+    cluster.until(name, lambda status: status["stages"][0]["step"] >= 3, "at step 3")
+    cluster.hold_queue()
+    try:
+        status = cluster.until(name, lambda s: s["phase"] == "Queued" and condition(s, "QuotaReserved")["message"], "queued again")
+        assert condition(status, "Progressing")["reason"] == "Preempted"
+        assert condition(status, "QuotaReserved")["status"] == "False"
+        time.sleep(0.5)
+    finally:
+        cluster.open_queue()
+    status = cluster.until(name, "Succeeded")
+    assert status["stages"][0]["preemptions"] == 1
+    assert (status["restarts"], status["stages"][0]["attempt"]) == (0, 1)
+
+
+def test_rayjob_deleted_by_hand_is_replaced(cluster):
+    name = cluster.create("deleted", behaviour={"steps": 20})
+    cluster.until(name, lambda status: status["stages"][0]["step"] >= 3, "at step 3")
+    cluster.api.delete("RayJob", f"{name}-s0-1", foreground=True)
+    status = cluster.until(name, "Succeeded")
+    assert (status["stages"][0]["attempt"], status["stages"][0]["infraRestarts"]) == (2, 1)
+
+
+def test_silence_is_found_and_a_new_attempt_continues(cluster):
+    behaviour = {"steps": 6, "stages": {"warmup": {"attempts": {"1": {"hang": True}}}}}
+    timeout = 120 if cluster.real else 2
+    name = cluster.create("silent", behaviour=behaviour, failurePolicy={"stallTimeoutSeconds": timeout, "backoffSeconds": 0.2})
+    status = cluster.until(name, lambda s: s["stages"][0]["attempt"] == 2, "at a second attempt")
+    status = cluster.until(name, "Succeeded")
+    assert status["stages"][0]["infraRestarts"] == 1
+    messages = [event["message"] for event in cluster.api.list("Event") if event["involvedObject"]["name"] == name]
+    assert any("Stalled: no progress for" in message for message in messages)
+
+
+def test_delete_leaves_nothing(cluster):
+    name = cluster.create("gone", behaviour={"steps": 200})
+    cluster.until(name, lambda status: status["stages"][0]["step"] >= 1, "running")
+    assert {"RayJob", "ConfigMap", "Role", "Pod"} <= set(cluster.children(name))
+    cluster.api.delete("Curriculum", name)
+    end = time.monotonic() + cluster.patience
+    while time.monotonic() < end and not (is_gone(cluster, name) and not cluster.children(name)):
+        time.sleep(0.1)
+    assert cluster.children(name) == {}
+
+
+def test_what_cannot_change_and_what_is_wrong_is_refused(cluster):
+    name = cluster.create("fixed", behaviour={"steps": 3})
+    with pytest.raises(Refused, match="recipe.model cannot change"):
+        cluster.edit(name, recipe={"model": {"pretrained": "s3://bucket/other"}})
+    with pytest.raises(Refused, match="storage.uri cannot change"):
+        cluster.edit(name, storage={"uri": "s3://bucket/other"})
+    with pytest.raises(Refused, match="at least one part must train"):
+        cluster.create("wrong", stages=[tiny_stage("warmup", train={})])
+    with pytest.raises(Refused, match="unknown field"):
+        cluster.create("wrong", stages=[tiny_stage("warmup", sequence_lenght=8)])
+    cluster.until(name, "Succeeded")
+
+
+@pytest.mark.slow  # the same at every single write, in one process: test_operator.py
+def test_operator_killed_in_every_phase(cluster):
+    """kill -9 and a restart while queued, starting, running, backing off, suspended and between stages: nothing is lost."""
+    behaviour = {"steps": 60, "step_seconds": 0.1, "stages": {"align": {"steps": 6, "attempts": {"1": {"exit": 1}}}}}
+    cluster.hold_queue()
+    name = cluster.create("killed", behaviour=behaviour, queue=cluster.queue, failurePolicy={"backoffSeconds": 2, "backoffCapSeconds": 2})
+
+    def kill_and_restart():
+        cluster.kill()
+        time.sleep(0.2)
+        cluster.start()
+
+    cluster.until(name, "Queued")
+    kill_and_restart()
+    cluster.open_queue()
+    cluster.until(name, lambda s: s["stages"][0]["phase"] in ("Starting", "Running"), "starting")
+    kill_and_restart()
+    cluster.until(name, lambda s: s["stages"][0]["step"] >= 3, "running")
+    kill_and_restart()
+    cluster.edit(name, suspend=True)
+    kill_and_restart()
+    cluster.until(name, "Suspended")
+    kill_and_restart()
+    cluster.edit(name, suspend=False)
+    cluster.until(name, lambda s: s["stages"][1]["phase"] == "BackingOff", "backing off")
+    kill_and_restart()
+    status = cluster.until(name, "Succeeded")
+    kill_and_restart()
+    assert [(s["attempt"], s["restarts"], s["infraRestarts"]) for s in status["stages"]] == [(2, 0, 0), (2, 1, 0)]
+
+
+def test_lost_watches_and_forgotten_history_lose_nothing(cluster):
+    """410 Gone on every watch, again and again, while a curriculum runs."""
+    if cluster.real:
+        pytest.skip("a real API server's history cannot be compacted from here")
+    name = cluster.create("watches", stages=FIVE[:3], behaviour={"steps": 10})
+    for _ in range(20):
+        cluster.server.store.compact()
+        time.sleep(0.1)
+    cluster.until(name, "Succeeded")
+
+
+def test_health_readiness_and_metrics(crd, tmp_path):
+    import json
+    import re
+    import urllib.request
+
+    with Server(crd) as server:
+        harness = FakeHarness(server, tmp_path)
+        harness.start()
+        try:
+            name = harness.create("metrics")
+            harness.until(name, "Succeeded")
+            started = next(line for line in harness.log(10**6).splitlines() if "operator starts" in line)
+            port = re.search(r"port (\d+)", json.loads(started)["message"]).group(1)
+            read = lambda path: urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5).read().decode()  # noqa: E731
+            assert read("/healthz") == "ok\n"
+            assert read("/readyz") == "ok\n"
+            end = time.monotonic() + 10
+            while (metrics := read("/metrics")).count('reason="Succeeded"') == 0 and time.monotonic() < end:
+                time.sleep(0.1)
+            assert "terrace_leader 1.0" in metrics
+            assert 'terrace_events_total{reason="StageCompleted"} 2.0' in metrics
+            assert 'terrace_api_calls_total{code="200",kind="Curriculum",method="PUT"}' in metrics
+            assert all(line.startswith("{") for line in harness.log(10**6).splitlines())  # structured logs
+        finally:
+            harness.stop()
+
+
+def test_stand_in_program_speaks_the_same_as_the_simulated_one(crd, tmp_path):
+    """The program of the real-cluster suite, run here against the fake API server."""
+    import json
+    import subprocess
+    import sys
+
+    from conftest import HERE
+    from terrace.cluster.manifests import progress_config_map
+
+    with Server(crd) as server:
+        server.store.create(progress_config_map(server.store.create(tiny_curriculum("tiny"))))
+        environment = {**os.environ, "STAND_IN_API": server.url, "TERRACE_NAMESPACE": "default", "TERRACE_PROGRESS": "tiny-progress",
+                       "STAND_IN": json.dumps({"steps": 6, "step_seconds": 0.01})}  # fmt: skip
+        words = [sys.executable, str(HERE / "stand_in.py"), "recipe.yaml", "--run-dir", "s3://x", "--stage", "warmup", "--attempt"]
+
+        def data(key):
+            return json.loads(server.store.objects["ConfigMap"]["tiny-progress"]["data"][key])
+
+        stop = {"stage": "warmup", "attempt": 1, "stop": "suspend"}
+        server.store.patch("ConfigMap", "tiny-progress", {"data": {"directive.json": json.dumps(stop)}})
+        assert subprocess.run([*words, "1"], env=environment, timeout=30).returncode == 143
+        assert data("progress.json")["exit"]["status"] == 143
+        assert subprocess.run([*words, "2"], env=environment, timeout=30).returncode == 0
+        assert data("progress.json")["result"]["steps"] == 6
