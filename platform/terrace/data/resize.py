@@ -2,7 +2,7 @@
 
 This one module decides how large an image is for the model. Training, rollouts, evaluation and the index all ask it, so the
 token length known from the index is the length that the packed sample really has. `smart_resize` gives exactly the sizes of
-transformers' Qwen2-VL image processor; the vectorised form gives the same numbers for a whole index (2 million images per
+transformers' Qwen2-VL image processor; the vectorised form gives the same numbers for a whole index (4 million images per
 second) and is tested against the scalar one.
 
 `pixels` is a pair (min, max) or anything with fields `min` and `max`, for example a stage's `Pixels`.
