@@ -156,3 +156,30 @@ def stage_result(stage_dir: Path) -> dict[str, Any] | None:
     if row.get("step_seconds") and "data_wait_seconds" in row:
         numbers["data_wait_share"] = row["data_wait_seconds"] / row["step_seconds"]
     return {**result, "train": numbers}
+
+
+def progress_time(stage_dir: Path) -> float | None:
+    """The newest write by the trainer that only progress causes: a step, a report, a checkpoint."""
+    times = []
+    for name in ("metrics.jsonl", "progress.json", "checkpoints"):
+        try:
+            times.append((stage_dir / name).stat().st_mtime)
+        except FileNotFoundError:
+            continue
+    return max(times, default=None)
+
+
+def outcome(stage_dir: Path, stage: str, attempt: int) -> AttemptObservation | None:
+    """How an attempt without a result ended, from what its ranks wrote; None where none of them wrote anything."""
+    ended = read_outcomes(stage_dir, attempt)
+    failed = [found for found in ended if found["status"] == "failed"]
+    # A rank that failed by itself explains the others, which fail because a collective lost a member.
+    failed.sort(key=lambda found: (found.get("consequence", False), found["time"]))
+    if failed:
+        first = failed[0]
+        kind: FailureKind = "input" if first["exit_status"] == 2 else "program"
+        message = f"rank {first['rank']}: {first['message']}"
+        return AttemptObservation(stage, attempt, "failed", failure=kind, reason=first["error"], message=message)
+    if any(found["status"] == "preempted" for found in ended):
+        return AttemptObservation(stage, attempt, "preempted", message="a checkpoint was saved")
+    return None

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from terrace.cluster import attempt as attempts
+from terrace.cluster import stop_notice
 from terrace.cluster.attempt import AttemptObservation, LaunchRequest, stage_directory
 from terrace.cluster.heartbeat import Heartbeat, end_processes, live_processes
 from terrace.errors import InputError, Preempted, TerraceError
@@ -80,9 +81,9 @@ class LocalLauncher:
                 "running",
                 live=True,
                 step=row["step"] if row else None,
-                progress_at=_progress_time(stage_dir),
+                progress_at=attempts.progress_time(stage_dir),
             )
-        return _outcome(stage_dir, stage, attempt, running.error if running else None, known=running is not None)
+        return _ended(stage_dir, stage, attempt, running.error if running else None, known=running is not None)
 
     def live_attempts(self) -> list[tuple[str, int]]:
         live = {key for key, running in self._running.items() if running.thread.is_alive()}
@@ -113,30 +114,10 @@ class LocalLauncher:
             LOGGER.debug("attempt %s of %s ended", request.attempt, request.stage, exc_info=error)
 
 
-def _progress_time(stage_dir: Path) -> float | None:
-    """The newest write by the trainer that only progress causes: a step, a report, a checkpoint."""
-    times = []
-    for name in ("metrics.jsonl", "progress.json", "checkpoints"):
-        try:
-            times.append((stage_dir / name).stat().st_mtime)
-        except FileNotFoundError:
-            continue
-    return max(times, default=None)
-
-
-def _outcome(stage_dir: Path, stage: str, attempt: int, error: BaseException | None, known: bool) -> AttemptObservation:
+def _ended(stage_dir: Path, stage: str, attempt: int, error: BaseException | None, known: bool) -> AttemptObservation:
     """How an attempt without a result ended, from what its ranks wrote and what Ray says."""
-    ended = attempts.read_outcomes(stage_dir, attempt)
-    failed = [outcome for outcome in ended if outcome["status"] == "failed"]
-    # A rank that failed by itself explains the others, which fail because a collective lost a member.
-    failed.sort(key=lambda outcome: (outcome.get("consequence", False), outcome["time"]))
-    if failed:
-        first = failed[0]
-        kind = "input" if first["exit_status"] == 2 else "program"
-        message = f"rank {first['rank']}: {first['message']}"
-        return AttemptObservation(stage, attempt, "failed", failure=kind, reason=first["error"], message=message)
-    if any(outcome["status"] == "preempted" for outcome in ended):
-        return AttemptObservation(stage, attempt, "preempted", message="a checkpoint was saved")
+    if seen := attempts.outcome(stage_dir, stage, attempt):
+        return seen
     if not known:
         claimed = attempts.read_json(stage_dir / "attempt.json")
         started = claimed is not None and claimed["attempt"] >= attempt
@@ -144,9 +125,8 @@ def _outcome(stage_dir: Path, stage: str, attempt: int, error: BaseException | N
     if isinstance(error, InputError):
         return AttemptObservation(stage, attempt, "failed", failure="input", reason="InputWrong", message=str(error))
     if error is None:
-        return AttemptObservation(
-            stage, attempt, "failed", failure="program", reason="NoResult", message="the workers ended without a result"
-        )
+        message = "the workers ended without a result"
+        return AttemptObservation(stage, attempt, "failed", failure="program", reason="NoResult", message=message)
     reason, message = _describe(error)
     return AttemptObservation(stage, attempt, "failed", failure="infrastructure", reason=reason, message=message)
 
@@ -283,6 +263,8 @@ def _worker(config: dict[str, Any]) -> None:
         os.getpid(),
     )
     outcome: dict[str, Any] = {"rank": rank, "status": "failed"}
+    if in_pod():
+        stop_notice.begin()
     with Heartbeat(stage_dir, stage.name, attempt, rank, ray.get_runtime_context().get_node_id()):
         try:
             config["run_stage"](
@@ -317,6 +299,13 @@ def _worker(config: dict[str, Any]) -> None:
             raise
         finally:
             attempts.write_outcome(stage_dir, attempt, rank, {**outcome, "time": time.time()})
+            if in_pod():
+                stop_notice.answer()
+
+
+def in_pod() -> bool:
+    """Whether a preStop hook may leave a notice beside this process."""
+    return "TERRACE_STOP_FILE" in os.environ
 
 
 def _reporter(stage_dir: Path, rank: int) -> Callable[[dict[str, Any], Path | None], None]:
@@ -337,7 +326,8 @@ def _stop_watch(stage_dir: Path, attempt: int) -> Callable[[], str | None]:
     def should_stop() -> str | None:
         nonlocal looked, reason
         if reason is None and time.monotonic() - looked > 0.5:
-            looked, reason = time.monotonic(), attempts.stop_requested(stage_dir, attempt)
+            looked = time.monotonic()
+            reason = attempts.stop_requested(stage_dir, attempt) or (stop_notice.requested() if in_pod() else None)
         return reason
 
     return should_stop

@@ -29,6 +29,10 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         metavar="key.path=value",
         help="changes to the recipe, for example stages.0.budget.steps=50",
     )
+    single = run.add_argument_group("one attempt of one stage", "what a cluster's controller starts; not for hands")
+    single.add_argument("--stage", help="run this stage only, and record nothing but its files")
+    single.add_argument("--attempt", type=int, help="number of the attempt, which fences older ones")
+    single.add_argument("--rerun", type=int, default=0, help="move what earlier runs of the stage wrote aside first")
     run.add_argument("--from", dest="from_stage", metavar="STAGE", help=RERUN_HELP)
     _launcher_options(run)
     run.set_defaults(main=run_command)
@@ -87,6 +91,12 @@ def run_command(arguments: argparse.Namespace) -> int:
     from terrace.recipe.loading import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.stage or arguments.attempt:
+        from terrace.curriculum.single import run_single_attempt
+
+        if not (arguments.stage and arguments.attempt):
+            raise InputError("--stage and --attempt belong together")
+        return run_single_attempt(recipe, arguments.run_dir, arguments.stage, arguments.attempt, arguments.rerun)
     return _control(recipe, arguments, _rerun(arguments))
 
 

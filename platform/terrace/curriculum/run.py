@@ -9,7 +9,6 @@ the same place.
 
 from __future__ import annotations
 
-import shutil
 import signal
 import threading
 import time
@@ -24,7 +23,7 @@ from terrace.curriculum import machine
 from terrace.curriculum.journal import Journal, pending_requests, read_journal
 from terrace.curriculum.machine import Clear, Finish, Launch, Observation, Prepare, Record, Stop, Wait
 from terrace.curriculum.run_directory import changed_keys, check_changes, store_recipe, stored_recipe
-from terrace.curriculum.state import RunState, apply, fold
+from terrace.curriculum.state import RunState, StageState, apply, fold
 from terrace.curriculum.watch import Watch
 from terrace.errors import InputError
 from terrace.recipe.loading import recipe_hash
@@ -98,7 +97,7 @@ def run_curriculum(
         if state.phase != "new":
             _record(controller, {"event": "controller_started", "launcher": launcher.name})
         launcher.attach(run_dir)
-        with _signals(controller.interrupted):
+        with listen_for_signals(controller.interrupted):
             return _run(controller)
 
 
@@ -157,8 +156,8 @@ def _run(controller: _Controller) -> Outcome:
                 finished = _perform(controller, action)
                 if finished is not None:
                     return Outcome(finished.phase, finished.exit_status, _end_message(controller, finished), controller.state)
-            if controller.watch:
-                controller.watch.poll()
+            for stage in controller.state.attempts_in_flight:
+                _follow(controller, stage)
     finally:
         phase = controller.state.phase
         if controller.watch:
@@ -182,15 +181,8 @@ def _perform(controller: _Controller, action: machine.Action) -> Finish | None:
             facts = controller.prepare(controller.recipe, controller.run_dir, controller.display)
             _record(controller, {"event": "data_prepared", **facts})
         case Clear(index, stage, rerun):
-            folder = stage_directory(controller.run_dir, index, stage)
-            aside = folder.with_name(f"{folder.name}.rerun-{rerun}")
-            if folder.exists():
-                if aside.exists():  # a crash in the middle of an earlier move left both; the older is the one to keep aside
-                    shutil.rmtree(folder)
-                else:
-                    folder.rename(aside)
+            move_aside(stage_directory(controller.run_dir, index, stage), rerun)
         case Launch(index, stage, attempt):
-            _begin(controller, index)
             controller.launcher.launch(LaunchRequest(index, stage, attempt, controller.run_dir))
         case Stop(index, stage, attempt, reason, force):
             controller.launcher.stop(index, stage, attempt, reason, force)
@@ -203,13 +195,16 @@ def _perform(controller: _Controller, action: machine.Action) -> Finish | None:
     return None
 
 
-def _begin(controller: _Controller, stage_index: int) -> None:
-    """The first launch of this process opens tracking; each shows its stage."""
-    state = controller.state
+def _follow(controller: _Controller, stage: StageState) -> None:
+    """Show and track the attempt in flight, launched by this controller or adopted from one before it."""
     if controller.watch is None:
-        controller.watch = Watch(controller.recipe, controller.run_dir, state, controller.display, lambda event: _record(controller, event))
+        controller.watch = Watch(
+            controller.recipe, controller.run_dir, controller.state, controller.display, lambda event: _record(controller, event)
+        )
         controller.watch.start(_parameters(controller.recipe))
-    controller.watch.begin_stage(state.stages[stage_index])
+    if not controller.watch.follows(stage):
+        controller.watch.begin_stage(stage)
+    controller.watch.poll()
 
 
 def _record(controller: _Controller, event: dict[str, Any]) -> None:
@@ -224,8 +219,11 @@ def _record(controller: _Controller, event: dict[str, Any]) -> None:
     apply(controller.state, controller.journal.append(event))
     kind = event["event"]
     stage = controller.state.stage(event.get("stage"))
-    if kind in ENDINGS and controller.watch and stage:
-        controller.watch.end_stage(stage, ENDINGS[kind])
+    if kind in ENDINGS and stage:
+        if kind == "stage_completed":
+            _follow(controller, stage)  # it may have run and ended while no controller looked
+        if controller.watch:
+            controller.watch.end_stage(stage, ENDINGS[kind])
     if line := describe(event):
         controller.display.message(line)
 
@@ -272,6 +270,13 @@ def _take_requests(controller: _Controller) -> None:
         path.unlink(missing_ok=True)
 
 
+def move_aside(folder: Path, rerun: int) -> None:
+    """Keep what earlier runs of a stage wrote under `<folder>.rerun-<K>`. Idempotent: it is called again after a crash."""
+    aside = folder.with_name(f"{folder.name}.rerun-{rerun}")
+    if folder.exists() and not aside.exists():
+        folder.rename(aside)
+
+
 def _parameters(recipe: Recipe) -> dict[str, Any]:
     parameters = recipe.model_dump(mode="json", exclude_none=True, exclude={"stages", "notes"})
     return {**parameters, "recipe_hash": recipe_hash(recipe), "stages": [stage.name for stage in recipe.stages]}
@@ -286,7 +291,7 @@ def prepare_run_data(recipe: Recipe, run_dir: Path, display: Display) -> dict[st
 
 
 @contextmanager
-def _signals(interrupted: threading.Event) -> Iterator[None]:
+def listen_for_signals(interrupted: threading.Event) -> Iterator[None]:
     """SIGTERM and SIGINT ask for a checkpoint and an end; a second SIGINT ends at once. For the main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -27,6 +27,7 @@ class Watch:
         self._stage: StageState | None = None
         self._unlogged: list[dict[str, Any]] = []
         self._checkpoint: int | None = None
+        self._attempt = 0
 
     def start(self, recipe_parameters: dict[str, Any]) -> None:
         """Open tracking and continue or create the curriculum's run."""
@@ -43,10 +44,13 @@ class Watch:
         self._tracking.flush()
         self._record_runs()
 
+    def follows(self, stage: StageState) -> bool:
+        return self._stage is not None and (self._stage.name, self._attempt) == (stage.name, stage.attempt)
+
     def begin_stage(self, stage: StageState) -> None:
         """An attempt of the stage starts or is adopted."""
         recipe_stage = self._recipe.stages[stage.index]
-        self._stage, self._unlogged = stage, []
+        self._stage, self._attempt, self._unlogged = stage, stage.attempt, []
         self._checkpoint = stage.checkpoint_step
         folder = stage_directory(self._run_dir, stage.index, stage.name)
         self._follower = MetricsFollower(folder / "metrics.jsonl")
@@ -84,6 +88,8 @@ class Watch:
 
     def end_stage(self, stage: StageState, status: str) -> None:
         """The attempt is over: the rest of its rows, its result, its state in MLflow (FINISHED, FAILED, SCHEDULED)."""
+        if not self.follows(stage):
+            return
         self._wait_for_run(stage)
         self.poll()
         if self._tracking and stage.tracking_run:
