@@ -22,7 +22,8 @@ def two_stages(strategy: str, precision: str = "fp32", **changes):
         "parallel": {"strategy": strategy}, "precision": precision, "checkpoint": {"every_steps": 2, "keep_last": 9},
         "optimizer": {"clip": 1.0}, **changes,
     }
-    layered = {"vision": {"lr": 1e-3, "layer_decay": 0.9}, "projector": {"lr": 1e-3}, "language": {"lr": 5e-4}}
+    layered = {"vision": {"lr": 1e-3, "layer_decay": 0.9}, "language": {"lr": 5e-4}}
+    layered["projector"] = {"lr": 1e-3, "optimizer_state": "keep"}
     layered["language"]["activation_checkpointing"] = True
     return tiny_recipe([
         {"name": "warm", "train": {"projector": {"lr": 1e-3}}, "budget": {"steps": 3}, **common},

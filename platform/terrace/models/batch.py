@@ -57,10 +57,8 @@ def normalise_patches(
     values = patches.view(-1, 3, 1, PATCH_SIZE * PATCH_SIZE).float()
     values = values * scale.view(1, 3, 1, 1) - shift.view(1, 3, 1, 1)
     values = values.to(dtype)
-    if frames is None:
-        doubled = values.expand(-1, 3, TEMPORAL_PATCH_SIZE, -1)
-    else:
-        doubled = torch.cat([values[rows] for rows in frames], dim=2)
+    still = values.expand(-1, 3, TEMPORAL_PATCH_SIZE, -1)
+    doubled = still if frames is None else torch.cat([values[rows] for rows in frames], dim=2)
     return doubled.reshape(-1, PATCH_VALUES * TEMPORAL_PATCH_SIZE)
 
 

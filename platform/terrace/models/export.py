@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import save_torch_state_dict
 from transformers import GenerationConfig
-from transformers.utils import logging as transformers_logging
 
 from terrace.data.types import MERGE_SIZE, PATCH_SIZE
 from terrace.models.batch import IMAGE_MEAN, IMAGE_STD, TEMPORAL_PATCH_SIZE
 from terrace.models.build import meta_model
+from terrace.models.parts import published_name
 
 SHARD_SIZE = "4GB"
 TOKENIZER_FILES = (
@@ -67,32 +68,25 @@ def export_hf(
     for sub in (config, config.text_config, config.vision_config):
         sub.dtype = dtype
     model = meta_model(config)
-    model.generation_config = GenerationConfig(eos_token_id=config.text_config.eos_token_id, do_sample=False)
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        model.save_pretrained(work, state_dict=_with_tied(model, state), max_shard_size=SHARD_SIZE)
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
-    saved = json.loads((work / "config.json").read_text())
-    saved["dtype"] = dtype
-    (work / "config.json").write_text(json.dumps(saved, indent=2) + "\n")
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(work)
+    GenerationConfig(eos_token_id=config.text_config.eos_token_id, do_sample=False).save_pretrained(work)
+    save_torch_state_dict(_published(model, state), work, max_shard_size=SHARD_SIZE)
     (work / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(pixels), indent=2) + "\n")
     if tokenizer_dir is not None:
         for name in TOKENIZER_FILES:
             if (tokenizer_dir / name).is_file():
                 shutil.copyfile(tokenizer_dir / name, work / name)
+    for file in work.iterdir():  # safetensors are written readable by their owner alone
+        file.chmod(0o644)
     shutil.rmtree(out_dir, ignore_errors=True)
     work.rename(out_dir)
     return out_dir
 
 
-def _with_tied(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    full = dict(state)
-    if getattr(model.config, "tie_word_embeddings", False):
-        full.setdefault("lm_head.weight", full["model.language_model.embed_tokens.weight"])
-    expected = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    if expected != set(full):
-        raise ValueError(f"export: tensors differ from the model's: {sorted(expected ^ set(full))[:8]}")
-    return full
+def _published(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors under the names of Qwen's own checkpoints. Raises ValueError if they are not exactly the model's."""
+    expected = {name for name, _ in model.named_parameters()}
+    if expected != set(state):
+        raise ValueError(f"export: tensors differ from the model's: {sorted(expected ^ set(state))[:8]}")
+    return {published_name(name): tensor.contiguous() for name, tensor in state.items()}

@@ -45,10 +45,8 @@ def summed_cross_entropy(
 ) -> torch.Tensor:
     """Sum over rows of -log softmax(hidden @ weight.T)[target], float32 scalar. hidden [N, H], weight [V, H], targets
     [N]."""
-    if torch.is_autocast_enabled(hidden.device.type):
-        compute = torch.get_autocast_dtype(hidden.device.type)
-    else:
-        compute = weight.dtype
+    kind = hidden.device.type
+    compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_tokens, compute, torch.is_grad_enabled())
 
 

@@ -90,6 +90,15 @@ def canonical_name(name: str) -> str:
     return name
 
 
+def published_name(name: str) -> str:
+    """The inverse: the spelling in which Qwen publishes its weights, which every version of every loader reads."""
+    if name.startswith("model.visual."):
+        return name.removeprefix("model.")
+    if name.startswith("model.language_model."):
+        return "model." + name.removeprefix("model.language_model.")
+    return name
+
+
 def vision_blocks(model: Any) -> list[Any]:
     """The transformer blocks of the vision part, in order."""
     return list(model.model.visual.blocks)

@@ -56,6 +56,7 @@ class Zero:
             config=_configuration(stage, context),
             dist_init_required=False,
         )
+        self._groups = [group.names for group in setup.groups]
         self._steps = dict.fromkeys(self._trained, 0)
         self._create_state()
         _rotary_in_float32(self.model)
@@ -129,16 +130,18 @@ class Zero:
     def load_optimizer(self, source: Callable[[Kind, str], torch.Tensor], steps: dict[str, int]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
 
-        counts = {steps.get(name, 0) for name in self._trained}
-        if len(counts) > 1:
-            raise InputError(
-                "ZeRO keeps one step count for all parameters, and this stage would carry optimizer state for some "
-                "parts only: set optimizer_state: reset, or parallel.strategy ddp or fsdp"
-            )
-        for state in self._flat_states():
+        counts = [{steps.get(name, 0) for name in names} for names in self._groups]
+        for names, found in zip(self._groups, counts):
+            if len(found) > 1:
+                raise InputError(
+                    f"ZeRO keeps one step count for the {len(names)} parameters around {names[0]}, of which only some have "
+                    "optimizer state to keep: set optimizer_state: reset, or parallel.strategy ddp or fsdp"
+                )
+        owners = getattr(self._optimizer, "sub_group_to_group_id", None)
+        for number, state in enumerate(self._flat_states()):
             for value in state.values():
                 value.zero_()
-            state["step"] += float(max(counts))
+            state["step"] += float(max(counts[owners[number] if owners else number]))
         for name, count in steps.items():
             for kind in OPTIMIZER_KINDS:
                 whole = source(kind, name).float().to(self._parameters[name].device)
