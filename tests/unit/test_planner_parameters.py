@@ -149,3 +149,62 @@ def test_checkpointing_adds_one_forward_of_the_blocks() -> None:
     kept = training_flops(shape, load, PARTS, ["vision", "language"])
     assert kept.model == plain.model
     assert 0.25 < (kept.hardware - plain.hardware) / plain.model < 1 / 3
+
+
+# ---------------------------------------------------------------- memory
+
+MID = [
+    "tokenizer=/none",
+    "model.config.text_config={vocab_size: 4096, hidden_size: 256, intermediate_size: 688, num_hidden_layers: 4, "
+    "num_attention_heads: 4, num_key_value_heads: 2}",
+    "model.config.text_config.rope_parameters={mrope_section: [8, 12, 12]}",
+    "model.config.vision_config={hidden_size: 128, intermediate_size: 344, depth: 4, num_heads: 4, out_hidden_size: 256}",
+]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize("trained", [("projector",), ("vision", "projector"), ("vision", "projector", "language")], ids="+".join)
+def test_activations_are_what_autograd_saves(trained: tuple[str, ...], checkpointing: str, precision: str) -> None:
+    """ddp on CPU: everything saved for backward, without the weights themselves, within 10 %."""
+    from terrace.planner.memory import PackSize, matrices_in_backward, stage_memory
+    from terrace.train.precision import DTYPES, compute_context
+    from terrace.train.setup import checkpoint_activations
+
+    parts = {part: f"{{lr: 1e-3, activation_checkpointing: {checkpointing}}}" if part in trained else "null" for part in PARTS}
+    overrides = [f"stages.2.train={{{', '.join(f'{part}: {value}' for part, value in parts.items())}}}"]
+    overrides += [f"stages.2.precision={precision}", "stages.2.sequence_length=512", "stages.2.loss_chunk_tokens=64"]
+    recipe = load_recipe(TINY, [*MID, *overrides])
+    for part in set(PARTS) - set(trained):  # a null in a map keeps the base's value where the key is a field
+        assert getattr(recipe.stages[2].train, part) is None
+    stage, shape, config = recipe.stages[2], model_shape(recipe), config_of(recipe)
+    config.image_token_id, config.video_token_id = 5, 6
+    torch.set_num_threads(1)
+    model = build_model(recipe.model, config)
+    use_attention(model, "sdpa_segments")
+    model.train()
+    for part, pairs in part_parameters(model).items():
+        for _, parameter in pairs:
+            parameter.requires_grad_(part in trained)
+    checkpoint_activations(model, stage)
+    example = pack([(150, (16, 16)), (200, (16, 24)), (162, (12, 32))])
+    batch = to_device(example, "cpu", DTYPES[precision])
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, torch.Tensor] = {}  # held, so that no storage is freed and its address used again
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in weights:
+            saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with compute_context(precision, "cpu"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        summed_loss(model, batch, 64)
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    size = PackSize(512, len(example.patches) / 4, example.supervised_tokens)
+    memory = stage_memory(shape, stage, 1, size, on_gpu=False)
+    head = 4 * example.supervised_tokens * 256 + (4 * 4096 * 256 if "language" in trained else 0)  # its gradients, made forward
+    copies = 2 * matrices_in_backward(shape, stage) if precision == "bf16" else 0
+    if checkpointing == "true":  # blocks that are computed again save no copies of their matrices
+        copies -= 2 * sum(4 * block for part, block in (("vision", vision_block(shape)), ("language", language_layer(shape)))
+                          if part in trained) if copies else 0  # fmt: skip
+    assert measured == pytest.approx(memory.vision_activations + memory.language_activations + head + copies, rel=0.1)

@@ -50,11 +50,18 @@ def test_mimo_vl_7b_on_256_gpus() -> None:
 
 
 @pytest.mark.parametrize(
-    ("strategy", "bytes_per_parameter"),
-    [("ddp", 4 + 4 + 8), ("zero1", 2 + 2 + 12 / 8), ("zero2", 2 + 14 / 8), ("zero3", 16 / 8), ("fsdp", 16 / 8)],
+    ("strategy", "packs", "bytes_per_parameter"),
+    [
+        ("ddp", 8, 4 + 4 + 8),
+        ("zero1", 8, 2 + 4 + 12 / 8),  # bf16 weights, float32 gradients, float32 masters and moments
+        ("zero2", 8, 2 + (4 + 12) / 8),
+        ("zero3", 8, (2 + 4 + 12) / 8),
+        ("fsdp", 8, 16 / 8),
+        ("fsdp", 16, 4 / 8 + 4 + 8 / 8),  # accumulation keeps whole gradients until a step's last pack
+    ],
 )
-def test_bytes_per_parameter_of_each_strategy(strategy: str, bytes_per_parameter: float) -> None:
-    recipe = load_recipe(MIMO, [f"stages.2.parallel.strategy={strategy}"])
+def test_bytes_per_parameter_of_each_strategy(strategy: str, packs: int, bytes_per_parameter: float) -> None:
+    recipe = load_recipe(MIMO, [f"stages.2.parallel.strategy={strategy}", f"stages.2.batch.packs={packs}", "stages.2.resources.workers=8"])
     stage = recipe.stages[2]
     memory = stage_memory(model_shape(recipe), stage, 8, worst_pack(stage, True))
     held = memory.weights + memory.gradients + memory.optimizer

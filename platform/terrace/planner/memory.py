@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from math import gcd
 
 from terrace.planner.parameters import part_sizes, trained_parts
-from terrace.planner.shapes import MERGE, ModelShape
+from terrace.planner.shapes import MERGE, PATCH_VALUES, ModelShape
 from terrace.recipe.schema import PARTS, PartName, Stage
 
 FP32 = 4
@@ -66,7 +66,7 @@ def worst_pack(stage: Stage, has_images: bool) -> PackSize:
     return PackSize(length, visual, length)
 
 
-def stage_memory(shape: ModelShape, stage: Stage, workers: int, pack: PackSize, on_gpu: bool = True, accumulates: bool = True) -> Memory:
+def stage_memory(shape: ModelShape, stage: Stage, workers: int, pack: PackSize, on_gpu: bool = True) -> Memory:
     """Peak memory per GPU of `stage` on `workers` workers with one pack at a time."""
     compute = COMPUTE_BYTES[stage.precision]
     state = _state(shape, stage, workers, compute)
@@ -118,24 +118,28 @@ def _state(shape: ModelShape, stage: Stage, workers: int, compute: int) -> _Stat
     if strategy == "ddp":
         weights, gradients, optimizer = FP32 * everything, FP32 * trained, MOMENTS * trained
         if compute < FP32:  # autocast's copies of every matrix that gradients pass through
-            buffers = compute * _matrices_in_backward(shape, stage)
+            buffers = compute * matrices_in_backward(shape, stage)
     elif strategy == "fsdp":
         shards = gcd(parallel.hybrid_shard_size or workers, workers)
-        weights, gradients, optimizer = FP32 * everything / shards, FP32 * trained / shards, MOMENTS * trained / shards
+        weights, optimizer = FP32 * everything / shards, MOMENTS * trained / shards
+        accumulates = stage.batch.packs > workers  # whole gradients on every rank until the last pack of a step
+        gradients = FP32 * trained / (1 if accumulates else shards)
         if workers > 1:  # two blocks gathered (one ahead), the embeddings, one block's gradient being reduced
             gathered = 2 * largest_block if parallel.reshard_after_forward else everything - outer
             buffers = compute * (gathered + outer) + FP32 * largest_block
     else:
         bucket = min(DEEPSPEED_BUCKET, trained)
         weights = compute * everything / (shards if strategy == "zero3" else 1)
-        gradients = compute * trained / (1 if strategy == "zero1" else shards)
+        gradients = FP32 * trained / (1 if strategy == "zero1" else shards)
         optimizer = (FP32 + MOMENTS) * trained / shards  # a float32 master copy and the moments
         buffers = compute * 2 * bucket if workers > 1 else 0.0
         if strategy == "zero3" and workers > 1:
             buffers = compute * (bucket + min(MAX_LIVE, everything))
     host = 0.0
+    if strategy.startswith("zero") and compute < FP32:
+        host = FP32 * (everything - trained)  # frozen weights in full precision, for exports
     if parallel.offload_optimizer != "none":
-        host, optimizer = optimizer + gradients, 0.0
+        host, optimizer = host + optimizer + gradients, 0.0
         gradients = 0.0 if strategy in ("zero2", "zero3") else gradients
     if parallel.offload_parameters != "none":
         host, weights = host + weights, 0.0
@@ -147,11 +151,14 @@ def gradients_reach(stage: Stage, part: PartName) -> bool:
     return any(getattr(stage.train, before) is not None for before in PARTS[: PARTS.index(part) + 1])
 
 
-def _matrices_in_backward(shape: ModelShape, stage: Stage) -> float:
+def matrices_in_backward(shape: ModelShape, stage: Stage) -> float:
+    """Parameters of the blocks and the projector that gradients pass through; embeddings and output layer are apart."""
     sizes = part_sizes(shape)
-    embeddings = shape.language.vocabulary * shape.language.width
-    count = sum(sizes[part].total for part in PARTS if gradients_reach(stage, part))
-    return count - embeddings * (1 if gradients_reach(stage, "language") else 0)
+    return sum(
+        sizes[part].block * sizes[part].blocks
+        for part in PARTS
+        if gradients_reach(stage, part) and not (getattr(stage.train, part) is None and stage.frozen_activation_checkpointing)
+    )
 
 
 def _head_buffers(shape: ModelShape, stage: Stage, compute: int, pack: PackSize) -> float:
@@ -179,7 +186,7 @@ def _language_activations(shape: ModelShape, stage: Stage, pack: PackSize, compu
     working = pack.tokens * (3 * language.intermediate * compute + 2 * language.width * residual)
     if not gradients_reach(stage, "language"):
         return _Activations(0.0, working)
-    ends = pack.tokens * language.width * (3 * residual + 1) + pack.tokens * language.width * (FP32 + residual)
+    ends = pack.tokens * language.width * (1 + FP32 + (FP32 if train else 0))  # places of images, final norm
     checkpointed = train.activation_checkpointing if train else stage.frozen_activation_checkpointing
     if checkpointed:
         return _Activations(pack.tokens * language.layers * language.width * residual + ends, pack.tokens * layer + working)
@@ -223,6 +230,7 @@ def _vision_activations(shape: ModelShape, stage: Stage, pack: PackSize, compute
         kept += pack.visual_tokens * shape.language.width * residual
     if train is None:
         return _Activations(kept, working)
+    kept += patches * PATCH_VALUES * compute  # the pixels, for the patch embedding's gradient
     if train.activation_checkpointing:
         return _Activations(kept + patches * vision.depth * vision.width * residual, patches * block + working)
     return _Activations(kept + patches * vision.depth * block, working)
