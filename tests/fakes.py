@@ -74,3 +74,28 @@ def fake_stage(
         evaluation = {"before": {"caption": 2.0}, "after": {"caption": 1.0 / stage.budget.steps}}
         result = {"steps": stage.budget.steps, "loss": 0.25, "evaluation": evaluation, "attempt": attempt}
         write_atomic(folder / "result.json", json.dumps(result))
+
+
+def main() -> int:
+    """What a job runs in place of `terrace run --stage --attempt`: the same single attempt, with the counting stage."""
+    import argparse
+
+    from fakes import fake_stage as stage_function
+
+    from terrace.cluster.local import LocalLauncher
+    from terrace.curriculum.single import run_single_attempt
+    from terrace.recipe.loading import load_recipe
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--run-dir", type=Path)
+    parser.add_argument("--stage")
+    parser.add_argument("--attempt", type=int)
+    given = parser.parse_args()
+    recipe = load_recipe(given.recipe)
+    launcher = LocalLauncher(recipe, stage_function)
+    return run_single_attempt(recipe, given.run_dir, given.stage, given.attempt, prepare=lambda *_: {}, launcher=launcher)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

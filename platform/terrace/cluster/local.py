@@ -49,6 +49,7 @@ class LocalLauncher:
         self._recipe, self._run_stage, self._dashboard = recipe, run_stage, dashboard
         self._running: dict[tuple[str, int], _Running] = {}
         self._run_dir: Path | None = None
+        self._started_ray = False
 
     def attach(self, run_dir: Path) -> None:
         """The run directory whose attempts this launcher looks after."""
@@ -61,7 +62,7 @@ class LocalLauncher:
         stage_dir = stage_directory(request.run_dir, request.stage_index, request.stage)
         attempts.claim_attempt(stage_dir, request.attempt)
         # Not in the attempt's thread: Ray's processes die with the very thread that started them (PR_SET_PDEATHSIG).
-        start_ray(self._recipe, self._dashboard)
+        self._started_ray = start_ray(self._recipe, self._dashboard) or self._started_ray
         running = _Running(threading.Thread(target=lambda: None))
         running.thread = threading.Thread(target=self._fit, args=(request, running), name=f"fit-{request.stage}", daemon=True)
         self._running[key] = running
@@ -97,12 +98,10 @@ class LocalLauncher:
         end_processes([process for process in live_processes(self._run_dir) if (process.stage, process.attempt) == (stage, attempt)])
 
     def close(self) -> None:
-        """End this process's connection to Ray, and the Ray it started."""
-        if not self._running:
-            return
-        import ray
+        """End the connection to Ray that a launch made, and the Ray it started; one that was there before stays."""
+        if self._started_ray:
+            import ray
 
-        if ray.is_initialized():
             ray.shutdown()
 
     def _fit(self, request: LaunchRequest, running: _Running) -> None:
@@ -145,12 +144,12 @@ def _describe(error: BaseException) -> tuple[str, str]:
 # ---------------------------------------------------------------- Ray
 
 
-def start_ray(recipe: Recipe, dashboard: bool = False) -> None:
+def start_ray(recipe: Recipe, dashboard: bool = False) -> bool:
     """Connect to the cluster we belong to (`RAY_ADDRESS`, set inside a Ray job too), or start one on this machine.
 
     A Ray of our own gets at least the logical CPUs that the largest stage asks for (workers, and one per worker for
     decoding), so that a recipe for two workers runs on a small laptop too, and an object store of a tenth of the
-    memory, at most 2 GiB.
+    memory, at most 2 GiB. True if this call connected to or started it.
     """
     for key, value in {
         "RAY_TRAIN_V2_ENABLED": "1",
@@ -166,7 +165,7 @@ def start_ray(recipe: Recipe, dashboard: bool = False) -> None:
     import ray
 
     if ray.is_initialized():
-        return
+        return False
     logging.getLogger("ray").setLevel(logging.ERROR)
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     package = Path(__file__).resolve().parents[1]
@@ -174,7 +173,7 @@ def start_ray(recipe: Recipe, dashboard: bool = False) -> None:
         if not _installed():
             common["runtime_env"] = {"py_modules": [str(package)]}
         ray.init(**common)
-        return
+        return True
     if not _installed():
         paths = [str(package.parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
@@ -190,6 +189,7 @@ def start_ray(recipe: Recipe, dashboard: bool = False) -> None:
         object_store_memory=int(min(2 * 2**30, max(128 * 2**20, memory // 10))),
         **common,
     )
+    return True
 
 
 def _installed() -> bool:

@@ -13,8 +13,8 @@ import importlib.metadata
 import logging
 import os
 import shlex
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +35,14 @@ class ClusterUnreachable(TerraceError):
 
 
 class RayJobsLauncher:
-    """Runs attempts as jobs. `python` is the interpreter's name on the cluster."""
+    """Runs attempts as jobs. `program` is what the cluster runs, before the recipe's path and the attempt."""
 
     name = "ray"
 
-    def __init__(self, address: str | None = None, python: str = "python"):
+    def __init__(self, address: str | None = None, program: Sequence[str] = ("python", "-m", "terrace.cli", "run")):
         self._address = address or _dashboard_address()
-        self._python = python
+        self._program = list(program)
+        self._names: dict[str, tuple[str, int]] = {}  # job id -> (stage, attempt)
         self._client: Any = None
         self._seen: dict[str, tuple[float, str | None, str]] = {}  # job id -> (when, status or None for unknown, message)
 
@@ -59,7 +60,7 @@ class RayJobsLauncher:
     def launch(self, request: LaunchRequest) -> None:
         job = self.job_id(request.stage_index, request.stage, request.attempt)
         attempts.claim_attempt(stage_directory(request.run_dir, request.stage_index, request.stage), request.attempt)
-        command = [self._python, "-m", "terrace.cli", "run", str(request.run_dir / "recipe.yaml"), "--run-dir", str(request.run_dir)]
+        command = [*self._program, str(request.run_dir / "recipe.yaml"), "--run-dir", str(request.run_dir)]
         command += ["--stage", request.stage, "--attempt", str(request.attempt)]
         try:
             self._client.submit_job(
@@ -116,10 +117,6 @@ class RayJobsLauncher:
     def close(self) -> None:
         """Nothing of the cluster's is ours to end."""
 
-    @property
-    def _names(self) -> dict[str, tuple[str, int]]:
-        return self.__dict__.setdefault("_name_of_job", {})
-
     def job_id(self, stage_index: int, stage: str, attempt: int) -> str:
         """The same for every controller of the run: its directory's digest, the stage's number, the attempt's."""
         digest = hashlib.sha256(str(self._run_dir).encode()).hexdigest()[:10]
@@ -164,8 +161,3 @@ def _dashboard_address() -> str:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def interpreter_here() -> str:
-    """For a cluster on this machine, started from the same environment."""
-    return sys.executable

@@ -50,13 +50,15 @@ def print_description(description: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=160)  # nobody's window: a log file must not cut the columns
     parameters = ", ".join(f"{part} {count:,}" for part, count in description["parameters"].items())
     console.print(f"[bold]{escape(description['name'])}[/] is valid: {len(description['stages'])} stages", soft_wrap=True)
     console.print(f"parameters: {parameters}", soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for name in (
         "stage",
-        "trains (learning rate)",
+        "trains, lr",
         "parameters",
         "sequence",
         "batch",
@@ -66,13 +68,13 @@ def print_description(description: dict[str, Any]) -> None:
         "strategy",
         "workers",
     ):
-        table.add_column(name, justify="right" if name in ("parameters", "sequence", "batch", "steps") else "left")
+        table.add_column(name, no_wrap=True, justify="right" if name in ("parameters", "sequence", "batch", "steps") else "left")
     for number, stage in enumerate(description["stages"], start=1):
-        budget = ", ".join(f"{value:g} {unit}" for unit, value in stage["budget"].items())
+        budget = ", ".join(f"{_short(value)} {unit}" for unit, value in stage["budget"].items())
         workers = stage["workers"] if isinstance(stage["workers"], int) else "-".join(map(str, stage["workers"]))
         table.add_row(
             f"{number} {escape(stage['name'])}",
-            ", ".join(f"{part} {lr:g}" for part, lr in stage["trains"].items()),
+            "\n".join(f"{part} {lr:g}" for part, lr in stage["trains"].items()),
             f"{stage['trained_parameters']:,}",
             f"{stage['sequence_length']:,}",
             f"{stage['batch_packs']:,}",
@@ -87,3 +89,11 @@ def print_description(description: dict[str, Any]) -> None:
         console.print(f"stands in for: {escape(description['stands_in_for'])}", soft_wrap=True)
     for note in description["notes"]:
         console.print(f"note: {escape(note)}", style="dim", soft_wrap=True)
+
+
+def _short(value: float) -> str:
+    """`300e9` -> `300B`; small numbers as they are."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
+        if value >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}"
