@@ -136,6 +136,11 @@ def test_budgets_become_steps() -> None:
     assert values["total"]["gpu_hours"] is None
 
 
+def test_qwen_vl_takes_the_published_number_of_steps() -> None:
+    plan = make_plan(load_recipe(REPOSITORY / "jobs" / "recipes" / "qwen-vl-7b.yaml"))
+    assert [stage.work.steps for stage in plan.stages] == pytest.approx([50_000, 19_000, 8_000], rel=1e-3)
+
+
 def test_an_index_makes_samples_and_epochs_exact() -> None:
     recipe = load_recipe(TINY, ["stages.1.budget={epochs: 2}", "stages.1.mixture={captions: 3, documents: 1}"])
     short = SourceFacts(90, SampleMeans(64, 40, 64 * 64, 16, 16 * 16 * 16, 9_000))

@@ -71,6 +71,7 @@ REFUSED = [
     (["stages.0.train.projector.layer_decay=0.9"], "stages.0.train.projector.layer_decay", "no layers"),
     (["stages.1.train.vision.optimizer_state=keep"], "stages.1.train.vision.optimizer_state", "does not train vision"),
     (["stages.0.train.projector.optimizer_state=keep"], "stages.0.train.projector.optimizer_state", "initial weights"),
+    (["planning.source_tokens_per_sample={captoins: 3}"], "planning.source_tokens_per_sample.captoins", "did you mean `captions`"),
     (["data.sources.captions.uri=' '"], "data.sources.captions.uri", "empty"),
     (["data.sources.captions.max_samples=4"], "data.sources.captions.holdout_samples", "none is left"),
     (["model.config=null"], "model", "needs `config` or `pretrained`"),

@@ -301,16 +301,18 @@ def si(value: float | None) -> str:
     ):
         if value >= factor:
             return f"{value / factor:.3g}{letter}"
-    return f"{value:.3g}"
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def power(value: float | None) -> str:
     """9.12e+21 -> `9.12e21`."""
-    return "?" if value is None else f"{value:.3g}".replace("e+", "e")
+    return "?" if value is None else f"{value:.2e}".replace("e+0", "e").replace("e+", "e")
 
 
 def count(value: float | None) -> str:
-    return "?" if value is None else f"{value:,.0f}"
+    if value is None:
+        return "?"
+    return f"{value:,.0f}" if value >= 10 or float(value).is_integer() else f"{value:.2g}"
 
 
 def size(value: float) -> str:
@@ -327,6 +329,8 @@ def duration(seconds: float | None) -> str:
     for factor, unit in ((86400.0, "days"), (3600.0, "h"), (60.0, "min")):
         if seconds >= 2 * factor:
             return f"{seconds / factor:.1f} {unit}"
+    if seconds < 0.1:
+        return f"{seconds * 1000:.2g} ms"
     return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.0f} s"
 
 

@@ -53,7 +53,7 @@ def stage_work(recipe: Recipe, stage: Stage, shape: ModelShape, facts: Mapping[s
         sample_tokens = mean.tokens / FILL
     else:
         pack = _assumed(recipe, stage, shape, shares)
-        sample_tokens = min(recipe.planning.tokens_per_sample, stage.sequence_length)
+        sample_tokens = _assumed_sample_tokens(recipe, stage, shares)
         pack_bytes = pack.visual_tokens * recipe.planning.bytes_per_visual_token
         pack_bytes += (pack.tokens - pack.visual_tokens) * TEXT_BYTES_PER_TOKEN
     per_step = stage.batch.packs * stage.sequence_length
@@ -115,12 +115,18 @@ def _load(mean: SampleMeans, shape: ModelShape) -> PackLoad:
     )
 
 
+def _assumed_sample_tokens(recipe: Recipe, stage: Stage, shares: Mapping[str, float]) -> float:
+    planning = recipe.planning
+    means = {name: planning.source_tokens_per_sample.get(name, planning.tokens_per_sample) for name in shares}
+    return min(stage.sequence_length, sum(share * means[name] for name, share in shares.items()))
+
+
 def _assumed(recipe: Recipe, stage: Stage, shape: ModelShape, shares: Mapping[str, float]) -> PackLoad:
     planning = recipe.planning
     with_images = sum(share for name, share in shares.items() if recipe.data.sources[name].kind != "text")
     visual = planning.visual_token_share * with_images * stage.sequence_length
     limit = stage.data_loading.max_visual_tokens_per_pack
     visual = visual if limit is None else min(visual, limit)
-    segment = min(planning.tokens_per_sample, stage.sequence_length)
+    segment = _assumed_sample_tokens(recipe, stage, shares)
     image = min(stage.pixels.max / PIXELS_OF_TOKEN, planning.visual_token_share * segment)
     return assumed_load(shape, stage.sequence_length, visual, segment, image)

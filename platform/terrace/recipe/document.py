@@ -123,9 +123,7 @@ class _Reader:
                 merged += value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
             elif key_node.value in result:
                 first = result[key_node.value].place.line
-                self.problems.append(
-                    Problem((), f"key `{key_node.value}` is given twice, first on line {first}", place)
-                )
+                self.problems.append(Problem((), f"key `{key_node.value}` is given twice, first on line {first}", place))
             else:
                 result[key_node.value] = self.entry(value_node, place)
         for base in merged:
@@ -193,9 +191,7 @@ def _merge_stages(base: Entry, layer: Entry) -> Entry:
     for name, change in layer.value.items():
         if name not in names:
             known = ", ".join(str(known) for known in names)
-            raise RecipeError(
-                [Problem(("stages", name), f"the extended recipe has no stage `{name}`; it has: {known}", change.place)]
-            )
+            raise RecipeError([Problem(("stages", name), f"the extended recipe has no stage `{name}`; it has: {known}", change.place)])
         result[names[name]] = merge(result[names[name]], change, ("stages", names[name]))
     return Entry(result, base.place)
 

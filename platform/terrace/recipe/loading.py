@@ -72,9 +72,7 @@ def stage_hash(recipe: Recipe, index: int) -> str:
     """
     stage = recipe.stages[index]
     settings = stage.model_dump(mode="json", exclude=LAYOUT_KEYS)
-    settings["data_loading"] = {
-        key: settings["data_loading"][key] for key in ("window_samples", "max_visual_tokens_per_pack")
-    }
+    settings["data_loading"] = {key: settings["data_loading"][key] for key in ("window_samples", "max_visual_tokens_per_pack")}
     for part in PARTS:
         if settings["train"][part]:
             del settings["train"][part]["activation_checkpointing"]
@@ -147,9 +145,7 @@ def _merge_at(root: Entry, layer: Entry, path: Path, done: Path) -> Entry:
         return Entry(items, root.place)
     if len(path) > 1 and isinstance(root.value, dict) and path[0] in root.value:
         step = path[0]
-        return Entry(
-            {**root.value, step: _merge_at(root.value[step], layer.value[step], path[1:], (*done, step))}, root.place
-        )
+        return Entry({**root.value, step: _merge_at(root.value[step], layer.value[step], path[1:], (*done, step))}, root.place)
     merged = document.merge(root, layer, done)
     return Entry(merged.value, root.place)
 
@@ -200,9 +196,7 @@ def _validate(root: Entry, name: str) -> Recipe:
         recipe = Recipe.model_validate_json(json.dumps(_whole_numbers(root.plain())), strict=True)
     except ValidationError as error:
         raise RecipeError(_problems(error, root), name) from None
-    if problems := [
-        Problem(problem.path, problem.message, _place(root, problem.path)) for problem in rules.check(recipe)
-    ]:
+    if problems := [Problem(problem.path, problem.message, _place(root, problem.path)) for problem in rules.check(recipe)]:
         raise RecipeError(problems, name)
     return recipe
 
@@ -258,9 +252,7 @@ def _message(item: Mapping[str, Any], path: Path, entry: Entry) -> str:
         choices = [choice.strip(" '") for choice in item["ctx"]["expected"].replace(" or ", ",").split(",")]
         return f"`{written}` is not one of {', '.join(choices)}" + (nearest(written, choices, limit=0))
     text = item["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    text = text.replace("valid dictionary or object to extract fields from", "map of keys").replace(
-        "an object", "a map of keys"
-    )
+    text = text.replace("valid dictionary or object to extract fields from", "map of keys").replace("an object", "a map of keys")
     shown = json.dumps(written, ensure_ascii=False, default=str)
     return f"{shown if len(shown) <= 60 else shown[:57] + '...'}: {text}"
 

@@ -58,9 +58,7 @@ def recipe_json_schema() -> dict[str, Any]:
     """JSON Schema of a recipe file as a person writes it: with `extends` and the short forms."""
     schema = Recipe.model_json_schema()
     numbers = {"type": "object", "minProperties": 1, "additionalProperties": {"type": ["number", "null"]}}
-    schema["$defs"]["Stage"]["properties"]["mixture"] = _either(
-        numbers, schema["$defs"]["Stage"]["properties"]["mixture"]
-    )
+    schema["$defs"]["Stage"]["properties"]["mixture"] = _either(numbers, schema["$defs"]["Stage"]["properties"]["mixture"])
     schema["properties"]["tokenizer"] = _either({"type": "string"}, schema["properties"]["tokenizer"])
     changes = {"type": "object", "additionalProperties": {"type": "object"}, "description": "Changes by stage name."}
     schema["properties"]["stages"] = _either(schema["properties"]["stages"], changes)

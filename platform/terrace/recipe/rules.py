@@ -29,7 +29,7 @@ def check(recipe: Recipe) -> list[Problem]:
     """Every problem of a recipe whose fields are well typed, in the order of its keys. Empty: the recipe may run."""
     problems = list(rules_model.check(recipe))
     problems += _data(recipe)
-    problems += _stage_names(recipe)
+    problems += [*_planning(recipe), *_stage_names(recipe)]
     for index, stage in enumerate(recipe.stages):
         at: Path = ("stages", index)
         for rule in (_parts, _mixture, _budget, _resolution, _workers, _parallel, _precision, _evaluation, _checkpoint):
@@ -67,6 +67,13 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
             )
 
 
+def _planning(recipe: Recipe) -> Iterator[Problem]:
+    for name in recipe.planning.source_tokens_per_sample:
+        if name not in recipe.data.sources:
+            hint = nearest(name, recipe.data.sources)
+            yield Problem(("planning", "source_tokens_per_sample", name), f"`{name}` is not a source{hint}")
+
+
 def _stage_names(recipe: Recipe) -> Iterator[Problem]:
     names = [stage.name for stage in recipe.stages]
     for index, stage in enumerate(recipe.stages):
@@ -82,9 +89,7 @@ def _stage_names(recipe: Recipe) -> Iterator[Problem]:
         if start not in names:
             yield Problem(key, f"there is no stage `{start}`{nearest(start, names[:index])}")
         elif start not in names[:index]:
-            yield Problem(
-                key, f"stage `{start}` does not run before `{stage.name}`; a stage starts from an earlier one"
-            )
+            yield Problem(key, f"stage `{start}` does not run before `{stage.name}`; a stage starts from an earlier one")
 
 
 # ---------------------------------------------------------------- parts and mixture
@@ -104,9 +109,7 @@ def _before(recipe: Recipe, index: int) -> Stage | None:
 def _parts(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
     trained = _trained(stage)
     if not trained:
-        yield Problem(
-            (*at, "train"), "names no part, so the stage trains nothing; name vision, projector or language with its lr"
-        )
+        yield Problem((*at, "train"), "names no part, so the stage trains nothing; name vision, projector or language with its lr")
     sources = [recipe.data.sources[name] for name in stage.mixture.weights if name in recipe.data.sources]
     if trained and "language" not in trained and sources and all(source.kind in TEXT_KINDS for source in sources):
         yield Problem(
@@ -114,14 +117,10 @@ def _parts(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
             f"has only text, which gives {' and '.join(trained)} no gradient; add a source with images",
         )
     if stage.train.projector is not None and stage.train.projector.layer_decay != 1:
-        yield Problem(
-            (*at, "train", "projector", "layer_decay"), "the projector has no layers to decay over; leave it out"
-        )
+        yield Problem((*at, "train", "projector", "layer_decay"), "the projector has no layers to decay over; leave it out")
     before = _before(recipe, int(at[1]))
     for part in trained:
-        if getattr(stage.train, part).optimizer_state == "keep" and (
-            before is None or getattr(before.train, part) is None
-        ):
+        if getattr(stage.train, part).optimizer_state == "keep" and (before is None or getattr(before.train, part) is None):
             source = f"stage `{before.name}`, which does not train {part}" if before else "the initial weights"
             yield Problem(
                 (*at, "train", part, "optimizer_state"),
@@ -164,9 +163,7 @@ def _budget(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
 def _resolution(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
     low, high = stage.pixels.min, stage.pixels.max
     if high < GRID_AREA:
-        yield Problem(
-            (*at, "pixels", "max"), f"{high} pixels hold no image: the smallest grid is 28 x 28 = {GRID_AREA} pixels"
-        )
+        yield Problem((*at, "pixels", "max"), f"{high} pixels hold no image: the smallest grid is 28 x 28 = {GRID_AREA} pixels")
         return
     if low > high:
         yield Problem((*at, "pixels", "min"), f"{low} is more than pixels.max {high}")
@@ -208,9 +205,7 @@ def _workers(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
     low, high = (workers, workers) if isinstance(workers, int) else workers
     key: Path = (*at, "resources", "workers")
     if low < 1 or high < low:
-        yield Problem(
-            key, f"{list(workers) if isinstance(workers, tuple) else workers}: give a number from 1 on, or [min, max]"
-        )
+        yield Problem(key, f"{list(workers) if isinstance(workers, tuple) else workers}: give a number from 1 on, or [min, max]")
         return
     ring = stage.parallel.sequence_parallel
     for count in sorted({low, high}):
@@ -226,18 +221,14 @@ def _workers(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
             )
     gpus = stage.resources.gpus_per_worker
     if gpus > 1 and gpus != int(gpus):
-        yield Problem(
-            (*at, "resources", "gpus_per_worker"), f"{gpus} is neither a share of one GPU nor a whole number of GPUs"
-        )
+        yield Problem((*at, "resources", "gpus_per_worker"), f"{gpus} is neither a share of one GPU nor a whole number of GPUs")
 
 
 def _parallel(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
     parallel, key = stage.parallel, (*at, "parallel")
     strategy = parallel.strategy
     if parallel.offload_optimizer != "none" and strategy == "ddp":
-        yield Problem(
-            (*key, "offload_optimizer"), "ddp keeps the optimizer on its GPU; use zero1, zero2, zero3 or fsdp"
-        )
+        yield Problem((*key, "offload_optimizer"), "ddp keeps the optimizer on its GPU; use zero1, zero2, zero3 or fsdp")
     if parallel.offload_parameters != "none" and strategy not in ("zero3", "fsdp"):
         yield Problem((*key, "offload_parameters"), f"{strategy} does not shard parameters; use zero3 or fsdp")
     for name in ("offload_optimizer", "offload_parameters"):
@@ -257,17 +248,13 @@ def _parallel(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
         workers = stage.resources.workers
         for count in {workers} if isinstance(workers, int) else set(workers):
             if count % parallel.hybrid_shard_size:
-                yield Problem(
-                    (*key, "hybrid_shard_size"), f"{parallel.hybrid_shard_size} does not divide {count} workers"
-                )
+                yield Problem((*key, "hybrid_shard_size"), f"{parallel.hybrid_shard_size} does not divide {count} workers")
 
 
 def _precision(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
     on_gpu = stage.resources.gpus_per_worker > 0
     if stage.precision == "fp16" and not on_gpu:
-        yield Problem(
-            (*at, "precision"), "fp16 overflows and crawls on CPU; use bf16 or fp32, or set resources.gpus_per_worker"
-        )
+        yield Problem((*at, "precision"), "fp16 overflows and crawls on CPU; use bf16 or fp32, or set resources.gpus_per_worker")
     if recipe.model.attention in ("varlen", "flash_attn") and not on_gpu:
         yield Problem(
             ("model", "attention"),
@@ -300,9 +287,7 @@ def _metric_problem(recipe: Recipe, stage: Stage, metric: str) -> str | None:
 
 
 def _in_suites(name: str, suites: list[str]) -> bool:
-    return any(
-        name == suite or suite.replace("\\", "/").rsplit("/", 1)[-1].split(":")[0].startswith(name) for suite in suites
-    )
+    return any(name == suite or suite.replace("\\", "/").rsplit("/", 1)[-1].split(":")[0].startswith(name) for suite in suites)
 
 
 def _evaluation(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
@@ -312,9 +297,7 @@ def _evaluation(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
             found = "has both" if gate.below is not None else "has neither"
             yield Problem(
                 key,
-                f"{found} `below` and `above`"
-                if gate.below is not None
-                else f"{found} `below` nor `above`; give exactly one",
+                f"{found} `below` and `above`" if gate.below is not None else f"{found} `below` nor `above`; give exactly one",
             )
         if problem := _metric_problem(recipe, stage, gate.metric):
             yield Problem((*key, "metric"), problem)

@@ -28,11 +28,7 @@ CONFIG: Path = ("model", "config")
 def check(recipe: Recipe) -> Iterator[Problem]:
     model, tokenizer = recipe.model, recipe.tokenizer
     if (model.config is None) == (model.pretrained is None):
-        found = (
-            "`config` and `pretrained` exclude each other"
-            if model.config is not None
-            else "needs `config` or `pretrained`"
-        )
+        found = "`config` and `pretrained` exclude each other" if model.config is not None else "needs `config` or `pretrained`"
         yield Problem(("model",), f"{found}; give exactly one")
     if model.init is not None and model.pretrained is not None:
         yield Problem(("model", "init"), "only adds weights to a `config`; `pretrained` brings all of them")
@@ -40,9 +36,7 @@ def check(recipe: Recipe) -> Iterator[Problem]:
         found = "has both" if tokenizer.path is not None else "needs one of"
         yield Problem(("tokenizer",), f"{found} `path` and `train_vocabulary_size`; give exactly one")
     if model.config is not None:
-        yield from _config(
-            model.config, model.architecture, trained_tokenizer=tokenizer.train_vocabulary_size is not None
-        )
+        yield from _config(model.config, model.architecture, trained_tokenizer=tokenizer.train_vocabulary_size is not None)
 
 
 def head_size(text: dict[str, Any]) -> int:
@@ -69,9 +63,7 @@ def _config(config: dict[str, Any], architecture: str, trained_tokenizer: bool) 
         wanted = TEXT_FIELDS if trained_tokenizer else (*TEXT_FIELDS, "vocab_size")
         if (yield from _complete(text, wanted, (*CONFIG, "text_config"))):
             yield from _text(text)
-    if isinstance(vision, dict) and (
-        yield from _complete(vision, VISION_FIELDS[architecture], (*CONFIG, "vision_config"))
-    ):
+    if isinstance(vision, dict) and (yield from _complete(vision, VISION_FIELDS[architecture], (*CONFIG, "vision_config"))):
         yield from _vision(vision, architecture)
         out = vision["out_hidden_size" if architecture == "qwen2_5_vl" else "hidden_size"]
         if isinstance(text, dict) and _whole(text.get("hidden_size")) and out != text["hidden_size"]:
@@ -92,9 +84,7 @@ def _complete(part: dict[str, Any], wanted: tuple[str, ...], at: Path) -> Iterat
         value = part.get(field)
         if value is None:
             good = False
-            yield Problem(
-                at, f"needs `{field}`: the default is another model's{nearest(field, set(part) - set(wanted), limit=0)}"
-            )
+            yield Problem(at, f"needs `{field}`: the default is another model's{nearest(field, set(part) - set(wanted), limit=0)}")
         elif not _whole(value):
             good = False
             yield Problem((*at, field), f"{value!r} is not a whole number from 1 on")
@@ -111,13 +101,9 @@ def _text(text: dict[str, Any]) -> Iterator[Problem]:
         yield Problem((*at, "num_key_value_heads"), f"{key_heads} does not divide num_attention_heads {heads}")
     section, size = mrope_section(text), head_size(text)
     if section is None:
-        yield Problem(
-            at, f"needs `rope_parameters` with `mrope_section`: three numbers that sum to {size // 2} (half a head)"
-        )
+        yield Problem(at, f"needs `rope_parameters` with `mrope_section`: three numbers that sum to {size // 2} (half a head)")
     elif len(section) != 3 or sum(section) * 2 != size:
-        yield Problem(
-            at, f"mrope_section {section} must be three numbers that sum to {size // 2} (half of head size {size})"
-        )
+        yield Problem(at, f"mrope_section {section} must be three numbers that sum to {size // 2} (half of head size {size})")
 
 
 def _vision(vision: dict[str, Any], architecture: str) -> Iterator[Problem]:
@@ -136,6 +122,4 @@ def _vision(vision: dict[str, Any], architecture: str) -> Iterator[Problem]:
         yield Problem((*at, "window_size"), f"{window} is not a multiple of 28 pixels")
     for block in vision.get("fullatt_block_indexes") or []:
         if not isinstance(block, int) or not 0 <= block < vision["depth"]:
-            yield Problem(
-                (*at, "fullatt_block_indexes"), f"there is no block {block}: depth is {vision['depth']}, counted from 0"
-            )
+            yield Problem((*at, "fullatt_block_indexes"), f"there is no block {block}: depth is {vision['depth']}, counted from 0")

@@ -18,13 +18,9 @@ def check(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
         key: Path = (*at, "mixture", "weights", name)
         if stage.objective == "lm" and source.kind in ("preference", "prompt"):
             use = "reward_model" if source.kind == "preference" else "grpo"
-            yield Problem(
-                key, f"`{name}` holds {source.kind}s, which objective lm has no answer to learn from; use {use}"
-            )
+            yield Problem(key, f"`{name}` holds {source.kind}s, which objective lm has no answer to learn from; use {use}")
         if stage.objective == "reward_model" and source.kind != "preference":
-            yield Problem(
-                key, f"a reward model learns from pairs of kind preference; `{name}` is of kind {source.kind}"
-            )
+            yield Problem(key, f"a reward model learns from pairs of kind preference; `{name}` is of kind {source.kind}")
     if stage.objective == "grpo":
         yield from _grpo(recipe, stage, at)
         return
@@ -54,9 +50,7 @@ def _grpo(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
         if source.task is None:
             yield Problem(key, f"stage `{stage.name}` needs the reward task of `{name}`{nearest('', stage.rewards)}")
         elif stage.rewards and source.task not in stage.rewards:
-            yield Problem(
-                key, f"stage `{stage.name}` has no reward for task `{source.task}`{nearest(source.task, stage.rewards)}"
-            )
+            yield Problem(key, f"stage `{stage.name}` has no reward for task `{source.task}`{nearest(source.task, stage.rewards)}")
     options = stage.grpo
     if options is None:
         return
@@ -69,9 +63,7 @@ def _grpo(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
     if options.engine == "vllm" and stage.resources.gpus_per_worker == 0:
         yield Problem((*key, "engine"), "vllm needs a GPU; use native, or set resources.gpus_per_worker")
     if options.placement == "separate" and options.engine == "native":
-        yield Problem(
-            (*key, "placement"), "separate rollout workers are offered with engine vllm; native rollouts are colocated"
-        )
+        yield Problem((*key, "placement"), "separate rollout workers are offered with engine vllm; native rollouts are colocated")
     if options.updates_per_rollout == 1:
         for name in ("clip_low", "clip_high"):
             if getattr(options, name) is not None:

@@ -44,15 +44,9 @@ class PartTraining(Strict):
     layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
         1.0, description="Learning rate of layer l is lr * layer_decay^(layers - l) (BEiT, Qwen-VL: 0.95 for the ViT)."
     )
-    optimizer_state: Literal["reset", "keep"] = Field(
-        "reset", description="At the stage's start, if the part trained before."
-    )
-    activation_checkpointing: bool = Field(
-        False, description="Recompute the part's activations in the backward pass to save memory."
-    )
-    weight_decay: Annotated[float, Field(ge=0)] | None = Field(
-        None, description="Overrides the optimizer's for this part."
-    )
+    optimizer_state: Literal["reset", "keep"] = Field("reset", description="At the stage's start, if the part trained before.")
+    activation_checkpointing: bool = Field(False, description="Recompute the part's activations in the backward pass to save memory.")
+    weight_decay: Annotated[float, Field(ge=0)] | None = Field(None, description="Overrides the optimizer's for this part.")
 
 
 class TrainedParts(Strict):
@@ -74,33 +68,25 @@ class Budget(Strict):
     """Exactly one is given. `tokens` counts sequence positions: steps = tokens / (packs * length), rounded up."""
 
     steps: Annotated[int, Field(gt=0)] | None = Field(None, description="Length of the stage in optimizer steps.")
-    tokens: Positive | None = Field(
-        None, description="Length of the stage in sequence positions; steps are derived and rounded up."
-    )
+    tokens: Positive | None = Field(None, description="Length of the stage in sequence positions; steps are derived and rounded up.")
     samples: Annotated[int, Field(gt=0)] | None = Field(None, description="Length of the stage in samples.")
     epochs: Positive | None = Field(None, description="Length of the stage in passes over the mixture.")
 
 
 class Batch(Strict):
-    packs: int = Field(
-        8, ge=1, description="Global batch of one optimizer step, in packed sequences, over all workers."
-    )
+    packs: int = Field(8, ge=1, description="Global batch of one optimizer step, in packed sequences, over all workers.")
 
 
 class Optimizer(Strict):
     kind: Literal["adamw"] = Field("adamw", description="Optimizer.")
     betas: tuple[Share, Share] = Field((0.9, 0.95), description="AdamW's two decay rates.")
     eps: Positive = Field(1e-8, description="AdamW's epsilon.")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(
-        0.1, description="Decoupled weight decay; a part may override it."
-    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="Decoupled weight decay; a part may override it.")
     clip: Positive | None = Field(1.0, description="Global gradient norm limit; null: none.")
 
 
 class Schedule(Strict):
-    kind: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="Shape of the learning rate after the warm-up."
-    )
+    kind: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape of the learning rate after the warm-up.")
     warmup: Annotated[float, Field(ge=0)] = Field(0.03, description="Share of the steps below 1, steps from 1 on.")
     min_ratio: Share = Field(0.1, description="Final learning rate as a share of the peak.")
 
@@ -109,19 +95,11 @@ class Parallel(Strict):
     strategy: Literal["ddp", "zero1", "zero2", "zero3", "fsdp"] = Field(
         "ddp", description="How parameters, gradients and optimizer states are spread over the workers."
     )
-    offload_optimizer: Literal["none", "cpu", "nvme"] = Field(
-        "none", description="Where ZeRO keeps optimizer states between steps."
-    )
-    offload_parameters: Literal["none", "cpu", "nvme"] = Field(
-        "none", description="Where ZeRO-3 keeps parameters between uses."
-    )
+    offload_optimizer: Literal["none", "cpu", "nvme"] = Field("none", description="Where ZeRO keeps optimizer states between steps.")
+    offload_parameters: Literal["none", "cpu", "nvme"] = Field("none", description="Where ZeRO-3 keeps parameters between uses.")
     nvme_path: str | None = Field(None, description="Local folder for `nvme` offload.")
-    reshard_after_forward: bool = Field(
-        True, description="FSDP: free gathered parameters between forward and backward."
-    )
-    hybrid_shard_size: int | None = Field(
-        None, ge=1, description="FSDP: shard over this many ranks, replicate over the rest."
-    )
+    reshard_after_forward: bool = Field(True, description="FSDP: free gathered parameters between forward and backward.")
+    hybrid_shard_size: int | None = Field(None, ge=1, description="FSDP: shard over this many ranks, replicate over the rest.")
     sequence_parallel: int = Field(1, ge=1, description="Ranks that share one pack (Ulysses).")
 
 
@@ -129,9 +107,7 @@ class Resources(Strict):
     workers: int | tuple[int, int] = Field(1, description="Number of workers, or [min, max] for elastic training.")
     gpus_per_worker: Annotated[float, Field(ge=0)] = Field(0, description="GPUs of one worker; 0 trains on CPU.")
     cpus_per_worker: Annotated[float, Field(gt=0)] = Field(1, description="CPUs of one worker.")
-    decode_cpus: Annotated[int, Field(ge=1)] | None = Field(
-        None, description="CPUs of the cluster for decoding; default: the rest."
-    )
+    decode_cpus: Annotated[int, Field(ge=1)] | None = Field(None, description="CPUs of the cluster for decoding; default: the rest.")
 
 
 class Checkpoint(Strict):
@@ -156,9 +132,7 @@ class Gate(Strict):
 class Evaluate(Strict):
     """Held-out loss per kind (samples kept by `holdout_samples`) before and after the stage, and optional suites."""
 
-    every_steps: int | None = Field(
-        None, ge=1, description="Also evaluate every so many steps; default: before and after the stage."
-    )
+    every_steps: int | None = Field(None, ge=1, description="Also evaluate every so many steps; default: before and after the stage.")
     max_samples_per_kind: int = Field(64, ge=1, description="Held-out samples per kind at most.")
     suites: list[str] = Field([], description="Benchmark suites to run at the stage's end.")
 
@@ -167,12 +141,8 @@ class DataLoading(Strict):
     window_samples: int = Field(2_000, ge=1, description="Samples that are packed together; position = (window, pack).")
     prefetch_packs: int = Field(8, ge=1, description="Decoded packs kept ready per worker.")
     packs_per_task: int = Field(8, ge=1, description="Packs that one decode task reads, decodes and yields.")
-    engine: Literal["ray", "inline"] = Field(
-        "ray", description="`inline` decodes in the training process (debugging, torchrun)."
-    )
-    max_visual_tokens_per_pack: int | None = Field(
-        None, ge=1, description="Bound on the visual tokens of one pack (vision memory)."
-    )
+    engine: Literal["ray", "inline"] = Field("ray", description="`inline` decodes in the training process (debugging, torchrun).")
+    max_visual_tokens_per_pack: int | None = Field(None, ge=1, description="Bound on the visual tokens of one pack (vision memory).")
 
 
 class Failure(Strict):
@@ -180,17 +150,11 @@ class Failure(Strict):
 
     max_restarts: int = Field(3, ge=0, description="Restarts after a program failure.")
     max_infrastructure_restarts: int = Field(20, ge=0, description="Restarts after a stall, a lost node or a lost job.")
-    backoff_seconds: Positive = Field(
-        10.0, description="Delay before the first restart; doubles with each further failure."
-    )
+    backoff_seconds: Positive = Field(10.0, description="Delay before the first restart; doubles with each further failure.")
     backoff_cap_seconds: Positive = Field(600.0, description="Longest delay before a restart.")
-    stall_timeout_seconds: Positive = Field(
-        1800.0, description="No progress for this long while running: the attempt is replaced."
-    )
+    stall_timeout_seconds: Positive = Field(1800.0, description="No progress for this long while running: the attempt is replaced.")
     preemption_grace_seconds: Positive = Field(60.0, description="Time to save a checkpoint when told to stop.")
-    on_nonfinite: Literal["stop", "skip", "rewind"] = Field(
-        "stop", description="What a non-finite loss or gradient does."
-    )
+    on_nonfinite: Literal["stop", "skip", "rewind"] = Field("stop", description="What a non-finite loss or gradient does.")
 
 
 class GrpoOptions(Strict):
@@ -202,30 +166,20 @@ class GrpoOptions(Strict):
     temperature: Positive = Field(1.0, description="Sampling temperature.")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Nucleus sampling mass.")
     updates_per_rollout: int = Field(1, ge=1, description="Optimizer steps per rollout batch; 1 is on-policy.")
-    normalise: Literal["std", "none"] = Field(
-        "std", description="Whether advantages are divided by the group's standard deviation."
-    )
-    baseline: Literal["mean", "leave_one_out"] = Field(
-        "mean", description="What is subtracted from rewards within a group."
-    )
+    normalise: Literal["std", "none"] = Field("std", description="Whether advantages are divided by the group's standard deviation.")
+    baseline: Literal["mean", "leave_one_out"] = Field("mean", description="What is subtracted from rewards within a group.")
     clip_low: Positive | None = Field(None, description="Lower clip of the probability ratio; unset: none.")
     clip_high: Positive | None = Field(None, description="Upper clip of the probability ratio; unset: none.")
-    kl_coefficient: Annotated[float, Field(ge=0)] = Field(
-        0.0, description="Weight of the KL penalty to the starting weights."
-    )
+    kl_coefficient: Annotated[float, Field(ge=0)] = Field(0.0, description="Weight of the KL penalty to the starting weights.")
     entropy_coefficient: float = Field(0.0, description="Weight of the entropy bonus.")
     dynamic_sampling: bool = Field(True, description="Sample further prompts where all rewards of a group are equal.")
     max_sampling_rounds: int = Field(4, ge=1, description="Rounds of dynamic sampling at most.")
     easy_pool_probability: Share = Field(0.0, description="Chance to draw a prompt that is already solved.")
     drop_pass_rate_above: Share | None = Field(None, description="Prompts solved more often than this leave the pool.")
     engine: Literal["native", "vllm"] = Field("native", description="What generates responses.")
-    placement: Literal["colocated", "separate"] = Field(
-        "colocated", description="Whether generation shares the training GPUs."
-    )
+    placement: Literal["colocated", "separate"] = Field("colocated", description="Whether generation shares the training GPUs.")
     max_reward_failure_rate: Share = Field(0.2, description="Share of failed rewards above which the stage stops.")
-    max_logprob_mismatch: Positive = Field(
-        0.1, description="Allowed difference of log-probabilities between generation and training."
-    )
+    max_logprob_mismatch: Positive = Field(0.1, description="Allowed difference of log-probabilities between generation and training.")
 
 
 class RewardRule(Strict):
@@ -237,9 +191,7 @@ class RewardRule(Strict):
 class Stage(Strict):
     name: Name = Field(description="Name of the stage, unique in the recipe.")
     objective: Literal["lm", "grpo", "reward_model"] = Field("lm", description="What a step optimises.")
-    start_from: Name | None = Field(
-        None, description="The stage whose final weights this one starts from; default: the previous."
-    )
+    start_from: Name | None = Field(None, description="The stage whose final weights this one starts from; default: the previous.")
     train: TrainedParts = Field(description="The parts that train and how; every other part is frozen.")
     mixture: Mixture = Field(description="The sources and their shares.")
     sequence_length: int = Field(8192, ge=16, description="Tokens of one pack.")
@@ -248,9 +200,7 @@ class Stage(Strict):
     batch: Batch = Field(Batch(), description="Global batch of one optimizer step.")
     optimizer: Optimizer = Field(Optimizer(), description="Optimizer settings.")
     schedule: Schedule = Field(Schedule(), description="Learning-rate schedule.")
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
-        "bf16", description="Number format of the forward and backward pass."
-    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="Number format of the forward and backward pass.")
     parallel: Parallel = Field(Parallel(), description="Distribution over workers.")
     resources: Resources = Field(Resources(), description="Workers, GPUs and CPUs.")
     checkpoint: Checkpoint = Field(Checkpoint(), description="When checkpoints are written and which stay.")
@@ -278,9 +228,7 @@ class Gpu(Strict):
     """A GPU that the planner's own table does not have, or has with other figures."""
 
     memory_gib: Positive = Field(description="Memory of one GPU in GiB (2^30 bytes), as its driver reports it.")
-    bf16_tflops: Positive = Field(
-        description="Dense bfloat16 matrix throughput of one GPU in TFLOP/s (without sparsity)."
-    )
+    bf16_tflops: Positive = Field(description="Dense bfloat16 matrix throughput of one GPU in TFLOP/s (without sparsity).")
     bandwidth_gbs: Positive = Field(1000.0, description="Memory bandwidth in GB/s.")
     price_per_hour: Positive | None = Field(None, description="Price of one GPU for one hour; default: the plan's.")
     source: str = Field("recipe", description="Where the figures come from.")
@@ -299,6 +247,7 @@ class Planning(Strict):
         0.5, description="Share of visual tokens in the packs of sources with images, until an index tells it."
     )
     tokens_per_sample: Positive = Field(512.0, description="Mean tokens of a sample, until an index tells it.")
+    source_tokens_per_sample: dict[Name, Positive] = Field({}, description="Mean tokens of a sample, for single sources.")
     bytes_per_visual_token: Positive = Field(
         400.0, description="Compressed image bytes per visual token (28 x 28 pixels), until an index tells it."
     )

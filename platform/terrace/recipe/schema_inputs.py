@@ -43,15 +43,9 @@ class Strict(BaseModel):
 class Initialisation(Strict):
     """Where each part's weights come from: a Hugging Face directory or s3:// URI, or `random`."""
 
-    vision: str = Field(
-        "random", description="Source of the vision tower's weights: a directory, s3:// URI, or `random`."
-    )
-    projector: str = Field(
-        "random", description="Source of the projector's weights: a directory, s3:// URI, or `random`."
-    )
-    language: str = Field(
-        "random", description="Source of the language model's weights: a directory, s3:// URI, or `random`."
-    )
+    vision: str = Field("random", description="Source of the vision tower's weights: a directory, s3:// URI, or `random`.")
+    projector: str = Field("random", description="Source of the projector's weights: a directory, s3:// URI, or `random`.")
+    language: str = Field("random", description="Source of the language model's weights: a directory, s3:// URI, or `random`.")
 
 
 class Model(Strict):
@@ -60,12 +54,8 @@ class Model(Strict):
         None,
         description="The transformers configuration, every shape field set: `text_config`, `vision_config`, token ids.",
     )
-    pretrained: str | None = Field(
-        None, description="Hugging Face directory or s3:// URI holding config.json and safetensors."
-    )
-    init: Initialisation | None = Field(
-        None, description="Per-part weights on top of `config`; parts not named start random."
-    )
+    pretrained: str | None = Field(None, description="Hugging Face directory or s3:// URI holding config.json and safetensors.")
+    init: Initialisation | None = Field(None, description="Per-part weights on top of `config`; parts not named start random.")
     seed: int = Field(0, ge=0, description="Seed of the random initialisation.")
     attention: Literal["auto", "varlen", "flash_attn", "sdpa_segments", "flex"] = Field(
         "auto",
@@ -84,33 +74,23 @@ class Storage(Strict):
 
     endpoint_url: str | None = Field(None, description="S3-compatible endpoint of the data; unset: AWS.")
     region: str | None = Field(None, description="Region of the data's bucket.")
-    max_attempts: int = Field(
-        8, ge=1, le=30, description="Tries of one request before it is an error, with backoff and jitter."
-    )
+    max_attempts: int = Field(8, ge=1, le=30, description="Tries of one request before it is an error, with backoff and jitter.")
     timeout_seconds: Positive = Field(60.0, description="Time limit of one request.")
 
 
 class Source(Strict):
     """One named set of samples: raw rows that `terrace ingest` turns into shards, or shards indexed in place."""
 
-    uri: str = Field(
-        description="Folder, file, glob or s3:// URI of shards (tar), JSON Lines, Parquet, images or text."
-    )
-    kind: SampleKind = Field(
-        "caption", description="What the samples are; decides how they are read and which held-out group they join."
-    )
+    uri: str = Field(description="Folder, file, glob or s3:// URI of shards (tar), JSON Lines, Parquet, images or text.")
+    kind: SampleKind = Field("caption", description="What the samples are; decides how they are read and which held-out group they join.")
     format: Literal["auto", "webdataset", "jsonl", "json", "parquet", "image_folder", "text"] = Field(
         "auto", description="Format of the raw rows; `auto` tells it from names and first bytes."
     )
-    images_root: str | None = Field(
-        None, description="Folder that image paths in rows are relative to; default: beside the rows."
-    )
+    images_root: str | None = Field(None, description="Folder that image paths in rows are relative to; default: beside the rows.")
     supervise: Literal["auto", "all_text", "assistant"] = Field(
         "auto", description="`auto`: captions and documents on their text, conversations on assistant turns only."
     )
-    holdout_samples: int = Field(
-        0, ge=0, description="Samples kept out of training for held-out loss, chosen by a seeded hash."
-    )
+    holdout_samples: int = Field(0, ge=0, description="Samples kept out of training for held-out loss, chosen by a seeded hash.")
     max_samples: int | None = Field(None, ge=1, description="Cap: only this many samples (a seeded choice) take part.")
     too_long: Literal["refuse", "split", "truncate_text", "reduce_resolution"] = Field(
         "refuse", description="What happens to a sample longer than the stage's sequence: always counted, never silent."
@@ -118,9 +98,7 @@ class Source(Strict):
     max_visual_tokens_per_image: int | None = Field(
         None, ge=1, description="Images of this source are resized below this many visual tokens."
     )
-    on_damage: Literal["stop", "skip"] = Field(
-        "stop", description="Bytes that no longer match the index: stop, or replace."
-    )
+    on_damage: Literal["stop", "skip"] = Field("stop", description="Bytes that no longer match the index: stop, or replace.")
     task: str | None = Field(None, description="Reward task of an RL source.")
 
 
@@ -129,9 +107,7 @@ class Data(Strict):
     cache_dir: str | None = Field(None, description="Where ingested shards and indexes lie; default: `<run-dir>/data`.")
     seed: int = Field(0, ge=0, description="Seed of the data order.")
     shard_bytes: int = Field(256 * 2**20, ge=2**16, description="Target size of a shard that ingest writes.")
-    max_image_pixels: int = Field(
-        64_000_000, ge=784, description="Images with more pixels are refused at ingest (image bombs)."
-    )
+    max_image_pixels: int = Field(64_000_000, ge=784, description="Images with more pixels are refused at ingest (image bombs).")
     storage: Storage = Field(Storage(), description="How s3:// URIs of the data are reached.")
 
 
@@ -153,10 +129,7 @@ def is_plain_mixture(value: Any) -> bool:
     """Whether a mixture is written as `{source: weight}`: only numbers, or null, which removes a source of the base."""
     if not isinstance(value, dict) or not value or set(value) <= {"temperature"}:
         return False
-    return all(
-        weight is None or (isinstance(weight, (int, float)) and not isinstance(weight, bool))
-        for weight in value.values()
-    )
+    return all(weight is None or (isinstance(weight, (int, float)) and not isinstance(weight, bool)) for weight in value.values())
 
 
 class Mixture(Strict):
