@@ -103,6 +103,10 @@ class Cache:
         with self._lock:
             self._made.setdefault(curriculum, set()).add(f"{kind}/{name}")
 
+    def forget_rayjob(self, curriculum: str, name: str) -> None:
+        with self._lock:
+            self._children["RayJob"].get(curriculum, {}).pop(name, None)
+
     def has_rayjob(self, curriculum: str, name: str) -> bool:
         with self._lock:
             return name in self._children["RayJob"].get(curriculum, {})

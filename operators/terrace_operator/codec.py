@@ -25,9 +25,12 @@ class Memory:
     edits_ignored: list[str] = field(default_factory=list)  # stages whose edit came too late
 
 
+FIELDS = {kind: tuple(item.name for item in fields(kind)) for kind in (RunState, StageState, Memory)}
+FRESH = StageState("", 0)
+
+
 def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
-    names = {item.name for item in fields(kind)}
-    return {key: value for key, value in values.items() if key in names}
+    return {key: value for key, value in values.items() if key in FIELDS[kind]}
 
 
 def encode(state: RunState, memory: Memory) -> dict[str, Any]:
@@ -36,14 +39,13 @@ def encode(state: RunState, memory: Memory) -> dict[str, Any]:
     }
     machine["commands"] = sorted(state.commands)[-8:]
     machine["stages"] = [_compact(stage) for stage in state.stages]
-    return {"machine": machine, "operator": {item.name: getattr(memory, item.name) for item in fields(Memory)}}
+    return {"machine": machine, "operator": {name: getattr(memory, name) for name in FIELDS[Memory]}}
 
 
 def _compact(stage: StageState) -> dict[str, Any]:
     """Only what differs from a fresh stage: 32 stages must fit in a status with room to spare."""
-    fresh = StageState(stage.name, stage.index)
-    values = {item.name: getattr(stage, item.name) for item in fields(StageState)}
-    shown = {key: value for key, value in values.items() if key in ("name", "index") or value != getattr(fresh, key)}
+    shown = {name: value for name in FIELDS[StageState] if (value := getattr(stage, name)) != getattr(FRESH, name)}
+    shown |= {"name": stage.name, "index": stage.index}
     if "gates" in shown:
         shown["gates"] = {str(number): gate for number, gate in stage.gates.items()}
     return shown
@@ -51,7 +53,7 @@ def _compact(stage: StageState) -> dict[str, Any]:
 
 def decode(value: dict[str, Any], stage_names: list[str]) -> tuple[RunState, Memory]:
     """The stored state, with stages in the recipe's order; stages added to the recipe since then are pending."""
-    machine, operator = value.get("machine") or {}, value.get("operator") or {}
+    machine = value.get("machine") or {}
     state = new_state(stage_names)
     for key, content in _known(RunState, machine).items():
         if key not in ("stages", "commands"):
@@ -63,4 +65,10 @@ def decode(value: dict[str, Any], stage_names: list[str]) -> tuple[RunState, Mem
             values = _known(StageState, stored[name]) | {"index": index}
             values["gates"] = {int(number): dict(gate) for number, gate in values.get("gates", {}).items()}
             state.stages[index] = StageState(**values)
-    return state, Memory(**_known(Memory, operator))
+    return state, decode_memory(value)
+
+
+def decode_memory(value: dict[str, Any]) -> Memory:
+    """The operator's own part, on fresh dictionaries: what is read is never changed in place."""
+    known = _known(Memory, value.get("operator") or {})
+    return Memory(**{name: dict(item) if isinstance(item, dict) else item for name, item in known.items()})

@@ -25,6 +25,7 @@ Manifest = dict[str, Any]
 logger = logging.getLogger("terrace.operator")
 RETRY_SECONDS = 5.0
 MAX_CONFLICTS = 4
+DOUBTFUL = ("AttemptFailed", "AttemptStopped", "AttemptInterrupted")  # ends of attempts that could rest on an old view
 
 
 class ApiCalls(Protocol):
@@ -81,6 +82,10 @@ class Controller:
         self._confirm_absent(name, curriculum)
         old_status = curriculum.get("status") or {}
         plan = reconcile(curriculum, self.cache.world(name), self.clock())
+        if any(event.reason in DOUBTFUL for event in plan.events):
+            # A watch may have missed the very event that says otherwise: a failure is only written after a look at the thing itself.
+            self._refresh(name, curriculum)
+            plan = reconcile(curriculum, self.cache.world(name), self.clock())
         creates = any(isinstance(effect, Create) for effect in plan.effects)
         if plan.status != old_status or creates:
             written = self.api.replace_status({**curriculum, "status": plan.status})
@@ -97,13 +102,19 @@ class Controller:
 
     def _confirm_absent(self, name: str, curriculum: Manifest) -> None:
         """A RayJob that the cache does not know may only be late: ask before its attempt is called lost."""
-        stored = (curriculum.get("status") or {}).get("controller") or {}
-        for stage in (stored.get("machine") or {}).get("stages", ()):
-            if stage.get("ended", True):
-                continue
-            job = manifests.rayjob_name(name, stage.get("index", 0), stage["attempt"])
+        for job in jobs_in_flight(curriculum):
             if not self.cache.has_rayjob(name, job) and (found := self.api.get("RayJob", job)) is not None:
                 self.cache.store("RayJob", found)
+
+    def _refresh(self, name: str, curriculum: Manifest) -> None:
+        """Read the attempts in flight and their progress from the API server."""
+        for job in jobs_in_flight(curriculum):
+            if (found := self.api.get("RayJob", job)) is not None:
+                self.cache.store("RayJob", found)
+            else:
+                self.cache.forget_rayjob(name, job)
+        if (progress := self.api.get("ConfigMap", manifests.progress_name(name))) is not None:
+            self.cache.store("ConfigMap", progress)
 
     def _carry_out(self, name: str, effect: Effect) -> bool:
         """False when what was planned no longer fits and must be decided again."""
@@ -113,8 +124,10 @@ class Controller:
             case Delete(job, uid):
                 self.api.delete("RayJob", job, uid=uid, foreground=True)
                 fresh = self.api.get("RayJob", job)
-                stale = {"metadata": {"name": job, "uid": uid, "labels": {manifests.LABEL_CURRICULUM: name}}}
-                self.cache.store("RayJob", fresh or stale, deleted=fresh is None)
+                if fresh is None:
+                    self.cache.forget_rayjob(name, job)
+                else:
+                    self.cache.store("RayJob", fresh)
                 return fresh is None or bool(fresh["metadata"].get("deletionTimestamp"))
             case Direct(config_map, directive):
                 self.api.patch(
@@ -188,6 +201,14 @@ class Controller:
 def _owned_by(found: Manifest, body: Manifest) -> bool:
     wanted = body["metadata"]["ownerReferences"][0]["uid"]
     return any(reference.get("uid") == wanted for reference in found["metadata"].get("ownerReferences", ()))
+
+
+def jobs_in_flight(curriculum: Manifest) -> list[str]:
+    """RayJobs of the attempts whose end is not in the status yet."""
+    stored = ((curriculum.get("status") or {}).get("controller") or {}).get("machine") or {}
+    name = curriculum["metadata"]["name"]
+    return [manifests.rayjob_name(name, stage.get("index", 0), stage["attempt"]) for stage in stored.get("stages", ())
+            if not stage.get("ended", True)]  # fmt: skip
 
 
 def next_job_name(curriculum: Manifest | None, name: str) -> str | None:

@@ -16,7 +16,6 @@ from terrace.cluster import manifests
 from terrace.cluster.cluster_schema import CurriculumSpec
 from terrace.curriculum.machine import Action, Clear, Finish, Launch, Prepare, Record, Stop, Wait, next_actions
 from terrace.curriculum.state import TERMINAL, RunState, apply
-from terrace.recipe.loading import dump_recipe
 from terrace_operator import observe, recipes, status
 from terrace_operator.codec import Memory, decode, encode
 from terrace_operator.observe import World
@@ -24,7 +23,8 @@ from terrace_operator.observe import World
 Manifest = dict[str, Any]
 MAX_ROUNDS = 24  # a round ends in an effect or a wait; a curriculum of 32 stages with gates needs a few
 QUEUE_CHECK_SECONDS = 60.0  # safety tick: everything also wakes by events
-RUNNING_CHECK_SECONDS = 15.0
+RUNNING_CHECK_SECONDS = 30.0
+DELETION_CHECK_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -209,13 +209,14 @@ def _creations(
 ) -> list[Effect]:
     """The RayJob last: what its pods need is there before it."""
     digest = memory.recipe_maps[spec.recipe.stages[index].name]
+    recipe_map = manifests.recipe_name(curriculum["metadata"]["name"], digest)
     bodies = [manifests.progress_config_map(curriculum), manifests.disruption_budget(curriculum)]
     if spec.runtime.service_account is None:
         bodies += manifests.trainer_access(curriculum)
-    recipe_map = manifests.recipe_config_map(curriculum, digest, dump_recipe(spec.recipe))
-    bodies.append(recipe_map)
     missing = [body for body in bodies if f"{body['kind']}/{body['metadata']['name']}" not in world.objects]
-    job = manifests.build_rayjob(curriculum, spec, index, attempt, recipe_map["metadata"]["name"], rerun)
+    if f"ConfigMap/{recipe_map}" not in world.objects:  # writing it out takes milliseconds
+        missing.append(manifests.recipe_config_map(curriculum, digest, recipes.text_of(spec.recipe)))
+    job = manifests.build_rayjob(curriculum, spec, index, attempt, recipe_map, rerun)
     return [Create(body) for body in [*missing, job]]
 
 
@@ -223,6 +224,8 @@ def _requeue(spec: CurriculumSpec, state: RunState, world: World, waiting: Wait 
     """Seconds until the next look, at the latest; everything that is watched wakes it earlier."""
     if state.phase in TERMINAL or state.phase in ("paused", "suspended"):
         return QUEUE_CHECK_SECONDS * 10
+    if not state.attempts_in_flight and any(job["metadata"].get("deletionTimestamp") for job in world.rayjobs.values()):
+        return DELETION_CHECK_SECONDS  # its end is an event; this is for the fence and for a lost event
     if not state.attempts_in_flight:
         return min(max(waiting.until - now, 0.5), QUEUE_CHECK_SECONDS) if waiting is not None else 2.0
     if any(stage.stop_deadline for stage in state.stages):

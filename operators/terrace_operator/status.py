@@ -6,6 +6,7 @@ here has an entry in docs/kubernetes.md (a test compares the two).
 
 from __future__ import annotations
 
+import functools
 from datetime import UTC, datetime
 from typing import Any
 
@@ -35,6 +36,7 @@ EVENTS: dict[str, tuple[str, bool]] = {
 }  # fmt: skip
 
 
+@functools.lru_cache(maxsize=4096)
 def rfc3339(seconds: float | None) -> str | None:
     if seconds is None:
         return None
@@ -139,6 +141,9 @@ def _stage_phase(state: StageState, job: Manifest | None, report: Manifest | Non
 
 def _stage(name: str, state: StageState, old: Manifest, memory: Memory, world: World, now: float) -> Manifest:
     """What people see of one stage. What the report said last stays when a newer attempt has not reported yet."""
+    settled = {"completed": "Succeeded", "pending": "Pending"}.get(state.phase)
+    if settled is not None and (old.get("phase"), old.get("attempt")) == (settled, state.attempt):
+        return old
     job_name = manifests.rayjob_name(name, state.index, state.attempt) if state.attempt else None
     job = world.rayjobs.get(job_name) if job_name else None
     report = observe.report_of(world, state.name, state.attempt) or {}
