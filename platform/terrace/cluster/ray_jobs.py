@@ -13,6 +13,7 @@ import importlib.metadata
 import logging
 import os
 import shlex
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,9 +40,11 @@ class RayJobsLauncher:
 
     name = "ray"
 
-    def __init__(self, address: str | None = None, program: Sequence[str] = ("python", "-m", "terrace.cli", "run")):
+    def __init__(self, address: str | None = None, program: Sequence[str] | None = None):
         self._address = address or _dashboard_address()
-        self._program = list(program)
+        # A cluster on this machine was started from this environment more often than from the system's Python.
+        here = any(host in self._address for host in ("//127.0.0.1", "//localhost"))
+        self._program = list(program or (sys.executable if here else "python", "-m", "terrace.cli", "run"))
         self._names: dict[str, tuple[str, int]] = {}  # job id -> (stage, attempt)
         self._client: Any = None
         self._seen: dict[str, tuple[float, str | None, str]] = {}  # job id -> (when, status or None for unknown, message)
