@@ -112,6 +112,21 @@ def train_with_a_poisoned_pack(rank: int, world_size: int, recipes: dict[str, di
             train_stages(rank, world_size, values, str(Path(out) / name))
 
 
+def train_with_loss_scale(
+    rank: int, world_size: int, recipes: dict[str, dict[str, Any]], out: str, value: float
+) -> dict[str, int]:
+    """One fp16 stage per recipe that starts from a loss scale of `value`; the steps each skipped."""
+    from unittest import mock
+
+    from terrace.train.precision import LossScale
+
+    skipped = {}
+    for name, values in recipes.items():
+        with mock.patch.object(LossScale.__init__, "__defaults__", (value, 1000, 0, 0)):
+            skipped[name] = train_stages(rank, world_size, values, str(Path(out) / name))[0].skipped_steps
+    return skipped
+
+
 def losses(run_dir: Path, index: int = 0) -> list[float]:
     lines = (stage_dir(run_dir, index) / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]

@@ -9,7 +9,14 @@ import pytest
 import torch
 from packs import tiny_recipe
 from processes import run_ranks
-from ranks import continue_copies, losses, stage_dir, train_stages, train_with_a_poisoned_pack
+from ranks import (
+    continue_copies,
+    losses,
+    stage_dir,
+    train_stages,
+    train_with_a_poisoned_pack,
+    train_with_loss_scale,
+)
 
 from terrace.models.weights import Directory
 
@@ -109,3 +116,19 @@ def test_a_skipped_step_leaves_no_trace_under_any_strategy(tmp_path):
         found = losses(tmp_path / "two" / name)
         assert found[1] is None, name
         np.testing.assert_allclose(found[2:], expected[2:], rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+def test_fp16_recovers_from_an_overflow_alike_on_all_ranks(tmp_path):
+    recipes = {
+        name: tiny_recipe(budget={"steps": 8}, precision="fp16", parallel={"strategy": name}).model_dump(mode="json")
+        for name in ("ddp", "fsdp")
+    }
+    alone = train_with_loss_scale(0, 1, recipes, str(tmp_path / "one"), 2.0**24)
+    # Averaging over two ranks means that each scales its loss by two more: start from half to overflow at the same step.
+    both = run_ranks(2, train_with_loss_scale, recipes, str(tmp_path / "two"), 2.0**23, timeout=300)
+    assert both == [alone, alone]
+    assert 0 < alone["ddp"] < 8
+    for name in recipes:
+        one, two = losses(tmp_path / "one" / name), losses(tmp_path / "two" / name)
+        np.testing.assert_allclose(two, one, rtol=2e-3, err_msg=name)

@@ -40,7 +40,7 @@ class DataParallel:
         self._module: Any = StepModule(self.model, setup.loss)
         self._synchronised = context.world_size > 1
         if self._synchronised:
-            self._module = DistributedDataParallel(self._module, broadcast_buffers=False, gradient_as_bucket_view=True)
+            self._module = DistributedDataParallel(self._module, forward_sync_buffers=False, gradient_as_bucket_view=True)
         groups = torch_groups(setup.groups, self._parameters)
         self._optimizer = torch.optim.AdamW(groups, fused=True, **optimizer_arguments(stage))
         self._trained = [name for group in setup.groups for name in group.names]
