@@ -254,9 +254,9 @@ class Simulation:
     def _on_job(self, name: str) -> None:
         job = self.store.objects.get("RayJob", {}).get(name)
         if job is None:
-            return
-        if job["metadata"].get("deletionTimestamp"):
             self._ended(name)
+            return
+        if job["metadata"].get("deletionTimestamp"):  # its pods still live, until they are gone
             if name not in self.cluster.dead:
                 self.at(self.numbers.uniform(2, 60), "pods gone", name)
             return
@@ -286,7 +286,7 @@ class Simulation:
         self.cluster.dead.add(name)
 
     def _on_preempted(self, name: str) -> None:
-        if name in self.cluster.programs:
+        if name in self.cluster.programs and name in self.store.objects["RayJob"]:
             self.cluster.preempt(name)
 
     def _on_deleted_by_hand(self, name: str) -> None:

@@ -105,10 +105,15 @@ def request(reference: Reference, wish: str, stage: str | None = None, api: Api 
 
 def read_status(reference: Reference, api: Api | None = None) -> Manifest:
     """The status as the operator wrote it, without the state machine's own values."""
-    body = (api or connect(reference.namespace)).get(KIND, reference.name)
+    body = _read(reference, api or connect(reference.namespace))
+    return {key: value for key, value in (body.get("status") or {}).items() if key != "controller"}
+
+
+def _read(reference: Reference, api: Api) -> Manifest:
+    body = api.get(KIND, reference.name)
     if body is None:
         raise InputError(f"{reference}: there is no such Curriculum")
-    return {key: value for key, value in (body.get("status") or {}).items() if key != "controller"}
+    return body
 
 
 def describe(status: Manifest) -> str:
@@ -143,8 +148,8 @@ def _changes(reference: Reference, api: Api, show: Callable[[str], None]) -> Ite
     last, failures = "", 0
     while True:
         try:
-            status = read_status(reference, api)
-            failures = 0
+            body = _read(reference, api)
+            status, failures = body.get("status") or {}, 0
         except ApiError as error:  # an API server that restarts is no reason to leave
             failures += 1
             if failures > 30:
@@ -156,7 +161,9 @@ def _changes(reference: Reference, api: Api, show: Callable[[str], None]) -> Ite
         if line != last:
             show(f"{reference}  {line}")
             last = line
-        yield status
+        # Only what speaks of the newest edit decides: a resume must not be answered by the old "Suspended".
+        if status.get("observedGeneration", 0) >= body["metadata"].get("generation", 0):
+            yield status
         time.sleep(POLL_SECONDS)
 
 

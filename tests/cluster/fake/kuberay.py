@@ -44,6 +44,7 @@ class Cluster:
     programs: dict[str, Program] = field(default_factory=dict)
     waits: dict[str, float] = field(default_factory=dict)
     launches: list[tuple[str, int, int]] = field(default_factory=list)  # (RayJob, step it started at, time order)
+    reruns: set[tuple[str, str, str]] = field(default_factory=set)
     messages: bool = True  # copy reasons into Workloads
     pods: bool = True  # make Pod objects (admission checks them); without: faster
     behaviour: Callable[[Manifest, str, int], Manifest] = field(default_factory=lambda: behaviour_of)
@@ -155,6 +156,10 @@ class Cluster:
         report = self._report(job["metadata"]["labels"][LABEL_CURRICULUM])
         checkpoint = (report.get("checkpoint") or {}) if report.get("stage") == stage else {}
         start = int(checkpoint.get("step", 0))
+        rerun = (job["metadata"]["labels"][LABEL_CURRICULUM], stage, words[words.index("--rerun") + 1] if "--rerun" in words else "0")
+        if rerun[2] != "0" and rerun not in self.reruns:  # what the stage had written is moved aside, once per rerun
+            self.reruns.add(rerun)
+            start = 0
         cluster = self.store.objects["RayJob"][name]["status"]["rayClusterName"]
         self.programs[name] = Program(
             stage, attempt, cluster, start, behaviour["steps"], behaviour, now + behaviour["step_seconds"]
