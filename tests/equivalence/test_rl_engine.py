@@ -60,7 +60,11 @@ def generated_by_transformers(model, prompt: Prompt, tokens: int) -> list[int]:
         inputs["image_grid_thw"] = torch.from_numpy(prompt.grids).long()
     with attention(model, "sdpa"), torch.no_grad():
         out = model.generate(
-            **inputs, max_new_tokens=tokens, do_sample=False, suppress_tokens=list(FORBIDDEN), eos_token_id=STOP,
+            **inputs,
+            max_new_tokens=tokens,
+            do_sample=False,
+            suppress_tokens=list(FORBIDDEN),
+            eos_token_id=STOP,
             pad_token_id=0,
         )
     use_shared_prompt_attention(model, "sdpa_segments")
@@ -193,7 +197,9 @@ def test_responses_do_not_see_each_other(model):
     """Changing one response leaves the other's log-probabilities bit for bit the same."""
     groups = random_groups()
     first = groups[0]
-    changed = TrainGroup(first.prompt, (first.responses[0], first.responses[1], groups[1].responses[0]), first.advantages)
+    changed = TrainGroup(
+        first.prompt, (first.responses[0], first.responses[1], groups[1].responses[0]), first.advantages
+    )
     results = []
     for group in (first, changed):
         batch = policy_batch([group], "cpu", torch.float32)

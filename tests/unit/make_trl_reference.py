@@ -1,10 +1,10 @@
 """Writes trl_reference.json: losses, gradients and advantages by TRL's own code on small fixed inputs.
 
-TRL is not a dependency of the tests. To make the file again: `pip install --target DIR --no-deps trl accelerate datasets
-dill multiprocess xxhash`, then `PYTHONPATH=DIR python tests/unit/make_trl_reference.py`.
+TRL is not a dependency of the tests. To make the file again: `pip install --target DIR --no-deps trl accelerate
+datasets dill multiprocess xxhash`, then `PYTHONPATH=DIR python tests/unit/make_trl_reference.py`.
 
-The loss is `GRPOTrainer._compute_loss` (loss_type dapo: sum over tokens / tokens of the batch), called with a stand-in for
-the trainer whose model returns the given log-probabilities. The advantages repeat the four lines of
+The loss is `GRPOTrainer._compute_loss` (loss_type dapo: sum over tokens / tokens of the batch), called with a stand-in
+for the trainer whose model returns the given log-probabilities. The advantages repeat the four lines of
 `_generate_and_score_completions` with TRL's `nanstd`.
 """
 
@@ -83,7 +83,9 @@ def main() -> None:
     reference = {
         "made_with": f"trl {trl.__version__}, torch {torch.__version__}",
         "inputs": inputs,
-        "losses": {name: dict(zip(("loss", "gradient"), trl_loss(case, inputs)), **case) for name, case in CASES.items()},
+        "losses": {
+            name: dict(zip(("loss", "gradient"), trl_loss(case, inputs)), **case) for name, case in CASES.items()
+        },
         "rewards": [None if value != value else value for value in rewards.tolist()],
         "advantages": {
             "none": [None if value != value else value for value in centred.tolist()],

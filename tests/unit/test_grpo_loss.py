@@ -65,7 +65,12 @@ def test_clip_stops_the_gradient_outside_the_range():
     old = torch.zeros(4)
     logprobs = torch.tensor([0.5, 0.5, -0.5, -0.5], requires_grad=True)
     losses, sums = token_losses(
-        logprobs, torch.zeros(4), torch.tensor([1.0, -1.0, 1.0, -1.0]), old, None, PolicyOptions(clip_low=0.2, clip_high=0.28)
+        logprobs,
+        torch.zeros(4),
+        torch.tensor([1.0, -1.0, 1.0, -1.0]),
+        old,
+        None,
+        PolicyOptions(clip_low=0.2, clip_high=0.28),
     )
     losses.sum().backward()
     # Raising a token that is already raised, or lowering one that is already lowered, has no gradient any more.

@@ -59,8 +59,12 @@ def token_logprobs(logits: torch.Tensor, tokens: torch.Tensor, scale: float) -> 
 
 
 def token_losses(
-    logprobs: torch.Tensor, entropies: torch.Tensor, advantages: torch.Tensor, old: torch.Tensor | None,
-    reference: torch.Tensor | None, options: PolicyOptions,
+    logprobs: torch.Tensor,
+    entropies: torch.Tensor,
+    advantages: torch.Tensor,
+    old: torch.Tensor | None,
+    reference: torch.Tensor | None,
+    options: PolicyOptions,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss per token [N] and the sums (clipped tokens, KL) that become metrics. All float32 [N]."""
     ratio = torch.exp(logprobs - (logprobs.detach() if old is None else old))

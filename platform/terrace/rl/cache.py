@@ -95,7 +95,7 @@ class SharedPromptCache:
 
     def _to_table(self, grouped: torch.Tensor) -> torch.Tensor:
         """[A, K, h, D] -> [B, K, width * h, D], zeros where a group has fewer rows than the widest."""
-        rows, kv_heads, share, size = grouped.shape
+        _, kv_heads, share, size = grouped.shape
         prompts = len(self._hidden)
         if self._full:
             table = grouped.reshape(prompts, self._width, kv_heads, share, size)

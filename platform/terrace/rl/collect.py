@@ -111,8 +111,9 @@ class Collector:
         mine = drawn[self.context.rank :: self.context.world_size]
         prompts = self.reader.read(mine) if mine else []
         groups = self.engine.generate(prompts, sampling) if prompts else []
-        scores = [self._submit(prompt, group).result() for prompt, group in zip(prompts, groups)]
-        own = [self._group(*four) for four in zip(mine, prompts, groups, map(_values, scores))]
+        futures = [self._submit(prompt, group) for prompt, group in zip(prompts, groups)]
+        rewards = [_values(future.result()) for future in futures]
+        own = [self._group(*four) for four in zip(mine, prompts, groups, rewards)]
         return self._exchange(own, len(drawn))
 
     def _round(
@@ -169,7 +170,10 @@ class Collector:
         return self.tokenizer.decode(response.tokens.tolist(), skip_special_tokens=True)
 
     def _group(
-        self, drawn: Drawn, prompt: Prompt, responses: Sequence[Response],
+        self,
+        drawn: Drawn,
+        prompt: Prompt,
+        responses: Sequence[Response],
         rewards: Sequence[tuple[float | None, str | None]],
     ) -> Group:
         return Group(

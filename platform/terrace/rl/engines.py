@@ -35,7 +35,12 @@ def stop_tokens(tokenizer: TextTokenizer) -> tuple[int, ...]:
 
 
 def open_engine(
-    recipe: Recipe, stage: Stage, strategy: Strategy, config: Any, tokenizer: TextTokenizer, stage_dir: Path,
+    recipe: Recipe,
+    stage: Stage,
+    strategy: Strategy,
+    config: Any,
+    tokenizer: TextTokenizer,
+    stage_dir: Path,
     context: WorkerContext,
 ) -> RolloutEngine:
     """The engine that the recipe names."""
@@ -60,12 +65,15 @@ def _zeros_like(model: Any) -> Callable[[str], torch.Tensor]:
 
 
 class _EngineOnCopy:
-    """The native engine on a whole copy of a sharded model (4 bytes per parameter and rank), renewed every iteration."""
+    """The native engine on a whole copy of a sharded model (4 bytes per parameter and rank), renewed every
+    iteration."""
 
     def __init__(self, model: Any, engine: NativeEngine) -> None:
         self._model, self._engine = model, engine
 
-    def generate(self, prompts: list[Prompt], sampling: Sampling, ready: GroupReady | None = None) -> list[list[Response]]:
+    def generate(
+        self, prompts: list[Prompt], sampling: Sampling, ready: GroupReady | None = None
+    ) -> list[list[Response]]:
         return self._engine.generate(prompts, sampling, ready)
 
     def update_weights(self, tensors: Callable[[], Iterator[tuple[str, Any]]]) -> None:

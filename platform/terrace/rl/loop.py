@@ -1,9 +1,9 @@
 """One on-policy stage: draw, decode, score, choose, update, until its iterations are done. Read it top to bottom.
 
-The counterpart of train.loop for `objective: grpo`, with the same signature style, files and observers' events; strategy,
-checkpoints, optimizer, schedule and export are the training engine's. An iteration is `updates_per_rollout` optimizer
-steps on one batch of rollouts. Within an iteration rollouts and rewards are kept on disk (`stored.py`); checkpoints lie
-between iterations. A run that is killed anywhere repeats at most one decoding round and the update.
+The counterpart of train.loop for `objective: grpo`, with the same signature style, files and observers' events;
+strategy, checkpoints, optimizer, schedule and export are the training engine's. An iteration is `updates_per_rollout`
+optimizer steps on one batch of rollouts. Within an iteration rollouts and rewards are kept on disk (`stored.py`);
+checkpoints lie between iterations. A run that is killed anywhere repeats at most one decoding round and the update.
 """
 
 from __future__ import annotations
@@ -57,8 +57,14 @@ SANDBOX_WORKERS = 2
 
 
 def train_rl_stage(
-    recipe: Recipe, stage_index: int, prepared: Any, stage_dir: Path, start_weights: Path | None,
-    context: WorkerContext, observers: Sequence[Observer] = (), attempt: int | None = None,
+    recipe: Recipe,
+    stage_index: int,
+    prepared: Any,
+    stage_dir: Path,
+    start_weights: Path | None,
+    context: WorkerContext,
+    observers: Sequence[Observer] = (),
+    attempt: int | None = None,
 ) -> StageResult:
     """Train a grpo stage to its end, or go on where it stopped. Done already: return its result.
 
@@ -208,8 +214,11 @@ def train_rl_stage(
                     for task, entropy in outcome.entropy.items():
                         figures[task]["entropy"] = entropy
                     if outcome.mismatch_mean > options.max_logprob_mismatch:
-                        alarm(f"iteration {iteration + 1}: log-probabilities of the rollout engine and the trainer differ by "
-                              f"{outcome.mismatch_mean:.3f} on average, more than max_logprob_mismatch", notify)
+                        alarm(
+                            f"iteration {iteration + 1}: log-probabilities of the rollout engine and the trainer differ by "
+                            f"{outcome.mismatch_mean:.3f} on average, more than max_logprob_mismatch",
+                            notify,
+                        )
                 if metrics:
                     metrics.append(line)
                 notify("step", line)
@@ -217,10 +226,13 @@ def train_rl_stage(
             if context.rank == 0:
                 for task, values in figures.items():
                     history.setdefault(task, []).append(form_of(values))
-                    for message in hacking_alarms(task, history[task]):
-                        alarm(message, notify)
+                    messages = hacking_alarms(task, history[task])
+                    if messages and not hacking_alarms(task, history[task][:-1]):  # once, not in every iteration after
+                        alarm("; ".join(messages), notify)
                 with open(stage_dir / "examples.jsonl", "a", encoding="utf-8") as file:
-                    file.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in examples(collected.groups, iteration + 1))
+                    file.writelines(
+                        json.dumps(one, ensure_ascii=False) + "\n" for one in examples(collected.groups, iteration + 1)
+                    )
             every, final = stage.checkpoint.every_steps, progress.step == total_steps
             evaluate_every = stage.evaluate.every_steps
             if evaluate_every and crossed(progress.step, updates, evaluate_every) and not final:
@@ -249,7 +261,8 @@ def train_rl_stage(
 
 
 def policy_options(stage: Stage, options: GrpoOptions, forbidden: tuple[int, ...]) -> PolicyOptions:
-    """The loss's part of the recipe. With several updates per rollout the ratio is clipped only if the recipe says so."""
+    """The loss's part of the recipe. With several updates per rollout the ratio is clipped only if the recipe says
+    so."""
     return PolicyOptions(
         temperature=options.temperature,
         clip_low=options.clip_low,

@@ -37,7 +37,13 @@ class NativeEngine:
     parameters."""
 
     def __init__(
-        self, model: Any, forbidden: Sequence[int], stop: Sequence[int], device: str, precision: str, max_rows: int = 256
+        self,
+        model: Any,
+        forbidden: Sequence[int],
+        stop: Sequence[int],
+        device: str,
+        precision: str,
+        max_rows: int = 256,
     ) -> None:
         self._model, self._device, self._precision, self._max_rows = model, torch.device(device), precision, max_rows
         self._forbidden = torch.tensor(sorted(forbidden), dtype=torch.int64, device=self._device)
@@ -118,8 +124,11 @@ class NativeEngine:
         """Logits float32 [A, V] after one more token of each of the A rows."""
         language = self._model.model.language_model
         output = language(
-            inputs_embeds=language.embed_tokens(tokens.unsqueeze(0)), position_ids=positions, attention_mask=None,
-            use_cache=False, decode=cache,
+            inputs_embeds=language.embed_tokens(tokens.unsqueeze(0)),
+            position_ids=positions,
+            attention_mask=None,
+            use_cache=False,
+            decode=cache,
         )
         cache.advance()
         return self._model.lm_head(output.last_hidden_state[0]).float()

@@ -7,7 +7,7 @@ integer) and the pool are the whole state, so the order is the same after a rest
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +24,7 @@ from terrace.data.tokenizer import TextTokenizer
 from terrace.data.types import PATCH_SIZE, PATCH_VALUES, Sample
 from terrace.errors import DamagedData, InputError
 from terrace.recipe.schema import GrpoOptions, Recipe
+from terrace.rl.pairs import Pair, answer_tokens, text_of_items
 from terrace.rl.pools import EasyPool
 from terrace.rl.rollout import Prompt
 
@@ -42,17 +43,27 @@ class Drawn:
 class PromptOrder:
     """Position -> prompt. `position` counts samples of the interleave that were used or passed over."""
 
-    def __init__(self, recipe: Recipe, stage_index: int, prepared: Any) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        stage_index: int,
+        prepared: Any,
+        draws_per_step: int | None = None,
+        reserved_tokens: int | None = None,
+    ) -> None:
+        """`draws_per_step` and `reserved_tokens` (of the sequence, for the response) default to the grpo options'."""
         stage = recipe.stages[stage_index]
         options = stage.grpo or GrpoOptions()
-        room = stage.sequence_length - options.max_response_tokens
+        reserved = options.max_response_tokens if reserved_tokens is None else reserved_tokens
+        per_step = options.prompts_per_iteration if draws_per_step is None else draws_per_step
+        room = stage.sequence_length - reserved
         if room < 16:
             raise InputError(
                 f"stage {stage.name}: sequence_length {stage.sequence_length} leaves {room} tokens for a prompt beside "
-                f"max_response_tokens {options.max_response_tokens}"
+                f"max_response_tokens {reserved}"
             )
-        shorter = recipe.model_copy(update={"stages": [s.model_copy(update={"sequence_length": room}) for s in recipe.stages]})
-        self._plan = StagePlan.build(shorter, stage_index, prepared)
+        stages = [one.model_copy(update={"sequence_length": room}) for one in recipe.stages]
+        self._plan = StagePlan.build(recipe.model_copy(update={"stages": stages}), stage_index, prepared)
         self._seed = stage.seed
         self.pool = EasyPool(options.easy_pool_probability, options.drop_pass_rate_above)
         self.position = 0
@@ -63,9 +74,11 @@ class PromptOrder:
             self.iterations = -(-budget.steps // options.updates_per_rollout)
         elif budget.samples is not None or budget.epochs is not None:
             samples = budget.samples or self._plan.interleave.total or 0
-            self.iterations = max(1, -(-samples // options.prompts_per_iteration))
+            self.iterations = max(1, -(-samples // per_step))
         else:
-            raise InputError(f"stage {stage.name}: the budget of a grpo stage is steps, samples (prompts) or epochs")
+            raise InputError(
+                f"stage {stage.name}: the budget of objective {stage.objective} is steps, samples (prompts) or epochs"
+            )
         self.fingerprint = self._plan.fingerprint
 
     def draw(self, count: int, drawn: Counter[tuple[str, int]]) -> list[Drawn]:
@@ -135,23 +148,29 @@ class PromptReader:
 
     def read(self, drawn: Sequence[Drawn]) -> list[Prompt]:
         """Prompts in the order of the references. Raises DamagedData or InputError naming source and sample."""
+        return self._read(drawn, self._prompt)
+
+    def _read(self, drawn: Sequence[Drawn], make: Callable[[Drawn, Sample, list[bytes]], Any]) -> list[Any]:
         locations = [self._prepared.indexes[one.key[0]].location(one.key[1]) for one in drawn]
         results = read_located(locations)
         for result in results:
             if isinstance(result, DamagedData):
                 raise result
         with ThreadPoolExecutor(READ_THREADS) as pool:
-            return list(pool.map(lambda pair: self._prompt(pair[0], *pair[1]), zip(drawn, results)))
+            return list(pool.map(lambda pair: make(pair[0], *pair[1]), zip(drawn, results)))
 
     def _prompt(self, drawn: Drawn, sample: Sample, images: list[bytes]) -> Prompt:
-        name, row = drawn.key
-        source = self._recipe.data.sources[name]
-        task = sample.metadata.get("task") or source.task
+        task = sample.metadata.get("task") or self._recipe.data.sources[drawn.key[0]].task
         if task is None or "solution" not in sample.metadata:
             raise InputError(
-                f"source {name}, sample {sample.id}: a prompt of a grpo stage needs `task` and `solution`; "
+                f"source {drawn.key[0]}, sample {sample.id}: a prompt of a grpo stage needs `task` and `solution`; "
                 "name the source's `task`, or give the row both keys"
             )
+        return self._encoded(drawn, sample, images, task)
+
+    def _encoded(self, drawn: Drawn, sample: Sample, images: list[bytes], task: str) -> Prompt:
+        name, row = drawn.key
+        source = self._recipe.data.sources[name]
         sizes = self._prepared.indexes[name].sizes(row)
         pixels = source_pixels(source, (self._stage.pixels.min, self._stage.pixels.max))
         encoded = encode_prompt(sample, sizes, self._tokenizer, pixels)
@@ -176,11 +195,29 @@ class PromptReader:
             patches=np.concatenate(patches) if patches else np.zeros((0, PATCH_VALUES), np.uint8),
             grids=encoded.grids,
             text=prompt_text(sample),
-            solution=sample.metadata["solution"],
+            solution=sample.metadata.get("solution"),
             metadata=metadata,
             images=tuple(images),
             occurrence=drawn.occurrence,
         )
+
+
+class PairReader(PromptReader):
+    """References to preference pairs: the prompt, the chosen answer and `metadata.rejected`."""
+
+    def read(self, drawn: Sequence[Drawn]) -> list[Pair]:  # type: ignore[override]
+        """Pairs in the order of the references."""
+        return self._read(drawn, self._pair) if drawn else []
+
+    def _pair(self, drawn: Drawn, sample: Sample, images: list[bytes]) -> Pair:
+        rejected, chosen = sample.metadata.get("rejected"), sample.messages[-1]
+        if rejected is None or chosen["role"] != "assistant":
+            raise InputError(
+                f"source {drawn.key[0]}, sample {sample.id}: a preference row needs an assistant's answer and a rejected one"
+            )
+        texts = (text_of_items(chosen["content"], sample.id), text_of_items(rejected, sample.id))
+        answers = tuple(answer_tokens(text, self._tokenizer) for text in texts)
+        return Pair(self._encoded(drawn, sample, images, "preference"), answers)
 
 
 def prompt_text(sample: Sample) -> str:

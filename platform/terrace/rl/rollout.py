@@ -64,7 +64,9 @@ class Response:
     finished: bool  # a stop token came; else it was cut at the length limit
 
 
-GroupReady = Callable[[int, list[Response]], None]  # (place of the prompt, its responses), as soon as a group is complete
+GroupReady = Callable[
+    [int, list[Response]], None
+]  # (place of the prompt, its responses), as soon as a group is complete
 
 
 class RolloutEngine(Protocol):

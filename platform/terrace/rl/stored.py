@@ -34,7 +34,9 @@ def save_rollout(path: Path, identity: dict[str, Any], groups: Sequence[Sequence
         groups=np.asarray([len(group) for group in groups], np.int64),
         lengths=np.asarray([len(response.tokens) for response in responses], np.int64),
         tokens=np.concatenate([response.tokens for response in responses]) if responses else np.zeros(0, np.int32),
-        logprobs=np.concatenate([response.logprobs for response in responses]) if responses else np.zeros(0, np.float32),
+        logprobs=np.concatenate([response.logprobs for response in responses])
+        if responses
+        else np.zeros(0, np.float32),
         finished=np.asarray([response.finished for response in responses], bool),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,9 +61,13 @@ def load_rollout(path: Path, identity: dict[str, Any]) -> list[list[Response]] |
     return groups
 
 
-def save_rewards(path: Path, identity: dict[str, Any], rewards: Sequence[Sequence[tuple[float | None, str | None]]]) -> None:
+def save_rewards(
+    path: Path, identity: dict[str, Any], rewards: Sequence[Sequence[tuple[float | None, str | None]]]
+) -> None:
     """Write a round's rewards: per group and response its value, or None and the reason."""
-    write_durably(path, json_bytes({"identity": identity, "rewards": [[list(one) for one in group] for group in rewards]}))
+    write_durably(
+        path, json_bytes({"identity": identity, "rewards": [[list(one) for one in group] for group in rewards]})
+    )
 
 
 def load_rewards(path: Path, identity: dict[str, Any]) -> list[list[tuple[float | None, str | None]]] | None:

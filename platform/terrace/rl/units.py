@@ -82,7 +82,9 @@ def unit_pack(groups: Sequence[TrainGroup], number: int = 0) -> tuple[PackedExam
         targets=np.full(start, -100, np.int32),
         position_ids=np.concatenate(positions, axis=1).astype(np.int32) if ids else np.zeros((4, 0), np.int32),
         segment_ends=np.asarray([unit.end for unit in units], np.int32),
-        patches=np.concatenate([group.prompt.patches for group in groups]) if ids else np.zeros((0, PATCH_VALUES), np.uint8),
+        patches=np.concatenate([group.prompt.patches for group in groups])
+        if ids
+        else np.zeros((0, PATCH_VALUES), np.uint8),
         image_grids=np.concatenate([group.prompt.grids for group in groups]) if ids else np.zeros((0, 3), np.int32),
         sample_ids=[group.prompt.id for group in groups],
         sources=[group.prompt.key[0] for group in groups],

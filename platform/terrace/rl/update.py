@@ -41,8 +41,14 @@ class PolicyStepper:
     """Turns groups into optimizer steps. All ranks call `step` the same number of times."""
 
     def __init__(
-        self, strategy: Strategy, options: PolicyOptions, sequence_length: int, precision: str, clip: float | None,
-        context: WorkerContext, reference: Any | None = None,
+        self,
+        strategy: Strategy,
+        options: PolicyOptions,
+        sequence_length: int,
+        precision: str,
+        clip: float | None,
+        context: WorkerContext,
+        reference: Any | None = None,
     ) -> None:
         self._strategy, self._options, self._length, self._precision = strategy, options, sequence_length, precision
         self._clip, self._context, self._reference = clip, context, reference
@@ -63,7 +69,11 @@ class PolicyStepper:
         return made
 
     def step(
-        self, packs: Sequence[Sequence[TrainGroup]], total_tokens: int, rates: list[float], number: int,
+        self,
+        packs: Sequence[Sequence[TrainGroup]],
+        total_tokens: int,
+        rates: list[float],
+        number: int,
         old: Sequence[torch.Tensor] | None = None,
     ) -> UpdateOutcome:
         """One optimizer step over all ranks' packs. Raises NonFinite before it; `number` counts steps from 1."""
@@ -97,9 +107,7 @@ class PolicyStepper:
             self._strategy.step(rates)
             if self._strategy.loss_scale is not None:
                 self._strategy.loss_scale.after_step()
-        return figures.outcome(
-            float(rows[:, 0].sum()) * scale, norm, skipped, started, packs, self._context
-        )
+        return figures.outcome(float(rows[:, 0].sum()) * scale, norm, skipped, started, packs, self._context)
 
     def _batch(self, pack: Sequence[TrainGroup]) -> Any:
         return policy_batch(pack, self._context.device, DTYPES[self._precision])
@@ -139,11 +147,22 @@ class _Figures:
             start = end
 
     def outcome(
-        self, loss: float, norm: float, skipped: bool, started: float, packs: Sequence[Sequence[TrainGroup]],
+        self,
+        loss: float,
+        norm: float,
+        skipped: bool,
+        started: float,
+        packs: Sequence[Sequence[TrainGroup]],
         context: WorkerContext,
     ) -> UpdateOutcome:
         """The same on every rank."""
-        own = (self._sums, self._largest, self._entropy, len(packs), sum(group.rows for pack in packs for group in pack))
+        own = (
+            self._sums,
+            self._largest,
+            self._entropy,
+            len(packs),
+            sum(group.rows for pack in packs for group in pack),
+        )
         ranks = gather_objects(own, context)
         total = {key: sum(rank[0][key] for rank in ranks) for key in self._sums}
         tokens = max(total["tokens"], 1.0)
@@ -169,4 +188,8 @@ class _Figures:
 
 def _nonfinite(what: str, own: list[str], number: int, context: WorkerContext) -> NonFinite:
     ids = [name for rank in gather_objects(own, context) for name in rank]
-    return NonFinite(f"step {number}: the {what} is not finite, the weights are unchanged. Prompts: {', '.join(ids[:16])}", number, ids)
+    return NonFinite(
+        f"step {number}: the {what} is not finite, the weights are unchanged. Prompts: {', '.join(ids[:16])}",
+        number,
+        ids,
+    )

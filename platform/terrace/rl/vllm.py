@@ -1,9 +1,9 @@
 """The vLLM rollout engine, the only file that imports vllm. For GPUs; not exercised by the tests, which have none.
 
-vLLM loads the policy as a Hugging Face directory, sleeps at level 2 (weights and cache dropped) during the policy step, and
-reloads the directory after it. Images go in as files under an un-expanded placeholder: vLLM expands and resizes them
-itself, with the stage's pixel bounds, so its preprocessing is the reference's and not Terrace's; the mismatch between its
-log-probabilities and the trainer's is a metric of every iteration and has an alarm.
+vLLM loads the policy as a Hugging Face directory, sleeps at level 2 (weights and cache dropped) during the policy step,
+and reloads the directory after it. Images go in as files under an un-expanded placeholder: vLLM expands and resizes
+them itself, with the stage's pixel bounds, so its preprocessing is the reference's and not Terrace's; the mismatch
+between its log-probabilities and the trainer's is a metric of every iteration and has an alarm.
 """
 
 from __future__ import annotations
@@ -38,8 +38,14 @@ class VllmEngine:
     """See rollout.RolloutEngine. One engine per rank (tensor parallel 1), beside the training model on the same GPU."""
 
     def __init__(
-        self, stage: Stage, config: Any, tokenizer: TextTokenizer, forbidden: Sequence[int], stop: Sequence[int],
-        stage_dir: Path, context: WorkerContext,
+        self,
+        stage: Stage,
+        config: Any,
+        tokenizer: TextTokenizer,
+        forbidden: Sequence[int],
+        stop: Sequence[int],
+        stage_dir: Path,
+        context: WorkerContext,
     ) -> None:
         require_vllm()
         if not context.device.startswith("cuda"):

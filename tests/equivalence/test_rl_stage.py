@@ -1,0 +1,189 @@
+"""An on-policy stage end to end: it learns, resumes inside an iteration with the same figures, and splits over
+ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import rl_stage
+from processes import run_ranks
+from rl_stage import break_at, figures_of, prepare, rl_recipe, run
+
+from terrace.errors import Preempted
+from terrace.rl.collect import RewardFailures
+from terrace.rl.native import NativeEngine
+
+
+class Killed(BaseException):
+    """Stands for a process that ends at once."""
+
+
+def killed() -> None:
+    raise Killed
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rl")
+    prepare(folder, rl_recipe(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder):
+    run(rl_recipe(folder), folder, "undisturbed")
+    return figures_of(folder, "undisturbed")
+
+
+def close(first, second, tolerance):
+    """Whether two values from metrics agree, numbers within the tolerance."""
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(close(first[key], second[key], tolerance) for key in first)
+    if isinstance(first, float) and isinstance(second, float):
+        return first == pytest.approx(second, rel=tolerance, abs=tolerance)
+    return first == second
+
+
+def test_metrics_say_what_the_paper_asks_per_task(undisturbed):
+    assert [line["step"] for line in undisturbed] == [1, 2, 3]
+    for line in undisturbed:
+        assert set(line["tasks"]) == {"digits", "capitals"}
+        for figures in line["tasks"].values():
+            expected = {
+                "reward",
+                "pass_rate",
+                "zero_variance",
+                "response_tokens",
+                "entropy",
+                "truncated",
+                "reward_failures",
+            }
+            assert expected <= set(figures)
+        assert line["groups_kept"] == 4
+        assert line["logprob_mismatch_max"] < 1e-4
+        assert line["loss"] == pytest.approx(line["loss"])
+
+
+@pytest.mark.parametrize("where", ["rollout", "reward", "update"])
+def test_a_stage_broken_inside_an_iteration_goes_on_with_the_same_figures(folder, undisturbed, where):
+    undo = break_at(where, 1, killed)
+    try:
+        with pytest.raises(Killed):
+            run(rl_recipe(folder), folder, f"broken-{where}")
+    finally:
+        undo()
+    assert len(figures_of(folder, f"broken-{where}")) == 1
+    run(rl_recipe(folder), folder, f"broken-{where}")
+    assert figures_of(folder, f"broken-{where}") == undisturbed
+    assert not list((folder / f"broken-{where}" / "iterations").glob("00000[01]"))
+
+
+def test_finished_rollouts_are_not_decoded_again(folder, monkeypatch):
+    undo = break_at("update", 1, killed)
+    try:
+        with pytest.raises(Killed):
+            run(rl_recipe(folder), folder, "no-second-decoding")
+    finally:
+        undo()
+    decoded = []
+    generate = NativeEngine.generate
+
+    def counted(self, prompts, sampling, ready=None):
+        decoded.append(sampling.samples)
+        return generate(self, prompts, sampling, ready)
+
+    monkeypatch.setattr(NativeEngine, "generate", counted)
+    run(rl_recipe(folder), folder, "no-second-decoding")
+    # The last iteration and the evaluation after the stage; the broken iteration's rollouts came from disk.
+    assert decoded.count(6) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["rollout", "reward", "update"])
+def test_a_killed_process_is_followed_by_one_with_the_same_figures(folder, undisturbed, where):
+    recipe_file = folder / "recipe.json"
+    recipe_file.write_text(rl_recipe(folder).model_dump_json())
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, rl_stage.__file__, str(folder), f"killed-{where}", str(recipe_file)]
+    first = subprocess.run([*command, where], env=environment, check=False)
+    assert first.returncode == -signal.SIGKILL
+    subprocess.run([*command, "nowhere"], env=environment, check=True)
+    assert figures_of(folder, f"killed-{where}") == undisturbed
+
+
+@pytest.mark.slow
+def test_two_ranks_have_the_figures_of_one(folder, undisturbed):
+    recipe = rl_recipe(folder)
+    run_ranks(rl_stage.run_rank, 2, recipe.model_dump(mode="json"), str(folder), "two-ranks")
+    for one, two in zip(undisturbed, figures_of(folder, "two-ranks"), strict=True):
+        for key in (
+            "loss",
+            "grad_norm",
+            "supervised_tokens",
+            "samples",
+            "groups_drawn",
+            "groups_kept",
+            "reward",
+            "tasks",
+        ):
+            assert close(one[key], two[key], 1e-3), key
+
+
+def test_told_to_stop_it_saves_and_goes_on(folder, undisturbed):
+    with pytest.raises(Preempted):
+        run(rl_recipe(folder, checkpoint={}), folder, "stopped", should_stop=lambda: "test")
+    assert len(figures_of(folder, "stopped")) == 1
+    run(rl_recipe(folder, checkpoint={}), folder, "stopped")
+    assert figures_of(folder, "stopped") == undisturbed
+
+
+def test_rewards_rise_for_every_task(folder):
+    recipe = rl_recipe(
+        folder, 18, {"prompts_per_iteration": 6, "samples_per_prompt": 16}, train={"language": {"lr": 2e-2}},
+        checkpoint={}, evaluate={"max_samples_per_kind": 4},
+    )  # fmt: skip
+    run(recipe, folder, "learning")
+    lines = figures_of(folder, "learning")
+    for task in ("digits", "capitals"):
+        rewards = [line["tasks"][task]["reward"] for line in lines]
+        assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.3, rewards
+    result = json.loads((folder / "learning" / "result.json").read_text())
+    for task in ("reward/digits", "reward/capitals"):
+        assert result["evaluation"]["after"][task] > result["evaluation"]["before"][task] + 0.3
+    assert (folder / "learning" / "final" / "config.json").is_file()
+    examples = [json.loads(line) for line in (folder / "learning" / "examples.jsonl").read_text().splitlines()]
+    assert {one["task"] for one in examples} == {"digits", "capitals"}
+
+
+def test_the_relatives_run(folder):
+    """Several clipped updates per rollout, KL, entropy bonus, leave-one-out without std, easy pool."""
+    options = {
+        "updates_per_rollout": 2, "clip_low": 0.2, "clip_high": 0.28, "kl_coefficient": 0.01, "entropy_coefficient": 0.001,
+        "baseline": "leave_one_out", "normalise": "none", "easy_pool_probability": 0.2, "top_p": 0.9, "temperature": 1.2,
+    }  # fmt: skip
+    run(rl_recipe(folder, 4, options), folder, "relatives")
+    lines = figures_of(folder, "relatives")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert ["tasks" in line for line in lines] == [True, False, True, False]
+    assert lines[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert lines[1]["kl"] > 0
+
+
+def test_too_many_failed_rewards_stop_the_stage(folder):
+    rewards = {"digits": [{"name": "rl_rules:failing"}], "capitals": [{"name": "rl_rules:share_of_capitals"}]}
+    with pytest.raises(RewardFailures, match="rl_rules:failing"):
+        run(rl_recipe(folder, rewards=rewards), folder, "failing")
+    # Within the limit the failed groups are left out and the others train.
+    recipe = rl_recipe(folder, 1, {"max_reward_failure_rate": 1.0}, rewards=rewards)
+    run(recipe, folder, "tolerant")
+    (line,) = figures_of(folder, "tolerant")
+    assert line["tasks"]["digits"]["reward_failures"] == 1.0
+    assert line["groups_unjudged"] > 0
+    assert Path(folder / "tolerant" / "result.json").is_file()
