@@ -14,8 +14,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from terrace.errors import TerraceError
+from terrace.errors import InputError, TerraceError
 
 # Subcommand -> (module that registers it, one line of help). The help is here so that `terrace --help` imports nothing.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -72,10 +73,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, 1, debug)
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line like every other error, instead of the usage first."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (`{self.prog} --help`)")
+
+
 def run_subcommand(given: list[str]) -> int:
-    """Parse and run. argparse itself exits with 2 on a wrong command line, after one line on stderr."""
+    """Parse and run."""
     name = given[0]
-    parser = argparse.ArgumentParser(prog="terrace", add_help=False)
+    parser = _Parser(prog="terrace", add_help=False)
     subparsers = parser.add_subparsers(dest="command", metavar="command")
     if name not in COMMANDS:
         import difflib
@@ -95,7 +103,7 @@ def run_subcommand(given: list[str]) -> int:
     if rest and hasattr(parsed, "overrides") and not any(word.startswith("-") for word in rest):
         parsed.overrides = [*parsed.overrides, *rest]  # key.path=value may stand behind an option too
     elif rest:
-        parser.error(f"unrecognized arguments: {' '.join(rest)} (`terrace {name} --help`)")
+        raise InputError(f"unrecognized arguments: {' '.join(rest)} (`terrace {name} --help`)")
     if name in READ_SAMPLES:
         _draw_demo_scenes(parsed)
     return int(parsed.main(parsed) or 0)

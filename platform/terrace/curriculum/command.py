@@ -9,9 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+from terrace.curriculum import on_kubernetes
 from terrace.errors import InputError
 
 LAUNCHERS = ("local", "ray", "kubernetes")
+RUN_HELP = "directory of the run, or k8s://NAMESPACE/NAME"
 RERUN_HELP = "run this stage and those after it again from their beginning; what they wrote is moved aside"
 
 
@@ -22,7 +24,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         description="Run all stages of a recipe. The same command again continues a run that was stopped or killed.",
     )
     run.add_argument("recipe", type=Path, help="recipe file (YAML)")
-    run.add_argument("--run-dir", type=Path, required=True, help="directory of the run: recipe, journal, data, stages")
+    run.add_argument("--run-dir", type=run_directory, help="directory of the run: recipe, journal, data, stages")
     run.add_argument(
         "overrides",
         nargs="*",
@@ -44,12 +46,12 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     validate.set_defaults(main=validate_command)
 
     status = subparsers.add_parser("status", help="show a run's stages, steps, losses and checkpoints")
-    status.add_argument("run_dir", type=Path)
+    status.add_argument("run_dir", type=run_name, help=RUN_HELP)
     status.add_argument("--json", action="store_true")
     status.set_defaults(main=status_command)
 
     logs = subparsers.add_parser("logs", help="show what the workers of a stage attempt logged")
-    logs.add_argument("run_dir", type=Path)
+    logs.add_argument("run_dir", type=run_name, help=RUN_HELP)
     logs.add_argument("--stage", help="stage name; default: the newest one with a log")
     logs.add_argument("--rank", type=int, default=0)
     logs.add_argument("--follow", "-f", action="store_true", help="keep printing until the run ends or Ctrl-C")
@@ -61,11 +63,11 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         ("cancel", "end the run for good"),
     ):
         parser = subparsers.add_parser(name, help=text)
-        parser.add_argument("run_dir", type=Path)
+        parser.add_argument("run_dir", type=run_name, help=RUN_HELP)
         parser.set_defaults(main=request_command, request=f"{name}_requested")
 
     resume = subparsers.add_parser("resume", help="continue a paused, suspended or failed run, or run again from a stage")
-    resume.add_argument("run_dir", type=Path)
+    resume.add_argument("run_dir", type=run_name, help=RUN_HELP)
     resume.add_argument(
         "--from",
         dest="from_stage",
@@ -84,13 +86,31 @@ def _launcher_options(parser: argparse.ArgumentParser) -> None:
         help="local: Ray in this process (default); ray: jobs on a running Ray cluster; kubernetes: a Curriculum",
     )
     parser.add_argument("--address", help="launcher ray: the cluster's dashboard, for example http://127.0.0.1:8265")
+    parser.add_argument("--cluster", type=Path, help="launcher kubernetes: cluster file (runtime, storage, queue)")
+    parser.add_argument("--name", help="launcher kubernetes: name of the Curriculum; default: the recipe's")
+    parser.add_argument("--namespace", "-n", help="launcher kubernetes: namespace; default: the kubeconfig's")
     parser.add_argument("--dashboard", action="store_true", help="launcher local: start Ray's dashboard too")
+
+
+def run_directory(text: str) -> Path:
+    """A folder that this machine and, on a cluster, every worker sees at the same path."""
+    if "://" in text:
+        raise InputError(f"--run-dir {text}: a run directory is a folder (on a cluster one that all machines share), not a URI")
+    return Path(text)
+
+
+def run_name(text: str) -> Path | str:
+    return text if on_kubernetes.is_reference(text) else run_directory(text)
 
 
 def run_command(arguments: argparse.Namespace) -> int:
     from terrace.recipe.loading import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.launcher == "kubernetes":
+        return on_kubernetes.run(recipe, arguments)
+    if arguments.run_dir is None:
+        raise InputError("name the run's directory: --run-dir DIR")
     if arguments.stage or arguments.attempt:
         from terrace.curriculum.single import run_single_attempt
 
@@ -109,6 +129,8 @@ def resume_command(arguments: argparse.Namespace) -> int:
     from terrace.curriculum.run_directory import require_run
     from terrace.curriculum.state import fold
 
+    if isinstance(arguments.run_dir, str):
+        return on_kubernetes.wish(arguments.run_dir, "resume", arguments.from_stage)
     recipe = require_run(arguments.run_dir)
     if arguments.from_stage:
         return _control(recipe, arguments, _rerun(arguments))
@@ -150,6 +172,8 @@ def validate_command(arguments: argparse.Namespace) -> int:
 def status_command(arguments: argparse.Namespace) -> int:
     from terrace.curriculum.status import print_status, run_status
 
+    if isinstance(arguments.run_dir, str):
+        return on_kubernetes.status(arguments.run_dir, arguments.json)
     status = run_status(arguments.run_dir)
     if arguments.json:
         print(json.dumps(status, indent=2))
@@ -166,6 +190,8 @@ def request_command(arguments: argparse.Namespace) -> int:
 
     run_dir, kind = arguments.run_dir, arguments.request
     word = kind.removesuffix("_requested")
+    if isinstance(run_dir, str):
+        return on_kubernetes.wish(run_dir, word)
     names = [stage.name for stage in require_run(run_dir).stages]
     state = fold(names, read_journal(run_dir).events)
     if state.phase in TERMINAL:
@@ -184,6 +210,8 @@ def logs_command(arguments: argparse.Namespace) -> int:
     from terrace.curriculum.journal import lease_holder
     from terrace.curriculum.run_directory import require_run
 
+    if isinstance(arguments.run_dir, str):
+        return on_kubernetes.logs(arguments.run_dir)
     require_run(arguments.run_dir)
     pattern = f"stages/*-{arguments.stage or '*'}/attempts/*/rank-{arguments.rank:04d}.log"
     logs = sorted(Path(arguments.run_dir).glob(pattern), key=lambda path: path.stat().st_mtime)
