@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 from PIL import Image
+from ray.data.datasource import ReadTask
 
+from terrace.data import ray_stream
 from terrace.data.held_out import held_out_packs
 from terrace.data.plan import StagePlan
 from terrace.data.prepare import prepare_data
@@ -122,25 +124,31 @@ def test_closing_early_leaves_nothing_running(ray_cluster, data):
         pytest.fail(f"still running: {left}")
 
 
-def test_a_killed_decode_worker_changes_nothing(ray_cluster, data, expected):
+def test_a_killed_decode_worker_changes_nothing(ray_cluster, data, expected, tmp_path, monkeypatch):
     _, prepared, plan = data
-    stream = open_stream(plan, prepared, 0, 1, 0, "ray")
-    found = [contents(next(stream).packs)]
-    killed = 0
-    for process in psutil.process_iter(["cmdline"]):
-        command = " ".join(process.info["cmdline"] or [])
-        if "ReadPacks" in command and _of_this_ray(process, ray_cluster):
-            os.kill(process.pid, signal.SIGKILL)
-            killed += 1
-    found += [contents(step.packs) for step in stream]
+    mark = tmp_path / "killed"
+    plain = ray_stream._read_task
+
+    def dying_task(task, settings):
+        """The task that makes pack 16 dies with its process after its first pack, the first time."""
+        made = plain(task, settings)
+        if 16 not in [part.spec.pack for part in task.parts]:
+            return made
+
+        def read():
+            for table in made.read_fn():
+                yield table
+                if not mark.exists():
+                    mark.write_text(str(os.getpid()))
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        return ReadTask(read, made.metadata, schema=made.schema)
+
+    ray_cluster.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    monkeypatch.setattr(ray_stream, "_read_task", dying_task)
+    found = [contents(step.packs) for step in open_stream(plan, prepared, 0, 1, 0, "ray")]
+    assert int(mark.read_text()) != os.getpid()
     assert found == expected
-
-
-def _of_this_ray(process: psutil.Process, ray) -> bool:
-    """Only workers of the raylet that this test session started."""
-    node = ray.nodes()[0]
-    parents = [parent.name() for parent in process.parents()]
-    return "raylet" in parents and os.getpid() in [parent.pid for parent in process.parents()] and bool(node)
 
 
 def test_a_flipped_byte_names_shard_and_sample_or_is_skipped(ray_cluster, folder, tmp_path):
