@@ -103,9 +103,7 @@ def main(argv: list[str] | None = None) -> int:
 def _watch(registry: kopf.OperatorRegistry, namespace: str, stop: threading.Event) -> None:
     loop = asyncio.new_event_loop()
     asyncio.set_event_loop(loop)
-    loop.run_until_complete(
-        kopf.operator(registry=registry, namespaces=[namespace], standalone=True, clusterwide=False, stop_flag=stop)
-    )
+    loop.run_until_complete(kopf.operator(registry=registry, namespaces=[namespace], standalone=True, clusterwide=False, stop_flag=stop))
 
 
 if __name__ == "__main__":

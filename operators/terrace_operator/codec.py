@@ -34,9 +34,7 @@ def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def encode(state: RunState, memory: Memory) -> dict[str, Any]:
-    machine = {
-        item.name: getattr(state, item.name) for item in fields(RunState) if item.name not in ("stages", "commands")
-    }
+    machine = {item.name: getattr(state, item.name) for item in fields(RunState) if item.name not in ("stages", "commands")}
     machine["commands"] = sorted(state.commands)[-8:]
     machine["stages"] = [_compact(stage) for stage in state.stages]
     return {"machine": machine, "operator": {name: getattr(memory, name) for name in FIELDS[Memory]}}

@@ -49,6 +49,4 @@ def quota_message(job: Manifest | None, workload: Manifest | None) -> Finding:
         return Finding("QuotaReserved", "False", f"Evicted{evicted.get('reason', '')}"[:64], text)
     if reserved is not None:
         return Finding("QuotaReserved", "False", reserved.get("reason") or "Pending", reserved.get("message", ""))
-    return Finding(
-        "QuotaReserved", "False", "NoWorkload", "Kueue has made no Workload yet: is it installed, is the queue right?"
-    )
+    return Finding("QuotaReserved", "False", "NoWorkload", "Kueue has made no Workload yet: is it installed, is the queue right?")

@@ -130,9 +130,7 @@ class Controller:
                     self.cache.store("RayJob", fresh)
                 return fresh is None or bool(fresh["metadata"].get("deletionTimestamp"))
             case Direct(config_map, directive):
-                self.api.patch(
-                    "ConfigMap", config_map, {"data": {"directive.json": json.dumps(directive, sort_keys=True)}}
-                )
+                self.api.patch("ConfigMap", config_map, {"data": {"directive.json": json.dumps(directive, sort_keys=True)}})
                 return True
         return True
 
@@ -149,9 +147,7 @@ class Controller:
                 return False
             made = found
             if not _owned_by(found, body):
-                self.cache.refuse(
-                    name, object_name, f"{kind} {object_name} exists and belongs to something else: delete it"
-                )
+                self.cache.refuse(name, object_name, f"{kind} {object_name} exists and belongs to something else: delete it")
                 return True
         except Refused as error:
             logger.warning("refused: %s %s: %s", kind, object_name, error, extra={"curriculum": name})

@@ -22,21 +22,11 @@ class Metrics:
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
         self.registry = CollectorRegistry()
-        self.reconcile_seconds = Histogram(
-            "terrace_reconcile_seconds", "Time of one reconcile with its API calls.", registry=self.registry
-        )
-        self.errors = Counter(
-            "terrace_reconcile_errors_total", "Reconciles that ended in an error.", registry=self.registry
-        )
-        self.conflicts = Counter(
-            "terrace_status_conflicts_total", "Status writes refused as stale.", registry=self.registry
-        )
-        self.api_calls = Counter(
-            "terrace_api_calls_total", "Calls to the API server.", ["method", "kind", "code"], registry=self.registry
-        )
-        self.happened = Counter(
-            "terrace_events_total", "What happened to curricula.", ["reason"], registry=self.registry
-        )
+        self.reconcile_seconds = Histogram("terrace_reconcile_seconds", "Time of one reconcile with its API calls.", registry=self.registry)
+        self.errors = Counter("terrace_reconcile_errors_total", "Reconciles that ended in an error.", registry=self.registry)
+        self.conflicts = Counter("terrace_status_conflicts_total", "Status writes refused as stale.", registry=self.registry)
+        self.api_calls = Counter("terrace_api_calls_total", "Calls to the API server.", ["method", "kind", "code"], registry=self.registry)
+        self.happened = Counter("terrace_events_total", "What happened to curricula.", ["reason"], registry=self.registry)
         self.created = Counter("terrace_rayjobs_created_total", "Stage attempts created.", registry=self.registry)
         self.curricula = Gauge("terrace_curricula", "Curricula by phase.", ["phase"], registry=self.registry)
         self.queue = Gauge("terrace_queue_length", "Curricula waiting for a reconcile.", registry=self.registry)

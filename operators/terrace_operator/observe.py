@@ -68,27 +68,21 @@ def is_fenced(spec: CurriculumSpec, world: World, name: str) -> bool:
     return world.deleting_seconds.get(name, 0.0) > spec.failure_policy.fence_timeout_seconds
 
 
-def observe(
-    curriculum: str, spec: CurriculumSpec, state: RunState, memory: Memory, world: World, now: float
-) -> Observation:
+def observe(curriculum: str, spec: CurriculumSpec, state: RunState, memory: Memory, world: World, now: float) -> Observation:
     """The state machine's observation. `memory.admitted_at` must be up to date (see `follow_queue`)."""
     names = {stage.index: stage.name for stage in state.stages}
     live = []
     for name, job in world.rayjobs.items():
         labels = job["metadata"].get("labels", {})
         index, attempt = int(labels.get(LABEL_STAGE, -1)), int(labels.get(LABEL_ATTEMPT, 0))
-        ended_well = (
-            status_of(job).get("jobDeploymentStatus") == "Complete" and status_of(job).get("jobStatus") == "SUCCEEDED"
-        )
+        ended_well = status_of(job).get("jobDeploymentStatus") == "Complete" and status_of(job).get("jobStatus") == "SUCCEEDED"
         if index in names and not ended_well and not is_fenced(spec, world, name):
             live.append((names[index], attempt))
     seen = tuple(_attempt(curriculum, spec, stage, memory, world, now) for stage in state.stages if not stage.ended)
     return Observation(attempts=seen, live=tuple(sorted(live)))
 
 
-def _attempt(
-    curriculum: str, spec: CurriculumSpec, stage: StageState, memory: Memory, world: World, now: float
-) -> AttemptObservation:
+def _attempt(curriculum: str, spec: CurriculumSpec, stage: StageState, memory: Memory, world: World, now: float) -> AttemptObservation:
     name = rayjob_name(curriculum, stage.index, stage.attempt)
     job = world.rayjobs.get(name)
     report = report_of(world, stage.name, stage.attempt)
@@ -117,17 +111,13 @@ def _attempt(
         limit = spec.failure_policy.pre_running_timeout_seconds
         if waited > limit and world.quiet_seconds > min(limit, 60):
             message = f"admitted {waited:.0f} s ago and the program has not started (preRunningTimeoutSeconds: {limit})"
-            return seen(
-                "failed", live=True, failure="infrastructure", reason="PreRunningDeadlineExceeded", message=message
-            )
+            return seen("failed", live=True, failure="infrastructure", reason="PreRunningDeadlineExceeded", message=message)
         return seen("starting", live=True, progress_at=now)
     # The wall clock may jump and the operator may have been away: only seconds it watched itself count as silence.
     return seen("running", live=True, progress_at=now - min(world.quiet_seconds, max(now - admitted, 0.0)))
 
 
-def _ended(
-    stage: StageState, status: Manifest, report: Manifest | None, ended_seconds: float, seen: Any
-) -> AttemptObservation:
+def _ended(stage: StageState, status: Manifest, report: Manifest | None, ended_seconds: float, seen: Any) -> AttemptObservation:
     deployment, ended = status.get("jobDeploymentStatus", ""), status.get("jobStatus", "")
     message = str(status.get("message") or "")[:1000]
     if deployment == "Complete" and ended == "SUCCEEDED":
@@ -182,9 +172,7 @@ def follow_queue(curriculum: str, state: RunState, memory: Memory, world: World,
         if is_queued(job):
             if memory.admitted_at.pop(name, None) is not None:
                 memory.queue_preemptions[stage.name] = memory.queue_preemptions.get(stage.name, 0) + 1
-                events.append(
-                    ("QueuePreempted", f"stage {stage.name}: the queue took the quota of {name} back; it waits again")
-                )
+                events.append(("QueuePreempted", f"stage {stage.name}: the queue took the quota of {name} back; it waits again"))
         elif name not in memory.admitted_at:
             memory.admitted_at = {name: now}
             events.append(("Admitted", f"stage {stage.name}: {name} may start"))

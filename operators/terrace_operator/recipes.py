@@ -44,9 +44,7 @@ def accept(curriculum: Manifest, old_status: Manifest, world: World) -> Accepted
     metadata = curriculum["metadata"]
     spec, problem = _checked_edit((metadata["uid"], metadata.get("generation", 0)), curriculum.get("spec") or {})
     stored = old_status.get("controller") or {}
-    started = {
-        stage["name"]: stage for stage in (stored.get("machine") or {}).get("stages", ()) if stage.get("attempt")
-    }
+    started = {stage["name"]: stage for stage in (stored.get("machine") or {}).get("stages", ()) if stage.get("attempt")}
     if not started:
         return Accepted(spec, "Valid" if spec else "InvalidSpec", problem)
     memory = decode_memory(stored)
@@ -107,9 +105,7 @@ def with_failure_policy(spec: CurriculumSpec) -> CurriculumSpec:
     changes = {key: value for key, value in given.items() if value is not None}
     if not changes:
         return spec
-    stages = [
-        stage.model_copy(update={"failure": stage.failure.model_copy(update=changes)}) for stage in spec.recipe.stages
-    ]
+    stages = [stage.model_copy(update={"failure": stage.failure.model_copy(update=changes)}) for stage in spec.recipe.stages]
     return spec.model_copy(update={"recipe": spec.recipe.model_copy(update={"stages": stages})})
 
 
@@ -152,9 +148,7 @@ def _kept_recipe(curriculum: str, name: str, memory: Memory, world: World) -> Re
     return recipe_from_text(text) if text is not None else None
 
 
-def _last_good(
-    spec: CurriculumSpec | Manifest, started: Manifest, memory: Memory, world: World, curriculum: str, problem: str
-) -> Accepted:
+def _last_good(spec: CurriculumSpec | Manifest, started: Manifest, memory: Memory, world: World, curriculum: str, problem: str) -> Accepted:
     """The spec was edited into something that cannot be: the run goes on under the recipe of its newest attempt."""
     newest = max(started.values(), key=lambda stage: stage.get("index", 0))["name"]
     recipe = _kept_recipe(curriculum, newest, memory, world)

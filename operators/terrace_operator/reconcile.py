@@ -182,9 +182,7 @@ def _remember(spec: CurriculumSpec, state: RunState, memory: Memory, event: Mani
     memory.recipe_maps[stage.name] = recipes.digest_of(spec.recipe)
 
 
-def _effects(
-    curriculum: Manifest, spec: CurriculumSpec, state: RunState, memory: Memory, world: World, action: Action
-) -> list[Effect]:
+def _effects(curriculum: Manifest, spec: CurriculumSpec, state: RunState, memory: Memory, world: World, action: Action) -> list[Effect]:
     name = curriculum["metadata"]["name"]
     if isinstance(action, Launch):
         rerun = state.stages[action.stage_index].reruns

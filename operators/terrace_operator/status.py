@@ -61,9 +61,7 @@ def refused(curriculum: Manifest, old: Manifest, reason: str, problem: str, now:
         Finding("Accepted", "False", reason, problem),
         Finding("Progressing", "False", reason, "nothing is started until the spec is corrected"),
     ]
-    others = [
-        condition for condition in old.get("conditions") or [] if condition["type"] not in ("Accepted", "Progressing")
-    ]
+    others = [condition for condition in old.get("conditions") or [] if condition["type"] not in ("Accepted", "Progressing")]
     conditions = merge(old.get("conditions") or [], findings, generation, rfc3339(now) or "") + others
     return {**old, "observedGeneration": generation, "phase": old.get("phase", "Pending"), "conditions": conditions}
 
@@ -81,11 +79,7 @@ def derive(
     current = state.current
     shown = stages[current.index] if current else stages[-1]
     job = _job(name, current, world)
-    holds = (
-        job is not None
-        and not observe.is_queued(job)
-        and observe.status_of(job).get("jobDeploymentStatus") not in observe.ENDED
-    )
+    holds = job is not None and not observe.is_queued(job) and observe.status_of(job).get("jobDeploymentStatus") not in observe.ENDED
     status: Manifest = {
         "observedGeneration": generation,
         "phase": _phase(state, current, shown),
@@ -93,9 +87,7 @@ def derive(
         "stagesDone": f"{sum(stage.phase == 'completed' for stage in state.stages)}/{len(state.stages)}",
         "progress": f"{shown.get('step', 0)}/{shown['totalSteps']}" if shown.get("totalSteps") else "",
         "restarts": sum(stage["restarts"] + stage["infraRestarts"] for stage in stages),
-        "allocatedGpus": manifests.allocated_gpus(spec.recipe.stages[current.index], spec.runtime)
-        if current and holds
-        else 0,
+        "allocatedGpus": manifests.allocated_gpus(spec.recipe.stages[current.index], spec.runtime) if current and holds else 0,
         "queue": spec.queue.name if spec.queue else None,
         "startTime": rfc3339(state.started_at),
         "completionTime": rfc3339(state.ended_at),
@@ -159,9 +151,7 @@ def _stage(name: str, state: StageState, old: Manifest, memory: Memory, world: W
         "rayJobName": job_name,
         "rayClusterName": observe.status_of(job).get("rayClusterName") or None if job else old.get("rayClusterName"),
         "specHash": memory.stage_hashes.get(state.name, "")[:16] or None,
-        "recipeConfigMap": manifests.recipe_name(name, memory.recipe_maps[state.name])
-        if state.name in memory.recipe_maps
-        else None,
+        "recipeConfigMap": manifests.recipe_name(name, memory.recipe_maps[state.name]) if state.name in memory.recipe_maps else None,
         "startTime": rfc3339(state.started_at),
         "attemptTime": rfc3339(state.attempt_started_at),
         "admittedTime": rfc3339(memory.admitted_at.get(job_name or "")),
@@ -217,18 +207,14 @@ def _findings(
     findings.append(_degraded(name, current, world))
     for kind, phase in (("Suspended", "suspended"), ("Succeeded", "succeeded")):
         holds = state.phase == phase
-        findings.append(
-            Finding(kind, "True" if holds else "False", kind if holds else f"Not{kind}", state.message if holds else "")
-        )
+        findings.append(Finding(kind, "True" if holds else "False", kind if holds else f"Not{kind}", state.message if holds else ""))
     failed = state.phase in ("failed", "cancelled")
     reason = ("Cancelled" if state.phase == "cancelled" else state.reason or "Failed") if failed else "NotFailed"
     findings.append(Finding("Failed", "True" if failed else "False", reason, state.message if failed else ""))
     return findings
 
 
-def _progressing(
-    state: RunState, current: StageState | None, shown: Manifest, waiting: Wait | None, quota: Finding
-) -> Finding:
+def _progressing(state: RunState, current: StageState | None, shown: Manifest, waiting: Wait | None, quota: Finding) -> Finding:
     message = state.message
     fixed = {"succeeded": "Succeeded", "suspended": "Suspended", "cancelled": "Cancelled"}
     if state.phase in fixed:
@@ -245,9 +231,7 @@ def _progressing(
     reason = reasons.get(shown["phase"], "Pending")
     if reason == "WaitingForQuota":
         preempted = int(shown.get("preemptions", 0)) > 0
-        return Finding(
-            "Progressing", "True", "Preempted" if preempted else reason, quota.message or "waiting for the queue"
-        )
+        return Finding("Progressing", "True", "Preempted" if preempted else reason, quota.message or "waiting for the queue")
     if reason == "BackingOff" and current is not None:
         text = f"{current.reason}: {current.message}; next attempt {shown.get('nextRetryTime', 'soon')}"
     return Finding("Progressing", "True", reason, text)

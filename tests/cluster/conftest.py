@@ -30,9 +30,7 @@ def tiny_stage(name: str, **values: Any) -> Manifest:
     } | values  # fmt: skip
 
 
-def tiny_curriculum(
-    name: str = "tiny", stages: list[Manifest] | None = None, behaviour: Manifest | None = None, **spec: Any
-) -> Manifest:
+def tiny_curriculum(name: str = "tiny", stages: list[Manifest] | None = None, behaviour: Manifest | None = None, **spec: Any) -> Manifest:
     """A Curriculum that is right; `behaviour` is what the stand-in program does."""
     stages = stages or [tiny_stage("warmup"), tiny_stage("align")]
     return {

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT, condition, summary, tiny_curriculum
+
 from terrace.cluster.api import Api, ApiError, connect
 from terrace.cluster.manifests import LABEL_CURRICULUM
 
@@ -161,7 +162,9 @@ class RealHarness(Harness):
 
     def _apply(self, *bodies: Manifest) -> None:
         text = yaml.safe_dump_all(bodies)
-        subprocess.run(["kubectl", "apply", "--server-side", "-f", "-"], input=text, text=True, check=True, timeout=60, env=self.environment)
+        subprocess.run(
+            ["kubectl", "apply", "--server-side", "-f", "-"], input=text, text=True, check=True, timeout=60, env=self.environment
+        )
 
     def _queues(self, stop_policy: str) -> None:
         """A flavor and a queue of the test's own; `stopPolicy` is how Kueue takes quota back from all of a queue."""

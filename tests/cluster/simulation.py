@@ -27,6 +27,7 @@ sys.path[:0] = [str(HERE), str(ROOT / "operators"), str(ROOT / "platform")]
 from conftest import Clock, tiny_curriculum, tiny_stage  # noqa: E402
 from fake.kuberay import Cluster  # noqa: E402
 from fake.store import Change, Store  # noqa: E402
+
 from terrace.cluster.api import ApiError, Refused  # noqa: E402
 from terrace_operator.controller import Controller  # noqa: E402
 

@@ -16,6 +16,7 @@ from conftest import condition, tiny_curriculum, tiny_stage
 from fake.podsecurity import enforce
 from fake.server import Server
 from harness import FakeHarness, RealHarness, is_gone
+
 from terrace.cluster.api import Refused
 
 FIVE = [tiny_stage(name) for name in ("warmup", "align", "pretrain", "long-sft", "rl")]
@@ -221,6 +222,7 @@ def test_stand_in_program_speaks_the_same_as_the_simulated_one(crd, tmp_path):
     import sys
 
     from conftest import HERE
+
     from terrace.cluster.manifests import progress_config_map
 
     with Server(crd) as server:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from conftest import tiny_curriculum
+
 from terrace.cluster import kubernetes
 from terrace.cluster.kubernetes import Reference, apply, describe, follow, parse_reference, request
 from terrace.errors import InputError

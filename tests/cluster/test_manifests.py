@@ -10,6 +10,7 @@ import pytest
 import yaml
 from conftest import ROOT, Bench, tiny_curriculum, tiny_stage
 from fake.podsecurity import violations
+
 from terrace.cluster import manifests
 from terrace.cluster.cluster_schema import CurriculumSpec
 from terrace.cluster.render import load_cluster, render_curriculum, to_yaml
@@ -43,7 +44,11 @@ def validate(body):
 
 def test_pods_of_an_attempt_are_valid_and_restricted():
     stages = [tiny_stage("warmup"), tiny_stage("align", resources={"workers": 4, "gpus_per_worker": 1})]
-    storage = {"uri": "s3://b/x", "credentialsSecret": "s3-keys", "volumes": [{"claim": "corpus", "mountPath": "/corpus", "readOnly": True}]}
+    storage = {
+        "uri": "s3://b/x",
+        "credentialsSecret": "s3-keys",
+        "volumes": [{"claim": "corpus", "mountPath": "/corpus", "readOnly": True}],
+    }
     for role, template in templates(built(stages=stages, storage=storage)).items():
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": role, **template["metadata"]}, "spec": template["spec"]}
         validate(pod)
@@ -173,6 +178,7 @@ def test_every_verb_is_justified_in_the_docs():
 def test_the_operator_uses_every_right_and_no_other(crd):
     """Run a curriculum with a failure, a suspend and a rerun under a guard that holds the Role; count which verbs were used."""
     from fake.kuberay import Cluster  # noqa: F401
+
     from terrace.cluster.api import KINDS
 
     allowed = {(resource, verb) for rule in operator_role()["rules"] for resource in rule["resources"] for verb in rule["verbs"]}

@@ -171,9 +171,7 @@ def test_dead_node_is_found_by_silence_and_the_old_attempt_is_fenced(bench):
 def test_gate_missed_pauses_and_a_resume_token_accepts_it(bench):
     gates = [{"metric": "eval/caption/loss", "below": 2.0}]
     behaviour = {"stages": {"warmup": {"after": {"caption": 2.5}}}}
-    bench.store.create(
-        tiny_curriculum(stages=[tiny_stage("warmup", gates=gates), tiny_stage("align")], behaviour=behaviour)
-    )
+    bench.store.create(tiny_curriculum(stages=[tiny_stage("warmup", gates=gates), tiny_stage("align")], behaviour=behaviour))
     status = bench.run_until("Paused")
     assert condition(status, "Progressing")["reason"] == "GateMissed"
     assert "eval/caption/loss" in condition(status, "Progressing")["message"]
@@ -245,9 +243,7 @@ def test_operator_killed_at_every_write_changes_nothing(bench, crd):
                 here.controller.api = Api()
             if here.status().get("phase") == "Succeeded":
                 break
-        stages = [
-            (s["name"], s["phase"], s["attempt"], s["restarts"], s["infraRestarts"]) for s in here.status()["stages"]
-        ]
+        stages = [(s["name"], s["phase"], s["attempt"], s["restarts"], s["infraRestarts"]) for s in here.status()["stages"]]
         return [stages, here.jobs(), [launch[0] for launch in here.cluster.launches]], writes
 
     expected, writes = one_run(None)
@@ -260,9 +256,7 @@ def test_operator_killed_at_every_write_changes_nothing(bench, crd):
 def test_two_operators_at_once_do_no_harm(bench):
     from terrace_operator.controller import Controller
 
-    bench.store.create(
-        tiny_curriculum(stages=five_stages(), behaviour={"stages": {"align": {"attempts": {"1": {"exit": 1}}}}})
-    )
+    bench.store.create(tiny_curriculum(stages=five_stages(), behaviour={"stages": {"align": {"attempts": {"1": {"exit": 1}}}}}))
     other = Controller(bench.store, clock=bench.clock.wall, monotonic=bench.clock.monotonic)
     other.resync()
     for _ in range(200):
@@ -314,9 +308,7 @@ def test_edit_of_a_later_stage_applies_and_of_a_started_one_is_reported(bench):
     assert "warmup" in accepted["message"]
     status = bench.run_until("Succeeded")
     assert status["stagesDone"] == "3/3"
-    texts = {
-        name: body["data"]["recipe.yaml"] for name, body in bench.store.objects["ConfigMap"].items() if "recipe" in name
-    }
+    texts = {name: body["data"]["recipe.yaml"] for name, body in bench.store.objects["ConfigMap"].items() if "recipe" in name}
     last = texts[status["stages"][1]["recipeConfigMap"]]
     assert "steps: 7" in last
     assert "steps: 999" not in last

@@ -6,6 +6,7 @@ import json
 
 import pytest
 from fake.store import Store
+
 from terrace.cluster import stop_notice
 from terrace.cluster.api import ApiError
 from terrace.cluster.attempt import Fenced
@@ -34,13 +35,17 @@ def test_report_is_written_once_and_a_directive_is_read(store):
     version = store.version
     assert one.report({"step": 1}) is None
     assert store.version == version  # nothing new, nothing written: silence must show
-    store.patch("ConfigMap", "tiny-progress", {"data": {"directive.json": json.dumps({"stage": "warmup", "attempt": 1, "stop": "suspend"})}})
+    store.patch(
+        "ConfigMap", "tiny-progress", {"data": {"directive.json": json.dumps({"stage": "warmup", "attempt": 1, "stop": "suspend"})}}
+    )
     assert one.report({"step": 2}) == "suspend"
     assert data(store, "progress.json")["step"] == 2
 
 
 def test_directive_of_an_older_attempt_is_not_obeyed(store):
-    store.patch("ConfigMap", "tiny-progress", {"data": {"directive.json": json.dumps({"stage": "warmup", "attempt": 1, "stop": "suspend"})}})
+    store.patch(
+        "ConfigMap", "tiny-progress", {"data": {"directive.json": json.dumps({"stage": "warmup", "attempt": 1, "stop": "suspend"})}}
+    )
     two = channel(store, attempt=2)
     two.claim()
     assert two.report({"step": 1}) is None
@@ -100,7 +105,9 @@ def test_follower_reports_stops_and_says_how_it_ended(store, tmp_path):
     stops, fenced = [], []
     follower = Follower(channel(store), str(tmp_path), stops.append, fenced.append, seconds=0.01)
     follower.start()
-    store.patch("ConfigMap", "tiny-progress", {"data": {"directive.json": json.dumps({"stage": "warmup", "attempt": 1, "stop": "suspend"})}})
+    store.patch(
+        "ConfigMap", "tiny-progress", {"data": {"directive.json": json.dumps({"stage": "warmup", "attempt": 1, "stop": "suspend"})}}
+    )
     for _ in range(500):
         if stops:
             break

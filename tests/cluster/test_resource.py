@@ -8,6 +8,7 @@ import re
 import pytest
 from conftest import ROOT, Bench, tiny_curriculum, tiny_stage
 from fake.schema import structural_errors
+
 from terrace.cluster.api import Refused
 from terrace.cluster.crd import build_crd, crd_yaml
 
@@ -42,6 +43,7 @@ def test_every_field_is_described(crd):
 def test_crd_follows_a_change_of_the_models(monkeypatch):
     """The generator reads the models: a field added there is a field here."""
     from pydantic import Field
+
     from terrace.cluster import crd as module
     from terrace.cluster.cluster_schema import CurriculumSpec as Original
 

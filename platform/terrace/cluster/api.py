@@ -47,15 +47,13 @@ class Kind:
     def path(self, namespace: str | None, name: str = "", subresource: str = "") -> str:
         root = f"/api/{self.group_version}" if "/" not in self.group_version else f"/apis/{self.group_version}"
         space = f"/namespaces/{namespace}" if namespace else ""
-        return (
-            root + space + f"/{self.plural}" + (f"/{name}" if name else "") + (f"/{subresource}" if subresource else "")
-        )
+        return root + space + f"/{self.plural}" + (f"/{name}" if name else "") + (f"/{subresource}" if subresource else "")
 
 
 KINDS: dict[str, Kind] = {
     "Curriculum": Kind("terrace.dev/v1alpha1", "curricula"),
     "RayJob": Kind("ray.io/v1", "rayjobs"),
-    "Workload": Kind("kueue.x-k8s.io/v1beta1", "workloads"),
+    "Workload": Kind("kueue.x-k8s.io/v1beta2", "workloads"),
     "ConfigMap": Kind("v1", "configmaps"),
     "Event": Kind("v1", "events"),
     "ServiceAccount": Kind("v1", "serviceaccounts"),
@@ -72,9 +70,7 @@ KINDS: dict[str, Kind] = {
 class Api:
     """Calls in one namespace. Safe to use from several threads."""
 
-    def __init__(
-        self, configuration: Any, namespace: str, on_call: Callable[[str, str, int], None] | None = None
-    ) -> None:
+    def __init__(self, configuration: Any, namespace: str, on_call: Callable[[str, str, int], None] | None = None) -> None:
         import urllib3
 
         self.namespace, self._configuration, self._on_call = namespace, configuration, on_call
@@ -101,11 +97,7 @@ class Api:
         items: list[Manifest] = []
         token = ""
         while True:
-            query = (
-                {"limit": "500"}
-                | ({"labelSelector": selector} if selector else {})
-                | ({"continue": token} if token else {})
-            )
+            query = {"limit": "500"} | ({"labelSelector": selector} if selector else {}) | ({"continue": token} if token else {})
             try:
                 page = self._call("GET", kind, KINDS[kind].path(self.namespace), query=query)
             except ApiError as error:
@@ -164,9 +156,7 @@ class Api:
         query = {"watch": "true", "timeoutSeconds": str(timeout_seconds), "allowWatchBookmarks": "true"}
         if resource_version:
             query["resourceVersion"] = resource_version
-        response = self._request(
-            "GET", KINDS[kind].path(self.namespace) + "?" + urlencode(query), None, None, stream=True
-        )
+        response = self._request("GET", KINDS[kind].path(self.namespace) + "?" + urlencode(query), None, None, stream=True)
         buffer = b""
         for chunk in response.stream(4096):
             buffer += chunk
@@ -195,9 +185,7 @@ class Api:
             return json.loads(raw) if raw else {}
         raise _error(method, path, code, raw)
 
-    def _request(
-        self, method: str, url: str, body: Manifest | None, content_type: str | None, stream: bool = False
-    ) -> Any:
+    def _request(self, method: str, url: str, body: Manifest | None, content_type: str | None, stream: bool = False) -> Any:
         headers = {"Accept": "application/json", "User-Agent": "terrace"}
         if token := self._configuration.get_api_key_with_prefix("authorization"):
             headers["Authorization"] = token
@@ -229,9 +217,7 @@ def connect(namespace: str | None = None, on_call: Callable[[str, str, int], Non
     try:
         from kubernetes import client, config
     except ImportError as error:
-        raise InputError(
-            "the Kubernetes launcher needs the package `kubernetes`: pip install 'terrace[kubernetes]'"
-        ) from error
+        raise InputError("the Kubernetes launcher needs the package `kubernetes`: pip install 'terrace[kubernetes]'") from error
     configuration = client.Configuration()
     try:
         if os.environ.get("KUBERNETES_SERVICE_HOST") and not os.environ.get("KUBECONFIG"):

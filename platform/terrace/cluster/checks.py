@@ -21,9 +21,7 @@ def cluster_problems(spec: CurriculumSpec) -> list[str]:
             )
         needed = stage.resources.cpus_per_worker * per_pod
         if needed > cpus_per_pod:
-            problems.append(
-                f"{where}: {needed:g} CPUs of workers do not fit a pod of {spec.runtime.worker.cpu}: raise runtime.worker.cpu"
-            )
+            problems.append(f"{where}: {needed:g} CPUs of workers do not fit a pod of {spec.runtime.worker.cpu}: raise runtime.worker.cpu")
         low, high = worker_bounds(stage)
         if low % per_pod or high % per_pod:
             problems.append(f"{where}: {low} to {high} workers do not divide into pods of {per_pod}")

@@ -23,9 +23,7 @@ LabelValue = Annotated[str, Field(max_length=63)]
 class ClusterModel(BaseModel):
     """Base of the cluster's models: strict, frozen, camelCase keys."""
 
-    model_config = ConfigDict(
-        extra="forbid", frozen=True, validate_default=True, alias_generator=to_camel, populate_by_name=True
-    )
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, alias_generator=to_camel, populate_by_name=True)
 
 
 class PodSize(ClusterModel):
@@ -33,31 +31,23 @@ class PodSize(ClusterModel):
 
     cpu: Quantity = Field("2", description="CPU request, and limit for memory-bound safety; for example `8` or `500m`.")
     memory: Quantity = Field("8Gi", description="Memory request and limit.")
-    shared_memory: Quantity = Field(
-        "2Gi", description="Size of /dev/shm (Ray's object store and NCCL use it); part of memory."
-    )
+    shared_memory: Quantity = Field("2Gi", description="Size of /dev/shm (Ray's object store and NCCL use it); part of memory.")
 
 
 class EnvironmentVariable(ClusterModel):
     name: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] = Field(
         description="Name of the variable."
     )
-    value: Annotated[str, Field(max_length=4096)] = Field(
-        description="Its value. Secrets belong in `storage.credentialsSecret`."
-    )
+    value: Annotated[str, Field(max_length=4096)] = Field(description="Its value. Secrets belong in `storage.credentialsSecret`.")
 
 
 class Toleration(ClusterModel):
     """A Kubernetes toleration, as in a pod spec."""
 
-    key: Annotated[str, Field(max_length=253)] | None = Field(
-        None, description="Taint key; empty with operator Exists: all."
-    )
+    key: Annotated[str, Field(max_length=253)] | None = Field(None, description="Taint key; empty with operator Exists: all.")
     operator: Literal["Exists", "Equal"] = Field("Exists", description="Whether the value is compared.")
     value: Annotated[str, Field(max_length=63)] | None = Field(None, description="Taint value for operator Equal.")
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(
-        None, description="Taint effect; empty: all."
-    )
+    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(None, description="Taint effect; empty: all.")
     toleration_seconds: Annotated[int, Field(ge=0)] | None = Field(None, description="Only with NoExecute: how long.")
 
 
@@ -67,12 +57,8 @@ class Runtime(ClusterModel):
     image: Annotated[str, Field(min_length=1, max_length=512)] = Field(
         description="Training image, best with a digest (`repo@sha256:...`)."
     )
-    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field(
-        "IfNotPresent", description="As in a pod spec."
-    )
-    image_pull_secrets: Annotated[list[DnsName], Field(max_length=8)] = Field(
-        [], description="Names of registry Secrets."
-    )
+    image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field("IfNotPresent", description="As in a pod spec.")
+    image_pull_secrets: Annotated[list[DnsName], Field(max_length=8)] = Field([], description="Names of registry Secrets.")
     ray_version: Annotated[str, Field(max_length=32, pattern=r"^[0-9]+\.[0-9]+\.[0-9]+.*$")] = Field(
         "2.60.0", description="Ray version inside the image; KubeRay needs it to choose probes and commands."
     )
@@ -81,25 +67,15 @@ class Runtime(ClusterModel):
         description="ServiceAccount of the pods. Unset: the operator makes `<name>-trainer`, allowed to read and patch the one "
         "progress ConfigMap of this Curriculum and nothing else.",
     )
-    head: PodSize = Field(
-        PodSize(cpu="2", memory="8Gi"), description="Size of the Ray head pod (no training runs on it)."
-    )
-    worker: PodSize = Field(
-        PodSize(cpu="8", memory="64Gi", shared_memory="16Gi"), description="Size of one worker pod."
-    )
+    head: PodSize = Field(PodSize(cpu="2", memory="8Gi"), description="Size of the Ray head pod (no training runs on it).")
+    worker: PodSize = Field(PodSize(cpu="8", memory="64Gi", shared_memory="16Gi"), description="Size of one worker pod.")
     submitter: PodSize = Field(
         PodSize(cpu="500m", memory="512Mi", shared_memory="64Mi"),
         description="Size of the small pod that submits the job.",
     )
-    workers_per_pod: Annotated[int, Field(ge=1, le=16)] = Field(
-        1, description="Training workers (ranks) that share a pod."
-    )
-    gpu_resource: Annotated[str, Field(max_length=253)] = Field(
-        "nvidia.com/gpu", description="Extended resource of one GPU."
-    )
-    node_selector: Annotated[dict[LabelKey, LabelValue], Field(max_length=16)] = Field(
-        {}, description="For worker pods."
-    )
+    workers_per_pod: Annotated[int, Field(ge=1, le=16)] = Field(1, description="Training workers (ranks) that share a pod.")
+    gpu_resource: Annotated[str, Field(max_length=253)] = Field("nvidia.com/gpu", description="Extended resource of one GPU.")
+    node_selector: Annotated[dict[LabelKey, LabelValue], Field(max_length=16)] = Field({}, description="For worker pods.")
     tolerations: Annotated[list[Toleration], Field(max_length=16)] = Field([], description="For head and worker pods.")
     env: Annotated[list[EnvironmentVariable], Field(max_length=64)] = Field([], description="For all pods of a stage.")
     working_dir: Annotated[str, Field(min_length=1, max_length=256)] = Field(
@@ -107,8 +83,7 @@ class Runtime(ClusterModel):
     )
     entrypoint: Annotated[list[Annotated[str, Field(max_length=8192)]], Field(min_length=1, max_length=16)] = Field(
         ["python", "jobs/pretrain.py"],
-        description="Program of a stage and its first arguments. Terrace adds the recipe, --run-dir, "
-        "--stage and --attempt.",
+        description="Program of a stage and its first arguments. Terrace adds the recipe, --run-dir, --stage and --attempt.",
     )
     run_as_user: Annotated[int, Field(ge=1)] = Field(1000, description="Numeric user id of the pods; never root.")
     termination_grace_seconds: Annotated[int, Field(ge=1, le=3600)] | None = Field(
@@ -125,9 +100,7 @@ class Queue(ClusterModel):
     topology_required: LabelKey | None = Field(
         None, description="Node label level that all workers must share, for example a rack. Pending until one is free."
     )
-    topology_preferred: LabelKey | None = Field(
-        None, description="As topologyRequired, but falls back to wider levels."
-    )
+    topology_preferred: LabelKey | None = Field(None, description="As topologyRequired, but falls back to wider levels.")
     topology_aware: bool = Field(
         False,
         description="The GPU flavors have a topology: groups without a level then say 'unconstrained' explicitly.",
@@ -138,9 +111,7 @@ class Volume(ClusterModel):
     """A PersistentVolumeClaim seen by all pods, for data or for the run directory where there is no object store."""
 
     claim: DnsName = Field(description="Name of the PersistentVolumeClaim in the same namespace.")
-    mount_path: Annotated[str, Field(min_length=1, max_length=256, pattern=r"^/.*$")] = Field(
-        description="Where it is mounted."
-    )
+    mount_path: Annotated[str, Field(min_length=1, max_length=256, pattern=r"^/.*$")] = Field(description="Where it is mounted.")
     read_only: bool = Field(False, description="Mount without write access (training data).")
 
 
@@ -160,17 +131,13 @@ class ClusterStorage(ClusterModel):
         "never reads it. Unset: workload identity of the ServiceAccount.",
     )
     volumes: Annotated[list[Volume], Field(max_length=8)] = Field([], description="Claims mounted into every pod.")
-    scratch: Quantity = Field(
-        "20Gi", description="Size limit of the writable scratch folder of each pod (/tmp and caches)."
-    )
+    scratch: Quantity = Field("20Gi", description="Size limit of the writable scratch folder of each pod (/tmp and caches).")
 
 
 class ClusterTracking(ClusterModel):
     """MLflow as the pods reach it; overrides the recipe's `tracking`."""
 
-    mlflow_uri: Annotated[str, Field(min_length=1, max_length=512)] | None = Field(
-        None, description="Tracking server URI."
-    )
+    mlflow_uri: Annotated[str, Field(min_length=1, max_length=512)] | None = Field(None, description="Tracking server URI.")
     experiment: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(None, description="Experiment name.")
     credentials_secret: DnsName | None = Field(None, description="Secret with MLFLOW_TRACKING_USERNAME and _PASSWORD.")
 
@@ -185,9 +152,7 @@ class FailurePolicy(ClusterModel):
     max_infra_restarts: Annotated[int, Field(ge=0, le=10000)] | None = Field(
         None, description="Restarts after infrastructure failures (stall, lost RayJob, node); unset: the stage's own."
     )
-    backoff_seconds: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="First delay; doubles with each failure."
-    )
+    backoff_seconds: Annotated[float, Field(gt=0)] | None = Field(None, description="First delay; doubles with each failure.")
     backoff_cap_seconds: Annotated[float, Field(gt=0)] | None = Field(None, description="Longest delay.")
     stall_timeout_seconds: Annotated[float, Field(gt=0)] | None = Field(
         None,

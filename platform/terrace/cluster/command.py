@@ -14,9 +14,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("recipe", type=Path, help="recipe file (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the recipe")
-    parser.add_argument(
-        "--cluster", type=Path, required=True, help="cluster file (YAML): runtime, storage, queue, tracking"
-    )
+    parser.add_argument("--cluster", type=Path, required=True, help="cluster file (YAML): runtime, storage, queue, tracking")
     parser.add_argument("--name", help="name of the resource; default: the recipe's")
     parser.add_argument("--namespace", "-n", help="namespace written into the resource")
     parser.set_defaults(main=render_command)
@@ -27,7 +25,5 @@ def render_command(arguments: argparse.Namespace) -> int:
     from terrace.recipe.loading import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    print(
-        to_yaml(render_curriculum(recipe, load_cluster(arguments.cluster), arguments.name, arguments.namespace)), end=""
-    )
+    print(to_yaml(render_curriculum(recipe, load_cluster(arguments.cluster), arguments.name, arguments.namespace)), end="")
     return 0

@@ -93,9 +93,7 @@ def _map(schema: dict[str, Any], definitions: dict[str, Any], path: str) -> dict
         return {"x-kubernetes-preserve-unknown-fields": True}
     node: dict[str, Any] = {"additionalProperties": structural(values, definitions, path + "{}")}
     node["maxProperties"] = schema.get("maxProperties", DEFAULT_ITEMS)
-    if (
-        patterns
-    ):  # `matches` on keys is over the API server's cost budget: it cannot bound their length; the operator checks it
+    if patterns:  # `matches` on keys is over the API server's cost budget: it cannot bound their length; the operator checks it
         node["x-kubernetes-validations"] = [
             {"rule": "self.all(key, size(key) >= 1 && size(key) <= 63)", "message": "names have 1 to 63 characters"}
         ]
@@ -105,9 +103,7 @@ def _map(schema: dict[str, Any], definitions: dict[str, Any], path: str) -> dict
 def _object(model: str, definition: dict[str, Any], definitions: dict[str, Any]) -> dict[str, Any]:
     if "properties" not in definition:
         return structural(definition, definitions, model)
-    properties = {
-        name: structural(field, definitions, f"{model}.{name}") for name, field in definition["properties"].items()
-    }
+    properties = {name: structural(field, definitions, f"{model}.{name}") for name, field in definition["properties"].items()}
     node: dict[str, Any] = {"type": "object", "properties": properties}
     if definition.get("required"):
         node["required"] = definition["required"]
@@ -120,13 +116,9 @@ def _object(model: str, definition: dict[str, Any], definitions: dict[str, Any])
 
 def _finish(node: dict[str, Any], schema: dict[str, Any], path: str, nullable: bool) -> dict[str, Any]:
     default = schema.get("default")
-    if isinstance(
-        default, dict
-    ):  # in full: the API server checks a default against the rules before it fills nested defaults
+    if isinstance(default, dict):  # in full: the API server checks a default against the rules before it fills nested defaults
         default = {key: value for key, value in default.items() if value is not None}
-    if default is not None and not path.startswith(
-        ("CurriculumStatus", "StageStatus", "CheckpointStatus", "Condition")
-    ):
+    if default is not None and not path.startswith(("CurriculumStatus", "StageStatus", "CheckpointStatus", "Condition")):
         node["default"] = list(default) if isinstance(default, tuple) else default
     if nullable:
         node["nullable"] = True
@@ -134,9 +126,7 @@ def _finish(node: dict[str, Any], schema: dict[str, Any], path: str, nullable: b
     if text:
         node["description"] = " ".join(text.split())
     if rules := FIELD_RULES.get(path):
-        node["x-kubernetes-validations"] = node.get("x-kubernetes-validations", []) + [
-            rule.as_openapi() for rule in rules
-        ]
+        node["x-kubernetes-validations"] = node.get("x-kubernetes-validations", []) + [rule.as_openapi() for rule in rules]
     return node
 
 
@@ -146,9 +136,7 @@ def _model_schema(model: type, **extra: Any) -> dict[str, Any]:
 
 
 def column(name: str, kind: str, path: str, description: str, wide: bool = False) -> dict[str, Any]:
-    return {"name": name, "type": kind, "jsonPath": path, "description": description} | (
-        {"priority": 1} if wide else {}
-    )
+    return {"name": name, "type": kind, "jsonPath": path, "description": description} | ({"priority": 1} if wide else {})
 
 
 PRINTER_COLUMNS = [

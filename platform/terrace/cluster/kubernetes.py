@@ -36,9 +36,7 @@ class Reference:
 
 def parse_reference(text: str) -> Reference | None:
     """A run on Kubernetes, None where the text names something else (a directory). `Path` drops one slash: both forms count."""
-    found = REFERENCE.match(
-        str(text).replace("k8s:/", "k8s://", 1) if not str(text).startswith("k8s://") else str(text)
-    )
+    found = REFERENCE.match(str(text).replace("k8s:/", "k8s://", 1) if not str(text).startswith("k8s://") else str(text))
     return Reference(found["namespace"], found["name"]) if found else None
 
 
@@ -72,9 +70,7 @@ def apply(api: Api, body: Manifest) -> Manifest:
         raise InputError(f"the API server refused Curriculum {name}: {error}") from error
     except ApiError as error:
         if error.code == 404:
-            raise InputError(
-                "the cluster does not know the kind Curriculum: kubectl apply -k k8s/ installs it"
-            ) from error
+            raise InputError("the cluster does not know the kind Curriculum: kubectl apply -k k8s/ installs it") from error
         raise
     raise TerraceError(f"Curriculum {name} keeps changing while it is applied: try again")
 

@@ -162,9 +162,7 @@ def entrypoint(spec: CurriculumSpec, stage: Stage, attempt: int, rerun: int = 0)
     return shlex.join(command)
 
 
-def build_rayjob(
-    owner: Manifest, spec: CurriculumSpec, stage_index: int, attempt: int, recipe_map: str, rerun: int = 0
-) -> Manifest:
+def build_rayjob(owner: Manifest, spec: CurriculumSpec, stage_index: int, attempt: int, recipe_map: str, rerun: int = 0) -> Manifest:
     """The RayJob of attempt `attempt` (from 1) of stage `stage_index` (from 0).
 
     `owner` is the Curriculum as the API server returned it, `recipe_map` the ConfigMap with the recipe; a `rerun` above 0 tells
@@ -217,9 +215,7 @@ def build_rayjob(
 class _PodBuilder:
     """The three pod templates of an attempt share volumes, environment and security; this holds what they share."""
 
-    def __init__(
-        self, owner: Manifest, spec: CurriculumSpec, stage: Stage, labels: dict[str, str], recipe_map: str, attempt: int
-    ) -> None:
+    def __init__(self, owner: Manifest, spec: CurriculumSpec, stage: Stage, labels: dict[str, str], recipe_map: str, attempt: int) -> None:
         self.curriculum, self.namespace = owner["metadata"]["name"], owner["metadata"]["namespace"]
         self.spec, self.stage, self.runtime, self.attempt = spec, stage, spec.runtime, attempt
         self.labels = common_labels(self.curriculum) | labels
@@ -332,8 +328,7 @@ class _PodBuilder:
         given = [t.model_dump(by_alias=True, exclude_none=True) for t in self.runtime.tolerations]
         taints = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
         return given + [
-            {"key": taint, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": NODE_TOLERATION_SECONDS}
-            for taint in taints
+            {"key": taint, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": NODE_TOLERATION_SECONDS} for taint in taints
         ]
 
     def _topology(self, role: str) -> dict[str, str]:

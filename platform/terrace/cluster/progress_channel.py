@@ -63,9 +63,7 @@ class ProgressChannel:
 
         def change(data: dict[str, Any]) -> dict[str, Any]:
             if _parse(data.get("holder.json")) != self.holder:
-                raise Fenced(
-                    f"attempt {self.attempt} of {self.stage} in {self.cluster} no longer owns the progress channel"
-                )
+                raise Fenced(f"attempt {self.attempt} of {self.stage} in {self.cluster} no longer owns the progress channel")
             if {**self.last, "time": 0} == {**report, "time": 0}:
                 return {}  # nothing new: reading the directive is enough, and silence shows as silence
             return {"progress.json": _text(report)}
@@ -204,9 +202,7 @@ def _newest_checkpoint(stage_directory: str) -> dict[str, Any] | None:
 
 def _small(result: dict[str, Any]) -> dict[str, Any]:
     """What gates need. A ConfigMap and a status have room for that and not for everything."""
-    kept = {
-        key: result[key] for key in ("steps", "loss", "evaluation", "tokens", "samples", "seconds") if key in result
-    }
+    kept = {key: result[key] for key in ("steps", "loss", "evaluation", "tokens", "samples", "seconds") if key in result}
     if len(_text(kept)) > MAX_RESULT_BYTES:
         kept["evaluation"] = {"after": (result.get("evaluation") or {}).get("after", {})}
     return kept

@@ -43,9 +43,7 @@ def resource_name(recipe: Recipe, name: str | None = None) -> str:
     return name
 
 
-def render_curriculum(
-    recipe: Recipe, cluster: ClusterSpec, name: str | None = None, namespace: str | None = None
-) -> Manifest:
+def render_curriculum(recipe: Recipe, cluster: ClusterSpec, name: str | None = None, namespace: str | None = None) -> Manifest:
     """The resource. InputError where the operator would refuse it."""
     spec = CurriculumSpec.model_validate({**cluster.model_dump(), "recipe": recipe})
     problems = [str(problem) for problem in rules.check(recipe)] + cluster_problems(spec)

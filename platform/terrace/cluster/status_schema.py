@@ -12,9 +12,7 @@ from pydantic import ConfigDict, Field
 from terrace.cluster.cluster_schema import ClusterModel
 
 Phase = Literal["Pending", "Queued", "Running", "Restarting", "Paused", "Suspended", "Succeeded", "Failed"]
-StagePhase = Literal[
-    "Pending", "Queued", "Starting", "Running", "Stopping", "BackingOff", "Stopped", "Succeeded", "Failed"
-]
+StagePhase = Literal["Pending", "Queued", "Starting", "Running", "Stopping", "BackingOff", "Stopped", "Succeeded", "Failed"]
 ConditionType = Literal["Accepted", "QuotaReserved", "Progressing", "Degraded", "Suspended", "Succeeded", "Failed"]
 Timestamp = Annotated[str, Field(max_length=32)]
 Text = Annotated[str, Field(max_length=1024)]
@@ -29,9 +27,7 @@ class StatusModel(ClusterModel):
 class Condition(StatusModel):
     type: ConditionType = Field(description="Name of the condition.")
     status: Literal["True", "False", "Unknown"] = Field(description="Whether it holds.")
-    reason: Annotated[str, Field(max_length=64)] = Field(
-        description="One word for machines; docs/kubernetes.md explains each."
-    )
+    reason: Annotated[str, Field(max_length=64)] = Field(description="One word for machines; docs/kubernetes.md explains each.")
     message: Annotated[str, Field(max_length=2048)] = Field("", description="One sentence for people.")
     last_transition_time: Timestamp = Field(description="When `status` last changed.")
     observed_generation: int | None = Field(None, description="Generation of the spec that this speaks of.")
@@ -46,25 +42,19 @@ class CheckpointStatus(StatusModel):
 
 class MlflowStatus(StatusModel):
     experiment_id: Annotated[str, Field(max_length=64)] | None = Field(None, description="MLflow experiment.")
-    parent_run_id: Annotated[str, Field(max_length=64)] | None = Field(
-        None, description="MLflow run of the curriculum."
-    )
+    parent_run_id: Annotated[str, Field(max_length=64)] | None = Field(None, description="MLflow run of the curriculum.")
 
 
 class StageStatus(StatusModel):
     name: Annotated[str, Field(max_length=63)] = Field(description="Name of the stage.")
     phase: StagePhase = Field("Pending", description="Where the stage stands.")
-    attempt: int = Field(
-        0, description="Number of the newest attempt; never reused, so that older attempts are told apart."
-    )
+    attempt: int = Field(0, description="Number of the newest attempt; never reused, so that older attempts are told apart.")
     restarts: int = Field(0, description="Restarts after program failures.")
     infra_restarts: int = Field(0, description="Restarts after infrastructure failures.")
     preemptions: int = Field(0, description="Times the queue took the resources back; counts in no budget.")
     ray_job_name: Annotated[str, Field(max_length=63)] | None = Field(None, description="RayJob of the newest attempt.")
     ray_cluster_name: Annotated[str, Field(max_length=63)] | None = Field(None, description="Its RayCluster.")
-    spec_hash: Annotated[str, Field(max_length=64)] | None = Field(
-        None, description="Hash of the stage as it was started."
-    )
+    spec_hash: Annotated[str, Field(max_length=64)] | None = Field(None, description="Hash of the stage as it was started.")
     recipe_config_map: Annotated[str, Field(max_length=63)] | None = Field(
         None, description="ConfigMap with the recipe as the newest attempt reads it."
     )
@@ -89,15 +79,9 @@ class StageStatus(StatusModel):
 class CurriculumStatus(StatusModel):
     observed_generation: int = Field(0, description="Generation of the spec this status speaks of.")
     phase: Phase = Field("Pending", description="Where the curriculum stands.")
-    current_stage: Annotated[str, Field(max_length=63)] | None = Field(
-        None, description="Stage that runs or runs next."
-    )
-    stages_done: Annotated[str, Field(max_length=16)] = Field(
-        "0/0", description="Stages done of all, for example `2/5`."
-    )
-    progress: Annotated[str, Field(max_length=32)] = Field(
-        "", description="Step of the current stage, for example `500/90000`."
-    )
+    current_stage: Annotated[str, Field(max_length=63)] | None = Field(None, description="Stage that runs or runs next.")
+    stages_done: Annotated[str, Field(max_length=16)] = Field("0/0", description="Stages done of all, for example `2/5`.")
+    progress: Annotated[str, Field(max_length=32)] = Field("", description="Step of the current stage, for example `500/90000`.")
     restarts: int = Field(0, description="Restarts of all stages, program and infrastructure.")
     allocated_gpus: int = Field(0, description="GPUs that the running attempt holds.")
     queue: Annotated[str, Field(max_length=63)] | None = Field(None, description="Kueue queue.")

@@ -143,9 +143,7 @@ class Cluster:
         with self.store.lock:
             current = self.store.objects.get("RayJob", {}).get(job["metadata"]["name"])
             if current is not None and current["metadata"]["uid"] == job["metadata"]["uid"]:
-                self.store._store(
-                    "MODIFIED", "RayJob", {**current, "status": {**(current.get("status") or {}), **values}}
-                )
+                self.store._store("MODIFIED", "RayJob", {**current, "status": {**(current.get("status") or {}), **values}})
 
     # ------------------------------------------------------------ the program
 
@@ -161,9 +159,7 @@ class Cluster:
             self.reruns.add(rerun)
             start = 0
         cluster = self.store.objects["RayJob"][name]["status"]["rayClusterName"]
-        self.programs[name] = Program(
-            stage, attempt, cluster, start, behaviour["steps"], behaviour, now + behaviour["step_seconds"]
-        )
+        self.programs[name] = Program(stage, attempt, cluster, start, behaviour["steps"], behaviour, now + behaviour["step_seconds"])
         self.launches.append((name, start, len(self.launches)))
 
     def _report(self, curriculum: str) -> Manifest:
@@ -239,11 +235,7 @@ class Cluster:
                       and (other.get("status") or {}).get("jobDeploymentStatus") not in ("Complete", "Failed"))  # fmt: skip
         admitted = self.quota is None or holding < self.quota
         if self.messages:
-            text = (
-                "Quota reserved"
-                if admitted
-                else "couldn't assign flavors to pod set workers: insufficient unused quota for gpu"
-            )
+            text = "Quota reserved" if admitted else "couldn't assign flavors to pod set workers: insufficient unused quota for gpu"
             self._workload(job, "True" if admitted else "False", "QuotaReserved" if admitted else "Pending", text)
         if admitted:
             self.set_suspend(job["metadata"]["name"], False)
@@ -258,9 +250,7 @@ class Cluster:
         """What Kueue does to make room: suspend the job; KubeRay then deletes its cluster."""
         job = self.store.objects["RayJob"][name]
         if self.messages:
-            self._workload(
-                job, "False", "Pending", "preempted to accommodate a workload of higher priority", evicted=True
-            )
+            self._workload(job, "False", "Pending", "preempted to accommodate a workload of higher priority", evicted=True)
         self.set_suspend(name, True)
 
     def _workload(self, job: Manifest, reserved: str, reason: str, message: str, evicted: bool = False) -> None:
@@ -289,7 +279,5 @@ def behaviour_of(job: Manifest, stage: str, attempt: int) -> Manifest:
     env = {item["name"]: item["value"] for item in template["spec"]["containers"][0]["env"]}
     given = json.loads(env.get("STAND_IN", "{}"))
     stage_given = given.get("stages", {}).get(stage, {})
-    values = (
-        {"steps": 4, "step_seconds": 0.05} | given | stage_given | stage_given.get("attempts", {}).get(str(attempt), {})
-    )
+    values = {"steps": 4, "step_seconds": 0.05} | given | stage_given | stage_given.get("attempts", {}).get(str(attempt), {})
     return {key: value for key, value in values.items() if key not in ("stages", "attempts")}

@@ -114,9 +114,7 @@ def to_cel(value: Any, schema: Schema) -> Any:
         return celtypes.ListType([to_cel(item, schema.get("items", {})) for item in value])
     if isinstance(value, dict):
         properties, rest = schema.get("properties", {}), schema.get("additionalProperties", {})
-        return celtypes.MapType(
-            {celtypes.StringType(key): to_cel(item, properties.get(key, rest)) for key, item in value.items()}
-        )
+        return celtypes.MapType({celtypes.StringType(key): to_cel(item, properties.get(key, rest)) for key, item in value.items()})
     return None
 
 
@@ -165,12 +163,7 @@ def structural_errors(schema: Schema, path: str = "") -> list[str]:
         errors.append(f"{path}: additionalProperties with properties")
     if isinstance(schema.get("exclusiveMinimum"), (int, float)) and not isinstance(schema["exclusiveMinimum"], bool):
         errors.append(f"{path}: exclusiveMinimum must be a boolean")
-    if (
-        schema.get("type") == "string"
-        and "maxLength" not in schema
-        and "enum" not in schema
-        and path.startswith(".spec")
-    ):
+    if schema.get("type") == "string" and "maxLength" not in schema and "enum" not in schema and path.startswith(".spec"):
         errors.append(f"{path}: no maxLength")
     if schema.get("type") == "array" and "maxItems" not in schema:
         errors.append(f"{path}: no maxItems")

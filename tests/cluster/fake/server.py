@@ -140,9 +140,7 @@ class Server:
         if method == "POST":
             if query.get("dryRun"):
                 return web.json_response(body, status=201)
-            return web.json_response(
-                self.store.create({**body, "apiVersion": version, "kind": kind}, strict), status=201
-            )
+            return web.json_response(self.store.create({**body, "apiVersion": version, "kind": kind}, strict), status=201)
         if method == "PUT":
             body = {**body, "apiVersion": version, "kind": kind}
             call = self.store.replace_status if subresource == "status" else self.store.replace
@@ -156,9 +154,7 @@ class Server:
         if uid and uid != known["metadata"]["uid"]:
             raise Conflict(f"Precondition failed: UID {uid}", 409)
         self.store.delete(kind, name, foreground=body.get("propagationPolicy") == "Foreground")
-        return web.json_response(
-            self.store.get(kind, name) or {"kind": "Status", "apiVersion": "v1", "status": "Success"}
-        )
+        return web.json_response(self.store.get(kind, name) or {"kind": "Status", "apiVersion": "v1", "status": "Success"})
 
     def _list(self, kind: str, selector: str) -> Manifest:
         with self.store.lock:

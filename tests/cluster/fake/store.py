@@ -72,11 +72,7 @@ class Store:
     def _of_curriculum(self, kind: str, curriculum: str) -> list[Manifest]:
         owner = self.objects.get("Curriculum", {}).get(curriculum)
         if owner is None:
-            return [
-                body
-                for body in self.objects.get(kind, {}).values()
-                if matches(f"terrace.dev/curriculum={curriculum}", body)
-            ]
+            return [body for body in self.objects.get(kind, {}).values() if matches(f"terrace.dev/curriculum={curriculum}", body)]
         keys = sorted(self.by_owner.get(owner["metadata"]["uid"], ()))
         return [self.objects[k][n] for k, n in keys if k == kind]
 

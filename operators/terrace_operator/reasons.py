@@ -1,0 +1,19 @@
+"""Every reason that a condition, a stage or an attempt can show. docs/kubernetes.md says what to do about each (a test compares)."""
+
+from __future__ import annotations
+
+ACCEPTED = ("Valid", "InvalidSpec", "EditIgnored", "EditRefused")
+QUOTA_RESERVED = ("NoAttempt", "NoQueue", "QuotaReserved", "Admitted", "Pending", "EvictedPreempted", "NoWorkload")
+PROGRESSING = (
+    "Pending", "WaitingForQuota", "Starting", "Running", "Stopping", "BackingOff", "Preempted", "Paused", "GateMissed", "Suspended",
+    "StageFailed", "Succeeded", "Cancelled",
+)  # fmt: skip
+DEGRADED = ("AsExpected", "Stalled", "HeadLost", "AttemptLost", "OldPodsTerminating", "ReplicaFailure")
+FAILED = ("NotFailed", "ProgramFailuresSpent", "InfrastructureFailuresSpent", "InputWrong", "GateMissed", "Cancelled")
+ATTEMPT = (
+    "AppFailed", "NoResult", "InputWrong", "ValidationFailed", "Killed", "HeadLost", "AttemptLost", "Stalled", "Stopped",
+    "CreateRefused", "PreRunningDeadlineExceeded", "SubmissionFailed", "DeadlineExceeded", "JobStatusCheckTimeoutExceeded",
+    "JobDeploymentStatusTransitionGracePeriodExceeded", "Preempted", "StoppedWithoutCheckpoint",
+)  # fmt: skip
+OTHER = ("NotSuspended", "NotSucceeded")
+ALL = sorted({*ACCEPTED, *QUOTA_RESERVED, *PROGRESSING, *DEGRADED, *FAILED, *ATTEMPT, *OTHER})
