@@ -33,14 +33,14 @@ READ_QUESTION = "Read all the text in the picture, from top to bottom."
 
 # Samples per file. A file's name and content are the source's; see `jobs/recipes/demo.yaml` for kinds and mixtures.
 SAMPLES = {
-    "captions": 2400,
-    "interleaved": 300,
+    "captions": 4000,
+    "interleaved": 400,
     "text": 400,
-    "ocr": 1200,
-    "grounding": 1800,
+    "ocr": 1500,
+    "grounding": 2400,
     "gui": 1000,
     "qa": 1000,
-    "counting": 1200,
+    "counting": 1400,
     "charts": 1000,
     "reasoning": 500,
     "albums": 120,
@@ -63,7 +63,7 @@ def write_corpus(
     """
     samples = SAMPLES if samples is None else samples
     stamp = folder / "corpus.json"
-    wanted = {"seed": seed, "samples": samples, "version": 2}
+    wanted = {"seed": seed, "samples": samples, "version": 3}
     if stamp.is_file() and json.loads(stamp.read_text()) == wanted:
         return folder
     stamp.unlink(missing_ok=True)

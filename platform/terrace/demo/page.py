@@ -5,51 +5,31 @@ No script, no outside file: pictures are embedded, marks and curves are inline S
 
 from __future__ import annotations
 
-import base64
 import math
 from html import escape
 from pathlib import Path
 
-from terrace.demo.results import TASKS, Results, Shown, StageLosses, encode_picture
+from terrace.demo.results import TASKS, Results, Shown, StageLosses
+from terrace.page import document, facts, picture_address
 
 STAGE_COLOURS = ("#c2630a", "#0f7b8a", "#3355d6", "#8b3fc4", "#b02a5b", "#5a6b1f")
 
 STYLE = """
-:root { color-scheme: light; --ink: #1c2028; --muted: #6a7180; --line: #e4e7ec; --page: #f6f7f9; --right: #168f52;
-  --wrong: #d0343a; }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--page); color: var(--ink); font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto,
-  "Helvetica Neue", Arial, sans-serif; }
-main { max-width: 1160px; margin: 0 auto; padding: 44px 24px 72px; }
-h1 { font-size: 32px; line-height: 1.2; letter-spacing: -0.02em; margin: 0 0 6px; }
-h2 { font-size: 19px; letter-spacing: -0.01em; margin: 44px 0 14px; }
-p { margin: 0; }
-.lead, .note { color: var(--muted); }
-.note { font-size: 13px; margin-top: 10px; }
-.facts { display: flex; flex-wrap: wrap; gap: 10px 36px; margin-top: 22px; }
-.facts div { min-width: 92px; }
-.facts b { display: block; font-size: 24px; letter-spacing: -0.02em; font-variant-numeric: tabular-nums; }
-.facts span { color: var(--muted); font-size: 13px; }
-.panel { background: #fff; border: 1px solid var(--line); border-radius: 12px; padding: 20px 22px; overflow-x: auto; }
 .curve text { font: 12px system-ui, sans-serif; fill: var(--muted); }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; font-size: 14px; }
-th, td { text-align: right; padding: 7px 12px; border-bottom: 1px solid var(--line); white-space: nowrap; }
-tr:last-child td { border-bottom: 0; }
-th { color: var(--muted); font-weight: 500; font-size: 13px; }
-th:first-child, td:first-child { text-align: left; padding-left: 0; }
-th i { display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 7px; }
-td .arrow { color: #a3a9b5; padding: 0 5px; }
+.curve .rule { stroke: var(--soft); }
+.curve .border { stroke: var(--faint); stroke-dasharray: 3 4; }
+td .arrow { color: var(--faint); padding: 0 5px; }
 td b { font-weight: 600; }
 td.up b { color: var(--wrong); }
-.none { color: #c3c8d1; }
+.none { color: var(--faint); }
 .bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: 10px 16px; align-items: center; }
-.bars .track { background: #edeff3; border-radius: 6px; height: 12px; overflow: hidden; }
+.bars .track { background: var(--soft); border-radius: 6px; height: 12px; overflow: hidden; }
 .bars .fill { background: var(--right); height: 100%; border-radius: 6px; }
 .bars .share { color: var(--muted); font-variant-numeric: tabular-nums; font-size: 13px; text-align: right; }
 .cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(244px, 1fr)); gap: 18px; }
-.card { background: #fff; border: 1px solid var(--line); border-radius: 12px; overflow: hidden; display: flex;
-  flex-direction: column; }
-.card figure { margin: 0; background: #fbfbfc; border-bottom: 1px solid var(--line); }
+.card { background: var(--panel); border: 1px solid var(--line); border-radius: 12px; overflow: hidden; display: flex;
+  flex-direction: column; break-inside: avoid; }
+.card figure { margin: 0; background: var(--soft); border-bottom: 1px solid var(--line); }
 .card svg.picture { display: block; width: 100%; height: auto; max-height: 290px; }
 .card .says { padding: 12px 16px 16px; }
 .card .task { font-size: 11px; letter-spacing: 0.06em; text-transform: uppercase; color: var(--muted); }
@@ -59,19 +39,17 @@ td.up b { color: var(--wrong); }
 .card .answer::before { position: absolute; left: 0; top: 4px; width: 16px; height: 16px; border-radius: 50%; color: #fff;
   font-size: 11px; line-height: 16px; text-align: center; font-weight: 700; }
 .right .answer::before { content: "\\2713"; background: var(--right); }
-.open .answer::before { content: ""; background: #9aa1ae; width: 8px; height: 8px; left: 4px; top: 8px; }
+.open .answer::before { content: ""; background: var(--faint); width: 8px; height: 8px; left: 4px; top: 8px; }
 .wrong .answer::before { content: "\\00d7"; background: var(--wrong); }
 .card .expected { color: var(--muted); font-size: 13px; padding-left: 25px; margin-top: 2px; white-space: pre-line;
   overflow-wrap: anywhere; }
-footer { margin-top: 40px; color: var(--muted); font-size: 13px; }
-code { font: 13px ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
 """
 
 
 def write_page(results: Results, path: Path, subtitle: str) -> Path:
     """Writes the page and returns its path."""
     right, total = sum(r for r, _ in results.scores.values()), sum(t for _, t in results.scores.values())
-    facts = [
+    figures = [
         (f"{results.parameters / 1e6:.1f} M", "parameters"),
         (str(len(results.stages)), "stages"),
         (f"{sum(stage.steps for stage in results.stages):,}", "optimizer steps"),
@@ -79,11 +57,11 @@ def write_page(results: Results, path: Path, subtitle: str) -> Path:
         (_minutes(sum(stage.seconds for stage in results.stages)), "training"),
     ]
     if total:
-        facts.append((f"{100 * right / total:.0f} %", "held-out questions right"))
+        figures.append((f"{100 * right / total:.0f} %", "held-out questions right"))
     body = f"""
 <h1>{escape(results.name)}</h1>
 <p class="lead">{escape(subtitle)}</p>
-<div class="facts">{"".join(f"<div><b>{value}</b><span>{name}</span></div>" for value, name in facts)}</div>
+{facts(figures)}
 <h2>One curriculum, {len(results.stages)} stages</h2>
 <div class="panel">{_curve(results.stages)}</div>
 <h2>Loss on held-out samples, before and after each stage</h2>
@@ -94,12 +72,7 @@ def write_page(results: Results, path: Path, subtitle: str) -> Path:
 <p class="note">Solid marks are the model's, dashed ones the truth. A box is right from an overlap (IoU) of 0.5 on.
 Answers are greedy; no picture here was seen in training.</p>
 <footer>Written by <code>terrace demo</code>.</footer>"""
-    path.write_text(
-        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{escape(results.name)} · Terrace</title>\n'
-        f"<style>{STYLE}</style>\n<main>{body}\n</main>\n</html>\n",
-        encoding="utf-8",
-    )
+    path.write_text(document(results.name, body, STYLE), encoding="utf-8")
     return path
 
 
@@ -128,7 +101,7 @@ def _curve(stages: list[StageLosses]) -> str:
     for mark in (0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10):
         if low <= math.log(mark) <= high:
             y = at(0, mark)[1]
-            parts.append(f'<line x1="{left}" x2="{width - 8}" y1="{y:.1f}" y2="{y:.1f}" stroke="#edeff3"/>')
+            parts.append(f'<line x1="{left}" x2="{width - 8}" y1="{y:.1f}" y2="{y:.1f}" class="rule"/>')
             parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{mark:g}</text>')
     start = 0
     for place, (stage, curve) in enumerate(zip(stages, smooth)):
@@ -137,7 +110,7 @@ def _curve(stages: list[StageLosses]) -> str:
         x1 = at(start, 1)[0]
         if place:
             parts.append(
-                f'<line x1="{x1:.1f}" x2="{x1:.1f}" y1="{top - 8}" y2="{height - bottom}" stroke="#cfd4dc" stroke-dasharray="3 4"/>'
+                f'<line x1="{x1:.1f}" x2="{x1:.1f}" y1="{top - 8}" y2="{height - bottom}" class="border"/>'
             )
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2" stroke-linejoin="round"/>')
         # Short stages lie close together: their names take turns at two heights.
@@ -220,7 +193,6 @@ def _picture(item: Shown) -> str:
     picture = item.picture
     assert picture is not None  # the caller shows pictures only
     width, height = picture.size
-    data = base64.b64encode(encode_picture(picture)).decode("ascii")
     unit = max(width, height) / 224
     marks = ""
     if item.expected_mark and len(item.expected_mark) == 4:
@@ -237,7 +209,7 @@ def _picture(item: Shown) -> str:
                 marks += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius * unit:.1f}" fill="{fill}"/>'
     return (
         f'<svg class="picture" viewBox="0 0 {width} {height}" role="img"><image width="{width}" height="{height}" '
-        f'href="data:image/jpeg;base64,{data}"/>{marks}</svg>'
+        f'href="{picture_address(picture)}"/>{marks}</svg>'
     )
 
 

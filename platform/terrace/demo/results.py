@@ -5,7 +5,6 @@ Everything is read from the run directory, so that a finished run can be shown a
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -168,10 +167,3 @@ def _picture(data: bytes) -> Image.Image:
     picture = Image.fromarray(decode_image(data))
     picture.thumbnail((PICTURE_SIDE, PICTURE_SIDE))
     return picture
-
-
-def encode_picture(picture: Image.Image) -> bytes:
-    """JPEG bytes for the page."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()

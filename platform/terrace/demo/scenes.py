@@ -22,6 +22,7 @@ SIZE = 224  # pixels of a side; every scene is square
 SUPERSAMPLING = 2
 CELLS = 3  # things lie in a 3 x 3 grid: at 84 x 84 pixels a cell is what one visual token sees
 PITCH = SIZE / CELLS
+PATCH = PITCH / 2  # words start at whole patches, so that a letter looks the same wherever it stands
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (224, 49, 49),
@@ -188,13 +189,12 @@ def draw_sign(seed: int, most: int = 2) -> Scene:
     canvas, things = _Canvas(), []
     rows = sorted(rng.sample(range(CELLS), count))
     for row, word, colour in zip(rows, rng.sample(WORDS, count), rng.sample(list(COLOURS), count)):
-        pixels = rng.randint(43, 48)
-        half = round(len(word) * pixels * 0.31) + 16
-        x = rng.randint(half + 3, SIZE - half - 3)
-        y = round((row + 0.5) * PITCH) + rng.randint(-5, 5)
-        box = (x - half, y - 31, x + half, y + 31)
+        width = round(len(word) * 29) + 26
+        left = round(rng.randint(0, int((SIZE - width - 4) / PATCH)) * PATCH) + 2
+        y = round((row + 0.5) * PITCH)
+        box = (left, y - 31, left + width, y + 31)
         canvas.rectangle(box, COLOURS[colour], radius=10)
-        canvas.text((x, y), word, pixels, _ink_on(colour), bold=True)
+        canvas.text((left + width / 2, y), word, 46, _ink_on(colour), bold=True)
         things.append(Thing("word", word, colour, box))
     return Scene("sign", canvas.finish(), tuple(things))
 
@@ -204,7 +204,7 @@ def draw_sum(seed: int) -> Scene:
     rng = random.Random(seed)
     left, right = rng.randint(1, 5), rng.randint(1, 4)
     canvas = _Canvas()
-    x, y = SIZE // 2 + rng.randint(-8, 8), round((rng.randrange(CELLS) + 0.5) * PITCH) + rng.randint(-3, 3)
+    x, y = SIZE // 2 + rng.randint(-2, 2), round((rng.randrange(CELLS) + 0.5) * PITCH) + rng.randint(-2, 2)
     box = (x - 100, y - 33, x + 100, y + 33)
     canvas.rectangle(box, (255, 255, 255), radius=12, outline=(150, 150, 160))
     ink = COLOURS[rng.choice(["black", "blue", "purple"])]
@@ -246,8 +246,8 @@ def draw_window(seed: int) -> Scene:
     slots = sorted(rng.sample(range(CELLS * CELLS), count))
     labels = dict(zip(slots, zip(rng.sample(BUTTONS, count), rng.sample(list(COLOURS), count))))
     for slot in range(CELLS * CELLS):
-        x = (40, 112, 184)[slot % CELLS] + rng.randint(-2, 2)
-        y = (56, 112, 186)[slot // CELLS] + rng.randint(-2, 2) + (rng.randint(-10, 10) if slot >= CELLS else 0)
+        x = (40, 112, 184)[slot % CELLS] + rng.randint(-1, 1)
+        y = (56, 112, 186)[slot // CELLS] + rng.randint(-3, 3)
         if slot in labels:
             label, colour = labels[slot]
             box = (x - 31, y - 17, x + 31, y + 17)
