@@ -25,8 +25,8 @@ Manifest = dict[str, Any]
 
 def tiny_stage(name: str, **values: Any) -> Manifest:
     return {
-        "name": name, "train": {"projector": {"lr": 0.001}}, "mixture": {"weights": {"captions": 1.0}}, "sequence_length": 256, "pixels": {"max": 50176},
-        "budget": {"steps": 4}, "precision": "fp32", "batch": {"packs": 4},
+        "name": name, "train": {"projector": {"lr": 0.001}}, "mixture": {"weights": {"captions": 1.0}}, 
+        "sequence_length": 256, "pixels": {"max": 50176}, "budget": {"steps": 4}, "precision": "fp32", "batch": {"packs": 4},
     } | values  # fmt: skip
 
 

@@ -32,13 +32,14 @@ class Harness:
     def __init__(self, api: Api, namespace: str, environment: dict[str, str], folder: Path) -> None:
         self.api, self.namespace, self.environment, self.folder = api, namespace, environment, folder
         self.operator: subprocess.Popen | None = None
+        self.queue = {"name": "training"}
         self.starts = 0
 
     # ------------------------------------------------------------ the operator
 
     def start(self) -> None:
         self.starts += 1
-        log = open(self.folder / f"operator-{self.starts}.log", "w")
+        log = (self.folder / f"operator-{self.starts}.log").open("w")
         command = [sys.executable, "-m", "terrace_operator", "--namespace", self.namespace, "--port", "0", "--lease-seconds", "1"]
         self.operator = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
 
@@ -104,8 +105,6 @@ class Harness:
 
     # ------------------------------------------------------------ the queue
 
-    queue = {"name": "training"}
-
     def hold_queue(self) -> None:
         """Admit nothing more, and take the quota back from what has it."""
         raise NotImplementedError
@@ -157,7 +156,6 @@ class RealHarness(Harness):
         self._apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace, "labels": {
             "pod-security.kubernetes.io/enforce": "restricted"}}})  # fmt: skip
         self.kubectl("wait", "--for=condition=Established", "crd/curricula.terrace.dev", "--timeout=60s")
-        self.queue = {"name": "training"}
         self._queues("None")
 
     def _apply(self, *bodies: Manifest) -> None:

@@ -11,29 +11,28 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 ACCOUNT = "/var/run/secrets/kubernetes.io/serviceaccount"
 
 
 def call(method, change=None):
-    url = os.environ.get("STAND_IN_API") or "https://%s:%s" % (
-        os.environ["KUBERNETES_SERVICE_HOST"],
-        os.environ["KUBERNETES_SERVICE_PORT"],
-    )
-    url += "/api/v1/namespaces/%s/configmaps/%s" % (os.environ["TERRACE_NAMESPACE"], os.environ["TERRACE_PROGRESS"])
+    values = os.environ
+    server = values.get("STAND_IN_API") or f"https://{values['KUBERNETES_SERVICE_HOST']}:{values['KUBERNETES_SERVICE_PORT']}"
+    url = f"{server}/api/v1/namespaces/{values['TERRACE_NAMESPACE']}/configmaps/{values['TERRACE_PROGRESS']}"
     request = urllib.request.Request(url, method=method, data=json.dumps(change).encode() if change else None)
     request.add_header("Content-Type", "application/merge-patch+json")
     context = None
     if url.startswith("https"):
         context = ssl.create_default_context(cafile=ACCOUNT + "/ca.crt")
-        request.add_header("Authorization", "Bearer " + open(ACCOUNT + "/token").read())
-    for attempt in range(20):
+        request.add_header("Authorization", "Bearer " + Path(ACCOUNT, "token").read_text())
+    for _ in range(20):
         try:
             return json.load(urllib.request.urlopen(request, context=context, timeout=10)).get("data") or {}
-        except (urllib.error.URLError, OSError):
-            if attempt == 19:
-                raise
+        except (urllib.error.URLError, OSError) as error:
+            print(f"stand-in: {error}; trying again", file=sys.stderr)
             time.sleep(1)
+    raise SystemExit("stand-in: the API server cannot be reached")
 
 
 def main(words):
@@ -47,8 +46,8 @@ def main(words):
     def report(**values):
         body = {
             "stage": stage, "attempt": attempt, "cluster": os.environ.get("RAY_CLUSTER_NAME", ""), "step": step,
-            "total_steps": behaviour["steps"], "metrics": {"loss": "%.4f" % (2.0 / (step + 1))},
-            "checkpoint": {"uri": "s3://test/%s/step-%06d" % (stage, step), "step": step}, **values,
+            "total_steps": behaviour["steps"], "metrics": {"loss": f"{2.0 / (step + 1):.4f}"},
+            "checkpoint": {"uri": f"s3://test/{stage}/step-{step:06d}", "step": step}, **values,
         }  # fmt: skip
         directive = json.loads(call("PATCH", {"data": {"progress.json": json.dumps(body)}}).get("directive.json", "{}"))
         return directive.get("stage") == stage and directive.get("attempt") == attempt

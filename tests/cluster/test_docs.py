@@ -11,8 +11,9 @@ from terrace.cluster.reference import reference
 from terrace_operator import reasons
 
 WORDS = {  # words of Kubernetes, Ray and our own phases that look like reasons
-    "Accepted", "Complete", "ConfigMap", "Curriculum", "Degraded", "Evicted", "Failed", "False", "GatePassed", "Initializing", "Progressing",
-    "QueuePreempted", "Queued", "RayJob", "ReplicaFailure", "Restarting", "StageCleared", "Suspending", "True", "Unknown", "Workload", "Not",
+    "Accepted", "Complete", "ConfigMap", "Curriculum", "Degraded", "Evicted", "Failed", "False", "GatePassed",
+    "Initializing", "Not", "Progressing", "QueuePreempted", "Queued", "RayJob", "ReplicaFailure", "Restarting",
+    "StageCleared", "Suspending", "True", "Unknown", "Workload",
 }  # fmt: skip
 
 

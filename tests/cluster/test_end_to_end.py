@@ -135,9 +135,9 @@ def test_delete_leaves_nothing(cluster):
 
 def test_what_cannot_change_and_what_is_wrong_is_refused(cluster):
     name = cluster.create("fixed", behaviour={"steps": 3})
-    with pytest.raises(Refused, match="recipe.model cannot change"):
+    with pytest.raises(Refused, match=r"recipe\.model cannot change"):
         cluster.edit(name, recipe={"model": {"pretrained": "s3://bucket/other"}})
-    with pytest.raises(Refused, match="storage.uri cannot change"):
+    with pytest.raises(Refused, match=r"storage\.uri cannot change"):
         cluster.edit(name, storage={"uri": "s3://bucket/other"})
     with pytest.raises(Refused, match="at least one part must train"):
         cluster.create("wrong", stages=[tiny_stage("warmup", train={})])

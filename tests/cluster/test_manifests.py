@@ -225,7 +225,7 @@ def test_render_refuses_what_cannot_run():
     recipe = load_recipe(ROOT / "jobs/recipes/demo.yaml")
     cluster = load_cluster(ROOT / "k8s/examples/cluster-cpu.yaml")
     tight = cluster.model_copy(update={"runtime": cluster.runtime.model_copy(update={"workers_per_pod": 16})})
-    with pytest.raises(InputError, match="runtime.worker.cpu"):
+    with pytest.raises(InputError, match=r"runtime\.worker\.cpu"):
         render_curriculum(recipe, tight)
     with pytest.raises(InputError, match="beginning with a letter"):
         render_curriculum(recipe, cluster, "Wrong_Name")
@@ -241,7 +241,10 @@ def test_examples_are_accepted_by_the_api_server_and_by_the_operator(crd, name):
 
 
 def test_operator_imports_neither_torch_nor_ray():
-    code = "import sys, terrace_operator.__main__, terrace.cluster.kubernetes; print([m for m in ('torch', 'ray', 'numpy', 'mlflow') if m in sys.modules])"
+    code = (
+        "import sys, terrace_operator.__main__, terrace.cluster.kubernetes; "
+        "print([m for m in ('torch', 'ray', 'numpy', 'mlflow') if m in sys.modules])"
+    )
     import sys
 
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env={

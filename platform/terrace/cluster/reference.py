@@ -23,7 +23,7 @@ def reference() -> str:
     ]
     for part in ("spec", "status"):
         lines += ["", f"## {part}", "", "| Field | Type | Default | Description |", "|---|---|---|---|"]
-        lines += [row for row in _rows(schema["properties"][part], part)]
+        lines += list(_rows(schema["properties"][part], part))
     lines += ["", "## Rules", "", "The API server refuses a resource that breaks one of these.", ""]
     lines += [f"- {message}" for message in dict.fromkeys(_rules(schema))]
     return "\n".join(lines) + "\n"
