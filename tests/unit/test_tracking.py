@@ -113,6 +113,18 @@ def test_a_resume_adds_only_the_steps_that_are_not_there(tmp_path: Path):
     assert stage.info.status == "FINISHED"
 
 
+def test_a_run_whose_id_was_lost_is_found_by_its_key(tmp_path: Path):
+    warnings: list[str] = []
+    ids: list[str] = []
+    for _ in range(2):
+        tracking = open_tracking(tmp_path, None, "terrace", warnings.append)
+        tracking.start_run("run", None, None, {}, {"terrace.key": "abc"}, ids.append)
+        assert tracking.flush(60)
+        tracking.close()
+    assert ids[0] == ids[1]
+    assert warnings == []
+
+
 def test_a_dead_tracking_server_is_named_once_and_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     warnings: list[str] = []

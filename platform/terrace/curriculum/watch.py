@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ class Watch:
         self._unlogged: list[dict[str, Any]] = []
         self._checkpoint: int | None = None
         self._attempt = 0
+        self._asked_for_run = False
 
     def start(self, recipe_parameters: dict[str, Any]) -> None:
         """Open tracking and continue or create the curriculum's run."""
@@ -38,7 +40,7 @@ class Watch:
             self._state.tracking_run,
             None,
             recipe_parameters,
-            {"terrace.run_dir": str(self._run_dir)},
+            {"terrace.run_dir": str(self._run_dir), "terrace.key": self._key("", 0)},
             lambda run_id: self._new_runs.append({"event": "tracking_started", "run_id": run_id}),
         )
         self._tracking.flush()
@@ -55,22 +57,15 @@ class Watch:
         folder = stage_directory(self._run_dir, stage.index, stage.name)
         self._follower = MetricsFollower(folder / "metrics.jsonl")
         self._display.stage(stage.index + 1, len(self._recipe.stages), stage.name, planned_steps(recipe_stage))
-        if self._tracking and self._state.tracking_run:
-            name = f"{stage.index + 1:02d}-{stage.name}" + (f"-rerun-{stage.reruns}" if stage.reruns else "")
-            self._tracking.start_run(
-                name,
-                stage.tracking_run,
-                self._state.tracking_run,
-                recipe_stage.model_dump(mode="json", exclude_none=True),
-                {"terrace.stage": stage.name},
-                lambda run_id: self._new_runs.append({"event": "stage_tracking_started", "stage": stage.name, "run_id": run_id}),
-            )
+        self._asked_for_run = False
+        self._start_stage_run()
 
     def poll(self) -> None:
         """Take what is new."""
         self._record_runs()
         if self._stage is None or self._follower is None:
             return
+        self._start_stage_run()
         rows = list(self._follower.rows())
         if rows and (plan := read_json(self._follower.path.with_name("plan.json"))):
             self._display.total(plan["total_steps"])
@@ -106,6 +101,28 @@ class Watch:
             self._tracking.log_artifacts(run, [self._run_dir / "recipe.yaml", self._run_dir / "journal.jsonl"])
             self._tracking.end_run(run, status)
         self._tracking.close()
+
+    def _start_stage_run(self) -> None:
+        """Ask MLflow for the stage's run, once the curriculum's own is known (a slow server may answer late)."""
+        stage = self._stage
+        if self._asked_for_run or stage is None or self._tracking is None or self._state.tracking_run is None:
+            return
+        self._asked_for_run = True
+        recipe_stage = self._recipe.stages[stage.index]
+        name = f"{stage.index + 1:02d}-{stage.name}" + (f"-rerun-{stage.reruns}" if stage.reruns else "")
+        self._tracking.start_run(
+            name,
+            stage.tracking_run,
+            self._state.tracking_run,
+            recipe_stage.model_dump(mode="json", exclude_none=True),
+            {"terrace.stage": stage.name, "terrace.key": self._key(stage.name, stage.reruns)},
+            lambda run_id: self._new_runs.append({"event": "stage_tracking_started", "stage": stage.name, "run_id": run_id}),
+        )
+
+    def _key(self, stage: str, rerun: int) -> str:
+        """Names this run's (stage's) MLflow run for ever: the same after a crash, another for a directory that was made anew."""
+        text = f"{self._run_dir}\n{self._state.started_at}\n{stage}\n{rerun}"
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def _wait_for_run(self, stage: StageState) -> None:
         """A stage of a few steps can be over before MLflow has made its run."""

@@ -51,13 +51,20 @@ class Tracking:
         tags: dict[str, str],
         done: Callable[[str], None],
     ) -> None:
-        """Create a run, or continue `run_id`; `done(run_id)` is called from the tracking thread for a new one."""
+        """Create a run, or continue `run_id` or the one tagged with this `terrace.key`; `done(run_id)` comes from the tracking thread."""
 
         def work() -> None:
             if run_id is not None:
                 self._client.update_run(run_id, status="RUNNING")
                 done(run_id)
                 return
+            # A process killed between making the run and writing its id down left one behind: its key finds it.
+            if key := tags.get("terrace.key"):
+                found = self._client.search_runs([self._experiment_id], f"tags.`terrace.key` = '{key}'", max_results=1)
+                if found:
+                    self._client.update_run(found[0].info.run_id, status="RUNNING")
+                    done(found[0].info.run_id)
+                    return
             all_tags = {"mlflow.runName": name, **tags, **({"mlflow.parentRunId": parent} if parent else {})}
             run = self._client.create_run(self._experiment_id, tags=all_tags, run_name=name)
             self._log_parameters(run.info.run_id, parameters)
