@@ -35,12 +35,17 @@ def freeze_parts(model: Any, stage: Stage) -> None:
 
 
 def checkpoint_activations(model: Any, stage: Stage) -> None:
-    """Recompute the blocks of the parts that ask for it in backward, instead of keeping their activations."""
+    """Recompute the blocks of the parts that ask for it in backward, instead of keeping their activations.
+
+    A frozen part asks through `frozen_activation_checkpointing`: gradients pass through a frozen language model on
+    their way to the projector, so its blocks keep activations like trained ones.
+    """
     wrapped = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
     for part, blocks in (("vision", vision_blocks(model)), ("language", language_layers(model))):
         training = getattr(stage.train, part)
+        recompute = training.activation_checkpointing if training else stage.frozen_activation_checkpointing
         for block in blocks:
-            block.gradient_checkpointing = training is not None and training.activation_checkpointing
+            block.gradient_checkpointing = recompute
             block._gradient_checkpointing_func = wrapped
 
 
