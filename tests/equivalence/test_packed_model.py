@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from packs import IMAGE_PAD, pack_segments, random_pack, segment, tiny_model
+from packs import IMAGE_PAD, pack_segments, random_pack, segment, tiny_model, tiny_recipe
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from terrace.errors import DamagedData, InputError
@@ -17,6 +17,7 @@ from terrace.models.parts import part_of
 from terrace.objectives.lm import summed_loss
 from terrace.recipe.schema import Model
 from terrace.train.evaluation import empty_pack
+from terrace.train.setup import checkpoint_activations, freeze_parts
 
 
 def _model(architecture: str = "qwen2_5_vl"):
@@ -128,6 +129,34 @@ def test_chunked_cross_entropy_equals_plain(chunk):
     _assert_close(loss.detach(), plain.detach(), 1e-6)
     for name, gradient in _gradients(model).items():
         _assert_close(chunked[name], gradient, 2e-6, name)
+
+
+def test_frozen_parts_may_recompute_what_gradients_pass_through():
+    """Only the projector trains; recomputing the frozen language model changes no bit and really happens."""
+    stage = tiny_recipe().stages[0]
+    kept, recomputed = (
+        stage.model_copy(update={"train": stage.train.model_copy(update={"vision": None, "language": None}),
+                                 "frozen_activation_checkpointing": on})
+        for on in (False, True)
+    )  # fmt: skip
+    results, calls = [], []
+    for choice in (kept, recomputed):
+        model = _model()
+        freeze_parts(model, choice)
+        checkpoint_activations(model, choice)
+        forwards = []
+        hook = model.model.language_model.layers[0].self_attn.register_forward_hook(lambda *_, seen=forwards: seen.append(1))
+        loss = summed_loss(model, _batch(pack_segments(0, _segments())), 16)
+        loss.backward()
+        hook.remove()
+        results.append((loss.detach(), _gradients(model)))
+        calls.append(len(forwards))
+    assert calls == [1, 2]
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1].keys() == results[1][1].keys()
+    assert {part_of(name) for name in results[0][1]} == {"projector"}
+    for name, gradient in results[0][1].items():
+        assert torch.equal(gradient, results[1][1][name]), name
 
 
 def test_placeholders_that_do_not_match_the_images_are_named():
