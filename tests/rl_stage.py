@@ -80,7 +80,9 @@ def prepare(folder: Path, recipe: Recipe) -> None:
 
 def run(recipe: Recipe, folder: Path, name: str, rank: int = 0, world_size: int = 1, **context: Any) -> StageResult:
     """Run the stage in `<folder>/<name>` on the data prepared in `folder`."""
-    torch.set_num_threads(1)  # the same sums in every run, whatever the fixture's scope
+    torch.set_num_threads(
+        int(os.environ.get("TERRACE_TEST_THREADS", 1))
+    )  # the same sums in every run, whatever the fixture's scope
     stage_dir = folder / name
     stage_dir.mkdir(parents=True, exist_ok=True)
     surroundings = WorkerContext(rank=rank, world_size=world_size, local_rank=rank, **context)

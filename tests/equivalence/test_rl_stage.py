@@ -3,11 +3,13 @@ ranks."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,11 @@ import rl_stage
 from processes import run_ranks
 from rl_stage import break_at, figures_of, prepare, rl_recipe, run
 
-from terrace.errors import Preempted
+from terrace.data.prepare import load_prepared
+from terrace.errors import InputError, Preempted
 from terrace.rl.collect import RewardFailures
 from terrace.rl.native import NativeEngine
+from terrace.rl.prompts import PromptOrder
 
 
 class Killed(BaseException):
@@ -82,7 +86,7 @@ def test_a_stage_broken_inside_an_iteration_goes_on_with_the_same_figures(folder
     assert len(figures_of(folder, f"broken-{where}")) == 1
     run(rl_recipe(folder), folder, f"broken-{where}")
     assert figures_of(folder, f"broken-{where}") == undisturbed
-    assert not list((folder / f"broken-{where}" / "iterations").glob("00000[01]"))
+    assert not list((folder / f"broken-{where}" / "iterations").glob("0*"))
 
 
 def test_finished_rollouts_are_not_decoded_again(folder, monkeypatch):
@@ -119,10 +123,13 @@ def test_a_killed_process_is_followed_by_one_with_the_same_figures(folder, undis
 
 
 @pytest.mark.slow
-def test_two_ranks_have_the_figures_of_one(folder, undisturbed):
-    recipe = rl_recipe(folder)
-    run_ranks(rl_stage.run_rank, 2, recipe.model_dump(mode="json"), str(folder), "two-ranks")
-    for one, two in zip(undisturbed, figures_of(folder, "two-ranks"), strict=True):
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp"])
+def test_two_ranks_have_the_figures_of_one(folder, undisturbed, strategy):
+    if strategy.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    recipe = rl_recipe(folder, parallel={"strategy": strategy})
+    run_ranks(2, rl_stage.run_rank, recipe.model_dump(mode="json"), str(folder), strategy)
+    for one, two in zip(undisturbed, figures_of(folder, strategy), strict=True):
         for key in (
             "loss",
             "grad_norm",
@@ -187,3 +194,31 @@ def test_too_many_failed_rewards_stop_the_stage(folder):
     assert line["tasks"]["digits"]["reward_failures"] == 1.0
     assert line["groups_unjudged"] > 0
     assert Path(folder / "tolerant" / "result.json").is_file()
+
+
+def test_what_is_not_offered_is_refused_before_anything_runs(folder):
+    with pytest.raises(InputError, match="separate"):
+        run(rl_recipe(folder, grpo={"placement": "separate"}), folder, "refused")
+    if importlib.util.find_spec("vllm") is None:
+        with pytest.raises(InputError, match="vllm is not installed"):
+            run(rl_recipe(folder, grpo={"engine": "vllm"}), folder, "refused")
+    with pytest.raises(InputError, match="no_such_reward"):
+        run(rl_recipe(folder, rewards={"digits": [{"name": "no_such_reward"}]}), folder, "refused")
+
+
+def test_the_order_of_prompts_goes_on_from_its_state(folder):
+    recipe, prepared = rl_recipe(folder, grpo={"easy_pool_probability": 0.3}), load_prepared(folder / "data")
+    whole, parts = PromptOrder(recipe, 0, prepared), PromptOrder(recipe, 0, prepared)
+    for order in (whole, parts):
+        order.pool.record(("digits", 3), 1.0)
+    drawn = whole.draw(60, Counter())
+    assert {one.key[0] for one in drawn} == {"digits", "capitals"}
+    first = parts.draw(25, Counter())
+    again = PromptOrder(recipe, 0, prepared)
+    again.restore(json.loads(json.dumps(parts.state())))
+    rest = again.draw(35, Counter())
+    assert [one.key for one in first + rest] == [one.key for one in drawn]
+    assert [one.key for one in drawn].count(("digits", 3)) > 8  # the pool gives it, the order does not
+    other = rl_recipe(folder, pixels={"min": 784, "max": 3136})
+    with pytest.raises(InputError, match="order of prompts"):
+        PromptOrder(other, 0, prepared).restore(parts.state())

@@ -74,8 +74,13 @@ def unit_attention(
 
 
 def _responses(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, prompt_key: torch.Tensor, prompt_value: torch.Tensor,
-    unit: Unit, scale: float,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    prompt_key: torch.Tensor,
+    prompt_value: torch.Tensor,
+    unit: Unit,
+    scale: float,
 ) -> torch.Tensor:
     """Attention of all responses of a unit to the prompt and themselves: [sum of responses, H, D]."""
     lengths, longest, count = unit.responses, max(unit.responses), len(unit.responses)
@@ -100,9 +105,16 @@ def _responses(
 
 
 def _attention(
-    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    attention_mask: torch.Tensor | None, scaling: float | None = None, prompt_units: list[Unit] | None = None,
-    decode: DecodeAttention | None = None, keep: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None, **rest: Any,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    prompt_units: list[Unit] | None = None,
+    decode: DecodeAttention | None = None,
+    keep: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None,
+    **rest: Any,
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls. `keep` collects keys and values per layer (prefill); `decode` brings its own cache."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling

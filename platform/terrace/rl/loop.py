@@ -78,6 +78,10 @@ def train_rl_stage(
         return StageResult(**json.loads(result_file.read_text()))
     if stage.failure.on_nonfinite == "rewind":
         raise InputError(f"stage {stage.name}: on_nonfinite rewind is not offered for grpo; use stop or skip")
+    if options.placement == "separate":
+        raise InputError(
+            f"stage {stage.name}: placement separate is not offered; rollout and training share each worker"
+        )
 
     # Open: prompts, policy, reference, engine, rewards, checkpoint folder.
     tokenizer = load_tokenizer(prepared.tokenizer_dir)
@@ -255,6 +259,7 @@ def train_rl_stage(
     if metrics:
         metrics.close()
         write_durably(result_file, json_bytes(result))
+        forget_iterations(stage_dir, order.iterations)
     barrier(context)
     notify("finished", result)
     return StageResult(**result)
