@@ -225,8 +225,10 @@ def connect(namespace: str | None = None, on_call: Callable[[str, str, int], Non
             with open("/var/run/secrets/kubernetes.io/serviceaccount/namespace", encoding="utf-8") as file:
                 found = file.read().strip()
         else:
-            config.load_kube_config(client_configuration=configuration)
-            context = config.list_kube_config_contexts()[1]
+            # Named here: the package reads KUBECONFIG only once, when it is imported.
+            file = os.environ.get("KUBECONFIG")
+            config.load_kube_config(config_file=file, client_configuration=configuration)
+            context = config.list_kube_config_contexts(config_file=file)[1]
             found = context["context"].get("namespace", "default")
     except config.ConfigException as error:
         raise InputError(f"no Kubernetes cluster: {error}. Set KUBECONFIG or run inside a cluster") from error
