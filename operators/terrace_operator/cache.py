@@ -16,6 +16,7 @@ from terrace.cluster.manifests import LABEL_CURRICULUM, progress_name
 from terrace_operator.observe import ENDED, World, status_of
 
 Manifest = dict[str, Any]
+MADE_SECONDS = 600.0  # objects that are not watched are made again, or found again, at the first attempt after this
 CHILD_KINDS = ("RayJob", "ConfigMap", "Workload")
 
 
@@ -27,7 +28,7 @@ class Cache:
         self._children: dict[str, dict[str, dict[str, Manifest]]] = {kind: {} for kind in CHILD_KINDS}
         self._since: dict[tuple[str, str], tuple[Any, float]] = {}
         self._refused: dict[str, dict[str, str]] = {}
-        self._made: dict[str, set[str]] = {}
+        self._made: dict[str, dict[str, float]] = {}
 
     def names(self) -> list[str]:
         with self._lock:
@@ -101,7 +102,7 @@ class Cache:
     def made(self, curriculum: str, kind: str, name: str) -> None:
         """An object that is not watched was created or found."""
         with self._lock:
-            self._made.setdefault(curriculum, set()).add(f"{kind}/{name}")
+            self._made.setdefault(curriculum, {})[f"{kind}/{name}"] = self._monotonic()
 
     def forget_rayjob(self, curriculum: str, name: str) -> None:
         with self._lock:
@@ -114,6 +115,8 @@ class Cache:
     def world(self, name: str) -> World:
         """Everything known of one Curriculum, with how long this process has seen it so."""
         with self._lock:
+            now = self._monotonic()
+            made = {key for key, since in self._made.get(name, {}).items() if now - since < MADE_SECONDS}
             jobs = dict(self._children["RayJob"].get(name, {}))
             maps = self._children["ConfigMap"].get(name, {})
             progress = (maps.get(progress_name(name)) or {}).get("data") or {}
@@ -130,7 +133,7 @@ class Cache:
                 workloads=dict(self._children["Workload"].get(name, {})),
                 recipes={key: body["data"]["recipe.yaml"] for key, body in maps.items() if "recipe.yaml" in (body.get("data") or {})},
                 refused=dict(self._refused.get(name, {})),
-                objects=frozenset(self._made.get(name, set()) | {f"ConfigMap/{key}" for key in maps}),
+                objects=frozenset(made | {f"ConfigMap/{key}" for key in maps}),
             )  # fmt: skip
 
     def _seconds(self, name: str, what: str, value: Any) -> float:

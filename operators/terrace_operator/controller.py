@@ -147,19 +147,22 @@ class Controller:
                 return False
             made = found
             if not _owned_by(found, body):
-                self.cache.refuse(name, object_name, f"{kind} {object_name} exists and belongs to something else: delete it")
-                return True
+                return self._refused(name, body, "its name is taken by something else: delete that")
         except Refused as error:
-            logger.warning("refused: %s %s: %s", kind, object_name, error, extra={"curriculum": name})
-            # Whatever is refused, it is the attempt that cannot start.
-            job = next_job_name(self.cache.curriculum(name), name)
-            self.cache.refuse(name, job or object_name, f"{kind} {object_name} was refused: {error}")
-            return False
+            return self._refused(name, body, str(error))
         if kind in CHILD_KINDS:
             self.cache.store(kind, made)
         else:
             self.cache.made(name, kind, object_name)
         return True
+
+    def _refused(self, name: str, body: Manifest, why: str) -> bool:
+        """Whatever is refused, it is the attempt that cannot start; the next reconcile counts it as a failure."""
+        kind, object_name = body["kind"], body["metadata"]["name"]
+        logger.warning("refused: %s %s: %s", kind, object_name, why, extra={"curriculum": name})
+        jobs = jobs_in_flight(self.cache.curriculum(name) or {"metadata": {"name": name}})
+        self.cache.refuse(name, jobs[0] if jobs else object_name, f"{kind} {object_name} was refused: {why}")
+        return False
 
     def _alone(self, name: str, object_name: str) -> bool:
         """The last look before an attempt is created: no RayJob that this process has not seen."""
@@ -205,11 +208,3 @@ def jobs_in_flight(curriculum: Manifest) -> list[str]:
     name = curriculum["metadata"]["name"]
     return [manifests.rayjob_name(name, stage.get("index", 0), stage["attempt"]) for stage in stored.get("stages", ())
             if not stage.get("ended", True)]  # fmt: skip
-
-
-def next_job_name(curriculum: Manifest | None, name: str) -> str | None:
-    """RayJob of the attempt that is about to start, by the status."""
-    for stage in (((curriculum or {}).get("status") or {}).get("stages")) or ():
-        if stage["phase"] not in ("Succeeded", "Pending"):
-            return stage.get("rayJobName")
-    return None

@@ -50,6 +50,13 @@ def report_of(world: World, stage: str, attempt: int) -> Manifest | None:
     return None
 
 
+def speaks(report: Manifest | None, job: Manifest) -> bool:
+    """Whether the program of the job's present RayCluster has reported and not ended (a preempted one's last words remain)."""
+    if not report or report.get("exit"):
+        return False
+    return not report.get("cluster") or report["cluster"] == status_of(job).get("rayClusterName")
+
+
 def is_suspended(job: Manifest) -> bool:
     return bool(job.get("spec", {}).get("suspend"))
 
@@ -104,7 +111,7 @@ def _attempt(curriculum: str, spec: CurriculumSpec, stage: StageState, memory: M
         return _ended(stage, status, report, world.ended_seconds.get(name, 0.0), seen)
     if is_queued(job) or name not in memory.admitted_at:
         return seen("starting", live=True, progress_at=now)  # waiting for quota is not stalling, however long
-    program_runs = ended == "RUNNING" or report is not None
+    program_runs = ended == "RUNNING" or speaks(report, job)
     admitted = min(memory.admitted_at[name], now)
     if not program_runs:
         waited = now - admitted

@@ -83,6 +83,9 @@ def reconcile(curriculum: Manifest, world: World, now: float) -> Plan:
     waiting: Wait | None = None
     _requests(spec, state, memory, now, events)
     effects, waiting = _decide(curriculum, spec, state, memory, world, now, events)
+    progress = manifests.progress_config_map(curriculum)
+    if state.attempts_in_flight and not effects and f"ConfigMap/{progress['metadata']['name']}" not in world.objects:
+        effects.append(Create(progress))  # somebody deleted the channel: without it, a running attempt would look stalled
     new_status = status.derive(curriculum, old_status, accepted, state, memory, world, waiting, now)
     new_status["controller"] = encode(state, memory)
     return Plan(new_status, effects, events, _requeue(spec, state, world, waiting, now))
@@ -193,7 +196,7 @@ def _effects(curriculum: Manifest, spec: CurriculumSpec, state: RunState, memory
     if job is None:
         return []
     report = observe.report_of(world, action.stage, action.attempt)
-    listens = report is not None and not report.get("exit") and not observe.is_queued(job)
+    listens = observe.speaks(report, job) and not observe.is_queued(job)
     if action.force or not listens:
         if job["metadata"].get("deletionTimestamp"):
             return []

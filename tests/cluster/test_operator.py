@@ -360,6 +360,23 @@ def test_refused_creation_is_tried_again_with_backoff_and_shown(bench):
     assert any("image not signed" in message for reason, message in bench.events() if reason == "AttemptFailed")
 
 
+def test_name_taken_by_something_else_is_shown_and_not_used(bench):
+    bench.store.create({"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "tiny-trainer"}})
+    bench.store.create(tiny_curriculum())
+    bench.run(3.0)
+    assert bench.jobs() == []
+    assert any("its name is taken by something else" in message for _, message in bench.events())
+    bench.store.delete("ServiceAccount", "tiny-trainer")
+    bench.run_until("Succeeded")
+
+
+def test_progress_channel_deleted_by_hand_is_made_anew(bench):
+    bench.store.create(tiny_curriculum(behaviour={"steps": 30, "step_seconds": 0.1}))
+    bench.run(1.0)
+    bench.store.delete("ConfigMap", "tiny-progress")
+    assert bench.run_until("Succeeded")["restarts"] == 0
+
+
 def test_program_that_never_starts_is_replaced(bench):
     bench.store.create(tiny_curriculum(failurePolicy={"preRunningTimeoutSeconds": 60, "backoffSeconds": 0.2}))
     bench.cluster.boot_seconds = 1000.0

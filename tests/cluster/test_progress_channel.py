@@ -66,6 +66,15 @@ def test_older_attempt_and_older_start_of_the_same_attempt_are_fenced(store):
     assert data(store, "progress.json")["step"] == 6
 
 
+def test_channel_that_was_made_anew_is_taken_again(store):
+    one = channel(store)
+    one.claim()
+    store.patch("ConfigMap", "tiny-progress", {"data": {"holder.json": None}})
+    one.report({"step": 3})
+    assert data(store, "holder.json")["attempt"] == 1
+    assert data(store, "progress.json")["step"] == 3
+
+
 def test_two_writers_cannot_interleave(store):
     """Somebody writes between the read and the write: the report is decided again, not lost and not forced."""
     one = channel(store)

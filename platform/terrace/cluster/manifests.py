@@ -124,11 +124,18 @@ def trainer_access(owner: Manifest) -> list[Manifest]:
 
 
 def disruption_budget(owner: Manifest) -> Manifest:
-    """No voluntary eviction of training pods: draining one node would stop the whole attempt. Drains use `spec.suspend` first."""
+    """No voluntary eviction of training pods: draining one node would stop the whole attempt. Drains use `spec.suspend` first.
+
+    `minAvailable` beyond any number of pods says so; `maxUnavailable: 0` needs owners with a scale subresource, which a RayCluster
+    is not. Pods that are not ready may go.
+    """
     name = owner["metadata"]["name"]
     return {
         "apiVersion": "policy/v1", "kind": "PodDisruptionBudget", "metadata": _metadata(owner, f"{name}-trainer"),
-        "spec": {"maxUnavailable": 0, "selector": {"matchLabels": {LABEL_CURRICULUM: name}}},
+        "spec": {
+            "minAvailable": 1_000_000, "unhealthyPodEvictionPolicy": "AlwaysAllow",
+            "selector": {"matchLabels": {LABEL_CURRICULUM: name}},
+        },
     }  # fmt: skip
 
 
