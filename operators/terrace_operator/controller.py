@@ -25,7 +25,7 @@ Manifest = dict[str, Any]
 logger = logging.getLogger("terrace.operator")
 RETRY_SECONDS = 5.0
 MAX_CONFLICTS = 4
-DOUBTFUL = ("AttemptFailed", "AttemptStopped", "AttemptInterrupted")  # ends of attempts that could rest on an old view
+DOUBTFUL = ("AttemptFailed", "AttemptStopped", "AttemptInterrupted", "Stopping")  # ends of attempts that could rest on an old view
 
 
 class ApiCalls(Protocol):

@@ -97,6 +97,10 @@ def _attempt(curriculum: str, spec: CurriculumSpec, stage: StageState, memory: M
     def seen(status: Any, **values: Any) -> AttemptObservation:
         return AttemptObservation(stage.name, stage.attempt, status, step=(report or {}).get("step"), **values)
 
+    done = report is not None and report.get("result") is not None and (report.get("exit") or {}).get("status") == 0
+    if done and (job is None or job["metadata"].get("deletionTimestamp")):
+        # Its RayJob was deleted between its end and this look: the stage is done all the same, and must not run again.
+        return seen("succeeded", result=report["result"])
     if job is None:
         if not stage.launched and name in world.refused:
             return seen("failed", failure="infrastructure", reason="CreateRefused", message=world.refused[name])

@@ -23,7 +23,7 @@ from terrace_operator.observe import World
 Manifest = dict[str, Any]
 MAX_ROUNDS = 24  # a round ends in an effect or a wait; a curriculum of 32 stages with gates needs a few
 QUEUE_CHECK_SECONDS = 60.0  # safety tick: everything also wakes by events
-RUNNING_CHECK_SECONDS = 30.0
+RUNNING_CHECK_SECONDS = 60.0
 DELETION_CHECK_SECONDS = 10.0
 
 

@@ -91,6 +91,7 @@ class Simulation:
         self.succeeded: dict[str, list[str]] = {}
         self.attempts: dict[str, int] = {}
         self.running: dict[str, str] = {}  # curriculum -> RayJob whose program runs
+        self.deleted_at: dict[str, float] = {}
         self.broken: list[str] = []
         self.controller: Controller | None = None
         self.store.listeners.append(self._changed)
@@ -111,7 +112,10 @@ class Simulation:
     def _changed(self, kind: str, change: Change) -> None:
         """A write: whoever watches hears of it, late, twice or never."""
         if kind == "RayJob":
-            self.at(1.0, "job", change.body["metadata"]["name"])
+            name = change.body["metadata"]["name"]
+            self.at(1.0, "job", name)
+            if change.body["metadata"].get("deletionTimestamp"):
+                self.deleted_at.setdefault(name, self.clock.forward)
         if kind in ("Curriculum", "RayJob", "ConfigMap"):
             dice = self.numbers.random()
             copies = 0 if dice < WATCH_LOST else 2 if dice > 1 - WATCH_TWICE else 1
@@ -319,9 +323,7 @@ class Simulation:
         self.running[curriculum] = job
 
     def _deleted_for(self, job: str) -> float:
-        assert self.controller is not None
-        name = job.rsplit("-s", 1)[0]
-        return self.controller.cache.world(name).deleting_seconds.get(job, 0.0) + 10.0
+        return self.clock.forward - self.deleted_at.get(job, self.clock.forward)
 
     def _check_budgets(self) -> None:
         for name in self.finished:

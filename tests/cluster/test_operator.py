@@ -87,6 +87,24 @@ def test_suspend_saves_a_checkpoint_releases_everything_and_resumes_from_it(benc
     assert bench.run_until("Succeeded")["stages"][0]["attempt"] == 2
 
 
+def test_suspend_on_an_old_view_does_not_undo_a_finished_stage(bench):
+    """The stage ends, the watch misses it, and just then a person suspends: the stage stays done."""
+    bench.store.create(tiny_curriculum())
+    bench.run(0.3)
+    while "tiny-s0-1" not in bench.store.objects["RayJob"] or (
+        (bench.store.objects["RayJob"]["tiny-s0-1"].get("status") or {}).get("jobDeploymentStatus") != "Complete"
+    ):
+        bench.cluster.tick(bench.clock.forward)
+        bench.clock.advance(0.05)
+    bench.edit(suspend=True)
+    bench.controller.cache.store("Curriculum", bench.store.objects["Curriculum"]["tiny"])
+    bench.controller.handle("tiny")  # with the RayJob as it was before
+    bench.run(1.0)
+    bench.edit(suspend=False)
+    status = bench.run_until("Succeeded")
+    assert [stage["attempt"] for stage in status["stages"]] == [1, 1]
+
+
 def test_suspend_of_a_queued_attempt_needs_no_checkpoint(bench):
     bench.cluster.quota = 0
     bench.store.create(tiny_curriculum(queue=QUEUE))
