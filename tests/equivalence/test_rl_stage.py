@@ -127,9 +127,9 @@ def test_a_killed_process_is_followed_by_one_with_the_same_figures(folder, undis
 def test_two_ranks_have_the_figures_of_one(folder, undisturbed, strategy):
     if strategy.startswith("zero"):
         pytest.importorskip("deepspeed")
-    recipe = rl_recipe(folder, parallel={"strategy": strategy})
+    recipe = rl_recipe(folder, 2, parallel={"strategy": strategy}, evaluate={"max_samples_per_kind": 1})
     run_ranks(2, rl_stage.run_rank, recipe.model_dump(mode="json"), str(folder), strategy)
-    for one, two in zip(undisturbed, figures_of(folder, strategy), strict=True):
+    for one, two in zip(undisturbed[:2], figures_of(folder, strategy), strict=True):
         for key in (
             "loss",
             "grad_norm",
