@@ -35,7 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("terrace.data.inspect_command", "show a source or a stage as the model sees it, on a page"),
     "order": ("terrace.data.command", "list the first packs of a stage without running it"),
     "evaluate": ("terrace.evaluate.command", "score a model on suites"),
-    "report": ("terrace.track.report_command", "write a run's report"),
+    "report": ("terrace.curriculum.report_command", "write a run's report"),
     "render": ("terrace.cluster.command", "print the Kubernetes resource of a recipe"),
     "serve-rewards": ("terrace.rewards.command", "serve rewards over HTTP"),
     "demo": ("terrace.demo.command", "train a tiny model through four stages on this machine"),
