@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from terrace.data.collate import LoadedSample, Segment, make_segment
+from terrace.data.collate import NO_TARGET, CollateSettings, LoadedSample, Segment, make_segment
 from terrace.data.eligible import source_pixels
-from terrace.data.images import image_of
+from terrace.data.images import image_of, load_patches
 from terrace.data.ingest import iter_refused
 from terrace.data.order import permute, seed_of
 from terrace.data.plan import PADDING_WINDOW, StagePlan
@@ -25,7 +25,7 @@ from terrace.data.refusals import RefusedSample
 from terrace.data.resize import resized_coordinate
 from terrace.data.source_index import SourceIndex
 from terrace.data.tasks import TaskSettings
-from terrace.data.template import RUNNING_TEXT
+from terrace.data.template import RUNNING_TEXT, encode_prompt
 from terrace.data.tokenizer import TextTokenizer
 from terrace.data.types import MERGE_SIZE, PATCH_SIZE, PATCH_VALUES, PackSpec, Sample, SampleRef
 from terrace.errors import DamagedData
@@ -133,12 +133,13 @@ class Inspection:
 def inspect_stage(recipe: Recipe, stage_index: int, prepared: Any, samples: int, packs: int, seed: int = 0) -> Inspection:
     """Read `samples` samples (spread over the sources) and the first `packs` packs of a stage over its prepared data.
 
-    A stage that makes its own text (grpo) has prompts and no packs. A damaged sample is shown with its damage.
+    Stages of other objectives than `lm` pack by other rules: they have samples here, grpo's up to the answer's first token, and no
+    packs. A damaged sample is shown with its damage.
     """
     stage = recipe.stages[stage_index]
     settings = TaskSettings.of(recipe, stage_index, prepared)
     tokenizer = prepared.tokenizer()
-    plan = StagePlan.build(recipe, stage_index, prepared) if stage.objective != "grpo" else None
+    plan = StagePlan.build(recipe, stage_index, prepared) if stage.objective == "lm" else None
     planned = _planned_packs(plan)
     facts = plan.explain()["sources"] if plan else {}
     taken = Counter(ref.source for spec in planned for ref in spec.samples)
@@ -169,7 +170,9 @@ def inspect_stage(recipe: Recipe, stage_index: int, prepared: Any, samples: int,
         )
         count = -(-samples // len(stage.mixture.weights))
         limit = bounds[1] if bounds[1] != stage.pixels.max else 0
-        shown += [_alone(index, row, note, bounds, limit, tokenizer, settings) for row, note in choose_rows(index, bounds, count, seed)]
+        for row, note in choose_rows(index, bounds, count, seed):
+            spec = _alone(index, row, bounds, limit)
+            shown += _segments(spec, tokenizer, settings, (note,) if note else (), prompts=stage.objective == "grpo")
     return Inspection(
         stage=stage.name,
         objective=stage.objective,
@@ -220,11 +223,9 @@ def _some_refusals(index: SourceIndex) -> tuple[RefusedSample, ...]:
 # ---------------------------------------------------------------- segments
 
 
-def _alone(
-    index: SourceIndex, row: int, note: str, bounds: tuple[int, int], limit: int, tokenizer: TextTokenizer, settings: TaskSettings
-) -> ShownSegment:
-    """A sample outside any pack, whole, whatever the stage's sequence length."""
-    spec = PackSpec(
+def _alone(index: SourceIndex, row: int, bounds: tuple[int, int], limit: int) -> PackSpec:
+    """A pack of one sample, whole, whatever the stage's sequence length."""
+    return PackSpec(
         pack=0,
         samples=(SampleRef(index.name, row, str(index.ids[row])),),
         lengths=(int(index.lengths(bounds)[row]),),
@@ -233,8 +234,6 @@ def _alone(
         window=0,
         pixels_max=(limit,) if limit else (),
     )
-    [segment] = _segments(spec, tokenizer, settings, (note,) if note else ())
-    return segment
 
 
 def _shown_pack(spec: PackSpec, batch: int, tokenizer: TextTokenizer, settings: TaskSettings) -> ShownPack:
@@ -242,7 +241,9 @@ def _shown_pack(spec: PackSpec, batch: int, tokenizer: TextTokenizer, settings: 
     return ShownPack(spec.pack, spec.pack // batch, spec.window, settings.collate.sequence_length, segments)
 
 
-def _segments(spec: PackSpec, tokenizer: TextTokenizer, settings: TaskSettings, notes: tuple[str, ...] = ()) -> Iterator[ShownSegment]:
+def _segments(
+    spec: PackSpec, tokenizer: TextTokenizer, settings: TaskSettings, notes: tuple[str, ...] = (), prompts: bool = False
+) -> Iterator[ShownSegment]:
     """The segments of a pack, each made as training makes it."""
     locations = [settings.indexes[ref.source].location(ref.row) for ref in spec.samples]
     start = 0
@@ -262,7 +263,7 @@ def _segments(spec: PackSpec, tokenizer: TextTokenizer, settings: TaskSettings, 
                 raise result
             sample, images = result
             loaded = LoadedSample(sample, images, location.sizes)
-            segment = make_segment(spec, number, loaded, tokenizer, settings.collate)
+            segment = (_prompt if prompts else make_segment)(spec, number, loaded, tokenizer, settings.collate)
         except DamagedData as damage:
             yield ShownSegment(**facts, damage=str(damage))
             continue
@@ -273,6 +274,18 @@ def _segments(spec: PackSpec, tokenizer: TextTokenizer, settings: TaskSettings, 
             runs=tuple(token_runs(segment, tokenizer)),
             pictures=tuple(_pictures(segment, loaded, supervise)),
         )
+
+
+def _prompt(spec: PackSpec, number: int, loaded: LoadedSample, tokenizer: TextTokenizer, settings: CollateSettings) -> Segment:
+    """A sample up to its answer, as a rollout reads it."""
+    limit = spec.pixels_max[number] if spec.pixels_max else 0
+    pixels = (min(settings.pixels[0], limit), limit) if limit else settings.pixels
+    encoded = encode_prompt(loaded.sample, loaded.sizes, tokenizer, pixels)
+    patches = [
+        load_patches(loaded.images[image], rows * PATCH_SIZE, columns * PATCH_SIZE, settings.max_image_pixels)
+        for (_, rows, columns), (image, *_) in zip(encoded.grids.tolist(), encoded.images)
+    ]
+    return Segment(encoded, np.full(len(encoded.input_ids), NO_TARGET, np.int32), patches, [False] * len(patches))
 
 
 def token_runs(segment: Segment, tokenizer: TextTokenizer) -> Iterator[Run]:

@@ -91,8 +91,7 @@ def _inspect_recipe(args: argparse.Namespace) -> int:
         raise InputError(f"name a stage, {args.recipe}:STAGE; the stages of recipe {recipe.name} are {names}")
     number = stage_number(recipe, args.stage)
     prepared = prepare_data(recipe, args.run_dir, progress=Lines())
-    prompts = recipe.stages[number].objective == "grpo"  # a stage that packs what it generates
-    samples, packs = _counts(args, samples=8 if prompts else 0, packs=3)
+    samples, packs = _counts(args, samples=0 if recipe.stages[number].objective == "lm" else 12, packs=3)
     found = inspect_stage(recipe, number, prepared, samples, packs, args.seed)
     stage = recipe.stages[number]
     subtitle = f"Stage {number + 1} of {len(recipe.stages)} of {recipe.name}: packs of {stage.sequence_length:,} tokens"
@@ -132,7 +131,8 @@ def source_recipe(args: argparse.Namespace) -> Recipe:
     fields = {field: getattr(args, field) for field in ("kind", "format", "images_root") if getattr(args, field) is not None}
     tokenizer = {"path": args.tokenizer} if args.tokenizer else {"train_vocabulary_size": OWN_VOCABULARY}
     stage = {
-        "name": "inspect", "train": {"projector": {"lr": 1e-3}}, "mixture": {"weights": {name: 1.0}}, "budget": {"epochs": 1},
+        "name": "inspect", "objective": "grpo" if args.kind == "prompt" else "lm", "mixture": {"weights": {name: 1.0}},
+        "train": {"projector": {"lr": 1e-3}}, "budget": {"epochs": 1},
         "pixels": _pixels(args.pixels or "3136,401408"), "sequence_length": args.sequence_length or 4_096, "batch": {"packs": 1},
     }  # fmt: skip
     try:

@@ -28,7 +28,7 @@ STYLE = """
 .legend { display: flex; flex-wrap: wrap; gap: 8px 26px; align-items: center; font-size: 13px; color: var(--muted); margin-top: 24px; }
 .legend label { cursor: pointer; }
 .legend svg { width: 18px; height: 14px; vertical-align: -2px; margin-right: 4px; }
-.legend .strip { width: 34px; height: 16px; margin: 0 -20px 0 0; } .legend .strip a { flex: 1; background: #3f6fd8; } .legend .strip s {
+.legend .strip { display: inline-flex; width: 34px; height: 15px; margin: 0 6px 0 0; vertical-align: -3px; } .legend .strip a { flex: 1; background: #3f6fd8; } .legend .strip s {
   left: 0; width: 100%; }
 .sources { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 18px; }
 .sources h3, .segment h3 { font-size: 15px; margin: 0; }
@@ -88,8 +88,8 @@ ins .special { color: inherit; }
   border: 1px solid var(--chip-ink); white-space: nowrap; }
 .rest, .damage { color: var(--wrong); }
 @media print { :root { --said: #064c3a; --tint: #e4f5ee; --mark: #555; --chip: #fff; --chip-ink: #222; } .text { max-height: none; }
-  .segment, .sources .panel { break-inside: avoid-page; } .strip, .segment, figure { print-color-adjust: exact;
-  -webkit-print-color-adjust: exact; } .legend label { display: none; } }
+  .sources .panel, figure { break-inside: avoid; } .pack > header, .segment header, .strip { break-after: avoid; }
+  .strip, .segment, figure { print-color-adjust: exact; -webkit-print-color-adjust: exact; } .legend label { display: none; } }
 """
 
 
@@ -247,7 +247,7 @@ def _legend() -> str:
     return (
         '<div class="legend"><span class="text"><ins>supervised token</ins></span><span class="text"><span class="special">&lt;|mark|&gt;'
         '</span></span><span class="text"><span class="chip">image 12×9 = 108 tokens</span></span>'
-        '<span class="strip"><a><s></s></a></span><span>image tokens in a pack</span>'
+        '<span><span class="strip"><a><s></s></a></span>image tokens in a pack</span>'
         f"<span>{box.format('answer', '')}in the answer</span>"
         f"<span>{box.format('question', dashed)}in the question</span>"
         '<label><input type="checkbox" id="borders"> borders of tokens</label>'
@@ -256,8 +256,8 @@ def _legend() -> str:
 
 
 def _packs(found: Inspection, colours: dict[str, str]) -> str:
-    if found.objective == "grpo":
-        return '<p class="note">A grpo stage packs what it generates itself; its prompts are below.</p>'
+    if found.objective != "lm":
+        return f'<p class="note">A stage of objective {escape(found.objective)} has no packs that are known before it runs.</p>'
     if not found.packs:
         return ""
     return f"<h2>Packs</h2>{''.join(_pack(pack, colours) for pack in found.packs)}"
