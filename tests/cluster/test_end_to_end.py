@@ -174,7 +174,10 @@ def test_operator_killed_in_every_phase(cluster):
     kill_and_restart()
     status = cluster.until(name, "Succeeded")
     kill_and_restart()
-    assert [(s["attempt"], s["restarts"], s["infraRestarts"]) for s in status["stages"]] == [(2, 0, 0), (2, 1, 0)]
+    # The program goes on while the operator is away, so the first stage may end before the suspend is seen: then it has one attempt.
+    assert [(s["restarts"], s["infraRestarts"]) for s in status["stages"]] == [(0, 0), (1, 0)]
+    assert status["stages"][0]["attempt"] in (1, 2)
+    assert status["stages"][1]["attempt"] == 2
 
 
 def test_lost_watches_and_forgotten_history_lose_nothing(cluster):
