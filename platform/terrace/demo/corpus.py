@@ -38,10 +38,10 @@ SAMPLES = {
     "text": 400,
     "ocr": 1500,
     "grounding": 2400,
-    "gui": 1000,
-    "qa": 1000,
+    "gui": 1400,
+    "qa": 1400,
     "counting": 1400,
-    "charts": 1000,
+    "charts": 1400,
     "reasoning": 500,
     "albums": 120,
     "rl/counting": 400,
@@ -63,7 +63,7 @@ def write_corpus(
     """
     samples = SAMPLES if samples is None else samples
     stamp = folder / "corpus.json"
-    wanted = {"seed": seed, "samples": samples, "version": 3}
+    wanted = {"seed": seed, "samples": samples, "version": 4}
     if stamp.is_file() and json.loads(stamp.read_text()) == wanted:
         return folder
     stamp.unlink(missing_ok=True)
@@ -131,10 +131,10 @@ def _fill_paths(row: Row, paths: list[str]) -> Row:
 
 
 def name_of(thing: Thing) -> str:
-    """`red circle`, `red bar`, `HOTEL sign`, `Save button`."""
+    """`red circle`, `red bar`, `red sign`, `red button`."""
     if thing.kind == "shape":
         return f"{thing.colour} {thing.name}"
-    return {"bar": f"{thing.colour} bar", "word": f"{thing.name} sign", "button": f"{thing.name} button"}[thing.kind]
+    return f"{thing.colour} {({'bar': 'bar', 'word': 'sign', 'button': 'button'})[thing.kind]}"
 
 
 def caption_of(scene: Scene) -> str:
@@ -152,7 +152,8 @@ def caption_of(scene: Scene) -> str:
         bars = ", ".join(f"{thing.colour} {thing.value}" for thing in scene.things)
         return f"A chart with {NUMBERS[len(scene.things)]} bars: {bars}."
     buttons = ", ".join(f"{thing.colour} {thing.name}" for thing in scene.things)
-    return f"The {scene.title} window with {NUMBERS[len(scene.things)]} buttons: {buttons}."
+    noun = "button" if len(scene.things) == 1 else "buttons"
+    return f"The {scene.title} window with {NUMBERS[len(scene.things)]} {noun}: {buttons}."
 
 
 def _unique(things: tuple[Thing, ...]) -> list[Thing]:
@@ -243,8 +244,8 @@ def box_question(thing: Thing) -> str:
 
 def _grounding_scene(rng: random.Random) -> tuple[Scene, list[Thing]]:
     while True:
-        draw = scenes.draw_shapes if rng.random() < 0.75 else scenes.draw_sign
-        scene = draw(rng.getrandbits(40))
+        seed = rng.getrandbits(40)
+        scene = scenes.draw_shapes(seed, most=3) if rng.random() < 0.8 else scenes.draw_sign(seed)
         things = _unique(scene.things)
         if things:
             return scene, rng.sample(things, len(things))
@@ -262,7 +263,7 @@ def _gui(rng: random.Random) -> tuple[Row, list[Scene]]:
     things = rng.sample(scene.things, len(scene.things))
     turns = []
     for thing in things:
-        wanted = f"the {thing.colour} button" if rng.random() < 0.4 else f"'{thing.name}'"
+        wanted = f"the {thing.colour} button" if rng.random() < 0.6 else f"'{thing.name}'"
         turns.append((f"Click {wanted}.", '{"action": "click", "point": <point>}'))
     return _chat(turns, objects={"ref": [], "point": [list(thing.centre) for thing in things]}), [scene]
 
@@ -289,13 +290,14 @@ def _qa(rng: random.Random) -> tuple[Row, list[Scene]]:
     of_shape = [other for other in scene.things if other.name == thing.name]
     if len(of_shape) == 1:
         turns.append((f"Which colour has the {thing.name}?", thing.colour))
-        options, letter = _choices(rng, thing.colour, list(scenes.COLOURS))
-        turns.append((f"Which colour has the {thing.name}?\n{options}", letter))
+    elif len(of_colour) == 1:
+        options, letter = _choices(rng, thing.name, list(scenes.SHAPES))
+        turns.append((f"Which shape is {thing.colour}?\n{options}", letter))
     return _chat(rng.sample(turns, len(turns))), [scene]
 
 
 def _counting(rng: random.Random) -> tuple[Row, list[Scene]]:
-    scene = scenes.draw_shapes(rng.getrandbits(40), most=6, colours=3)
+    scene = scenes.draw_shapes(rng.getrandbits(40), most=5, colours=3)
     turns = [("How many shapes are in the picture?", str(len(scene.things)))]
     turns.append(_count_question(rng, scene))
     return _chat(rng.sample(turns, len(turns))), [scene]
@@ -354,7 +356,7 @@ def _prompt(question: str, task: str, solution: Any) -> Row:
 
 
 def _rl_counting(rng: random.Random) -> tuple[Row, list[Scene]]:
-    scene = scenes.draw_shapes(rng.getrandbits(40), most=6, colours=3)
+    scene = scenes.draw_shapes(rng.getrandbits(40), most=5, colours=3)
     question, answer = _count_question(rng, scene)
     return _prompt(question, "counting", answer), [scene]
 

@@ -34,10 +34,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 PAPER = (244, 244, 250)
 SHAPES = ("circle", "square", "triangle", "star")
-WORDS = (
-    "BUS", "CAFE", "BANK", "HOTEL", "PARK", "STOP", "EXIT", "OPEN", "MILK", "TEA", "FISH", "ZOO",
-    "BOOK", "MAP", "TAXI", "SHOP",
-)  # fmt: skip
+WORDS = ("BUS", "CAFE", "HOTEL", "PARK", "STOP", "TAXI", "ZOO", "MILK")
 BUTTONS = ("OK", "Save", "Open", "Help", "Send", "Quit")
 TITLES = ("Notes", "Photos", "Music", "Mail")
 PLACES = (
@@ -147,9 +144,12 @@ class _Canvas:
 
 
 def draw_shapes(seed: int, most: int = 4, colours: int = len(COLOURS)) -> Scene:
-    """1 to `most` shapes of at most `colours` colours that do not touch, each wholly inside one cell of the grid."""
+    """1 to `most` shapes of at most `colours` colours that do not touch, each wholly inside one cell of the grid.
+
+    Few shapes are more frequent than many: a model learns to see one thing first.
+    """
     rng = random.Random(seed)
-    count = rng.randint(1, most)
+    count = min(rng.randint(1, most), rng.randint(1, most + 1))
     chosen = sorted(rng.sample(range(CELLS * CELLS), count))
     palette = rng.sample(list(COLOURS), min(colours, len(COLOURS)))
     canvas, things = _Canvas(), []
@@ -234,7 +234,7 @@ def draw_chart(seed: int, highest: int = 8) -> Scene:
 
 
 def draw_window(seed: int) -> Scene:
-    """A window with a title, two or three labelled buttons of different colours, and grey lines that stand for text."""
+    """A window with a title, one to three labelled buttons of different colours, and grey lines that stand for text."""
     rng = random.Random(seed)
     canvas, things = _Canvas(), []
     canvas.rectangle((3, 3, SIZE - 3, SIZE - 3), (255, 255, 255), radius=8, outline=(160, 164, 174))
@@ -242,7 +242,7 @@ def draw_window(seed: int) -> Scene:
     canvas.rectangle((3, 18, SIZE - 3, 34), (92, 104, 128))
     title = rng.choice(TITLES)
     canvas.text((SIZE / 2, 19), title, 22, (255, 255, 255), bold=True)
-    count = rng.randint(2, 3)
+    count = rng.choices((1, 2, 3), (3, 4, 3))[0]
     slots = sorted(rng.sample(range(CELLS * CELLS), count))
     labels = dict(zip(slots, zip(rng.sample(BUTTONS, count), rng.sample(list(COLOURS), count))))
     for slot in range(CELLS * CELLS):
