@@ -36,6 +36,7 @@ class PolicyOptions:
     entropy_coefficient: float = 0.0
     forbidden: tuple[int, ...] = ()  # token ids that are never sampled
     chunk_tokens: int = 1024
+    one_head_call: bool = False  # ZeRO-3: every call of the output layer is a collective, so ranks must make equally many
 
 
 @dataclass
@@ -107,9 +108,10 @@ def summed_policy_loss(model: Any, batch: PolicyBatch, options: PolicyOptions) -
     forbidden = torch.tensor(options.forbidden, dtype=torch.int64, device=hidden.device)
     selected = hidden.index_select(0, batch.rows)
     logprobs, entropies = [], []
-    parts = zip(selected.split(options.chunk_tokens), batch.tokens.split(options.chunk_tokens))
-    chunked = torch.is_grad_enabled() and len(batch.rows) > options.chunk_tokens
-    for rows, tokens in parts:
+    size = max(len(batch.rows), 1) if options.one_head_call else options.chunk_tokens
+    parts = zip(selected.split(size), batch.tokens.split(size))
+    chunked = torch.is_grad_enabled() and len(batch.rows) > size
+    for rows, tokens in parts if len(batch.rows) else ():
         if chunked:
             made = checkpoint(
                 logprobs_and_entropies, model, rows, tokens, forbidden, options.temperature, use_reentrant=False

@@ -276,6 +276,7 @@ def policy_options(stage: Stage, options: GrpoOptions, forbidden: tuple[int, ...
         entropy_coefficient=options.entropy_coefficient,
         forbidden=forbidden,
         chunk_tokens=stage.loss_chunk_tokens,
+        one_head_call=stage.parallel.strategy == "zero3",
     )
 
 
