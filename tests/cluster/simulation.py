@@ -380,7 +380,7 @@ Kueue (`python tests/cluster/simulation.py --curricula 100 1000 --write docs/rel
 die and their pods never end; the queue preempts; people suspend, pause and delete RayJobs; watches deliver late, twice or never; API
 calls fail before or after they took effect; the operator is killed and restarted; the wall clock jumps by up to an hour. Checked at
 every start of a program and at the end: no two live attempts of a curriculum, stages in order, none again after its success, attempt
-numbers only grow, budgets respected, nothing stuck. Each of these checks has been seen to fail with the rule it guards taken out.
+numbers only grow, budgets respected, nothing stuck. Tests take the rules on live attempts and budgets out and see the checks fail.
 """
 
 
