@@ -18,7 +18,7 @@ RIGHT, WRONG, TRUE = (22, 143, 82), (208, 52, 58), (120, 126, 138)
 PAGE, CARD = (246, 247, 249), (255, 255, 255)
 
 SCALE = 2  # the sheet is drawn for dense screens
-COLUMNS, PER_KIND = 4, 2
+COLUMNS, PER_KIND, MOST = 4, 2, 16
 CARD_WIDTH, PICTURE_HEIGHT, PADDING, GAP = 268, 236, 16, 18
 MARGIN = 36
 
@@ -32,7 +32,7 @@ def write_sheet(results: Results, path: Path) -> Path:
     """Writes the contact sheet of `results.shown` and returns its path."""
     chosen = [item for item in results.shown if item.picture is not None]
     chosen = [item for place, item in enumerate(chosen) if sum(other.kind == item.kind for other in chosen[:place]) < PER_KIND]
-    cards = [_card(item) for item in chosen]
+    cards = [_card(item) for item in chosen[:MOST]]
     rows = [cards[start : start + COLUMNS] for start in range(0, len(cards), COLUMNS)]
     heights = [max(card.height for card in row) + 20 * SCALE for row in rows]
     header = 92 * SCALE

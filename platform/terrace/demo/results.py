@@ -98,7 +98,8 @@ def collect(
 ) -> Results:
     """Asks the last stage's model held-out questions of every kind it trained on. About 60 ms per short answer on a CPU.
 
-    Kinds that are not in `judged` are shown, not scored.
+    Kinds that are not in `judged` are shown, not scored. A worked answer counts where its result is right, or, where
+    every kind is judged (drawn scenes have one true wording), where every step is.
     """
     stages = read_stages(recipe, run_dir)
     final = run_dir / "stages" / f"{len(stages):02d}-{stages[-1].name}" / "final"
@@ -109,10 +110,11 @@ def collect(
         sources = [name for name, source in recipe.data.sources.items() if source.kind == kind and name in prepared.indexes]
         limit = questions_per_kind if kind in judged else shown_per_kind
         asked += _questions(kind, [prepared.indexes[name] for name in sources], speaker, limit)
+    whole = "caption" in judged
     scores: dict[str, tuple[int, int]] = {}
     shown: list[Shown] = []
     for place, (kind, question, files) in enumerate(asked):
-        item = _ask(kind, question, files, speaker, kind in judged)
+        item = _ask(kind, question, files, speaker, kind in judged, whole)
         if item.right is not None:
             right, total = scores.get(kind, (0, 0))
             scores[kind] = (right + item.right, total + 1)
@@ -136,12 +138,12 @@ def _questions(kind: str, indexes: list[Any], speaker: Speaker, limit: int) -> l
     return turns[:limit]
 
 
-def _ask(kind: str, question: Question, files: list[bytes], speaker: Speaker, judged: bool) -> Shown:
+def _ask(kind: str, question: Question, files: list[bytes], speaker: Speaker, judged: bool, whole: bool) -> Shown:
     said = answer(speaker, question.prompt, files, max_new_tokens=72).text
-    if question.prompt.messages[0]["role"] == "text" and "\n" not in question.expected:
-        said = said.split("\n")[0]
+    if question.prompt.messages[0]["role"] == "text":
+        said = said.split("\n\n")[0]  # the paragraph after the picture
     if not files:
-        right = is_right(said, question, 1.0) if judged else None
+        right = is_right(said, question, 1.0, whole) if judged else None
         return Shown(kind, None, question.text, said, question.expected, right, None, None)
     width, height = image_size(files[question.image])
     new_height, new_width = smart_resize(height, width, *speaker.pixels)
@@ -153,7 +155,7 @@ def _ask(kind: str, question: Question, files: list[bytes], speaker: Speaker, ju
         question=question.text,
         answer=said,
         expected=question.expected,
-        right=is_right(said, question, diagonal) if judged else None,
+        right=is_right(said, question, diagonal, whole) if judged else None,
         found_mark=_shares(found, new_width, new_height),
         expected_mark=_shares(question.box, new_width, new_height),
     )

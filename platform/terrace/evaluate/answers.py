@@ -53,9 +53,9 @@ def iou(first: Sequence[float], second: Sequence[float]) -> float:
     return shared / (areas - shared)
 
 
-def is_right(answer: str, question: Question, diagonal: float) -> bool:
+def is_right(answer: str, question: Question, diagonal: float, whole: bool = False) -> bool:
     """Whether `answer` says what `question` expects: box by overlap, point by distance (`diagonal` of the resized image in
-    pixels), a boxed result by its value, everything else by equal words."""
+    pixels), a boxed result by its value (`whole`: with every step towards it), everything else by equal words."""
     if question.box is not None and len(question.box) == 4:
         found = numbers_in_brackets(answer, 4)
         return found is not None and iou(found, question.box) >= RIGHT_IOU
@@ -66,7 +66,7 @@ def is_right(answer: str, question: Question, diagonal: float) -> bool:
         distance = ((found[0] - question.box[0]) ** 2 + (found[1] - question.box[1]) ** 2) ** 0.5
         return distance <= RIGHT_POINT_SHARE * diagonal
     expected_result = re.search(r"\\boxed\{([^{}]*)\}", question.expected)
-    if expected_result:
+    if expected_result and not whole:
         result = re.search(r"\\boxed\{([^{}]*)\}", answer)
         return result is not None and result.group(1).strip() == expected_result.group(1).strip()
     return _words(answer) == _words(question.expected)
@@ -80,13 +80,17 @@ def _words(text: str) -> list[str]:
 
 
 def questions_of(sample: Sample, sizes: Sequence[tuple[int, int]], pixels: tuple[int, int]) -> list[Question]:
-    """Every (user, assistant) turn of a conversation as a question of its own, with all images of the turns so far; a caption
-    or document as one question without words. `sizes` are (width, height) of the original images."""
+    """Every (user, assistant) turn of a conversation as a question of its own, with all images of the turns so far.
+
+    A caption or document is one question without words, whose answer is the paragraph after its last image. `sizes` are
+    (width, height) of the original images.
+    """
     if sample.messages[0]["role"] == "text":
         content = sample.messages[0]["content"]
         last = max((place for place, item in enumerate(content) if item["type"] == "image"), default=-1)
         beginning = [{"role": "text", "content": content[: last + 1]}]
         expected, _, _ = _read(content[last + 1 :], sizes, pixels)
+        expected = expected.strip().split("\n\n")[0]
         if not expected.strip():
             return []
         prompt = Sample(sample.id, "prompt", beginning, sample.metadata)
