@@ -38,8 +38,13 @@ def finish(launcher: LocalLauncher, attempt: int):
     return launcher.observe(0, "stage-a", attempt)
 
 
+@pytest.mark.slow
 def test_how_attempts_end(ray_cluster, tmp_path: Path):
     """Program failure, wrong input, a worker's death, a stop with a checkpoint, success: each is told apart, in one line."""
+    import fakes
+
+    # The shared cluster's workers do not have the tests' folder on their path: the stage travels whole.
+    ray_cluster.cloudpickle.register_pickle_by_value(fakes)
     recipe = tiny_recipe(1, steps=400)
     launcher = LocalLauncher(recipe, fake_stage)
     launcher.attach(tmp_path)
@@ -80,7 +85,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory):
     port, dashboard = 20000 + os.getpid() % 20000, 40000 + os.getpid() % 20000
     ray = str(Path(sys.executable).with_name("ray"))
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1",
-                   "PYTHONPATH": f"{REPOSITORY / 'platform'}:{REPOSITORY / 'tests'}", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
+                   "PYTHONPATH": f"{REPOSITORY / 'platform'}:{REPOSITORY / 'tests'}",
+                   "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
     process = subprocess.Popen(
         [ray, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=4", "--include-dashboard=true",
          "--disable-usage-stats", f"--temp-dir={temporary}", f"--object-store-memory={200 * 2**20}"],
@@ -124,7 +130,7 @@ sys.exit(outcome.exit_status)
 def start_controller(run_dir: Path, address: str, steps: int = 40) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY / 'platform'}:{REPOSITORY / 'tests'}"}
     environment.pop("RAY_ADDRESS", None)
-    log = open(run_dir / "controller.log", "a")  # noqa: SIM115: the process keeps it
+    log = open(run_dir / "controller.log", "a")  # noqa: SIM115 (the process keeps it)
     return subprocess.Popen([sys.executable, "-c", CONTROLLER, str(run_dir), address, str(steps)], env=environment,
                             stdout=log, stderr=log, start_new_session=True)  # fmt: skip
 
