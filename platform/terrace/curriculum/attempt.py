@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from terrace.cluster.attempt import stage_directory, write_atomic
-from terrace.errors import InputError
 from terrace.recipe.schema import Recipe
 
 
@@ -30,12 +29,10 @@ def run_in_worker(
 
     context = WorkerContext(rank, world_size, local_rank, device, report, should_stop)
     objective = recipe.stages[stage_index].objective
-    if objective == "grpo":
-        from terrace.rl.worker import run_stage
-    elif objective == "lm":
+    if objective == "lm":
         from terrace.train.worker import run_stage
     else:
-        raise InputError(f"stage {recipe.stages[stage_index].name}: objective {objective} is not one that `terrace run` can train")
+        from terrace.rl.worker import run_stage  # grpo and reward_model
     folder = stage_directory(run_dir, stage_index, recipe.stages[stage_index].name)
 
     def observe(event: str, values: dict[str, Any]) -> None:
