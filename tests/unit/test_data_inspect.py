@@ -87,8 +87,9 @@ def stage(rows: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe,
     return recipe, prepared, inspect_stage(recipe, 0, prepared, samples=9, packs=50)
 
 
-def text_of(segment) -> str:
-    return "".join(piece for run in segment.runs for piece in run.pieces)
+def said_of(segment) -> str:
+    """What the loss has targets for."""
+    return "".join(piece for run in segment.runs if run.supervised for piece in run.pieces)
 
 
 def test_packs_are_those_of_training(stage) -> None:
@@ -121,6 +122,10 @@ def test_boxes_stand_where_the_text_says_and_pictures_are_the_resized_ones(stage
         runs = [run for run in segment.runs if f"[{', '.join(map(str, mark.values))}]" in "".join(run.pieces)]
         assert [run.supervised for run in runs] == [mark.answer]
     assert next(mark for mark in shown.marks if len(mark.values) == 2).values == (round(77 * width / 300), round(33 * height / 200))
+    box, point = (next(list(mark.values) for mark in shown.marks if mark.answer and len(mark.values) == count) for count in (4, 2))
+    assert said_of(segment) == f"It is {box}, {point}<|im_end|>"
+    for caption in (one for one in found.samples if one.source == "captions"):
+        assert re.fullmatch(r"caption \d a <script>.*<\|endoftext\|>", said_of(caption), re.DOTALL)
     [chip] = [run for run in segment.runs if run.kind == "image"]
     assert chip.grid[1:] == (height // 28, width // 28)
     assert chip.tokens == height * width // 784

@@ -28,8 +28,9 @@ STYLE = """
 .legend { display: flex; flex-wrap: wrap; gap: 8px 26px; align-items: center; font-size: 13px; color: var(--muted); margin-top: 24px; }
 .legend label { cursor: pointer; }
 .legend svg { width: 18px; height: 14px; vertical-align: -2px; margin-right: 4px; }
-.legend .strip { display: inline-flex; width: 34px; height: 15px; margin: 0 6px 0 0; vertical-align: -3px; } .legend .strip a { flex: 1; background: #3f6fd8; } .legend .strip s {
-  left: 0; width: 100%; }
+.legend .strip { display: inline-flex; width: 34px; height: 15px; margin: 0 6px 0 0; vertical-align: -3px; }
+.legend .strip a { flex: 1; background: #3f6fd8; }
+.legend .strip s { left: 0; width: 100%; }
 .sources { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 18px; }
 .sources h3, .segment h3 { font-size: 15px; margin: 0; }
 .sources .panel { padding: 18px 20px; }
@@ -58,7 +59,7 @@ STYLE = """
   padding: 14px 18px 16px; margin-bottom: 12px; }
 .segment header { display: flex; flex-wrap: wrap; gap: 2px 16px; align-items: baseline; margin-bottom: 10px; }
 .segment h3 { overflow-wrap: anywhere; }
-.segment h3 em { font-style: normal; color: var(--own); }
+.segment h3 em { font-style: normal; color: color-mix(in srgb, var(--own) 65%, var(--ink)); }
 .body { display: grid; grid-template-columns: minmax(0, 1fr); gap: 16px; }
 .body.beside { grid-template-columns: minmax(0, 5fr) minmax(0, 6fr); }
 @media (max-width: 800px) { .body.beside { grid-template-columns: minmax(0, 1fr); } }
