@@ -81,7 +81,13 @@ def test_a_second_controller_is_refused_by_host_and_process(tmp_path: Path):
 
 
 def test_the_lease_of_a_killed_process_is_taken_over_at_once(tmp_path: Path):
-    code = "import sys, time; from terrace.curriculum.journal import acquire_lease as take; take(sys.argv[1])\nprint('held', flush=True)\ntime.sleep(60)"
+    code = """
+import sys, time
+from terrace.curriculum.journal import acquire_lease
+acquire_lease(sys.argv[1])
+print("held", flush=True)
+time.sleep(60)
+"""
     paths = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     holder = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, env=paths)
     assert holder.stdout.readline() == b"held\n"
