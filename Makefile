@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN_DIR ?= runs/$(if $(DATA),demo-$(notdir $(patsubst %/,%,$(DATA))),demo)
 
+# Fast ones first, so that a mistake shows within a minute.
+TESTS ?= tests/unit tests/equivalence tests/cluster tests/e2e tests/ray
+
 export PYTHONUNBUFFERED := 1
 export RAY_DEDUP_LOGS := 0
 export DS_ACCELERATOR ?= cpu
@@ -30,10 +33,10 @@ demo: $(STAMP)  ## The four stages on a tiny model and drawn scenes, or on your 
 	$(BIN)/terrace demo --run-dir $(RUN_DIR) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 test: $(STAMP)  ## All tests but the slow ones
-	$(BIN)/python -m pytest -m "not slow and not gpu and not cluster" $(ARGS)
+	$(BIN)/python -m pytest $(TESTS) -m "not slow and not gpu and not cluster" $(ARGS)
 
 test-all: $(STAMP)  ## All tests that need no GPU and no Kubernetes cluster
-	$(BIN)/python -m pytest -m "not gpu and not cluster" $(ARGS)
+	$(BIN)/python -m pytest $(TESTS) -m "not gpu and not cluster" $(ARGS)
 
 lint: $(STAMP)  ## Ruff, and the contract on which layer may import which
 	$(BIN)/ruff check .
