@@ -1,0 +1,125 @@
+"""A model directory that answers: batched greedy decoding with the native rollout engine, and the loss of a pack.
+
+Any Hugging Face directory of a supported architecture will do: a stage's `final`, or a published model. A batch of
+prompts is prefilled as one pack and decoded together; which cases share a batch depends on the suite alone, so the
+answers are the same on one worker and on several.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoConfig
+
+from terrace.data.images import load_patches
+from terrace.data.template import encode_prompt
+from terrace.data.tokenizer import TextTokenizer, load_tokenizer
+from terrace.data.types import PATCH_SIZE, PATCH_VALUES, PackedExample
+from terrace.errors import InputError, TerraceError
+from terrace.evaluate.cases import Case
+from terrace.evaluate.model_files import model_pixels_of
+from terrace.evaluate.run import Reply, Settings
+from terrace.models.attention import choose_backend
+from terrace.models.batch import to_device
+from terrace.models.build import materialise, meta_model
+from terrace.models.forward import pack_hidden
+from terrace.models.shared_prompt import use_shared_prompt_attention
+from terrace.models.weights import initial_weights
+from terrace.recipe.schema import Model as ModelSection
+from terrace.rl.engines import forbidden_tokens, stop_tokens
+from terrace.rl.native import NativeEngine
+from terrace.rl.rollout import Prompt, Sampling
+from terrace.train.precision import DTYPES, compute_context
+
+READ_THREADS = 4
+LOSS_CHUNK_TOKENS = 1024
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded model with everything that turns cases into answers."""
+
+    directory: Path
+    network: Any  # the transformers class
+    tokenizer: TextTokenizer
+    pixels: tuple[int, int]
+    engine: NativeEngine
+    device: str
+    precision: str
+
+    def reply(self, cases: Sequence[Case], max_new_tokens: int) -> list[Reply]:
+        """Greedy answers of one batch, in order."""
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            prompts = list(pool.map(lambda case: make_prompt(case, self.tokenizer, self.pixels), cases))
+        groups = self.engine.generate(prompts, Sampling(samples=1, max_tokens=max_new_tokens, temperature=0.0))
+        replies = []
+        for [response] in groups:
+            tokens = response.tokens[:-1] if response.finished else response.tokens
+            text = self.tokenizer.decode(tokens.tolist()).strip()
+            replies.append(Reply(text, len(response.tokens), response.finished))
+        return replies
+
+    def loss(self, example: PackedExample) -> float:
+        """Summed loss over the supervised tokens of a pack."""
+        with torch.no_grad(), compute_context(self.precision, self.device):
+            batch = to_device(example, torch.device(self.device), DTYPES[self.precision])
+            hidden = pack_hidden(self.network, batch).index_select(0, batch.supervised_rows)
+            return float(self.network.lm_head(hidden, batch.targets, LOSS_CHUNK_TOKENS))
+
+
+def use_threads_of_worker(worker: int, settings: Settings) -> str | None:
+    """The device of a worker: GPUs in turn. On a CPU the workers share the cores."""
+    if torch.cuda.is_available() and settings.device in (None, "cuda"):
+        return f"cuda:{worker % torch.cuda.device_count()}"
+    if settings.workers > 1:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // settings.workers))
+    return settings.device
+
+
+def load_model(directory: Path, device: str | None = None, precision: str | None = None, batch_size: int = 16) -> Model:
+    """Load onto `device` (default: a GPU where there is one) in `precision` (default: bf16 on a GPU, else fp32)."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    precision = precision or ("bf16" if device.startswith("cuda") else "fp32")
+    pixels = model_pixels_of(directory)
+    tokenizer = load_tokenizer(directory)
+    config = AutoConfig.from_pretrained(directory)
+    if config.image_token_id != tokenizer.special.image_pad:
+        raise InputError(f"{directory}: config.json and tokenizer.json disagree on the image token")
+    section = ModelSection(architecture=config.model_type, pretrained=str(directory))
+    skeleton = meta_model(config)
+    source, _ = initial_weights(section, skeleton, directory)
+    network = materialise(skeleton, source, device, DTYPES[precision])
+    backend, _ = choose_backend("auto", torch.device(device).type, precision)
+    use_shared_prompt_attention(network, backend)
+    network.eval()
+    engine = NativeEngine(
+        network, forbidden_tokens(tokenizer, config), stop_tokens(tokenizer), device, precision, max_rows=batch_size
+    )
+    return Model(directory, network, tokenizer, pixels, engine, device, precision)
+
+
+def make_prompt(case: Case, tokenizer: TextTokenizer, pixels: tuple[int, int]) -> Prompt:
+    """A case as the model reads it, through the template and the patches of training."""
+    try:
+        encoded = encode_prompt(case.prompt, case.sizes, tokenizer, pixels)
+        if any(len(numbers) != 1 for numbers in encoded.images):
+            raise InputError("videos are not asked about here")
+        images = case.read_images()
+        patches = [
+            load_patches(images[numbers[0]], rows * PATCH_SIZE, columns * PATCH_SIZE)
+            for numbers, (_, rows, columns) in zip(encoded.images, encoded.grids.tolist())
+        ]
+    except TerraceError as error:
+        raise InputError(f"case {case.id}: {error}") from error
+    return Prompt(
+        key=(case.id, case.rotation), id=case.id, task="", input_ids=encoded.input_ids, positions=encoded.positions,
+        patches=np.concatenate(patches) if patches else np.zeros((0, PATCH_VALUES), np.uint8), grids=encoded.grids,
+        text=case.text,
+    )  # fmt: skip
