@@ -100,7 +100,8 @@ def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
         return image
     import torch  # here, so that reading headers and arithmetic never pay for it
 
-    tensor = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]  # channels-last view, no copy
+    writable = np.require(image, requirements=["C", "W"])  # Pillow's arrays are read-only, which torch warns about
+    tensor = torch.from_numpy(writable).permute(2, 0, 1)[None]  # channels-last view, no copy
     resized = torch.nn.functional.interpolate(tensor, size=(height, width), mode="bicubic", antialias=True)
     return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
 
