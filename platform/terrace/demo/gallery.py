@@ -30,7 +30,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 def write_sheet(results: Results, path: Path) -> Path:
     """Writes the contact sheet of `results.shown` and returns its path."""
-    chosen = [item for item in results.shown if item.picture is not None]
+    chosen = [item for item in results.shown if item.picture is not None and _can_be_set(item)]
     chosen = [item for place, item in enumerate(chosen) if sum(other.kind == item.kind for other in chosen[:place]) < PER_KIND]
     cards = [_card(item) for item in chosen[:MOST]]
     rows = [cards[start : start + COLUMNS] for start in range(0, len(cards), COLUMNS)]
@@ -57,6 +57,11 @@ def write_sheet(results: Results, path: Path) -> Path:
     return path
 
 
+def _can_be_set(item: Shown) -> bool:
+    """Whether the font has what the card says: Latin text."""
+    return all(ord(character) < 0x2100 for character in item.question + item.answer + item.expected)
+
+
 def _card(item: Shown) -> Image.Image:
     """One picture with its marks, the question, and the answer below."""
     inner = CARD_WIDTH - 2 * PADDING
@@ -68,7 +73,10 @@ def _card(item: Shown) -> Image.Image:
     card = Image.new("RGB", ((CARD_WIDTH - 2) * SCALE, height * SCALE), CARD)
     draw = ImageDraw.Draw(card)
     picture = marked_picture(item, inner * SCALE, PICTURE_HEIGHT * SCALE)
-    card.paste(picture, (((CARD_WIDTH - 2) * SCALE - picture.width) // 2, 6 * SCALE))
+    if picture.height < PICTURE_HEIGHT * SCALE * 0.9:  # a wide picture gets a mat, so that cards keep their line
+        draw.rectangle([PADDING * SCALE, 6 * SCALE, (PADDING + inner - 2) * SCALE, (6 + PICTURE_HEIGHT) * SCALE], fill=PAGE)
+    left, top = ((CARD_WIDTH - 2) * SCALE - picture.width) // 2, 6 * SCALE + (PICTURE_HEIGHT * SCALE - picture.height) // 2
+    card.paste(picture, (left, top))
     y = PICTURE_HEIGHT + 16
     _write(draw, (PADDING, y), TASKS.get(item.kind, item.kind).upper(), 10, MUTED)
     y += 18

@@ -181,7 +181,9 @@ def _card(item: Shown) -> str:
     )
 
 
-def _short(text: str, most: int = 320) -> str:
+def _short(text: str, most: int = 240) -> str:
+    if text.count("\n") > 5:
+        text = " · ".join(line for line in text.split("\n") if line)
     return text if len(text) <= most else text[: most - 4].rstrip() + " ..."
 
 

@@ -128,14 +128,21 @@ def collect(
 def _questions(kind: str, indexes: list[Any], speaker: Speaker, limit: int) -> list[tuple[str, Question, list[bytes]]]:
     """Up to `limit` held-out questions with the files of their images, one per sample first, then further turns."""
     per_sample: list[list[tuple[str, Question, list[bytes]]]] = []
-    rows = [(index, int(row)) for index in indexes for row in index.holdout_rows[:limit]]
-    for index, row in rows[:limit]:
+    rows = [(index, int(row)) for index in indexes for row in index.holdout_rows]
+    # Neighbouring rows of real collections are much alike: the ones asked are spread over all of them.
+    for index, row in _spread(rows, limit):
         sample, files = read_sample(index, row)
         sizes = [image_size(data) for data in files]
         questions = questions_of(sample, sizes, speaker.pixels)
         per_sample.append([(kind, q, [files[k] for k in q.images]) for q in questions if len(q.images) <= 4])
     turns = [turn for place in range(8) for turn in (found[place] for found in per_sample if len(found) > place)]
     return turns[:limit]
+
+
+def _spread(rows: list[Any], most: int) -> list[Any]:
+    """At most `most` of the rows, such that the first few are far apart as well."""
+    stride = next((step for step in (7, 11, 13, 17, 19) if len(rows) % step), 1)
+    return [rows[place * stride % len(rows)] for place in range(min(most, len(rows)))]
 
 
 def _ask(kind: str, question: Question, files: list[bytes], speaker: Speaker, judged: bool, whole: bool) -> Shown:
