@@ -48,7 +48,7 @@ def collect_run(run_dir: Path, now: float | None = None) -> RunReport:
     from terrace.curriculum.state import fold
     from terrace.curriculum.status import run_status
     from terrace.recipe.loading import recipe_hash
-    from terrace.track.report import RunReport, read_answers, read_data_mark, read_stages
+    from terrace.track.report import RunReport, read_answers, read_data_mark, read_stages, without_controller
 
     if not run_dir.is_dir():
         raise InputError(f"{run_dir} is no folder; name the --run-dir of a run")
@@ -59,7 +59,12 @@ def collect_run(run_dir: Path, now: float | None = None) -> RunReport:
         raise InputError(str(error)) from error
     if not content.events:
         raise InputError(f"{run_dir} holds a recipe but no journal: nothing has run in it yet; `terrace plan` shows what it would take")
+    for number, event in enumerate(content.events, start=1):
+        needed = ("time", "event", *(("attempt",) if str(event.get("event")).startswith("stage_attempt_") else ()))
+        if missing := [key for key in needed if key not in event]:
+            raise InputError(f"{run_dir / 'journal.jsonl'}, line {number}: no {missing[0]!r} in it; restore the file")
     state = fold([stage.name for stage in recipe.stages], content.events)
+    data_mark = read_data_mark(run_dir)
     plan, note = plan_of(recipe, run_dir)
     stages = read_stages(run_dir, recipe, content.events, {stage.name: stage.phase for stage in state.stages}, plan)
     status = run_status(run_dir)  # after the files have been checked one by one, with a message for each
@@ -68,14 +73,14 @@ def collect_run(run_dir: Path, now: float | None = None) -> RunReport:
         recipe=recipe,
         recipe_text=(run_dir / "recipe.yaml").read_text(encoding="utf-8"),
         recipe_hash=recipe_hash(recipe),
-        data_mark=read_data_mark(run_dir),
+        data_mark=data_mark,
         phase=status["phase"],
         message=status["message"],
         started_at=state.started_at,
         ended_at=state.ended_at,
         written_at=time.time() if now is None else now,
         events=content.events,
-        stages=stages,
+        stages=stages if status["controller"] else without_controller(stages),
         answers=read_answers(run_dir),
         plan=plan,
         plan_note=note,
@@ -92,12 +97,14 @@ def plan_of(recipe: Recipe, run_dir: Path) -> tuple[Mapping[str, Any] | None, st
     from terrace.planner.plan import make_plan
     from terrace.planner.render import plan_values
 
-    facts, note = None, "samples and tokens from the run's own index"
+    facts, why = None, ""
     try:
         facts = load_facts(recipe, run_dir / "data")
     except (InputError, OSError) as error:
-        note = f"samples and tokens assumed, the run's index cannot be read ({error})"
+        why = f", because the run's index cannot be read ({error})"
     try:
-        return plan_values(make_plan(recipe, facts=facts)), note
+        plan = plan_values(make_plan(recipe, facts=facts))
     except InputError as error:
         return None, f"this recipe cannot be planned: {error}"
+    exact = all(stage["exact"] for stage in plan["stages"])
+    return plan, "samples and tokens from the run's own index" if exact else f"samples and tokens assumed for some stages{why}"

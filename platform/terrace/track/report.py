@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ class Attempt:
     number: int
     started: float
     ended: float | None
-    outcome: str  # completed, failed, preempted, interrupted or running
+    outcome: str  # completed, failed, preempted, interrupted, running, or unknown: nobody saw its end
     reason: str
     message: str
     first_step: int  # it went on after this step; 0: from the stage's start
@@ -107,7 +107,6 @@ class RunReport:
     plan: Mapping[str, Any] | None = None  # the planner's JSON form of the recipe
     plan_note: str = ""
     torn: bool = False
-    extra: dict[str, str] = field(default_factory=dict)
 
     @property
     def last_time(self) -> float | None:
@@ -123,6 +122,18 @@ def read_stages(
     return [
         _read_stage(run_dir, index, stage, _events_of(stage.name, events), phases.get(stage.name, "pending"), plans.get(stage.name))
         for index, stage in enumerate(recipe.stages)
+    ]
+
+
+def without_controller(stages: Sequence[StageReport]) -> list[StageReport]:
+    """The stages of a run that nobody works on: what the journal still calls running has stopped, nobody knows how."""
+    return [
+        replace(
+            stage,
+            phase="stopped" if stage.phase == "running" else stage.phase,
+            attempts=[replace(attempt, outcome="unknown") if attempt.ended is None else attempt for attempt in stage.attempts],
+        )
+        for stage in stages
     ]
 
 
@@ -152,9 +163,7 @@ def _events_of(stage: str, events: Sequence[Event]) -> list[Event]:
     return own[cleared[-1] + 1 :] if cleared else own
 
 
-def _read_stage(
-    run_dir: Path, index: int, stage: Stage, events: list[Event], phase: str, plan: Mapping[str, Any] | None
-) -> StageReport:
+def _read_stage(run_dir: Path, index: int, stage: Stage, events: list[Event], phase: str, plan: Mapping[str, Any] | None) -> StageReport:
     folder = stage_directory(run_dir, index, stage.name)
     attempts = read_attempts(events)
     result_file, plan_file = folder / "result.json", folder / "plan.json"
@@ -199,9 +208,9 @@ def read_attempts(events: Sequence[Event]) -> list[Attempt]:
         elif attempts and event.get("attempt") == attempts[-1].number:
             last = attempts[-1]
             if kind == "stage_attempt_launched" and last.number > 1:
-                attempts[-1] = _changed(last, first_step=step)
+                attempts[-1] = replace(last, first_step=step)
             elif kind in ENDINGS:
-                attempts[-1] = _changed(
+                attempts[-1] = replace(
                     last,
                     ended=event["time"],
                     outcome=ENDINGS[kind],
@@ -209,10 +218,6 @@ def read_attempts(events: Sequence[Event]) -> list[Attempt]:
                     message=event.get("message", ""),
                 )
     return attempts
-
-
-def _changed(attempt: Attempt, **values: Any) -> Attempt:
-    return Attempt(**{**vars(attempt), **values})
 
 
 def read_checkpoints(folder: Path) -> list[Checkpoint]:

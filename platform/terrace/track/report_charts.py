@@ -50,7 +50,9 @@ class Look:
     empty: str = ""  # written into a facet where no run has a value, for example "frozen"
 
 
-def chart(title: str, note: str, facets: Sequence[Facet], lines: Sequence[Line], look: Look, resumes: Sequence[tuple[int, int]] = ()) -> str:
+def chart(
+    title: str, note: str, facets: Sequence[Facet], lines: Sequence[Line], look: Look, resumes: Sequence[tuple[int, int]] = ()
+) -> str:
     """A figure with its title. `resumes` are (facet place, step) where an attempt went on. '' where nothing was measured."""
     values = [value for line in lines for points in line.points for _, value in points if value is not None]
     if look.scale == "log":
@@ -67,7 +69,9 @@ def chart(title: str, note: str, facets: Sequence[Facet], lines: Sequence[Line],
         parts.append(f'<g class="run{order + 1}">{"".join(_curve(frame, line, order))}</g>')
     parts += _end_labels(frame, lines)
     summary = "; ".join(f"{line.name + ': ' if line.name else ''}{_summary(line, look)}" for line in lines if _finite(line))
-    caption = f'<figcaption><b>{escape(title)}</b>{f" <span>{escape(note)}</span>" if note else ""}</figcaption>'
+    if frame.above is not None:
+        note = f"{note}, single steps up to {look.unit(frame.above)}".removeprefix(", ")
+    caption = f"<figcaption><b>{escape(title)}</b>{f' <span>{escape(note)}</span>' if note else ''}</figcaption>"
     return (
         f'<figure class="chart">{caption}<svg viewBox="0 0 {look.width} {look.height}" role="img" '
         f'aria-label="{escape(title)}: {escape(summary)}"><title>{escape(title)}: {escape(summary)}</title>{"".join(parts)}</svg></figure>'
@@ -109,8 +113,6 @@ class _Frame:
             y = self.y(tick)
             parts.append(f'<line class="rule" x1="{self.left}" x2="{end}" y1="{y:.1f}" y2="{y:.1f}"/>')
             parts.append(f'<text x="{self.left - 6}" y="{y + 4:.1f}" text-anchor="end">{escape(self.look.unit(tick))}</text>')
-        if self.above is not None:
-            parts.append(f'<text x="{end}" y="{self.top - 9}" text-anchor="end">▲ up to {escape(self.look.unit(self.above))}</text>')
         for place, (facet, start, width) in enumerate(zip(self.facets, self.starts, self.widths)):
             if place:
                 parts.append(f'<line class="border" x1="{start:.1f}" x2="{start:.1f}" y1="{self.top - 14}" y2="{self.bottom}"/>')
@@ -142,8 +144,8 @@ def _range(values: Sequence[float], log: bool, look: Look) -> tuple[float, float
     if log:
         return low * 0.92, high * 1.08, None
     above = None
-    usual = sorted(values)[min(len(values) - 1, int(0.98 * len(values)))]
-    if look.zero and len(values) >= 20 and high > 2.5 * usual > 0:
+    usual = sorted(values)[-1 - max(4, len(values) // 200)] if len(values) >= 20 else high
+    if look.zero and high > 2.5 * usual > 0:
         high, above = usual * 1.3, high
     low = min(0.0, low) if look.zero else low
     if high == low:
@@ -215,11 +217,11 @@ def buckets_of(points: Sequence[Point], most: int) -> list[_Bucket]:
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """A centred mean over about a fortieth of the values; shorter at both ends, so that the ends do not lag."""
+    """A centred mean over about a fortieth of the values, seven at least; shorter at both ends, so that the ends do not lag."""
     sums = [0.0]
     for value in values:
         sums.append(sums[-1] + value)
-    half = max(1, len(values) // 80)
+    half = max(3, len(values) // 80)
     found = []
     for place in range(len(values)):
         reach = min(half, place, len(values) - 1 - place)

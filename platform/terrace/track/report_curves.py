@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from html import escape
 from typing import Any
 
@@ -14,15 +15,15 @@ from terrace.track.report_numbers import percent, short_number, span
 WIDE = Look(width=1080, height=250, scale="log", zero=False)
 HALF = Look()
 THIRD = Look(width=350, height=150)
-TASK_FIGURES = (  # key in `tasks`, title, note, values are shares
-    ("reward", "reward", "mean over responses", False),
-    ("pass_rate", "pass rate", "responses that pass", True),
-    ("zero_variance", "groups without a difference", "all rewards equal: nothing to learn", True),
-    ("response_tokens", "response length", "tokens", False),
-    ("truncated", "cut responses", "reached max_response_tokens", True),
-    ("distinct", "distinct responses", "within a group", True),
-    ("entropy", "entropy", "nats per token", False),
-    ("reward_failures", "failed rewards", "counted apart, never as 0", True),
+TASK_FIGURES = (  # key in `tasks`, title, note, how a value is written
+    ("reward", "reward", "mean over responses", short_number),
+    ("pass_rate", "pass rate", "responses that pass", percent),
+    ("zero_variance", "groups without a difference", "all rewards equal: nothing to learn", percent),
+    ("response_tokens", "response length", "tokens", short_number),
+    ("truncated", "cut responses", "reached max_response_tokens", percent),
+    ("distinct", "distinct responses", "within a group", percent),
+    ("entropy", "entropy", "nats per token", short_number),
+    ("reward_failures", "failed rewards", "counted apart, never as 0", percent),
 )
 POLICY_FIGURES = (
     ("kl", "KL to the start", "nats per token", short_number),
@@ -51,10 +52,7 @@ class Curves:
             self.over_steps("Gradient norm", "before clipping, logarithmic", lambda row, _: row.get("grad_norm"), _log(HALF)),
             self.over_steps("Visual tokens", "per step", lambda row, _: row.get("visual_tokens"), HALF),
         ]
-        rates = [
-            self.over_steps(f"Learning rate, {part}", "", _rate(part), Look(width=350, height=150, smooth=False, empty="frozen"))
-            for part in PARTS
-        ]
+        rates = [self.over_steps(f"Learning rate, {part}", "", _rate(part), replace(THIRD, smooth=False, empty="frozen")) for part in PARTS]
         return wide + grid(rates, 3) + grid(halves, 2)
 
     def throughput(self) -> str:
@@ -72,38 +70,32 @@ class Curves:
 
     def held_out(self) -> str:
         """One small chart per kind: before and after each stage, and every N steps where the recipe asks for it."""
-        kinds = dict.fromkeys(
-            kind for run in self.runs for stage in run.stages for _, losses in evaluations(stage) for kind in losses
-        )
-        look = Look(width=350, height=150, smooth=False, dots=True, scale="log", zero=False)
-        flat = Look(width=350, height=150, smooth=False, dots=True)
+        kinds = dict.fromkeys(kind for run in self.runs for stage in run.stages for _, losses in evaluations(stage) for kind in losses)
+        rising = replace(THIRD, smooth=False, dots=True)
+        falling = replace(rising, scale="log", zero=False)
         return grid(
             [
-                self._draw(
-                    kind, "", self.stages, lambda stage, kind=kind: [(step, losses.get(kind)) for step, losses in evaluations(stage) if kind in losses],
-                    flat if is_better_high(kind) else look, marks=False,
-                )
+                self._draw(kind, "", self.stages, _held_out_points(kind), rising if is_better_high(kind) else falling, marks=False)
                 for kind in kinds
             ],
             3,
-        )  # fmt: skip
+        )
 
     def tasks(self) -> str:
         """MORL: every figure of every task over the iterations, then the figures of the policy step."""
         names = [name for name in self.stages if any(stage and _has(stage, "tasks") for stage in self._each(name))]
         if not names:
             return ""
-        tasks = sorted({task for name in names for stage in self._each(name) if stage for row in stage.rows for task in row.get("tasks") or {}})
+        rows = [row for name in names for stage in self._each(name) if stage for row in stage.rows]
         parts = []
-        for task in tasks:
+        for task in sorted({task for row in rows for task in row.get("tasks") or {}}):
             charts = [
-                self._draw(title, note, names, _task_points(task, key), Look(width=350, height=150, unit=percent if share else short_number),
-                           marks=False, steps=_iterations)
-                for key, title, note, share in TASK_FIGURES
-            ]  # fmt: skip
+                self._draw(title, note, names, _task_points(task, key), replace(THIRD, unit=unit), marks=False, steps=_iterations)
+                for key, title, note, unit in TASK_FIGURES
+            ]
             parts.append(f"<h3>{escape(task)}</h3>{grid(charts, 3)}")
         charts = [
-            self._draw(title, note, names, _field_points(key), Look(width=350, height=150, unit=unit), marks=False)
+            self._draw(title, note, names, _field_points(key), replace(THIRD, unit=unit), marks=False)
             for key, title, note, unit in POLICY_FIGURES
         ]
         return "".join(parts) + "<h3>policy step</h3>" + grid(charts, 3)
@@ -128,11 +120,10 @@ class Curves:
             for label, stages in zip(self.names, self.by_name)
         ]
         # Two runs' marks on one chart could not be told apart; the timelines beside each other show both.
-        resumes = (
-            [(place, attempt.first_step) for place, name in enumerate(names) for attempt in self.by_name[0][name].attempts if attempt.first_step]
-            if marks and len(self.runs) == 1
-            else []
-        )
+        resumes = []
+        if marks and len(self.runs) == 1:
+            own = [(place, self.by_name[0][name]) for place, name in enumerate(names)]
+            resumes = [(place, attempt.first_step) for place, stage in own for attempt in stage.attempts if attempt.first_step]
         return chart(title, note, facets, lines, look, resumes)
 
     def _each(self, name: str) -> list[StageReport | None]:
@@ -200,7 +191,7 @@ def _seen(stage: StageReport, source: str) -> int:
 
 
 def _log(look: Look) -> Look:
-    return Look(look.width, look.height, "log", zero=False)
+    return replace(look, scale="log", zero=False)
 
 
 def _rate(part: str) -> Callable[[Row, StageReport], float | None]:
@@ -228,6 +219,10 @@ def _has(stage: StageReport, key: str) -> bool:
 
 def _iterations(stage: StageReport) -> float:
     return max((row.get("iteration", 0) for row in stage.rows), default=0)
+
+
+def _held_out_points(kind: str) -> Callable[[StageReport], list[Point]]:
+    return lambda stage: [(step, losses[kind]) for step, losses in evaluations(stage) if kind in losses]
 
 
 def _task_points(task: str, key: str) -> Callable[[StageReport], list[Point]]:

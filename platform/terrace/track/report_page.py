@@ -6,12 +6,14 @@ chart (the second one dashed) and stand below each other where a chart cannot ho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 
 from terrace.page import document, facts
 from terrace.track.report import RunReport
+from terrace.track.report_charts import DASHES
 from terrace.track.report_curves import Curves, shares
 from terrace.track.report_numbers import clock, short_number, span
 from terrace.track.report_style import STYLE
@@ -43,6 +45,7 @@ SECTIONS = (  # id, heading; a section without content is left out
     ("events", "Failures, resumes and requests"),
     ("recipe", "Recipe and journal"),
 )
+_CODE = re.compile(r"`([^`]*)`")
 
 
 def write_page(runs: Sequence[RunReport], path: Path) -> Path:
@@ -92,10 +95,12 @@ def _head(run: RunReport, name: str, level: str) -> str:
         (str(sum(attempt.outcome in ("failed", "interrupted") for stage in run.stages for attempt in stage.attempts)), "failures"),
     ]
     description = f'<p class="lead">{escape(run.recipe.description)}</p>' if run.recipe.description else ""
-    message = "" if run.phase == "succeeded" or not run.message else f'<p class="why">{escape(run.message)}</p>'
+    why = _CODE.sub(r"<code>\1</code>", escape(run.message)) if run.phase != "succeeded" else ""
+    message = f'<p class="why">{why}</p>' if why else ""
     label = f'<span class="run-name">{name}</span> ' if name else ""
     return (
-        f'<header class="run"><{level}>{label}{escape(run.recipe.name)} <span class="phase {run.phase}">{escape(run.phase)}</span></{level}>'
+        f'<header class="run"><{level}>{label}{escape(run.recipe.name)} '
+        f'<span class="phase {run.phase}">{escape(run.phase)}</span></{level}>'
         f"{description}{message}"
         f'<p class="ids"><span>started {clock(run.started_at)} UTC</span><span>recipe <code>{run.recipe_hash[:12]}</code></span>'
         f"<span>data <code>{run.data_mark[:12] or '–'}</code></span><span><code>{escape(str(run.run_dir))}</code></span></p>"
@@ -111,9 +116,10 @@ def _key(runs: Sequence[RunReport]) -> str:
     ]
     if len(runs) == 2:
         lines = [
-            f'<span class="run{order}"><svg class="swatch" viewBox="0 0 34 12"><line class="line" x1="0" x2="34" y1="6" y2="6"{dash}/></svg>'
+            f'<span class="run{order}"><svg class="swatch" viewBox="0 0 34 12">'
+            f'<line class="line" x1="0" x2="34" y1="6" y2="6"{dash}/></svg>'
             f"run {name}: {escape(run.run_dir.name)}</span>"
-            for order, (run, name, dash) in enumerate(zip(runs, "AB", ("", ' stroke-dasharray="7 4"')), start=1)
+            for order, (run, name, dash) in enumerate(zip(runs, "AB", DASHES), start=1)
         ]
     elif any(attempt.first_step for stage in runs[0].stages for attempt in stage.attempts):
         lines.append("<span>↻ went on from a checkpoint</span>")
@@ -128,13 +134,14 @@ def _timeline(run: RunReport, name: str) -> str:
     if not drawn:
         return '<p class="note">No stage has started.</p>'
     signs = (
-        "<span>✓ completed</span><span>✗ failed or interrupted (striped)</span><span>⏸ preempted (ruled)</span><span>▸ runs</span>"
+        "<span>✓ completed</span><span>✗ failed or interrupted (striped)</span><span>‖ preempted (ruled)</span><span>▸ runs</span>"
         "<span>▲ checkpoint</span><span>◆ gate</span><span>→ weights handed over</span><span>wall clock since the start</span>"
     )
-    return f'<div class="panel">{drawn}</div><p class="key">{signs}</p>'
+    key = "" if name == "A" else f'<p class="key">{signs}</p>'  # once below both
+    return f'<div class="panel">{drawn}</div>{key}'
 
 
-def _each(runs: Sequence[RunReport], names: Sequence[str], show) -> str:
+def _each(runs: Sequence[RunReport], names: Sequence[str], show: Callable[[RunReport, str], str]) -> str:
     """Each run's own part, under its name where there are two; '' where none has any."""
     parts = [(run, name, show(run, name)) for run, name in zip(runs, names)]
     if len(runs) == 1:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -13,6 +14,7 @@ from terrace.track.report_numbers import clock, file_size, percent, short_number
 
 DASH = '<span class="none">–</span>'
 MOST_EVENTS = 2000
+NOTICED = 0.01  # a smaller share of change is not worth a mark
 TROUBLE = (
     "controller_started", "stage_attempt_failed", "stage_attempt_preempted", "stage_attempt_interrupted", "stop_requested", "gate_missed",
     "pause_requested", "suspend_requested", "cancel_requested", "resume_requested", "rerun_requested", "recipe_changed", "stage_cleared",
@@ -26,7 +28,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequence[in
         return ""
 
     def cells(name: str, row: Sequence[str]) -> str:
-        return "".join(f'<{name}{" class=text" if place in texts else ""}>{cell}</{name}>' for place, cell in enumerate(row))
+        return "".join(f"<{name}{' class=text' if place in texts else ''}>{cell}</{name}>" for place, cell in enumerate(row))
 
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     return f'<div class="panel"><table class="{kind}"><tr>{cells("th", head)}</tr>{body}</table></div>'
@@ -66,7 +68,7 @@ def _workers(stage: StageReport) -> str:
     if seen:
         return f"{' and '.join(str(count) for count in seen)} worker{'s' if seen != [1] else ''}"
     wanted = stage.stage.resources.workers
-    return f"{wanted if isinstance(wanted, int) else '{} to {}'.format(*wanted)} workers asked"
+    return f"workers: {wanted if isinstance(wanted, int) else '{} to {}'.format(*wanted)}"
 
 
 def _of_rows(stage: StageReport, key: str) -> str:
@@ -75,7 +77,7 @@ def _of_rows(stage: StageReport, key: str) -> str:
 
 
 def held_out_table(run: RunReport) -> str:
-    """Figure per kind before and after each stage; what got worse has a triangle."""
+    """Figure per kind before and after each stage; what got worse by more than a hundredth has a triangle."""
     stages = [stage for stage in run.stages if (stage.result or {}).get("evaluation")]
     kinds = dict.fromkeys(kind for stage in stages for kind in stage.result["evaluation"].get("after") or {})
     rows = [[escape(kind), *(_before_after(stage.result["evaluation"], kind) for stage in stages)] for kind in kinds]
@@ -88,8 +90,9 @@ def _before_after(evaluation: Mapping[str, Any], kind: str) -> str:
         return DASH
     if before is None:
         return f"<b>{after:.3f}</b>"
-    worse = after < before if is_better_high(kind) else after > before
-    sign = " <span class=failed>▲</span>" if worse and not is_better_high(kind) else " <span class=failed>▼</span>" if worse else ""
+    grown = (after - before) / max(abs(before), 1e-9)
+    high = is_better_high(kind)
+    sign = f" <span class=failed>{'▼' if high else '▲'}</span>" if (-grown if high else grown) > NOTICED else ""
     return f'{before:.3f}<span class="arrow">→</span><b>{after:.3f}</b>{sign}'
 
 
@@ -134,29 +137,29 @@ def plan_table(run: RunReport) -> str:
         checkpoint = stage.checkpoints[-1].bytes if stage.checkpoints else None
         rows.append(
             [
-                f"<b>{stage.number} {escape(stage.name)}</b><small>{_parameters(plan)}</small>",
+                f"<b>{stage.number} {escape(stage.name)}</b>{_parameters(plan)}",
                 _against(stage.steps or None, plan.get("steps"), f"{stage.steps:,}", lambda value: f"{value:,.0f}"),
                 _against(stage.tokens or None, plan.get("tokens"), short_number(stage.tokens), short_number, share),
                 _against(samples or None, plan.get("samples"), f"{samples:,}", lambda value: f"{value:,.0f}", share),
                 _against(stage.seconds or None, seconds, span(stage.seconds), span, share, ratio=False),
-                f"{short_number(speed)}FLOP/s<small>{short_number(plan.get('flops'))}FLOP planned</small>" if speed else DASH,
+                f"{short_number(speed)}FLOP/s<small>of {short_number(plan.get('flops'))}FLOP</small>" if speed else DASH,
                 _against(checkpoint, plan.get("checkpoint_bytes"), file_size(checkpoint), file_size),
-                file_size((plan.get("memory_per_gpu_bytes") or {}).get("total")),
+                f"{DASH}<small>plan {file_size((plan.get('memory_per_gpu_bytes') or {}).get('total'))}</small>",
             ]
         )
-    head = ("stage", "steps", "tokens", "samples", "time in steps", "model FLOP/s reached", "checkpoint", "memory, plan")
+    head = ("stage", "steps", "tokens", "samples", "time in steps", "FLOP/s reached", "checkpoint", "memory")
     gpu = run.plan["gpu"]["name"]
     on = f"Planned: {escape(gpu)} at {percent(run.plan['mfu'])} of its peak, {escape(run.plan_note)}."
     without = all(stage.stage.resources.gpus_per_worker == 0 for stage in run.stages)
     cpu = " This run trained on CPUs: its times are no measure of the plan's." if without else ""
-    note = "Planned tokens count sequence positions, measured ones leave out the padding."
-    return table(head, rows) + f'<p class="note">{on}{cpu} {note}</p>'
+    note = "Planned tokens count sequence positions, measured ones leave out the padding. Runs do not record their peak memory."
+    return table(head, rows, kind="plan") + f'<p class="note">{on}{cpu} {note}</p>'
 
 
 def _parameters(plan: Mapping[str, Any]) -> str:
     if not plan:
-        return "not planned"
-    return f"{short_number(plan['parameters']['total'])} parameters, {short_number(plan['trainable_parameters'])} train"
+        return "<small>not planned</small>"
+    return f"<small>{short_number(plan['trainable_parameters'])} of {short_number(plan['parameters']['total'])} parameters train</small>"
 
 
 def _against(measured: float | None, planned: float | None, text: str, unit: Any, share: float | None = None, ratio: bool = True) -> str:
@@ -176,17 +179,18 @@ def lineage(run: RunReport) -> str:
     """Which stage started from which: a row of boxes in the order of the weights."""
     wanted = run.recipe.model
     start = getattr(wanted, "pretrained", None)
-    boxes = [
-        f"<div><b>start</b><small>{escape(str(start)) if start else f'seed {wanted.seed}'}</small><small>{escape(wanted.architecture)}</small></div>"
-    ]
+    origin = escape(str(start)) if start else f"seed {wanted.seed}"
+    boxes = [f"<div><b>start</b><small>{origin}</small><small>{escape(wanted.architecture)}</small></div>"]
     before = None
     for stage in run.stages:
         newest = stage.checkpoints[-1] if stage.checkpoints else None
         source = stage.starts_from
         other = f"<small>from {escape(source)}</small>" if source and source != before else ""
         weights = f"<small>final {file_size(stage.final_bytes)}</small>" if stage.final_bytes else f"<small>{escape(stage.phase)}</small>"
-        marks = f"<small>stage <code>{newest.stage_hash[:10]}</code></small><small>order <code>{_order(newest.data)}</code></small>" if newest else ""
-        boxes.append(f'<div class="{"" if stage.final_bytes else "pending"}"><b>{stage.number} {escape(stage.name)}</b>{other}{weights}{marks}</div>')
+        marks = f"<small>stage <code>{newest.stage_hash[:10]}</code></small>" if newest else ""
+        marks += f"<small>order <code>{_order(newest.data)}</code></small>" if newest else ""
+        kind = "" if stage.final_bytes else ' class="pending"'
+        boxes.append(f"<div{kind}><b>{stage.number} {escape(stage.name)}</b>{other}{weights}{marks}</div>")
         before = stage.name
     return f'<div class="flow">{"<span>→</span>".join(boxes)}</div>'
 
@@ -196,6 +200,7 @@ def checkpoints(run: RunReport) -> str:
     for stage in run.stages:
         for checkpoint in stage.checkpoints:
             place = ", ".join(f"{key} {value}" for key, value in checkpoint.data.items() if key in ("window", "pack", "iteration"))
+            older = "" if checkpoint.recipe_hash == run.recipe_hash else "<small>not the present one</small>"
             rows.append(
                 [
                     f"{stage.number} {escape(stage.name)}",
@@ -203,7 +208,7 @@ def checkpoints(run: RunReport) -> str:
                     file_size(checkpoint.bytes),
                     str(checkpoint.attempt or "–"),
                     f"{escape(checkpoint.strategy)} × {checkpoint.workers or '–'}",
-                    f"<code>{checkpoint.recipe_hash[:10]}</code>",
+                    f"<code>{checkpoint.recipe_hash[:10]}</code>{older}",
                     f"<code>{checkpoint.stage_hash[:10]}</code>",
                     f"<code>{_order(checkpoint.data)}</code><small>{escape(place)}</small>",
                 ]
@@ -245,7 +250,7 @@ def _event_row(run: RunReport, event: Mapping[str, Any]) -> list[str]:
     if event.get("keys"):
         why.append("changed: " + ", ".join(event["keys"]))
     moment = event.get("time")
-    after = span(moment - run.started_at) if moment is not None and run.started_at is not None else ""
+    after = span(max(0.0, moment - run.started_at)) if moment is not None and run.started_at is not None else ""
     name = f"{stage.number} {escape(stage.name)}{attempt}" if stage else escape(str(event.get("stage", "")))
     return [clock(moment), after, name, escape(words), escape(". ".join(why)) or DASH]
 
@@ -276,8 +281,8 @@ def answers(run: RunReport) -> str:
             f'<div class="card {item.verdict}">{item.picture}<div><p class="task">{escape(item.task)}</p>{asked}'
             f'<p class="said">{escape(_short(item.answer)) or "(nothing)"}</p>{expected}</div></div>'
         )
-    note = '<p class="note">Answers of the last stage\'s model to samples that it never trained on. Solid: the model\'s mark; dashed: the truth.</p>'
-    return f'<div class="cards">{"".join(cards)}</div>{note}'
+    note = "Answers of the last stage's model to samples that it never trained on. Solid: the model's mark; dashed: the truth."
+    return f'<div class="cards">{"".join(cards)}</div><p class="note">{note}</p>'
 
 
 def examples(run: RunReport) -> str:
@@ -300,5 +305,6 @@ def _example_row(entry: Mapping[str, Any], task: str) -> list[str]:
     return [f"{escape(task)}<small>{entry.get('iteration')}</small>", prompt, response("best"), response("worst")]
 
 
-def _short(text: str, most: int = 260) -> str:
+def _short(text: str, most: int = 180) -> str:
+    text = re.sub(r"\n\s*\n+", "\n", text)
     return text if len(text) <= most else text[: most - 2].rstrip() + " …"

@@ -6,6 +6,7 @@ stays readable. How an attempt ended is told by the bar's filling and a sign, no
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from html import escape
 
@@ -15,7 +16,7 @@ from terrace.track.report_numbers import clock, short_number, span
 WIDTH, LEFT, RIGHT, ROW, TOP, BOTTOM = 1090, 190, 112, 46, 30, 26
 GAP_SHARE = 0.12  # a longer idle gap than this share of the time that something ran is cut to GAP_PIXELS
 GAP_PIXELS = 34
-SIGNS = {"completed": "✓", "failed": "✗", "preempted": "⏸", "interrupted": "✗", "running": "▸"}
+SIGNS = {"completed": "✓", "failed": "✗", "preempted": "‖", "interrupted": "✗", "running": "▸", "unknown": "?"}
 RUN_EVENTS = {
     "paused": "paused",
     "suspended": "suspended",
@@ -34,14 +35,17 @@ def timeline(run: RunReport, name: str) -> str:
         return ""
     scale = _Scale(spans)
     height = TOP + ROW * len(run.stages) + BOTTOM
-    parts = [_patterns(name), *_axis(scale, height), *_run_events(run, scale, height)]
+    asked = _run_events(run, scale, height)
+    above = 0 if asked else TOP - 12  # no words above the bars: no room for them
+    parts = [_patterns(name), *_axis(scale, height), *asked]
     places = {stage.name: number for number, stage in enumerate(run.stages)}
     for number, stage in enumerate(run.stages):
         parts += _row(run, stage, TOP + ROW * number, scale, name)
     for number, stage in enumerate(run.stages):
         parts += _hand_over(stage, number, places, run, scale)
     summary = f"{run.recipe.name}: {len(run.stages)} stages from {clock(scale.first)} UTC, {span(scale.last - scale.first)}"
-    return f'<svg class="timeline" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(summary)}">{"".join(parts)}</svg>'
+    frame = f'viewBox="0 {above} {WIDTH} {height - above}" role="img" aria-label="{escape(summary)}"'
+    return f'<svg class="timeline" {frame}>{"".join(parts)}</svg>'
 
 
 def until(run: RunReport, attempt: Attempt) -> float:
@@ -71,7 +75,7 @@ class _Scale:
     def __init__(self, spans: Sequence[tuple[float, float]]):
         self.first, self.last = spans[0][0], max(spans[-1][1], spans[0][0] + 1.0)
         busy = max(1.0, sum(end - start for start, end in spans))
-        gaps = [(before[1], after[0]) for before, after in zip(spans, spans[1:])]
+        gaps = [(before[1], after[0]) for before, after in itertools.pairwise(spans)]
         self.cuts = [(start, end) for start, end in gaps if end - start > GAP_SHARE * busy]
         whole = self.last - self.first - sum(end - start for start, end in self.cuts)
         self.per_second = (WIDTH - LEFT - RIGHT - GAP_PIXELS * len(self.cuts)) / max(1.0, whole)
@@ -91,7 +95,7 @@ def _patterns(name: str) -> str:
         f'<pattern id="{name}-{{}}" width="6" height="6" patternUnits="userSpaceOnUse" patternTransform="rotate({{}})">'
         '<rect class="back" width="6" height="6"/><line class="{}" x1="0" x2="0" y1="0" y2="6" stroke-width="5"/></pattern>'
     )
-    return f'<defs>{stripes.format("failed", 45, "failed")}{stripes.format("stopped", 0, "stopped")}</defs>'
+    return f"<defs>{stripes.format('failed', 45, 'failed')}{stripes.format('stopped', 0, 'stopped')}</defs>"
 
 
 def _axis(scale: _Scale, height: int) -> list[str]:
@@ -100,13 +104,15 @@ def _axis(scale: _Scale, height: int) -> list[str]:
     sizes = (1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200, 86400, 172800, 432000, 864000)
     step = next((size for size in sizes if seconds / size <= 9), 2592000)
     bottom = height - BOTTOM
-    for number in range(int((scale.last - scale.first) / step) + 1):
-        moment = scale.first + number * step
-        if any(start < moment < end for start, end in scale.cuts):
-            continue
-        x = scale.x(moment)
-        parts.append(f'<line class="rule" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 6}" y2="{bottom}"/>')
-        parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{"0" if number == 0 else span(number * step)}</text>')
+    starts = [scale.first, *(end for _, end in scale.cuts)]
+    ends = [*(start for start, _ in scale.cuts), scale.last]
+    for piece, (start, end) in enumerate(zip(starts, ends)):  # behind a cut, time counts from its end
+        for number in range(bool(piece), int((end - start) / step) + 1):
+            x = scale.x(start + number * step)
+            label = ("+" if piece else "") + (span(number * step) if number else "0")
+            parts.append(f'<line class="rule" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 6}" y2="{bottom}"/>')
+            if not any(-30 < scale.x(cut) - x < 30 for cut, _ in scale.cuts):
+                parts.append(f'<text x="{x:.1f}" y="{bottom + 16}" text-anchor="middle">{label}</text>')
     for start, end in scale.cuts:
         left, right = scale.x(start), scale.x(end)
         parts.append(f'<rect class="cut" x="{left:.1f}" y="{TOP - 6}" width="{right - left:.1f}" height="{bottom - TOP + 6}"/>')
@@ -142,8 +148,8 @@ def _row(run: RunReport, stage: StageReport, y: float, scale: _Scale, name: str)
     for attempt in stage.attempts:
         start, end = scale.x(attempt.started), scale.x(until(run, attempt))
         width = max(3.0, end - start)
-        fill = {"failed": f"url(#{name}-failed)", "interrupted": f"url(#{name}-failed)", "preempted": f"url(#{name}-stopped)"}
-        style = f' style="fill:{fill[attempt.outcome]}"' if attempt.outcome in fill else ""
+        pattern = {"failed": "failed", "interrupted": "failed", "preempted": "stopped", "unknown": "stopped"}.get(attempt.outcome)
+        style = f' style="fill:url(#{name}-{pattern})"' if pattern else ""
         told = f"attempt {attempt.number}: {attempt.outcome} after {span(until(run, attempt) - attempt.started)}. {attempt.message}"
         parts.append(
             f'<rect class="bar {attempt.outcome}" x="{start:.1f}" y="{y + 9}" width="{width:.1f}" height="17" rx="3"{style}>'
