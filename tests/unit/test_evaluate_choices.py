@@ -80,7 +80,8 @@ def test_a_fixed_letter_is_right_by_luck_when_asked_once_and_never_in_circles():
     cases = question_cases(questions(200))
     scores = scores_with(cases, lambda case: "A")
     share = np.mean([case.expected == "A" for case in cases if case.rotation == 0])
-    assert scores["accuracy"]["value"] == pytest.approx(share) and 0.15 < share < 0.35
+    assert scores["accuracy"]["value"] == pytest.approx(share)
+    assert 0.15 < share < 0.35
     assert scores["circular_accuracy"]["value"] == 0.0
     # over all rotations a fixed letter is right exactly once in four
     assert np.mean([case.expected == "A" for case in cases]) == 0.25
@@ -101,7 +102,9 @@ def test_a_random_model_scores_a_quarter_and_a_256th():
 def test_an_oracle_is_always_right(say):
     scores = scores_with(question_cases(questions(50)), say)
     for name in ("accuracy", "circular_accuracy"):
-        assert scores[name]["value"] == 1.0 and scores[name]["count"] == 50 and scores[name]["high"] == 1.0
+        assert scores[name]["value"] == 1.0
+        assert scores[name]["count"] == 50
+        assert scores[name]["high"] == 1.0
 
 
 def test_one_wrong_rotation_loses_the_question():
@@ -233,7 +236,9 @@ def test_other_files_are_refused(tmp_path):
 def test_the_real_file_and_what_vlmevalkit_reads(shared_data, tmp_path):
     path = shared_data / "eval" / "grocery_mmbench.tsv"
     [suite] = load_suites([f"mmbench:{path}"], Reading(PIXELS, limit=20))
-    assert len(suite.cases) == 80 and suite.cases[0].sizes and "\nA. " in suite.cases[0].text
+    assert len(suite.cases) == 80
+    assert suite.cases[0].sizes
+    assert "\nA. " in suite.cases[0].text
     [again] = load_suites([f"mmbench:{path}"], Reading(PIXELS, limit=20))
     [fewer] = load_suites([f"mmbench:{path}"], Reading(PIXELS, limit=19))
     assert suite.fingerprint == again.fingerprint != fewer.fingerprint
@@ -249,6 +254,7 @@ def test_the_real_file_and_what_vlmevalkit_reads(shared_data, tmp_path):
     asked, said = (list(csv.DictReader(file.open(newline=""), delimiter="\t")) for file in files[:2])
     # how VLMEvalKit scores: group by index mod 1,000,000, right if every row's prediction is that row's answer
     assert [int(row["index"]) % 1_000_000 for row in said] == [int(row["g_index"]) for row in said]
-    assert all(row["prediction"] == row["answer"] for row in said) and len(asked) == len(said) == 80
+    assert all(row["prediction"] == row["answer"] for row in said)
+    assert len(asked) == len(said) == 80
     pictures = {row["index"]: row["image"] for row in asked}
     assert all(len(pictures[row["g_index"]]) > 1_000 for row in asked)
