@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -129,9 +130,7 @@ METRICS = "stages/01-projector-warmup/metrics.jsonl"
         (lambda run: _write(run, "data/prepared.json", "{"), "prepared.json: not a JSON object"),
     ],
 )  # fmt: skip
-def test_a_damaged_run_is_refused_by_the_file_s_name(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage, named: str
-) -> None:
+def test_a_damaged_run_is_refused_by_the_file_s_name(tmp_path: Path, capsys: pytest.CaptureFixture[str], damage, named: str) -> None:
     folder = write_run(tmp_path / "run", steps=8)
     damage(folder)
     assert main(["report", str(folder)]) == 2
@@ -153,6 +152,14 @@ def test_every_section_and_chart_is_there(page: str) -> None:
     drawn = re.findall(r"<figcaption><b>([^<]+)</b>", page)
     assert set(CHARTS) <= set(drawn)
     assert drawn.count("reward") == 2  # one per task
+
+
+def test_a_policy_loss_about_zero_does_not_stretch_the_loss_of_other_stages(page: str) -> None:
+    loss = re.search(r"<b>Training loss</b>.*?</svg>", page, re.DOTALL)
+    assert loss
+    assert loss[0].count('<polyline class="line"') == 2
+    assert ">see per task<" in loss[0]
+    assert "<b>policy loss</b>" in page
 
 
 def test_every_chart_is_well_formed_and_has_a_line_inside_its_frame(page: str) -> None:
@@ -241,7 +248,7 @@ def test_smoothing_keeps_a_straight_line_and_both_ends() -> None:
 
 
 def test_values_that_are_not_finite_are_marked_and_leave_the_scale_alone() -> None:
-    drawn = chart("loss", "", [Facet(1, "a", 3)], [Line("", [[(1, 2.0), (2, None), (3, 1.0)]])], Look())
+    drawn = chart("loss", "", [Facet(1, "a", 3)], [Line("", [[(1, 2.0), (2, math.nan), (3, 1.0)]])], Look())
     assert drawn.count('class="bad"') == 1
     assert chart("loss", "", [Facet(1, "a", 3)], [Line("", [[(2, None)]])], Look()) == ""
 
@@ -259,7 +266,13 @@ def test_numbers_are_short_and_have_units() -> None:
     assert [short_number(value) for value in (0, 0.4417, 1300, 20253, 1.2e6, 3e-5, float("nan"))] == [
         "0", "0.442", "1,300", "20.3 k", "1.2 M", "3e-5", "–",
     ]  # fmt: skip
-    assert (percent(0.9841), file_size(13_250_000), span(0.149), span(75)) == ("98.4 %", "13.2 MB", "0.149s", "1m15s")
+    assert (percent(0.9841), file_size(13_250_000), span(0.149), span(75), span(2e-5)) == (
+        "98.4 %",
+        "13.2 MB",
+        "0.149s",
+        "1m15s",
+        "under 1ms",
+    )
 
 
 # ---------------------------------------------------------------- browser

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 
 from terrace.track.report_numbers import short_number
 
-Point = tuple[float, float | None]  # step, value; None: not finite
+Point = tuple[float, float | None]  # step, value; None or NaN: not finite
 DASHES = ("", ' stroke-dasharray="7 4"')
 
 
@@ -54,7 +54,8 @@ def chart(
     title: str, note: str, facets: Sequence[Facet], lines: Sequence[Line], look: Look, resumes: Sequence[tuple[int, int]] = ()
 ) -> str:
     """A figure with its title. `resumes` are (facet place, step) where an attempt went on. '' where nothing was measured."""
-    values = [value for line in lines for points in line.points for _, value in points if value is not None]
+    lines = [replace(line, points=[[(step, _finite_or_none(value)) for step, value in points] for points in line.points]) for line in lines]
+    values = [value for line in lines for value in _finite(line)]
     if look.scale == "log":
         values = [value for value in values if value > 0]
     if not values or not facets:
@@ -250,6 +251,10 @@ def _end_labels(frame: _Frame, lines: Sequence[Line]) -> list[str]:
         text = f"{name} {frame.look.unit(value)}" if name else frame.look.unit(value)
         parts.append(f'<text class="end run{order + 1}" x="{x + 6:.1f}" y="{place:.1f}">{escape(text)}</text>')
     return parts
+
+
+def _finite_or_none(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _finite(line: Line) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from html import escape
@@ -12,7 +13,7 @@ from terrace.track.report import Row, RunReport, StageReport
 from terrace.track.report_charts import Facet, Line, Look, Point, chart
 from terrace.track.report_numbers import percent, short_number, span
 
-WIDE = Look(width=1080, height=250, scale="log", zero=False)
+WIDE = Look(width=1080, height=250, scale="log", zero=False, empty="see per task")
 HALF = Look()
 THIRD = Look(width=350, height=150)
 TASK_FIGURES = (  # key in `tasks`, title, note, how a value is written
@@ -26,6 +27,7 @@ TASK_FIGURES = (  # key in `tasks`, title, note, how a value is written
     ("reward_failures", "failed rewards", "counted apart, never as 0", percent),
 )
 POLICY_FIGURES = (
+    ("loss", "policy loss", "its value says little; its gradient trains", short_number),
     ("kl", "KL to the start", "nats per token", short_number),
     ("logprob_mismatch_mean", "rollout against trainer", "mean difference of log-probabilities", short_number),
     ("clipped", "clipped ratios", "share of tokens", percent),
@@ -47,9 +49,9 @@ class Curves:
         self.by_name = [{stage.name: stage for stage in run.stages} for run in runs]
 
     def training(self) -> str:
-        wide = self.over_steps("Training loss", "mean over supervised tokens, logarithmic", lambda row, _: row.get("loss"), WIDE)
+        wide = self.over_steps("Training loss", "mean over supervised tokens, logarithmic", _loss, WIDE)
         halves = [
-            self.over_steps("Gradient norm", "before clipping, logarithmic", lambda row, _: row.get("grad_norm"), _log(HALF)),
+            self.over_steps("Gradient norm", "before clipping, logarithmic", _gradient_norm, _log(HALF)),
             self.over_steps("Visual tokens", "per step", lambda row, _: row.get("visual_tokens"), HALF),
         ]
         rates = [self.over_steps(f"Learning rate, {part}", "", _rate(part), replace(THIRD, smooth=False, empty="frozen")) for part in PARTS]
@@ -101,8 +103,11 @@ class Curves:
         return "".join(parts) + "<h3>policy step</h3>" + grid(charts, 3)
 
     def over_steps(self, title: str, note: str, value: Callable[[Row, StageReport], Any], look: Look) -> str:
+        """`value` gives None where a row has nothing, and NaN for what was not finite: the chart marks it."""
+
         def points(stage: StageReport) -> list[Point]:
-            return [(row["step"], found) for row in stage.rows if (found := value(row, stage)) is not None or _skipped(row, look)]
+            found = [(row["step"], value(row, stage)) for row in stage.rows]
+            return [(step, number) for step, number in found if number is not None]
 
         return self._draw(title, note, self.stages, points, look)
 
@@ -194,6 +199,20 @@ def _log(look: Look) -> Look:
     return replace(look, scale="log", zero=False)
 
 
+def _loss(row: Row, stage: StageReport) -> float | None:
+    """On-policy losses are about zero and change their sign: they have their own chart, without a logarithm."""
+    return None if stage.stage.objective == "grpo" else _or_not_finite(row, "loss")
+
+
+def _gradient_norm(row: Row, _: StageReport) -> float | None:
+    return _or_not_finite(row, "grad_norm")
+
+
+def _or_not_finite(row: Row, key: str) -> float | None:
+    """A skipped step has no number because it was not finite."""
+    return math.nan if row.get(key) is None and row.get("skipped") else row.get(key)
+
+
 def _rate(part: str) -> Callable[[Row, StageReport], float | None]:
     return lambda row, _: (row.get("learning_rate") or {}).get(part) or None
 
@@ -206,11 +225,6 @@ def _wait(row: Row, _: StageReport) -> float | None:
 def _imbalance(row: Row, stage: StageReport) -> float | None:
     workers = stage.stage.resources.workers
     return row.get("max_over_mean_cost") if workers != 1 else None
-
-
-def _skipped(row: Row, look: Look) -> bool:
-    """Whether a missing value is a loss or norm that was not finite, which the chart marks."""
-    return bool(row.get("skipped")) and look.scale == "log"
 
 
 def _has(stage: StageReport, key: str) -> bool:

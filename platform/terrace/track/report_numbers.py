@@ -48,6 +48,8 @@ def span(seconds: float | None) -> str:
     """`75` -> `1m15s`; fractions of a second below ten seconds."""
     if seconds is None or not math.isfinite(seconds):
         return "–"
+    if 0 < seconds < 0.001:
+        return "under 1ms"
     return f"{_digits(seconds)}s" if 0 < seconds < 10 else duration(seconds)
 
 

@@ -73,7 +73,9 @@ def _workers(stage: StageReport) -> str:
 
 def _of_rows(stage: StageReport, key: str) -> str:
     values = [row[key] for row in stage.rows[-1:] if isinstance(row.get(key), int | float)]
-    return f"{values[0]:.4f}" if values else DASH
+    if not values:
+        return DASH
+    return f"{values[0]:.4f}" if abs(values[0]) >= 0.001 else short_number(values[0])
 
 
 def held_out_table(run: RunReport) -> str:
