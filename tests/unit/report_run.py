@@ -17,7 +17,8 @@ PREPARED = {"version": 1, "mark": "abcdef0123456789", "seed": 0, "sources": {}, 
 MADE_PICTURE = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4nGP4//8/AwAI/AL+p5qgoAAAAABJRU5ErkJggg=="
 GALLERY = f"""<!doctype html><style>.card {{ color: red }}</style><div class="cards">
 <div class="card wrong"><figure><svg class="picture" viewBox="0 0 224 224"><image width="224" height="224" href="{MADE_PICTURE}"/>
-<rect x="1.0" y="2.0" width="30" height="40" fill="none" stroke="#d0343a" stroke-width="2.4" onload="alert(1)"/><script>alert(2)</script>
+<rect x="1.0" y="2.0" width="30" height="40" fill="none"
+stroke="#d0343a" stroke-width="2.4" onload="alert(1)" stroke-dasharray="&quot; onload=&quot;alert(3)"/><script>alert(2)</script>
 </svg></figure><div class="says"><div class="task">Pointing</div><div class="question">Where is &lt;it&gt;?</div>
 <div class="answer">[1, 2, 30, 40]</div><div class="expected">expected [5, 6, 70, 80]</div></div></div>
 <div class="card right"><div class="says"><div class="task">Reasoning</div><div class="answer">four</div></div></div></div>"""
