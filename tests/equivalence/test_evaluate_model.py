@@ -13,6 +13,7 @@ from terrace.cli import main
 from terrace.data.prepare import prepare_data
 from terrace.data.tokenizer import train_tokenizer
 from terrace.errors import InputError
+from terrace.evaluate.compare import compare
 from terrace.evaluate.engine import load_model
 from terrace.evaluate.generate import answer, load_speaker
 from terrace.evaluate.held_out import held_out_cases, loss_measure
@@ -158,6 +159,12 @@ def test_held_out_loss_is_that_of_the_whole_sample(shared_data, tmp_path):
     assert captured["targets"].tolist() == encoded.input_ids[encoded.supervised].tolist()
     expected = torch.nn.functional.cross_entropy(logits, captured["targets"], reduction="sum")
     assert measured["loss_sum"] == pytest.approx(float(expected), rel=1e-5)
+
+    evaluate_model(
+        directory, [f"loss:{tmp_path / 'run'}"], tmp_path / "sharp", Settings(device="cpu", pixels=(3136, 25088))
+    )
+    with pytest.raises(InputError, match=r"pixels .3136, 12544. and .3136, 25088."):
+        compare(tmp_path / "out", tmp_path / "sharp")
 
     other = make_model(tmp_path / "other")
     with pytest.raises(InputError, match="another tokenizer"):

@@ -52,6 +52,13 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     evaluate.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     evaluate.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
     evaluate.add_argument(
+        "--pixels",
+        nargs=2,
+        type=_count,
+        metavar=("MIN", "MAX"),
+        help="pixels of a resized image (default: the model's own); a loss compares only at one resolution",
+    )
+    evaluate.add_argument(
         "--vlmevalkit", type=Path, metavar="DIR", help="also write questions and answers as VLMEvalKit reads them"
     )
     evaluate.add_argument(
@@ -71,7 +78,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
 
     settings = Settings(
         arguments.limit, arguments.images_root, arguments.max_new_tokens, arguments.batch_size, arguments.workers,
-        arguments.device, arguments.precision,
+        arguments.device, arguments.precision, tuple(arguments.pixels) if arguments.pixels else None,
     )  # fmt: skip
     out_dir = arguments.out or arguments.model.resolve().parent / "evaluation"
     scores = evaluate_model(

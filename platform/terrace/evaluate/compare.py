@@ -60,9 +60,9 @@ def check_same_suites(first: dict[str, Any], second: dict[str, Any], first_name:
     for label in first:
         if first[label]["fingerprint"] != second[label]["fingerprint"]:
             details = ", ".join(
-                f"{key} {first[label][key]} and {second[label][key]}"
-                for key in ("cases", "max_new_tokens")
-                if first[label][key] != second[label][key]
+                f"{key} {first[label].get(key)} and {second[label].get(key)}"
+                for key in ("cases", "max_new_tokens", "pixels")
+                if first[label].get(key) != second[label].get(key)
             )
             raise InputError(
                 f"{label} is not the same suite in {first_name} and {second_name}"

@@ -83,11 +83,17 @@ def use_threads_of_worker(worker: int, settings: Settings) -> str | None:
     return settings.device
 
 
-def load_model(directory: Path, device: str | None = None, precision: str | None = None, batch_size: int = 16) -> Model:
+def load_model(
+    directory: Path,
+    device: str | None = None,
+    precision: str | None = None,
+    batch_size: int = 16,
+    pixels: tuple[int, int] | None = None,
+) -> Model:
     """Load onto `device` (default: a GPU where there is one) in `precision` (default: bf16 on a GPU, else fp32)."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     precision = precision or ("bf16" if device.startswith("cuda") else "fp32")
-    pixels = model_pixels_of(directory)
+    pixels = pixels or model_pixels_of(directory)
     tokenizer = load_tokenizer(directory)
     config = AutoConfig.from_pretrained(directory)
     if config.image_token_id != tokenizer.special.image_pad:

@@ -49,6 +49,7 @@ class Settings:
     workers: int = 1
     device: str | None = None
     precision: str | None = None
+    pixels: tuple[int, int] | None = None  # (min, max) of a resized image, instead of the model's own
 
 
 # ---------------------------------------------------------------- replies, in parts and together
@@ -112,7 +113,7 @@ def judged_rows(suite: Suite, replies: Sequence[Reply], pixels: tuple[int, int])
     ]  # fmt: skip
 
 
-def suite_scores(suite: Suite, rows: Sequence[Row]) -> dict[str, Any]:
+def suite_scores(suite: Suite, rows: Sequence[Row], pixels: tuple[int, int] | None = None) -> dict[str, Any]:
     """The suite's entry in scores.json. Cases that nobody could judge are counted and left out of the scores."""
     judged = [row for row in rows if row.failure is None]
     if not judged:
@@ -128,6 +129,7 @@ def suite_scores(suite: Suite, rows: Sequence[Row]) -> dict[str, Any]:
         "not_judged": len(rows) - len(judged),
         "cut_off": sum(not row.finished for row in rows),  # answers that reached the length limit
         "max_new_tokens": suite.max_new_tokens,
+        **({"pixels": list(pixels)} if suite.kind.judge is None and pixels else {}),  # part of a loss' fingerprint
         "scores": _scores(suite, judged),
         "categories": {name: _scores(suite, group) for name, group in groups.items()} if by_category else {},
     }
@@ -162,7 +164,7 @@ def evaluate_model(
         "model": str(model),
         "pixels": list(pixels),
         "seconds": round(time.monotonic() - started, 3),
-        "suites": {suite.label: suite_scores(suite, rows[suite.label]) for suite in loaded},
+        "suites": {suite.label: suite_scores(suite, rows[suite.label], pixels) for suite in loaded},
     }
     write_results(out_dir, scores, [row for suite in loaded for row in rows[suite.label]])
     return scores
@@ -172,7 +174,8 @@ def open_suites(model: Path, suites: Sequence[str], settings: Settings) -> tuple
     """The suites as this model is asked them, and its (min, max) pixels."""
     from terrace.evaluate.model_files import model_pixels_of
 
-    pixels = model_pixels_of(model)
+    own = model_pixels_of(model)
+    pixels = settings.pixels or own
     reading = Reading(pixels, settings.images_root, settings.limit, settings.max_new_tokens)
     return load_suites(suites, reading), pixels
 
@@ -191,7 +194,7 @@ def _worker_replies(
 
     device = use_threads_of_worker(worker, settings)
     suites = suites if suites is not None else open_suites(model, texts, settings)[0]
-    speaker = load_model(model, device, settings.precision, settings.batch_size)
+    speaker = load_model(model, device, settings.precision, settings.batch_size, settings.pixels)
     measures = {suite.label: loss_measure(suite.path, speaker) for suite in suites if suite.kind.judge is None}
 
     def answerer(suite: Suite, cases: Sequence[Case]) -> list[Reply]:
