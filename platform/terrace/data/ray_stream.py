@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import ray
 from ray.data import DataContext, Dataset, Datasource, ExecutionResources
+from ray.data._internal.execution.execution_callback import ExecutionCallback  # custom callbacks have no public name yet
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
@@ -24,6 +26,7 @@ from terrace.data.types import PATCH_VALUES, PackedExample
 from terrace.errors import DamagedData, TerraceError
 from terrace.recipe.schema import Stage
 
+LOOP_PAUSE_SECONDS = 0.01
 PIPELINE_TASKS = (16, 64, 256)  # tasks of the first, second and every later execution
 BLOCK_BYTES = 32 * 2**20  # larger blocks hold finished packs back, smaller ones cost a fixed 5 ms each
 
@@ -70,6 +73,18 @@ def from_table(table: pa.Table) -> Iterator[PackedExample]:
             video_grids=tuple(table["video_grids"][row].as_py()),
             **values,
         )
+
+
+class CalmLoop(ExecutionCallback):
+    """Lets Ray Data's scheduling loop rest between its rounds.
+
+    The loop runs in a thread of the training process and, whenever finished blocks wait for the trainer, it goes round
+    without waiting for anything. Measured: it held the interpreter's lock 95 % of the time and made a small model's step
+    three times as slow (0.20 s for 0.07 s). A hundred rounds a second are enough for blocks of many packs.
+    """
+
+    def on_execution_step(self, executor: Any) -> None:
+        time.sleep(LOOP_PAUSE_SECONDS)
 
 
 class PackSource(Datasource):
@@ -137,6 +152,7 @@ def _blocks(tasks: list[PackTask], settings: TaskSettings, stage: Stage, world_s
     context.print_on_execution_start = False
     context.target_max_block_size = BLOCK_BYTES
     context.op_resource_reservation_enabled = False
+    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, CalmLoop]
     context.execution_options.preserve_order = True
     context.execution_options.verbose_progress = False
     memory = ray.cluster_resources().get("object_store_memory", 2**30) / 2 / world_size
