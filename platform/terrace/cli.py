@@ -146,6 +146,8 @@ def help_text() -> str:
 
 def _fail(error: BaseException, status: int, debug: bool) -> int:
     text = str(error).strip() or type(error).__name__
+    if isinstance(error, ModuleNotFoundError):
+        text += f" in {sys.executable}; use the Python that Terrace is installed in (activate it before `ray start`, too)"
     name = "" if isinstance(error, TerraceError) else f"{type(error).__name__}: "
     print(f"terrace: {name}{text}", file=sys.stderr)
     if debug:
