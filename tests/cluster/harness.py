@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, condition, summary, tiny_curriculum
+from cluster_world import ROOT, condition, summary, tiny_curriculum
 
 from terrace.cluster.api import Api, ApiError, connect
 from terrace.cluster.manifests import LABEL_CURRICULUM

@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT / "operators"), str(ROOT / "platform")]
 
-from conftest import Clock, tiny_curriculum, tiny_stage  # noqa: E402
+from cluster_world import Clock, tiny_curriculum, tiny_stage  # noqa: E402
 from fake.kuberay import Cluster  # noqa: E402
 from fake.store import Change, Store  # noqa: E402
 

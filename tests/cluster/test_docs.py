@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import re
 
-from conftest import ROOT
+from cluster_world import ROOT
 
 from terrace.cluster.reference import reference
 from terrace_operator import reasons

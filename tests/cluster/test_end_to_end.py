@@ -12,7 +12,7 @@ import os
 import time
 
 import pytest
-from conftest import condition, tiny_curriculum, tiny_stage
+from cluster_world import condition, tiny_curriculum, tiny_stage
 from fake.podsecurity import enforce
 from fake.server import Server
 from harness import FakeHarness, RealHarness, is_gone
@@ -225,7 +225,7 @@ def test_stand_in_program_speaks_the_same_as_the_simulated_one(crd, tmp_path):
     import subprocess
     import sys
 
-    from conftest import HERE
+    from cluster_world import HERE
 
     from terrace.cluster.manifests import progress_config_map
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import tiny_curriculum
+from cluster_world import tiny_curriculum
 
 from terrace.cluster import kubernetes
 from terrace.cluster.kubernetes import Reference, apply, describe, follow, parse_reference, request

@@ -8,7 +8,7 @@ import subprocess
 import kubernetes_validate
 import pytest
 import yaml
-from conftest import ROOT, Bench, tiny_curriculum, tiny_stage
+from cluster_world import ROOT, Bench, tiny_curriculum, tiny_stage
 from fake.podsecurity import violations
 
 from terrace.cluster import manifests

@@ -6,7 +6,7 @@ import itertools
 import json
 
 import pytest
-from conftest import condition, summary, tiny_curriculum, tiny_stage
+from cluster_world import condition, summary, tiny_curriculum, tiny_stage
 
 QUEUE = {"name": "training", "priorityClass": "high"}
 
@@ -226,7 +226,7 @@ def test_rerun_from_a_stage_moves_the_old_aside_and_takes_new_attempt_numbers(be
 
 def test_operator_killed_at_every_write_changes_nothing(bench, crd):
     """kill -9 after each single API write of the operator, in every phase of a run with a failure, a suspend and a resume."""
-    from conftest import Bench
+    from cluster_world import Bench
 
     def one_run(kill_at: int | None) -> tuple[list, int]:
         here = Bench(crd)

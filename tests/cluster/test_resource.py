@@ -6,7 +6,7 @@ import copy
 import re
 
 import pytest
-from conftest import ROOT, Bench, tiny_curriculum, tiny_stage
+from cluster_world import ROOT, Bench, tiny_curriculum, tiny_stage
 from fake.schema import structural_errors
 
 from terrace.cluster.api import Refused

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from conftest import command, environment, events, final_bytes, kill_when, losses, run_to_end
+from e2e_runs import command, environment, events, final_bytes, kill_when, losses, run_to_end
 
 STAGES = ["01-projector-warmup", "02-alignment", "03-pretraining", "04-long-context"]
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
