@@ -15,7 +15,7 @@ export RAY_DEDUP_LOGS := 0
 export DS_ACCELERATOR ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint bench-data bench-train bench-rl docs clean
+.PHONY: help install demo test test-all lint bench-rl docs clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 22
@@ -42,17 +42,13 @@ lint: $(STAMP)  ## Ruff, and the contract on which layer may import which
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-cache
 
-bench-data: $(STAMP)  ## Loader throughput beside the loaders people use
-	$(BIN)/python tests/bench/bench_data.py $(ARGS)
-
-bench-train: $(STAMP)  ## Step time beside plain transformers training
-	$(BIN)/python tests/bench/bench_train.py $(ARGS)
-
 bench-rl: $(STAMP)  ## Seconds per RL iteration
 	$(BIN)/python tests/bench/bench_rl.py $(ARGS)
 
-docs: $(STAMP)  ## Writes the recipe reference from the schema
+docs: $(STAMP)  ## Writes what is generated from the schema: references and the Kubernetes resource
 	$(BIN)/python -m terrace.recipe.reference docs/recipe-reference.md
+	$(BIN)/python -m terrace.cluster.crd
+	$(BIN)/python -m terrace.cluster.reference docs/kubernetes-reference.md
 
 clean:  ## Removes the environment, caches and demo runs
 	rm -rf $(VENV) runs build site .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
