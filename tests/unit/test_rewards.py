@@ -13,7 +13,7 @@ import pytest
 from terrace.errors import InputError
 from terrace.recipe.schema import RewardRule
 from terrace.rewards.router import Router
-from terrace.rewards.sandbox import SandboxPool
+from terrace.rewards.sandbox import SandboxError, SandboxPool
 from terrace.rewards.types import RewardItem
 
 CASES = runpy.run_path(str(Path(__file__).with_name("reward_cases.py")))["CASES"]
@@ -84,12 +84,18 @@ def dying(items):
     return [{"two": 2.0, "nan": float("nan"), "none": None}.get(response, 0.5)]
 
 
+def slow(items):
+    """A rule that takes a second for each item."""
+    time.sleep(len(items))
+    return [1.0] * len(items)
+
+
 @pytest.fixture
 def importable(monkeypatch, tmp_path):
     """This file's rules as a module that the sandbox can import."""
     source = Path(__file__).read_text()
     body = source[source.index("def hungry") : source.index("@pytest.fixture\ndef importable")]
-    (tmp_path / "terrace_test_rules.py").write_text("import os\n\n" + body)
+    (tmp_path / "terrace_test_rules.py").write_text("import os\nimport time\n\n" + body)
     monkeypatch.syspath_prepend(str(tmp_path))
     return "terrace_test_rules"
 
@@ -107,6 +113,22 @@ def test_memory_limit_and_crashes_are_failures_with_a_reason(importable):
     assert "KeyError" in reasons[2]
     assert "outside [0, 1]" in reasons[3]
     assert "could not judge" in reasons[5]
+
+
+def test_closing_frees_who_waits(importable):
+    """A stage that stops while rewards are under way must end, not wait for outcomes that no process will ever give."""
+    pool = SandboxPool(workers=1, item_seconds=10)
+    router = Router({task: [RewardRule(name=f"{importable}:slow")] for task in "ab"}, pool)
+    items = [("a", RewardItem("", "", None))] * 3 + [("b", RewardItem("", "", None))] * 3
+    waiting = [router.submit(items) for _ in range(3)]
+    time.sleep(0.5)
+    router.close()
+    pool.close()
+    for future in waiting:
+        with pytest.raises(SandboxError, match="closed"):
+            future.result(timeout=20)
+    with pytest.raises(SandboxError, match="closed"):
+        pool.judge(f"{importable}:slow", [RewardItem("", "", None)])
 
 
 def test_router_picks_by_task_weights_and_counts_failures(pool, importable):

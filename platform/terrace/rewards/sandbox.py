@@ -7,6 +7,7 @@ process: about 0.5 s with sympy.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -115,6 +116,8 @@ class SandboxPool:
         self._memory_bytes = memory_bytes
         self._items_per_request = items_per_request
         self._jobs: queue.Queue[_Job | None] = queue.Queue()
+        self._closing = threading.Lock()  # between putting jobs and closing: no job may end up behind the last one taken
+        self._closed = False
         self._threads = [
             threading.Thread(target=self._work, daemon=True, name=f"reward-sandbox-{i}") for i in range(workers)
         ]
@@ -129,7 +132,11 @@ class SandboxPool:
         for start in range(0, len(items), self._items_per_request):
             places = range(start, min(start + self._items_per_request, len(items)))
             jobs.append(_Job(rule, options or {}, [items[place] for place in places], outcomes, places))
-            self._jobs.put(jobs[-1])
+        with self._closing:
+            if self._closed:
+                raise SandboxError(f"reward {rule!r}: the sandbox is closed")
+            for job in jobs:
+                self._jobs.put(job)
         for job in jobs:
             job.done.wait()
             if job.error is not None:
@@ -137,8 +144,15 @@ class SandboxPool:
         return [outcome if outcome is not None else Outcome(None, f"{rule}: not judged") for outcome in outcomes]
 
     def close(self) -> None:
-        for _ in self._threads:
-            self._jobs.put(None)
+        """Ends the processes. Who waits for an outcome that nobody needs any more gets a `SandboxError` now."""
+        with self._closing:
+            self._closed = True
+            with contextlib.suppress(queue.Empty):
+                while (job := self._jobs.get_nowait()) is not None:
+                    job.error = SandboxError("the sandbox was closed before these items were judged")
+                    job.done.set()
+            for _ in self._threads:
+                self._jobs.put(None)
         for thread in self._threads:
             thread.join(timeout=2 * self.item_seconds + 5)
 
@@ -174,6 +188,9 @@ class SandboxPool:
                 process.receive(START_SECONDS)
                 begun = True
                 while place < len(job.items):
+                    if self._closed:
+                        process.kill()
+                        raise SandboxError("the sandbox was closed before these items were judged")
                     answer = process.receive(self.item_seconds)
                     self._record(job, place, answer)
                     place += 1
