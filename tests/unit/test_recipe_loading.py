@@ -144,6 +144,21 @@ def test_extends_merges_maps_and_replaces_lists(tmp_path: Path) -> None:
     assert recipe.stages[1].mixture.weights == {"captions": 1.0, "text": 1.0}
 
 
+def test_an_extending_recipe_adds_stages_at_the_end_but_no_misspelled_ones(tmp_path: Path) -> None:
+    child = tmp_path / "child.yaml"
+    stage = "{train: {language: {lr: 1e-4}}, mixture: {text: 1}, budget: {steps: 2}, seed: 3}"
+    child.write_text(f"extends: {TINY}\nname: child\nstages:\n  more: {stage}\n  alignment: {{seed: 5}}\n")
+    recipe = load_recipe(child)
+    names = ["projector-warmup", "alignment", "pretraining", "long-context", "more"]
+    assert [stage.name for stage in recipe.stages] == names
+    assert (recipe.stages[1].seed, recipe.stages[4].seed, recipe.stages[4].mixture.weights) == (5, 3, {"text": 1.0})
+    grandchild = tmp_path / "grandchild.yaml"
+    grandchild.write_text("extends: child.yaml\nstages:\n  more: {seed: 4}\n  alignmnt: {seed: 5, budget: {steps: 1}}\n")
+    message = str(refused(grandchild))
+    assert f"{grandchild}:4: stages.alignmnt: the extended recipe has no stage `alignmnt`" in message
+    assert "a new stage needs train, mixture, budget" in message
+
+
 def test_extends_in_a_circle_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
     (tmp_path / "b.yaml").write_text("extends: a.yaml\n")

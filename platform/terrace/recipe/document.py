@@ -38,6 +38,7 @@ NAMED_MAPS: tuple[tuple[str, ...], ...] = (
     ("stages", "*", "mixture", "epoch_caps"),
     ("stages", "*", "rewards"),
 )
+NEW_STAGE_KEYS = ("train", "mixture", "budget")  # what every stage gives, and hardly a change of a stage all at once
 MIXTURE_KEYS = ("weights", "unit", "temperature", "epoch_caps")
 
 
@@ -165,7 +166,8 @@ def matches(path: Path, pattern: tuple[str, ...]) -> bool:
 def merge(base: Entry, layer: Entry, path: Path = ()) -> Entry:
     """`layer` over `base`: maps are merged key by key, everything else is replaced.
 
-    `stages` given as a map `{name: {...}}` changes the base's stages by name. Of exclusive keys the layer's wins.
+    `stages` given as a map `{name: {...}}` changes the base's stages by name, and a complete stage of another name comes
+    after them. Of exclusive keys the layer's wins.
     """
     if path == ("stages",) and isinstance(base.value, list) and isinstance(layer.value, dict):
         return _merge_stages(base, layer)
@@ -189,10 +191,14 @@ def _merge_stages(base: Entry, layer: Entry) -> Entry:
     result = list(base.value)
     names = {stage_name(entry): index for index, entry in enumerate(result)}
     for name, change in layer.value.items():
-        if name not in names:
+        if name in names:
+            result[names[name]] = merge(result[names[name]], change, ("stages", names[name]))
+        elif isinstance(change.value, dict) and set(NEW_STAGE_KEYS) <= set(change.value):
+            result.append(Entry({"name": Entry(name, change.place), **change.value}, change.place))
+        else:  # without the keys that every stage needs it is a change under a mistaken name
             known = ", ".join(str(known) for known in names)
-            raise RecipeError([Problem(("stages", name), f"the extended recipe has no stage `{name}`; it has: {known}", change.place)])
-        result[names[name]] = merge(result[names[name]], change, ("stages", names[name]))
+            message = f"the extended recipe has no stage `{name}`; it has: {known} (a new stage needs {', '.join(NEW_STAGE_KEYS)})"
+            raise RecipeError([Problem(("stages", name), message, change.place)])
     return Entry(result, base.place)
 
 

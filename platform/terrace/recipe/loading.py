@@ -3,8 +3,8 @@
     recipe = load_recipe("jobs/recipes/demo.yaml", ["stages.alignment.budget.steps=5"])
 
 Layers, later over earlier: the file that `extends:` names (relative to the extending file, any depth), the file, the
-overrides. Maps merge, lists are replaced, except that `stages` may be a map of changes by stage name. Validation is
-strict: a string is never read as a number nor a number as a boolean. All problems are reported at once (RecipeError).
+overrides. Maps merge, lists are replaced, except that `stages` may be a map of changes by stage name (and of further
+stages, which come last). Validation is strict: a string is never read as a number nor a number as a boolean. All problems are reported at once (RecipeError).
 """
 
 from __future__ import annotations
