@@ -1,7 +1,8 @@
 """`terrace demo`: a tiny model through the whole curriculum on this machine, then a look at what it learned.
 
-Without `--data` the demo draws its own corpus; with it, a folder of JSON Lines takes its place. The same command again
-continues a demo that was stopped; of a finished one it shows the result.
+Without `--data` the demo draws its own corpus and ends with an RL stage on drawn prompts; with it, a folder of JSON Lines
+takes the corpus's place and the curriculum ends after its four supervised stages (a tiny model earns nothing on real prompts).
+The same command again continues a demo that was stopped; of a finished one it shows the result.
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from terrace.errors import InputError
 from terrace.recipe.schema import Recipe
 
 RECIPES = Path(__file__).resolve().parents[3] / "jobs" / "recipes"
-DRAWN_RECIPE, FOLDER_RECIPE = RECIPES / "demo.yaml", Path(__file__).with_name("folder.yaml")
+DRAWN_RECIPE, FOLDER_RECIPE = RECIPES / "demo-morl.yaml", Path(__file__).with_name("folder.yaml")
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser(
         "demo",
-        help="train a tiny model through four stages on this machine",
-        description="Draw a corpus of scenes (or take --data FOLDER), train a tiny vision-language model through four stages,"
-        " print the held-out losses and show pictures with the model's own answers.",
+        help="train a tiny model through a whole curriculum on this machine",
+        description="Draw a corpus of scenes, train a tiny vision-language model through four supervised stages and one of"
+        " reinforcement learning, print held-out losses and rewards and show pictures with the model's own answers. With"
+        " --data FOLDER: the four supervised stages on the folder's rows.",
     )
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder of .jsonl files to train on instead")
     parser.add_argument("--run-dir", type=Path, help="directory of the run (default: runs/demo, or runs/demo-<folder>)")
@@ -96,7 +98,7 @@ def show(recipe: Recipe, run_dir: Path, folder: Path | None) -> None:
     from terrace.demo.gallery import write_sheet
     from terrace.demo.page import write_page
     from terrace.demo.results import EXACT, TASKS, collect
-    from terrace.demo.tables import print_answers, print_losses
+    from terrace.demo.tables import print_answers, print_losses, print_rewards
 
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -108,6 +110,7 @@ def show(recipe: Recipe, run_dir: Path, folder: Path | None) -> None:
 
     results = collect(recipe, run_dir, judged=tuple(TASKS) if folder is None else EXACT, progress=progress)
     print_losses(results, console)
+    print_rewards(results, console)
     print_answers(results, console)
     where = "drawn scenes" if folder is None else f"the rows of {folder}"
     page = write_page(results, run_dir / "gallery.html", f"A tiny vision-language model, trained from random weights on {where}.")

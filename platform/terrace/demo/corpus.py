@@ -63,7 +63,7 @@ def write_corpus(
     """
     samples = SAMPLES if samples is None else samples
     stamp = folder / "corpus.json"
-    wanted = {"seed": seed, "samples": samples, "version": 4}
+    wanted = {"seed": seed, "samples": samples, "version": 5}
     if stamp.is_file() and json.loads(stamp.read_text()) == wanted:
         return folder
     stamp.unlink(missing_ok=True)
@@ -324,23 +324,17 @@ def _chart(rng: random.Random) -> tuple[Row, list[Scene]]:
 
 
 def _reasoning(rng: random.Random) -> tuple[Row, list[Scene]]:
-    """A worked answer: of a word problem without a picture, or of a sum over what a picture shows."""
-    if rng.random() < 0.4:
+    """A worked answer: of a word problem without a picture, or of the sum that a picture shows."""
+    if rng.random() < 0.3:
         a, b = rng.randint(1, 5), rng.randint(1, 4)
         first, second = rng.sample(list(scenes.COLOURS), 2)
         shape = rng.choice(scenes.SHAPES)
         question = f"There are {a} {first} {shape}s and {b} {second} {shape}s. How many {shape}s are there?"
         answer = f"{a} {first} and {b} {second}: {a} + {b} = {a + b}.\nThe answer is \\boxed{{{a + b}}}."
         return _chat([(question, answer)], images=0), []
-    scene = scenes.draw_chart(rng.getrandbits(40))
-    first, second = rng.sample(scene.things, 2)
-    high, low = max(first.value, second.value), min(first.value, second.value)
-    question = f"How much do the {first.colour} bar and the {second.colour} bar differ?"
-    answer = (
-        f"The {first.colour} bar is {first.value} and the {second.colour} bar is {second.value}: "
-        f"{high} - {low} = {high - low}.\nThe answer is \\boxed{{{high - low}}}."
-    )
-    return _chat([(question, answer)]), [scene]
+    scene = scenes.draw_sum(rng.getrandbits(40))
+    answer = f"{scene.things[0].name} = {scene.facts['result']}.\nThe answer is \\boxed{{{scene.facts['result']}}}."
+    return _chat([(RESULT_QUESTION + " Explain.", answer)]), [scene]
 
 
 # ---------------------------------------------------------------- prompts with a checkable answer

@@ -9,7 +9,7 @@ import math
 from html import escape
 from pathlib import Path
 
-from terrace.demo.results import TASKS, Results, Shown, StageLosses
+from terrace.demo.results import RL_TASKS, TASKS, Results, Shown, StageLosses
 from terrace.page import document, facts, picture_address
 
 STAGE_COLOURS = ("#c2630a", "#0f7b8a", "#3355d6", "#8b3fc4", "#b02a5b", "#5a6b1f")
@@ -63,9 +63,10 @@ def write_page(results: Results, path: Path, subtitle: str) -> Path:
 <p class="lead">{escape(subtitle)}</p>
 {facts(figures)}
 <h2>One curriculum, {len(results.stages)} stages</h2>
-<div class="panel">{_curve(results.stages)}</div>
+<div class="panel">{_curve(results.supervised)}</div>
 <h2>Loss on held-out samples, before and after each stage</h2>
-<div class="panel">{_table(results.stages)}</div>
+<div class="panel">{_table(results.supervised)}</div>
+{"".join(_rewards(stage) for stage in results.reinforced)}
 {_bars(results)}
 <h2>In its own words</h2>
 <div class="cards">{"".join(_card(item) for item in results.shown)}</div>
@@ -122,9 +123,9 @@ def _curve(stages: list[StageLosses]) -> str:
     return f'<svg class="curve" viewBox="0 0 {width} {height}" width="100%" role="img">{"".join(parts)}</svg>'
 
 
-def _smoothed(curve: list[float]) -> list[float]:
-    """A centred mean over about a fortieth of the stage, without reaching into its neighbours."""
-    half = max(1, len(curve) // 80)
+def _smoothed(curve: list[float], parts: int = 40) -> list[float]:
+    """A centred mean over about a `parts`-th of the stage, without reaching into its neighbours."""
+    half = max(1, len(curve) // (2 * parts))
     return [sum(part) / len(part) for part in (curve[max(0, at - half) : at + half + 1] for at in range(len(curve)))]
 
 
@@ -151,6 +152,35 @@ def _cell(stage: StageLosses, kind: str) -> str:
     before, after = stage.before.get(kind, math.nan), stage.after[kind]
     rose = ' class="up"' if after > before else ""
     return f'<td{rose}>{before:.3f}<span class="arrow">→</span><b>{after:.3f}</b></td>'
+
+
+def _rewards(stage: StageLosses) -> str:
+    """An RL stage: the mean reward of every task over its iterations, and of held-out prompts before and after."""
+    rows = []
+    for place, (task, after) in enumerate(stage.after.items()):
+        before = stage.before.get(task, math.nan)
+        fell = ' class="up"' if after < before else ""
+        line = _small_curve(stage.rewards.get(task, []), STAGE_COLOURS[place % len(STAGE_COLOURS)])
+        rows.append(
+            f"<tr><td>{escape(RL_TASKS.get(task, task))}</td><td>{line}</td>"
+            f'<td{fell}>{before:.3f}<span class="arrow">→</span><b>{after:.3f}</b></td></tr>'
+        )
+    return (
+        f"<h2>Reinforcement learning: {escape(stage.name)}</h2>\n"
+        '<div class="panel"><table><tr><th>task</th><th>mean reward in training</th><th>held-out prompts, before and after</th></tr>'
+        f"{''.join(rows)}</table></div>"
+        f'<p class="note">{stage.steps} steps. A reward lies between 0 and 1; the model\'s own answers were judged by rules.</p>'
+    )
+
+
+def _small_curve(values: list[float], colour: str) -> str:
+    """Rewards from 0 (bottom) to 1 (top) over the iterations."""
+    width, height = 420, 54
+    smooth = _smoothed(values, parts=10)
+    at = " ".join(f"{4 + (width - 8) * k / max(1, len(smooth) - 1):.1f},{4 + (height - 8) * (1 - v):.1f}" for k, v in enumerate(smooth))
+    rules = "".join(f'<line x1="0" x2="{width}" y1="{y}" y2="{y}" class="rule"/>' for y in (4, height / 2, height - 4))
+    line = f'<polyline points="{at}" fill="none" stroke="{colour}" stroke-width="2" stroke-linejoin="round"/>'
+    return f'<svg class="curve" viewBox="0 0 {width} {height}" width="{width}" role="img">{rules}{line}</svg>'
 
 
 def _bars(results: Results) -> str:

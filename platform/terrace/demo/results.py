@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,14 @@ TASKS = {  # how the kinds of samples are called on the page, in the order they 
     "instruction": "Following",
     "document": "Continuing a book",
 }
+RL_TASKS = {"counting": "Counting", "grounding": "Pointing with a box", "visual_reasoning": "Adding up"}
 EXACT = frozenset({"grounding", "gui", "qa", "counting", "chart", "reasoning"})  # answers that a rule can judge in any data
 PICTURE_SIDE = 448  # pixels of the longer side of a picture that goes into the gallery
 
 
 @dataclass(frozen=True)
 class StageLosses:
-    """Held-out loss per kind before and after one stage, and its training curve."""
+    """Held-out loss per kind (of an RL stage: mean reward per task) before and after one stage, and its training curve."""
 
     name: str
     before: dict[str, float]
@@ -47,7 +48,12 @@ class StageLosses:
     steps: int
     seconds: float
     tokens: int
-    curve: list[float]  # training loss of each step
+    curve: list[float]  # training loss of each step; empty for an RL stage, whose loss says nothing
+    rewards: dict[str, list[float]] = field(default_factory=dict)  # of an RL stage: mean reward per task and iteration
+
+    @property
+    def is_rl(self) -> bool:
+        return bool(self.rewards)
 
 
 @dataclass(frozen=True)
@@ -72,9 +78,17 @@ class Results:
     scores: dict[str, tuple[int, int]]  # kind -> (right answers, questions asked)
     parameters: int
 
+    @property
+    def supervised(self) -> list[StageLosses]:
+        return [stage for stage in self.stages if not stage.is_rl]
+
+    @property
+    def reinforced(self) -> list[StageLosses]:
+        return [stage for stage in self.stages if stage.is_rl]
+
 
 def read_stages(recipe: Recipe, run_dir: Path) -> list[StageLosses]:
-    """The losses of every finished stage, in order."""
+    """The losses, or rewards, of every finished stage, in order."""
     stages = []
     for number, stage in enumerate(recipe.stages, start=1):
         folder = run_dir / "stages" / f"{number:02d}-{stage.name}"
@@ -82,14 +96,27 @@ def read_stages(recipe: Recipe, run_dir: Path) -> list[StageLosses]:
             break
         result = json.loads((folder / "result.json").read_text())
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
-        curve = [json.loads(line)["loss"] for line in lines if line]
-        evaluation = result["evaluation"]
-        stages.append(
-            StageLosses(
-                stage.name, evaluation["before"], evaluation["after"], result["steps"], result["seconds"], result["tokens"], curve
-            )
-        )
+        rows = [json.loads(line) for line in lines if line]
+        is_rl = stage.objective == "grpo"
+        before, after = (_by_kind(result["evaluation"][when]) for when in ("before", "after"))
+        curve = [] if is_rl else [row["loss"] for row in rows]
+        rewards = rewards_per_task(rows) if is_rl else {}
+        stages.append(StageLosses(stage.name, before, after, result["steps"], result["seconds"], result["tokens"], curve, rewards))
     return stages
+
+
+def _by_kind(figures: dict[str, float]) -> dict[str, float]:
+    """Held-out figures by kind of sample or task: an RL stage calls them `reward/<task>`."""
+    return {name.removeprefix("reward/"): value for name, value in figures.items()}
+
+
+def rewards_per_task(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """Mean training reward of every task over the iterations in which it was drawn."""
+    curves: dict[str, list[float]] = {}
+    for row in rows:
+        for task, figures in (row.get("tasks") or {}).items():
+            curves.setdefault(task, []).append(figures["reward"])
+    return curves
 
 
 def collect(

@@ -143,22 +143,22 @@ class _Canvas:
 # ---------------------------------------------------------------- scenes
 
 
-def draw_shapes(seed: int, most: int = 4, colours: int = len(COLOURS)) -> Scene:
-    """1 to `most` shapes of at most `colours` colours that do not touch, each wholly inside one cell of the grid.
-
-    Few shapes are more frequent than many: a model learns to see one thing first.
+def draw_shapes(seed: int, most: int = 4, colours: int | None = None) -> Scene:
+    """1 to `most` shapes that do not touch, each wholly inside one cell of the grid and of a colour of its own, or, to be
+    counted, of one of at most `colours` colours. Few shapes are more frequent than many: one thing is learned first.
     """
     rng = random.Random(seed)
     count = min(rng.randint(1, most), rng.randint(1, most + 1))
     chosen = sorted(rng.sample(range(CELLS * CELLS), count))
-    palette = rng.sample(list(COLOURS), min(colours, len(COLOURS)))
+    palette = rng.sample(list(COLOURS), count if colours is None else colours)
+    shades = palette if colours is None else rng.choices(palette, k=count)
     canvas, things = _Canvas(), []
-    for cell in chosen:
+    for cell, colour in zip(chosen, shades):
         side = round(PITCH * rng.uniform(0.6, 0.92))
         free = PITCH - side - 2
         left = round(cell % CELLS * PITCH + 1 + rng.uniform(0, free))
         top = round(cell // CELLS * PITCH + 1 + rng.uniform(0, free))
-        shape, colour = rng.choice(SHAPES), rng.choice(palette)
+        shape = rng.choice(SHAPES)
         things.append(Thing("shape", shape, colour, _draw_shape(canvas, shape, colour, left, top, side)))
     return Scene("shapes", canvas.finish(), tuple(things))
 

@@ -1,4 +1,4 @@
-"""The demo's result on a terminal: held-out loss per kind and stage, and some of the model's answers."""
+"""The demo's result on a terminal: held-out loss per kind and stage, rewards per task, and some of the model's answers."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import math
 from rich.console import Console
 from rich.table import Table
 
-from terrace.demo.results import TASKS, Results
+from terrace.demo.results import RL_TASKS, TASKS, Results
 
 
 def print_losses(results: Results, console: Console) -> None:
     """One row per kind of sample, one column per stage: held-out loss before and after."""
     table = Table(title="\nLoss on held-out samples, before -> after each stage", title_justify="left", title_style="bold")
     table.add_column("kind")
-    for number, stage in enumerate(results.stages, start=1):
+    for number, stage in enumerate(results.supervised, start=1):
         table.add_column(f"{number} {stage.name}\n{stage.steps} steps, {stage.seconds:.0f} s", justify="right")
     table.add_column("right answers", justify="right")
     kinds = [*TASKS, "text"]
-    kinds += sorted({kind for stage in results.stages for kind in stage.after} - set(kinds))
+    kinds += sorted({kind for stage in results.supervised for kind in stage.after} - set(kinds))
     for kind in kinds:
-        if not any(kind in stage.after for stage in results.stages):
+        if not any(kind in stage.after for stage in results.supervised):
             continue
         cells = []
-        for stage in results.stages:
+        for stage in results.supervised:
             if kind not in stage.after:
                 cells.append("")
                 continue
@@ -33,6 +33,20 @@ def print_losses(results: Results, console: Console) -> None:
         right, total = results.scores.get(kind, (0, 0))
         table.add_row(kind, *cells, f"{right} of {total}" if total else "")
     console.print(table)
+
+
+def print_rewards(results: Results, console: Console) -> None:
+    """One row per task of an RL stage: mean reward of held-out prompts before and after it."""
+    for stage in results.reinforced:
+        title = f"\nReward of answers to held-out prompts (0 to 1), before -> after stage {results.stages.index(stage) + 1} {stage.name}"
+        table = Table(title=f"{title}: {stage.steps} steps, {stage.seconds:.0f} s", title_justify="left", title_style="bold")
+        table.add_column("task")
+        table.add_column("mean reward", justify="right")
+        for task, after in stage.after.items():
+            before = stage.before.get(task, math.nan)
+            colour = "green" if after > before else "red"
+            table.add_row(RL_TASKS.get(task, task), f"{before:.3f} -> [{colour}]{after:.3f}[/{colour}]")
+        console.print(table)
 
 
 def print_answers(results: Results, console: Console, most: int = 12) -> None:
