@@ -38,7 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "report": ("terrace.curriculum.report_command", "write a run's report"),
     "render": ("terrace.cluster.command", "print the Kubernetes resource of a recipe"),
     "serve-rewards": ("terrace.rewards.command", "serve rewards over HTTP"),
-    "demo": ("terrace.demo.command", "train a tiny model through four stages on this machine"),
+    "demo": ("terrace.demo.command", "train a tiny model through a whole curriculum on this machine"),
 }
 READ_SAMPLES = ("run", "ingest", "order", "inspect")
 GROUPS = {

@@ -13,12 +13,15 @@ from PIL import Image
 from terrace.data.conventions import convert_row
 from terrace.data.types import Sample
 from terrace.demo import corpus, scenes
+from terrace.demo.command import DRAWN_RECIPE
+from terrace.demo.corpus import SAMPLES
 from terrace.demo.folder import find_sources, kind_of_rows, stage_weights
 from terrace.demo.gallery import write_sheet
 from terrace.demo.page import write_page
-from terrace.demo.results import Results, Shown, StageLosses
+from terrace.demo.results import Results, Shown, StageLosses, read_stages
 from terrace.errors import InputError
 from terrace.evaluate.answers import iou, is_right, numbers_in_brackets, questions_of
+from terrace.recipe.loading import load_recipe
 
 FEW = dict.fromkeys(corpus.SAMPLES, 3)
 PIXELS = (3136, 7056)
@@ -180,6 +183,33 @@ def test_a_caption_is_asked_as_its_beginning():
 # ---------------------------------------------------------------- pages
 
 
+def test_the_demo_ends_with_an_rl_stage_on_three_tasks():
+    recipe = load_recipe(DRAWN_RECIPE)
+    *supervised, last = recipe.stages
+    assert [stage.objective for stage in supervised] == ["lm"] * 4
+    assert last.objective == "grpo"
+    assert {recipe.data.sources[name].task for name in last.mixture.weights} == {"counting", "grounding", "visual_reasoning"}
+    files = {Path(recipe.data.sources[name].uri).relative_to("runs/demo-corpus").with_suffix("") for name in last.mixture.weights}
+    assert {str(file) for file in files} <= set(SAMPLES)
+
+
+def test_stages_are_read_with_losses_or_rewards(tmp_path: Path):
+    recipe = load_recipe(DRAWN_RECIPE)
+    rows = [{"step": 1, "loss": 2.5}, {"step": 2, "loss": 2.25}]
+    figures = {"before": {"qa": 3.0}, "after": {"qa": 2.0}}
+    for number, stage in enumerate(recipe.stages, start=1):
+        folder = tmp_path / "stages" / f"{number:02d}-{stage.name}"
+        folder.mkdir(parents=True)
+        if stage.objective == "grpo":
+            rows = [{"step": 1, "loss": None, "tasks": {"counting": {"reward": 0.25}}}, {"step": 2, "loss": 0.0, "tasks": {}}]
+            figures = {"before": {"reward/counting": 0.25}, "after": {"reward/counting": 0.5}}
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "result.json").write_text(json.dumps({"evaluation": figures, "steps": 2, "seconds": 1.0, "tokens": 10}))
+    *supervised, last = read_stages(recipe, tmp_path)
+    assert [stage.curve for stage in supervised] == [[2.5, 2.25]] * 4
+    assert (last.curve, last.rewards, last.before, last.after) == ([], {"counting": [0.25]}, {"counting": 0.25}, {"counting": 0.5})
+
+
 def test_page_and_sheet_hold_every_answer(tmp_path: Path):
     picture = scenes.draw_shapes(1).picture
     shown = [
@@ -188,10 +218,17 @@ def test_page_and_sheet_hold_every_answer(tmp_path: Path):
         Shown("reasoning", None, "1 + 1?", "2", "2", True, None, None),
     ]
     stages = [StageLosses("one", {"qa": 3.0}, {"qa": 2.0}, 2, 1.0, 100, [3.0, 2.5]), StageLosses("two", {}, {}, 1, 1.0, 10, [1.0])]
+    rewards = {"counting": [0.2, 0.4, 0.6], "other": [0.1]}
+    stages.append(StageLosses("rl", {"counting": 0.25, "other": 0.5}, {"counting": 0.75, "other": 0.4}, 3, 1.0, 9, [], rewards))
     results = Results("demo", stages, shown, {"grounding": (1, 1), "gui": (0, 1)}, 1_000_000)
     html = write_page(results, tmp_path / "page.html", "words & more").read_text(encoding="utf-8")
     assert html.count("data:image/jpeg;base64,") == 2
     assert "Where is &lt;it&gt;?" in html
     assert "words &amp; more" in html
+    losses, rl = html.split("Reinforcement learning: rl")
+    assert "<h2>One curriculum, 3 stages</h2>" in losses
+    assert "counting" not in losses.lower(), "rewards are no losses"
+    assert '<td>0.250<span class="arrow">→</span><b>0.750</b></td>' in rl
+    assert '<td class="up">0.500' in rl, "a reward that fell is marked"
     assert "http" not in html.replace("http-equiv", "")
     assert Image.open(write_sheet(results, tmp_path / "sheet.png")).size[0] > 1000

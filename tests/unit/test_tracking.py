@@ -71,6 +71,14 @@ def test_a_terminal_gets_a_bar():
     assert "loss not finite" in output.getvalue()
 
 
+def test_an_rl_stage_shows_the_reward_of_every_task():
+    output = io.StringIO()
+    with Display(output) as display:
+        display.stage(5, 5, "morl", 10)
+        display.step(row(10, tasks={"grounding": {"reward": 0.5}, "counting": {"reward": 0.25}}))
+    assert output.getvalue().startswith("stage 5/5 morl  step 10/10  reward counting 0.250, grounding 0.500  1,23")
+
+
 def test_duration():
     assert [duration(seconds) for seconds in (-3, 0.4, 59, 75, 3700, 90000)] == ["0s", "0s", "59s", "1m15s", "1h01m", "1d01h"]
 

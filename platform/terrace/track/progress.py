@@ -110,7 +110,9 @@ class Display:
             self.message(f"stage {stage.number}/{stage.count} {stage.name}  step {row['step']}{of}  {facts}")
 
     def _facts(self, stage: _Stage, row: dict[str, Any], now: float) -> str:
-        facts = ["loss not finite" if row["loss"] is None else f"loss {row['loss']:.4f}"]
+        facts = [_rewards(row["tasks"])] if row.get("tasks") else []
+        if not facts:  # an on-policy loss is about 0 whatever happens: it says nothing beside the rewards
+            facts.append("loss not finite" if row["loss"] is None else f"loss {row['loss']:.4f}")
         if row.get("tokens_per_second"):
             facts.append(f"{row['tokens_per_second']:,.0f} tokens/s")
         done = row["step"] - (stage.first_step or 0)
@@ -129,6 +131,11 @@ class Display:
             self._printed = self._clock()
             return True
         return False
+
+
+def _rewards(tasks: dict[str, dict[str, float]]) -> str:
+    """Mean reward of every task of an RL iteration, in words."""
+    return "reward " + ", ".join(f"{task} {figures['reward']:.3f}" for task, figures in sorted(tasks.items()))
 
 
 def duration(seconds: float) -> str:
