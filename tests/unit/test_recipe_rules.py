@@ -61,6 +61,9 @@ REFUSED = [
      "stages.0.gates.0.metric", "holdout_samples"),
     (["stages.0.evaluate.every_steps=2", "data.sources.captions.holdout_samples=0"],
      "stages.0.evaluate.every_steps", "nothing to evaluate"),
+    (["stages.0.evaluate.suites=['countign:sets/a.jsonl']"], "stages.0.evaluate.suites.0", "did you mean `counting`"),
+    (["stages.0.evaluate.suites=[counting]"], "stages.0.evaluate.suites.0", "counting:PATH"),
+    (["stages.0.evaluate.suites=['gui:a/x.jsonl', 'gui:b/x.jsonl']"], "stages.0.evaluate.suites.1", "gui:x too"),
     (["stages.0.checkpoint={keep_every_steps: 3}"], "stages.0.checkpoint.keep_every_steps", "multiple"),
     (["stages.0.checkpoint={every_steps: null, keep_every_steps: 3}"], "stages.0.checkpoint.keep_every_steps", "not given"),
     (["stages.0.checkpoint.best_metric=eval/caption/loss"], "stages.0.checkpoint.best_metric", "evaluate.every_steps"),
@@ -125,7 +128,7 @@ ACCEPTED = [
     ["stages.0.precision=fp16", "stages.0.resources.gpus_per_worker=1"],
     ["stages.0.gates=[{metric: eval/caption/loss, below: 1}]"],
     ["stages.0.gates=[{metric: train/loss, below: 1}]"],
-    ["stages.0.gates=[{metric: eval/mmbench/accuracy, above: 0.5}]", "stages.0.evaluate.suites=[mmbench]"],
+    ["stages.0.gates=[{metric: 'eval/mmbench:dev/accuracy', above: 0.5}]", "stages.0.evaluate.suites=['mmbench:sets/dev.tsv']"],
     ["stages.1.train.projector.optimizer_state=keep"],
     ["stages.0.parallel={strategy: zero3, offload_optimizer: nvme, nvme_path: /d}"],
     ["stages.0.budget={epochs: 0.5}", "stages.0.budget.steps=null"],
@@ -146,3 +149,10 @@ def test_allowed_worker_counts_divide_the_batch() -> None:
 def test_produced_metrics_are_those_of_the_mixture() -> None:
     recipe = load_recipe(TINY)
     assert produced_metrics(recipe, recipe.stages[0])[:2] == ["eval/caption/loss", "eval/loss"]
+
+
+def test_kinds_of_suites_are_those_that_can_be_asked():
+    from terrace.evaluate.suites import KINDS
+    from terrace.recipe.rules import SUITE_KINDS
+
+    assert tuple(KINDS) == SUITE_KINDS

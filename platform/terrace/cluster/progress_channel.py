@@ -205,7 +205,7 @@ def _newest_checkpoint(stage_directory: str) -> dict[str, Any] | None:
 
 def _small(result: dict[str, Any]) -> dict[str, Any]:
     """What gates need. A ConfigMap and a status have room for that and not for everything."""
-    kept = {key: result[key] for key in ("steps", "loss", "evaluation", "tokens", "samples", "seconds") if key in result}
+    kept = {key: result[key] for key in ("steps", "loss", "evaluation", "suites", "tokens", "samples", "seconds") if key in result}
     if len(_text(kept)) > MAX_RESULT_BYTES:
         kept["evaluation"] = {"after": (result.get("evaluation") or {}).get("after", {})}
     return kept

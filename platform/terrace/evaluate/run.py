@@ -152,21 +152,32 @@ def evaluate_model(
     started = time.monotonic()
     loaded, pixels = open_suites(model, suites, settings)
     if settings.workers == 1:
-        parts = [_worker_replies(model, suites, settings, 0, progress, loaded)]
+        parts = [worker_replies(model, suites, settings, 0, progress, loaded)]
     else:
         parts = _in_processes(model, suites, settings)
+    return judge_and_write(model, loaded, parts, pixels, out_dir, started)
+
+
+def judge_and_write(
+    model: Path,
+    suites: Sequence[Suite],
+    parts: Sequence[Mapping[str, Mapping[int, Reply]]],
+    pixels: tuple[int, int],
+    out_dir: Path,
+    started: float,
+) -> dict[str, Any]:
+    """Scores from the replies of all workers, written to `out_dir` with every answer. `started`: time.monotonic() seconds."""
     rows = {
-        suite.label: judged_rows(suite, merge_replies(suite, [part[suite.label] for part in parts]), pixels)
-        for suite in loaded
+        suite.label: judged_rows(suite, merge_replies(suite, [part[suite.label] for part in parts]), pixels) for suite in suites
     }
     scores = {
         "version": SCORES_VERSION,
         "model": str(model),
         "pixels": list(pixels),
         "seconds": round(time.monotonic() - started, 3),
-        "suites": {suite.label: suite_scores(suite, rows[suite.label], pixels) for suite in loaded},
+        "suites": {suite.label: suite_scores(suite, rows[suite.label], pixels) for suite in suites},
     }
-    write_results(out_dir, scores, [row for suite in loaded for row in rows[suite.label]])
+    write_results(out_dir, scores, [row for suite in suites for row in rows[suite.label]])
     return scores
 
 
@@ -180,7 +191,7 @@ def open_suites(model: Path, suites: Sequence[str], settings: Settings) -> tuple
     return load_suites(suites, reading), pixels
 
 
-def _worker_replies(
+def worker_replies(
     model: Path,
     texts: Sequence[str],
     settings: Settings,
@@ -213,7 +224,7 @@ def _in_processes(model: Path, suites: Sequence[str], settings: Settings) -> lis
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(settings.workers, mp_context=context) as pool:
         tasks = [
-            pool.submit(_worker_replies, model, list(suites), settings, worker, None)
+            pool.submit(worker_replies, model, list(suites), settings, worker, None)
             for worker in range(settings.workers)
         ]
         try:

@@ -59,6 +59,7 @@ LAYOUT_KEYS = {
     "failure",
     "gates",
     "evaluate",
+    "profile",
     "activation_offload",
     "frozen_activation_checkpointing",
     "loss_chunk_tokens",

@@ -7,6 +7,7 @@ over one stage (or the recipe) and knows only values, so it costs microseconds a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import PurePath
 
 from terrace.recipe import rules_model, rules_rl
 from terrace.recipe.errors import Path, Problem, nearest
@@ -15,6 +16,7 @@ from terrace.recipe.schema import PARTS, Recipe, Stage
 GRID_AREA = 28 * 28  # one visual token: 2x2 patches of 14x14 pixels
 IMAGE_MARKERS = 2  # <|vision_start|> and <|vision_end|>
 TEXT_KINDS = {"text"}
+SUITE_KINDS = ("mmbench", "grounding", "gui", "counting", "ocr", "chart", "caption", "reasoning", "loss")  # as in terrace.evaluate
 TRAIN_METRICS = (
     "train/loss",
     "train/grad_norm",
@@ -32,7 +34,7 @@ def check(recipe: Recipe) -> list[Problem]:
     problems += [*_planning(recipe), *_stage_names(recipe)]
     for index, stage in enumerate(recipe.stages):
         at: Path = ("stages", index)
-        for rule in (_parts, _mixture, _budget, _resolution, _workers, _parallel, _precision, _evaluation, _checkpoint):
+        for rule in (_parts, _mixture, _budget, _resolution, _workers, _parallel, _precision, _failure, _evaluation, _checkpoint):
             problems += rule(recipe, stage, at)
         problems += rules_rl.check(recipe, stage, at)
     return problems
@@ -249,6 +251,25 @@ def _parallel(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
         for count in {workers} if isinstance(workers, int) else set(workers):
             if count % parallel.hybrid_shard_size:
                 yield Problem((*key, "hybrid_shard_size"), f"{parallel.hybrid_shard_size} does not divide {count} workers")
+    if parallel.sequence_parallel > 1:
+        yield from _sequence_parallel(recipe, stage, (*key, "sequence_parallel"))
+
+
+def _sequence_parallel(recipe: Recipe, stage: Stage, key: Path) -> Iterator[Problem]:
+    """All-to-all deals whole attention heads, so their number decides how many ranks may share a pack."""
+    size = stage.parallel.sequence_parallel
+    if stage.objective != "lm":
+        yield Problem(key, f"{size} ranks may share a pack under the objective lm only, not under {stage.objective}")
+    text = (recipe.model.config or {}).get("text_config") or {}
+    heads, key_heads = text.get("num_attention_heads"), text.get("num_key_value_heads")
+    if not (isinstance(heads, int) and isinstance(key_heads, int) and heads > 0 and key_heads > 0):
+        return  # named elsewhere, or known only to the pretrained directory: checked again when training starts
+    if heads % size or (key_heads % size and size % key_heads):
+        yield Problem(
+            key,
+            f"{size} ranks cannot share {heads} attention heads and {key_heads} key/value heads evenly: it must divide "
+            f"{heads}, and divide {key_heads} or be a multiple of it",
+        )
 
 
 def _precision(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
@@ -259,6 +280,16 @@ def _precision(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
         yield Problem(
             ("model", "attention"),
             f"{recipe.model.attention} needs a GPU and stage `{stage.name}` has none; auto picks what runs there",
+        )
+
+
+def _failure(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
+    failure = stage.failure
+    if failure.hang_timeout_seconds is not None and failure.hang_timeout_seconds >= failure.stall_timeout_seconds:
+        yield Problem(
+            (*at, "failure", "hang_timeout_seconds"),
+            f"{failure.hang_timeout_seconds:g} is not below stall_timeout_seconds {failure.stall_timeout_seconds:g}: the attempt "
+            "would be replaced before its workers say where they hang",
         )
 
 
@@ -278,7 +309,7 @@ def produced_metrics(recipe: Recipe, stage: Stage) -> list[str]:
 def _metric_problem(recipe: Recipe, stage: Stage, metric: str) -> str | None:
     produced = produced_metrics(recipe, stage)
     words = metric.split("/")
-    if metric in produced or (words[0] == "eval" and len(words) > 2 and _in_suites(words[1], stage.evaluate.suites)):
+    if metric in produced or (words[0] == "eval" and len(words) > 2 and words[1] in map(suite_label, stage.evaluate.suites)):
         return None
     kinds = {recipe.data.sources[name].kind for name in stage.mixture.weights if name in recipe.data.sources}
     if words[0] == "eval" and words[1:2] and words[1] in kinds and words[2:] == ["loss"]:
@@ -286,8 +317,10 @@ def _metric_problem(recipe: Recipe, stage: Stage, metric: str) -> str | None:
     return f"`{metric}` is not measured in this stage{nearest(metric, produced, limit=12)}"
 
 
-def _in_suites(name: str, suites: list[str]) -> bool:
-    return any(name == suite or suite.replace("\\", "/").rsplit("/", 1)[-1].split(":")[0].startswith(name) for suite in suites)
+def suite_label(suite: str) -> str:
+    """`kind:stem of the file`: the name of a suite in metrics, as `terrace evaluate` prints it."""
+    kind, _, path = suite.partition(":")
+    return f"{kind}:{PurePath(path).stem}"
 
 
 def _evaluation(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
@@ -301,6 +334,19 @@ def _evaluation(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
             )
         if problem := _metric_problem(recipe, stage, gate.metric):
             yield Problem((*key, "metric"), problem)
+    labels: list[str] = []
+    for number, suite in enumerate(stage.evaluate.suites):
+        key = (*at, "evaluate", "suites", number)
+        kind, colon, path = suite.partition(":")
+        if kind not in SUITE_KINDS:
+            yield Problem(key, f"there is no kind of suite {kind!r}{nearest(kind, SUITE_KINDS, limit=12)}")
+        elif not colon or not path:
+            yield Problem(key, f"name its file as {kind}:PATH")
+        elif suite_label(suite) in labels:
+            yield Problem(key, f"another suite is {suite_label(suite)} too; rename one of the files")
+        elif stage.objective == "reward_model":
+            yield Problem(key, "a reward model answers no questions; leave the suites to the other stages")
+        labels.append(suite_label(suite))
     measured = any(metric.startswith("eval/") for metric in produced_metrics(recipe, stage))
     if stage.evaluate.every_steps is not None and not measured and not stage.evaluate.suites:
         yield Problem(

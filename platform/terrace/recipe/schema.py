@@ -134,7 +134,10 @@ class Evaluate(Strict):
 
     every_steps: int | None = Field(None, ge=1, description="Also evaluate every so many steps; default: before and after the stage.")
     max_samples_per_kind: int = Field(64, ge=1, description="Held-out samples per kind at most.")
-    suites: list[str] = Field([], description="Benchmark suites to run at the stage's end.")
+    suites: list[str] = Field(
+        [], description="Suites asked at the stage's end, each `kind:path` as in `terrace evaluate`; a score is `eval/kind:name/score`."
+    )
+    limit: int | None = Field(None, ge=1, description="Only the first so many questions of each suite.")
 
 
 class DataLoading(Strict):
@@ -153,8 +156,18 @@ class Failure(Strict):
     backoff_seconds: Positive = Field(10.0, description="Delay before the first restart; doubles with each further failure.")
     backoff_cap_seconds: Positive = Field(600.0, description="Longest delay before a restart.")
     stall_timeout_seconds: Positive = Field(1800.0, description="No progress for this long while running: the attempt is replaced.")
+    hang_timeout_seconds: Positive | None = Field(
+        None,
+        description="No step, evaluation or checkpoint for this long: every worker writes its stacks and ends. Default: half the stall timeout.",
+    )
     preemption_grace_seconds: Positive = Field(60.0, description="Time to save a checkpoint when told to stop.")
     on_nonfinite: Literal["stop", "skip", "rewind"] = Field("stop", description="What a non-finite loss or gradient does.")
+
+
+class Profile(Strict):
+    steps: list[Annotated[int, Field(ge=1)]] = Field(
+        [], description="Steps (from 1) of which each worker writes a torch profiler trace to the stage's `profile/`."
+    )
 
 
 class GrpoOptions(Strict):
@@ -213,6 +226,7 @@ class Stage(Strict):
     evaluate: Evaluate = Field(Evaluate(), description="Held-out loss and suites.")
     gates: list[Gate] = Field([], description="Bounds on metrics that decide whether the next stage starts.")
     failure: Failure = Field(Failure(), description="What the stage survives.")
+    profile: Profile = Field(Profile(), description="Steps to trace.")
     grpo: GrpoOptions | None = Field(None, description="Options of the objective grpo.")
     rewards: dict[str, list[RewardRule]] = Field({}, description="Reward rules per task (objective grpo).")
     seed: int = Field(0, ge=0, description="Seed of the stage's own randomness.")

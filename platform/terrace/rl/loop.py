@@ -43,7 +43,7 @@ from terrace.rl.update import PolicyStepper, UpdateOutcome
 from terrace.train.checkpoint import CheckpointWriter, json_bytes, write_durably
 from terrace.train.collectives import barrier, gather_rows
 from terrace.train.context import WorkerContext
-from terrace.train.finish import export_final
+from terrace.train.finish import ask_suites, check_suites, export_final
 from terrace.train.loop import Observer, StageResult
 from terrace.train.metrics import MetricsLog
 from terrace.train.optimizer import parameter_groups, part_learning_rates, schedule_factor
@@ -76,6 +76,7 @@ def train_rl_stage(
     result_file = stage_dir / "result.json"
     if result_file.is_file():
         return StageResult(**json.loads(result_file.read_text()))
+    check_suites(stage)
     if stage.failure.on_nonfinite == "rewind":
         raise InputError(f"stage {stage.name}: on_nonfinite rewind is not offered for grpo; use stop or skip")
     if options.placement == "separate":
@@ -255,7 +256,7 @@ def train_rl_stage(
         after = evaluate()
         notify("evaluation", {"when": "after", "loss": after})
     export_final(strategy, stage, config, prepared.tokenizer_dir, stage_dir / "final", context)
-    result = progress.result(after)
+    result = progress.result(after, ask_suites(stage, stage_dir, context))
     if metrics:
         metrics.close()
         write_durably(result_file, json_bytes(result))

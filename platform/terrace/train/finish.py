@@ -1,4 +1,4 @@
-"""The end of a stage: its final weights as a Hugging Face directory."""
+"""The end of a stage: its final weights as a Hugging Face directory, and the suites that the recipe asks of them."""
 
 from __future__ import annotations
 
@@ -26,3 +26,21 @@ def export_final(
         pixels = (stage.pixels.min, stage.pixels.max)
         export_hf(state, config, tokenizer_dir, out_dir, pixels, EXPORT_DTYPES[stage.precision])
     barrier(context)
+
+
+def check_suites(stage: Stage) -> None:
+    """Raises InputError for a suite that cannot be asked, before the stage spends anything."""
+    if stage.evaluate.suites:
+        from terrace.evaluate.suites import parse_suite
+
+        for text in stage.evaluate.suites:
+            parse_suite(text)
+
+
+def ask_suites(stage: Stage, stage_dir: Path, context: WorkerContext) -> dict[str, dict[str, float]]:
+    """Scores by suite of `stage_dir/final`. All ranks call it, without holding on to what they trained with."""
+    if not stage.evaluate.suites:
+        return {}
+    from terrace.evaluate.stage import evaluate_final  # a loop without suites needs none of the judges' libraries
+
+    return evaluate_final(stage, stage_dir, context)

@@ -27,10 +27,10 @@ from terrace.train.collectives import barrier
 from terrace.train.context import WorkerContext
 from terrace.train.evaluation import held_out_loss
 from terrace.train.feed import StageFeed
-from terrace.train.finish import export_final
+from terrace.train.finish import ask_suites, check_suites, export_final
 from terrace.train.metrics import MetricsLog
 from terrace.train.optimizer import parameter_groups, part_learning_rates, schedule_factor
-from terrace.train.progress import next_attempt, resume_or_hand_over
+from terrace.train.progress import Progress, next_attempt, resume_or_hand_over
 from terrace.train.setup import prepare_strategy
 from terrace.train.step import NonFinite, count_batch, run_step, seed_step
 
@@ -51,6 +51,7 @@ class StageResult:
     per_source: dict[str, int]
     seconds: float
     skipped_steps: int = 0
+    suites: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # scores by suite of evaluate.suites
 
 
 def train_stage(
@@ -66,7 +67,24 @@ def train_stage(
     result_file = stage_dir / "result.json"
     if result_file.is_file():
         return StageResult(**json.loads(result_file.read_text()))
+    check_suites(stage)
     notify = _notifier(observers, context)
+    progress, after = _train_and_export(recipe, stage_index, feed, stage_dir, start_weights, context, notify, attempt)
+    # What the stage trained with is gone from memory by now: the suites ask the model that was written.
+    result = progress.result(after, ask_suites(stage, stage_dir, context))
+    if context.rank == 0:
+        write_durably(result_file, json_bytes(result))
+    barrier(context)
+    notify("finished", result)
+    return StageResult(**result)
+
+
+def _train_and_export(
+    recipe: Recipe, stage_index: int, feed: StageFeed, stage_dir: Path, start_weights: Path | None,
+    context: WorkerContext, notify: Observer, attempt: int | None,
+) -> tuple[Progress, dict[str, float]]:
+    """The stage up to its Hugging Face directory: how far it came, and the held-out loss per kind at its end."""
+    stage = recipe.stages[stage_index]
 
     # Open: model, optimizer, checkpoint folder.
     loss = lm_objective(stage.loss_chunk_tokens)
@@ -159,19 +177,15 @@ def train_stage(
             writer.wait()
             raise Preempted(f"stage {stage.name}: told to stop, saved at step {number}; run again to go on from there")
 
-    # Finish: the last checkpoint on disk, evaluation, the Hugging Face directory, and the result last.
+    # Finish: the last checkpoint on disk, evaluation, the Hugging Face directory.
     writer.wait()
     barrier(context)
     after = held_out_loss(strategy, feed.held_out, stage.precision, context)
     notify("evaluation", {"when": "after", "loss": after})
     export_final(strategy, stage, feed.config, feed.tokenizer_dir, stage_dir / "final", context)
-    result = progress.result(after)
     if metrics:
         metrics.close()
-        write_durably(result_file, json_bytes(result))
-    barrier(context)
-    notify("finished", result)
-    return StageResult(**result)
+    return progress, after
 
 
 def _notifier(observers: Sequence[Observer], context: WorkerContext) -> Observer:

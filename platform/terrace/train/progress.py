@@ -54,12 +54,13 @@ class Progress:
         totals = {key: getattr(self, key) for key in ("tokens", "samples", "seconds", "skipped_steps", "per_source")}
         return {"step": self.step, "loss": self.loss, "totals": totals, "evaluation_before": self.evaluation_before}
 
-    def result(self, after: dict[str, float]) -> dict[str, Any]:
-        """The content of result.json."""
+    def result(self, after: dict[str, float], suites: dict[str, dict[str, float]] | None = None) -> dict[str, Any]:
+        """The content of result.json. `after`: held-out loss per kind; `suites`: scores by suite."""
         return {
             "steps": self.step,
             "loss": self.loss,
             "evaluation": {"before": self.evaluation_before or {}, "after": after},
+            "suites": suites or {},
             **self.state()["totals"],
         }
 
