@@ -30,7 +30,9 @@ CHARTS = (
     "Tokens per second", "Waiting for data", "Fill", "Step", "caption", "document", "reward", "pass rate", "response length", "entropy",
     "failed rewards", "rollout", "KL to the start",
 )  # fmt: skip
-SECTIONS = ("timeline", "stages", "loss", "held-out", "tasks", "answers", "throughput", "data", "plan", "checkpoints", "events", "recipe")
+SECTIONS = (
+    "timeline", "stages", "loss", "held-out", "suites", "tasks", "answers", "throughput", "data", "plan", "checkpoints", "events", "recipe",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +154,15 @@ def test_every_section_and_chart_is_there(page: str) -> None:
     drawn = re.findall(r"<figcaption><b>([^<]+)</b>", page)
     assert set(CHARTS) <= set(drawn)
     assert drawn.count("reward") == 2  # one per task
+
+
+def test_suites_show_every_stage_s_score_and_right_and_wrong_answers(page: str) -> None:
+    part = re.search(r'<section id="suites">.*?</section>', page, re.DOTALL)[0]
+    assert "<b>0.333</b><small>0.100 to 0.900, n 6</small>" in part
+    assert "<b>0.667</b>" in part
+    assert part.count("✓") == 3
+    assert part.count("✗") == 2  # of the last stage: four of six are right
+    assert "How many &lt;b&gt;shapes&lt;/b&gt;, 5?" in part
 
 
 def test_a_policy_loss_about_zero_does_not_stretch_the_loss_of_other_stages(page: str) -> None:

@@ -17,6 +17,7 @@ from terrace.track.report_charts import DASHES
 from terrace.track.report_curves import Curves, shares
 from terrace.track.report_numbers import clock, short_number, span
 from terrace.track.report_style import STYLE
+from terrace.track.report_suites import suites_part
 from terrace.track.report_tables import (
     answers,
     checkpoints,
@@ -36,6 +37,7 @@ SECTIONS = (  # id, heading; a section without content is left out
     ("stages", "Stages"),
     ("loss", "Training"),
     ("held-out", "Held-out samples, before and after"),
+    ("suites", "Suites"),
     ("tasks", "Reinforcement learning, per task"),
     ("answers", "In the model's own words"),
     ("throughput", "Throughput"),
@@ -58,6 +60,7 @@ def write_page(runs: Sequence[RunReport], path: Path) -> Path:
         "stages": _each(runs, names, lambda run, _: stages_table(run)),
         "loss": _panel(curves.training()),
         "held-out": _panel(curves.held_out()) + _each(runs, names, lambda run, _: held_out_table(run) + gates_table(run)),
+        "suites": _each(runs, names, lambda run, _: suites_part(run)),
         "tasks": _panel(curves.tasks()) + _each(runs, names, lambda run, _: examples(run)),
         "answers": _each(runs, names, lambda run, _: answers(run)),
         "throughput": _panel(curves.throughput()),
