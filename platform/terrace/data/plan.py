@@ -28,7 +28,7 @@ from terrace.data.balance import CostModel, cost_model, deal, deal_in_order, max
 from terrace.data.eligible import StageSource, eligible_source
 from terrace.data.mixture import Interleave, rounded_weights, whole_weights
 from terrace.data.order import permute, seed_of, source_rows
-from terrace.data.packing import lookahead, pack_window
+from terrace.data.packing import default_window, lookahead, pack_window
 from terrace.data.types import PackSpec, SampleRef
 from terrace.errors import InputError
 from terrace.recipe.schema import Recipe, Stage
@@ -73,6 +73,7 @@ class StagePlan:
         self.weights = _sample_weights(stage, self.sources)
         limits = [_limit(stage, source) for source in self.sources]
         self.interleave = Interleave(self.names, self.weights, limits)
+        self.window_samples = stage.data_loading.window_samples or default_window(stage.sequence_length)
         self.total_samples: int | None = self.interleave.total
         if stage.budget.samples is not None:
             if self.total_samples is not None and self.total_samples < stage.budget.samples:
@@ -143,7 +144,7 @@ class StagePlan:
             "sources": [[source.name, source.count, round(source.mean_tokens, 6)] for source in self.sources],
             "mixture": stage.mixture.model_dump(mode="json"),
             "pixels": [stage.pixels.min, stage.pixels.max],
-            "packing": [stage.sequence_length, stage.data_loading.window_samples],
+            "packing": [stage.sequence_length, self.window_samples],
             "visual": stage.data_loading.max_visual_tokens_per_pack,
             "batch": stage.batch.packs,
             "basis": basis,
@@ -304,7 +305,7 @@ class StagePlan:
         return window
 
     def _packed(self, anchor: Anchor) -> Window | None:
-        target = self.stage.data_loading.window_samples
+        target = self.window_samples
         stop = anchor.position + lookahead(target)
         if self.total_samples is not None:
             stop = min(stop, self.total_samples)

@@ -54,7 +54,7 @@ def prepare_data(
     root = Path(absolute(str(run_dir))) / "data" if run_dir is not None else default_root(recipe)
     pinned = _load_manifest(root)
     mark = data_mark(recipe)
-    if pinned is not None and pinned["mark"] == mark:
+    if pinned is not None and pinned.get("mark") == mark:
         try:
             return load_prepared(root)
         except (InputError, FileNotFoundError):
@@ -84,12 +84,17 @@ def load_prepared(root: str | Path) -> PreparedData:
     manifest = _load_manifest(root)
     if manifest is None:
         raise InputError(f"there is no prepared data in {root}; the run prepares it before its first stage")
-    storage = Storage(**manifest["storage"])
-    indexes = {
-        name: load_index(_resolved(entry["folder"], root), manifest["seed"], entry["holdout_samples"], entry["max_samples"], storage)
-        for name, entry in manifest["sources"].items()
-    }
-    return PreparedData(indexes, Path(_resolved(manifest["tokenizer_dir"], root)), root)
+    try:
+        storage = Storage(**manifest["storage"])
+        tokenizer_dir = Path(_resolved(manifest["tokenizer_dir"], root))
+        places = {
+            name: (_resolved(entry["folder"], root), manifest["seed"], entry["holdout_samples"], entry["max_samples"])
+            for name, entry in manifest["sources"].items()
+        }
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        what = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be understood ({error})"
+        raise _broken(root, what) from error
+    return PreparedData({name: load_index(*place, storage) for name, place in places.items()}, tokenizer_dir, root)
 
 
 def used_sources(recipe: Recipe) -> list[str]:
@@ -197,7 +202,16 @@ def _load_manifest(root: Path) -> dict[str, Any] | None:
         manifest = json.loads(read_file(str(root / "prepared.json")))
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise _broken(root, f"is no JSON ({error})") from error
+    if not isinstance(manifest, dict):
+        raise _broken(root, "is no JSON object")
     return manifest if manifest.get("version") == PREPARED_VERSION else None
+
+
+def _broken(root: Path, what: str) -> InputError:
+    """It is never replaced silently: the run would go on with other samples than it began with."""
+    return InputError(f"{root / 'prepared.json'} {what}; restore the file, or delete it to prepare the data again")
 
 
 def _relative(uri: str, root: str) -> str:

@@ -141,7 +141,7 @@ class Evaluate(Strict):
 
 
 class DataLoading(Strict):
-    window_samples: int = Field(2_000, ge=1, description="Samples that are packed together; position = (window, pack).")
+    window_samples: int | None = Field(None, ge=1, description="Samples packed together; default: 2,000, or half the sequence length.")
     prefetch_packs: int = Field(8, ge=1, description="Decoded packs kept ready per worker.")
     packs_per_task: int = Field(8, ge=1, description="Packs that one decode task reads, decodes and yields.")
     engine: Literal["ray", "inline"] = Field("ray", description="`inline` decodes in the training process (debugging, torchrun).")

@@ -1,0 +1,294 @@
+"""One contestant of `bench_data.py` in a process of its own: `python bench_data_loaders.py NAME ROOT --epochs N`.
+
+Each loader is a function from the number of epochs to an iterator of (samples, tensors) as they arrive in this process. Everyone
+decodes with the same functions (`terrace.data.images`: libjpeg-turbo, antialiased uint8 resize), cuts the same patches, encodes with
+the same tokenizer, packs to 8,192 tokens and hands out uint8 and int32 tensors, so what differs is the way there. Only `processor` is
+what people write first: Pillow, the Hugging Face image processor and tokenizer, padded batches.
+
+The process says START and END around the measured epochs and waits after each for a line on stdin, so that the parent can read the
+CPU seconds of the whole process tree while nothing is running. One whole epoch goes before START: Ray, workers and imports are up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PIXELS = (3_136, 448 * 448)
+SEQUENCE_LENGTH = 8_192
+Delivered = Iterator[tuple[int, Any]]
+Loader = Callable[[int], Delivered]
+
+
+# ---------------------------------------------------------------- what everyone does with a sample
+
+
+def encode(data: bytes, text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(int32 [L] token ids, uint8 [P, 588] patches) of one sample."""
+    from terrace.data.images import image_size, load_patches
+    from terrace.data.resize import smart_resize
+
+    width, height = image_size(data)
+    height, width = smart_resize(height, width, *PIXELS)
+    special = tokenizer.special
+    pads = [special.image_pad] * (height * width // 784)
+    ids = [special.vision_start, *pads, special.vision_end, *tokenizer.encode(text), special.endoftext]
+    return np.asarray(ids, np.int32), load_patches(data, height, width)
+
+
+def packed(samples: Iterator[tuple[bytes, str]], tokenizer_dir: str) -> Delivered:
+    """Packs of whole samples in their order, as tensors. A pack is closed by the first sample that does not fit."""
+    import torch
+
+    from terrace.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(tokenizer_dir)
+    ids: list[np.ndarray] = []
+    patches: list[np.ndarray] = []
+
+    def pack() -> tuple[int, Any]:
+        ends = np.cumsum([len(part) for part in ids], dtype=np.int32)
+        arrays = {"input_ids": np.concatenate(ids), "patches": np.concatenate(patches), "segment_ends": ends}
+        return len(ids), {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    for data, text in samples:
+        new_ids, new_patches = encode(data, text, tokenizer)
+        if ids and sum(map(len, ids)) + len(new_ids) > SEQUENCE_LENGTH:
+            yield pack()
+            ids, patches = [], []
+        ids.append(new_ids)
+        patches.append(new_patches)
+    if ids:
+        yield pack()
+
+
+# ---------------------------------------------------------------- contestants
+
+
+def bare(root: Path, args: argparse.Namespace) -> Loader:
+    """Decode, resize, patch and tokenise in a plain loop on one core, over bytes in memory: what nobody can beat."""
+    import torch
+    from bench_data_corpus import tar_samples
+
+    from terrace.data.tokenizer import load_tokenizer
+
+    torch.set_num_threads(1)
+    tokenizer, samples = load_tokenizer(root / "tokenizer"), list(tar_samples(root))
+
+    def load(epochs: int) -> Delivered:
+        for _ in range(epochs):
+            for data, text in samples:
+                yield 1, encode(data, text, tokenizer)
+
+    return load
+
+
+def terrace(root: Path, args: argparse.Namespace) -> Loader:
+    """The product: a stage's plan and its own `open_stream`, through Ray Data."""
+    import logging
+
+    import ray
+    import torch
+
+    from terrace.data.plan import StagePlan
+    from terrace.data.stream import open_stream
+
+    recipe, prepared = terrace_data(root)
+    ray.init(
+        address="local", num_cpus=args.workers + 1, include_dashboard=False, object_store_memory=512 * 2**20, log_to_driver=False,
+        logging_level=logging.ERROR,
+    )  # fmt: skip
+
+    def load(epochs: int) -> Delivered:
+        stage = recipe.stages[0]
+        budget = stage.budget.model_copy(update={"epochs": float(epochs)})
+        resources = stage.resources.model_copy(update={"decode_cpus": args.workers})
+        changed = recipe.model_copy(update={"stages": [stage.model_copy(update={"budget": budget, "resources": resources})]})
+        for step in open_stream(StagePlan.build(changed, 0, prepared), prepared, 0, 1):
+            for pack in step.packs:
+                arrays = (pack.input_ids, pack.targets, pack.position_ids, pack.segment_ends, pack.patches, pack.image_grids)
+                yield len(pack.sample_ids), [torch.from_numpy(array) for array in arrays]
+
+    return load
+
+
+def terrace_data(root: Path) -> tuple[Any, Any]:
+    """(recipe, prepared data) of one stage over the corpus's tars, indexed where they lie; made once."""
+    from terrace.data.prepare import prepare_data
+    from terrace.recipe.schema import Recipe
+
+    recipe = Recipe.model_validate(
+        {
+            "name": "bench",
+            "model": {"config": {}},
+            "tokenizer": {"path": str(root / "tokenizer")},
+            "data": {"sources": {"captions": {"uri": str(root / "tars")}}},
+            "stages": [
+                {
+                    "name": "one", "train": {"projector": {"lr": 1e-3}}, "mixture": {"weights": {"captions": 1.0}},
+                    "sequence_length": SEQUENCE_LENGTH, "pixels": {"min": PIXELS[0], "max": PIXELS[1]}, "budget": {"epochs": 1},
+                    "batch": {"packs": 4},
+                }
+            ],
+        }
+    )  # fmt: skip
+    return recipe, prepare_data(recipe, root / "terrace", use_ray=False)
+
+
+def webdataset(root: Path, args: argparse.Namespace) -> Loader:
+    """WebDataset 1.0: shards split over workers, a shuffle buffer of undecoded samples, packs made in the workers."""
+    import webdataset as wds
+
+    shards = sorted(str(path) for path in (root / "tars").glob("*.tar"))
+    dataset = wds.WebDataset(shards, shardshuffle=len(shards), workersplitter=wds.split_by_worker).shuffle(500)
+    pairs = dataset.map(_pair_of_webdataset).compose(partial(packed, tokenizer_dir=str(root / "tokenizer")))
+    return _torch_loader(pairs, args)
+
+
+def _pair_of_webdataset(sample: dict[str, Any]) -> tuple[bytes, str]:
+    return sample["jpg"], sample["txt"].decode()
+
+
+def hf_datasets(root: Path, args: argparse.Namespace) -> Loader:
+    """Hugging Face datasets: Arrow files without decoding, as a sharded iterable with a shuffle buffer, packs in the workers."""
+    from torch.utils.data import IterableDataset
+
+    files = sorted(str(path) for path in (root / "parquet").glob("*.parquet"))
+    rows = _parquet_rows(root, files).to_iterable_dataset(num_shards=len(files)).shuffle(seed=0, buffer_size=500)
+
+    class Packs(IterableDataset):
+        def __iter__(self) -> Iterator[Any]:
+            return packed(((row["image"]["bytes"], row["text"]) for row in rows), str(root / "tokenizer"))
+
+    return _torch_loader(Packs(), args)
+
+
+def _parquet_rows(root: Path, files: list[str]) -> Any:
+    import datasets
+
+    datasets.disable_progress_bars()
+    rows = datasets.load_dataset("parquet", data_files=files, split="train", cache_dir=str(root / "hf-cache"))
+    return rows.cast_column("image", datasets.Image(decode=False))
+
+
+def mosaic(root: Path, args: argparse.Namespace) -> Loader:
+    """MosaicML Streaming: MDS shards, its own seeded order, packs in the workers."""
+    from bench_data_corpus import tar_samples
+    from streaming import MDSWriter, StreamingDataset
+
+    if not (root / "mds" / "index.json").is_file():
+        with MDSWriter(out=str(root / "mds"), columns={"jpg": "bytes", "txt": "str"}, size_limit=2**25) as writer:
+            for data, text in tar_samples(root):
+                writer.write({"jpg": data, "txt": text})
+    plain = StreamingDataset(local=str(root / "mds"), shuffle=True, batch_size=32, shuffle_seed=0)
+    from torch.utils.data import IterableDataset
+
+    class Packs(IterableDataset):
+        def __iter__(self) -> Iterator[Any]:
+            return packed(((row["jpg"], row["txt"]) for row in plain), str(root / "tokenizer"))
+
+    return _torch_loader(Packs(), args)
+
+
+def _torch_loader(packs: Any, args: argparse.Namespace) -> Loader:
+    """A DataLoader over ready packs: as many workers as cores, kept between epochs."""
+    from torch.utils.data import DataLoader
+
+    loader = DataLoader(packs, batch_size=None, num_workers=args.workers, prefetch_factor=4, persistent_workers=True)
+
+    def load(epochs: int) -> Delivered:
+        for _ in range(epochs):
+            yield from loader
+
+    return load
+
+
+def processor(root: Path, args: argparse.Namespace) -> Loader:
+    """The usual way: decoded by `datasets`, `Qwen2VLImageProcessor` and the tokenizer on batches of 8, float32, padded."""
+    import torch
+    from torch.utils.data import DataLoader
+    from transformers import PreTrainedTokenizerFast
+
+    if args.torchvision:
+        sys.path.append(args.torchvision)
+        library = torch.library.Library("torchvision", "DEF")  # a wheel built for CUDA; nothing here calls these
+        library.define("nms(Tensor x) -> Tensor")
+        library.define("qnms(Tensor x) -> Tensor")
+        from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor as ImageProcessor
+    else:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as ImageProcessor
+    import datasets
+
+    images = ImageProcessor(min_pixels=PIXELS[0], max_pixels=PIXELS[1])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(root / "tokenizer" / "tokenizer.json"), pad_token="<|endoftext|>")
+    files = sorted(str(path) for path in (root / "parquet").glob("*.parquet"))
+    rows = _parquet_rows(root, files).cast_column("image", datasets.Image())
+
+    def together(batch: list[dict[str, Any]]) -> Any:
+        made = images(images=[row["image"].convert("RGB") for row in batch], return_tensors="pt")
+        texts = []
+        for row, grid in zip(batch, made["image_grid_thw"].tolist()):
+            pads = "<|image_pad|>" * (grid[1] * grid[2] // 4)
+            texts.append(f"<|vision_start|>{pads}<|vision_end|>{row['text']}<|endoftext|>")
+        return len(batch), dict(made) | dict(tokenizer(texts, padding=True, return_tensors="pt"))
+
+    loader = DataLoader(rows, batch_size=8, shuffle=True, num_workers=args.workers, collate_fn=together, persistent_workers=True)
+
+    def load(epochs: int) -> Delivered:
+        for _ in range(epochs):
+            yield from loader
+
+    return load
+
+
+LOADERS = {
+    "bare": bare, "terrace": terrace, "webdataset": webdataset, "datasets": hf_datasets, "mosaic": mosaic, "processor": processor,
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------- one run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("name", choices=sorted(LOADERS))
+    parser.add_argument("root", type=Path)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--torchvision", help="folder that holds torchvision, for the Hugging Face processor")
+    args = parser.parse_args()
+    begun = time.perf_counter()
+    load = LOADERS[args.name](args.root, args)
+    found = sum(samples for samples, _ in load(1))
+    started = time.perf_counter() - begun
+    _mark("START")
+    begun, samples, first = time.perf_counter(), 0, 0.0
+    for count, _tensors in load(args.epochs):
+        first = first or time.perf_counter() - begun
+        samples += count
+    seconds = time.perf_counter() - begun
+    if samples != args.epochs * found:
+        raise SystemExit(f"{args.name} delivered {samples} samples in {args.epochs} epochs of {found}")
+    facts = {"samples": samples, "seconds": seconds, "first_seconds": first, "warm_up_seconds": started}
+    _mark("END " + json.dumps(facts))
+    if "ray" in sys.modules:
+        sys.modules["ray"].shutdown()
+    os._exit(0)  # loaders with threads of their own take seconds to say goodbye
+
+
+def _mark(what: str) -> None:
+    print(what, flush=True)
+    sys.stdin.readline()
+
+
+if __name__ == "__main__":
+    main()
