@@ -185,6 +185,18 @@ def test_parameter_counts_of_a_published_shape():
     assert counts["language"] == 7_615_616_512
 
 
+def test_a_tokenizer_still_to_be_trained_counts_with_its_wanted_vocabulary():
+    """What `terrace validate` prints and what `terrace plan` counts is the model that the run will build."""
+    from terrace.planner.parameters import parameter_counts as planned_counts
+    from terrace.planner.shapes import model_shape
+    from terrace.recipe.loading import load_recipe
+
+    recipe = load_recipe(REPOSITORY / "jobs" / "recipes" / "demo.yaml")
+    counts = parameter_counts(recipe)
+    assert counts == planned_counts(model_shape(recipe))
+    assert sum(counts.values()) < 2_000_000
+
+
 def test_tied_output_counts_once_and_survives_materialising():
     shape = {**SHAPE, "tie_word_embeddings": True}
     tied = Model.model_validate({"config": shape})

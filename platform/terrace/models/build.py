@@ -117,6 +117,14 @@ def build_model(
 
 
 def parameter_counts(recipe: Recipe, config: Any | None = None) -> dict[PartName, int]:
-    """Parameters per part, counted on the meta device (a tied tensor counts once, in the language part)."""
-    shape = meta_model(config if config is not None else model_config(recipe.model))
+    """Parameters per part, counted on the meta device (a tied tensor counts once, in the language part).
+
+    A tokenizer that is still to be trained counts with the vocabulary that the recipe asks for.
+    """
+    if config is None:
+        config = model_config(recipe.model)
+        trained, text = recipe.tokenizer.train_vocabulary_size, (recipe.model.config or {}).get("text_config") or {}
+        if trained is not None and recipe.model.pretrained is None and "vocab_size" not in text:
+            config.text_config.vocab_size = trained
+    shape = meta_model(config)
     return {part: sum(p.numel() for _, p in pairs) for part, pairs in part_parameters(shape).items()}
