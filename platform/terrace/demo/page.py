@@ -114,9 +114,10 @@ def _curve(stages: list[StageLosses]) -> str:
                 f'<line x1="{x1:.1f}" x2="{x1:.1f}" y1="{top - 8}" y2="{height - bottom}" class="border"/>'
             )
         parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2" stroke-linejoin="round"/>')
-        # Short stages lie close together: their names take turns at two heights.
+        # Short stages lie close together: their names take turns at two heights. The last one's ends before the edge.
         y = 12 if place % 2 == 0 else 27
-        parts.append(f'<text x="{x1 + 5:.1f}" y="{y}" style="fill:{colour};font-weight:600">{escape(stage.name)}</text>')
+        x = min(x1 + 5, width - 8 - 7.5 * len(stage.name))
+        parts.append(f'<text x="{x:.1f}" y="{y}" style="fill:{colour};font-weight:600">{escape(stage.name)}</text>')
         start += len(curve)
     parts.append(f'<text x="{width - 8}" y="{height - 6}" text-anchor="end">{steps:,} steps</text>')
     parts.append(f'<text x="{left}" y="{height - 6}">training loss (log scale)</text>')
