@@ -162,6 +162,25 @@ def _budget(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
         )
 
 
+def _checkpoints(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
+    """The best checkpoint can only be told where the metric is measured at the very step of a checkpoint."""
+    checkpoint, metric, key = stage.checkpoint, stage.checkpoint.best_metric, (*at, "checkpoint", "best_metric")
+    if metric is None:
+        return
+    if checkpoint.every_steps is None:
+        yield Problem(key, "asks for the best checkpoint, but checkpoint.every_steps is unset: the stage writes one, at its end")
+    elif not metric.startswith(("train/", "eval/")):
+        yield Problem(key, f"`{metric}` is not measured while the stage runs; use train/<name>, eval/<kind>/loss or eval/loss")
+    elif metric.startswith("eval/") and not (metric.endswith("/loss") and stage.objective == "lm"):
+        yield Problem(key, f"`{metric}` is measured at the stage's end only; use eval/<kind>/loss of an lm stage, or train/<name>")
+    elif metric.startswith("eval/") and (stage.evaluate.every_steps is None or checkpoint.every_steps % stage.evaluate.every_steps):
+        yield Problem(
+            key,
+            f"`{metric}` is measured at multiples of evaluate.every_steps ({stage.evaluate.every_steps or 'unset'}), which does not "
+            f"divide checkpoint.every_steps {checkpoint.every_steps}",
+        )
+
+
 def _resolution(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
     low, high = stage.pixels.min, stage.pixels.max
     if high < GRID_AREA:

@@ -114,7 +114,10 @@ class Checkpoint(Strict):
     every_steps: int | None = Field(None, ge=1, description="Default: only at the stage's end.")
     keep_last: int = Field(2, ge=1, description="Newest checkpoints that stay.")
     keep_every_steps: int | None = Field(None, ge=1, description="Checkpoints at multiples of this step stay as well.")
-    best_metric: str | None = Field(None, description="Also keep the checkpoint with the lowest value of this metric.")
+    best_metric: str | None = Field(
+        None, description="Also keep the checkpoint at which this was best, named as in gates: `eval/caption/loss`, `train/loss`."
+    )
+    best_is: Literal["lowest", "highest"] = Field("lowest", description="Which value of `best_metric` is the best.")
     asynchronous: bool = Field(True, description="Write while training goes on.")
 
 
