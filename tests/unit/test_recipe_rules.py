@@ -66,7 +66,12 @@ REFUSED = [
     (["stages.0.evaluate.suites=['gui:a/x.jsonl', 'gui:b/x.jsonl']"], "stages.0.evaluate.suites.1", "gui:x too"),
     (["stages.0.checkpoint={keep_every_steps: 3}"], "stages.0.checkpoint.keep_every_steps", "multiple"),
     (["stages.0.checkpoint={every_steps: null, keep_every_steps: 3}"], "stages.0.checkpoint.keep_every_steps", "not given"),
-    (["stages.0.checkpoint.best_metric=eval/caption/loss"], "stages.0.checkpoint.best_metric", "evaluate.every_steps"),
+    (["stages.0.checkpoint.best_metric=eval/caption/loss"], "stages.0.checkpoint.best_metric", "checkpoint.every_steps"),
+    (
+        ["stages.0.checkpoint={every_steps: 10, best_metric: eval/caption/loss}", "stages.0.evaluate.every_steps=4"],
+        "stages.0.checkpoint.best_metric",
+        "evaluate.every_steps that divides",
+    ),
     (["stages.0.name=alignment"], "stages.1.name", "also the name"),
     (["stages.1.start_from=nothing"], "stages.1.start_from", "no stage"),
     (["stages.1.start_from=pretraining"], "stages.1.start_from", "does not run before"),

@@ -162,25 +162,6 @@ def _budget(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
         )
 
 
-def _checkpoints(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
-    """The best checkpoint can only be told where the metric is measured at the very step of a checkpoint."""
-    checkpoint, metric, key = stage.checkpoint, stage.checkpoint.best_metric, (*at, "checkpoint", "best_metric")
-    if metric is None:
-        return
-    if checkpoint.every_steps is None:
-        yield Problem(key, "asks for the best checkpoint, but checkpoint.every_steps is unset: the stage writes one, at its end")
-    elif not metric.startswith(("train/", "eval/")):
-        yield Problem(key, f"`{metric}` is not measured while the stage runs; use train/<name>, eval/<kind>/loss or eval/loss")
-    elif metric.startswith("eval/") and not (metric.endswith("/loss") and stage.objective == "lm"):
-        yield Problem(key, f"`{metric}` is measured at the stage's end only; use eval/<kind>/loss of an lm stage, or train/<name>")
-    elif metric.startswith("eval/") and (stage.evaluate.every_steps is None or checkpoint.every_steps % stage.evaluate.every_steps):
-        yield Problem(
-            key,
-            f"`{metric}` is measured at multiples of evaluate.every_steps ({stage.evaluate.every_steps or 'unset'}), which does not "
-            f"divide checkpoint.every_steps {checkpoint.every_steps}",
-        )
-
-
 def _resolution(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
     low, high = stage.pixels.min, stage.pixels.max
     if high < GRID_AREA:
@@ -387,8 +368,13 @@ def _checkpoint(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
     if checkpoint.best_metric is not None:
         if problem := _metric_problem(recipe, stage, checkpoint.best_metric):
             yield Problem((*key, "best_metric"), problem)
-        elif checkpoint.best_metric.startswith("eval/") and stage.evaluate.every_steps is None:
+        elif checkpoint.every_steps is None:
+            yield Problem((*key, "best_metric"), "checkpoint.every_steps is not given: the stage writes one checkpoint, at its end")
+        elif checkpoint.best_metric.startswith("eval/") and (
+            stage.evaluate.every_steps is None or checkpoint.every_steps % stage.evaluate.every_steps
+        ):
             yield Problem(
                 (*key, "best_metric"),
-                f"`{checkpoint.best_metric}` is only measured often enough with evaluate.every_steps",
+                f"`{checkpoint.best_metric}` must be measured at every checkpoint: give an evaluate.every_steps that divides "
+                f"checkpoint.every_steps {checkpoint.every_steps}",
             )
