@@ -6,7 +6,7 @@ changed since, and stops the stage by name rather than shifting every later toke
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from terrace.data.images import ImageDamage, load_patches
 from terrace.data.positions import TEMPORAL_PATCH_SIZE, Visual, rope_positions, temporal_seconds
 from terrace.data.template import Encoded, encode_sample
 from terrace.data.tokenizer import TextTokenizer
-from terrace.data.types import MERGE_SIZE, PATCH_SIZE, PATCH_VALUES, PackedExample, PackSpec, Sample
+from terrace.data.types import MERGE_SIZE, PATCH_SIZE, PATCH_VALUES, PackedExample, PackSpec, Sample, SampleRef
 from terrace.errors import DamagedData, InputError
 
 NO_TARGET = -100
@@ -43,6 +43,9 @@ class LoadedSample:
     sizes: Sequence[tuple[int, int]]
 
 
+Replacements = Callable[[int], Iterator[tuple[PackSpec, LoadedSample]]]  # place in the pack -> one-sample packs, best first
+
+
 @dataclass(frozen=True)
 class Segment:
     """One sample ready to stand in a pack."""
@@ -54,27 +57,40 @@ class Segment:
 
 
 def collate(
-    spec: PackSpec, samples: Sequence[LoadedSample | DamagedData], tokenizer: TextTokenizer, settings: CollateSettings
+    spec: PackSpec,
+    samples: Sequence[LoadedSample | DamagedData],
+    tokenizer: TextTokenizer,
+    settings: CollateSettings,
+    replacements: Replacements | None = None,
 ) -> PackedExample:
     """Build the pack of `spec` from its samples, in order.
 
-    Raises DamagedData, naming source and sample, for bytes that cannot be used; a source with `on_damage: skip` loses
-    that segment instead, always the same one, and the pack names it in `damaged`.
+    Raises DamagedData, naming source and sample, for bytes that cannot be used. Of a source with `on_damage: skip` the
+    pack names the sample in `damaged` instead, and the first of `replacements(place)` that can be read stands there; a
+    place without any is left out.
     """
     segments: list[Segment] = []
-    kept: list[int] = []
+    refs: list[SampleRef] = []
+    kinds: list[str] = []
     damaged: list[str] = []
+    replaced = 0
     for number, (ref, loaded) in enumerate(zip(spec.samples, samples)):
         try:
             if isinstance(loaded, DamagedData):
                 raise loaded
-            segments.append(make_segment(spec, number, loaded, tokenizer, settings))
+            segment, kind = make_segment(spec, number, loaded, tokenizer, settings), loaded.sample.kind
         except DamagedData:
             if ref.source not in settings.skip_damaged:
                 raise
             damaged.append(f"{ref.source}/{ref.id}")
-        else:
-            kept.append(number)
+            found = _first_readable(replacements(number) if replacements else iter(()), refs, tokenizer, settings)
+            if found is None:
+                continue
+            ref, segment, kind = found
+            replaced += 1
+        segments.append(segment)
+        refs.append(ref)
+        kinds.append(kind)
     lengths = [len(segment.encoded.input_ids) for segment in segments]
     videos = [flag for segment in segments for flag in segment.videos]
     return PackedExample(
@@ -85,13 +101,28 @@ def collate(
         segment_ends=np.cumsum(lengths, dtype=np.int32) if lengths else np.empty(0, dtype=np.int32),
         patches=_joined([part for segment in segments for part in segment.patches], (0, PATCH_VALUES), np.uint8),
         image_grids=_joined([segment.encoded.grids for segment in segments], (0, 3), np.int32),
-        sample_ids=[spec.samples[number].id for number in kept],
-        sources=[spec.samples[number].source for number in kept],
-        kinds=[samples[number].sample.kind for number in kept],
+        sample_ids=[ref.id for ref in refs],
+        sources=[ref.source for ref in refs],
+        kinds=kinds,
         sequence_length=settings.sequence_length,
         video_grids=tuple(place for place, flag in enumerate(videos) if flag),
         damaged=tuple(damaged),
+        replaced=replaced,
     )
+
+
+def _first_readable(
+    candidates: Iterator[tuple[PackSpec, LoadedSample]], used: list[SampleRef], tokenizer: TextTokenizer, settings: CollateSettings
+) -> tuple[SampleRef, Segment, str] | None:
+    """(reference, segment, kind) of the first candidate that can be decoded and is not in the pack yet."""
+    for alone, loaded in candidates:
+        if alone.samples[0] in used:
+            continue
+        try:
+            return alone.samples[0], make_segment(alone, 0, loaded, tokenizer, settings), loaded.sample.kind
+        except DamagedData:
+            continue
+    return None
 
 
 def make_segment(

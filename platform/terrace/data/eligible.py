@@ -10,6 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -75,6 +76,15 @@ class EligibleSource:
 
     def take(self, numbers: np.ndarray) -> Items:
         return self.items[numbers]
+
+    @cached_property
+    def by_length(self) -> np.ndarray:
+        """int64 [N]: the items from the shortest to the longest."""
+        return np.argsort(self.items.lengths, kind="stable")
+
+    @cached_property
+    def sorted_lengths(self) -> np.ndarray:
+        return self.items.lengths[self.by_length]
 
 
 def source_pixels(source: Source, pixels: tuple[int, int]) -> tuple[int, int]:

@@ -25,10 +25,11 @@ from typing import Any
 import numpy as np
 
 from terrace.data.balance import CostModel, cost_model, deal, deal_in_order, max_over_mean
-from terrace.data.eligible import StageSource, eligible_source
+from terrace.data.eligible import EligibleSource, StageSource, eligible_source
 from terrace.data.mixture import Interleave, rounded_weights, whole_weights
 from terrace.data.order import permute, seed_of, source_rows
 from terrace.data.packing import default_window, lookahead, pack_window
+from terrace.data.spares import PackSpares, spares_of_pack
 from terrace.data.types import PackSpec, SampleRef
 from terrace.errors import InputError
 from terrace.recipe.schema import Recipe, Stage
@@ -212,6 +213,13 @@ class StagePlan:
             )
         packs = self.packs_of_step(step)
         return [[packs[number] for number in hand] for hand in deal([self.costs.cost(p) for p in packs], world_size)]
+
+    def spares(self, pack: PackSpec) -> PackSpares:
+        """Who may stand in for each sample of a pack if its bytes are damaged: of sources with `on_damage: skip`."""
+        assert self.recipe is not None
+        rules = self.recipe.data.sources
+        tolerant = {s.name: s for s in self.sources if isinstance(s, EligibleSource) and rules[s.name].on_damage == "skip"}
+        return spares_of_pack(pack, tolerant, self.seed) if tolerant else ()
 
     def balance(self, step: int, world_size: int) -> dict[str, float]:
         """Slowest rank over the average rank at a step: as dealt, and as it would be when dealt in order."""

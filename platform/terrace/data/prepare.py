@@ -111,7 +111,7 @@ def default_root(recipe: Recipe) -> Path:
 
 def data_mark(recipe: Recipe) -> str:
     """sha256 of what the prepared data depends on."""
-    sources = {name: recipe.data.sources[name].model_dump() for name in used_sources(recipe)}
+    sources = {name: recipe.data.sources[name].model_dump(exclude={"on_damage"}) for name in used_sources(recipe)}
     data = recipe.data.model_dump(exclude={"sources"}) | {"sources": sources}
     value = {"version": PREPARED_VERSION, "data": data, "tokenizer": recipe.tokenizer.model_dump()}
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -39,9 +39,10 @@ _ARRAYS: tuple[tuple[str, Any, tuple[int, ...]], ...] = (
     ("patches", np.uint8, (-1, PATCH_VALUES)),
     ("image_grids", np.int32, (-1, 3)),
 )
+_NUMBERS = ("pack", "sequence_length", "replaced")
 _LISTS = ("sample_ids", "sources", "kinds", "damaged")
 SCHEMA = pa.schema(
-    [("pack", pa.int64()), ("sequence_length", pa.int32())]
+    [(name, pa.int64()) for name in _NUMBERS]
     + [(name, pa.large_binary()) for name, _, _ in _ARRAYS]
     + [(name, pa.list_(pa.string())) for name in _LISTS]
     + [("video_grids", pa.list_(pa.int32()))]
@@ -50,7 +51,7 @@ SCHEMA = pa.schema(
 
 def to_table(pack: PackedExample) -> pa.Table:
     """One pack as a row of bytes."""
-    columns: dict[str, Any] = {"pack": [pack.pack], "sequence_length": [pack.sequence_length]}
+    columns: dict[str, Any] = {name: [getattr(pack, name)] for name in _NUMBERS}
     for name, dtype, _ in _ARRAYS:
         columns[name] = [np.ascontiguousarray(getattr(pack, name), dtype=dtype).tobytes()]
     for name in (*_LISTS, "video_grids"):
@@ -64,15 +65,10 @@ def from_table(table: pa.Table) -> Iterator[PackedExample]:
         values: dict[str, Any] = {}
         for name, dtype, shape in _ARRAYS:
             values[name] = np.frombuffer(table[name][row].as_buffer(), dtype=dtype).reshape(shape).copy()
-        for name in _LISTS:
+        for name in (*_NUMBERS, *_LISTS):
             values[name] = table[name][row].as_py()
         values["damaged"] = tuple(values["damaged"])
-        yield PackedExample(
-            pack=table["pack"][row].as_py(),
-            sequence_length=table["sequence_length"][row].as_py(),
-            video_grids=tuple(table["video_grids"][row].as_py()),
-            **values,
-        )
+        yield PackedExample(video_grids=tuple(table["video_grids"][row].as_py()), **values)
 
 
 class CalmLoop(ExecutionCallback):

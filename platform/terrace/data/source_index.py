@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from terrace.data.index import load_summary
 from terrace.data.resize import pixel_bounds, resized_coordinate_many, smart_resize_many
-from terrace.data.storage import DEFAULT_STORAGE, join, read_file
+from terrace.data.storage import DEFAULT_STORAGE, join, open_sequential, read_file
 from terrace.data.template import Measure, count_digits
 from terrace.data.types import GRID_PIXELS
 from terrace.errors import InputError
@@ -207,6 +207,34 @@ def load_index(
     )
 
 
+def locate(folder: str, row: int, storage: Storage = DEFAULT_STORAGE) -> SampleLocation:
+    """Where one sample's bytes lie, from the index file of `folder` and without loading the index: a worker that must replace a sample
+
+    reads one group of rows (those of one shard), a few hundred kilobytes.
+    """
+    summary = _summary(folder, storage.model_dump_json())
+    with open_sequential(join(folder, "index.parquet"), storage) as stream:
+        file = pq.ParquetFile(stream)
+        group, first = 0, 0
+        while row >= first + (count := file.metadata.row_group(group).num_rows):
+            group, first = group + 1, first + count
+        values = file.read_row_group(group, columns=_LOCATION_COLUMNS).slice(row - first, 1).to_pylist()[0]
+    members = zip(*(values[name] for name in _LISTS["member"]))
+    return SampleLocation(
+        summary["source"], row, values["id"], values["kind"],
+        _shard_uri(folder, summary["shards"][values["shard"]]["uri"], summary["in_place"]),
+        tuple(members), tuple(zip(values["width"], values["height"])), Storage(**summary["storage"]),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def _summary(folder: str, storage_json: str) -> dict[str, Any]:
+    summary = load_summary(folder, Storage.model_validate_json(storage_json))
+    if summary is None:
+        raise InputError(f"there is no finished index in {folder}; run `terrace index` first")
+    return summary
+
+
 _LISTS = {
     "member": ("member_suffix", "member_offset", "member_size", "member_crc"),
     "image": ("width", "height"),
@@ -214,6 +242,7 @@ _LISTS = {
     "coordinate": ("coordinate_image", "coordinate_axis", "coordinate_value"),
     "cut": ("cuts",),
 }
+_LOCATION_COLUMNS = ["id", "kind", "shard", *_LISTS["member"], *_LISTS["image"]]
 
 
 def _shard_uri(folder: str, name: str, in_place: bool) -> str:

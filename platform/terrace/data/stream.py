@@ -8,6 +8,7 @@ dead workers; which packs a task makes was decided by the plan. `engine="inline"
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ from terrace.data.tasks import PackTask, TaskSettings, make_pack, pack_task
 from terrace.data.types import PackedExample
 from terrace.errors import InputError
 
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class StepInput:
@@ -32,9 +35,12 @@ class StepInput:
 
 
 def open_stream(
-    plan: StagePlan, prepared: Any, rank: int, world_size: int, start_step: int = 0, engine: str | None = None
+    plan: StagePlan, prepared: Any, rank: int, world_size: int, start_step: int = 0, engine: str | None = None,
+    readers: int | None = None,
 ) -> Iterator[StepInput]:
     """The rank's inputs of steps `start_step` to the stage's end. Close the iterator to stop early.
+
+    `readers` processes share the machine's decoders: more than `world_size` where several ranks take the same packs.
 
     `engine` is `ray` (an initialised Ray is needed) or `inline`; default: what the stage says. Raises DamagedData
     naming shard and sample, StorageError, or InputError when the batch cannot be dealt to this many workers.
@@ -47,7 +53,7 @@ def open_stream(
     if engine == "ray":
         from terrace.data.ray_stream import ray_packs
 
-        packs = ray_packs(tasks, settings, plan.stage, world_size)
+        packs = ray_packs(tasks, settings, plan.stage, readers or world_size)
     elif engine == "inline":
         packs = inline_packs(tasks, settings, plan.stage.data_loading.prefetch_packs)
     else:
@@ -64,10 +70,10 @@ def rank_tasks(
     for step in range(start_step, plan.total_steps):
         waiting += plan.deal(step, world_size)[rank]
         while len(waiting) >= size:
-            yield pack_task(waiting[:size], settings)
+            yield pack_task(waiting[:size], settings, plan.spares)
             waiting = waiting[size:]
     if waiting:
-        yield pack_task(waiting, settings)
+        yield pack_task(waiting, settings, plan.spares)
 
 
 def inline_packs(tasks: Iterator[PackTask], settings: TaskSettings, prefetch_packs: int) -> Iterator[PackedExample]:
@@ -99,6 +105,15 @@ def _by_step(packs: Iterator[PackedExample], plan: StagePlan, world_size: int, s
                     found = "nothing" if pack is None else f"pack {pack.pack}"
                     raise RuntimeError(f"the data stream gave {found} where a pack of step {step} was due")
                 taken.append(pack)
+                if pack.damaged:
+                    _tell_damage(pack)
             yield StepInput(step, taken, time.perf_counter() - begun)
     finally:
         packs.close()
+
+
+def _tell_damage(pack: PackedExample) -> None:
+    log.warning(
+        "pack %d: %s could not be read; %d replaced by other samples of the source (`on_damage: skip`)",
+        pack.pack, ", ".join(pack.damaged), pack.replaced,
+    )  # fmt: skip

@@ -6,18 +6,19 @@ the index: a few hundred bytes per sample instead of gigabytes of columns on eve
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from typing import Any
 
 from terrace.data.collate import CollateSettings, LoadedSample, collate
 from terrace.data.placeholders import resolve_coordinates
 from terrace.data.positions import TOKENS_PER_SECOND
 from terrace.data.read import read_located
-from terrace.data.source_index import SampleLocation
+from terrace.data.source_index import SampleLocation, locate
+from terrace.data.spares import PackSpares, SparesOf
 from terrace.data.tokenizer import TextTokenizer, load_tokenizer
-from terrace.data.types import PackedExample, PackSpec
+from terrace.data.types import PackedExample, PackSpec, SampleRef
 from terrace.errors import DamagedData
 from terrace.recipe.schema import Recipe
 
@@ -28,6 +29,7 @@ class PackPart:
 
     spec: PackSpec
     locations: tuple[SampleLocation, ...]
+    spares: PackSpares = ()  # per sample, who may stand in for it
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class TaskSettings:
 
     collate: CollateSettings
     indexes: Any = None
+    index_folders: Mapping[str, str] = field(default_factory=dict)  # of sources with `on_damage: skip`
 
     @classmethod
     def of(cls, recipe: Recipe, stage_index: int, prepared: Any) -> TaskSettings:
@@ -60,17 +63,19 @@ class TaskSettings:
                 tokens_per_second=float(vision.get("tokens_per_second", TOKENS_PER_SECOND)),
             ),
             prepared.indexes,
+            {name: prepared.indexes[name].folder for name in names if data.sources[name].on_damage == "skip"},
         )
 
     def without_indexes(self) -> TaskSettings:
-        return TaskSettings(self.collate)
+        return TaskSettings(self.collate, None, self.index_folders)
 
 
-def pack_task(specs: Sequence[PackSpec], settings: TaskSettings) -> PackTask:
-    """A task with the byte ranges of its samples looked up."""
+def pack_task(specs: Sequence[PackSpec], settings: TaskSettings, spares_of: SparesOf | None = None) -> PackTask:
+    """A task with the byte ranges of its samples looked up. Without `spares_of` a damaged sample leaves a gap."""
     indexes = settings.indexes
     places = [tuple(indexes[ref.source].location(ref.row) for ref in spec.samples) for spec in specs]
-    return PackTask(tuple(PackPart(spec, locations) for spec, locations in zip(specs, places)))
+    spares = [spares_of(spec) if spares_of else () for spec in specs]
+    return PackTask(tuple(PackPart(*part) for part in zip(specs, places, spares)))
 
 
 def run_task(task: PackTask, settings: TaskSettings) -> Iterator[PackedExample]:
@@ -89,7 +94,22 @@ def make_pack(part: PackPart, settings: TaskSettings) -> PackedExample:
         sample, images = result
         resolve_coordinates(sample.messages, location.sizes)
         loaded.append(LoadedSample(sample, images, location.sizes))
-    return collate(part.spec, loaded, _tokenizer(settings.collate.tokenizer_dir), settings.collate)
+    replacements = partial(_replacements, part, settings) if part.spares else None
+    return collate(part.spec, loaded, _tokenizer(settings.collate.tokenizer_dir), settings.collate, replacements)
+
+
+def _replacements(part: PackPart, settings: TaskSettings, place: int) -> Iterator[tuple[PackSpec, LoadedSample]]:
+    """Samples that can be read and may stand at a damaged one's place of the pack, each as a pack of its own."""
+    source, storage = part.spec.samples[place].source, part.locations[place].storage
+    for spare in part.spares[place]:
+        location = locate(settings.index_folders[source], spare.row, storage)
+        [result] = read_located([location])
+        if isinstance(result, DamagedData):
+            continue
+        sample, images = result
+        resolve_coordinates(sample.messages, location.sizes)
+        alone = replace(spare.alone(part.spec), samples=(SampleRef(source, spare.row, location.id),))
+        yield alone, LoadedSample(sample, images, location.sizes)
 
 
 @lru_cache(maxsize=2)

@@ -80,7 +80,8 @@ class PackedExample:
     kinds: list[str]  # sample kind of each segment
     sequence_length: int  # the stage's length, for the fill
     video_grids: tuple[int, ...] = ()  # rows of `image_grids` that are videos: two rows of `patches` per patch, one per frame
-    damaged: tuple[str, ...] = ()  # samples left out by `on_damage: skip`, as "source/id"
+    damaged: tuple[str, ...] = ()  # samples that could not be read, of sources with `on_damage: skip`, as "source/id"
+    replaced: int = 0  # of them, those in whose place another sample stands; the others left a gap
 
     @property
     def tokens(self) -> int:

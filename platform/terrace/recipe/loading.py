@@ -83,7 +83,8 @@ def stage_hash(recipe: Recipe, index: int) -> str:
             "model": recipe.model.model_dump(mode="json", exclude={"attention", "stands_in_for"}),
             "tokenizer": recipe.tokenizer.model_dump(mode="json"),
             "data_seed": recipe.data.seed,
-            "sources": {name: recipe.data.sources[name].model_dump(mode="json") for name in stage.mixture.weights},
+            # `on_damage` may change while a stage is under way: it is what one does about damage that stopped it.
+            "sources": {name: recipe.data.sources[name].model_dump(mode="json", exclude={"on_damage"}) for name in stage.mixture.weights},
             "stage": settings,
             "before": None if before is None else stage_hash(recipe, before),
         }
