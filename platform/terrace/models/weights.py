@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -17,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from terrace.errors import InputError
-from terrace.models.parts import canonical_name, part_of
+from terrace.models.parts import part_of
+from terrace.models.tensor_files import Directory
 from terrace.recipe.schema import PARTS, Model, PartName
 
 log = logging.getLogger(__name__)
@@ -36,42 +35,6 @@ class LoadReport:
     unexpected: list[str] = field(default_factory=list)
     reshaped: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-
-
-class Directory:
-    """The tensors of a Hugging Face directory by canonical name, read lazily from its safetensors files."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        files = sorted(self.path.glob("*.safetensors"))
-        if not files:
-            raise InputError(f"{self.path}: no *.safetensors file; a Hugging Face model directory is expected")
-        index = self.path / "model.safetensors.index.json"
-        if index.is_file():
-            named = set(json.loads(index.read_text())["weight_map"].values())
-            absent = sorted(named - {file.name for file in files})
-            if absent:
-                raise InputError(f"{self.path}: the index names {', '.join(absent)}, which is not there")
-            files = [self.path / name for name in sorted(named)]
-        self._places: dict[str, tuple[Path, str]] = {}
-        for file in files:
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (not a mapping)
-                    self._places[canonical_name(name)] = (file, name)
-
-    @property
-    def names(self) -> set[str]:
-        return set(self._places)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        file, stored = self._places[name]
-        with safe_open(file, framework="pt") as opened:
-            return tuple(opened.get_slice(stored).get_shape())
-
-    def read(self, name: str) -> torch.Tensor:
-        file, stored = self._places[name]
-        with safe_open(file, framework="pt") as opened:
-            return opened.get_tensor(stored)
 
 
 def random_source(skeleton: Any, seed: int) -> TensorSource:
@@ -95,12 +58,15 @@ def random_source(skeleton: Any, seed: int) -> TensorSource:
     return read
 
 
-def initial_weights(model: Model, skeleton: Any, start: Path | None = None) -> tuple[TensorSource, LoadReport]:
+def initial_weights(
+    model: Model, skeleton: Any, start: Path | None = None
+) -> tuple[TensorSource, LoadReport]:
     """The source of every parameter of `skeleton`, and what is worth saying about it.
 
     `start` is the directory of an earlier stage's final weights and wins over the recipe's own. Raises InputError
     that names every missing and reshaped tensor of a directory. Growing vocabularies (more rows in embeddings and
-    output) are allowed: the rows that the directory lacks are random.
+    output) are allowed: the rows that the directory lacks are random. Another RoPE base is allowed and said. s3:// is
+    reached as the environment says (AWS_ENDPOINT_URL, AWS_REGION).
     """
     random = random_source(skeleton, model.seed)
     report = LoadReport()
@@ -114,6 +80,7 @@ def initial_weights(model: Model, skeleton: Any, start: Path | None = None) -> t
             by_part[part] = None if place == "random" else Directory(place)
     shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
     grown = _compare(shapes, by_part, report)
+    _compare_positions(skeleton.config, by_part["language"], report)
     if report.missing or report.reshaped:
         raise InputError("initial weights do not fit the model: " + "; ".join(report.missing + report.reshaped))
     for line in report.unexpected + report.notes:
@@ -158,6 +125,17 @@ def _compare(
         if directory is not None:
             report.unexpected.extend(_unexpected(directory, part, shapes))
     return grown
+
+
+def _compare_positions(config: Any, directory: Directory | None, report: LoadReport) -> None:
+    """Say so where the language model's weights were trained with another RoPE base: a choice for long context, or a mistake."""
+    if directory is None:
+        return
+    text = directory.config.get("text_config") or directory.config
+    trained = (text.get("rope_parameters") or {}).get("rope_theta", text.get("rope_theta"))
+    wanted = (getattr(config.text_config, "rope_parameters", None) or {}).get("rope_theta")
+    if trained is not None and wanted is not None and float(trained) != float(wanted):
+        report.notes.append(f"the language weights of {directory.path} have RoPE base {trained:g}, the model has {wanted:g}")
 
 
 def _unexpected(directory: Directory, part: PartName, known: Iterable[str]) -> list[str]:

@@ -1,0 +1,156 @@
+"""Tensors of a Hugging Face directory by name, read one at a time: from a folder of this machine, or straight from s3://.
+
+Of an object on S3 only the header and the tensors that are asked for cross the network, in parallel ranges, so a rank reads what it
+needs and no disk has to hold the model. A tensor costs one round trip at least: eight hundred of them take about a minute.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+
+from terrace.data.storage import DEFAULT_STORAGE, is_remote, join, list_files, read_file, read_ranges
+from terrace.errors import InputError
+from terrace.models.parts import canonical_name
+from terrace.recipe.schema import Storage
+
+PARALLEL_FILES = 8
+HEADER_BYTES = 2**20  # fetched at once; a longer header takes a second request
+INDEX = "model.safetensors.index.json"
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+class TensorFile(Protocol):
+    """One safetensors file. `shapes` by the names that are stored."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str) -> torch.Tensor: ...
+
+
+class LocalFile:
+    """A safetensors file on this machine."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with safe_open(path, framework="pt") as opened:
+            self.shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
+
+    def read(self, name: str) -> torch.Tensor:
+        with safe_open(self._path, framework="pt") as opened:
+            return opened.get_tensor(name)
+
+
+class StoredFile:
+    """A safetensors object on S3: eight bytes with the header's length, the header (JSON), the tensors."""
+
+    def __init__(self, uri: str, storage: Storage) -> None:
+        self._uri, self._storage = uri, storage
+        start = read_ranges(uri, [(0, HEADER_BYTES)], storage)[0]
+        length = int.from_bytes(start[:8], "little")
+        header = start[8 : 8 + length]
+        if len(header) < length and len(start) == HEADER_BYTES and length < 2**30:
+            header = read_ranges(uri, [(8, length)], storage)[0]
+        try:
+            if len(header) != length:
+                raise ValueError(f"its header should have {length} bytes")
+            entries = json.loads(header)
+        except ValueError as error:
+            raise InputError(f"{uri} is no safetensors file: {error}") from error
+        entries.pop("__metadata__", None)
+        self._entries: dict[str, dict[str, Any]] = entries
+        self._data = 8 + length
+        self.shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+
+    def read(self, name: str) -> torch.Tensor:
+        entry = self._entries[name]
+        first, end = entry["data_offsets"]
+        if entry["dtype"] not in _DTYPES:
+            raise InputError(f"{self._uri}: {name} is stored as {entry['dtype']}, which cannot be read; convert it to float32 or bfloat16")
+        dtype = _DTYPES[entry["dtype"]]
+        if math.prod(entry["shape"]) == 0:
+            return torch.empty(entry["shape"], dtype=dtype)
+        block = read_ranges(self._uri, [(self._data + first, end - first)], self._storage)[0]
+        if len(block) != end - first:
+            raise InputError(f"{self._uri} ends inside {name}: {len(block)} of {end - first} bytes; upload it again")
+        return torch.frombuffer(bytearray(block), dtype=dtype).reshape(entry["shape"])
+
+
+class Directory:
+    """The tensors of a Hugging Face directory (a folder or an s3:// URI) by canonical name."""
+
+    def __init__(self, path: str | Path, storage: Storage = DEFAULT_STORAGE) -> None:
+        self.path, self._storage = str(path).rstrip("/"), storage
+        names = {file.uri.rsplit("/", 1)[-1] for file in list_files(self.path, storage)} if self._remote else _names(Path(self.path))
+        files = sorted(name for name in names if name.endswith(".safetensors"))
+        if not files:
+            raise InputError(f"{self.path}: no *.safetensors file; a Hugging Face model directory is expected")
+        if INDEX in names:
+            named = set(json.loads(self._content(INDEX))["weight_map"].values())
+            absent = sorted(named - set(files))
+            if absent:
+                raise InputError(f"{self.path}: the index names {', '.join(absent)}, which is not there")
+            files = sorted(named)
+        with ThreadPoolExecutor(PARALLEL_FILES) as pool:
+            opened = list(pool.map(self._open, files))
+        self._places: dict[str, tuple[TensorFile, str]] = {
+            canonical_name(name): (file, name) for file in opened for name in file.shapes
+        }  # fmt: skip
+
+    @property
+    def _remote(self) -> bool:
+        return is_remote(self.path)
+
+    def _open(self, name: str) -> TensorFile:
+        return StoredFile(join(self.path, name), self._storage) if self._remote else LocalFile(Path(self.path) / name)
+
+    def _content(self, name: str) -> bytes:
+        return read_file(join(self.path, name), self._storage)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json, empty where the directory has none."""
+        try:
+            return json.loads(self._content("config.json"))
+        except FileNotFoundError:
+            return {}
+
+    @property
+    def names(self) -> set[str]:
+        return set(self._places)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        file, stored = self._places[name]
+        return file.shapes[stored]
+
+    def read(self, name: str) -> torch.Tensor:
+        file, stored = self._places[name]
+        return file.read(stored)
+
+
+def _names(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*") if path.is_file()}
+
+
+def local_config(directory: str, storage: Storage = DEFAULT_STORAGE) -> str:
+    """A folder of this machine whose config.json is that of `directory`, for libraries that read no s3://."""
+    if not is_remote(directory):
+        return directory
+    try:
+        content = read_file(join(directory, "config.json"), storage)
+    except FileNotFoundError as error:
+        raise InputError(f"{directory}: no config.json; a Hugging Face model directory is expected") from error
+    folder = Path(tempfile.mkdtemp(prefix="terrace-config-"))
+    (folder / "config.json").write_bytes(content)
+    return str(folder)
