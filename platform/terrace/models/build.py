@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from terrace.errors import InputError
 from terrace.models.head import install_loss_head
 from terrace.models.parts import part_parameters
+from terrace.models.tensor_files import local_config
 from terrace.models.weights import TensorSource, initial_weights
 from terrace.recipe.schema import Model, PartName, Recipe
 
@@ -35,7 +36,7 @@ def model_config(model: Model, tokenizer: Any | None = None) -> Any:
     Raises InputError if the tokenizer has more tokens than the configuration's vocabulary.
     """
     if model.pretrained is not None:
-        config = AutoConfig.from_pretrained(model.pretrained)
+        config = AutoConfig.from_pretrained(local_config(model.pretrained))
         if config.model_type != model.architecture:
             raise InputError(
                 f"model.pretrained is a {config.model_type}, model.architecture says {model.architecture}"
