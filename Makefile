@@ -15,7 +15,7 @@ export RAY_DEDUP_LOGS := 0
 export DS_ACCELERATOR ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint bench-data bench-rl docs clean
+.PHONY: help install demo test test-all lint bench-data bench-rl docs site clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 22
@@ -48,10 +48,18 @@ bench-data: $(STAMP)  ## Samples a second, CPU and memory of the data path besid
 bench-rl: $(STAMP)  ## Seconds per RL iteration
 	$(BIN)/python tests/bench/bench_rl.py $(ARGS)
 
-docs: $(STAMP)  ## Writes what is generated from the schema: references and the Kubernetes resource
+bench-train: $(STAMP)  ## A training step beside a bare PyTorch loop, transformers.Trainer and other strategies
+	$(BIN)/python tests/bench/bench_train.py $(ARGS)
+
+docs: $(STAMP)  ## Writes what is generated from schema and parsers: references and the Kubernetes resource
 	$(BIN)/python -m terrace.recipe.reference docs/recipe-reference.md
 	$(BIN)/python -m terrace.cluster.crd
 	$(BIN)/python -m terrace.cluster.reference docs/kubernetes-reference.md
+	$(BIN)/python -m terrace.command_reference docs/commands.md
+
+site: $(STAMP)  ## The documentation as pages in site/; a broken link is an error
+	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 clean:  ## Removes the environment, caches and demo runs
 	rm -rf $(VENV) runs build site .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
