@@ -140,10 +140,17 @@ def read_outcomes(stage_dir: Path, attempt: int) -> list[dict[str, Any]]:
     return [outcome for path in sorted(folder.glob("rank-*.json")) if (outcome := read_json(path))]
 
 
+def checkpoint_steps(stage_dir: Path) -> list[int]:
+    """Steps of a stage's checkpoints, lowest first: folders on this disk, or those that the fence of a run on S3 lists as complete."""
+    fence = read_json(stage_dir / "checkpoints" / "attempt.json") or {}
+    if "complete" in fence:
+        return sorted(int(step) for step in fence["complete"])
+    return sorted(int(name) for path in (stage_dir / "checkpoints").glob("step-*") if (name := path.name[5:]).isdigit())
+
+
 def newest_checkpoint_step(stage_dir: Path) -> int | None:
-    """The step of the newest checkpoint directory of a stage; the trainer itself decides which one is complete."""
-    steps = [int(name) for path in (stage_dir / "checkpoints").glob("step-*") if (name := path.name[5:]).isdigit()]
-    return max(steps, default=None)
+    """The step of a stage's newest checkpoint; the trainer itself decides whether it can be used."""
+    return max(checkpoint_steps(stage_dir), default=None)
 
 
 def stage_result(stage_dir: Path) -> dict[str, Any] | None:

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from terrace.cluster import attempt as attempts
-from terrace.cluster import stop_notice
+from terrace.cluster import mirror, stop_notice
 from terrace.cluster.attempt import AttemptObservation, LaunchRequest, stage_directory
 from terrace.cluster.heartbeat import Heartbeat, end_processes, live_processes
+from terrace.data.storage import StorageError
 from terrace.errors import InputError, Preempted, TerraceError
 from terrace.recipe.schema import Recipe
 from terrace.track.follow import last_row
@@ -111,6 +112,10 @@ class LocalLauncher:
         except BaseException as error:
             running.error = error
             LOGGER.debug("attempt %s of %s ended", request.attempt, request.stage, exc_info=error)
+        try:
+            mirror.refresh(request.run_dir)  # the result of a worker on another machine, before this thread counts as ended
+        except StorageError as error:
+            running.error = running.error or error
 
 
 def _ended(stage_dir: Path, stage: str, attempt: int, error: BaseException | None, known: bool) -> AttemptObservation:
@@ -180,7 +185,8 @@ def start_ray(recipe: Recipe, dashboard: bool = False) -> bool:
     needed = 1
     for stage in recipe.stages:
         workers = _worker_range(stage.resources.workers)[1]
-        needed = max(needed, int(-(-workers * stage.resources.cpus_per_worker // 1)) + (stage.resources.decode_cpus or workers))
+        held = (workers + stage.rollout_workers) * stage.resources.cpus_per_worker
+        needed = max(needed, int(-(-held // 1)) + (stage.resources.decode_cpus or workers))
     memory = psutil.virtual_memory().available
     ray.init(
         address="local",
@@ -220,13 +226,13 @@ def _trainer(recipe: Recipe, request: LaunchRequest, run_stage: StageFunction) -
             "run_stage": run_stage,
             "recipe": recipe,
             "stage_index": request.stage_index,
-            "run_dir": str(request.run_dir),
+            "run_dir": mirror.place_of(request.run_dir),
             "attempt": request.attempt,
         },
         scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=resources.gpus_per_worker > 0, resources_per_worker=per_worker),
         run_config=ray.train.RunConfig(
             name=f"{request.stage}-{request.attempt:03d}",
-            storage_path=str(Path(request.run_dir).absolute() / "ray"),
+            **_ray_storage(request.run_dir),
             failure_config=ray.train.FailureConfig(
                 max_failures=0, controller_failure_limit=0, preemption_grace_s=stage.failure.preemption_grace_seconds
             ),
@@ -235,8 +241,28 @@ def _trainer(recipe: Recipe, request: LaunchRequest, run_stage: StageFunction) -
     )
 
 
+def _ray_storage(run_dir: Path) -> dict[str, Any]:
+    """Where Ray Train keeps its own small files, which every worker must reach: beside the run, on the run's storage."""
+    uri = mirror.uri_of(run_dir)
+    if uri is None:
+        return {"storage_path": str(Path(run_dir).absolute() / "ray")}
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    from terrace.data.storage import s3
+
+    return {"storage_path": f"{uri.removeprefix('s3://')}/ray", "storage_filesystem": PyFileSystem(FSSpecHandler(s3()))}
+
+
 def _worker(config: dict[str, Any]) -> None:
-    """In every Ray Train worker: run the stage and leave the outcome where the driver reads it.
+    """In every Ray Train worker: run the stage, on a stored run's local folder that follows the storage meanwhile."""
+    run_dir = mirror.open_run(config["run_dir"])
+    mirror.fetch_folder(run_dir / "data", mirror.DATA_LAST)
+    with mirror.following(run_dir):
+        _run_worker(config, run_dir)
+
+
+def _run_worker(config: dict[str, Any], run_dir: Path) -> None:
+    """Run the stage and leave the outcome where the driver reads it.
 
     The stage function is called with (recipe, stage_index, run_dir, attempt) and the worker's surroundings by name:
     rank, world_size, local_rank, device, report, should_stop.
@@ -247,7 +273,6 @@ def _worker(config: dict[str, Any]) -> None:
 
     context = ray.train.get_context()
     rank, attempt, recipe = context.get_world_rank(), config["attempt"], config["recipe"]
-    run_dir = Path(config["run_dir"])
     stage = recipe.stages[config["stage_index"]]
     stage_dir = stage_directory(run_dir, config["stage_index"], stage.name)
     device = str(ray.train.torch.get_device()) if stage.resources.gpus_per_worker else "cpu"

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from terrace.cluster import attempt as attempts
+from terrace.cluster import mirror
 from terrace.cluster.attempt import AttemptObservation, LaunchRequest, stage_directory, stage_result
 from terrace.cluster.heartbeat import end_processes, live_processes
 from terrace.errors import InputError, TerraceError
@@ -63,12 +64,14 @@ class RayJobsLauncher:
     def launch(self, request: LaunchRequest) -> None:
         job = self.job_id(request.stage_index, request.stage, request.attempt)
         attempts.claim_attempt(stage_directory(request.run_dir, request.stage_index, request.stage), request.attempt)
-        command = [*self._program, str(request.run_dir / "recipe.yaml"), "--run-dir", str(request.run_dir)]
+        place = mirror.place_of(request.run_dir)
+        mirror.flush(request.run_dir)
+        command = [*self._program, f"{place}/recipe.yaml", "--run-dir", place]
         command += ["--stage", request.stage, "--attempt", str(request.attempt)]
         try:
             self._client.submit_job(
                 entrypoint=shlex.join(command), submission_id=job, entrypoint_num_cpus=0, runtime_env=self._environment(),
-                metadata={"terrace_run": str(request.run_dir), "stage": request.stage, "attempt": str(request.attempt)},
+                metadata={"terrace_run": place, "stage": request.stage, "attempt": str(request.attempt)},
             )  # fmt: skip
         except (RuntimeError, ConnectionError) as error:
             # Submitted before this controller was killed, or twice because the answer was lost: it is ours, by its name.
@@ -122,7 +125,7 @@ class RayJobsLauncher:
 
     def job_id(self, stage_index: int, stage: str, attempt: int) -> str:
         """The same for every controller of the run: its directory's digest, the stage's number, the attempt's."""
-        digest = hashlib.sha256(str(self._run_dir).encode()).hexdigest()[:10]
+        digest = hashlib.sha256(mirror.place_of(self._run_dir).encode()).hexdigest()[:10]
         job = f"terrace-{digest}-s{stage_index + 1:02d}-{attempt}"
         self._names[job] = (stage, attempt)
         return job
@@ -135,6 +138,8 @@ class RayJobsLauncher:
         try:
             found = self._client.get_job_info(job)
             status, message = str(getattr(found.status, "value", found.status)), found.message or ""
+            if status in ENDED:
+                mirror.refresh(self._run_dir)  # what the job wrote last
         except RuntimeError as error:
             if "404" not in str(error) and "does not exist" not in str(error):
                 LOGGER.warning("%s: %s", self._address, _first_line(error))

@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from terrace.cluster import mirror
 from terrace.curriculum import on_kubernetes
 from terrace.errors import InputError
 
 LAUNCHERS = ("local", "ray", "kubernetes")
-RUN_HELP = "directory of the run, or k8s://NAMESPACE/NAME"
+RUN_HELP = "directory of the run, s3://BUCKET/PREFIX, or k8s://NAMESPACE/NAME"
 RERUN_HELP = "run this stage and those after it again from their beginning; what they wrote is moved aside"
 
 
@@ -23,8 +24,8 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         help="run a recipe's stages, or continue where an earlier run stopped",
         description="Run all stages of a recipe. The same command again continues a run that was stopped or killed.",
     )
-    run.add_argument("recipe", type=Path, help="recipe file (YAML)")
-    run.add_argument("--run-dir", type=run_directory, help="directory of the run: recipe, journal, data, stages")
+    run.add_argument("recipe", help="recipe file (YAML)")
+    run.add_argument("--run-dir", type=run_directory, help="directory of the run: recipe, journal, data, stages; or s3://BUCKET/PREFIX")
     run.add_argument(
         "overrides",
         nargs="*",
@@ -93,20 +94,28 @@ def _launcher_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run_directory(text: str) -> Path:
-    """A folder that this machine and, on a cluster, every worker sees at the same path."""
-    if "://" in text:
-        raise InputError(f"--run-dir {text}: a run directory is a folder (on a cluster one that all machines share), not a URI")
-    return Path(text)
+    """A folder that this machine and, on a cluster, every worker sees at the same path; of a run on S3, its local folder."""
+    if "://" in text and not mirror.is_stored(text):
+        raise InputError(f"--run-dir {text}: a run directory is a folder (on a cluster one that all machines share) or s3://BUCKET/PREFIX")
+    return mirror.open_run(text) if mirror.is_stored(text) else Path(text)
 
 
 def run_name(text: str) -> Path | str:
     return text if on_kubernetes.is_reference(text) else run_directory(text)
 
 
+def recipe_file(text: str) -> Path:
+    """A recipe on this disk, or the one that a run on S3 keeps (what a job of that run is given)."""
+    if not mirror.is_stored(text):
+        return Path(text)
+    run, _, name = text.rpartition("/")
+    return mirror.open_run(run) / name
+
+
 def run_command(arguments: argparse.Namespace) -> int:
     from terrace.recipe.loading import load_recipe
 
-    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    recipe = load_recipe(recipe_file(arguments.recipe), arguments.overrides)
     if arguments.launcher == "kubernetes":
         return on_kubernetes.run(recipe, arguments)
     if arguments.run_dir is None:
@@ -225,3 +234,5 @@ def logs_command(arguments: argparse.Namespace) -> int:
             if not arguments.follow or lease_holder(arguments.run_dir) is None:
                 return 0
             time.sleep(0.5)
+            if mirror.root_of(arguments.run_dir):
+                mirror.synchronise(arguments.run_dir, pull_only=True)

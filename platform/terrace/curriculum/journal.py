@@ -1,46 +1,49 @@
-"""The run's journal: append-only JSON Lines with one writer, and the lease that makes sure of the one.
+"""The run's journal: append-only JSON Lines with one writer, who holds the run's lease.
 
 Every event is written and fsynced before the action after it is carried out. A crash can leave a torn last line: a
-reader skips it and says so, the next writer cuts it off. The lease is a small file with a fencing token that grows by
-one with every holder; it is changed only under an flock, renewed while the holder lives, and taken over when its
-holder's process is gone from this machine or has not renewed it in time (another machine). A holder that lost its
-lease finds out before its next write: the token in the file is no longer its own. The price is one small read per
+reader skips it and says so, the next writer cuts it off. Of a run on S3 the whole journal is one object, replaced for
+every event under the condition that it is still the version this writer wrote last: a writer that was overtaken cannot
+add a line, whatever it believes about its lease. The price is one small read and, on S3, one write of the whole per
 event, at a few events per stage.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
+import logging
 import os
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from terrace.cluster import mirror
 from terrace.cluster.attempt import read_json, write_atomic
+from terrace.curriculum.lease import (
+    LEASE_SECONDS,
+    Lease,
+    LeaseHeld,
+    LeaseLost,
+    acquire_lease,
+    holding,
+    lease_holder,
+    release_lease,
+    renew_lease,
+)
 from terrace.errors import TerraceError
 
-LEASE_SECONDS = 60.0
+__all__ = [
+    "Journal", "JournalError", "Lease", "LeaseHeld", "LeaseLost", "acquire_lease", "lease_holder", "leave_request", "pending_requests",
+    "read_journal", "release_lease", "renew_lease",
+]  # fmt: skip
+log = logging.getLogger(__name__)
 JOURNAL_NAME = "journal.jsonl"
 
 
 class JournalError(TerraceError):
     """The journal is damaged in a way that a crash of its writer cannot explain."""
-
-
-class LeaseHeld(TerraceError):
-    """Another controller works on this run directory."""
-
-
-class LeaseLost(TerraceError):
-    """Another controller took this run directory over while this one did not renew its lease."""
 
 
 @dataclass(frozen=True)
@@ -80,106 +83,6 @@ def read_journal(run_dir: Path) -> JournalContent:
     return JournalContent(events, valid)
 
 
-# ---------------------------------------------------------------- lease
-
-
-@dataclass(frozen=True)
-class Lease:
-    """The right to write one run directory's journal. `token` fences: the highest one holds."""
-
-    path: Path
-    token: int
-    seconds: float
-
-
-def acquire_lease(run_dir: Path, seconds: float = LEASE_SECONDS, clock: Callable[[], float] = time.time) -> Lease:
-    """Become the run directory's only controller. Raises LeaseHeld naming the other's host and process."""
-    path = Path(run_dir) / "controller.lease"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _guarded(path):
-        held = _read_lease(path)
-        now = clock()
-        if held and not held.get("released") and _holder_lives(held, now):
-            raise LeaseHeld(
-                f"another controller works on {run_dir}: process {held['pid']} on {held['host']} since "
-                f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(held['acquired']))} UTC. "
-                f"`terrace suspend {run_dir}` stops it."
-            )
-        token = (held["token"] if held else 0) + 1
-        content = {
-            "token": token,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "process_started": _process_started(os.getpid()),
-            "acquired": now,
-            "renewed": now,
-            "expires": now + seconds,
-            "released": False,
-        }
-        write_atomic(path, json.dumps(content))
-    return Lease(path, token, seconds)
-
-
-def renew_lease(lease: Lease, clock: Callable[[], float] = time.time) -> None:
-    """Raises LeaseLost when another controller holds the lease now."""
-    with _guarded(lease.path):
-        held = _checked(lease)
-        now = clock()
-        write_atomic(lease.path, json.dumps({**held, "renewed": now, "expires": now + lease.seconds}))
-
-
-def release_lease(lease: Lease) -> None:
-    """Give the lease back; of one that was lost already there is nothing to give."""
-    with _guarded(lease.path):
-        held = _read_lease(lease.path)
-        if held and held["token"] == lease.token:
-            write_atomic(lease.path, json.dumps({**held, "released": True}))
-
-
-def lease_holder(run_dir: Path, clock: Callable[[], float] = time.time) -> dict[str, Any] | None:
-    """The living controller of a run directory (host, pid, acquired), None when there is none."""
-    held = _read_lease(Path(run_dir) / "controller.lease")
-    return held if held and not held.get("released") and _holder_lives(held, clock()) else None
-
-
-def _checked(lease: Lease) -> dict[str, Any]:
-    held = _read_lease(lease.path)
-    if held is None or held["token"] != lease.token:
-        by = f"process {held['pid']} on {held['host']}" if held else "somebody who removed the lease file"
-        raise LeaseLost(f"{lease.path.parent} was taken over by {by}; this controller stops and writes nothing more")
-    return held
-
-
-def _read_lease(path: Path) -> dict[str, Any] | None:
-    return read_json(path)
-
-
-def _holder_lives(held: dict[str, Any], now: float) -> bool:
-    if held["host"] == socket.gethostname():
-        # The same machine (or container): the process table knows. A reused number has another start time.
-        started = _process_started(held["pid"])
-        return started is not None and abs(started - held["process_started"]) < 2.0
-    return now < held["expires"]
-
-
-def _process_started(pid: int) -> float | None:
-    try:
-        process = psutil.Process(pid)
-        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
-    except psutil.NoSuchProcess:
-        return None
-
-
-@contextlib.contextmanager
-def _guarded(path: Path) -> Iterator[None]:
-    with open(path.with_name(".controller.lock"), "a") as guard:
-        fcntl.flock(guard, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(guard, fcntl.LOCK_UN)
-
-
 # ---------------------------------------------------------------- writer
 
 
@@ -197,10 +100,13 @@ class Journal:
         self._lease_seconds = lease_seconds
         self._stop_renewing = threading.Event()
         self._lost: LeaseLost | None = None
+        self._uri = mirror.uri_of(self.run_dir / JOURNAL_NAME)
+        self._version: str | None = None  # of the object on S3
 
     def __enter__(self) -> Journal:
         self.lease = acquire_lease(self.run_dir, self._lease_seconds, self._clock)
         try:
+            self._fetch()
             content = read_journal(self.run_dir)
             self.events, self.torn = content.events, content.torn
             path = self.run_dir / JOURNAL_NAME
@@ -227,19 +133,42 @@ class Journal:
         """Write one event durably and return it with its time, sequence and fencing token."""
         if self._lost:
             raise self._lost
-        with _guarded(self.lease.path):
-            _checked(self.lease)
+        with holding(self.lease):
             complete = {
                 "sequence": len(self.events) + 1,
                 "time": round(self._clock(), 3),
                 **event,
                 "token": self.lease.token,
             }
-            self._file.write(json.dumps(complete, allow_nan=False).encode() + b"\n")
+            line = json.dumps(complete, allow_nan=False).encode() + b"\n"
+            if self._uri is not None:
+                self._store(self._uri, line)  # first there: the storage is the truth, the file here a copy
+            self._file.write(line)
             self._file.flush()
             os.fsync(self._file.fileno())
         self.events.append(complete)
         return complete
+
+    def _fetch(self) -> None:
+        """Of a run on S3: the journal as it is there now, and its version."""
+        if self._uri is None:
+            return
+        from terrace.data.conditional import read_versioned
+
+        content, self._version = read_versioned(self._uri) or (b"", None)
+        write_atomic(self.run_dir / JOURNAL_NAME, content.decode())
+
+    def _store(self, uri: str, line: bytes) -> None:
+        """Replace the object by one with this line more. What the event speaks of goes before it."""
+        from terrace.data.conditional import Changed, write_if
+
+        mirror.flush(self.run_dir)
+        before = (self.run_dir / JOURNAL_NAME).read_bytes()
+        try:
+            self._version = write_if(uri, before + line, self._version)
+        except Changed as error:
+            self._lost = LeaseLost(f"{uri} has events of another controller; this one stops and writes nothing more")
+            raise self._lost from error
 
     def _renew(self) -> None:
         while not self._stop_renewing.wait(self._lease_seconds / 4):
@@ -248,6 +177,8 @@ class Journal:
             except LeaseLost as error:
                 self._lost = error
                 return
+            except TerraceError as error:  # the storage is away: the lease may expire, and then another's token will say so
+                log.warning("the lease was not renewed: %s", error)
 
 
 def _sync_folder(path: Path) -> None:
@@ -265,6 +196,7 @@ def leave_request(run_dir: Path, request: dict[str, Any], clock: Callable[[], fl
     """Put a request (pause, suspend, cancel) where the living controller looks for it; returns its id."""
     command = f"{clock():.6f}-{os.getpid()}"
     write_atomic(Path(run_dir) / "requests" / f"{command}.json", json.dumps({**request, "command": command}))
+    mirror.flush(Path(run_dir))
     return command
 
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from terrace.cluster import mirror
 from terrace.cluster.attempt import Launcher, LaunchRequest, stage_directory
 from terrace.curriculum import machine
 from terrace.curriculum.journal import Journal, pending_requests, read_journal
@@ -82,8 +83,8 @@ def run_curriculum(
         raise InputError(f"there is no stage {request['stage']}; the recipe's stages are {', '.join(names)}")
     state = fold(names, read_journal(run_dir).events)
     if state.phase == "succeeded" and request is None and not changed_keys(stored_recipe(run_dir) or recipe, recipe):
-        return Outcome("succeeded", 0, f"{run_dir}: this run is complete; nothing to do", state)
-    with Journal(run_dir) as journal:
+        return Outcome("succeeded", 0, f"{mirror.place_of(run_dir)}: this run is complete; nothing to do", state)
+    with mirror.following(run_dir), Journal(run_dir) as journal:
         state = fold(names, journal.events)
         if journal.torn:
             display.message(f"journal.jsonl ended in a torn line of {len(journal.torn)} characters, which was cut off")
@@ -133,16 +134,16 @@ def _rest_message(controller: _Controller, finished: Finish) -> str:
         "suspended": "`terrace resume` goes on from the checkpoint",
     }.get(finished.phase)
     if finished.phase == "succeeded":
-        return f"{controller.run_dir}: this run is complete; nothing to do"
+        return f"{mirror.place_of(controller.run_dir)}: this run is complete; nothing to do"
     why = f": {finished.message}" if finished.message else ""
-    return f"{controller.run_dir} is {finished.phase}{why}" + (f" ({hint})" if hint else "")
+    return f"{mirror.place_of(controller.run_dir)} is {finished.phase}{why}" + (f" ({hint})" if hint else "")
 
 
 def _end_message(controller: _Controller, finished: Finish) -> str:
     if finished.phase == "succeeded":
         last = controller.state.stages[-1]
         weights = stage_directory(controller.run_dir, last.index, last.name) / "final"
-        return f"all {len(controller.state.stages)} stages are complete; the model is in {weights}"
+        return f"all {len(controller.state.stages)} stages are complete; the model is in {mirror.place_of(weights)}"
     return finished.message if finished.phase == "interrupted" else _rest_message(controller, finished)
 
 
@@ -275,6 +276,7 @@ def move_aside(folder: Path, rerun: int) -> None:
     aside = folder.with_name(f"{folder.name}.rerun-{rerun}")
     if folder.exists() and not aside.exists():
         folder.rename(aside)
+    mirror.move_folder(folder, aside)
 
 
 def _parameters(recipe: Recipe) -> dict[str, Any]:
@@ -286,7 +288,9 @@ def prepare_run_data(recipe: Recipe, run_dir: Path, display: Display) -> dict[st
     """Ingest and index what is not yet, train or copy the tokenizer; what the journal should know of it."""
     from terrace.data.prepare import prepare_data
 
+    mirror.fetch_folder(run_dir / "data", mirror.DATA_LAST)
     prepared = prepare_data(recipe, run_dir, display.activity)
+    mirror.store_folder(run_dir / "data", mirror.DATA_LAST)
     return {"sources": {name: len(index.ids) for name, index in prepared.indexes.items()}}
 
 

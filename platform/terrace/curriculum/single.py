@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from terrace.cluster import attempt as attempts
-from terrace.cluster import stop_notice
+from terrace.cluster import mirror, stop_notice
 from terrace.cluster.attempt import AttemptObservation, LaunchRequest, stage_directory
 from terrace.curriculum.run import PreparesData, listen_for_signals, move_aside, prepare_run_data
 from terrace.errors import InputError, TerraceError
@@ -58,7 +58,7 @@ def run_single_attempt(
     if in_pod:
         stop_notice.begin()
     try:
-        with Display() as display, listen_for_signals(stopping):
+        with Display() as display, listen_for_signals(stopping), mirror.following(run_dir):
             (prepare or prepare_run_data)(recipe, run_dir, display)
             launcher.attach(run_dir)
             launcher.launch(LaunchRequest(index, stage, attempt, run_dir))

@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from terrace.cluster.attempt import read_json, stage_directory
+from terrace.cluster.attempt import checkpoint_steps, read_json, stage_directory
+from terrace.cluster.mirror import place_of, uri_of
 from terrace.curriculum.journal import lease_holder, read_journal
 from terrace.curriculum.run_directory import require_run
 from terrace.curriculum.state import RunState, StageState, fold
@@ -44,7 +45,7 @@ def run_status(run_dir: Path) -> dict[str, Any]:
         phase = "stopped"  # nobody works on it: it goes on when somebody starts it again
     return {
         "name": recipe.name,
-        "run_dir": str(run_dir),
+        "run_dir": place_of(run_dir),
         "phase": phase,
         "reason": state.reason,
         "message": state.message or _why(state, holder),
@@ -77,8 +78,9 @@ def _stage_status(recipe: Recipe, stage: StageState, run_dir: Path) -> dict[str,
     folder = stage_directory(run_dir, stage.index, stage.name)
     row = last_row(folder / "metrics.jsonl") if stage.attempt else None
     result = stage.result or (read_json(folder / "result.json") if stage.attempt and not stage.must_clear else None) or {}
-    checkpoints = sorted(path.name for path in (folder / "checkpoints").glob("step-*") if path.name[5:].isdigit())
-    final = folder / "final"
+    checkpoints = [f"step-{step:06d}" for step in checkpoint_steps(folder)]
+    final, uri = folder / "final", uri_of(folder / "final")
+    stored = uri if uri and stage.phase == "completed" else None
     plan = read_json(folder / "plan.json") or {}
     total = result.get("steps") or plan.get("total_steps") or planned_steps(recipe.stages[stage.index])
     return {
@@ -92,7 +94,7 @@ def _stage_status(recipe: Recipe, stage: StageState, run_dir: Path) -> dict[str,
         "evaluation": result.get("evaluation") or {},
         "gates": [stage.gates[number] for number in sorted(stage.gates)],
         "checkpoints": checkpoints,
-        "final": str(final) if final.is_dir() else None,
+        "final": stored or (str(final) if final.is_dir() else None),
         "failures": {
             "program": stage.program_failures,
             "infrastructure": stage.infrastructure_failures,

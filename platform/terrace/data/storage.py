@@ -357,7 +357,7 @@ def retried(action: Callable[[], Result], uri: str, storage: Storage = DEFAULT_S
 
 _PASSING_CODES = {
     "InternalError", "ServiceUnavailable", "SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestTimeTooSkewed",
-    "RequestLimitExceeded", "BandwidthLimitExceeded", "500", "502", "503", "504", "429",
+    "RequestLimitExceeded", "BandwidthLimitExceeded", "ConditionalRequestConflict", "OperationAborted", "500", "502", "503", "504", "429",
 }  # fmt: skip
 _PASSING_TYPES = (
     "EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError", "ClientPayloadError",

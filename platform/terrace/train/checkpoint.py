@@ -11,27 +11,34 @@ Neither the strategy nor the number of ranks leaves a trace in the format, so an
 rank copies the tensors it owns to host memory (training waits for that alone), then writes in a thread. Threads use
 no collective: a rank that has finished leaves a small report beside its files, and rank 0 waits for all of them,
 checks that no younger attempt has taken over, writes the manifest and renames the folder. A crash at any moment
-leaves a folder without a manifest, which loading passes over by name.
+leaves a folder without a manifest, which loading passes over by name. Of a run on S3, every rank uploads what it wrote
+and keeps no copy; there the last act is the fence's (`checkpoint_storage.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import threading
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from terrace.cluster import mirror
 from terrace.errors import TerraceError
 from terrace.recipe.schema import Checkpoint
+from terrace.track.follow import last_row
+from terrace.train.checkpoint_storage import FENCE, MANIFEST, Superseded, folder_name, stored_checkpoints
 from terrace.train.context import WorkerContext
 from terrace.train.strategies.interface import OPTIMIZER_KINDS, Kind, Strategy
 
@@ -40,19 +47,10 @@ log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 KINDS: tuple[Kind, ...] = ("weights", *OPTIMIZER_KINDS)
 REPORT_TIMEOUT_S = 1800.0
-FENCE = "attempt.json"
 
 
 class CheckpointFailed(TerraceError):
     """A checkpoint could not be written; the previous one is still there."""
-
-
-class Superseded(TerraceError):
-    """A younger attempt of the same stage has taken over; this one must not write any more."""
-
-
-def folder_name(step: int) -> str:
-    return f"step-{step:06d}"
 
 
 def write_durably(path: Path, content: bytes) -> None:
@@ -93,9 +91,14 @@ class CheckpointWriter:
         self._folder, self._options, self._context, self._attempt = folder, options, context, attempt
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._stored = stored_checkpoints(folder)
         if context.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-            _raise_fence(folder, attempt)
+            if self._stored is not None:
+                self._stored.raise_fence(attempt)
+                self._stored.remove_remains(attempt)
+            else:
+                _raise_fence(folder, attempt)
             for stale in folder.glob(".writing-*"):
                 shutil.rmtree(stale, ignore_errors=True)
 
@@ -107,13 +110,19 @@ class CheckpointWriter:
         step = int(state["step"])
         state = {"format_version": FORMAT_VERSION, "attempt": self._attempt, **state}
         state["optimizer_steps"] = strategy.optimizer_steps()
+        metrics = self._measured_at(step)
         self._thread = threading.Thread(
-            target=self._guarded, args=(step, held, state), name=f"checkpoint-{step}", daemon=True
+            target=self._guarded, args=(step, held, state, metrics), name=f"checkpoint-{step}", daemon=True
         )
         self._thread.start()
         if not self._options.asynchronous:
             self.wait()
         return self._folder / folder_name(step)
+
+    def _measured_at(self, step: int) -> dict[str, float]:
+        """What the stage's newest metrics line says of this step: it decides which checkpoint is the best."""
+        line = last_row(self._folder.parent / "metrics.jsonl") if self._context.rank == 0 else None
+        return measured(line) if line is not None and line["step"] == step else {}
 
     def wait(self) -> None:
         """Wait for the write in progress; raises what went wrong in it."""
@@ -124,53 +133,121 @@ class CheckpointWriter:
             error, self._error = self._error, None
             raise error
 
-    def _guarded(self, step: int, held: dict[Kind, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
+    def _guarded(
+        self, step: int, held: dict[Kind, dict[str, torch.Tensor]], state: dict[str, Any], metrics: dict[str, float]
+    ) -> None:
         try:
-            self._write(step, held, state)
+            self._write(step, held, state, metrics)
         except BaseException as error:  # handed to the training thread by wait()
             self._error = error
 
-    def _write(self, step: int, held: dict[Kind, dict[str, torch.Tensor]], state: dict[str, Any]) -> None:
+    def _write(
+        self, step: int, held: dict[Kind, dict[str, torch.Tensor]], state: dict[str, Any], metrics: dict[str, float]
+    ) -> None:
+        rank = self._context.rank
         work = self._folder / f".writing-{folder_name(step)}-attempt-{self._attempt}"
+        if self._stored is not None:
+            work = work.with_name(f"{work.name}-rank-{rank:05d}")  # ranks of several machines share no disk
         work.mkdir(parents=True, exist_ok=True)
         files: dict[str, dict[str, Any]] = {}
         for kind, tensors in held.items():
             if tensors:
-                name = f"{kind}-{self._context.rank:05d}.safetensors"
+                name = f"{kind}-{rank:05d}.safetensors"
                 save_file(tensors, work / name)
                 files[name] = _describe(work / name)
-        if self._context.rank != 0:
-            write_durably(work / f"report-{self._context.rank:05d}.json", json_bytes(files))
+        if rank == 0:
+            write_durably(work / "state.json", json_bytes(state))
+            files["state.json"] = _describe(work / "state.json")
+        if self._stored is not None:
+            for name in files:
+                self._stored.upload(work / name, step, self._attempt)
+        if rank != 0:
+            self._report(work, step, files)
             return
-        write_durably(work / "state.json", json_bytes(state))
-        files["state.json"] = _describe(work / "state.json")
-        for rank in range(1, self._context.world_size):
-            files.update(_await_report(work / f"report-{rank:05d}.json", rank))
-            (work / f"report-{rank:05d}.json").unlink()
-        self._complete(work, step, files)
+        for other in range(1, self._context.world_size):
+            files.update(self._report_of(other, work, step))
+        manifest = {"format_version": FORMAT_VERSION, "step": step, "attempt": self._attempt, "files": files, "metrics": metrics}
+        write_durably(work / MANIFEST, json_bytes(manifest))
+        if self._stored is not None:
+            self._complete_stored(work, step, metrics)
+        else:
+            self._complete(work, step)
 
-    def _complete(self, work: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
-        _check_fence(self._folder, self._attempt)
-        manifest = {"format_version": FORMAT_VERSION, "step": step, "attempt": self._attempt, "files": files}
-        write_durably(work / "manifest.json", json_bytes(manifest))
+    def _report(self, work: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
+        """Tell rank 0 that this rank's files are there."""
+        report = work / f"report-{self._context.rank:05d}.json"
+        write_durably(report, json_bytes(files))
+        if self._stored is not None:
+            self._stored.upload(report, step, self._attempt)
+            shutil.rmtree(work)
+
+    def _report_of(self, rank: int, work: Path, step: int) -> dict[str, dict[str, Any]]:
+        name = f"report-{rank:05d}.json"
+        if self._stored is None:
+            content = _await_file(work / name)
+            (work / name).unlink(missing_ok=True)
+        else:
+            content = self._stored.await_report(name, step, self._attempt, REPORT_TIMEOUT_S)
+        if content is None:
+            raise CheckpointFailed(f"step {step}: rank {rank} has not written its part of {work} in {REPORT_TIMEOUT_S:.0f} s")
+        return json.loads(content)
+
+    def _complete(self, work: Path, step: int) -> None:
+        """Give the folder its name, unless a younger attempt has taken over, and remove what need not stay."""
         final = self._folder / folder_name(step)
-        if final.exists():  # an incomplete or older one of the same step
-            shutil.rmtree(final)
-        work.rename(final)
-        sync_folder(self._folder)
-        self._remove_old(step)
-
-    def _remove_old(self, newest: int) -> None:
-        """Keep the last `keep_last` complete checkpoints and every `keep_every_steps`-th."""
-        steps = sorted(int(path.parent.name[5:]) for path in self._folder.glob("step-*/manifest.json"))
-        kept = set(steps[-self._options.keep_last :]) | {newest}
-        every = self._options.keep_every_steps
-        for step in steps:
-            if step not in kept and not (every and step % every == 0):
-                folder = self._folder / folder_name(step)
+        with _fenced(self._folder, self._attempt):
+            if final.exists():  # an incomplete or older one of the same step
+                shutil.rmtree(final)
+            work.rename(final)
+            sync_folder(self._folder)
+            metrics = {}
+            for path in self._folder.glob(f"step-*/{MANIFEST}"):
+                metrics[int(path.parent.name[5:])] = json.loads(path.read_text()).get("metrics", {})
+            for old in superfluous(metrics, self._options, step):
+                folder = self._folder / folder_name(old)
                 # The manifest goes first, so that a half-removed folder counts as incomplete.
-                (folder / "manifest.json").unlink(missing_ok=True)
+                (folder / MANIFEST).unlink(missing_ok=True)
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def _complete_stored(self, work: Path, step: int, metrics: dict[str, float]) -> None:
+        """The same on S3: manifest, the metrics up to this step, the fence; copies on this disk go."""
+        stored = self._stored
+        assert stored is not None
+        stored.upload(work / MANIFEST, step, self._attempt)
+        mirror.flush(self._folder)
+        stored.commit(step, self._attempt, (work / MANIFEST).read_bytes(), metrics)
+        complete = {number: entry.metrics for number, entry in stored.complete().items()}
+        stored.drop(superfluous(complete, self._options, step), self._attempt)
+        shutil.rmtree(work)
+        for copy in self._folder.glob("step-*"):
+            shutil.rmtree(copy, ignore_errors=True)
+
+
+def superfluous(metrics: Mapping[int, Mapping[str, float]], options: Checkpoint, newest: int) -> list[int]:
+    """Steps of the complete checkpoints (given with what was measured at each) that need not stay.
+
+    Those that stay: the newest, the last `keep_last`, multiples of `keep_every_steps`, and the one with the best
+    `best_metric` (of equals the later one).
+    """
+    steps = sorted(metrics)
+    kept = {newest, *steps[-options.keep_last :]}
+    if options.keep_every_steps:
+        kept |= {step for step in steps if step % options.keep_every_steps == 0}
+    values = {step: metrics[step][options.best_metric] for step in steps if options.best_metric in metrics[step]}
+    if values:
+        best = min(values.values()) if options.best_is == "lowest" else max(values.values())
+        kept.add(max(step for step, value in values.items() if value == best))
+    return [step for step in steps if step not in kept]
+
+
+def measured(line: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of a metrics line under the names that gates use: `train/loss`, `eval/caption/loss`, `eval/loss`."""
+    found = {f"train/{key}": value for key, value in line.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+    losses = line.get("evaluation") or {}
+    found |= {f"eval/{kind}/loss": value for kind, value in losses.items()}
+    if losses:
+        found["eval/loss"] = sum(losses.values()) / len(losses)
+    return {key: float(value) for key, value in found.items() if math.isfinite(value) and key != "train/step"}
 
 
 def _owned_tensors(strategy: Strategy, context: WorkerContext) -> dict[Kind, dict[str, torch.Tensor]]:
@@ -194,24 +271,28 @@ def _describe(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": file_digest(path)}
 
 
-def _await_report(path: Path, rank: int) -> dict[str, dict[str, Any]]:
+def _await_file(path: Path) -> bytes | None:
     deadline = time.monotonic() + REPORT_TIMEOUT_S
     while not path.is_file():
         if time.monotonic() > deadline:
-            raise CheckpointFailed(f"rank {rank} has not written its part to {path.parent} in {REPORT_TIMEOUT_S:.0f} s")
+            return None
         time.sleep(0.02)
-    return json.loads(path.read_text())
+    return path.read_bytes()
 
 
 def _raise_fence(folder: Path, attempt: int) -> None:
     """Declare this attempt the youngest. Raises Superseded if a younger one has declared itself."""
-    _check_fence(folder, attempt)
-    write_durably(folder / FENCE, json_bytes({"attempt": attempt}))
+    with _fenced(folder, attempt):
+        write_durably(folder / FENCE, json_bytes({"attempt": attempt}))
 
 
-def _check_fence(folder: Path, attempt: int) -> None:
-    fence = folder / FENCE
-    if fence.is_file():
-        youngest = int(json.loads(fence.read_text())["attempt"])
+@contextlib.contextmanager
+def _fenced(folder: Path, attempt: int) -> Iterator[None]:
+    """A block during which no younger attempt can declare itself. Raises Superseded if one has already."""
+    with open(folder / ".attempt.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        fence = folder / FENCE
+        youngest = int(json.loads(fence.read_text())["attempt"]) if fence.is_file() else 0
         if youngest > attempt:
             raise Superseded(f"attempt {attempt} may not write to {folder}: attempt {youngest} has taken over")
+        yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from terrace.cluster import mirror
 from terrace.models.export import export_hf
 from terrace.recipe.schema import Stage
 from terrace.train.collectives import barrier
@@ -25,6 +26,7 @@ def export_final(
     if context.rank == 0:
         pixels = (stage.pixels.min, stage.pixels.max)
         export_hf(state, config, tokenizer_dir, out_dir, pixels, EXPORT_DTYPES[stage.precision])
+        mirror.store_folder(out_dir, mirror.FINAL_LAST)
     barrier(context)
 
 

@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from terrace.errors import InputError, TerraceError
 from terrace.train.checkpoint import FORMAT_VERSION, KINDS, file_digest
+from terrace.train.checkpoint_storage import StoredCheckpoints, folder_name, stored_checkpoints
 from terrace.train.strategies.interface import OPTIMIZER_KINDS, Kind, Strategy
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,12 @@ class FoundCheckpoint:
 
 
 def newest_complete(folder: Path, verify: bool = True) -> FoundCheckpoint:
-    """Look from the highest step down. `verify` compares every file's sha256 with the manifest, else only sizes."""
+    """Look from the highest step down. `verify` compares every file's sha256 with the manifest, else only sizes.
+
+    Of a run on S3 the checkpoint is copied here first; its path is that of the copy.
+    """
+    if (stored := stored_checkpoints(folder)) is not None:
+        return _newest_stored(stored, folder, verify)
     passed: list[tuple[Path, str]] = []
     candidates = sorted((p for p in folder.glob("step-*") if p.is_dir() and p.name[5:].isdigit()), reverse=True)
     candidates.sort(key=lambda path: int(path.name[5:]), reverse=True)
@@ -38,6 +44,18 @@ def newest_complete(folder: Path, verify: bool = True) -> FoundCheckpoint:
         if fault is None:
             return FoundCheckpoint(path, tuple(passed))
         log.warning("checkpoint %s is passed over: %s", path, fault)
+        passed.append((path, fault))
+    return FoundCheckpoint(None, tuple(passed))
+
+
+def _newest_stored(stored: StoredCheckpoints, folder: Path, verify: bool) -> FoundCheckpoint:
+    passed: list[tuple[Path, str]] = []
+    for step, fault in stored.steps_and_faults():
+        path = folder / folder_name(step)
+        fault = fault or stored.fetch(step, path) or find_fault(path, verify)
+        if fault is None:
+            return FoundCheckpoint(path, tuple(passed))
+        log.warning("checkpoint %s/%s is passed over: %s", stored.uri, path.name, fault)
         passed.append((path, fault))
     return FoundCheckpoint(None, tuple(passed))
 
@@ -75,6 +93,8 @@ class CheckpointReader:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        if (stored := stored_checkpoints(path.parent)) is not None and (fault := stored.fetch(int(path.name[5:]), path)):
+            raise TerraceError(f"checkpoint {stored.uri}/{path.name} cannot be read: {fault}")
         self.state: dict[str, Any] = json.loads((path / "state.json").read_text())
         self._places: dict[Kind, dict[str, Path]] = {kind: {} for kind in KINDS}
         for kind in KINDS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from terrace.cluster import mirror
 from terrace.errors import InputError
 from terrace.recipe.schema import Recipe
 from terrace.train.context import WorkerContext
@@ -30,6 +31,7 @@ def start_weights_of(recipe: Recipe, stage_index: int, run_dir: Path) -> Path | 
         raise InputError(f"stage {names[stage_index]}: start_from names {wanted}, which is no stage of the recipe")
     before = names.index(wanted) if wanted is not None else stage_index - 1
     final = stage_folder(recipe, before, run_dir) / "final"
+    mirror.fetch_folder(final, mirror.FINAL_LAST)
     if not (final / "config.json").is_file():
         raise InputError(
             f"stage {names[stage_index]} starts from {names[before]}, which has no finished weights in {final}"

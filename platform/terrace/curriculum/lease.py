@@ -1,0 +1,161 @@
+"""The lease on a run directory: one controller at a time, and an old one that cannot write.
+
+A small file with a fencing token that grows by one with every holder. It is renewed while the holder lives, and taken
+over when its holder's process is gone from this machine or has not renewed it in time (another machine). A holder that
+lost its lease finds out before its next write: the token is no longer its own. On a disk the file is changed only under
+an flock; on S3 each change is a conditional write, so of two controllers that come at once one is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from terrace.cluster import mirror
+from terrace.cluster.attempt import read_json, write_atomic
+from terrace.errors import TerraceError
+
+LEASE_SECONDS = 60.0
+LEASE_NAME = "controller.lease"
+Content = dict[str, Any]
+
+
+class LeaseHeld(TerraceError):
+    """Another controller works on this run directory."""
+
+
+class LeaseLost(TerraceError):
+    """Another controller took this run directory over while this one did not renew its lease."""
+
+
+@dataclass(frozen=True)
+class Lease:
+    """The right to write one run directory's journal. `token` fences: the highest one holds."""
+
+    path: Path
+    token: int
+    seconds: float
+
+
+def acquire_lease(run_dir: Path, seconds: float = LEASE_SECONDS, clock: Callable[[], float] = time.time) -> Lease:
+    """Become the run directory's only controller. Raises LeaseHeld naming the other's host and process."""
+    path = Path(run_dir) / LEASE_NAME
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def take(held: Content | None) -> Content:
+        now = clock()
+        if held and not held.get("released") and _holder_lives(held, now):
+            raise LeaseHeld(
+                f"another controller works on {mirror.place_of(Path(run_dir))}: process {held['pid']} on {held['host']} since "
+                f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(held['acquired']))} UTC. "
+                f"`terrace suspend {mirror.place_of(Path(run_dir))}` stops it."
+            )
+        return {
+            "token": (held["token"] if held else 0) + 1,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "process_started": _process_started(os.getpid()),
+            "acquired": now,
+            "renewed": now,
+            "expires": now + seconds,
+            "released": False,
+        }
+
+    return Lease(path, _change(path, take)["token"], seconds)
+
+
+def renew_lease(lease: Lease, clock: Callable[[], float] = time.time) -> None:
+    """Raises LeaseLost when another controller holds the lease now."""
+
+    def renew(held: Content | None) -> Content:
+        now = clock()
+        return {**_checked(lease, held), "renewed": now, "expires": now + lease.seconds}
+
+    _change(lease.path, renew)
+
+
+def release_lease(lease: Lease) -> None:
+    """Give the lease back; of one that was lost already there is nothing to give."""
+    with contextlib.suppress(LeaseLost):
+        _change(lease.path, lambda held: {**_checked(lease, held), "released": True})
+
+
+def lease_holder(run_dir: Path, clock: Callable[[], float] = time.time) -> Content | None:
+    """The living controller of a run directory (host, pid, acquired), None when there is none."""
+    held = read_json(Path(run_dir) / LEASE_NAME)
+    return held if held and not held.get("released") and _holder_lives(held, clock()) else None
+
+
+@contextlib.contextmanager
+def holding(lease: Lease) -> Iterator[None]:
+    """A block that only the lease's holder enters, while nobody else can take it (on one disk). Raises LeaseLost."""
+    if mirror.root_of(lease.path) is not None:
+        _checked(lease, _read_stored(lease.path))
+        yield
+        return
+    with _guarded(lease.path):
+        _checked(lease, read_json(lease.path))
+        yield
+
+
+def _change(path: Path, change: Callable[[Content | None], Content]) -> Content:
+    """Replace the lease by what `change` makes of it, with nobody in between; it may raise to leave it as it is."""
+    uri = mirror.uri_of(path)
+    if uri is None:
+        with _guarded(path):
+            content = change(read_json(path))
+            write_atomic(path, json.dumps(content))
+        return content
+    from terrace.data.conditional import swap
+
+    return json.loads(swap(uri, lambda held: json.dumps(change(json.loads(held) if held else None)).encode()))
+
+
+def _read_stored(path: Path) -> Content | None:
+    from terrace.data.conditional import read_versioned
+
+    found = read_versioned(str(mirror.uri_of(path)))
+    return json.loads(found[0]) if found else None
+
+
+def _checked(lease: Lease, held: Content | None) -> Content:
+    if held is None or held["token"] != lease.token:
+        by = f"process {held['pid']} on {held['host']}" if held else "somebody who removed the lease file"
+        raise LeaseLost(f"{lease.path.parent} was taken over by {by}; this controller stops and writes nothing more")
+    return held
+
+
+def _holder_lives(held: Content, now: float) -> bool:
+    if held["host"] == socket.gethostname():
+        # The same machine (or container): the process table knows. A reused number has another start time.
+        started = _process_started(held["pid"])
+        return started is not None and abs(started - held["process_started"]) < 2.0
+    return now < held["expires"]
+
+
+def _process_started(pid: int) -> float | None:
+    try:
+        process = psutil.Process(pid)
+        return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
+    except psutil.NoSuchProcess:
+        return None
+
+
+@contextlib.contextmanager
+def _guarded(path: Path) -> Iterator[None]:
+    with open(path.with_name(".controller.lock"), "a") as guard:
+        fcntl.flock(guard, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(guard, fcntl.LOCK_UN)

@@ -1,0 +1,287 @@
+"""Runs on S3: conditional writes, the folder that follows the storage, lease and journal, from machines that share nothing else."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from stored_run import BUCKET, Machines, machines_and_bucket
+
+from terrace.cluster import mirror
+from terrace.cluster.attempt import Fenced, claim_attempt, stop_requested
+from terrace.curriculum.journal import Journal, LeaseHeld, LeaseLost, acquire_lease, leave_request, pending_requests, read_journal
+from terrace.curriculum.run import move_aside
+from terrace.data import conditional
+from terrace.data import storage as storage_module
+from terrace.data.conditional import Changed, read_versioned, write_if
+
+
+@pytest.fixture(scope="module")
+def machines(tmp_path_factory: pytest.TempPathFactory):
+    with machines_and_bucket(tmp_path_factory.mktemp("machines")) as made:
+        yield made
+
+
+@pytest.fixture
+def run(request: pytest.FixtureRequest) -> str:
+    """The URI of a run of the test's own."""
+    return f"s3://{BUCKET}/{request.node.name}"
+
+
+# ---------------------------------------------------------------- conditional writes
+
+
+def test_a_write_replaces_only_the_version_it_names(machines: Machines, run: str):
+    with pytest.raises(Changed):
+        write_if(f"{run}/x", b"1", "0123")  # there is none yet
+    first = write_if(f"{run}/x", b"1", None)
+    second = write_if(f"{run}/x", b"2", first)
+    for stale in (None, first):
+        with pytest.raises(Changed):
+            write_if(f"{run}/x", b"3", stale)
+    assert read_versioned(f"{run}/x") == (b"2", second)
+
+
+def test_a_write_whose_answer_was_lost_counts_as_written(machines: Machines, run: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(storage_module, "BACKOFF_BASE_SECONDS", 0.01)
+    filesystem = storage_module.s3()
+    real, lost = filesystem.call_s3, []
+
+    def forgetful(method: str, **arguments):
+        answer = real(method, **arguments)
+        if method == "put_object" and not lost:
+            lost.append(method)
+            raise ConnectionResetError("the answer was lost")
+        return answer
+
+    monkeypatch.setattr(filesystem, "call_s3", forgetful)
+    version = write_if(f"{run}/x", b"mine", None)
+    assert lost
+    assert read_versioned(f"{run}/x") == (b"mine", version)
+
+
+def test_of_many_writers_each_change_is_kept(machines: Machines, run: str):
+    def add(number: int) -> None:
+        conditional.swap(f"{run}/list", lambda content: json.dumps([*json.loads(content or b"[]"), number]).encode())
+
+    threads = [threading.Thread(target=add, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(json.loads(read_versioned(f"{run}/list")[0])) == list(range(6))
+
+
+# ---------------------------------------------------------------- the folder
+
+
+def test_small_files_go_both_ways_and_others_stay(machines: Machines, run: str):
+    with machines.on("a"):
+        here = mirror.open_run(run)
+        stage = here / "stages" / "01-warm"
+        for name in ("metrics.jsonl", "attempts/001/rank-0000.json", "checkpoints/step-000002/state.json", "final/config.json"):
+            (stage / name).parent.mkdir(parents=True, exist_ok=True)
+            (stage / name).write_text("{}\n")
+        (here / "recipe.yaml").write_text("name: x\n")
+        mirror.flush(stage)
+    assert {entry.name for entry in conditional.list_objects(run)} == {
+        "recipe.yaml", "stages/01-warm/metrics.jsonl", "stages/01-warm/attempts/001/rank-0000.json",
+    }  # fmt: skip
+    with machines.on("b"):
+        there = mirror.open_run(run)
+        assert there != here
+        follower = open(there / "stages/01-warm/metrics.jsonl")  # noqa: SIM115
+        assert follower.read() == "{}\n"
+    with open(stage / "metrics.jsonl", "a") as file:
+        file.write('{"step": 1}\n')
+    mirror.flush(here)
+    mirror.synchronise(there)
+    assert follower.read() == '{"step": 1}\n', "an open reader sees the file grow"
+
+
+def test_what_a_killed_process_had_not_stored_did_not_happen(machines: Machines, run: str):
+    with machines.on("a"):
+        here = mirror.open_run(run)
+        (here / "stages/01-warm").mkdir(parents=True)
+        (here / "stages/01-warm/metrics.jsonl").write_text("1\n")
+        mirror.flush(here)
+        (here / "stages/01-warm/metrics.jsonl").write_text("1\n2\n")
+        (here / "stages/01-warm/result.json").write_text("{}")
+        with mirror.following(here):
+            mirror.open_run(run)  # another process of this machine looks at it: nothing is lost
+            assert (here / "stages/01-warm/result.json").exists()
+            conditional.remove([f"{run}/stages/01-warm/result.json"])
+            (here / mirror.STATE).write_text("{}")  # killed before it could note what it stored
+            mirror.open_run(run)
+            assert (here / "stages/01-warm/metrics.jsonl").read_text() == "1\n2\n", "a longer file of ours goes up again"
+        (here / "stages/01-warm/metrics.jsonl").write_text("1\n2\n3\n")
+        (here / "stages/01-warm/plan.json").write_text("{}")
+        mirror.open_run(run)
+    assert (here / "stages/01-warm/metrics.jsonl").read_text() == "1\n2\n"
+    assert not (here / "stages/01-warm/plan.json").exists()
+
+
+def test_a_cleaner_of_temporary_files_deletes_nothing_on_the_storage(machines: Machines, run: str):
+    with machines.on("a"):
+        here = mirror.open_run(run)
+        (here / "stages/01-warm/attempts/001").mkdir(parents=True)
+        (here / "stages/01-warm/result.json").write_text("{}")
+        (here / "stages/01-warm/attempts/001/alive-0000.json").write_text("{}")
+        mirror.flush(here)
+        (here / "stages/01-warm/result.json").unlink()
+        (here / "stages/01-warm/attempts/001/alive-0000.json").unlink()
+        mirror.synchronise(here)
+        mirror.synchronise(here)
+    assert (here / "stages/01-warm/result.json").exists()
+    assert [entry.name for entry in conditional.list_objects(run)] == ["stages/01-warm/result.json"], "only the sign of life is gone"
+
+
+def test_an_older_attempt_on_another_machine_is_told_and_cannot_overwrite(machines: Machines, run: str):
+    stage = "stages/01-warm"
+    with machines.on("a"):
+        old = mirror.open_run(run)
+        claim_attempt(old / stage, 1)
+        (old / stage / "metrics.jsonl").write_text("old 1\n")
+        mirror.flush(old)
+    with machines.on("b"):
+        new = mirror.open_run(run)
+        claim_attempt(new / stage, 2)
+        (new / stage / "metrics.jsonl").write_text("new 1\n")
+        mirror.flush(new)
+    (old / stage / "metrics.jsonl").write_text("old 1\nold 2\n")  # it wakes up
+    mirror.flush(old)
+    assert read_versioned(f"{run}/{stage}/metrics.jsonl")[0] == b"new 1\n"
+    mirror.synchronise(old)
+    with pytest.raises(Fenced, match="attempt 2"):
+        stop_requested(old / stage, 1)
+
+
+def test_a_heartbeat_of_another_machine_stays_young(machines: Machines, run: str):
+    name = "stages/01-warm/attempts/001/alive-0000.json"
+    with machines.on("a"):
+        here = mirror.open_run(run)
+        (here / name).parent.mkdir(parents=True)
+        (here / name).write_text("{}")
+        mirror.flush(here)
+    with machines.on("b"):
+        there = mirror.open_run(run)
+        first = (there / name).stat().st_mtime
+        assert abs(first - time.time()) < 3
+        time.sleep(2.1)
+        (here / name).touch()
+        mirror.flush(here)
+        mirror.synchronise(there)
+        assert (there / name).stat().st_mtime > first
+
+
+def test_folders_arrive_complete_or_not_at_all(machines: Machines, run: str):
+    with machines.on("a"):
+        here = mirror.open_run(run) / "stages/01-warm/final"
+        (here / "deep").mkdir(parents=True)
+        (here / "config.json").write_text("1")
+        (here / "deep/model.safetensors").write_bytes(b"x" * 1000)
+        mirror.store_folder(here, mirror.FINAL_LAST)
+    with machines.on("b"):
+        there = mirror.open_run(run) / "stages/01-warm/final"
+        assert mirror.fetch_folder(there, mirror.FINAL_LAST)
+        assert (there / "deep/model.safetensors").read_bytes() == b"x" * 1000
+        (here / "config.json").write_text("2")
+        mirror.store_folder(here, mirror.FINAL_LAST)
+        assert mirror.fetch_folder(there, mirror.FINAL_LAST)
+        assert (there / "config.json").read_text() == "2", "another version is fetched anew"
+        assert not mirror.fetch_folder(there.with_name("other"), mirror.FINAL_LAST)
+        assert not there.with_name("other").exists()
+
+
+def test_a_rerun_moves_what_was_stored_aside_once(machines: Machines, run: str):
+    with machines.on("a"):
+        stage = mirror.open_run(run) / "stages/01-warm"
+        (stage / "final").mkdir(parents=True)
+        (stage / "final/config.json").write_text("1")
+        (stage / "result.json").write_text("1")
+        mirror.store_folder(stage / "final", mirror.FINAL_LAST)
+        mirror.flush(stage)
+        move_aside(stage, 1)
+        mirror.refresh(stage)
+        names = {entry.name for entry in conditional.list_objects(f"{run}/stages")}
+        assert names == {"01-warm.rerun-1/final/config.json", "01-warm.rerun-1/result.json", "01-warm.rerun-1/.moved"}
+        stage.mkdir(exist_ok=True)
+        (stage / "result.json").write_text("2")
+        mirror.flush(stage)
+        move_aside(stage, 1)
+        assert read_versioned(f"{run}/stages/01-warm/result.json")[0] == b"2", "what the rerun wrote stays"
+
+
+# ---------------------------------------------------------------- lease, journal, requests
+
+
+def test_a_second_controller_on_another_machine_is_refused_until_the_lease_expires(machines: Machines, run: str):
+    now = 1000.0
+    with machines.on("a"):
+        first = acquire_lease(mirror.open_run(run), 60, clock=lambda: now)
+    with machines.on("b"):
+        there = mirror.open_run(run)
+        with pytest.raises(LeaseHeld, match="on a since"):
+            acquire_lease(there, 60, clock=lambda: now + 59)
+        assert acquire_lease(there, 60, clock=lambda: now + 61).token == first.token + 1
+
+
+def test_of_controllers_that_come_at_once_one_is_let_in(machines: Machines, run: str, monkeypatch: pytest.MonkeyPatch):
+    with machines.on("a"):
+        here = mirror.open_run(run)
+        real, late = conditional.read_versioned, []
+
+        def read_and_be_overtaken(uri: str, *rest):
+            found = real(uri, *rest)
+            if not late:
+                late.append(acquire_lease)
+                write_if(uri, json.dumps({"token": 1, "host": "b", "pid": 7, "acquired": 0.0, "expires": 1e12}).encode(), None)
+            return found
+
+        monkeypatch.setattr(conditional, "read_versioned", read_and_be_overtaken)
+        with pytest.raises(LeaseHeld, match="process 7 on b"):
+            acquire_lease(here)
+
+
+def test_the_journal_is_on_the_storage_and_an_overtaken_controller_adds_nothing(machines: Machines, run: str):
+    with machines.on("a"):
+        old = Journal(mirror.open_run(run), lease_seconds=0.2)
+        old._stop_renewing.set()  # it hangs: its lease is not renewed
+        old.__enter__()
+        old.append({"event": "run_started"})
+        old.append({"event": "data_prepared"})
+    time.sleep(0.3)
+    with machines.on("b"):
+        there = mirror.open_run(run)
+        with Journal(there) as young:
+            assert [event["event"] for event in young.events] == ["run_started", "data_prepared"]
+            with machines.on("a"), pytest.raises(LeaseLost):
+                old.append({"event": "run_failed"})
+            young.append({"event": "controller_started"})
+            # Even one that believes in its lease cannot: the journal is another version by now.
+            old.lease = young.lease
+            with machines.on("a"), pytest.raises(LeaseLost, match="events of another controller"):
+                old.append({"event": "run_failed"})
+        assert [event["event"] for event in read_journal(mirror.open_run(run)).events] == [
+            "run_started", "data_prepared", "controller_started",
+        ]  # fmt: skip
+
+
+def test_requests_reach_the_controller_on_another_machine_and_are_taken_once(machines: Machines, run: str):
+    with machines.on("a"):
+        here = mirror.open_run(run)
+    with machines.on("b"):
+        leave_request(mirror.open_run(run), {"event": "pause_requested"})
+    mirror.synchronise(here)
+    [(path, request)] = pending_requests(here)
+    assert request["event"] == "pause_requested"
+    path.unlink()
+    mirror.synchronise(here)
+    assert conditional.list_objects(f"{run}/requests") == []
