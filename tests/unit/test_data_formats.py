@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import tarfile
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from terrace.data import formats
+from terrace.data import formats, unpack
 from terrace.data.formats import plan_units, read_rows, source_files
 from terrace.data.index import build_index
 from terrace.data.ingest import ingest_source
@@ -144,19 +146,78 @@ def test_tars_as_they_are_found(tmp_path: Path, load) -> None:
     (folder / "003.tar").write_bytes((folder / "000.tar").read_bytes()[:-12_000])
     (folder / "004.tar").write_bytes(b"not a tar at all" * 100)
     index = load(folder)
-    assert [words(index, row) for row in range(7)] == [
+    assert [words(index, row) for row in range(8)] == [
         "<image>|plain", "<image>|from caption", "<image>|from json", "<image>|<image>|<image>|?|A cat.",
         "<image>|<image>|swapped", "text alone", "<image>|same key, other shard",
+        "<image>|same key, other shard",
     ]  # fmt: skip
     assert read_sample(index, 3)[1] == [picture(3), picture(5), picture(4, "WEBP")]  # 0, 2, 10
     assert read_sample(index, 4)[1] == [picture(7), picture(6)]
-    assert str(index.ids[6]) == "001-000"
-    assert index.refused["unsupported"] == 1
+    assert [str(name) for name in index.ids[6:8]] == ["001-000", "002-000"]
     assert index.refused["unreadable_shard"] == 2  # the cut one from its cut on, and the one that is no tar
     assert index.refused["truncated_image"] >= 1
-    refused = (Path(index.folder) / "refused.jsonl").read_text()
-    assert "gunzip" in refused
-    assert all(Path(shard).parent == folder for shard in index.shards)  # indexed where they lie
+    assert [Path(shard).parent == folder for shard in index.shards] == [True, True, False, True, True]  # indexed where they lie
+
+
+@pytest.mark.parametrize("method", ["gzip", "bzip2", "xz", "zstd"])
+def test_compressed_tars_are_rewritten(method: str, tmp_path: Path, load) -> None:
+    folder = tmp_path / "tars"
+    (folder / "deep").mkdir(parents=True)
+    write_tar(folder / "plain.tar", {f"{n}.{kind}": content for n in range(3) for kind, content in pair_of(n).items()})
+    content = (folder / "plain.tar").read_bytes()
+    packed = {"gzip": gzip.compress, "bzip2": bz2.compress, "xz": lzma.compress, "zstd": zstd}[method](content)
+    ending = {"gzip": "tgz", "bzip2": "tar.bz2", "xz": "tar.xz", "zstd": "tar.zst"}[method]
+    (folder / "deep" / f"a.{ending}").write_bytes(packed)
+    (folder / "named.tar").write_bytes(packed)  # the bytes decide, not the name
+    (folder / "zcut.tar.gz").write_bytes(packed[: int(len(packed) * 0.6)])
+    index = load(folder)
+    ids = [str(name) for name in index.ids]
+    assert ids[:9] == [f"{name}-{n}" for name in ("deep-a", "named", "plain") for n in range(3)]
+    assert set(ids[9:]) < {f"zcut-{n}" for n in range(3)}
+    for row in range(9):
+        assert words(index, row) == f"<image>|caption {row % 3}"
+        assert read_sample(index, row)[1] == [picture(row % 3, side=120)]
+    assert Path(index.shards[0]).read_bytes() == content
+    assert index.refused["unreadable_shard"] >= 1
+    lines = [json.loads(line) for line in (Path(index.folder) / "refused.jsonl").read_text().splitlines()]
+    assert [line["origin"] for line in lines if "cannot be decompressed" in line["detail"]] == ["zcut.tar.gz"]
+
+
+def test_unpacking_goes_on_after_a_kill_and_stops_at_a_bomb(tmp_path: Path, load, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    for number in range(3):
+        write_tar(tmp_path / "plain.tar", {f"{number}.{kind}": content for kind, content in pair_of(number).items()})
+        (folder / f"{number}.tar.gz").write_bytes(gzip.compress((tmp_path / "plain.tar").read_bytes()))
+    real, opened = unpack._opened, []
+
+    def failing(packed, method):
+        opened.append(packed.name)
+        if len(opened) == 2:
+            raise KeyboardInterrupt
+        return real(packed, method)
+
+    monkeypatch.setattr(unpack, "_opened", failing)
+    with pytest.raises(KeyboardInterrupt):
+        load(folder)
+    assert [words(index, 0) for index in [load(folder)]] == ["<image>|caption 0"]
+    assert [Path(name).name for name in opened] == ["0.tar.gz", "1.tar.gz", "1.tar.gz", "2.tar.gz"]
+    write_tar(tmp_path / "bomb.tar", {"0.txt": b"small", "1.txt": bytes(20 * 2**20)})
+    (folder / "3.tar.gz").write_bytes(gzip.compress((tmp_path / "bomb.tar").read_bytes()))
+    index = load(folder)
+    assert [str(name) for name in index.ids] == ["0-0", "1-1", "2-2", "3-0"]
+    assert "decompression bomb" in (Path(index.folder) / "refused.jsonl").read_text()
+
+
+def pair_of(number: int) -> dict[str, bytes]:
+    return {"jpg": picture(number, side=120), "txt": f"caption {number}".encode()}
+
+
+def zstd(content: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return sink.getvalue().to_pybytes()
 
 
 def test_long_json_lines_are_cut_at_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

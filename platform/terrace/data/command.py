@@ -62,7 +62,8 @@ def ingest_command(args: argparse.Namespace) -> int:
         report = ingest_source(name, data.sources[name], data, out, Lines())
         return {
             "source": name, "format": report.format, "samples": None if report.in_place else report.samples,
-            "shards": len(report.shards), "refused": report.refused, "folder": report.folder, "unchanged": report.reused,
+            "shards": len(report.shards), "rewritten": report.rewritten, "refused": report.refused, "folder": report.folder,
+            "unchanged": report.reused,
         }  # fmt: skip
 
     return _each(args, data, one)
@@ -96,7 +97,7 @@ def index_command(args: argparse.Namespace) -> int:
         assert summary is not None
         return {
             "source": name, "format": report.format, "samples": summary["samples"], "shards": len(report.shards),
-            "refused": summary["refused"], "folder": folder, "unchanged": False,
+            "rewritten": report.rewritten, "refused": summary["refused"], "folder": folder, "unchanged": False,
         }  # fmt: skip
 
     return _each(args, data, one)
@@ -152,6 +153,8 @@ def _sentence(facts: dict[str, Any]) -> str:
     refused = facts["refused"]
     samples = "indexed where it lies" if facts["samples"] is None else f"{facts['samples']:,} samples"
     told = f"{facts['source']}: {samples}, {facts['shards']} shard{'' if facts['shards'] == 1 else 's'} ({facts['format']})"
+    if facts["rewritten"]:
+        told += f", {facts['rewritten']} of them compressed and rewritten"
     if refused:
         told += f"; {sum(refused.values())} refused: " + ", ".join(f"{count} {reason}" for reason, count in refused.items())
     return told + (" [unchanged]" if facts["unchanged"] else "") + f" -> {facts['folder']}"

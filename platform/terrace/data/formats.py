@@ -1,8 +1,8 @@
 """Where raw rows come from: listing a source's files, recognising their format, cutting them into units, reading a unit's rows.
 
-A unit is work for one task: a span of whole lines, a Parquet row group, a list of files. Units are cut from the listing alone (long
-JSON Lines are read once to find line starts), so two runs over the same files cut the same units, and a finished unit need
-never be done again.
+A unit is work for one task: a span of whole lines or rows, a Parquet row group, a list of files. Units are cut from the listing alone
+(long JSON Lines and JSON arrays are read once to find where rows start), so two runs over the same files cut the same units, and a
+finished unit need never be done again.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from terrace.data.images import IMAGE_EXTENSIONS
+from terrace.data.json_rows import MAX_WHOLE_BYTES, array_rows, array_spans, starts_array
 from terrace.data.refusals import Refusal
 from terrace.data.storage import StoredFile, is_remote, list_files, open_sequential, read_file, relative_name, s3
 from terrace.errors import InputError
@@ -31,7 +32,7 @@ Row = tuple[str, str, Any, float]  # (origin, default id, row or Refusal, share 
 
 @dataclass(frozen=True)
 class Unit:
-    """A share of a source's rows. `start` and `end` are bytes (jsonl) or row groups (parquet)."""
+    """A share of a source's rows. `start` and `end` are bytes (jsonl, json; -1: to the end) or row groups (parquet)."""
 
     number: int
     format: str
@@ -47,7 +48,9 @@ class Unit:
     @property
     def cost(self) -> int:
         """Bytes of raw input, for progress."""
-        return self.end - self.start if self.format == "jsonl" else max(1, sum(self.sizes) // max(1, self.end))
+        if self.format in ("jsonl", "json") and self.end >= 0:
+            return self.end - self.start
+        return max(1, sum(self.sizes) // max(1, self.end))
 
 
 # ---------------------------------------------------------------- listing
@@ -86,7 +89,7 @@ def source_files(name: str, source: Source, storage: Storage) -> tuple[str, list
 def _format_of(uri: str) -> str:
     base = uri.rsplit("/", 1)[-1].lower()
     if base.endswith(_PACKED_TARS):
-        return "webdataset"  # refused shard by shard, with the reason
+        return "webdataset"  # ingest rewrites it
     extension = base.rpartition(".")[2]
     if extension in IMAGE_EXTENSIONS:
         return "image_folder"
@@ -126,7 +129,9 @@ def plan_units(format_name: str, files: list[StoredFile], root: str, storage: St
                 units.append(Unit(len(units), "parquet", root, (file.uri,), (size,), group, group + 1, rows))
                 rows += count
     elif format_name == "json":
-        units = [Unit(number, "json", root, (file.uri,), (file.size,)) for number, file in enumerate(files)]
+        for file in files:
+            for start, end, first_row in _row_spans(file, storage):
+                units.append(Unit(len(units), "json", root, (file.uri,), (file.size,), start, end, first_row))
     else:
         units = _file_units(format_name, files, root)
     return units
@@ -149,6 +154,14 @@ def _line_spans(file: StoredFile, storage: Storage) -> list[tuple[int, int, int]
     if start < place:
         spans.append((start, place, line_at_start))
     return spans
+
+
+def _row_spans(file: StoredFile, storage: Storage) -> list[tuple[int, int, int]]:
+    """[(first byte, end byte, number of the first row)] of a JSON array; a file that is none is one span."""
+    if file.size <= UNIT_BYTES * 3 // 2:
+        return [(0, -1, 1)]
+    with open_sequential(file.uri, storage) as stream:
+        return array_spans(stream, UNIT_BYTES) if starts_array(stream) else [(0, -1, 1)]
 
 
 def _row_groups(uri: str, storage: Storage) -> list[int]:
@@ -221,6 +234,16 @@ def parse_json(line: bytes) -> Any:
 def _json_rows(unit: Unit, storage: Storage) -> Iterator[Row]:
     uri = unit.files[0]
     name = relative_name(uri, unit.root)
+    with open_sequential(uri, storage) as stream:
+        if starts_array(stream):
+            end = unit.end if unit.end >= 0 else None
+            for number, (row, place) in enumerate(array_rows(stream, unit.start, end), start=unit.first_row):
+                yield f"{name}[{number}]", default_id(unit, uri, number), row, (place - unit.start) / max(1, unit.cost)
+            return
+    if unit.sizes[0] > MAX_WHOLE_BYTES:
+        told = f"a file of {unit.sizes[0]:,} bytes that is one object must be held whole; write its rows as an array or as JSON Lines"
+        yield name, default_id(unit, uri, None), Refusal("unsupported", told), 1.0
+        return
     value = parse_json(read_file(uri, storage))
     if isinstance(value, dict):
         lists = [entry for entry in value.values() if isinstance(entry, list) and entry and isinstance(entry[0], dict)]

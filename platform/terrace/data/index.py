@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from terrace.data.images import ImageDamage, image_size, looks_complete
-from terrace.data.ingest import IngestReport, Shard, iter_refused, require_samples
+from terrace.data.ingest import IngestReport, Shard, iter_refused, require_samples, stored_uri
 from terrace.data.parallel import Progress, run_units
 from terrace.data.placeholders import resolve_coordinates
 from terrace.data.refusals import Refusal, RefusedSample
@@ -145,8 +145,7 @@ def _build(settings: IndexSettings, report: IngestReport, progress: Progress | N
         "refused": dict(Counter(line.reason for line in refused).most_common()),
         "in_place": report.in_place,
         "shards": [
-            {"uri": shard.uri if report.in_place else relative_name(shard.uri, report.folder), "size": shard.size}
-            for shard in report.shards
+            {"uri": stored_uri(report.folder, shard.uri), "size": shard.size} for shard in report.shards
         ],
         "storage": settings.storage.model_dump(), "fingerprint": report.fingerprint,
     }  # fmt: skip

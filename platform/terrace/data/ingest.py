@@ -33,10 +33,11 @@ from terrace.data.refusals import REASONS, Refusal, RefusedSample
 from terrace.data.shards import ShardWriter
 from terrace.data.storage import StoredFile, absolute, is_remote, join, read_file, relative_name, upload, write_file
 from terrace.data.types import Sample
+from terrace.data.unpack import UnpackSettings, compressed_files, unpack_tar
 from terrace.errors import InputError
 from terrace.recipe.schema import Data, Source, Storage
 
-INGEST_VERSION = 1  # part of the fingerprint: raised when ingest would write other shards for the same rows
+INGEST_VERSION = 2  # part of the fingerprint: raised when ingest would write other shards for the same rows
 CHECKED_IMAGES = 8_192  # remembered results of image checks per worker
 
 
@@ -51,7 +52,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class IngestReport:
-    """What became of a source's rows. `in_place`: the source's own tars are indexed where they lie."""
+    """What became of a source's rows. `in_place`: the source's own tars are indexed where they lie, `rewritten` of them as plain copies."""
 
     source: str
     folder: str
@@ -62,6 +63,7 @@ class IngestReport:
     refused: dict[str, int] = field(default_factory=dict)  # reason -> samples
     in_place: bool = False
     reused: bool = False
+    rewritten: int = 0
 
     @property
     def refused_samples(self) -> int:
@@ -94,9 +96,10 @@ def ingest_source(
         require_samples(name, source.uri, report.samples, report.refused, folder)
         return report
     if format_name == "webdataset":
-        shards = tuple(Shard(file.uri, file.size, file.version) for file in files)
-        report = IngestReport(name, folder, fingerprint, format_name, shards, samples=-1, in_place=True)
-        _finish(report, [], data.storage)
+        shards, unreadable = _plain_tars(name, files, folder, _folder_of(source.uri, files), data.storage, progress, use_ray)
+        written = sum(shard.uri.startswith(folder + "/") for shard in shards)
+        report = IngestReport(name, folder, fingerprint, format_name, shards, samples=-1, in_place=True, rewritten=written)
+        _finish(report, unreadable, data.storage)
         return report
     settings = UnitSettings(
         name,
@@ -129,6 +132,28 @@ def ingest_source(
     return report
 
 
+def _plain_tars(
+    name: str, files: list[StoredFile], folder: str, root: str, storage: Storage, progress: Progress | None, use_ray: bool | None
+) -> tuple[tuple[Shard, ...], list[RefusedSample]]:
+    """The tars where they lie, with plain copies of those that are compressed, in order."""
+    shards = [Shard(file.uri, file.size, file.version) for file in files]
+    packed = [(number, files[number], relative_name(files[number].uri, root), method)
+              for number, method in compressed_files(files, storage).items()]  # fmt: skip
+    costs = [file.size for _, file, _, _ in packed]
+    total, done, refused = max(1, sum(costs)), 0, []
+    what = f"unpack {name}"
+    inside = None if progress is None else lambda part: progress(what, done + part, total)
+    settings = UnpackSettings(folder, root, storage)
+    work, local_work = partial(unpack_tar, settings), partial(unpack_tar, settings, inside=inside)
+    for place, receipt in run_units(work, packed, costs, use_ray, local_work):
+        shards[packed[place][0]] = Shard(join(folder, "shards", receipt["shard"]), receipt["size"])
+        refused += [RefusedSample(**line) for line in receipt["refused"]]
+        done += costs[place]
+        if progress is not None:
+            progress(what, done, total)
+    return tuple(shards), sorted(refused, key=lambda line: line.origin)
+
+
 def require_samples(name: str, uri: str, samples: int, refused: dict[str, int], folder: str) -> None:
     """InputError when a source has no healthy sample."""
     if samples == 0:
@@ -153,9 +178,7 @@ def load_report(folder: str, storage: Storage) -> IngestReport | None:
         value = json.loads(read_file(join(folder, "ingest.json"), storage))
     except FileNotFoundError:
         return None
-    value["shards"] = tuple(
-        Shard(**shard) if value["in_place"] else Shard(join(folder, shard["uri"]), shard["size"]) for shard in value["shards"]
-    )
+    value["shards"] = tuple(Shard(**shard | {"uri": shard_uri(folder, shard["uri"])}) for shard in value["shards"])
     return IngestReport(**value | {"reused": True, "folder": folder})
 
 
@@ -163,9 +186,18 @@ def _finish(report: IngestReport, refused: list[RefusedSample], storage: Storage
     lines = "".join(json.dumps(line.as_json(), ensure_ascii=False) + "\n" for line in refused)
     write_file(join(report.folder, "refused.jsonl"), lines.encode("utf-8", "backslashreplace"), storage)
     value = asdict(report)
-    if not report.in_place:  # relative, so that the folder may be moved or mounted elsewhere
-        value["shards"] = [shard | {"uri": relative_name(shard["uri"], report.folder)} for shard in value["shards"]]
+    value["shards"] = [shard | {"uri": stored_uri(report.folder, shard["uri"])} for shard in value["shards"]]
     write_file(join(report.folder, "ingest.json"), json.dumps(value, indent=1).encode(), storage)
+
+
+def stored_uri(folder: str, uri: str) -> str:
+    """A shard's URI as it is written down: relative below the source's folder, so that this may be moved or mounted elsewhere."""
+    return uri.removeprefix(folder + "/")
+
+
+def shard_uri(folder: str, stored: str) -> str:
+    """The inverse of `stored_uri`."""
+    return stored if is_remote(stored) or stored.startswith("/") else join(folder, stored)
 
 
 def _folder_of(uri: str, files: list[StoredFile]) -> str:

@@ -146,13 +146,13 @@ def _groups(file: Any) -> Iterator[Group]:
             key, suffix = (f"{folder}/{stem}" if folder else stem), suffix.lower()
             if not suffix or not stem:
                 continue
+            if group is not None and (group.key != key or suffix in group.data):
+                yield group
+                group = None
             file.seek(header.offset_data)
             data = file.read(header.size)
             if len(data) < header.size:
                 raise Refusal("unreadable_shard", f"it ends inside {header.name}")
-            if group is not None and (group.key != key or suffix in group.data):
-                yield group
-                group = None
             if group is None:
                 group = Group(key, [], {})
             group.members.append(Member(suffix, header.offset_data, header.size, zlib.crc32(data)))

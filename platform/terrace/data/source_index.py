@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from terrace.data.index import load_summary
+from terrace.data.ingest import shard_uri
 from terrace.data.resize import pixel_bounds, resized_coordinate_many, smart_resize_many
 from terrace.data.storage import DEFAULT_STORAGE, join, open_sequential, read_file
 from terrace.data.template import Measure, count_digits
@@ -192,7 +193,7 @@ def load_index(
     return SourceIndex(
         name=summary["source"],
         folder=folder,
-        shards=[_shard_uri(folder, shard["uri"], summary["in_place"]) for shard in summary["shards"]],
+        shards=[_shard_uri(folder, shard["uri"]) for shard in summary["shards"]],
         storage=Storage(**summary["storage"]),
         columns=columns,
         starts=starts,
@@ -222,7 +223,7 @@ def locate(folder: str, row: int, storage: Storage = DEFAULT_STORAGE) -> SampleL
     members = zip(*(values[name] for name in _LISTS["member"]))
     return SampleLocation(
         summary["source"], row, values["id"], values["kind"],
-        _shard_uri(folder, summary["shards"][values["shard"]]["uri"], summary["in_place"]),
+        _shard_uri(folder, summary["shards"][values["shard"]]["uri"]),
         tuple(members), tuple(zip(values["width"], values["height"])), Storage(**summary["storage"]),
     )  # fmt: skip
 
@@ -245,9 +246,9 @@ _LISTS = {
 _LOCATION_COLUMNS = ["id", "kind", "shard", *_LISTS["member"], *_LISTS["image"]]
 
 
-def _shard_uri(folder: str, name: str, in_place: bool) -> str:
+def _shard_uri(folder: str, stored: str) -> str:
     """Shards that ingest wrote are named relative to the folder above the index."""
-    return name if in_place else join(folder.rpartition("/")[0], name)
+    return shard_uri(folder.rpartition("/")[0], stored)
 
 
 def _one(column: pa.ChunkedArray) -> Any:
