@@ -14,7 +14,7 @@ from packs import random_pack
 from terrace.data.types import PackedExample
 from terrace.models.build import model_config
 from terrace.recipe.schema import Recipe
-from terrace.train.context import WorkerContext
+from terrace.train.context import WorkerContext, data_place
 from terrace.train.feed import StageFeed
 from terrace.train.loop import StageResult, train_stage
 
@@ -36,12 +36,13 @@ def memory_feed(recipe: Recipe, stage_index: int, context: WorkerContext, poison
     """A feed whose packs depend on their number alone. Ranks take consecutive halves, so one has no image every
     second step."""
     stage = recipe.stages[stage_index]
-    share = stage.batch.packs // context.world_size
+    rank, ranks = data_place(context, stage.parallel.sequence_parallel)
+    share = stage.batch.packs // ranks
 
     def stream(start: int) -> Iterator[Step]:
         for step in range(start, int(stage.budget.steps or 0)):
             packs = packs_of_step(step, stage.batch.packs)
-            yield Step(step, packs[context.rank * share : (context.rank + 1) * share])
+            yield Step(step, packs[rank * share : (rank + 1) * share])
 
     return StageFeed(
         config=model_config(recipe.model),

@@ -7,7 +7,8 @@ select:
   numbers it gets alone. Neighbouring segments of equal length (vision windows) go in one call. Works everywhere,
   chosen on CPU, where a pack of 8,108 tokens in 29 segments takes 3.5 s per step against 10.4 s with a mask over the
   whole pack.
-- `varlen`: `torch.nn.attention.varlen`, the FlashAttention inside the PyTorch wheel. CUDA, bf16 or fp16 only.
+- `varlen`: `torch.nn.attention.varlen`, the FlashAttention-2 inside the PyTorch wheel, or FlashAttention-3 where its package
+  is installed and the device is of its generation. CUDA, bf16 or fp16 only.
 - `flash_attn`: the flash-attn package, when it is installed.
 - `flex`: FlexAttention with a block mask made from the segment numbers. CUDA.
 
@@ -18,7 +19,9 @@ decides to hand the boundaries of all vision segments to one call instead of spl
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
+import inspect
 import itertools
 import logging
 from collections.abc import Callable, Iterator
@@ -60,6 +63,33 @@ def choose_backend(wanted: str, device_type: str, precision: str) -> tuple[str, 
     if wanted == "flex" and not cuda:
         raise InputError("model.attention: flex needs a CUDA device; on CPU choose sdpa_segments")
     return wanted, "named by the recipe"
+
+
+def activate_flash_attention_3() -> tuple[bool, str]:
+    """Let PyTorch's FlashAttention calls (`varlen` among them) run the third version where it can be; and the reason.
+
+    It needs a device of compute capability 9.0 (H100, H200, H20) and the package `flash_attn_interface`; elsewhere the second
+    version, which is in the wheel, goes on serving.
+    """
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        return False, "FlashAttention-2 of the wheel: version 3 is for compute capability 9.0"
+    if importlib.util.find_spec("flash_attn_interface") is None:
+        return False, "FlashAttention-2 of the wheel: the package flash_attn_interface of version 3 is not installed"
+    from torch.nn.attention import activate_flash_attention_impl
+
+    try:
+        activate_flash_attention_impl("FA3")
+    except (RuntimeError, ImportError, OSError) as error:
+        return False, f"FlashAttention-2 of the wheel: version 3 could not be activated ({error})"
+    return True, "FlashAttention-3"
+
+
+def restore_flash_attention_2() -> None:
+    """Undo `activate_flash_attention_3`."""
+    from torch.nn.attention import current_flash_attention_impl, restore_flash_attention_impl
+
+    if current_flash_attention_impl() is not None:
+        restore_flash_attention_impl()
 
 
 def use_attention(model: Any, implementation: str) -> None:
@@ -121,10 +151,17 @@ def varlen_segments(
     """FlashAttention over all segments at once. query [T, H, D], key and value [T, K, D]; returns [T, H, D]."""
     from torch.nn.attention.varlen import varlen_attn
 
+    # Before 2.13 the flag does not exist and the kernel takes fewer key/value heads without it.
+    grouped = {"enable_gqa": True} if key.shape[1] != query.shape[1] and "enable_gqa" in _parameters(varlen_attn) else {}
     return varlen_attn(
         query, key, value, cu_seqlens, cu_seqlens, longest, longest, scale=scale,
-        window_size=(-1, 0) if causal else (-1, -1), enable_gqa=key.shape[1] != query.shape[1],
+        window_size=(-1, 0) if causal else (-1, -1), **grouped,
     )
+
+
+@functools.cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def flash_attn_segments(

@@ -11,11 +11,15 @@ Shape letters: L tokens, S segments, I images, P 14x14 patches, N supervised tok
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from terrace.data.types import PATCH_SIZE, PATCH_VALUES, PackedExample
+
+if TYPE_CHECKING:
+    from terrace.models.sequence_parallel import SequenceShard
 
 # Mean and standard deviation of the RGB values that Qwen2-VL's image processor uses (those of CLIP).
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -38,6 +42,7 @@ class DeviceBatch:
     targets: torch.Tensor  # int64 [N]
     pixel_values: torch.Tensor | None  # dtype [P, 3 * 2 * 14 * 14]; None where the pack has no image
     image_grids: torch.Tensor | None  # int64 [I, 3] on the host
+    sequence: SequenceShard | None = None  # with sequence parallelism: L, N and P are this rank's, segments the pack's
 
     @property
     def device(self) -> torch.device:

@@ -16,6 +16,7 @@ from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position
 from terrace.errors import DamagedData
 from terrace.models.batch import DeviceBatch
 from terrace.models.guard import blank_image, count_as_zero
+from terrace.models.sequence_parallel import with_features
 
 
 def vision_layout(grids: torch.Tensor, config: Any, device: torch.device) -> dict[str, Any]:
@@ -64,18 +65,27 @@ def check_placeholders(batch: DeviceBatch, config: Any) -> None:
 
 
 def pack_hidden(model: Any, batch: DeviceBatch) -> torch.Tensor:
-    """Hidden states [L, hidden] of a pack after the final norm. `model` is the transformers class itself, not a
-    wrapper."""
+    """Hidden states [L, hidden] of a pack after the final norm (with sequence parallelism: of this rank's tokens).
+
+    `model` is the transformers class itself, not a wrapper.
+    """
     config = model.config
     check_placeholders(batch, config)
     embeddings = model.model.language_model.embed_tokens(batch.input_ids)
-    if batch.pixel_values is not None and batch.image_grids is not None:
+    options: dict[str, Any] = {}
+    has_images = batch.pixel_values is not None and batch.image_grids is not None
+    if has_images:
         features = image_features(model, batch.pixel_values, batch.image_grids)
-        places = (batch.input_ids == config.image_token_id) | (batch.input_ids == config.video_token_id)
-        embeddings = embeddings.masked_scatter(places.unsqueeze(-1), features.to(embeddings.dtype))
     else:
         dtype = next(model.model.visual.patch_embed.parameters()).dtype
         features = image_features(model, *blank_image(batch.device, dtype))
+    if batch.sequence is not None:
+        embeddings = with_features(embeddings, features, batch, config)
+        options["sequence_group"] = batch.sequence.group
+    elif has_images:
+        places = (batch.input_ids == config.image_token_id) | (batch.input_ids == config.video_token_id)
+        embeddings = embeddings.masked_scatter(places.unsqueeze(-1), features.to(embeddings.dtype))
+    else:
         embeddings = count_as_zero(embeddings, features)
     output = model.model.language_model(
         inputs_embeds=embeddings,
@@ -87,6 +97,7 @@ def pack_hidden(model: Any, batch: DeviceBatch) -> torch.Tensor:
         max_length_q=batch.longest,
         max_length_k=batch.longest,
         segment_boundaries=batch.boundaries,
+        **options,
     )
     return output.last_hidden_state[0]
 

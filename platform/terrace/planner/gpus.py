@@ -6,6 +6,8 @@ driver keeps for itself is part of `planning.memory_margin`. A recipe adds its o
 
 from __future__ import annotations
 
+import re
+
 from terrace.errors import InputError
 from terrace.recipe.errors import nearest
 from terrace.recipe.schema import Gpu, Planning
@@ -39,6 +41,21 @@ def find_gpu(name: str, planning: Planning) -> Gpu:
     if name not in known:
         raise InputError(f"GPU `{name}` is not known{nearest(name, known)} (add it under planning.gpus in the recipe)")
     return known[name]
+
+
+def gpu_of_device(device_name: str, memory_bytes: float, planning: Planning) -> str | None:
+    """The name in the recipe or the table of a device as its driver calls it ("NVIDIA H100 80GB HBM3"); None: not there.
+
+    Every word of the name but its memory and "gcd" must be a word of the driver's; more words win (`h100-pcie` over
+    `h100`), then the nearest memory.
+    """
+    words = set(re.findall(r"[a-z0-9]+", device_name.lower()))
+    fitting = []
+    for name, gpu in {**GPUS, **planning.gpus}.items():
+        needed = {word for word in re.findall(r"[a-z0-9]+", name.lower()) if word != "gcd" and not re.fullmatch(r"\d+gi?b", word)}
+        if needed and needed <= words:
+            fitting.append((-len(needed), abs(gpu.memory_gib * 2**30 - memory_bytes), name))
+    return min(fitting)[2] if fitting else None
 
 
 def usable_bytes(gpu: Gpu, planning: Planning) -> float:

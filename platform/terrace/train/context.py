@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from terrace.errors import InputError
+
 
 def _no_report(_metrics: dict[str, Any], _checkpoint: Path | None) -> None:
     return None
@@ -33,6 +35,16 @@ class WorkerContext:
     device: str = "cpu"
     report: Callable[[dict[str, Any], Path | None], None] = field(default=_no_report)
     should_stop: Callable[[], str | None] = field(default=_never)
+
+
+def data_place(context: WorkerContext, sequence_parallel: int) -> tuple[int, int]:
+    """(rank, number) among those that take different packs: groups of `sequence_parallel` neighbours share theirs."""
+    if context.world_size % sequence_parallel:
+        raise InputError(
+            f"{context.world_size} workers do not form groups of parallel.sequence_parallel {sequence_parallel}; "
+            "change resources.workers or parallel.sequence_parallel"
+        )
+    return context.rank // sequence_parallel, context.world_size // sequence_parallel
 
 
 def torchrun_context() -> WorkerContext:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from terrace.data.types import PATCH_VALUES, PackedExample
-from terrace.models.batch import to_device
+from terrace.models.sequence_parallel import SequenceGroup
 from terrace.train.collectives import gather_rows
-from terrace.train.context import WorkerContext
-from terrace.train.precision import DTYPES
+from terrace.train.context import WorkerContext, data_place
+from terrace.train.step import pack_to_device
 from terrace.train.strategies.interface import Strategy
 
 
@@ -32,19 +32,23 @@ def empty_pack(pack: int = -1, sequence_length: int = 1) -> PackedExample:
 
 
 def held_out_loss(
-    strategy: Strategy, packs: Mapping[str, Sequence[PackedExample]], precision: str, context: WorkerContext
+    strategy: Strategy, packs: Mapping[str, Sequence[PackedExample]], precision: str, context: WorkerContext,
+    sequence: SequenceGroup | None = None, alive: Callable[[], None] = lambda: None,
 ) -> dict[str, float]:
-    """Mean loss per supervised token of each kind. `packs` is the same on every rank; each evaluates its share."""
+    """Mean loss per supervised token of each kind. `packs` is the same on every rank; each evaluates its share, or with
+    sequence parallelism its group's. `alive` is called at every pack."""
     strategy.model.eval()
+    group_rank, groups = data_place(context, sequence.size if sequence else 1)
     losses = {}
     for kind in sorted(packs):
         loss_sum, tokens = 0.0, 0
-        rounds = -(-len(packs[kind]) // context.world_size)
+        rounds = -(-len(packs[kind]) // groups)
         for turn in range(rounds):
-            place = turn * context.world_size + context.rank
+            place = turn * groups + group_rank
             pack = packs[kind][place] if place < len(packs[kind]) else empty_pack()
-            loss_sum += float(strategy.loss(to_device(pack, context.device, DTYPES[precision])))
-            tokens += pack.supervised_tokens
+            loss_sum += float(strategy.loss(pack_to_device(pack, precision, strategy.model.config, context, sequence)))
+            tokens += pack.supervised_tokens if sequence is None or sequence.rank == 0 else 0
+            alive()
         total = gather_rows([loss_sum, float(tokens)], context).sum(axis=0)
         if total[1]:
             losses[kind] = float(total[0] / total[1])

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from terrace.data.types import PackedExample
 from terrace.recipe.schema import Recipe
-from terrace.train.context import WorkerContext
+from terrace.train.context import WorkerContext, data_place
 
 
 class StepInput(Protocol):
@@ -49,11 +49,11 @@ def open_feed(recipe: Recipe, stage_index: int, prepared: Any, context: WorkerCo
 
     stage = recipe.stages[stage_index]
     plan = StagePlan.build(recipe, stage_index, prepared)
+    rank, ranks = data_place(context, stage.parallel.sequence_parallel)
 
     def stream(start_step: int) -> Iterator[StepInput]:
-        return open_stream(
-            plan, prepared, context.rank, context.world_size, start_step, engine=stage.data_loading.engine
-        )
+        engine = stage.data_loading.engine
+        return open_stream(plan, prepared, rank, ranks, start_step, engine, readers=context.world_size)
 
     return StageFeed(
         config=model_config(recipe.model, load_tokenizer(prepared.tokenizer_dir)),

@@ -1,11 +1,48 @@
-"""`metrics.jsonl`: one JSON object per optimizer step, and never two for the same step, whatever was interrupted."""
+"""`metrics.jsonl`: one JSON object per optimizer step, and never two for the same step, whatever was interrupted.
+
+The tracker sends the same numbers to MLflow. Memory is in bytes, times are in seconds.
+"""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
+
+from terrace.recipe.schema import Stage
+from terrace.train.optimizer import part_learning_rates
+from terrace.train.step import BatchCounts, StepOutcome
+
+
+def step_line(
+    step: int, counts: BatchCounts, outcome: StepOutcome, stage: Stage, rate_factor: float, seconds: float,
+    wait_seconds: float,
+) -> dict[str, Any]:
+    """The metrics of a step (from 1). `rate_factor` is the schedule's share of the peak learning rates."""
+    line: dict[str, Any] = {
+        "step": step,
+        "loss": outcome.loss if math.isfinite(outcome.loss) else None,
+        "supervised_tokens": counts.supervised_tokens,
+        "tokens": counts.tokens,
+        "samples": counts.samples,
+        "learning_rate": part_learning_rates(stage, rate_factor),
+        "grad_norm": outcome.grad_norm if math.isfinite(outcome.grad_norm) else None,
+        "step_seconds": seconds,
+        "data_wait_seconds": wait_seconds,
+        "tokens_per_second": counts.tokens / seconds,
+        "samples_per_second": counts.samples / seconds,
+        "pack_fill": counts.tokens / (counts.packs * stage.sequence_length),
+        "samples_per_source": counts.samples_per_source,
+        "max_over_mean_cost": counts.max_over_mean_cost,
+        "visual_tokens": counts.visual_tokens,
+    }
+    if outcome.memory_peak_bytes is not None:
+        line["memory_peak_bytes"] = outcome.memory_peak_bytes
+    if outcome.skipped:
+        line["skipped"] = True
+    return line
 
 
 class MetricsLog:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from terrace.errors import InputError
-from terrace.models.attention import choose_backend, use_attention
+from terrace.models.attention import activate_flash_attention_3, choose_backend, use_attention
 from terrace.models.build import meta_model
 from terrace.models.parts import language_layers, part_of, part_parameters, vision_blocks
+from terrace.models.sequence_parallel import use_sequence_parallel
 from terrace.models.weights import initial_weights
 from terrace.recipe.schema import PARTS, Recipe, Stage
 from terrace.train.context import WorkerContext
@@ -61,6 +62,10 @@ def prepare_strategy(
     skeleton.train()
     backend, reason = choose_backend(recipe.model.attention, torch.device(context.device).type, stage.precision)
     use_attention(skeleton, backend)
+    if backend == "varlen":
+        reason = f"{reason}; {activate_flash_attention_3()[1]}"
+    if stage.parallel.sequence_parallel > 1:
+        use_sequence_parallel(skeleton, backend, stage.parallel.sequence_parallel)
     if context.rank == 0:
         log.info("attention: %s (%s)", backend, reason)
     source, _ = initial_weights(recipe.model, skeleton, start_weights)

@@ -8,9 +8,9 @@ therefore cannot change it.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,11 +18,17 @@ import torch
 from terrace.data.balance import CostModel
 from terrace.data.types import PackedExample
 from terrace.errors import TerraceError
-from terrace.models.batch import to_device
+from terrace.models.batch import DeviceBatch, to_device
+from terrace.models.sequence_parallel import SequenceGroup, shard_to_device
+from terrace.recipe.schema import Stage
 from terrace.train.collectives import gather_objects, gather_rows
 from terrace.train.context import WorkerContext
+from terrace.train.measure import Meter, take_memory_peak
+from terrace.train.out_of_memory import OutOfMemory, memory_explained
 from terrace.train.precision import DTYPES
 from terrace.train.strategies.interface import Strategy
+
+__all__ = ["BatchCounts", "NonFinite", "OutOfMemory", "StepOutcome", "count_batch", "run_step", "seed_step"]
 
 
 class NonFinite(TerraceError):
@@ -31,10 +37,6 @@ class NonFinite(TerraceError):
     def __init__(self, message: str, step: int, sample_ids: list[str]) -> None:
         super().__init__(message)
         self.step, self.sample_ids = step, sample_ids
-
-
-class OutOfMemory(TerraceError):
-    """The device ran out of memory on a pack."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class BatchCounts:
     packs: int
     samples_per_source: dict[str, int]
     max_over_mean_cost: float  # of the ranks' attention and matrix work, from lengths alone
+    model_flops: float  # forward and backward of the whole batch (train.measure)
     stop: bool  # a rank was told to stop
 
 
@@ -57,7 +60,7 @@ class StepOutcome:
 
     loss: float
     grad_norm: float
-    seconds: float
+    memory_peak_bytes: float | None  # of the fullest rank, since its previous step's backward (train.measure)
     skipped: bool = False
 
 
@@ -69,9 +72,12 @@ def pack_cost(pack: PackedExample, model: CostModel) -> float:
 
 
 def count_batch(
-    packs: Sequence[PackedExample], sources: Sequence[str], stop: bool, cost: CostModel, context: WorkerContext
+    packs: Sequence[PackedExample], sources: Sequence[str], stop: bool, cost: CostModel, context: WorkerContext,
+    meter: Meter | None = None, sequence: SequenceGroup | None = None,
 ) -> BatchCounts:
-    """One collective: every rank's counts, added up."""
+    """One collective: every rank's counts, added up. Packs that a group shares are counted by its first rank."""
+    if sequence is not None and sequence.rank:
+        packs = ()
     own = [
         float(sum(pack.supervised_tokens for pack in packs)),
         float(sum(pack.tokens for pack in packs)),
@@ -80,21 +86,33 @@ def count_batch(
         float(len(packs)),
         sum(pack_cost(pack, cost) for pack in packs),
         float(stop),
+        sum(meter.pack_flops(pack) for pack in packs) if meter else 0.0,
         *(float(sum(pack.sources.count(source) for pack in packs)) for source in sources),
     ]
     rows = gather_rows(own, context)
     total = rows.sum(axis=0)
-    costs = rows[:, 5]
+    costs = rows[:: sequence.size if sequence else 1, 5]
     return BatchCounts(
         supervised_tokens=int(total[0]),
         tokens=int(total[1]),
         samples=int(total[2]),
         visual_tokens=int(total[3]),
         packs=int(total[4]),
-        samples_per_source={source: int(n) for source, n in zip(sources, total[7:])},
+        samples_per_source={source: int(n) for source, n in zip(sources, total[8:])},
         max_over_mean_cost=float(costs.max() / costs.mean()) if costs.sum() else 1.0,
+        model_flops=float(total[7]),
         stop=bool(total[6]),
     )
+
+
+def pack_to_device(
+    pack: PackedExample, precision: str, config: Any, context: WorkerContext, sequence: SequenceGroup | None = None
+) -> DeviceBatch:
+    """A pack on this rank's device: the whole of it, or this rank's part in its group."""
+    if sequence is None:
+        return to_device(pack, context.device, DTYPES[precision])
+    visual_ids = (config.image_token_id, config.video_token_id)
+    return shard_to_device(pack, visual_ids, context.device, DTYPES[precision], sequence)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -104,57 +122,51 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def run_step(
-    strategy: Strategy, packs: Sequence[PackedExample], counts: BatchCounts, learning_rates: list[float],
-    clip: float | None, step: int, precision: str, context: WorkerContext,
+    strategy: Strategy, packs: Sequence[PackedExample], counts: BatchCounts, learning_rates: list[float], stage: Stage,
+    step: int, context: WorkerContext, sequence: SequenceGroup | None = None, doing: Callable[[str], None] = lambda _: None,
 ) -> StepOutcome:
-    """Forward and backward of every pack, clip, optimizer step. `step` counts from 1 (in messages).
+    """Forward and backward of every pack, clip, optimizer step. `step` counts from 1 (in messages); `doing` hears what
+    comes next.
 
     Raises NonFinite before the optimizer steps; under fp16 a gradient overflow instead skips the step on every rank.
     """
-    started = time.perf_counter()
     scale = 1.0 / max(1, counts.supervised_tokens)
-    losses = []
+    config, losses = strategy.model.config, []
     for number, pack in enumerate(packs):
-        try:
-            batch = to_device(pack, context.device, DTYPES[precision])
+        doing(f"in forward and backward of pack {pack.pack} of")
+        with memory_explained("forward and backward", step, stage, config, context, pack):
+            batch = pack_to_device(pack, stage.precision, config, context, sequence)
             losses.append(strategy.accumulate(batch, scale, last=number == len(packs) - 1))
-        except torch.cuda.OutOfMemoryError as error:
-            raise OutOfMemory(_memory_advice(pack, step, context)) from error
+    doing("waiting for the losses of all ranks of")
     values = torch.stack(losses).double().cpu().numpy()
     bad = ~np.isfinite(values)
-    rows = gather_rows([float(values[~bad].sum()), float(bad.sum())], context)
+    own = [float(values[~bad].sum()), float(bad.sum()), float(take_memory_peak(context.device))]
+    rows = gather_rows(own, context)
+    peak = float(rows[:, 2].max())
     if rows[:, 1].sum():
         ids = [pack.sample_ids for pack, wrong in zip(packs, bad) if wrong]
         strategy.discard()
         raise _nonfinite("loss", ids, step, context)
-    norm = strategy.clip(clip)
-    loss = float(rows[:, 0].sum()) * scale
-    if not math.isfinite(norm):
-        strategy.discard()
-        if strategy.loss_scale is not None and strategy.loss_scale.value > 1.0:
-            strategy.loss_scale.after_overflow()
-            return StepOutcome(loss, norm, time.perf_counter() - started, skipped=True)
-        raise _nonfinite("gradient", [pack.sample_ids for pack in packs], step, context)
-    strategy.step(learning_rates)
+    doing("in clipping and the optimizer of")
+    with memory_explained("the optimizer step", step, stage, config, context):
+        norm = strategy.clip(stage.optimizer.clip)
+        loss = float(rows[:, 0].sum()) * scale
+        if not math.isfinite(norm):
+            strategy.discard()
+            if strategy.loss_scale is not None and strategy.loss_scale.value > 1.0:
+                strategy.loss_scale.after_overflow()
+                return StepOutcome(loss, norm, peak, skipped=True)
+            raise _nonfinite("gradient", [pack.sample_ids for pack in packs], step, context)
+        strategy.step(learning_rates)
     if strategy.loss_scale is not None:
         strategy.loss_scale.after_step()
-    return StepOutcome(loss, norm, time.perf_counter() - started)
+    return StepOutcome(loss, norm, peak)
 
 
 def _nonfinite(what: str, own: list[list[str]], step: int, context: WorkerContext) -> NonFinite:
     per_rank = gather_objects([sample for pack in own for sample in pack], context)
-    ids = [sample for rank in per_rank for sample in rank]
+    ids = list(dict.fromkeys(sample for rank in per_rank for sample in rank))  # ranks of a group name the same packs
     where = "; ".join(f"rank {rank}: {', '.join(names[:16])}" for rank, names in enumerate(per_rank) if names)
     more = f" and others, {len(ids)} in all" if any(len(names) > 16 for names in per_rank) else ""
     message = f"step {step}: the {what} is not finite, the weights are unchanged. Samples: {where}{more}"
     return NonFinite(message, step, ids)
-
-
-def _memory_advice(pack: PackedExample, step: int, context: WorkerContext) -> str:
-    longest = max((int(n) for n in np.diff(pack.segment_ends, prepend=0)), default=0)
-    return (
-        f"rank {context.rank}, step {step}: out of device memory on pack {pack.pack} ({pack.tokens} tokens in "
-        f"{len(pack.sample_ids)} samples, the longest {longest}; {len(pack.patches)} patches in "
-        f"{len(pack.image_grids)} images). Set activation_checkpointing for the parts that train, lower "
-        "sequence_length, pixels.max or loss_chunk_tokens, or choose parallel.strategy fsdp or zero3"
-    )

@@ -22,7 +22,7 @@ from terrace.errors import InputError, TerraceError
 from terrace.models.build import materialise
 from terrace.models.weights import TensorSource
 from terrace.recipe.schema import Stage
-from terrace.train.context import WorkerContext
+from terrace.train.context import WorkerContext, data_place
 from terrace.train.precision import LossScale
 from terrace.train.strategies.interface import (
     OPTIMIZER_KINDS,
@@ -243,7 +243,7 @@ def _configuration(stage: Stage, context: WorkerContext) -> dict[str, Any]:
         zero["overlap_comm"] = True
     if zero["stage"] == 3:
         zero["stage3_param_persistence_threshold"] = 10_000
-    packs_per_rank = stage.batch.packs // context.world_size
+    packs_per_rank = stage.batch.packs // data_place(context, stage.parallel.sequence_parallel)[1]
     configuration: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": packs_per_rank,

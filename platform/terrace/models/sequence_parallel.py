@@ -1,0 +1,250 @@
+"""Ulysses sequence parallelism: a group of ranks shares one pack, so that a long one fits.
+
+Each rank embeds, normalises and multiplies its own run of the pack's tokens. Around attention, one all-to-all turns
+"my tokens, all heads" into "all tokens, my heads", the usual kernel runs over the whole pack's segments, and another
+turns it back. Images are split over the group, whole images in order; their features are gathered, and each rank
+keeps those of its own tokens. Activations and logits per rank shrink by the size of the group; weights do not.
+
+The loss of a rank is that of its tokens, so the sum over ranks is the pack's, and gradients of weights add up as they
+do over data-parallel ranks: strategies need not know of it. Every rank issues the same collectives whatever its
+tokens hold: the pack is padded to a multiple of the group with tokens of a segment of their own, and a rank without
+an image runs the blank one.
+
+Cost per layer and token: 2 (heads + key/value heads) x head size numbers sent, forward, and as many backward.
+Shape letters: S ranks of the group, T tokens of the padded pack, t = T / S, H heads, K key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from terrace.data.types import PATCH_VALUES, PackedExample
+from terrace.errors import InputError
+from terrace.models.attention import registered_name
+from terrace.models.batch import TEMPORAL_PATCH_SIZE, DeviceBatch, to_device
+
+NAME = "terrace_flash_ulysses"  # "flash" as in models.attention: transformers then builds no mask
+
+
+@dataclass(frozen=True)
+class SequenceGroup:
+    """The ranks that share a pack; `rank` is this one's place among them."""
+
+    group: Any  # torch.distributed.ProcessGroup
+    rank: int
+    size: int
+
+
+@dataclass(frozen=True)
+class SequenceShard:
+    """What a rank must know of the pack beyond its own tokens. Visual tokens are counted in token order."""
+
+    group: SequenceGroup
+    visual_before: int  # visual tokens of the pack before this rank's tokens
+    visual_own: int  # among this rank's tokens
+    visual_computed: tuple[int, ...]  # per rank: those whose features it computes
+
+
+def open_sequence_group(size: int, rank: int, world_size: int) -> SequenceGroup | None:
+    """Groups of `size` neighbouring ranks; None for size 1. Collective: all ranks call it.
+
+    Raises InputError if the ranks do not form such groups.
+    """
+    if size == 1:
+        return None
+    if world_size % size:
+        raise InputError(f"{world_size} workers do not form groups of parallel.sequence_parallel {size}")
+    groups = [dist.new_group(list(range(first, first + size))) for first in range(0, world_size, size)]
+    return SequenceGroup(groups[rank // size], rank % size, size)
+
+
+def check_heads(text_config: Any, size: int) -> None:
+    """Raise InputError if the heads of the language model cannot be dealt to `size` ranks."""
+    heads, key_heads = text_config.num_attention_heads, text_config.num_key_value_heads
+    if heads % size or (key_heads % size and size % key_heads):
+        raise InputError(
+            f"parallel.sequence_parallel {size}: {heads} attention heads and {key_heads} key/value heads cannot be dealt "
+            f"evenly to {size} ranks; choose a number that divides {heads}, and divides {key_heads} or is a multiple of it"
+        )
+
+
+def use_sequence_parallel(model: Any, backend: str, size: int) -> None:
+    """Give the language layers this attention around `backend`, which goes on serving the vision tower."""
+    check_heads(model.config.text_config, size)
+    model.config.text_config._attn_implementation = NAME
+    for layer in model.model.language_model.layers:
+        layer.self_attn.plain_backend = backend
+
+
+# ---------------------------------------------------------------- the pack
+
+
+def padded_length(tokens: int, size: int) -> int:
+    """Tokens of a pack with the padding that makes it divisible; at least one per rank."""
+    return max(1, -(-tokens // size)) * size
+
+
+def image_shares(patches: list[int], size: int) -> list[int]:
+    """Where to cut the images of a pack: rank r computes images [cuts[r], cuts[r + 1]), about equal in patches."""
+    ends = np.cumsum([0, *patches])
+    cuts = [int(np.abs(ends - ends[-1] * place / size).argmin()) for place in range(size + 1)]
+    return [0, *cuts[1:-1], len(patches)]
+
+
+def own_images(example: PackedExample, first: int, last: int) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
+    """Patches, grids and the rows of them that are videos, of images [first, last) of a pack."""
+    rows = [
+        int(grid.prod()) * (TEMPORAL_PATCH_SIZE if number in example.video_grids else 1)
+        for number, grid in enumerate(example.image_grids)
+    ]
+    start, end = sum(rows[:first]), sum(rows[:last])
+    videos = tuple(number - first for number in example.video_grids if first <= number < last)
+    return example.patches[start:end], example.image_grids[first:last], videos
+
+
+def shard_to_device(
+    example: PackedExample, visual_ids: tuple[int, int], device: torch.device | str, dtype: torch.dtype,
+    group: SequenceGroup,
+) -> DeviceBatch:
+    """This rank's part of a pack, on the device. `visual_ids` are the ids of image and video tokens."""
+    length = padded_length(example.tokens, group.size)
+    spare = length - example.tokens
+    own = slice(group.rank * length // group.size, (group.rank + 1) * length // group.size)
+    ids = np.pad(example.input_ids, (0, spare))
+    if spare:  # an id that is no image token
+        ids[-spare:] = next(number for number in range(3) if number not in visual_ids)
+    visual = np.isin(ids, visual_ids)
+    patches = [int(grid.prod()) for grid in example.image_grids]
+    cuts = image_shares(patches, group.size)
+    pixels, grids, videos = own_images(example, cuts[group.rank], cuts[group.rank + 1])
+    local = dataclasses.replace(
+        example, input_ids=ids[own], targets=np.pad(example.targets, (0, spare), constant_values=-100)[own],
+        position_ids=np.pad(example.position_ids, ((0, 0), (0, spare)))[:, own],
+        segment_ends=np.asarray([length // group.size], np.int32), patches=pixels.reshape(-1, PATCH_VALUES),
+        image_grids=grids.reshape(-1, 3), video_grids=videos,
+    )  # fmt: skip
+    batch = to_device(local, device, dtype)
+    boundaries = [0, *(int(end) for end in example.segment_ends), *([length] if spare else [])]
+    merge = 4
+    shard = SequenceShard(
+        group=group,
+        visual_before=int(visual[: own.start].sum()),
+        visual_own=int(visual[own].sum()),
+        visual_computed=tuple(sum(patches[first:last]) // merge for first, last in itertools.pairwise(cuts)),
+    )
+    return dataclasses.replace(
+        batch, example=example, boundaries=boundaries, longest=int(np.diff(boundaries).max()), sequence=shard,
+        cu_seqlens=torch.tensor(boundaries, dtype=torch.int32).to(batch.device, non_blocking=True),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- collectives with gradients
+
+
+class _AllToAll(torch.autograd.Function):
+    """[S, ...] -> [S, ...]: block r goes to rank r, and what comes from rank r is block r."""
+
+    @staticmethod
+    def forward(ctx: Any, blocks: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
+        ctx.group = group
+        blocks = blocks.contiguous()
+        received = torch.empty_like(blocks)
+        dist.all_to_all_single(received, blocks, group=group.group)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _AllToAll.apply(gradient, ctx.group), None
+
+
+class _GatherRows(torch.autograd.Function):
+    """[counts[rank], H] -> [sum of counts, H], in the order of ranks; gradients of a row are summed over the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, counts: tuple[int, ...], group: SequenceGroup) -> torch.Tensor:
+        ctx.counts, ctx.group = counts, group
+        padded = rows.new_zeros(max(counts), rows.shape[1])
+        padded[: len(rows)] = rows
+        gathered = padded.new_empty(group.size * max(counts), rows.shape[1])
+        dist.all_gather_into_tensor(gathered, padded, group=group.group)
+        blocks = gathered.unflatten(0, (group.size, max(counts)))
+        return torch.cat([block[:count] for block, count in zip(blocks, counts)])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        counts, group = ctx.counts, ctx.group
+        blocks = gradient.new_zeros(group.size, max(counts), gradient.shape[1], dtype=torch.float32)
+        for block, part in zip(blocks, gradient.split(counts)):
+            block[: len(part)] = part
+        received = torch.empty_like(blocks)
+        dist.all_to_all_single(received, blocks, group=group.group)
+        return received.sum(dim=0)[: counts[group.rank]].to(gradient.dtype), None, None
+
+
+# ---------------------------------------------------------------- in the model
+
+
+def with_features(embeddings: torch.Tensor, features: torch.Tensor, batch: DeviceBatch, config: Any) -> torch.Tensor:
+    """This rank's embeddings [1, t, hidden] with image features in their places.
+
+    `features` are those of the images that this rank computed, or of the blank one.
+    """
+    shard = batch.sequence
+    assert shard is not None
+    # Empty slices: no number changes, but every rank's graph holds the tower and the gathering, as collectives need.
+    embeddings = embeddings + features[:0].sum().to(embeddings.dtype)
+    if not sum(shard.visual_computed):
+        return embeddings
+    computed = features[: shard.visual_computed[shard.group.rank]]
+    gathered = _GatherRows.apply(computed, shard.visual_computed, shard.group)
+    embeddings = embeddings + gathered[:0].sum().to(embeddings.dtype)
+    own = gathered[shard.visual_before : shard.visual_before + shard.visual_own]
+    places = (batch.input_ids == config.image_token_id) | (batch.input_ids == config.video_token_id)
+    return embeddings.masked_scatter(places.unsqueeze(-1), own.to(embeddings.dtype))
+
+
+def gather_tokens(tensors: list[torch.Tensor], group: SequenceGroup) -> list[torch.Tensor]:
+    """Each [1, h, t, D] -> [1, h / S, T, D], in one all-to-all. Fewer than S heads are repeated first."""
+    size, blocks = group.size, []
+    for tensor in tensors:
+        if tensor.shape[1] < size:
+            tensor = tensor.repeat_interleave(size // tensor.shape[1], dim=1)
+        blocks.append(tensor[0].unflatten(0, (size, tensor.shape[1] // size)))  # [S, h / S, t, D]
+    received = _AllToAll.apply(torch.cat(blocks, dim=1), group)
+    parts = received.split([block.shape[1] for block in blocks], dim=1)
+    return [part.transpose(0, 1).flatten(1, 2).unsqueeze(0) for part in parts]
+
+
+def scatter_tokens(out: torch.Tensor, group: SequenceGroup) -> torch.Tensor:
+    """[1, T, H / S, D] -> [1, t, H, D]."""
+    blocks = out[0].unflatten(0, (group.size, out.shape[1] // group.size))  # [S, t, H / S, D]
+    return _AllToAll.apply(blocks, group).transpose(0, 1).flatten(1, 2).unsqueeze(0)
+
+
+def _attention(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, scaling: float | None = None, sequence_group: SequenceGroup | None = None,
+    **rest: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls with this rank's tokens; q [1, H, t, D], k and v [1, K, t, D] -> ([1, t, H, D], None)."""
+    plain = ALL_ATTENTION_FUNCTIONS[registered_name(module.plain_backend)]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if sequence_group is None:
+        return plain(module, query, key, value, attention_mask, scaling=scale, **rest)
+    if value.dtype != query.dtype:  # rotary embedding in fp32 under autocast
+        query, key = query.to(value.dtype), key.to(value.dtype)
+    q, k, v = gather_tokens([query, key, value], sequence_group)
+    out, _ = plain(module, q, k, v, attention_mask, scaling=scale, **rest)
+    return scatter_tokens(out, sequence_group), None
+
+
+AttentionInterface.register(NAME, _attention)

@@ -1,0 +1,277 @@
+"""What a training step costs beside a bare PyTorch loop, beside transformers.Trainer, and under each strategy. On CPU.
+
+    make bench-train                          # everything, about 8 minutes on two cores
+    make bench-train ARGS="--only bare"       # one of: bare, trainer, strategies
+
+*bare*: the same model, packs and optimizer in the fewest lines of PyTorch (whole logits, no metrics, no checks). One step
+of it runs before each step of Terrace's stage, inside the stage's own data feed, so both see the same machine at the
+same moment; the ratio is the median over pairs. Data is excluded on both sides.
+
+*trainer*: transformers.Trainer on the samples of the same packs, as one would give them to it: padded to the longest of
+each batch of 8, gradients accumulated over the step. Its time is from `on_step_begin` to `on_step_end`, without data.
+
+*strategies*: two gloo processes, step time of each strategy over that of DDP.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from train_setup import bench_recipe, full_pack, small_model, tiny_model
+
+from terrace.data.types import PackedExample
+from terrace.models.attention import use_attention
+from terrace.models.batch import normalise_patches, to_device
+from terrace.models.build import build_model, model_config
+from terrace.models.forward import pack_hidden
+from terrace.recipe.schema import Recipe
+from terrace.train.context import WorkerContext
+from terrace.train.feed import StageFeed
+from terrace.train.loop import train_stage
+
+STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+WARM_STEPS = 2
+
+
+@dataclass
+class Step:
+    step: int
+    packs: list[PackedExample]
+    wait_seconds: float = 0.0
+
+
+def recipe_of(args: argparse.Namespace, strategy: str = "ddp") -> Recipe:
+    model = tiny_model() if args.tiny else small_model()
+    return bench_recipe(model, args.steps + WARM_STEPS, args.packs, args.length, parallel={"strategy": strategy})
+
+
+def packs_of(args: argparse.Namespace, step: int) -> list[PackedExample]:
+    return [full_pack(step * args.packs + place, args.length, args.samples) for place in range(args.packs)]
+
+
+# ---------------------------------------------------------------- bare
+
+
+class BareLoop:
+    """Model, optimizer and a step, as short as it can be written."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.model = build_model(recipe.model, model_config(recipe.model))
+        use_attention(self.model, "sdpa_segments")
+        self.model.train()
+        self.losses: list[float] = []
+        stage = recipe.stages[0]
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=1e-5, betas=stage.optimizer.betas, weight_decay=stage.optimizer.weight_decay, fused=True
+        )
+
+    def step(self, packs: list[PackedExample]) -> float:
+        """Runs one step; its seconds."""
+        started = time.perf_counter()
+        supervised = sum(pack.supervised_tokens for pack in packs)
+        total = 0.0
+        for pack in packs:
+            batch = to_device(pack, "cpu", torch.float32)
+            logits = self.model.lm_head(pack_hidden(self.model, batch)[batch.supervised_rows])
+            loss = F.cross_entropy(logits, batch.targets, reduction="sum") / supervised
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.losses.append(total)
+        return time.perf_counter() - started
+
+
+def measure_bare(args: argparse.Namespace) -> dict[str, Any]:
+    """Median seconds of both, and the median of the ratios of neighbouring steps."""
+    recipe = recipe_of(args)
+    bare = BareLoop(recipe)
+    bare_seconds: list[float] = []
+
+    def stream(start: int) -> Iterator[Step]:
+        for step in range(start, args.steps + WARM_STEPS):
+            begun = time.perf_counter()
+            packs = packs_of(args, step)
+            bare_seconds.append(bare.step(packs))
+            yield Step(step, packs, time.perf_counter() - begun)
+
+    lines = run_stage(recipe, stream, WorkerContext())
+    ours = [line["step_seconds"] - line["data_wait_seconds"] for line in lines]
+    ratios = [mine / theirs for mine, theirs in zip(ours, bare_seconds)][WARM_STEPS:]
+    return {
+        "terrace_seconds": statistics.median(ours[WARM_STEPS:]), "bare_seconds": statistics.median(bare_seconds[WARM_STEPS:]),
+        "ratio": statistics.median(ratios), "ratios": [round(ratio, 4) for ratio in ratios],
+        "loss_difference": max(abs(line["loss"] - loss) / loss for line, loss in zip(lines, bare.losses)),
+        "flops_per_second": statistics.median(line["flops_per_second"] for line in lines[WARM_STEPS:]),
+    }  # fmt: skip
+
+
+def run_stage(recipe: Recipe, stream: Any, context: WorkerContext) -> list[dict[str, Any]]:
+    """The stage's lines of metrics.jsonl (on rank 0)."""
+    feed = StageFeed(
+        config=model_config(recipe.model), total_steps=int(recipe.stages[0].budget.steps or 0), stream=stream,
+        state=lambda step: {"pack": step}, restore=lambda state: None,
+    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as name:
+        train_stage(recipe, 0, feed, Path(name), None, context)
+        metrics = Path(name) / "metrics.jsonl"
+        return [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+
+
+# ---------------------------------------------------------------- Trainer
+
+
+def samples_of(pack: PackedExample) -> list[dict[str, Any]]:
+    """The samples of a pack as a dataset for Trainer holds them: token ids, labels, pixels in float32, grids."""
+    samples, start, patch, image = [], 0, 0, 0
+    for end in (int(e) for e in pack.segment_ends):
+        ids = torch.from_numpy(pack.input_ids[start:end].astype(np.int64))
+        targets = torch.from_numpy(pack.targets[start:end].astype(np.int64))
+        labels = torch.cat([torch.tensor([-100]), targets[:-1]])  # the model shifts by itself
+        sample: dict[str, Any] = {"input_ids": ids, "labels": labels}
+        visual = int((pack.input_ids[start:end] == pack_image_token()).sum())
+        if visual:
+            grid = torch.from_numpy(pack.image_grids[image : image + 1].astype(np.int64))
+            count = int(grid.prod())
+            sample["pixel_values"] = normalise_patches(torch.from_numpy(pack.patches[patch : patch + count]), torch.float32)
+            sample["image_grid_thw"] = grid
+            patch, image = patch + count, image + 1
+        samples.append(sample)
+        start = end
+    return samples
+
+
+def pack_image_token() -> int:
+    from packs import IMAGE_PAD
+
+    return IMAGE_PAD
+
+
+def padded(samples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """The usual collator: pad to the longest, images one after another."""
+    from torch.nn.utils.rnn import pad_sequence
+
+    ids = pad_sequence([sample["input_ids"] for sample in samples], batch_first=True, padding_value=0)
+    mask = pad_sequence([torch.ones_like(sample["input_ids"]) for sample in samples], batch_first=True)
+    batch = {
+        "input_ids": ids, "attention_mask": mask,
+        "labels": pad_sequence([sample["labels"] for sample in samples], batch_first=True, padding_value=-100),
+        "mm_token_type_ids": (ids == pack_image_token()).int(),
+    }  # fmt: skip
+    images = [sample for sample in samples if "pixel_values" in sample]
+    if images:
+        batch["pixel_values"] = torch.cat([sample["pixel_values"] for sample in images])
+        batch["image_grid_thw"] = torch.cat([sample["image_grid_thw"] for sample in images])
+    return batch
+
+
+def measure_trainer(args: argparse.Namespace) -> dict[str, Any]:
+    """Median seconds of a step of transformers.Trainer, and the share of its tokens that is padding."""
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    recipe = recipe_of(args)
+    model = build_model(recipe.model, model_config(recipe.model))
+    use_attention(model, "sdpa")
+    total = args.steps + WARM_STEPS
+    samples = [sample for step in range(total) for pack in packs_of(args, step) for sample in samples_of(pack)]
+    batch = min(8, args.samples)
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_args: Any, **_keywords: Any) -> None:
+            self.begun = time.perf_counter()
+
+        def on_step_end(self, *_args: Any, **_keywords: Any) -> None:
+            seconds.append(time.perf_counter() - self.begun)
+
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder, per_device_train_batch_size=batch, max_steps=total, report_to=[], save_strategy="no",
+            gradient_accumulation_steps=args.packs * args.samples // batch, logging_strategy="no", use_cpu=True,
+            learning_rate=1e-5, weight_decay=0.1, max_grad_norm=1.0, lr_scheduler_type="constant", disable_tqdm=True,
+            remove_unused_columns=False, dataloader_pin_memory=False, train_sampling_strategy="sequential",
+        )  # fmt: skip
+        Trainer(model=model, args=arguments, train_dataset=samples, data_collator=padded, callbacks=[Clock()]).train()
+    tokens = sum(len(sample["input_ids"]) for sample in samples)
+    groups = [samples[start : start + batch] for start in range(0, len(samples), batch)]
+    held = sum(len(group) * max(len(sample["input_ids"]) for sample in group) for group in groups)
+    return {"trainer_seconds": statistics.median(seconds[WARM_STEPS:]), "padding_share": 1 - tokens / held}
+
+
+# ---------------------------------------------------------------- strategies
+
+
+def strategy_seconds(rank: int, world_size: int, args: argparse.Namespace) -> dict[str, float]:
+    """Median step seconds of every strategy, one after another in the same processes, twice."""
+    torch.set_num_threads(1)
+    found: dict[str, list[float]] = {name: [] for name in STRATEGIES}
+    share = args.packs // world_size
+
+    def stream(start: int) -> Iterator[Step]:
+        for step in range(start, args.steps + WARM_STEPS):
+            begun = time.perf_counter()
+            packs = packs_of(args, step)[rank * share : (rank + 1) * share]
+            yield Step(step, packs, time.perf_counter() - begun)
+
+    for _ in range(2):
+        for name in STRATEGIES:
+            lines = run_stage(recipe_of(args, name), stream, WorkerContext(rank=rank, world_size=world_size, local_rank=rank))
+            found[name] += [line["step_seconds"] - line["data_wait_seconds"] for line in lines[WARM_STEPS:]]
+    return {name: statistics.median(values) for name, values in found.items() if values}
+
+
+# ---------------------------------------------------------------- main
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--only", choices=["bare", "trainer", "strategies"])
+    parser.add_argument("--steps", type=int, default=16, help="measured steps (2 more come first)")
+    parser.add_argument("--packs", type=int, default=2, help="packs per step")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a pack")
+    parser.add_argument("--samples", type=int, default=12, help="samples of a pack")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tiny", action="store_true", help="a model for testing this script")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    results: dict[str, Any] = {}
+    if args.only in (None, "bare"):
+        results |= measure_bare(args)
+        print(f"terrace {results['terrace_seconds']:.3f} s, bare {results['bare_seconds']:.3f} s a step: ratio {results['ratio']:.4f}")
+    if args.only in (None, "trainer"):
+        results |= measure_trainer(args)
+        if "terrace_seconds" not in results:
+            results |= measure_bare(args)
+        results["trainer_ratio"] = results["terrace_seconds"] / results["trainer_seconds"]
+        print(
+            f"terrace {results['terrace_seconds']:.3f} s, Trainer {results['trainer_seconds']:.3f} s a step: ratio "
+            f"{results['trainer_ratio']:.3f} ({results['padding_share']:.0%} of Trainer's tokens are padding)"
+        )
+    if args.only in (None, "strategies"):
+        from processes import run_ranks
+
+        results["strategies"] = run_ranks(2, strategy_seconds, args, timeout=1500)[0]
+        for name, seconds in results["strategies"].items():
+            print(f"{name:6s} {seconds:.3f} s a step on 2 processes, {seconds / results['strategies']['ddp']:.3f} of ddp")
+    print(json.dumps(results))
+    return results
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    sys.path.insert(0, str(Path(__file__).resolve().parent))
+    main()

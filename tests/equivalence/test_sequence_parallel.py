@@ -1,0 +1,175 @@
+"""Ranks that share a pack give the losses and the weights of one rank that has it alone."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from packs import ALL_PARTS, IMAGE_PAD, VIDEO_PAD, random_pack, tiny_model, tiny_recipe
+from processes import run_ranks
+from ranks import losses, stage_dir, train_stages
+
+from terrace.errors import InputError
+from terrace.models.sequence_parallel import (
+    SequenceGroup,
+    check_heads,
+    image_shares,
+    open_sequence_group,
+    padded_length,
+    shard_to_device,
+)
+from terrace.models.weights import Directory
+from terrace.recipe.schema import Recipe
+from terrace.train.context import WorkerContext, data_place
+
+
+def recipe_of(strategy: str, size: int, **changes) -> Recipe:
+    """A frozen-language stage, then all parts with recomputed activations; steps without images and odd lengths."""
+    common = {"parallel": {"strategy": strategy, "sequence_parallel": size}, "batch": {"packs": 2}, **changes}
+    everything = {**ALL_PARTS, "language": {"lr": 1e-3, "activation_checkpointing": True}}
+    return tiny_recipe([
+        {"name": "warm", "train": {"projector": {"lr": 1e-3}}, "budget": {"steps": 2}, **common},
+        {"name": "all", "train": everything, "budget": {"steps": 3}, **common},
+    ])
+
+
+def weights(folder):
+    directory = Directory(folder / "final")
+    return {name: directory.read(name) for name in sorted(directory.names)}
+
+
+def assert_same_run(ours, reference, rtol=1e-5, weight_tolerance=5e-5):
+    for index in (0, 1):
+        np.testing.assert_allclose(losses(ours, index), losses(reference, index), rtol=rtol)
+    found, expected = weights(stage_dir(ours, 1)), weights(stage_dir(reference, 1))
+    for name, tensor in expected.items():
+        assert float((found[name] - tensor).abs().max()) < weight_tolerance, name
+
+
+def train_all(rank: int, world_size: int, recipes: dict, out: str) -> None:
+    """Every recipe in its own folder, one after another."""
+    for name, values in recipes.items():
+        train_stages(rank, world_size, values, f"{out}/{name}")
+
+
+def values_of(recipe: Recipe) -> dict:
+    return recipe.model_dump(mode="json")
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("reference")
+    train_stages(0, 1, values_of(recipe_of("ddp", 1)), str(folder))
+    return folder
+
+
+def test_two_ranks_that_share_packs_equal_one(tmp_path, reference):
+    recipes = {strategy: values_of(recipe_of(strategy, 2)) for strategy in ("ddp", "fsdp")}
+    run_ranks(2, train_all, recipes, str(tmp_path))
+    for name in recipes:
+        assert_same_run(tmp_path / name, reference)
+
+
+@pytest.mark.slow
+def test_sharing_under_zero_equals_one_rank(tmp_path, reference):
+    recipes = {strategy: values_of(recipe_of(strategy, 2)) for strategy in ("zero1", "zero2", "zero3")}
+    run_ranks(2, train_all, recipes, str(tmp_path), timeout=400)
+    for name in recipes:
+        assert_same_run(tmp_path / name, reference)
+
+
+@pytest.mark.slow
+def test_groups_of_two_beside_each_other_and_one_group_of_four(tmp_path, reference):
+    """Four ranks: two packs at a time shared by two each, or one shared by four (more ranks than key/value heads)."""
+    recipes = {f"{strategy}-{size}": values_of(recipe_of(strategy, size)) for strategy in ("ddp", "fsdp") for size in (2, 4)}
+    run_ranks(4, train_all, recipes, str(tmp_path), timeout=400)
+    for name in recipes:
+        assert_same_run(tmp_path / name, reference)
+
+
+@pytest.mark.slow
+def test_bf16_stays_close(tmp_path, reference):
+    recipes = {strategy: values_of(recipe_of(strategy, 2, precision="bf16")) for strategy in ("ddp", "fsdp")}
+    run_ranks(2, train_all, recipes, str(tmp_path))
+    for name in recipes:
+        for index in (0, 1):
+            np.testing.assert_allclose(losses(tmp_path / name, index), losses(reference, index), rtol=2e-2)
+
+
+# ---------------------------------------------------------------- the pack's parts, in one process
+
+
+def shards(pack, size):
+    groups = [SequenceGroup(None, rank, size) for rank in range(size)]
+    return [shard_to_device(pack, (IMAGE_PAD, VIDEO_PAD), "cpu", torch.float32, group) for group in groups]
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_every_token_target_and_image_is_on_one_rank(size):
+    pack = random_pack(3, segments=5)
+    parts = shards(pack, size)
+    length = padded_length(pack.tokens, size)
+    ids = torch.cat([part.input_ids[0] for part in parts])
+    assert len(ids) == length
+    assert ids[: pack.tokens].tolist() == pack.input_ids.tolist()
+    assert not {IMAGE_PAD, VIDEO_PAD} & set(ids[pack.tokens :].tolist())
+    positions = torch.cat([part.position_ids[:, 0] for part in parts], dim=1)
+    assert positions[:, : pack.tokens].tolist() == pack.position_ids.tolist()
+    rows = [row + rank * length // size for rank, part in enumerate(parts) for row in part.supervised_rows.tolist()]
+    assert rows == np.flatnonzero(pack.targets >= 0).tolist()
+    assert torch.cat([part.targets for part in parts]).tolist() == pack.targets[pack.targets >= 0].tolist()
+    grids = [grid for part in parts if part.image_grids is not None for grid in part.image_grids.tolist()]
+    assert grids == pack.image_grids.tolist()
+    assert sum(len(part.pixel_values) for part in parts if part.pixel_values is not None) == len(pack.patches)
+    shard = parts[-1].sequence
+    assert sum(shard.visual_computed) == len(pack.patches) // 4
+    assert shard.visual_before + shard.visual_own == len(pack.patches) // 4
+    for part in parts:  # attention runs over the whole pack on every rank
+        assert part.boundaries[-1] == length
+        assert part.boundaries[: len(pack.segment_ends) + 1] == [0, *pack.segment_ends.tolist()]
+
+
+def test_a_pack_without_tokens_or_images_still_gives_every_rank_one_token():
+    from terrace.train.evaluation import empty_pack
+
+    for part in shards(empty_pack(), 3):
+        assert part.input_ids.shape == (1, 1)
+        assert part.pixel_values is None
+        assert len(part.targets) == 0
+
+
+def test_images_are_cut_where_their_patches_are_halved():
+    assert image_shares([100, 10, 10, 80], 2) == [0, 1, 4]
+    assert image_shares([400], 2) in ([0, 0, 1], [0, 1, 1])
+    assert image_shares([], 3) == [0, 0, 0, 0]
+
+
+def test_heads_that_cannot_be_dealt_are_refused():
+    text = SimpleNamespace(num_attention_heads=12, num_key_value_heads=4)
+    for size in (2, 4, 12):
+        check_heads(text, size)
+    for size in (3, 5, 6, 8):
+        with pytest.raises(InputError, match="12 attention heads and 4 key/value heads"):
+            check_heads(text, size)
+
+
+def test_the_skeleton_refuses_heads_that_the_recipe_could_not_know(tmp_path):
+    with pytest.raises(InputError, match="cannot be dealt evenly to 3 ranks"):
+        from terrace.models.build import meta_model, model_config
+        from terrace.models.sequence_parallel import use_sequence_parallel
+
+        recipe = tiny_recipe(model=tiny_model())
+        use_sequence_parallel(meta_model(model_config(recipe.model)), "sdpa_segments", 3)
+
+
+def test_ranks_form_groups_of_neighbours():
+    places = [data_place(WorkerContext(rank=rank, world_size=6), 3) for rank in range(6)]
+    assert places == [(0, 2)] * 3 + [(1, 2)] * 3
+    with pytest.raises(InputError, match="sequence_parallel 4"):
+        data_place(WorkerContext(rank=0, world_size=6), 4)
+    with pytest.raises(InputError, match="sequence_parallel 4"):
+        open_sequence_group(4, 0, 6)
+    assert open_sequence_group(1, 0, 6) is None
