@@ -237,6 +237,16 @@ def test_hashes_know_what_changes_the_result() -> None:
     assert recipe_hash(layout) != recipe_hash(recipe)
 
 
+def test_where_rollouts_run_is_no_part_of_a_stage() -> None:
+    """A stage that began colocated may go on with rollout workers; with another group size it is another stage."""
+    demo = TINY.parents[2] / "jobs" / "recipes" / "demo-morl.yaml"
+    recipe = load_recipe(demo)
+    separate = load_recipe(demo, ["stages.morl.grpo.placement=separate", "stages.morl.grpo.rollout_workers=3"])
+    larger = load_recipe(demo, ["stages.morl.grpo.samples_per_prompt=32"])
+    assert (recipe.stages[4].rollout_workers, separate.stages[4].rollout_workers) == (0, 3)
+    assert stage_hash(separate, 4) == stage_hash(recipe, 4) != stage_hash(larger, 4)
+
+
 def test_start_index_follows_start_from() -> None:
     recipe = load_recipe(TINY, ["stages.3.start_from=projector-warmup"])
     assert [start_index(recipe, k) for k in range(4)] == [None, 0, 1, 0]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+
 import httpx
 import pytest
 from starlette.requests import Request
 
 from terrace.errors import InputError
+from terrace.recipe.schema import RewardRule
 from terrace.rewards.alarm import AlarmLimits, Form, distinct_share, hacking_alarms
 from terrace.rewards.remote import RewardServiceError, remote
-from terrace.rewards.service import RewardService
+from terrace.rewards.router import Router
+from terrace.rewards.sandbox import SandboxPool
+from terrace.rewards.service import RewardService, _pair
 from terrace.rewards.types import RewardItem
 
 ITEMS = [RewardItem("", "4", "4"), RewardItem("", "5", "4"), RewardItem("", "4", "no number")]
@@ -84,6 +89,26 @@ def test_remote_retries_a_slow_or_failing_service_and_then_answers(monkeypatch):
     assert _remote(handler, monkeypatch) == [1.0, 0.0, None]
     assert len(calls) == 3
     assert calls[0].headers["authorization"] == "Bearer secret"
+
+
+def test_images_travel_only_to_services_that_ask_for_them(monkeypatch):
+    """As base64 text there, as bytes again in the service's items; never to a rule in the sandbox."""
+    bodies = []
+
+    def handler(request):
+        bodies.append(json.loads(request.content)["items"])
+        return httpx.Response(200, json={"scores": [{"value": 1.0}]})
+
+    item = RewardItem("", "4", "4", {"images": (b"\xff\xd8", b"\x89PNG"), "tolerance": 1})
+    options = {"url": "http://x/", "task": "chat", "transport": httpx.MockTransport(handler)}
+    assert remote([item], **options) == [1.0]
+    assert remote([item], send_images=True, **options) == [1.0]
+    assert bodies[0][0]["metadata"] == {"tolerance": 1}
+    assert _pair(bodies[1][0]) == ("chat", item._replace(metadata={"images": [b"\xff\xd8", b"\x89PNG"], "tolerance": 1}))
+    with pytest.raises(ValueError, match="base64"):
+        _pair({**bodies[1][0], "metadata": {"images": ["no base64!"]}})
+    with SandboxPool(1) as pool:
+        assert Router({"chat": [RewardRule(name="counting")]}, pool).score([("chat", item)])[0].value == 1.0
 
 
 def test_remote_errors_are_errors_and_never_zero(monkeypatch):

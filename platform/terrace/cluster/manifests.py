@@ -143,8 +143,9 @@ def disruption_budget(owner: Manifest) -> Manifest:
 
 
 def worker_bounds(stage: Stage) -> tuple[int, int]:
-    workers = stage.resources.workers
-    return (workers, workers) if isinstance(workers, int) else (workers[0], workers[1])
+    """Least and most workers of the stage, training and rollout workers together."""
+    workers, more = stage.resources.workers, stage.rollout_workers
+    return (workers + more, workers + more) if isinstance(workers, int) else (workers[0] + more, workers[1] + more)
 
 
 def worker_pods(stage: Stage, runtime: Runtime) -> tuple[int, int]:

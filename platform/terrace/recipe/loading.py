@@ -4,7 +4,8 @@
 
 Layers, later over earlier: the file that `extends:` names (relative to the extending file, any depth), the file, the
 overrides. Maps merge, lists are replaced, except that `stages` may be a map of changes by stage name (and of further
-stages, which come last). Validation is strict: a string is never read as a number nor a number as a boolean. All problems are reported at once (RecipeError).
+stages, which come last). Validation is strict: a string is never read as a number nor a number as a boolean. All
+problems are reported at once (RecipeError).
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ LAYOUT_KEYS = {
     "frozen_activation_checkpointing",
     "loss_chunk_tokens",
 }
+LAYOUT_KEYS_GRPO = ("placement", "rollout_workers", "max_reward_failure_rate", "max_logprob_mismatch")
 
 
 def stage_hash(recipe: Recipe, index: int) -> str:
@@ -77,6 +79,8 @@ def stage_hash(recipe: Recipe, index: int) -> str:
     for part in PARTS:
         if settings["train"][part]:
             del settings["train"][part]["activation_checkpointing"]
+    for key in LAYOUT_KEYS_GRPO if settings["grpo"] else ():
+        del settings["grpo"][key]
     before = start_index(recipe, index)
     return _digest(
         {

@@ -62,8 +62,8 @@ def _grpo(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
         )
     if options.engine == "vllm" and stage.resources.gpus_per_worker == 0:
         yield Problem((*key, "engine"), "vllm needs a GPU; use native, or set resources.gpus_per_worker")
-    if options.placement == "separate" and options.engine == "native":
-        yield Problem((*key, "placement"), "separate rollout workers are offered with engine vllm; native rollouts are colocated")
+    if options.placement == "colocated" and options.rollout_workers != 1:
+        yield Problem((*key, "rollout_workers"), "counts the workers of placement separate; with colocated the training workers generate")
     if options.updates_per_rollout == 1:
         for name in ("clip_low", "clip_high"):
             if getattr(options, name) is not None:

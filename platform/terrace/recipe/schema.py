@@ -161,7 +161,7 @@ class Failure(Strict):
     stall_timeout_seconds: Positive = Field(1800.0, description="No progress for this long while running: the attempt is replaced.")
     hang_timeout_seconds: Positive | None = Field(
         None,
-        description="No step, evaluation or checkpoint for this long: every worker writes its stacks and ends. Default: half the stall timeout.",
+        description="No progress inside a step for this long: every worker writes its stacks and ends. Default: half the stall timeout.",
     )
     preemption_grace_seconds: Positive = Field(60.0, description="Time to save a checkpoint when told to stop.")
     on_nonfinite: Literal["stop", "skip", "rewind"] = Field("stop", description="What a non-finite loss or gradient does.")
@@ -193,7 +193,12 @@ class GrpoOptions(Strict):
     easy_pool_probability: Share = Field(0.0, description="Chance to draw a prompt that is already solved.")
     drop_pass_rate_above: Share | None = Field(None, description="Prompts solved more often than this leave the pool.")
     engine: Literal["native", "vllm"] = Field("native", description="What generates responses.")
-    placement: Literal["colocated", "separate"] = Field("colocated", description="Whether generation shares the training GPUs.")
+    placement: Literal["colocated", "separate"] = Field(
+        "colocated", description="Whether the training workers generate, or rollout workers of their own."
+    )
+    rollout_workers: int = Field(
+        1, ge=1, description="Rollout workers of placement separate, each with the CPUs and GPUs of a training worker."
+    )
     max_reward_failure_rate: Share = Field(0.2, description="Share of failed rewards above which the stage stops.")
     max_logprob_mismatch: Positive = Field(0.1, description="Allowed difference of log-probabilities between generation and training.")
 
@@ -233,6 +238,11 @@ class Stage(Strict):
     grpo: GrpoOptions | None = Field(None, description="Options of the objective grpo.")
     rewards: dict[str, list[RewardRule]] = Field({}, description="Reward rules per task (objective grpo).")
     seed: int = Field(0, ge=0, description="Seed of the stage's own randomness.")
+
+    @property
+    def rollout_workers(self) -> int:
+        """Workers that only generate (`placement: separate`), beside the training workers."""
+        return self.grpo.rollout_workers if self.grpo is not None and self.grpo.placement == "separate" else 0
 
 
 class Tracking(Strict):

@@ -6,13 +6,14 @@ It never becomes a 0: a service that is down says nothing about the responses.
 
 from __future__ import annotations
 
+import base64
 import os
 import random
 import time
 from collections.abc import Sequence
 
 from terrace.errors import InputError, TerraceError
-from terrace.rewards.types import RewardItem
+from terrace.rewards.types import RewardItem, without_images
 
 PAUSE_CAP_SECONDS = 30.0
 
@@ -31,10 +32,12 @@ def remote(
     attempts: int = 6,
     pause_seconds: float = 0.5,
     items_per_request: int = 256,
+    send_images: bool = False,
     transport: object = None,
 ) -> list[float | None]:
     """Scores from `URL/score`, in order; None where the service itself reports a failed reward.
 
+    `send_images` adds the prompt's image files (base64) to every item, for a service that runs a multimodal judge.
     Retried: no connection, time-outs, status 429 and 5xx. Not retried: other statuses, which are input errors (wrong
     token, unknown task). The token is read from the environment variable `token_env`.
     """
@@ -46,9 +49,15 @@ def remote(
     with httpx.Client(timeout=timeout_seconds, headers=headers, transport=transport) as client:  # type: ignore[arg-type]
         for start in range(0, len(items), items_per_request):
             part = items[start : start + items_per_request]
-            body = {"items": [{"task": task, **item._asdict()} for item in part]}
+            plain = [_with_images_as_text(item) if send_images else without_images(item) for item in part]
+            body = {"items": [{"task": task, **item._asdict()} for item in plain]}
             values += _post(client, url.rstrip("/") + "/score", body, len(part), attempts, pause_seconds)
     return values
+
+
+def _with_images_as_text(item: RewardItem) -> RewardItem:
+    images = [base64.b64encode(data).decode() for data in item.metadata.get("images", ())]
+    return item._replace(metadata={**item.metadata, "images": images}) if images else item
 
 
 def _post(client, url: str, body: dict, count: int, attempts: int, pause_seconds: float) -> list[float | None]:

@@ -1,90 +1,157 @@
 """A trained Bradley-Terry model as a reward: `{name: reward_model, options: {path: <stage>/final}}`.
 
 The value is sigmoid(score), in (0, 1). It runs where the router runs (not in the sandbox: no text is evaluated). For
-GPUs of its own, serve it: `terrace serve-rewards` on another machine, and `remote` in the recipe. Prompts are judged by
-their text; a prompt with images cannot be judged without them and gets None, which is counted as a failure.
+GPUs of its own, serve it: `terrace serve-rewards` on another machine, and `remote` in the recipe.
+
+A prompt is read as training reads it, conversation and images, and computed once for all responses of its group: one
+unit of a pack (models.shared_prompt), as in the reward model's own training. A prompt that cannot be read (its images
+were not sent, its text and images disagree, it is too long) gets None, which is counted as a failure.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from terrace.errors import InputError
+import numpy as np
+
+from terrace.errors import DamagedData, InputError
 from terrace.rewards.types import RewardItem
 
 
+@dataclass
+class _Group:
+    """One prompt, and the answers to it that are judged."""
+
+    prompt: Any  # data.template.Encoded
+    patches: np.ndarray  # uint8 [P, 588]
+    answers: list[list[int]] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)  # of the answers among the items
+
+
+@dataclass(frozen=True)
+class _Judge:
+    model: Any
+    tokenizer: Any
+    pixels: tuple[int, int]  # (min, max) of a resized image, as in the stage that trained the model
+
+
 def reward_model(
-    items: Sequence[RewardItem], *, path: str, device: str = "cpu", items_per_batch: int = 8, max_tokens: int = 8192
+    items: Sequence[RewardItem], *, path: str, device: str = "cpu", items_per_batch: int = 16, max_tokens: int = 8192
 ) -> list[float | None]:
-    """sigmoid(score) of each response to its prompt; None for a prompt with images, or one longer than `max_tokens`."""
+    """sigmoid(score) of each response to its prompt; None where the prompt cannot be read or a conversation is longer
+    than `max_tokens`."""
     import torch
 
-    from terrace.data.positions import rope_positions
-    from terrace.models.batch import to_device
-    from terrace.models.shared_prompt import Unit
-    from terrace.objectives.reward_model import PairBatch, answer_rows, scores
+    from terrace.objectives.reward_model import scores
 
-    model, tokenizer = _opened(path, device)
-    encoded: list[tuple[int, list[int]]] = []
+    judge = _opened(path, device)
     values: list[float | None] = [None] * len(items)
-    for place, item in enumerate(items):
-        ids = _conversation(item, tokenizer)
-        if not item.metadata.get("image_sizes") and len(ids) <= max_tokens:
-            encoded.append((place, ids))
-    for start in range(0, len(encoded), items_per_batch):
-        part = encoded[start : start + items_per_batch]
-        units, begin = [], 0
-        for _, ids in part:
-            units.append(Unit(begin, 1, (len(ids) - 1,)))
-            begin += len(ids)
-        example = _pack([ids for _, ids in part], rope_positions)
-        batch = PairBatch(
-            to_device(example, device, torch.float32), units, torch.tensor(answer_rows(units), device=device)
-        )
+    for batch in _batches(_grouped(items, judge, max_tokens), items_per_batch):
         with torch.no_grad():
-            judged = torch.sigmoid(scores(model, batch)).tolist()
-        for (place, _), value in zip(part, judged):
+            judged = torch.sigmoid(scores(judge.model, _pair_batch(batch, device))).tolist()
+        for place, value in zip((place for group in batch for place in group.places), judged):
             values[place] = value
     return values
 
 
-def _conversation(item: RewardItem, tokenizer: Any) -> list[int]:
-    """The conversation as training writes it, up to the end mark of the response."""
+def _grouped(items: Sequence[RewardItem], judge: _Judge, max_tokens: int) -> list[_Group]:
+    """Neighbouring items of one prompt together; items that cannot be judged are left out."""
+    groups: list[_Group] = []
+    last: RewardItem | None = None
+    group: _Group | None = None
+    for place, item in enumerate(items):
+        if last is None or (item.prompt, item.metadata) != (last.prompt, last.metadata):
+            last, group = item, _read_prompt(item, judge)
+            groups += [group] if group else []
+        if group is None:
+            continue
+        answer = [*judge.tokenizer.encode(item.response), judge.tokenizer.special.im_end]
+        if len(group.prompt.input_ids) + len(answer) <= max_tokens:
+            group.answers.append(answer)
+            group.places.append(place)
+    return [group for group in groups if group.places]
+
+
+def _read_prompt(item: RewardItem, judge: _Judge) -> _Group | None:
+    """The conversation as training encodes it, with its images. Without `messages`: the prompt's text as one turn."""
+    from terrace.data.images import image_size, load_patches
     from terrace.data.template import encode_prompt
-    from terrace.data.types import Sample
+    from terrace.data.types import PATCH_SIZE, PATCH_VALUES, Sample
 
-    sample = Sample("prompt", "prompt", [{"role": "user", "content": [{"type": "text", "text": item.prompt}]}])
-    prompt = encode_prompt(sample, [], tokenizer, (784, 784)).input_ids.tolist()
-    return [*prompt, *tokenizer.encode(item.response), tokenizer.special.im_end]
+    images = item.metadata.get("images", ())
+    if len(images) != len(item.metadata.get("image_sizes") or images):
+        return None
+    messages = item.metadata.get("messages") or [{"role": "user", "content": [{"type": "text", "text": item.prompt}]}]
+    try:
+        sizes = [image_size(data) for data in images]
+        encoded = encode_prompt(Sample("prompt", "prompt", messages), sizes, judge.tokenizer, judge.pixels)
+        patches = [
+            load_patches(images[number], int(rows) * PATCH_SIZE, int(columns) * PATCH_SIZE)
+            for (_, rows, columns), (number,) in zip(encoded.grids, encoded.images)
+        ]
+    except (InputError, DamagedData, ValueError, IndexError):
+        return None
+    return _Group(encoded, np.concatenate(patches) if patches else np.zeros((0, PATCH_VALUES), np.uint8))
 
 
-def _pack(sequences: list[list[int]], rope_positions: Any) -> Any:
-    import numpy as np
+def _batches(groups: Sequence[_Group], items_per_batch: int) -> list[list[_Group]]:
+    """Groups in order, at most `items_per_batch` answers together; a larger group is a batch of its own."""
+    batches: list[list[_Group]] = []
+    filled = items_per_batch + 1
+    for group in groups:
+        if filled + len(group.answers) > items_per_batch:
+            batches.append([])
+            filled = 0
+        batches[-1].append(group)
+        filled += len(group.answers)
+    return batches
 
-    from terrace.data.types import PATCH_VALUES, PackedExample
 
-    lengths = [len(ids) for ids in sequences]
-    return PackedExample(
+def _pair_batch(groups: Sequence[_Group], device: str) -> Any:
+    """The groups as units of one pack on the device."""
+    import torch
+
+    from terrace.data.types import PackedExample
+    from terrace.models.batch import to_device
+    from terrace.models.shared_prompt import Unit
+    from terrace.objectives.reward_model import PairBatch, answer_rows
+
+    ids, positions, units, start = [], [], [], 0
+    for group in groups:
+        prompt, length = group.prompt, len(group.prompt.input_ids)
+        ids.append(prompt.input_ids)
+        positions.append(prompt.positions)
+        for answer in group.answers:
+            place = np.arange(len(answer))
+            mrope = int(prompt.positions[1:].max()) + 1 + place
+            ids.append(np.asarray(answer, np.int32))
+            positions.append(np.stack([length + place, mrope, mrope, mrope]))
+        units.append(Unit(start, length, tuple(len(answer) for answer in group.answers)))
+        start = units[-1].end
+    example = PackedExample(
         pack=0,
-        input_ids=np.concatenate([np.asarray(ids, np.int32) for ids in sequences]),
-        targets=np.full(sum(lengths), -100, np.int32),
-        position_ids=np.concatenate([rope_positions(length, []) for length in lengths], axis=1),
-        segment_ends=np.cumsum(lengths).astype(np.int32),
-        patches=np.zeros((0, PATCH_VALUES), np.uint8),
-        image_grids=np.zeros((0, 3), np.int32),
-        sample_ids=[""] * len(lengths),
-        sources=[""] * len(lengths),
-        kinds=["prompt"] * len(lengths),
-        sequence_length=sum(lengths),
+        input_ids=np.concatenate(ids).astype(np.int32),
+        targets=np.full(start, -100, np.int32),
+        position_ids=np.concatenate(positions, axis=1).astype(np.int32),
+        segment_ends=np.asarray([unit.end for unit in units], np.int32),
+        patches=np.concatenate([group.patches for group in groups]),
+        image_grids=np.concatenate([group.prompt.grids for group in groups]),
+        sample_ids=[""] * len(units),
+        sources=[""] * len(units),
+        kinds=["prompt"] * len(units),
+        sequence_length=start,
     )
+    return PairBatch(to_device(example, device, torch.float32), units, torch.tensor(answer_rows(units), device=device))
 
 
 @lru_cache(maxsize=2)
-def _opened(path: str, device: str) -> tuple[Any, Any]:
-    """The model with shared-prompt attention, and its tokenizer, loaded once per process."""
+def _opened(path: str, device: str) -> _Judge:
+    """The model with shared-prompt attention, its tokenizer and image bounds, loaded once per process."""
     import torch
 
     from terrace.data.tokenizer import load_tokenizer
@@ -92,13 +159,12 @@ def _opened(path: str, device: str) -> tuple[Any, Any]:
     from terrace.models.shared_prompt import use_shared_prompt_attention
     from terrace.recipe.schema import Model
 
-    if not (Path(path) / "config.json").is_file():
+    folder = Path(path)
+    if not (folder / "config.json").is_file():
         raise InputError(f"reward_model: {path} is no Hugging Face directory; name the final/ of a reward_model stage")
     tokenizer = load_tokenizer(path)
-    import json
-
-    kind = json.loads((Path(path) / "config.json").read_text())["model_type"]
-    model = Model(architecture=kind, pretrained=path)
+    model = Model(architecture=json.loads((folder / "config.json").read_text())["model_type"], pretrained=path)
     built = build_model(model, model_config(model, tokenizer), device, torch.float32).eval()
     use_shared_prompt_attention(built, "sdpa_segments")
-    return built, tokenizer
+    preprocessing = json.loads((folder / "preprocessor_config.json").read_text())
+    return _Judge(built, tokenizer, (int(preprocessing["min_pixels"]), int(preprocessing["max_pixels"])))

@@ -16,7 +16,7 @@ from terrace.errors import InputError
 from terrace.recipe.schema import RewardRule
 from terrace.rewards.registry import load_reward, place_of
 from terrace.rewards.sandbox import SandboxPool
-from terrace.rewards.types import Outcome, RewardItem, Score, outcomes_of
+from terrace.rewards.types import Outcome, RewardItem, Score, outcomes_of, without_images
 
 
 @dataclass
@@ -89,7 +89,7 @@ class Router:
 
     def _judge(self, rule: RewardRule, items: list[RewardItem]) -> list[Outcome]:
         if place_of(rule.name) == "sandbox":
-            return self._pool.judge(rule.name, items, rule.options)
+            return self._pool.judge(rule.name, [without_images(item) for item in items], rule.options)
         return outcomes_of(load_reward(rule.name)(items, **rule.options), rule.name)
 
     def close(self) -> None:

@@ -1,14 +1,15 @@
 """The rewards of a stage as an HTTP service: the same router behind Ray Serve.
 
 `POST /score` `{"items": [{"task", "prompt", "response", "solution", "metadata"}]}` -> `{"scores": [{"value", "parts",
-"failure"}]}`; `GET /health`; `GET /metrics` (Prometheus text). `/score` and `/metrics` want `Authorization: Bearer
-TOKEN`. Requests that arrive within a few milliseconds are judged together. A failed reward is `"value": null` with its
-reason.
+"failure"}]}` (`metadata.images`, if sent, are base64 files); `GET /health`; `GET /metrics` (Prometheus text). `/score`
+and `/metrics` want `Authorization: Bearer TOKEN`. Requests that arrive within a few milliseconds are judged together. A
+failed reward is `"value": null` with its reason.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
 import hmac
 import json
 import time
@@ -108,7 +109,10 @@ def _pair(fields: dict) -> tuple[str, RewardItem]:
     task, response = fields["task"], fields["response"]
     if not isinstance(task, str) or not isinstance(response, str):
         raise TypeError("task and response are strings")
-    return task, RewardItem(fields.get("prompt", ""), response, fields["solution"], fields.get("metadata") or {})
+    metadata = dict(fields.get("metadata") or {})
+    if "images" in metadata:
+        metadata["images"] = [base64.b64decode(image, validate=True) for image in metadata["images"]]
+    return task, RewardItem(fields.get("prompt", ""), response, fields["solution"], metadata)
 
 
 def serve_application(

@@ -15,13 +15,22 @@ class RewardItem(NamedTuple):
     """One response to judge.
 
     `metadata` may hold `tolerance` (absolute), `choices` ({letter: text}), `image_sizes` and `model_sizes` ([width,
-    height] of each image as stored and as the model saw it), `duration` (seconds of the video).
+    height] of each image as stored and as the model saw it), `duration` (seconds of the video), `messages` (the whole
+    conversation, as data.types.Sample has it). Rewards that run beside the router, not in the sandbox, also find the
+    prompt's `images` (encoded files, bytes) there.
     """
 
     prompt: str
     response: str
     solution: Any
     metadata: dict[str, Any] = {}  # noqa: RUF012 - never written to
+
+
+def without_images(item: RewardItem) -> RewardItem:
+    """The item as plain JSON values: what the sandbox and a service that needs no images get."""
+    if "images" not in item.metadata:
+        return item
+    return item._replace(metadata={key: value for key, value in item.metadata.items() if key != "images"})
 
 
 Reward = Callable[..., list[float | None]]

@@ -160,8 +160,9 @@ class Collector:
         return self._exchange([self._group(*four) for four in zip(mine, prompts, groups, rewards)], len(drawn))
 
     def _submit(self, prompt: Prompt, group: Sequence[Response]) -> Future[list[Score]]:
+        metadata = prompt.reward_metadata
         return self.router.submit([
-            (prompt.task, RewardItem(prompt.text, self.text_of(response), prompt.solution, prompt.metadata))
+            (prompt.task, RewardItem(prompt.text, self.text_of(response), prompt.solution, metadata))
             for response in group
         ])  # fmt: skip
 

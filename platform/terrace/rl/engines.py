@@ -45,13 +45,32 @@ def open_engine(
 ) -> RolloutEngine:
     """The engine that the recipe names."""
     options = stage.grpo or GrpoOptions()
+    if options.placement == "separate":
+        from terrace.rl.separate import SeparateEngine
+
+        return SeparateEngine(recipe, stage, tokenizer.directory, stage_dir, context)
+    if options.engine == "native" and stage.parallel.strategy not in SHARDING:
+        forbidden, stop = forbidden_tokens(tokenizer, config), stop_tokens(tokenizer)
+        return NativeEngine(strategy.model, forbidden, stop, context.device, stage.precision)
+    return open_copy_engine(recipe, stage, config, tokenizer, stage_dir, context)
+
+
+def open_copy_engine(
+    recipe: Recipe,
+    stage: Stage,
+    config: Any,
+    tokenizer: TextTokenizer,
+    stage_dir: Path,
+    context: WorkerContext,
+    alone: bool = False,
+) -> RolloutEngine:
+    """An engine with weights of its own, which `update_weights` brings. `alone`: no training engine shares its device."""
+    options = stage.grpo or GrpoOptions()
     forbidden, stop = forbidden_tokens(tokenizer, config), stop_tokens(tokenizer)
     if options.engine == "vllm":
         from terrace.rl.vllm import VllmEngine
 
-        return VllmEngine(stage, config, tokenizer, forbidden, stop, stage_dir, context)
-    if stage.parallel.strategy not in SHARDING:
-        return NativeEngine(strategy.model, forbidden, stop, context.device, stage.precision)
+        return VllmEngine(stage, config, tokenizer, forbidden, stop, stage_dir, context, alone)
     copy = meta_model(config)
     backend, _ = choose_backend(recipe.model.attention, torch.device(context.device).type, stage.precision)
     copy = materialise(copy, _zeros_like(copy), context.device, torch.float32)
@@ -87,3 +106,6 @@ class _EngineOnCopy:
 
     def wake(self) -> None:
         """Nothing to prepare."""
+
+    def close(self) -> None:
+        """Nothing is held outside this process."""

@@ -13,6 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -79,10 +80,6 @@ def train_rl_stage(
     check_suites(stage)
     if stage.failure.on_nonfinite == "rewind":
         raise InputError(f"stage {stage.name}: on_nonfinite rewind is not offered for grpo; use stop or skip")
-    if options.placement == "separate":
-        raise InputError(
-            f"stage {stage.name}: placement separate is not offered; rollout and training share each worker"
-        )
 
     # Open: prompts, policy, reference, engine, rewards, checkpoint folder.
     tokenizer = load_tokenizer(prepared.tokenizer_dir)
@@ -106,11 +103,12 @@ def train_rl_stage(
     place = SimpleNamespace(state=lambda _step: order.state(), restore=order.restore)
     progress = resume_or_hand_over(strategy, place, stage, identity, stage_dir, start_weights, context)
 
-    with SandboxPool(SANDBOX_WORKERS) as sandbox:
+    opened = open_engine(recipe, stage, strategy, config, tokenizer, stage_dir, context)
+    with SandboxPool(SANDBOX_WORKERS) as sandbox, closing(opened) as engine:
         collector = Collector(
             order=order,
             reader=PromptReader(recipe, stage_index, prepared, tokenizer),
-            engine=open_engine(recipe, stage, strategy, config, tokenizer, stage_dir, context),
+            engine=engine,
             router=Router(stage.rewards, sandbox),
             tokenizer=tokenizer,
             options=options,
@@ -124,11 +122,11 @@ def train_rl_stage(
         evaluation = held_out(recipe, stage_index, prepared, stage.evaluate.max_samples_per_kind)
 
         def evaluate() -> dict[str, float]:
-            collector.engine.update_weights(lambda: strategy.tensors("weights"))
-            collector.engine.wake()
+            engine.update_weights(lambda: strategy.tensors("weights"))
+            engine.wake()
             greedy = Sampling(samples=1, max_tokens=options.max_response_tokens, temperature=0)
             figures = task_figures(collector.score_once(evaluation, greedy)) if evaluation else {}
-            collector.engine.sleep()
+            engine.sleep()
             return {f"reward/{task}": values["reward"] for task, values in figures.items()}
 
         def notify(event: str, values: dict[str, Any]) -> None:
@@ -163,11 +161,11 @@ def train_rl_stage(
         # Iterate.
         for iteration in range(progress.step // updates, order.iterations):
             started = time.perf_counter()
-            collector.engine.update_weights(lambda: strategy.tensors("weights"))
-            collector.engine.wake()
+            engine.update_weights(lambda: strategy.tensors("weights"))
+            engine.wake()
             synced = time.perf_counter()
             collected = collector.collect(iteration, iteration_folder(stage_dir, iteration))
-            collector.engine.sleep()
+            engine.sleep()
             for group in collected.groups:
                 order.pool.record(group.drawn.key, pass_rate(group))
             stop = bool(gather_rows([float(context.should_stop() is not None)], context).sum())

@@ -80,6 +80,9 @@ class NativeEngine:
     def wake(self) -> None:
         """Nothing to prepare."""
 
+    def close(self) -> None:
+        """Nothing is held outside this process."""
+
     # ------------------------------------------------------------ one wave
 
     def _wave(self, prompts: Sequence[Prompt], sampling: Sampling, ready: GroupReady) -> list[list[Response]]:

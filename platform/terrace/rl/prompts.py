@@ -183,6 +183,7 @@ class PromptReader:
             model_sizes[number] = [width, height]
         metadata = {
             **sample.metadata,
+            "messages": sample.messages,
             "image_sizes": [list(size) for size in sizes],
             "model_sizes": [model_sizes[number] for number in sorted(model_sizes)],
         }

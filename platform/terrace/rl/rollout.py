@@ -38,6 +38,11 @@ class Prompt:
         """M-RoPE position of the first response token."""
         return int(self.positions[1:].max()) + 1
 
+    @property
+    def reward_metadata(self) -> dict[str, Any]:
+        """What rewards may know beside the text: the metadata, and the image files for those that look at them."""
+        return {**self.metadata, "images": self.images} if self.images else self.metadata
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -83,6 +88,9 @@ class RolloutEngine(Protocol):
 
     def wake(self) -> None:
         """Get ready to generate again."""
+
+    def close(self) -> None:
+        """End what the engine holds outside this process. It generates nothing afterwards."""
 
 
 def uniforms(seed: int, prompt: Prompt, sample: int, count: int) -> np.ndarray:

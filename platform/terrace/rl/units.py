@@ -35,16 +35,40 @@ class TrainGroup:
 
 
 def pack_groups(groups: Sequence[TrainGroup], sequence_length: int) -> list[list[TrainGroup]]:
-    """Groups in order into packs of at most `sequence_length` rows; one that is longer alone is a pack of its own."""
+    """Groups in order into packs of at most `sequence_length` rows. A group that is longer alone is split, its prompt
+    computed again in each part; only a single response that is too long with its prompt makes a longer pack."""
     packs: list[list[TrainGroup]] = []
     filled = sequence_length + 1
-    for group in groups:
+    for group in (part for whole in groups for part in split_group(whole, sequence_length)):
         if filled + group.rows > sequence_length:
             packs.append([])
             filled = 0
         packs[-1].append(group)
         filled += group.rows
     return packs
+
+
+def split_group(group: TrainGroup, sequence_length: int) -> list[TrainGroup]:
+    """The group, or parts of its responses that fit `sequence_length` rows with the prompt: the loss is a sum over
+    responses, so a part more or less only costs its prompt."""
+    if group.rows <= sequence_length:
+        return [group]
+    parts: list[list[int]] = []
+    filled = sequence_length + 1
+    for place, response in enumerate(group.responses):
+        if filled + len(response.tokens) - 1 > sequence_length:
+            parts.append([])
+            filled = len(group.prompt.input_ids)
+        parts[-1].append(place)
+        filled += len(response.tokens) - 1
+    return [
+        TrainGroup(
+            group.prompt,
+            tuple(group.responses[place] for place in part),
+            tuple(group.advantages[place] for place in part),
+        )
+        for part in parts
+    ]
 
 
 def group_cost(prompt_tokens: int, patches: int, response_tokens: int) -> float:
