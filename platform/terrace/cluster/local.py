@@ -9,15 +9,17 @@ failures are the state machine's to count.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import logging
 import os
+import signal
 import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,7 +179,8 @@ def start_ray(recipe: Recipe, dashboard: bool = False) -> bool:
     if os.environ.get("RAY_ADDRESS"):
         if not _installed():
             common["runtime_env"] = {"py_modules": [str(package)]}
-        ray.init(**common)
+        with _own_signal_handlers():
+            ray.init(**common)
         return True
     if not _installed():
         paths = [str(package.parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
@@ -188,14 +191,30 @@ def start_ray(recipe: Recipe, dashboard: bool = False) -> bool:
         held = (workers + stage.rollout_workers) * stage.resources.cpus_per_worker
         needed = max(needed, int(-(-held // 1)) + (stage.resources.decode_cpus or workers))
     memory = psutil.virtual_memory().available
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, needed),
-        include_dashboard=dashboard,
-        object_store_memory=int(min(2 * 2**30, max(128 * 2**20, memory // 10))),
-        **common,
-    )
+    with _own_signal_handlers():
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, needed),
+            include_dashboard=dashboard,
+            object_store_memory=int(min(2 * 2**30, max(128 * 2**20, memory // 10))),
+            **common,
+        )
     return True
+
+
+@contextlib.contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Ray's core puts a handler below Python's that aborts the process on SIGTERM: what was asked for before is put back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
 
 
 def _installed() -> bool:
