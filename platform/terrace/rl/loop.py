@@ -321,6 +321,7 @@ def batch_counts(part: Sequence[Group], stage: Stage, stop: bool) -> BatchCounts
         packs=len(part),
         samples_per_source=sources,
         max_over_mean_cost=1.0,
+        model_flops=0.0,  # not measured: most of an iteration is decoding
         stop=stop,
     )
 

@@ -127,7 +127,7 @@ def train_reward_model_stage(
         seconds = time.perf_counter() - started
         sources = Counter(one.key[0] for one in drawn)
         counts = BatchCounts(
-            2 * len(drawn), int(tokens), len(drawn), int(visual), len(packs), dict(sources), 1.0, bool(stop)
+            2 * len(drawn), int(tokens), len(drawn), int(visual), len(packs), dict(sources), 1.0, 0.0, bool(stop)
         )
         progress.advance(step, counts, float(loss), seconds, skipped)
         line = {
