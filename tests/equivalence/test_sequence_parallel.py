@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from packs import ALL_PARTS, IMAGE_PAD, VIDEO_PAD, random_pack, tiny_model, tiny_recipe
+from packs import ALL_PARTS, IMAGE_PAD, VIDEO_PAD, random_pack, tiny_recipe
 from processes import run_ranks
 from ranks import losses, stage_dir, train_stages
 
 from terrace.errors import InputError
+from terrace.models.build import meta_model, model_config
 from terrace.models.sequence_parallel import (
     SequenceGroup,
     check_heads,
@@ -19,6 +20,7 @@ from terrace.models.sequence_parallel import (
     open_sequence_group,
     padded_length,
     shard_to_device,
+    use_sequence_parallel,
 )
 from terrace.models.weights import Directory
 from terrace.recipe.schema import Recipe
@@ -156,13 +158,10 @@ def test_heads_that_cannot_be_dealt_are_refused():
             check_heads(text, size)
 
 
-def test_the_skeleton_refuses_heads_that_the_recipe_could_not_know(tmp_path):
+def test_the_skeleton_refuses_heads_that_the_recipe_could_not_know():
+    skeleton = meta_model(model_config(tiny_recipe().model))
     with pytest.raises(InputError, match="cannot be dealt evenly to 3 ranks"):
-        from terrace.models.build import meta_model, model_config
-        from terrace.models.sequence_parallel import use_sequence_parallel
-
-        recipe = tiny_recipe(model=tiny_model())
-        use_sequence_parallel(meta_model(model_config(recipe.model)), "sdpa_segments", 3)
+        use_sequence_parallel(skeleton, "sdpa_segments", 3)
 
 
 def test_ranks_form_groups_of_neighbours():
