@@ -17,9 +17,14 @@ ACCESS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEF
 
 @dataclass
 class S3Server:
-    """`fault(request number, method) -> status or None` decides which requests fail."""
+    """`fault(request number, method) -> status or None` decides which requests fail.
+
+    Between `stop()` and `start()` nobody listens at `url`; what is stored stays.
+    """
 
     url: str
+    stop: Callable[[], None] = lambda: None
+    start: Callable[[], None] = lambda: None
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # (method, path, range)
     fault: Callable[[int, str], int | None] | None = None
     failed: int = 0
@@ -49,12 +54,26 @@ def serve_s3() -> Iterator[S3Server]:
                 return backend(environ, start_response)
         return backend(environ, start_response)
 
-    server = make_server("127.0.0.1", 0, application, threaded=True)
-    state.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
+    running: list[tuple[Any, threading.Thread]] = []
+    port = 0
+
+    def start() -> None:
+        server = make_server("127.0.0.1", port, application, threaded=True)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        thread.start()
+        running.append((server, thread))
+
+    def stop() -> None:
+        while running:
+            server, thread = running.pop()
+            server.shutdown()
+            server.server_close()
+            thread.join(10)
+
+    start()
+    port = running[0][0].server_port
+    state.url, state.start, state.stop = f"http://127.0.0.1:{port}", start, stop
     try:
         yield state
     finally:
-        server.shutdown()
-        thread.join(10)
+        stop()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -10,67 +9,25 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 from ray.data.datasource import ReadTask
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from stream_rows import contents, open_all, recipe_of, write_rows
 
 from terrace.data import ray_stream
 from terrace.data.held_out import held_out_packs
 from terrace.data.plan import StagePlan
-from terrace.data.prepare import prepare_data
 from terrace.data.stream import open_stream
 from terrace.errors import DamagedData
-from terrace.recipe.loading import load_recipe
 
 pytestmark = pytest.mark.ray
-TINY = Path(__file__).resolve().parent.parent / "recipes" / "tiny.yaml"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """200 captioned pictures and 80 texts."""
-    root = tmp_path_factory.mktemp("rows")
-    random = np.random.default_rng(0)
-    captions, texts = [], []
-    for number in range(200):
-        width, height = (int(side) for side in random.integers(40, 240, 2))
-        noise = random.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize((width, height)).save(root / f"{number}.jpg")
-        words = " ".join(f"word{random.integers(30)}" for _ in range(random.integers(3, 30)))
-        captions.append({"id": f"c{number}", "image": f"{number}.jpg", "text": words})
-    for number in range(80):
-        texts.append({"id": f"t{number}", "text": " ".join(f"line{random.integers(90)}" for _ in range(60))})
-    for name, rows in (("captions", captions), ("text", texts)):
-        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return root
-
-
-def recipe_of(folder: Path, *overrides: str):
-    mixture = "stages.0.mixture={weights: {captions: 0.7, text: 0.3}}"
-    sources = [f"data.sources.{name}.uri={folder / name}.jsonl" for name in ("captions", "text")]
-    common = ["stages.0.sequence_length=256", "stages.0.pixels={min: 784, max: 25088}", "stages.0.batch.packs=4"]
-    loading = ["stages.0.data_loading={packs_per_task: 3, window_samples: 50, prefetch_packs: 4}"]
-    return load_recipe(TINY, [mixture, *sources, *common, *loading, "stages.0.budget={steps: 12}", *overrides])
-
-
-def open_all(folder: Path, run_dir: Path, *overrides: str):
-    recipe = recipe_of(folder, *overrides)
-    prepared = prepare_data(only_first(recipe), run_dir, use_ray=False)
-    return recipe, prepared, StagePlan.build(recipe, 0, prepared)
-
-
-def only_first(recipe):
-    """The recipe with its first stage alone: the others' sources do not exist here."""
-    return recipe.model_copy(update={"stages": recipe.stages[:1]})
-
-
-def contents(packs) -> list[tuple]:
-    arrays = ("input_ids", "targets", "position_ids", "segment_ends", "patches", "image_grids")
-    return [
-        (pack.pack, *(getattr(pack, name).tobytes() for name in arrays), *pack.sample_ids, *pack.sources, *pack.kinds)
-        for pack in packs
-    ]
+    return write_rows(tmp_path_factory.mktemp("rows"))
 
 
 @pytest.fixture(scope="module")

@@ -74,7 +74,7 @@ class Storage(Strict):
 
     endpoint_url: str | None = Field(None, description="S3-compatible endpoint of the data; unset: AWS.")
     region: str | None = Field(None, description="Region of the data's bucket.")
-    max_attempts: int = Field(8, ge=1, le=30, description="Tries of one request before it is an error, with backoff and jitter.")
+    max_attempts: int = Field(10, ge=1, le=30, description="Tries of one request, with backoff and jitter; 10 outlast half a minute.")
     timeout_seconds: Positive = Field(60.0, description="Time limit of one request.")
 
 
