@@ -42,15 +42,18 @@ def fake_stage(
 ) -> None:  # fmt: skip
     """Counts to the budget, one step per TERRACE_FAKE_STEP_SECONDS; every step is a checkpoint.
 
-    A file `fail-<stage>-<attempt>` in the run directory makes that attempt raise what the file says.
+    A file `fail-<stage>-<attempt>` in the run directory makes that attempt raise what the file says; a file
+    `hold-<stage>` makes it wait, listening, before the step that the file names.
     """
     stage = recipe.stages[stage_index]
     folder = stage_directory(run_dir, stage_index, stage.name)
     folder.mkdir(parents=True, exist_ok=True)
-    order = Path(run_dir) / f"fail-{stage.name}-{attempt}"
+    order, hold = Path(run_dir) / f"fail-{stage.name}-{attempt}", Path(run_dir) / f"hold-{stage.name}"
     metrics = folder / "metrics.jsonl"
     done = len(metrics.read_bytes().splitlines()) if metrics.exists() else 0
     for step in range(done + 1, stage.budget.steps + 1):
+        while hold.exists() and int(hold.read_text() or 0) <= step and not should_stop():
+            time.sleep(0.05)
         if reason := should_stop():
             raise Preempted(f"stopped at step {step - 1} ({reason})")
         if order.exists():
