@@ -157,6 +157,27 @@ def test_replacements_are_the_same_for_everyone_who_reads(folder: Path) -> None:
     assert stand_ins.most_common(1)[0][1] <= 3  # not one favourite everywhere
 
 
+def test_damage_is_counted_in_the_metrics(folder: Path) -> None:
+    from terrace.data.balance import CostModel
+    from terrace.train.context import WorkerContext
+    from terrace.train.metrics import step_line
+    from terrace.train.step import StepOutcome, count_batch
+
+    prepared, plan = prepared_and_plan(folder, "skip")
+    ref = plan.packs(BATCH, BATCH + 1)[0].samples[0]
+    shortest = int(prepared.indexes["captions"].lengths((784, 25_088)).argmin())
+    flip(prepared, ref.source, ref.row)
+    flip(prepared, "captions", shortest)  # nothing may stand in for it
+    lines = []
+    for step in open_stream(plan, prepared, 0, 1):
+        counts = count_batch(step.packs, ["captions", "text"], False, CostModel(), WorkerContext())
+        assert counts.samples == sum(counts.samples_per_source.values()) == sum(len(pack.sample_ids) for pack in step.packs)
+        lines.append(step_line(step.step + 1, counts, StepOutcome(1.0, 1.0, None), plan.stage, 1.0, 1.0, 0.0))
+    assert lines[1]["replaced_samples"] == 1
+    assert sum(line.get("damaged_samples", 0) for line in lines) > sum(line.get("replaced_samples", 0) for line in lines)
+    assert any("damaged_samples" not in line for line in lines)
+
+
 def test_an_image_that_only_the_decoder_refuses_is_replaced_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from terrace.data import collate as module
 

@@ -40,6 +40,8 @@ def step_line(
     }
     if outcome.memory_peak_bytes is not None:
         line["memory_peak_bytes"] = outcome.memory_peak_bytes
+    if counts.damaged_samples:
+        line |= {"damaged_samples": counts.damaged_samples, "replaced_samples": counts.replaced_samples}
     if outcome.skipped:
         line["skipped"] = True
     return line

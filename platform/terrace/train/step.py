@@ -52,6 +52,8 @@ class BatchCounts:
     max_over_mean_cost: float  # of the ranks' attention and matrix work, from lengths alone
     model_flops: float  # forward and backward of the whole batch (train.measure)
     stop: bool  # a rank was told to stop
+    damaged_samples: int = 0  # that could not be read, of sources with `on_damage: skip`
+    replaced_samples: int = 0  # of them, those in whose place another sample stands
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ def count_batch(
         sum(pack_cost(pack, cost) for pack in packs),
         float(stop),
         sum(meter.pack_flops(pack) for pack in packs) if meter else 0.0,
+        float(sum(len(pack.damaged) for pack in packs)),
+        float(sum(pack.replaced for pack in packs)),
         *(float(sum(pack.sources.count(source) for pack in packs)) for source in sources),
     ]
     rows = gather_rows(own, context)
@@ -98,10 +102,12 @@ def count_batch(
         samples=int(total[2]),
         visual_tokens=int(total[3]),
         packs=int(total[4]),
-        samples_per_source={source: int(n) for source, n in zip(sources, total[8:])},
+        samples_per_source={source: int(n) for source, n in zip(sources, total[10:])},
         max_over_mean_cost=float(costs.max() / costs.mean()) if costs.sum() else 1.0,
         model_flops=float(total[7]),
         stop=bool(total[6]),
+        damaged_samples=int(total[8]),
+        replaced_samples=int(total[9]),
     )
 
 
