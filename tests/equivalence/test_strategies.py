@@ -34,7 +34,7 @@ def two_stages(strategy: str, precision: str = "fp32", **changes):
     layered["language"]["activation_checkpointing"] = True
     return tiny_recipe([
         {"name": "warm", "train": {"projector": {"lr": 1e-3}}, "budget": {"steps": 3}, **common},
-        {"name": "all", "train": layered, "budget": {"steps": 5}, **common},
+        {"name": "all", "train": layered, "budget": {"steps": 7}, **common},
     ])
 
 
@@ -83,20 +83,51 @@ def test_bf16_stays_close(tmp_path, reference, strategy):
         np.testing.assert_allclose(losses(tmp_path, index), losses(reference, index), rtol=2e-2)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("saved", ["ddp", *STRATEGIES])
-def test_what_one_strategy_saved_any_other_continues(tmp_path, reference, saved, world_size):
-    """Saved by two ranks after 2 of 5 steps of the second stage; continued by one or two ranks under every strategy."""
-    train(two_stages(saved), tmp_path / "saved", 2)
-    folder = stage_dir(tmp_path / "saved", 1)
+def cut_back(run_dir, step: int):
+    """A run whose second stage stopped after `step` steps; its last 7 - step losses are still to come."""
+    folder = stage_dir(run_dir, 1)
     (folder / "result.json").unlink()
-    for later in ("step-000004", "step-000005"):
-        shutil.rmtree(folder / "checkpoints" / later)
+    for checkpoint in (folder / "checkpoints").glob("step-*"):
+        if int(checkpoint.name.removeprefix("step-")) > step:
+            shutil.rmtree(checkpoint)
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def saved_runs(tmp_path_factory):
+    """Runs cut back to step 2 of 7, made once per strategy and number of ranks."""
+    made = {}
+
+    def get(strategy: str, world_size: int):
+        if (strategy, world_size) not in made:
+            folder = tmp_path_factory.mktemp(f"{strategy}-{world_size}")
+            run_ranks(world_size, train_stages, two_stages(strategy).model_dump(mode="json"), str(folder), timeout=400)
+            made[strategy, world_size] = cut_back(folder, 2)
+        return made[strategy, world_size]
+
+    return get
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loaded_by", [1, 2])
+@pytest.mark.parametrize("saved_by", [1, 2])
+@pytest.mark.parametrize("saved", ["ddp", *STRATEGIES])
+def test_what_one_strategy_saved_any_other_continues(tmp_path, reference, saved_runs, saved, saved_by, loaded_by):
+    """Saved after 2 of 7 steps by one or two ranks; the next 5 under every strategy on one or two ranks agree."""
     recipes = {loaded: two_stages(loaded).model_dump(mode="json") for loaded in ("ddp", *STRATEGIES)}
-    run_ranks(world_size, continue_copies, recipes, str(tmp_path / "saved"), str(tmp_path), timeout=500)
+    run_ranks(loaded_by, continue_copies, recipes, str(saved_runs(saved, saved_by)), str(tmp_path), timeout=500)
     for loaded in recipes:
         assert_same_run(tmp_path / loaded, reference, 1e-5, 1e-4)
+
+
+def test_a_checkpoint_crosses_strategies_and_numbers_of_ranks(tmp_path, reference):
+    """Two of the hundred crossings above: ddp on one rank -> fsdp on two -> ddp on one again."""
+    saved = cut_back(shutil.copytree(reference, tmp_path / "saved"), 2)
+    run_ranks(2, continue_copies, {"fsdp": two_stages("fsdp").model_dump(mode="json")}, str(saved), str(tmp_path))
+    assert_same_run(tmp_path / "fsdp", reference, 1e-5, 1e-4)
+    back = cut_back(tmp_path / "fsdp", 4)
+    train_stages(0, 1, two_stages("ddp").model_dump(mode="json"), str(back), first=1)
+    assert_same_run(back, reference, 1e-5, 1e-4)
 
 
 @pytest.mark.slow
