@@ -112,6 +112,12 @@ class Cache:
         with self._lock:
             return name in self._children["RayJob"].get(curriculum, {})
 
+    def holds_anything(self, curriculum: str) -> bool:
+        """Whether a RayJob of it still runs, or is still being deleted."""
+        with self._lock:
+            jobs = self._children["RayJob"].get(curriculum, {}).values()
+            return any(job["metadata"].get("deletionTimestamp") or status_of(job).get("jobDeploymentStatus") not in ENDED for job in jobs)
+
     def world(self, name: str) -> World:
         """Everything known of one Curriculum, with how long this process has seen it so."""
         with self._lock:
@@ -121,7 +127,9 @@ class Cache:
             maps = self._children["ConfigMap"].get(name, {})
             progress = (maps.get(progress_name(name)) or {}).get("data") or {}
             report = parse(progress.get("progress.json"))
-            running = tuple(sorted((job, bool(body["spec"].get("suspend"))) for job, body in jobs.items()))
+            running = tuple(
+                sorted((job, bool(body["spec"].get("suspend")), status_of(body).get("jobStatus", "")) for job, body in jobs.items())
+            )
             deleting = {job: self._seconds(name, f"deleting {job}", body["metadata"].get("deletionTimestamp")) for job, body
                         in jobs.items() if body["metadata"].get("deletionTimestamp")}  # fmt: skip
             ended = {job: self._seconds(name, f"ended {job}", True) for job, body in jobs.items()

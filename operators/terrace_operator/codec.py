@@ -25,24 +25,25 @@ class Memory:
     edits_ignored: list[str] = field(default_factory=list)  # stages whose edit came too late
 
 
-FIELDS = {kind: tuple(item.name for item in fields(kind)) for kind in (RunState, StageState, Memory)}
-FRESH = StageState("", 0)
+FIELDS = {kind: frozenset(item.name for item in fields(kind)) for kind in (RunState, StageState, Memory)}
+FRESH = vars(StageState("", 0))
 
 
 def _known(kind: type, values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key in FIELDS[kind]}
+    known = FIELDS[kind]
+    return {key: value for key, value in values.items() if key in known}
 
 
 def encode(state: RunState, memory: Memory) -> dict[str, Any]:
-    machine = {item.name: getattr(state, item.name) for item in fields(RunState) if item.name not in ("stages", "commands")}
+    machine = {name: value for name, value in vars(state).items() if name not in ("stages", "commands")}
     machine["commands"] = sorted(state.commands)[-8:]
     machine["stages"] = [_compact(stage) for stage in state.stages]
-    return {"machine": machine, "operator": {name: getattr(memory, name) for name in FIELDS[Memory]}}
+    return {"machine": machine, "operator": dict(vars(memory))}
 
 
 def _compact(stage: StageState) -> dict[str, Any]:
     """Only what differs from a fresh stage: 32 stages must fit in a status with room to spare."""
-    shown = {name: value for name in FIELDS[StageState] if (value := getattr(stage, name)) != getattr(FRESH, name)}
+    shown = {name: value for name, value in vars(stage).items() if value != FRESH[name]}
     shown |= {"name": stage.name, "index": stage.index}
     if "gates" in shown:
         shown["gates"] = {str(number): gate for number, gate in stage.gates.items()}

@@ -53,14 +53,23 @@ class Controller:
         self.cache = Cache(self.monotonic)
 
     def resync(self) -> list[str]:
-        """Read everything anew: at the start, and from time to time because a watch can lose events. Returns all names."""
+        """Read everything anew: at the start, and from time to time because a watch can lose events.
+
+        Returns the names that need a look: a curriculum that has ended and holds nothing costs no more than its line in the list.
+        """
         for kind in ("Curriculum", *CHILD_KINDS):
             selector = "app.kubernetes.io/managed-by=terrace-operator" if kind in ("RayJob", "ConfigMap") else ""
             self.cache.replace_all(kind, self.api.list(kind, selector))
-        return self.cache.names()
+        return [name for name in self.cache.names() if not self._at_rest(name)]
+
+    def _at_rest(self, name: str) -> bool:
+        curriculum = self.cache.curriculum(name) or {}
+        status = curriculum.get("status") or {}
+        seen = status.get("observedGeneration") == curriculum.get("metadata", {}).get("generation")
+        return status.get("phase") in ("Succeeded", "Failed") and seen and not self.cache.holds_anything(name)
 
     def handle(self, name: str) -> float | None:
-        """Reconcile one Curriculum; seconds until it wants to be looked at again, None if it is gone."""
+        """Reconcile one Curriculum; seconds until it wants to be looked at again, None if it is gone or at rest for good."""
         for _ in range(MAX_CONFLICTS):
             curriculum = self.cache.curriculum(name)
             if curriculum is None:
@@ -78,7 +87,7 @@ class Controller:
                 self.cache.store("Curriculum", fresh)
         return RETRY_SECONDS
 
-    def _once(self, name: str, curriculum: Manifest) -> float:
+    def _once(self, name: str, curriculum: Manifest) -> float | None:
         self._confirm_absent(name, curriculum)
         old_status = curriculum.get("status") or {}
         plan = reconcile(curriculum, self.cache.world(name), self.clock())
@@ -98,7 +107,9 @@ class Controller:
         for effect in plan.effects:
             if not self._carry_out(name, effect):
                 return 1.0
-        return 1.0 if creates else plan.requeue_seconds
+        if creates:
+            return 1.0
+        return None if self._at_rest(name) else plan.requeue_seconds
 
     def _confirm_absent(self, name: str, curriculum: Manifest) -> None:
         """A RayJob that the cache does not know may only be late: ask before its attempt is called lost."""

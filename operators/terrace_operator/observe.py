@@ -33,7 +33,7 @@ class World:
     rayjobs: dict[str, Manifest] = field(default_factory=dict)
     report: Manifest | None = None  # progress.json, parsed
     directive: Manifest | None = None  # directive.json, parsed
-    quiet_seconds: float = 0.0  # since the report last changed
+    quiet_seconds: float = 0.0  # since the report last changed, quota came or went, or a program began or ended
     deleting_seconds: dict[str, float] = field(default_factory=dict)  # RayJob -> since its deletion was first seen
     ended_seconds: dict[str, float] = field(default_factory=dict)  # RayJob -> since its end was first seen
     workloads: dict[str, Manifest] = field(default_factory=dict)  # RayJob name -> Kueue Workload
@@ -110,22 +110,33 @@ def _attempt(curriculum: str, spec: CurriculumSpec, stage: StageState, memory: M
             return seen("preempted", live=True, message="stopped on request")
         return seen("absent", live=not is_fenced(spec, world, name))
     status = status_of(job)
-    deployment, ended = status.get("jobDeploymentStatus", ""), status.get("jobStatus", "")
-    if deployment in (*ENDED, "ValidationFailed"):
+    if status.get("jobDeploymentStatus", "") in (*ENDED, "ValidationFailed"):
         return _ended(stage, status, report, world.ended_seconds.get(name, 0.0), seen)
     if is_queued(job) or name not in memory.admitted_at:
         return seen("starting", live=True, progress_at=now)  # waiting for quota is not stalling, however long
-    program_runs = ended == "RUNNING" or speaks(report, job)
-    admitted = min(memory.admitted_at[name], now)
-    if not program_runs:
-        waited = now - admitted
+    # The wall clock may jump and the operator may have been away: only seconds it watched itself count as waiting or silence.
+    if not program_runs(report, job):
         limit = spec.failure_policy.pre_running_timeout_seconds
-        if waited > limit and world.quiet_seconds > min(limit, 60):
-            message = f"admitted {waited:.0f} s ago and the program has not started (preRunningTimeoutSeconds: {limit})"
+        if world.quiet_seconds > limit:
+            message = f"admitted {world.quiet_seconds:.0f} s ago and the program has not started (preRunningTimeoutSeconds: {limit})"
             return seen("failed", live=True, failure="infrastructure", reason="PreRunningDeadlineExceeded", message=message)
         return seen("starting", live=True, progress_at=now)
-    # The wall clock may jump and the operator may have been away: only seconds it watched itself count as silence.
-    return seen("running", live=True, progress_at=now - min(world.quiet_seconds, max(now - admitted, 0.0)))
+    return seen("running", live=True, progress_at=now - world.quiet_seconds)
+
+
+def program_runs(report: Manifest | None, job: Manifest) -> bool:
+    """Whether the program of the job has begun: from then on silence means a stall."""
+    return status_of(job).get("jobStatus") == "RUNNING" or speaks(report, job)
+
+
+def silence_limit(curriculum: str, spec: CurriculumSpec, stage: StageState, world: World) -> float | None:
+    """Seconds of silence after which the stage's attempt is replaced; None while it may be silent: queued, ending, gone."""
+    job = world.rayjobs.get(rayjob_name(curriculum, stage.index, stage.attempt))
+    if job is None or job["metadata"].get("deletionTimestamp") or is_queued(job) or status_of(job).get("jobDeploymentStatus") in ENDED:
+        return None
+    if program_runs(report_of(world, stage.name, stage.attempt), job):
+        return spec.recipe.stages[stage.index].failure.stall_timeout_seconds
+    return float(spec.failure_policy.pre_running_timeout_seconds)
 
 
 def _ended(stage: StageState, status: Manifest, report: Manifest | None, ended_seconds: float, seen: Any) -> AttemptObservation:

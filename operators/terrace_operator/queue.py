@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 
 class WorkQueue:
-    """`add` wakes a name now, `add_after` at a time; `take` blocks for the next one, `done` frees it for the next turn."""
+    """`add` wakes a name now, `look_again` at a time; `take` blocks for the next one, `done` frees it for the next turn."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -29,11 +29,11 @@ class WorkQueue:
                 self._ready.setdefault(name)
                 self._condition.notify()
 
-    def add_after(self, name: str, seconds: float) -> None:
-        """Wake the name after `seconds`; an earlier appointment of the same name stays."""
+    def look_again(self, name: str, seconds: float) -> None:
+        """Wake the name after `seconds`. The newest look at it knows best when the next is due: an older appointment is void."""
         with self._condition:
             due = self._clock() + seconds
-            if self._due.get(name, float("inf")) <= due:
+            if self._due.get(name) == due:
                 return
             self._due[name] = due
             heapq.heappush(self._later, (due, name))

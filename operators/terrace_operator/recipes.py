@@ -169,6 +169,7 @@ def recipe_from_text(text: str) -> Recipe:
 
 # Hashing a recipe takes a millisecond. The recipe is kept beside its hash, so that its id stays its own.
 _HASHES: dict[Any, tuple[Recipe, str]] = {}
+_TEXTS: dict[str, str] = {}  # by digest: many Curricula run the same recipe
 
 
 def hash_of(recipe: Recipe, index: int) -> str:
@@ -183,8 +184,12 @@ def digest_of(recipe: Recipe) -> str:
 
 def text_of(recipe: Recipe) -> str:
     """The recipe as the pods read it. libyaml writes it ten times as fast as the Python dumper that `terrace` uses for people."""
-    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-    return yaml.dump(recipe.model_dump(mode="json"), Dumper=dumper, sort_keys=False, allow_unicode=True)
+    digest = digest_of(recipe)
+    if digest not in _TEXTS:
+        dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+        text = yaml.dump(recipe.model_dump(mode="json"), Dumper=dumper, sort_keys=False, allow_unicode=True)
+        _remember(_TEXTS, digest, text)
+    return _TEXTS[digest]
 
 
 def _hashed(key: Any, recipe: Recipe, compute: Callable[[], str]) -> str:

@@ -88,7 +88,7 @@ def reconcile(curriculum: Manifest, world: World, now: float) -> Plan:
         effects.append(Create(progress))  # somebody deleted the channel: without it, a running attempt would look stalled
     new_status = status.derive(curriculum, old_status, accepted, state, memory, world, waiting, now)
     new_status["controller"] = encode(state, memory)
-    return Plan(new_status, effects, events, _requeue(spec, state, world, waiting, now))
+    return Plan(new_status, effects, events, _requeue(curriculum["metadata"]["name"], spec, state, world, waiting, now))
 
 
 def _follow(curriculum: Manifest, state: RunState, memory: Memory, world: World, now: float) -> list[tuple[str, str]]:
@@ -221,7 +221,7 @@ def _creations(
     return [Create(body) for body in [*missing, job]]
 
 
-def _requeue(spec: CurriculumSpec, state: RunState, world: World, waiting: Wait | None, now: float) -> float:
+def _requeue(name: str, spec: CurriculumSpec, state: RunState, world: World, waiting: Wait | None, now: float) -> float:
     """Seconds until the next look, at the latest; everything that is watched wakes it earlier."""
     if state.phase in TERMINAL or state.phase in ("paused", "suspended"):
         return QUEUE_CHECK_SECONDS * 10
@@ -231,7 +231,6 @@ def _requeue(spec: CurriculumSpec, state: RunState, world: World, waiting: Wait 
         return min(max(waiting.until - now, 0.5), QUEUE_CHECK_SECONDS) if waiting is not None else 2.0
     if any(stage.stop_deadline for stage in state.stages):
         return 2.0
-    stalled_in = min(
-        spec.recipe.stages[stage.index].failure.stall_timeout_seconds - world.quiet_seconds for stage in state.attempts_in_flight
-    )
-    return min(max(stalled_in + 0.5, 0.5), RUNNING_CHECK_SECONDS)
+    limits = [observe.silence_limit(name, spec, stage, world) for stage in state.attempts_in_flight]
+    left = min((limit - world.quiet_seconds for limit in limits if limit is not None), default=RUNNING_CHECK_SECONDS)
+    return min(max(left + 0.5, 0.5), RUNNING_CHECK_SECONDS)

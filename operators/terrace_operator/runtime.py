@@ -66,12 +66,11 @@ class Runtime:
         wait = 0.0
         while not self._stop.wait(wait):
             try:
-                names = self.controller.resync()
+                for name in self.controller.resync():
+                    self._queue.add(name)
                 self._synced.set()
                 wait = RESYNC_SECONDS
-                for name in names:
-                    self._queue.add(name)
-                known = [self.controller.cache.curriculum(name) or {} for name in names]
+                known = [self.controller.cache.curriculum(name) or {} for name in self.controller.cache.names()]
                 self.metrics.count_phases(known)
             except ApiError as error:
                 logger.warning("resync failed: %s", error)
@@ -103,7 +102,7 @@ class Runtime:
             finally:
                 self._queue.done(name)
             if again is not None:
-                self._queue.add_after(name, again)
+                self._queue.look_again(name, again)
 
 
 def serve_health(runtime: Runtime, port: int) -> ThreadingHTTPServer:

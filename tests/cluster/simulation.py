@@ -104,9 +104,10 @@ class Simulation:
         self.number += 1
         heapq.heappush(self.heap, (self.clock.forward + delay, self.number, kind, what))
 
-    def wake(self, name: str, delay: float) -> None:
+    def wake(self, name: str, delay: float, newest: bool = False) -> None:
+        """As the operator's queue does: the earlier of two wishes, or (`newest`) what the last reconcile said."""
         due = self.clock.forward + delay
-        if self.wakes.get(name, float("inf")) > due:
+        if newest or self.wakes.get(name, float("inf")) > due:
             self.wakes[name] = due
             self.at(delay, "reconcile", (name, due))
 
@@ -224,8 +225,7 @@ class Simulation:
         assert self.controller is not None
         try:
             for name in self.controller.resync():
-                if name not in self.finished:
-                    self.wake(name, 0.0)
+                self.wake(name, 0.0)
         except ApiError:
             self.counts["resyncs failed"] += 1
         self.at(300, "resync")
@@ -254,8 +254,8 @@ class Simulation:
         self.reconciles += 1
         if self.status(name).get("phase") in ("Succeeded", "Failed"):
             self.finished.add(name)
-        elif again is not None:
-            self.wake(name, again)
+        if again is not None:
+            self.wake(name, again, newest=True)
 
     def _on_job(self, name: str) -> None:
         job = self.store.objects.get("RayJob", {}).get(name)

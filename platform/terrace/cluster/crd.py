@@ -16,7 +16,6 @@ import yaml
 
 from terrace.cluster.cel_rules import FIELD_RULES, MODEL_RULES, ROOT_RULES
 from terrace.cluster.cluster_schema import CurriculumSpec
-from terrace.cluster.field_descriptions import DESCRIPTIONS
 from terrace.cluster.status_schema import CurriculumStatus
 
 GROUP, VERSION, PLURAL, KIND = "terrace.dev", "v1alpha1", "curricula", "Curriculum"
@@ -122,7 +121,7 @@ def _finish(node: dict[str, Any], schema: dict[str, Any], path: str, nullable: b
         node["default"] = list(default) if isinstance(default, tuple) else default
     if nullable:
         node["nullable"] = True
-    text = schema.get("description") or DESCRIPTIONS.get(path) or node.get("description")
+    text = schema.get("description") or node.get("description")
     if text:
         node["description"] = " ".join(text.split())
     if rules := FIELD_RULES.get(path):

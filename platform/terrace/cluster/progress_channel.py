@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from terrace.cluster.api import Api, ApiError, Conflict, connect
@@ -184,10 +185,15 @@ def read_progress(stage_directory: str) -> dict[str, Any]:
 
 
 def _newest_checkpoint(stage_directory: str) -> dict[str, Any] | None:
-    """The highest step whose folder has a manifest; the trainer checks it in full before it resumes from it."""
+    """The highest complete step (of a run on S3: by its fence; else its folder has a manifest). The trainer checks it in full."""
+    from terrace.cluster.attempt import newest_checkpoint_step
+    from terrace.cluster.mirror import uri_of
     from terrace.data import storage
 
     folder = storage.join(stage_directory, "checkpoints")
+    if not storage.is_remote(stage_directory) and (uri := uri_of(Path(stage_directory))) is not None:
+        step = newest_checkpoint_step(Path(stage_directory))
+        return None if step is None else {"uri": f"{uri}/checkpoints/step-{step:06d}", "step": step}
     try:
         files = storage.list_files(folder)
     except (OSError, storage.StorageError):

@@ -230,15 +230,18 @@ class Cluster:
             return
         if (job.get("status") or {}).get("jobDeploymentStatus") not in (None, "", "Suspended"):
             return  # still ending what it had
-        jobs = self.store.objects["RayJob"].values()
-        holding = sum(1 for other in jobs if not other["spec"].get("suspend")
-                      and (other.get("status") or {}).get("jobDeploymentStatus") not in ("Complete", "Failed"))  # fmt: skip
-        admitted = self.quota is None or holding < self.quota
+        admitted = self.quota is None or self._holding() < self.quota
         if self.messages:
             text = "Quota reserved" if admitted else "couldn't assign flavors to pod set workers: insufficient unused quota for gpu"
             self._workload(job, "True" if admitted else "False", "QuotaReserved" if admitted else "Pending", text)
         if admitted:
             self.set_suspend(job["metadata"]["name"], False)
+
+    def _holding(self) -> int:
+        """RayJobs that have their quota."""
+        jobs = self.store.objects["RayJob"].values()
+        return sum(1 for other in jobs if not other["spec"].get("suspend")
+                   and (other.get("status") or {}).get("jobDeploymentStatus") not in ("Complete", "Failed"))  # fmt: skip
 
     def set_suspend(self, name: str, value: bool) -> None:
         with self.store.lock:
