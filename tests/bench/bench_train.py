@@ -5,7 +5,8 @@
 
 *bare*: the same model, packs and optimizer in the fewest lines of PyTorch (whole logits, no metrics, no checks). One step
 of it runs before each step of Terrace's stage, inside the stage's own data feed, so both see the same machine at the
-same moment; the ratio is the median over pairs. Data is excluded on both sides.
+same moment; the ratio is the median over pairs. Data is excluded on both sides. Beside wall-clock seconds stand those of
+the processor (all threads of the process), which other users of a shared machine disturb less.
 
 *trainer*: transformers.Trainer on the samples of the same packs, as one would give them to it: padded to the longest of
 each batch of 8, gradients accumulated over the step. Its time is from `on_step_begin` to `on_step_end`, without data.
@@ -53,9 +54,9 @@ class Step:
     wait_seconds: float = 0.0
 
 
-def recipe_of(args: argparse.Namespace, strategy: str = "ddp") -> Recipe:
+def recipe_of(args: argparse.Namespace, strategy: str = "ddp", extra_steps: int = 0) -> Recipe:
     model = tiny_model() if args.tiny else small_model()
-    return bench_recipe(model, args.steps + WARM_STEPS, args.packs, args.length, parallel={"strategy": strategy})
+    return bench_recipe(model, args.steps + WARM_STEPS + extra_steps, args.packs, args.length, parallel={"strategy": strategy})
 
 
 def packs_of(args: argparse.Namespace, step: int) -> list[PackedExample]:
@@ -78,9 +79,7 @@ class BareLoop:
             self.model.parameters(), lr=1e-5, betas=stage.optimizer.betas, weight_decay=stage.optimizer.weight_decay, fused=True
         )
 
-    def step(self, packs: list[PackedExample]) -> float:
-        """Runs one step; its seconds."""
-        started = time.perf_counter()
+    def step(self, packs: list[PackedExample]) -> None:
         supervised = sum(pack.supervised_tokens for pack in packs)
         total = 0.0
         for pack in packs:
@@ -93,30 +92,37 @@ class BareLoop:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.losses.append(total)
-        return time.perf_counter() - started
+
+
+def now() -> np.ndarray:
+    """(wall-clock seconds, processor seconds of this process)."""
+    return np.asarray([time.perf_counter(), time.process_time()])
 
 
 def measure_bare(args: argparse.Namespace) -> dict[str, Any]:
     """Median seconds of both, and the median of the ratios of neighbouring steps."""
-    recipe = recipe_of(args)
-    bare = BareLoop(recipe)
-    bare_seconds: list[float] = []
+    recipe = recipe_of(args, extra_steps=1)  # the last step writes a checkpoint and is left out
+    bare, theirs, ours = BareLoop(recipe), [], []
 
     def stream(start: int) -> Iterator[Step]:
-        for step in range(start, args.steps + WARM_STEPS):
-            begun = time.perf_counter()
+        for step in range(start, args.steps + WARM_STEPS + 1):
             packs = packs_of(args, step)
-            bare_seconds.append(bare.step(packs))
-            yield Step(step, packs, time.perf_counter() - begun)
+            begun = now()
+            bare.step(packs)
+            theirs.append(now() - begun)
+            begun = now()
+            yield Step(step, packs)
+            ours.append(now() - begun)  # everything that the loop does until it asks for the next step
 
     lines = run_stage(recipe, stream, WorkerContext())
-    ours = [line["step_seconds"] - line["data_wait_seconds"] for line in lines]
-    ratios = [mine / theirs for mine, theirs in zip(ours, bare_seconds)][WARM_STEPS:]
+    mine, other = np.asarray(ours)[WARM_STEPS:-1], np.asarray(theirs)[WARM_STEPS:-1]
+    ratios = np.median(mine / other, axis=0)
     return {
-        "terrace_seconds": statistics.median(ours[WARM_STEPS:]), "bare_seconds": statistics.median(bare_seconds[WARM_STEPS:]),
-        "ratio": statistics.median(ratios), "ratios": [round(ratio, 4) for ratio in ratios],
+        "terrace_seconds": float(np.median(mine[:, 0])), "bare_seconds": float(np.median(other[:, 0])),
+        "terrace_cpu_seconds": float(np.median(mine[:, 1])), "bare_cpu_seconds": float(np.median(other[:, 1])),
+        "ratio": float(ratios[0]), "cpu_ratio": float(ratios[1]), "cpu_ratios": (mine / other)[:, 1].round(4).tolist(),
         "loss_difference": max(abs(line["loss"] - loss) / loss for line, loss in zip(lines, bare.losses)),
-        "flops_per_second": statistics.median(line["flops_per_second"] for line in lines[WARM_STEPS:]),
+        "flops_per_second": statistics.median(line["model_flops"] for line in lines) / float(np.median(mine[:, 1])),
     }  # fmt: skip
 
 
@@ -189,14 +195,14 @@ def measure_trainer(args: argparse.Namespace) -> dict[str, Any]:
     total = args.steps + WARM_STEPS
     samples = [sample for step in range(total) for pack in packs_of(args, step) for sample in samples_of(pack)]
     batch = min(8, args.samples)
-    seconds: list[float] = []
+    seconds: list[np.ndarray] = []
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_args: Any, **_keywords: Any) -> None:
-            self.begun = time.perf_counter()
+            self.begun = now()
 
         def on_step_end(self, *_args: Any, **_keywords: Any) -> None:
-            seconds.append(time.perf_counter() - self.begun)
+            seconds.append(now() - self.begun)
 
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
@@ -209,7 +215,8 @@ def measure_trainer(args: argparse.Namespace) -> dict[str, Any]:
     tokens = sum(len(sample["input_ids"]) for sample in samples)
     groups = [samples[start : start + batch] for start in range(0, len(samples), batch)]
     held = sum(len(group) * max(len(sample["input_ids"]) for sample in group) for group in groups)
-    return {"trainer_seconds": statistics.median(seconds[WARM_STEPS:]), "padding_share": 1 - tokens / held}
+    wall, cpu = np.median(np.asarray(seconds)[WARM_STEPS:], axis=0)
+    return {"trainer_seconds": float(wall), "trainer_cpu_seconds": float(cpu), "padding_share": 1 - tokens / held}
 
 
 # ---------------------------------------------------------------- strategies
@@ -242,7 +249,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--only", choices=["bare", "trainer", "strategies"])
     parser.add_argument("--steps", type=int, default=16, help="measured steps (2 more come first)")
     parser.add_argument("--packs", type=int, default=2, help="packs per step")
-    parser.add_argument("--length", type=int, default=1024, help="tokens of a pack")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a pack")
     parser.add_argument("--samples", type=int, default=8, help="samples of a pack")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tiny", action="store_true", help="a model for testing this script")
@@ -251,15 +258,20 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     results: dict[str, Any] = {}
     if args.only in (None, "bare"):
         results |= measure_bare(args)
-        print(f"terrace {results['terrace_seconds']:.3f} s, bare {results['bare_seconds']:.3f} s a step: ratio {results['ratio']:.4f}")
+        print(
+            f"terrace {results['terrace_seconds']:.3f} s, bare {results['bare_seconds']:.3f} s a step: ratio {results['ratio']:.4f}; "
+            f"processor {results['terrace_cpu_seconds']:.3f} and {results['bare_cpu_seconds']:.3f} s: ratio {results['cpu_ratio']:.4f}"
+        )
     if args.only in (None, "trainer"):
         results |= measure_trainer(args)
         if "terrace_seconds" not in results:
             results |= measure_bare(args)
-        results["trainer_ratio"] = results["terrace_seconds"] / results["trainer_seconds"]
+        for kind in ("", "cpu_"):
+            results[f"trainer_{kind}ratio"] = results[f"terrace_{kind}seconds"] / results[f"trainer_{kind}seconds"]
         print(
             f"terrace {results['terrace_seconds']:.3f} s, Trainer {results['trainer_seconds']:.3f} s a step: ratio "
-            f"{results['trainer_ratio']:.3f} ({results['padding_share']:.0%} of Trainer's tokens are padding)"
+            f"{results['trainer_ratio']:.3f}; processor {results['terrace_cpu_seconds']:.3f} and {results['trainer_cpu_seconds']:.3f} s: "
+            f"ratio {results['trainer_cpu_ratio']:.3f} ({results['padding_share']:.0%} of Trainer's tokens are padding)"
         )
     if args.only in (None, "strategies"):
         from processes import run_ranks

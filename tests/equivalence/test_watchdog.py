@@ -12,6 +12,7 @@ import torch.multiprocessing as multiprocessing
 from packs import tiny_recipe
 from processes import free_port
 
+from terrace.cluster.attempt import outcome
 from terrace.train.context import WorkerContext
 from terrace.train.watchdog import Watchdog, describe, hang_folder, hang_timeout_seconds
 
@@ -98,7 +99,10 @@ def test_silence_after_a_mark_ends_the_process(short):
         while not ended and time.monotonic() < deadline:
             time.sleep(0.05)
     assert ended == [1]
-    assert "rank 0 working on step 7" in json.loads((folder / "attempt-001" / "summary.json").read_text())["message"]
+    seen = outcome(folder.parent, "one", 1)  # what the launcher makes of it
+    assert (seen.status, seen.failure, seen.reason) == ("failed", "infrastructure", "Hang")
+    assert "rank 0 working on step 7" in seen.message
+    assert outcome(folder.parent, "one", 2) is None
 
 
 def test_the_message_names_those_behind_first_and_those_that_say_nothing():

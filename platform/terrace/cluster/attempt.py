@@ -178,6 +178,9 @@ def progress_time(stage_dir: Path) -> float | None:
 
 def outcome(stage_dir: Path, stage: str, attempt: int) -> AttemptObservation | None:
     """How an attempt without a result ended, from what its ranks wrote; None where none of them wrote anything."""
+    hang = read_json(stage_dir / "hang" / f"attempt-{attempt:03d}" / "summary.json")  # left by terrace.train.watchdog
+    if hang is not None:  # ranks that hang end their process without an outcome
+        return AttemptObservation(stage, attempt, "failed", failure="infrastructure", reason="Hang", message=hang["message"])
     ended = read_outcomes(stage_dir, attempt)
     failed = [found for found in ended if found["status"] == "failed"]
     # A rank that failed by itself explains the others, which fail because a collective lost a member.
