@@ -35,7 +35,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [f"data.sources.{name}.uri={folder / file}.jsonl" for name, file in SOURCES.items()]
 
 
-def command(run_dir: Path, overrides: list[str], *more: str) -> list[str]:
+def command(run_dir: Path | str, overrides: list[str], *more: str) -> list[str]:
     return [sys.executable, "-m", "terrace.cli", "run", str(RECIPE), "--run-dir", str(run_dir), *overrides, *more]
 
 
@@ -44,7 +44,7 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **more}
 
 
-def run_to_end(run_dir: Path, overrides: list[str], *more: str) -> subprocess.CompletedProcess[str]:
+def run_to_end(run_dir: Path | str, overrides: list[str], *more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(run_dir, overrides, *more),
         env=environment(),
@@ -55,7 +55,7 @@ def run_to_end(run_dir: Path, overrides: list[str], *more: str) -> subprocess.Co
     )
 
 
-def kill_when(run_dir: Path, overrides: list[str], due: Callable[[], bool], *more: str, number: int = signal.SIGKILL) -> int:
+def kill_when(run_dir: Path | str, overrides: list[str], due: Callable[[], bool], *more: str, number: int = signal.SIGKILL) -> int:
     """Start the run in a process group of its own and signal the whole group as soon as `due()`; the exit status."""
     process = subprocess.Popen(
         command(run_dir, overrides, *more), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
