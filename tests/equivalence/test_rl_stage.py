@@ -18,11 +18,13 @@ import rl_stage
 from processes import run_ranks
 from rl_stage import break_at, figures_of, prepare, rl_recipe, run
 
+from terrace.curriculum.machine import metric_value
 from terrace.data.prepare import load_prepared
 from terrace.errors import InputError, Preempted
 from terrace.rl.collect import RewardFailures
 from terrace.rl.native import NativeEngine
 from terrace.rl.prompts import PromptOrder
+from terrace.train.checkpoint import measured
 
 
 class Killed(BaseException):
@@ -154,7 +156,7 @@ def test_told_to_stop_it_saves_and_goes_on(folder, undisturbed):
 def test_rewards_rise_for_every_task(folder):
     recipe = rl_recipe(
         folder, 18, {"prompts_per_iteration": 6, "samples_per_prompt": 16}, train={"language": {"lr": 2e-2}},
-        checkpoint={}, evaluate={"max_samples_per_kind": 4},
+        checkpoint={}, evaluate={"max_samples_per_kind": 4, "every_steps": 9},
     )  # fmt: skip
     run(recipe, folder, "learning")
     lines = figures_of(folder, "learning")
@@ -162,8 +164,15 @@ def test_rewards_rise_for_every_task(folder):
         rewards = [line["tasks"][task]["reward"] for line in lines]
         assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.3, rewards
     result = json.loads((folder / "learning" / "result.json").read_text())
-    for task in ("reward/digits", "reward/capitals"):
-        assert result["evaluation"]["after"][task] > result["evaluation"]["before"][task] + 0.3
+    for figure in ("reward", "greedy_reward"):
+        for task in ("digits", "capitals"):
+            name = f"{figure}/{task}"
+            assert result["evaluation"]["after"][name] > result["evaluation"]["before"][name] + 0.3
+    assert metric_value(result, "eval/reward/digits") == result["evaluation"]["after"]["reward/digits"]
+    # Held-out rewards in the middle stand in the step's line, for the report and for gates.
+    assert [line["step"] for line in lines if "evaluation" in line] == [9]
+    assert lines[8]["evaluation"].keys() == result["evaluation"]["after"].keys()
+    assert measured(lines[8])["eval/reward/digits"] == lines[8]["evaluation"]["reward/digits"]
     assert (folder / "learning" / "final" / "config.json").is_file()
     examples = [json.loads(line) for line in (folder / "learning" / "examples.jsonl").read_text().splitlines()]
     assert {one["task"] for one in examples} == {"digits", "capitals"}

@@ -202,12 +202,16 @@ def test_stages_are_read_with_losses_or_rewards(tmp_path: Path):
         folder.mkdir(parents=True)
         if stage.objective == "grpo":
             rows = [{"step": 1, "loss": None, "tasks": {"counting": {"reward": 0.25}}}, {"step": 2, "loss": 0.0, "tasks": {}}]
-            figures = {"before": {"reward/counting": 0.25}, "after": {"reward/counting": 0.5}}
+            figures = {
+                "before": {"reward/counting": 0.25, "greedy_reward/counting": 0.4},
+                "after": {"reward/counting": 0.5, "greedy_reward/counting": 0.75},
+            }
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / "result.json").write_text(json.dumps({"evaluation": figures, "steps": 2, "seconds": 1.0, "tokens": 10}))
     *supervised, last = read_stages(recipe, tmp_path)
     assert [stage.curve for stage in supervised] == [[2.5, 2.25]] * 4
     assert (last.curve, last.rewards, last.before, last.after) == ([], {"counting": [0.25]}, {"counting": 0.25}, {"counting": 0.5})
+    assert last.greedy == {"counting": (0.4, 0.75)}
 
 
 def test_page_and_sheet_hold_every_answer(tmp_path: Path):
@@ -219,7 +223,8 @@ def test_page_and_sheet_hold_every_answer(tmp_path: Path):
     ]
     stages = [StageLosses("one", {"qa": 3.0}, {"qa": 2.0}, 2, 1.0, 100, [3.0, 2.5]), StageLosses("two", {}, {}, 1, 1.0, 10, [1.0])]
     rewards = {"counting": [0.2, 0.4, 0.6], "other": [0.1]}
-    stages.append(StageLosses("rl", {"counting": 0.25, "other": 0.5}, {"counting": 0.75, "other": 0.4}, 3, 1.0, 9, [], rewards))
+    stages.append(StageLosses("rl", {"counting": 0.25, "other": 0.5}, {"counting": 0.75, "other": 0.4}, 3, 1.0, 9, [], rewards,
+                              {"counting": (0.125, 0.625)}))  # fmt: skip
     results = Results("demo", stages, shown, {"grounding": (1, 1), "gui": (0, 1)}, 1_000_000)
     html = write_page(results, tmp_path / "page.html", "words & more").read_text(encoding="utf-8")
     assert html.count("data:image/jpeg;base64,") == 2
@@ -230,5 +235,6 @@ def test_page_and_sheet_hold_every_answer(tmp_path: Path):
     assert "counting" not in losses.lower(), "rewards are no losses"
     assert '<td>0.250<span class="arrow">→</span><b>0.750</b></td>' in rl
     assert '<td class="up">0.500' in rl, "a reward that fell is marked"
+    assert '<td>0.125<span class="arrow">→</span><b>0.625</b></td>' in rl
     assert "http" not in html.replace("http-equiv", "")
     assert Image.open(write_sheet(results, tmp_path / "sheet.png")).size[0] > 1000

@@ -116,6 +116,8 @@ REFUSED = [
     ([*GRPO, REWARDS, "stages.3.grpo={engine: vllm, max_response_tokens: 9}"], "stages.3.grpo.engine", "needs a GPU"),
     ([*GRPO, REWARDS, "stages.3.grpo={rollout_workers: 2, max_response_tokens: 9}"], "stages.3.grpo.rollout_workers", "separate"),
     ([*GRPO, REWARDS, "stages.3.grpo={clip_high: 0.2, max_response_tokens: 9}"], "stages.3.grpo.clip_high", "always 1"),
+    ([*GRPO, REWARDS, "stages.3.gates=[{metric: eval/prompt/loss, above: 1}]"], "stages.3.gates.0.metric", "not measured"),
+    ([*GRPO, REWARDS, "stages.3.gates=[{metric: eval/reward/counting, above: 1}]"], "stages.3.gates.0.metric", "not measured"),
     ([*GRPO, "stages.3.rewards={counting: [{name: remote}]}"], "stages.3.rewards.counting.0", "url"),
     ([*GRPO, "stages.3.rewards={counting: [{name: 'my module'}]}"], "stages.3.rewards.counting.0.name", "module:function"),
 ]  # fmt: skip
@@ -138,6 +140,7 @@ ACCEPTED = [
     ["stages.0.precision=fp16", "stages.0.resources.gpus_per_worker=1"],
     ["stages.0.gates=[{metric: eval/caption/loss, below: 1}]"],
     ["stages.0.gates=[{metric: train/loss, below: 1}]"],
+    [*GRPO, REWARDS, "data.sources.prompts.holdout_samples=4", "stages.3.gates=[{metric: eval/reward/counting, above: 0.5}]"],
     ["stages.0.gates=[{metric: 'eval/mmbench:dev/accuracy', above: 0.5}]", "stages.0.evaluate.suites=['mmbench:sets/dev.tsv']"],
     ["stages.1.train.projector.optimizer_state=keep"],
     ["stages.0.parallel={strategy: zero3, offload_optimizer: nvme, nvme_path: /d}"],

@@ -318,6 +318,7 @@ def metric_value(result: dict[str, Any] | None, metric: str) -> float | None:
     """A metric of a finished stage, None if it was not measured or is not finite.
 
     `train/<name>` is the last step's, `eval/<kind>/loss` the held-out loss after the stage, `eval/loss` its mean over kinds,
+    `eval/<figure>` what an RL stage or a reward model measures instead (`eval/reward/<task>`, `eval/preference/accuracy`),
     `eval/<suite>/<name>` a suite's score, and anything else what the stage's result has under `metrics`.
     """
     result = result or {}
@@ -331,6 +332,8 @@ def metric_value(result: dict[str, Any] | None, metric: str) -> float | None:
         if rest == "loss":
             values = [value for value in losses.values() if isinstance(value, int | float)]
             found = sum(values) / len(values) if values else None
+        elif rest in losses:
+            found = losses[rest]
         elif score == "loss" and name in losses:
             found = losses[name]
         else:

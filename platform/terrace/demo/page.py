@@ -156,19 +156,21 @@ def _cell(stage: StageLosses, kind: str) -> str:
 
 
 def _rewards(stage: StageLosses) -> str:
-    """An RL stage: the mean reward of every task over its iterations, and of held-out prompts before and after."""
+    """An RL stage: mean reward of every task over its iterations; of held-out prompts before and after, sampled and greedy."""
     rows = []
     for place, (task, after) in enumerate(stage.after.items()):
         before = stage.before.get(task, math.nan)
         fell = ' class="up"' if after < before else ""
         line = _small_curve(stage.rewards.get(task, []), STAGE_COLOURS[place % len(STAGE_COLOURS)])
+        first, last = stage.greedy.get(task, (math.nan, math.nan))
         rows.append(
             f"<tr><td>{escape(RL_TASKS.get(task, task))}</td><td>{line}</td>"
-            f'<td{fell}>{before:.3f}<span class="arrow">→</span><b>{after:.3f}</b></td></tr>'
+            f'<td{fell}>{before:.3f}<span class="arrow">→</span><b>{after:.3f}</b></td>'
+            f'<td>{first:.3f}<span class="arrow">→</span><b>{last:.3f}</b></td></tr>'
         )
     return (
         f"<h2>Reinforcement learning: {escape(stage.name)}</h2>\n"
-        '<div class="panel"><table><tr><th>task</th><th>mean reward in training</th><th>held-out prompts, before and after</th></tr>'
+        '<div class="panel"><table><tr><th>task</th><th>mean reward in training</th><th>held-out prompts</th><th>greedy answer</th></tr>'
         f"{''.join(rows)}</table></div>"
         f'<p class="note">{stage.steps} steps. A reward lies between 0 and 1; the model\'s own answers were judged by rules.</p>'
     )

@@ -50,6 +50,7 @@ class StageLosses:
     tokens: int
     curve: list[float]  # training loss of each step; empty for an RL stage, whose loss says nothing
     rewards: dict[str, list[float]] = field(default_factory=dict)  # of an RL stage: mean reward per task and iteration
+    greedy: dict[str, tuple[float, float]] = field(default_factory=dict)  # of an RL stage: before and after, of greedy answers
 
     @property
     def is_rl(self) -> bool:
@@ -98,16 +99,23 @@ def read_stages(recipe: Recipe, run_dir: Path) -> list[StageLosses]:
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n")
         rows = [json.loads(line) for line in lines if line]
         is_rl = stage.objective == "grpo"
-        before, after = (_by_kind(result["evaluation"][when]) for when in ("before", "after"))
+        evaluation = result["evaluation"]
+        before, after = (_by_kind(evaluation[when]) for when in ("before", "after"))
         curve = [] if is_rl else [row["loss"] for row in rows]
         rewards = rewards_per_task(rows) if is_rl else {}
-        stages.append(StageLosses(stage.name, before, after, result["steps"], result["seconds"], result["tokens"], curve, rewards))
+        greedy = {
+            task: (evaluation["before"][name], evaluation["after"][name])
+            for task in rewards
+            if (name := f"greedy_reward/{task}") in evaluation["after"]
+        }
+        facts = (result["steps"], result["seconds"], result["tokens"])
+        stages.append(StageLosses(stage.name, before, after, *facts, curve, rewards, greedy))
     return stages
 
 
 def _by_kind(figures: dict[str, float]) -> dict[str, float]:
-    """Held-out figures by kind of sample or task: an RL stage calls them `reward/<task>`."""
-    return {name.removeprefix("reward/"): value for name, value in figures.items()}
+    """Held-out figures by kind of sample or task: an RL stage's `reward/<task>` is that of sampled answers."""
+    return {name.removeprefix("reward/"): value for name, value in figures.items() if not name.startswith("greedy_reward/")}
 
 
 def rewards_per_task(rows: list[dict[str, Any]]) -> dict[str, list[float]]:

@@ -38,15 +38,20 @@ def print_losses(results: Results, console: Console) -> None:
 def print_rewards(results: Results, console: Console) -> None:
     """One row per task of an RL stage: mean reward of held-out prompts before and after it."""
     for stage in results.reinforced:
-        title = f"\nReward of answers to held-out prompts (0 to 1), before -> after stage {results.stages.index(stage) + 1} {stage.name}"
+        title = f"\nMean reward (0 to 1) on held-out prompts, before -> after stage {results.stages.index(stage) + 1} {stage.name}"
         table = Table(title=f"{title}: {stage.steps} steps, {stage.seconds:.0f} s", title_justify="left", title_style="bold")
         table.add_column("task")
-        table.add_column("mean reward", justify="right")
+        table.add_column("sampled answers", justify="right")
+        table.add_column("greedy answer", justify="right")
         for task, after in stage.after.items():
-            before = stage.before.get(task, math.nan)
-            colour = "green" if after > before else "red"
-            table.add_row(RL_TASKS.get(task, task), f"{before:.3f} -> [{colour}]{after:.3f}[/{colour}]")
+            pairs = [(stage.before.get(task, math.nan), after), stage.greedy.get(task, (math.nan, math.nan))]
+            table.add_row(RL_TASKS.get(task, task), *(_change(*pair) for pair in pairs))
         console.print(table)
+
+
+def _change(before: float, after: float) -> str:
+    colour = "green" if after > before else "red"
+    return f"{before:.3f} -> [{colour}]{after:.3f}[/{colour}]"
 
 
 def print_answers(results: Results, console: Console, most: int = 12) -> None:

@@ -65,7 +65,7 @@ LAYOUT_KEYS = {
     "frozen_activation_checkpointing",
     "loss_chunk_tokens",
 }
-LAYOUT_KEYS_GRPO = ("placement", "rollout_workers", "max_reward_failure_rate", "max_logprob_mismatch")
+LAYOUT_KEYS_GRPO = ("placement", "rollout_workers", "evaluation_samples", "max_reward_failure_rate", "max_logprob_mismatch")
 
 
 def stage_hash(recipe: Recipe, index: int) -> str:
@@ -84,7 +84,7 @@ def stage_hash(recipe: Recipe, index: int) -> str:
     before = start_index(recipe, index)
     return _digest(
         {
-            "model": recipe.model.model_dump(mode="json", exclude={"attention", "stands_in_for"}),
+            "model": recipe.model.model_dump(mode="json", exclude={"attention", "kernels", "stands_in_for"}),
             "tokenizer": recipe.tokenizer.model_dump(mode="json"),
             "data_seed": recipe.data.seed,
             # `on_damage` may change while a stage is under way: it is what one does about damage that stopped it.

@@ -300,10 +300,14 @@ def produced_metrics(recipe: Recipe, stage: Stage) -> list[str]:
     """Names of the metrics a stage reports that are known before it runs (suites add `eval/<suite>/<metric>`)."""
     sources = [recipe.data.sources[name] for name in stage.mixture.weights if name in recipe.data.sources]
     kinds = dict.fromkeys(source.kind for source in sources if source.holdout_samples > 0)
-    metrics = [f"eval/{kind}/loss" for kind in kinds] + (["eval/loss"] if kinds else []) + list(TRAIN_METRICS)
     if stage.objective == "grpo":
-        metrics += ["rl/reward", "rl/response_tokens", *(f"rl/{task}/reward" for task in stage.rewards)]
-    return metrics
+        tasks = dict.fromkeys(source.task for source in sources if source.holdout_samples > 0 and source.task)
+        metrics = [f"eval/{figure}/{task}" for task in tasks for figure in ("reward", "greedy_reward")]
+    elif stage.objective == "reward_model":
+        metrics = ["eval/preference/loss", "eval/preference/accuracy"] if kinds else []
+    else:
+        metrics = [f"eval/{kind}/loss" for kind in kinds] + (["eval/loss"] if kinds else [])
+    return metrics + list(TRAIN_METRICS)
 
 
 def _metric_problem(recipe: Recipe, stage: Stage, metric: str) -> str | None:

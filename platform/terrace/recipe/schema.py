@@ -199,6 +199,9 @@ class GrpoOptions(Strict):
     rollout_workers: int = Field(
         1, ge=1, description="Rollout workers of placement separate, each with the CPUs and GPUs of a training worker."
     )
+    evaluation_samples: int = Field(
+        4, ge=1, description="Sampled responses to each held-out prompt in an evaluation, beside a greedy one."
+    )
     max_reward_failure_rate: Share = Field(0.2, description="Share of failed rewards above which the stage stops.")
     max_logprob_mismatch: Positive = Field(0.1, description="Allowed difference of log-probabilities between generation and training.")
 

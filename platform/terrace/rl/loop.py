@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from terrace.data.order import seed_of
 from terrace.data.tokenizer import load_tokenizer
 from terrace.errors import InputError, Preempted
 from terrace.models.attention import choose_backend
@@ -122,12 +123,20 @@ def train_rl_stage(
         evaluation = held_out(recipe, stage_index, prepared, stage.evaluate.max_samples_per_kind)
 
         def evaluate() -> dict[str, float]:
+            """Mean reward of held-out prompts per task: of answers sampled as in training, and of the greedy one."""
+            if not evaluation:
+                return {}
             engine.update_weights(lambda: strategy.tensors("weights"))
             engine.wake()
-            greedy = Sampling(samples=1, max_tokens=options.max_response_tokens, temperature=0)
-            figures = task_figures(collector.score_once(evaluation, greedy)) if evaluation else {}
+            longest = options.max_response_tokens
+            seed = seed_of(stage.seed, "evaluation")  # the same random numbers every time
+            sampled = Sampling(options.evaluation_samples, longest, options.temperature, options.top_p, seed)
+            found = {}
+            for name, how in (("reward", sampled), ("greedy_reward", Sampling(1, longest, temperature=0))):
+                figures = task_figures(collector.score_once(evaluation, how))
+                found |= {f"{name}/{task}": values["reward"] for task, values in figures.items()}
             engine.sleep()
-            return {f"reward/{task}": values["reward"] for task, values in figures.items()}
+            return found
 
         def notify(event: str, values: dict[str, Any]) -> None:
             if context.rank == 0:
@@ -159,6 +168,7 @@ def train_rl_stage(
             notify("checkpoint", {"step": progress.step, "path": str(path)})
 
         # Iterate.
+        evaluate_every = stage.evaluate.every_steps
         for iteration in range(progress.step // updates, order.iterations):
             started = time.perf_counter()
             engine.update_weights(lambda: strategy.tensors("weights"))
@@ -222,6 +232,10 @@ def train_rl_stage(
                             f"{outcome.mismatch_mean:.3f} on average, more than max_logprob_mismatch",
                             notify,
                         )
+                last = number == updates - 1
+                if last and evaluate_every and crossed(step, updates, evaluate_every) and step < total_steps:
+                    line["evaluation"] = evaluate()
+                    notify("evaluation", {"when": step, "loss": line["evaluation"]})
                 if metrics:
                     metrics.append(line)
                 notify("step", line)
@@ -237,9 +251,6 @@ def train_rl_stage(
                         json.dumps(one, ensure_ascii=False) + "\n" for one in examples(collected.groups, iteration + 1)
                     )
             every, final = stage.checkpoint.every_steps, progress.step == total_steps
-            evaluate_every = stage.evaluate.every_steps
-            if evaluate_every and crossed(progress.step, updates, evaluate_every) and not final:
-                notify("evaluation", {"when": progress.step, "loss": evaluate()})
             if stop or final or (every and crossed(progress.step, updates, every)):
                 save()
                 if context.rank == 0:

@@ -241,10 +241,11 @@ def superfluous(metrics: Mapping[int, Mapping[str, float]], options: Checkpoint,
 
 
 def measured(line: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers of a metrics line under the names that gates use: `train/loss`, `eval/caption/loss`, `eval/loss`."""
+    """The finite numbers of a metrics line under the names that gates use: `train/loss`, `eval/caption/loss`, `eval/loss`;
+    `eval/reward/counting` in an RL stage."""
     found = {f"train/{key}": value for key, value in line.items() if isinstance(value, int | float) and not isinstance(value, bool)}
     losses = line.get("evaluation") or {}
-    found |= {f"eval/{kind}/loss": value for kind, value in losses.items()}
+    found |= {f"eval/{kind}" if "/" in kind else f"eval/{kind}/loss": value for kind, value in losses.items()}
     if losses:
         found["eval/loss"] = sum(losses.values()) / len(losses)
     return {key: float(value) for key, value in found.items() if math.isfinite(value) and key != "train/step"}
