@@ -69,21 +69,24 @@ def collate(
     pack names the sample in `damaged` instead, and the first of `replacements(place)` that can be read stands there; a
     place without any is left out.
     """
+    room = PatchRoom(spec.patches)
     segments: list[Segment] = []
     refs: list[SampleRef] = []
     kinds: list[str] = []
     damaged: list[str] = []
     replaced = 0
     for number, (ref, loaded) in enumerate(zip(spec.samples, samples)):
+        used = room.used
         try:
             if isinstance(loaded, DamagedData):
                 raise loaded
-            segment, kind = make_segment(spec, number, loaded, tokenizer, settings), loaded.sample.kind
+            segment, kind = make_segment(spec, number, loaded, tokenizer, settings, room), loaded.sample.kind
         except DamagedData:
             if ref.source not in settings.skip_damaged:
                 raise
+            room.used = used
             damaged.append(f"{ref.source}/{ref.id}")
-            found = _first_readable(replacements(number) if replacements else iter(()), refs, tokenizer, settings)
+            found = _first_readable(replacements(number) if replacements else iter(()), refs, tokenizer, settings, room)
             if found is None:
                 continue
             ref, segment, kind = found
@@ -99,7 +102,7 @@ def collate(
         targets=_joined([segment.targets for segment in segments], (0,), np.int32),
         position_ids=_joined([segment.encoded.positions for segment in segments], (4, 0), np.int32, axis=1),
         segment_ends=np.cumsum(lengths, dtype=np.int32) if lengths else np.empty(0, dtype=np.int32),
-        patches=_joined([part for segment in segments for part in segment.patches], (0, PATCH_VALUES), np.uint8),
+        patches=room.joined([part for segment in segments for part in segment.patches]),
         image_grids=_joined([segment.encoded.grids for segment in segments], (0, 3), np.int32),
         sample_ids=[ref.id for ref in refs],
         sources=[ref.source for ref in refs],
@@ -112,23 +115,33 @@ def collate(
 
 
 def _first_readable(
-    candidates: Iterator[tuple[PackSpec, LoadedSample]], used: list[SampleRef], tokenizer: TextTokenizer, settings: CollateSettings
+    candidates: Iterator[tuple[PackSpec, LoadedSample]],
+    taken: list[SampleRef],
+    tokenizer: TextTokenizer,
+    settings: CollateSettings,
+    room: PatchRoom,
 ) -> tuple[SampleRef, Segment, str] | None:
     """(reference, segment, kind) of the first candidate that can be decoded and is not in the pack yet."""
+    used = room.used
     for alone, loaded in candidates:
-        if alone.samples[0] in used:
+        if alone.samples[0] in taken:
             continue
         try:
-            return alone.samples[0], make_segment(alone, 0, loaded, tokenizer, settings), loaded.sample.kind
+            return alone.samples[0], make_segment(alone, 0, loaded, tokenizer, settings, room), loaded.sample.kind
         except DamagedData:
-            continue
+            room.used = used
     return None
 
 
 def make_segment(
-    spec: PackSpec, number: int, loaded: LoadedSample, tokenizer: TextTokenizer, settings: CollateSettings
+    spec: PackSpec,
+    number: int,
+    loaded: LoadedSample,
+    tokenizer: TextTokenizer,
+    settings: CollateSettings,
+    room: PatchRoom | None = None,
 ) -> Segment:
-    """Encode, decode and cut one sample of a pack as its specification says."""
+    """Encode, decode and cut one sample of a pack as its specification says; patches go straight into `room`."""
     ref = spec.samples[number]
     limit = spec.pixels_max[number] if spec.pixels_max else 0
     pixels = (min(settings.pixels[0], limit), limit) if limit else settings.pixels
@@ -150,15 +163,38 @@ def make_segment(
     patches = []
     for grid, images in zip(encoded.grids.tolist(), encoded.images):
         height, width = grid[1] * PATCH_SIZE, grid[2] * PATCH_SIZE
+        video = _is_video(grid, images)
         frames = []
         for image in images:
             try:
-                frames.append(load_patches(loaded.images[image], height, width, settings.max_image_pixels))
+                place = room.take(grid[1] * grid[2]) if room and not video else None
+                frames.append(load_patches(loaded.images[image], height, width, settings.max_image_pixels, place))
             except ImageDamage as error:
                 raise DamagedData(f"source {ref.source}, sample {ref.id}, image {image}: {error}") from error
-        patches += frames if not _is_video(grid, images) else [_paired(frames)]
+        patches += [_paired(frames)] if video else frames
     videos = [_is_video(grid, images) for grid, images in zip(encoded.grids.tolist(), encoded.images)]
     return Segment(encoded, targets, patches, videos)
+
+
+class PatchRoom:
+    """The patches of a pack in one array, which decoding writes into: joining them later would copy every pixel once more."""
+
+    def __init__(self, rows: int):
+        self._rows = np.empty((rows, PATCH_VALUES), np.uint8)
+        self.used = 0
+
+    def take(self, rows: int) -> np.ndarray | None:
+        """The next `rows` of it, or None where it is full."""
+        if self.used + rows > len(self._rows):
+            return None
+        self.used += rows
+        return self._rows[self.used - rows : self.used]
+
+    def joined(self, parts: list[np.ndarray]) -> np.ndarray:
+        """uint8 [P, 588] of all parts in order. They are copied only where one lies elsewhere (a video's pairs of frames)."""
+        if all(part.base is self._rows for part in parts) and self.used == sum(map(len, parts)):
+            return self._rows[: self.used]
+        return _joined(parts, (0, PATCH_VALUES), np.uint8)
 
 
 def cut_encoded(
