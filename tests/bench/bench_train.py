@@ -1,7 +1,7 @@
 """What a training step costs beside a bare PyTorch loop, beside transformers.Trainer, and under each strategy. On CPU.
 
     make bench-train                          # everything, about 8 minutes on two cores
-    make bench-train ARGS="--only bare"       # one of: bare, trainer, strategies
+    make bench-train ARGS="--only bare"       # one of: bare, trainer, strategies, memory
 
 *bare*: the same model, packs and optimizer in the fewest lines of PyTorch (whole logits, no metrics, no checks). One step
 of it runs before each step of Terrace's stage, inside the stage's own data feed, so both see the same machine at the
@@ -12,11 +12,15 @@ the processor (all threads of the process), which other users of a shared machin
 each batch of 8, gradients accumulated over the step. Its time is from `on_step_begin` to `on_step_end`, without data.
 
 *strategies*: two gloo processes, step time of each strategy over that of DDP.
+
+*memory*: bytes per parameter that each strategy holds on one of two ranks in bf16, between backward and optimizer step,
+when all parts train and when the language part is frozen: all tensors alive in the process, each storage once.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import statistics
@@ -31,6 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
 from train_setup import bench_recipe, full_pack, small_model, tiny_model
 
 from terrace.data.types import PackedExample
@@ -241,12 +246,67 @@ def strategy_seconds(rank: int, world_size: int, args: argparse.Namespace) -> di
     return {name: statistics.median(values) for name, values in found.items() if values}
 
 
+# ---------------------------------------------------------------- memory
+
+
+def held_bytes() -> int:
+    """Bytes of all tensors that this process can reach, each storage once."""
+    storages: dict[int, int] = {}
+    for found in gc.get_objects():
+        if not isinstance(found, torch.Tensor):
+            continue
+        for tensor in (found, found.grad if found.is_leaf else None):
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            if local is not None and local.device.type == "cpu" and local.untyped_storage().nbytes():
+                storages[local.untyped_storage().data_ptr()] = local.untyped_storage().nbytes()
+    return sum(storages.values())
+
+
+def strategy_memory(rank: int, world_size: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Per strategy and case, bytes per parameter of the model."""
+    from terrace.models.parts import part_of
+    from terrace.objectives.lm import lm_objective
+    from terrace.train.optimizer import parameter_groups
+    from terrace.train.setup import prepare_strategy
+    from terrace.train.step import pack_to_device
+
+    torch.set_num_threads(1)
+    context, cases = WorkerContext(rank=rank, world_size=world_size, local_rank=rank), {}
+    for case, parts in (("all parts", ("vision", "projector", "language")), ("language frozen", ("vision", "projector"))):
+        found: dict[str, float] = {}
+        for name in STRATEGIES:
+            train = {part: {"lr": 1e-5} for part in parts}
+            settings = {"precision": "bf16", "parallel": {"strategy": name}, "train": train}
+            model = tiny_model() if args.tiny else small_model()
+            recipe = bench_recipe(model, 2, 2 * world_size, 128, **settings)
+            gc.collect()
+            before = held_bytes()
+            config, stage = model_config(recipe.model), recipe.stages[0]
+            strategy = prepare_strategy(recipe, stage, config, context, lm_objective(64))
+            sizes = {n: int(np.prod(getattr(p, "ds_shape", p.shape))) for n, p in strategy.model.named_parameters()}
+            rates = [group.peak_lr for group in parameter_groups(list(sizes), stage)]
+            for step in range(2):
+                for place in range(2):
+                    batch = pack_to_device(full_pack(2 * rank + place, 128, 3), "bf16", config, context)
+                    strategy.accumulate(batch, 1e-3, last=place == 1)
+                    del batch
+                gc.collect()
+                if step == 1:
+                    found[name] = (held_bytes() - before) / sum(sizes.values())
+                strategy.clip(1.0)
+                strategy.step(rates)
+            trained = sum(size for n, size in sizes.items() if part_of(n) in parts) / sum(sizes.values())
+            del strategy
+        cases[case] = {"trained_share": trained, **found}
+    return cases
+
+
 # ---------------------------------------------------------------- main
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--only", choices=["bare", "trainer", "strategies"])
+    parser.add_argument("--only", choices=["bare", "trainer", "strategies", "memory"])
     parser.add_argument("--steps", type=int, default=16, help="measured steps (2 more come first)")
     parser.add_argument("--packs", type=int, default=2, help="packs per step")
     parser.add_argument("--length", type=int, default=512, help="tokens of a pack")
@@ -279,6 +339,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         results["strategies"] = run_ranks(2, strategy_seconds, args, timeout=1500)[0]
         for name, seconds in results["strategies"].items():
             print(f"{name:6s} {seconds:.3f} s a step on 2 processes, {seconds / results['strategies']['ddp']:.3f} of ddp")
+    if args.only in (None, "memory"):
+        from processes import run_ranks
+
+        results["memory"] = run_ranks(2, strategy_memory, args, timeout=900)[0]
+        for case, found in results["memory"].items():
+            print(f"bytes per parameter on one of 2 ranks, {case}: " + ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
     print(json.dumps(results))
     return results
 

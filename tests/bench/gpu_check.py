@@ -338,6 +338,7 @@ def environment(args: argparse.Namespace) -> dict[str, Any]:
 
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
     found = {"torch": torch.__version__, "transformers": transformers.__version__, "commit": commit.stdout.strip(), "device": args.device}
+    found["liger"] = importlib.util.find_spec("liger_kernel") is not None
     if args.device.startswith("cuda"):
         properties = torch.cuda.get_device_properties(args.device)
         found |= {"gpu": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1), "cuda": torch.version.cuda}

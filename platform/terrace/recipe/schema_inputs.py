@@ -61,6 +61,9 @@ class Model(Strict):
         "auto",
         description="Attention kernels over the segments of a pack; `auto` picks by capability and logs the reason.",
     )
+    kernels: Literal["auto", "liger", "torch"] = Field(
+        "auto", description="Norms and gates: Liger's fused kernels on CUDA where installed, or PyTorch's own operations."
+    )
     stands_in_for: str | None = Field(
         None, description="Says what the published model has instead, where this model only stands in for a part of it."
     )

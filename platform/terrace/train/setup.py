@@ -17,6 +17,7 @@ import torch
 from terrace.errors import InputError
 from terrace.models.attention import activate_flash_attention_3, choose_backend, use_attention
 from terrace.models.build import meta_model
+from terrace.models.kernels import choose_kernels, use_liger
 from terrace.models.parts import language_layers, part_of, part_parameters, vision_blocks
 from terrace.models.sequence_parallel import use_sequence_parallel
 from terrace.models.weights import initial_weights
@@ -66,9 +67,13 @@ def prepare_strategy(
         reason = f"{reason}; {activate_flash_attention_3()[1]}"
     if stage.parallel.sequence_parallel > 1:
         use_sequence_parallel(skeleton, backend, stage.parallel.sequence_parallel)
+    kernels, kernels_reason = choose_kernels(recipe.model.kernels, torch.device(context.device).type)
     if context.rank == 0:
         log.info("attention: %s (%s)", backend, reason)
+        log.info("norms and gates: %s (%s)", kernels, kernels_reason)
     source, _ = initial_weights(recipe.model, skeleton, start_weights)
+    if kernels == "liger":
+        use_liger(skeleton)
     groups = parameter_groups([name for name, _ in skeleton.named_parameters()], stage)
     if not groups:
         raise InputError(f"stage {stage.name}: no part trains; name at least one of {', '.join(PARTS)} under `train`")

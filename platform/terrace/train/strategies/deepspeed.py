@@ -5,7 +5,8 @@ parameters to host memory or NVMe. The optimizer is torch's AdamW with the same 
 DeepSpeed's, at the recipe's limit. bf16: compute weights in bf16, float32 masters, float32 reduction. Trained and
 frozen parameters may be mixed at will.
 
-Whole tensors go in and out through DeepSpeed's own `safe_get_full_*` and `safe_set_full_*`, so checkpoints have the
+ZeRO-3 builds the model block by block, each rank keeping its part of it at once; ZeRO-1 and 2 hold all weights on every
+rank anyway. Whole tensors go in and out through DeepSpeed's own `safe_get_full_*` and `safe_set_full_*`, so checkpoints have the
 same format as under any other strategy. Note that ZeRO-2 and 3 reduce gradients at every pack: that is what they are.
 """
 
@@ -19,11 +20,12 @@ import torch
 import torch.distributed as dist
 
 from terrace.errors import InputError, TerraceError
-from terrace.models.build import materialise
+from terrace.models.build import materialise, restore_buffers
+from terrace.models.parts import language_layers, vision_blocks
 from terrace.models.weights import TensorSource
 from terrace.recipe.schema import Stage
 from terrace.train.context import WorkerContext, data_place
-from terrace.train.precision import LossScale
+from terrace.train.precision import DTYPES, LossScale
 from terrace.train.strategies.interface import (
     OPTIMIZER_KINDS,
     Kind,
@@ -44,22 +46,30 @@ class Zero:
         self._offload_activations = stage.activation_offload
         self._zero_stage = int(stage.parallel.strategy[-1])
         self.loss_scale = LossScale() if stage.precision == "fp16" else None
-        self.model = materialise(setup.skeleton, setup.source, context.device)
+        configuration = _configuration(stage, context)
+        # Its swapper wants to see all parameters at once, so for nvme the whole model is built first.
+        by_block = self._zero_stage == 3 and stage.parallel.offload_parameters != "nvme"
+        if by_block:
+            self.model = _partitioned(setup, configuration)
+        else:
+            self.model = materialise(setup.skeleton, setup.source, context.device)
         self._parameters: dict[str, Any] = dict(self.model.named_parameters())
         self._trained = [name for group in setup.groups for name in group.names]
         optimizer = torch.optim.AdamW(torch_groups(setup.groups, self._parameters), **optimizer_arguments(stage))
-        self._frozen_masters = _keep_frozen_masters(self._parameters, stage)
+        self._frozen_masters = _keep_frozen_masters(self._parameters, setup.source, stage)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=StepModule(self.model, setup.loss),
             optimizer=optimizer,
             model_parameters=[self._parameters[name] for name in self._trained],
-            config=_configuration(stage, context),
+            config=configuration,
             dist_init_required=False,
         )
         self._groups = [group.names for group in setup.groups]
         self._steps = dict.fromkeys(self._trained, 0)
         self._create_state()
         _rotary_in_float32(self.model)
+        if by_block and stage.precision != "fp32":
+            self.load_weights(setup.source)  # the masters, which were made from weights in compute precision
 
     def loss(self, batch: Any) -> torch.Tensor:
         with torch.no_grad():
@@ -264,18 +274,52 @@ def _configuration(stage: Stage, context: WorkerContext) -> dict[str, Any]:
     return configuration
 
 
-def _keep_frozen_masters(parameters: dict[str, Any], stage: Stage) -> dict[str, torch.Tensor]:
+def _keep_frozen_masters(parameters: dict[str, Any], source: TensorSource, stage: Stage) -> dict[str, torch.Tensor]:
     """DeepSpeed casts frozen weights to the compute precision and keeps no master: hold float32 copies on the host."""
     if stage.precision == "fp32":
         return {}
-    frozen = {name: p for name, p in parameters.items() if not p.requires_grad}
-    return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in frozen.items()}
+    frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
+    return {name: source(name).to("cpu", torch.float32, copy=True) for name in frozen}
+
+
+def _partitioned(setup: Setup, configuration: dict[str, Any]) -> Any:
+    """ZeRO-3: fill the skeleton block by block and let each rank keep its part at once.
+
+    A rank never holds more than one whole block (or the embeddings) beside its share, in compute precision.
+    """
+    import deepspeed
+
+    model, dtype = setup.skeleton, DTYPES[setup.stage.precision]
+    names = {id(module): name for name, module in model.named_modules()}
+    blocks = [*vision_blocks(model), *language_layers(model)]
+    inside = {id(module) for block in blocks for module in block.modules()}
+    rest = [module for module in model.modules() if id(module) not in inside and _own_tensors(module)]
+    for whole in (*blocks, *rest):
+        for module in whole.modules() if whole in blocks else (whole,):
+            _fill_module(module, names[id(module)], setup.source, setup.context.device, dtype)
+        model.tie_weights()  # filling the embeddings made a new parameter of them
+        if whole in blocks or next(whole.parameters(recurse=False), None) is not None:
+            deepspeed.zero.Init(module=whole, config_dict_or_path=configuration, mem_efficient_linear=False)
+    restore_buffers(model)
+    return model
+
+
+def _own_tensors(module: torch.nn.Module) -> bool:
+    return any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False)))
+
+
+def _fill_module(module: torch.nn.Module, name: str, source: TensorSource, device: str, dtype: torch.dtype) -> None:
+    """Memory and weights for the module's own parameters, memory for its buffers; none for what has them already."""
+    if not any(tensor.is_meta for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+        return
+    module.to_empty(device=device, recurse=False)
+    with torch.no_grad():
+        for leaf, parameter in module.named_parameters(recurse=False):
+            parameter.data = source(f"{name}.{leaf}").to(device, dtype)
 
 
 def _rotary_in_float32(model: Any) -> None:
     """DeepSpeed casts buffers along with the weights; rotary frequencies must not lose digits."""
-    from terrace.models.build import restore_buffers
-
     restore_buffers(model)
 
 
