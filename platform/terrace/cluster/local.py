@@ -64,6 +64,9 @@ class LocalLauncher:
             return
         stage_dir = stage_directory(request.run_dir, request.stage_index, request.stage)
         attempts.claim_attempt(stage_dir, request.attempt)
+        if self._started_ray and not ray_lives():
+            LOGGER.warning("Ray's raylet on this machine is gone; it is started anew")
+            self.close()
         # Not in the attempt's thread: Ray's processes die with the very thread that started them (PR_SET_PDEATHSIG).
         self._started_ray = start_ray(self._recipe, self._dashboard) or self._started_ray
         running = _Running(threading.Thread(target=lambda: None))
@@ -215,6 +218,16 @@ def _own_signal_handlers() -> Iterator[None]:
         for number, handler in before.items():
             if handler is not None:
                 signal.signal(number, handler)
+
+
+def ray_lives() -> bool:
+    """Whether a Ray that this process started can still run anything: its raylet is our child, and a dead one never comes back."""
+    if os.environ.get("RAY_ADDRESS"):
+        return True  # the cluster's own affair
+    import psutil
+
+    children = psutil.Process().children(recursive=True)
+    return any(child.name() == "raylet" and child.status() != psutil.STATUS_ZOMBIE for child in children)
 
 
 def _installed() -> bool:
