@@ -109,6 +109,19 @@ def test_a_response_does_not_depend_on_its_batch(model):
     assert other[0][0].tokens.tolist() != together[0][0].tokens.tolist()
 
 
+def test_a_complete_group_is_handed_on_while_others_decode(model, monkeypatch):
+    """So that rewards are computed meanwhile; and every group is handed on once, as it is returned."""
+    engine, steps, arrived = engine_of(model, stop=range(0, 512, 4)), [], []
+    decode = engine._decode
+    monkeypatch.setattr(engine, "_decode", lambda *arguments: steps.append(1) or decode(*arguments))
+    sampling = Sampling(samples=2, max_tokens=24, seed=4)
+    groups = engine.generate(PROMPTS, sampling, lambda place, group: arrived.append((len(steps), place, group)))
+    assert sorted(place for _, place, _ in arrived) == [0, 1, 2]
+    assert min(when for when, _, _ in arrived) < len(steps)
+    for _, place, group in arrived:
+        assert [response.tokens.tolist() for response in group] == [response.tokens.tolist() for response in groups[place]]
+
+
 def test_samples_follow_the_distribution(model):
     """The first token of 4,000 samples of a prompt against its probabilities, whole and with top_p."""
     prompt, samples = PROMPTS[1], 4000

@@ -9,11 +9,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
 import pytest
+import rl_rules
 import rl_stage
 from processes import run_ranks
 from rl_stage import break_at, figures_of, prepare, rl_recipe, run
@@ -21,6 +24,8 @@ from rl_stage import break_at, figures_of, prepare, rl_recipe, run
 from terrace.curriculum.machine import metric_value
 from terrace.data.prepare import load_prepared
 from terrace.errors import InputError, Preempted
+from terrace.rewards.remote import RewardServiceError
+from terrace.rewards.types import RewardItem
 from terrace.rl.collect import RewardFailures
 from terrace.rl.native import NativeEngine
 from terrace.rl.prompts import PromptOrder
@@ -203,6 +208,47 @@ def test_too_many_failed_rewards_stop_the_stage(folder):
     assert line["tasks"]["digits"]["reward_failures"] == 1.0
     assert line["groups_unjudged"] > 0
     assert Path(folder / "tolerant" / "result.json").is_file()
+
+
+class JudgeOfDigits(BaseHTTPRequestHandler):
+    """A reward service that says what rl_rules.share_of_digits says, until it has answered `answers_left` requests."""
+
+    answers_left = 0
+
+    def do_POST(self):
+        items = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["items"]
+        values = rl_rules.share_of_digits([RewardItem("", item["response"], None) for item in items])
+        body = json.dumps({"scores": [{"value": value} for value in values]}).encode()
+        JudgeOfDigits.answers_left -= 1
+        self.send_response(200 if JudgeOfDigits.answers_left >= 0 else 503)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_):
+        """Quiet."""
+
+
+def test_a_dead_reward_service_stops_the_stage_which_goes_on_when_it_is_back(folder, undisturbed):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), JudgeOfDigits)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    options = {"url": url, "task": "digits", "attempts": 2, "pause_seconds": 0.01}
+    rewards = {"digits": [{"name": "remote", "options": options}], "capitals": [{"name": "rl_rules:share_of_capitals"}]}
+    recipe = rl_recipe(folder, rewards=rewards)
+    try:
+        JudgeOfDigits.answers_left = 2 * 4 + 3  # the evaluation before the stage, and a part of the iterations
+        with pytest.raises(RewardServiceError, match="2 attempts"):
+            run(recipe, folder, "dead-service")
+        done = figures_of(folder, "dead-service")
+        assert done == undisturbed[: len(done)], "no iteration counted an answer that was not judged"
+        assert len(done) < 3
+        JudgeOfDigits.answers_left = 1000
+        run(recipe, folder, "dead-service")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert figures_of(folder, "dead-service") == undisturbed
 
 
 def test_what_is_not_offered_is_refused_before_anything_runs(folder):
