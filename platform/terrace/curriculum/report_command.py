@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from terrace.cluster import mirror
+from terrace.curriculum.command import run_directory
 from terrace.errors import InputError
 
 if TYPE_CHECKING:
@@ -22,8 +24,8 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         description="Write one self-contained HTML file about a run, during it or afterwards: timeline, curves, held-out losses, "
         "plan against measurement, checkpoints and their lineage, every failure and resume.",
     )
-    report.add_argument("run_dir", type=Path, help="run directory")
-    report.add_argument("other", type=Path, nargs="?", metavar="RUN_B", help="a second run, shown beside the first")
+    report.add_argument("run_dir", type=run_directory, help="directory of the run, or s3://BUCKET/PREFIX")
+    report.add_argument("other", type=run_directory, nargs="?", metavar="RUN_B", help="a second run, shown beside the first")
     report.add_argument("--out", type=Path, metavar="FILE", help="where to write it (default: RUN_DIR/report.html)")
     report.set_defaults(main=report_command)
 
@@ -37,6 +39,7 @@ def report_command(arguments: argparse.Namespace) -> int:
     if out.is_dir():
         raise InputError(f"--out {out} is a folder; name a file, for example {out / 'report.html'}")
     write_page(runs, out)
+    mirror.flush(out.parent)  # of a run on S3: the report lies beside it
     print(f"{out}  ({out.stat().st_size / 1e6:.1f} MB)")
     return 0
 
