@@ -1,13 +1,13 @@
 """Seconds per RL iteration: Terrace's on-policy stage beside TRL's GRPOTrainer with transformers generation, on CPU.
 
     make bench-rl                         # Terrace alone
-    make bench-rl ARGS="--trl DIR"        # beside TRL, which lies in a folder of its own:
-    pip install --target DIR --no-deps trl accelerate datasets dill multiprocess xxhash "torchvision==0.28.*"
+    make bench-rl ARGS="--trl DIR"        # beside TRL, of `pip install -e '.[bench]'`; DIR has torchvision, which TRL's
+                                          # processor wants: pip install --target DIR --no-deps "torchvision==0.28.*"
 
 Both train the same tiny Qwen2.5-VL from the same weights in fp32 on the same drawn images and questions, with the same
 number of prompts, samples and tokens, one optimizer step per iteration, no KL, the same reward (the share of digits;
 Terrace in its sandbox, TRL in the process). The first iteration is left out. Both processes have the same number of
-threads.
+threads; beside the seconds stand the seconds of processor time, which other load on the machine changes less.
 """
 
 from __future__ import annotations
@@ -50,17 +50,42 @@ def recipe_of(folder: Path, args: argparse.Namespace):
     return Recipe.model_validate(values)
 
 
+class Marks:
+    """Time and processor time of this process at the end of every iteration."""
+
+    def __init__(self) -> None:
+        self._marks: list[tuple[float, float]] = []
+
+    def mark(self) -> None:
+        self._marks.append((time.perf_counter(), time.process_time()))
+
+    def medians(self) -> dict[str, float]:
+        """Of the differences between neighbouring marks."""
+        spans = [[late - early for early, late in zip(*pair)] for pair in itertools.pairwise(self._marks)]
+        wall, processor = (statistics.median(values) for values in zip(*spans))
+        return {"step_seconds": wall, "processor_seconds": processor}
+
+
 def run_terrace(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """Median seconds of an iteration and of its parts."""
-    from rl_stage import run
+    import torch
 
-    os.environ["TERRACE_TEST_THREADS"] = str(args.threads)
-    run(recipe_of(folder, args), folder, "terrace")
-    lines = [json.loads(line) for line in (folder / "terrace" / "metrics.jsonl").read_text().splitlines()][1:]
-    names = ("step_seconds", "rollout_seconds", "reward_seconds", "update_seconds", "sync_seconds")
-    return {name: statistics.median(line[name] for line in lines) for name in names} | {
-        "response_tokens": statistics.mean(line["supervised_tokens"] for line in lines)
-    }
+    from terrace.data.prepare import load_prepared
+    from terrace.rl.loop import train_rl_stage
+    from terrace.train.context import WorkerContext
+
+    torch.set_num_threads(args.threads)
+    marks = Marks()
+    stage_dir = folder / "terrace"
+    stage_dir.mkdir()
+    train_rl_stage(
+        recipe_of(folder, args), 0, load_prepared(folder / "data"), stage_dir, None, WorkerContext(),
+        [lambda event, _: marks.mark() if event == "step" else None],
+    )  # fmt: skip
+    lines = [json.loads(line) for line in (stage_dir / "metrics.jsonl").read_text().splitlines()][1:]
+    names = ("rollout_seconds", "reward_seconds", "update_seconds", "sync_seconds")
+    parts = {name: statistics.median(line[name] for line in lines) for name in names}
+    return marks.medians() | parts | {"response_tokens": statistics.mean(line["supervised_tokens"] for line in lines)}
 
 
 def run_trl(folder: Path, args: argparse.Namespace) -> dict[str, float]:
@@ -104,11 +129,11 @@ def run_trl(folder: Path, args: argparse.Namespace) -> dict[str, float]:
             for row in rows
         ]
     )
-    marks: list[float] = []
+    marks = Marks()
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_args, **_keywords):
-            marks.append(time.perf_counter())
+            marks.mark()
 
     def digits(completions, **_):
         texts = [c[0]["content"] if isinstance(c, list) else c for c in completions]
@@ -147,7 +172,7 @@ def run_trl(folder: Path, args: argparse.Namespace) -> dict[str, float]:
         callbacks=[Clock()],
     )
     trainer.train()
-    return {"step_seconds": statistics.median(b - a for a, b in itertools.pairwise(marks))}
+    return marks.medians()
 
 
 def export_weights(folder: Path, args: argparse.Namespace) -> None:
@@ -175,7 +200,7 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=100_352)
     parser.add_argument("--iterations", type=int, default=6)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--trl", help="folder that holds TRL (see above)")
+    parser.add_argument("--trl", help="measure TRL too, with this folder on its path (see above)")
     parser.add_argument("--only", choices=["terrace", "trl"])
     parser.add_argument("--folder", type=Path)
     args = parser.parse_args()
@@ -206,9 +231,8 @@ def main() -> None:
     for which, figures in results.items():
         print(f"{which:8s} " + "  ".join(f"{name} {value:.3f}" for name, value in figures.items()))
     if len(results) == 2:
-        print(
-            f"\nTerrace takes {results['terrace']['step_seconds'] / results['trl']['step_seconds']:.2f} of TRL's time."
-        )
+        ratios = [results["terrace"][name] / results["trl"][name] for name in ("step_seconds", "processor_seconds")]
+        print(f"\nTerrace takes {ratios[0]:.2f} of TRL's time, {ratios[1]:.2f} of its processor time.")
 
 
 if __name__ == "__main__":

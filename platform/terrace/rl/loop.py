@@ -32,15 +32,13 @@ from terrace.recipe.schema import GrpoOptions, Recipe, Stage
 from terrace.rewards.alarm import hacking_alarms
 from terrace.rewards.router import Router
 from terrace.rewards.sandbox import SandboxPool
-from terrace.rl.advantages import group_advantages
-from terrace.rl.collect import Collected, Collector, Group
+from terrace.rl.collect import Collector
 from terrace.rl.engines import forbidden_tokens, open_engine
 from terrace.rl.figures import examples, form_of, mean_reward, past_forms, task_figures
-from terrace.rl.pools import PASS_REWARD
+from terrace.rl.iteration import batch_counts, crossed, own_groups, pass_rate, update_line
 from terrace.rl.prompts import PromptOrder, PromptReader, held_out
 from terrace.rl.rollout import Sampling
 from terrace.rl.stored import forget_iterations, iteration_folder
-from terrace.rl.units import TrainGroup, deal_groups, group_cost
 from terrace.rl.update import PolicyStepper, UpdateOutcome
 from terrace.train.checkpoint import CheckpointWriter, json_bytes, write_durably
 from terrace.train.collectives import barrier, gather_rows
@@ -51,7 +49,7 @@ from terrace.train.metrics import MetricsLog
 from terrace.train.optimizer import parameter_groups, part_learning_rates, schedule_factor
 from terrace.train.progress import next_attempt, resume_or_hand_over
 from terrace.train.setup import prepare_strategy
-from terrace.train.step import BatchCounts, NonFinite, seed_step
+from terrace.train.step import NonFinite, seed_step
 
 log = logging.getLogger(__name__)
 
@@ -288,87 +286,6 @@ def policy_options(stage: Stage, options: GrpoOptions, forbidden: tuple[int, ...
         chunk_tokens=stage.loss_chunk_tokens,
         one_head_call=stage.parallel.strategy == "zero3",
     )
-
-
-def pass_rate(group: Group) -> float:
-    """Share of the judged responses that pass; 0 if none was judged."""
-    judged = group.rewards[group.rewards == group.rewards]
-    return float((judged >= PASS_REWARD).mean()) if len(judged) else 0.0
-
-
-def own_groups(
-    part: Sequence[Group], options: GrpoOptions, collected: Collected, collector: Collector, context: WorkerContext
-) -> list[TrainGroup]:
-    """This rank's groups of an update with their advantages. Prompts that another rank has decoded are read here."""
-    costs = [group_cost(group.prompt_tokens, group.patches, group.response_tokens) for group in part]
-    mine = [part[number] for number in deal_groups(costs, context.world_size, context.rank)]
-    missing = [group.drawn for group in mine if group.drawn not in collected.prompts]
-    if missing:
-        collected.prompts.update(zip(missing, collector.reader.read(missing)))
-    made = []
-    for group in mine:
-        advantages, counted = group_advantages(
-            group.rewards, [0] * len(group.rewards), options.normalise, options.baseline
-        )
-        chosen = [place for place, counts in enumerate(counted) if counts]
-        made.append(TrainGroup(
-            prompt=collected.prompts[group.drawn],
-            responses=tuple(group.responses[place] for place in chosen),
-            advantages=tuple(float(advantages[place]) for place in chosen),
-        ))  # fmt: skip
-    return made
-
-
-def batch_counts(part: Sequence[Group], stage: Stage, stop: bool) -> BatchCounts:
-    """What an update trains on, from what all ranks know."""
-    sources = dict.fromkeys(sorted(stage.mixture.weights), 0)
-    for group in part:
-        sources[group.drawn.key[0]] += len(group.responses)
-    return BatchCounts(
-        supervised_tokens=sum(group.response_tokens for group in part),
-        tokens=sum(group.prompt_tokens + group.response_tokens for group in part),
-        samples=sum(len(group.responses) for group in part),
-        visual_tokens=sum(group.patches // 4 for group in part),
-        packs=len(part),
-        samples_per_source=sources,
-        max_over_mean_cost=1.0,
-        model_flops=0.0,  # not measured: most of an iteration is decoding
-        stop=stop,
-    )
-
-
-def update_line(outcome: UpdateOutcome | None, counts: BatchCounts, stage: Stage, seconds: float) -> dict[str, Any]:
-    """The fields of metrics.jsonl that every stage has, and those of the policy step."""
-    line: dict[str, Any] = {
-        "loss": outcome.loss if outcome and math.isfinite(outcome.loss) else None,
-        "supervised_tokens": counts.supervised_tokens,
-        "tokens": counts.tokens,
-        "samples": counts.samples,
-        "grad_norm": outcome.grad_norm if outcome and math.isfinite(outcome.grad_norm) else None,
-        "step_seconds": seconds,
-        "data_wait_seconds": 0.0,
-        "tokens_per_second": counts.tokens / seconds,
-        "pack_fill": outcome.rows / (outcome.packs * stage.sequence_length) if outcome else 0.0,
-        "samples_per_source": counts.samples_per_source,
-        "max_over_mean_cost": counts.max_over_mean_cost,
-        "visual_tokens": counts.visual_tokens,
-    }
-    if outcome is None or outcome.skipped:
-        line["skipped"] = True
-    if outcome is not None:
-        line |= {
-            "update_seconds": outcome.seconds,
-            "logprob_mismatch_mean": outcome.mismatch_mean,
-            "logprob_mismatch_max": outcome.mismatch_max,
-            "clipped": outcome.clipped,
-            "kl": outcome.kl,
-        }
-    return line
-
-
-def crossed(step: int, updates: int, every: int) -> bool:
-    """Whether a multiple of `every` lies in the last `updates` steps."""
-    return step // every > (step - updates) // every
 
 
 def alarm(message: str, notify: Observer) -> None:
