@@ -93,14 +93,14 @@ def _launcher_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dashboard", action="store_true", help="launcher local: start Ray's dashboard too")
 
 
-def run_directory(text: str) -> Path:
-    """A folder that this machine and, on a cluster, every worker sees at the same path; of a run on S3, its local folder."""
+def run_directory(text: str) -> str:
+    """A folder that this machine and, on a cluster, every worker sees at the same path, or a place on S3; `mirror.open_run` opens it."""
     if "://" in text and not mirror.is_stored(text):
         raise InputError(f"--run-dir {text}: a run directory is a folder (on a cluster one that all machines share) or s3://BUCKET/PREFIX")
-    return mirror.open_run(text) if mirror.is_stored(text) else Path(text)
+    return text
 
 
-def run_name(text: str) -> Path | str:
+def run_name(text: str) -> str:
     return text if on_kubernetes.is_reference(text) else run_directory(text)
 
 
@@ -120,6 +120,7 @@ def run_command(arguments: argparse.Namespace) -> int:
         return on_kubernetes.run(recipe, arguments)
     if arguments.run_dir is None:
         raise InputError("name the run's directory: --run-dir DIR")
+    arguments.run_dir = mirror.open_run(arguments.run_dir)
     if arguments.stage or arguments.attempt:
         from terrace.curriculum.single import run_single_attempt
 
@@ -138,14 +139,15 @@ def resume_command(arguments: argparse.Namespace) -> int:
     from terrace.curriculum.run_directory import require_run
     from terrace.curriculum.state import fold
 
-    if isinstance(arguments.run_dir, str):
+    if on_kubernetes.is_reference(arguments.run_dir):
         return on_kubernetes.wish(arguments.run_dir, "resume", arguments.from_stage)
+    arguments.run_dir = mirror.open_run(arguments.run_dir)
     recipe = require_run(arguments.run_dir)
     if arguments.from_stage:
         return _control(recipe, arguments, _rerun(arguments))
     state = fold([stage.name for stage in recipe.stages], read_journal(arguments.run_dir).events)
     if state.phase == "cancelled":
-        raise InputError(f"{arguments.run_dir} was cancelled, which is for good; --from STAGE runs stages again")
+        raise InputError(f"{mirror.place_of(arguments.run_dir)} was cancelled, which is for good; --from STAGE runs stages again")
     waits = state.phase in ("paused", "suspended", "failed")
     return _control(recipe, arguments, {"event": "resume_requested"} if waits else None)
 
@@ -181,9 +183,9 @@ def validate_command(arguments: argparse.Namespace) -> int:
 def status_command(arguments: argparse.Namespace) -> int:
     from terrace.curriculum.status import print_status, run_status
 
-    if isinstance(arguments.run_dir, str):
+    if on_kubernetes.is_reference(arguments.run_dir):
         return on_kubernetes.status(arguments.run_dir, arguments.json)
-    status = run_status(arguments.run_dir)
+    status = run_status(mirror.open_run(arguments.run_dir))
     if arguments.json:
         print(json.dumps(status, indent=2))
     else:
@@ -197,21 +199,22 @@ def request_command(arguments: argparse.Namespace) -> int:
     from terrace.curriculum.run_directory import require_run
     from terrace.curriculum.state import TERMINAL, fold
 
-    run_dir, kind = arguments.run_dir, arguments.request
+    place, kind = arguments.run_dir, arguments.request
     word = kind.removesuffix("_requested")
-    if isinstance(run_dir, str):
-        return on_kubernetes.wish(run_dir, word)
+    if on_kubernetes.is_reference(place):
+        return on_kubernetes.wish(place, word)
+    run_dir = mirror.open_run(place)
     names = [stage.name for stage in require_run(run_dir).stages]
     state = fold(names, read_journal(run_dir).events)
     if state.phase in TERMINAL:
-        raise InputError(f"{run_dir}: the run is {state.phase}; there is nothing to {word}")
+        raise InputError(f"{place}: the run is {state.phase}; there is nothing to {word}")
     try:
         with Journal(run_dir) as journal:
             journal.append({"event": kind})
-        print(f"{run_dir}: {word} noted; no controller works on it now")
+        print(f"{place}: {word} noted; no controller works on it now")
     except LeaseHeld:
         leave_request(run_dir, {"event": kind})
-        print(f"{run_dir}: {word} asked of its controller; `terrace status {run_dir}` shows when it is done")
+        print(f"{place}: {word} asked of its controller; `terrace status {place}` shows when it is done")
     return 0
 
 
@@ -219,8 +222,9 @@ def logs_command(arguments: argparse.Namespace) -> int:
     from terrace.curriculum.journal import lease_holder
     from terrace.curriculum.run_directory import require_run
 
-    if isinstance(arguments.run_dir, str):
+    if on_kubernetes.is_reference(arguments.run_dir):
         return on_kubernetes.logs(arguments.run_dir)
+    arguments.run_dir = mirror.open_run(arguments.run_dir)
     require_run(arguments.run_dir)
     pattern = f"stages/*-{arguments.stage or '*'}/attempts/*/rank-{arguments.rank:04d}.log"
     logs = sorted(Path(arguments.run_dir).glob(pattern), key=lambda path: path.stat().st_mtime)

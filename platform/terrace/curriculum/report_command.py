@@ -33,7 +33,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 def report_command(arguments: argparse.Namespace) -> int:
     from terrace.track.report_page import write_page
 
-    run_dirs = [arguments.run_dir, *([arguments.other] if arguments.other else [])]
+    run_dirs = [mirror.open_run(place) for place in (arguments.run_dir, arguments.other) if place]
     runs = [collect_run(run_dir) for run_dir in run_dirs]
     out = arguments.out or (run_dirs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
     if out.is_dir():
