@@ -133,6 +133,8 @@ def check_kernels(args: argparse.Namespace) -> dict[str, Any]:
             expected = exact_attention(*repeated, lengths, causal)
             expected_gradients = torch.autograd.grad(expected, reference, slope.to(dtype).float())
             for backend in backends:
+                if backend == "flex" and (case, dtype) != ("language", torch.bfloat16):
+                    continue  # compiling it takes half a minute per case
                 label = f"{case}, {backend}, {str(dtype).removeprefix('torch.')}"
                 results[label] = _one_kernel(backend, inputs, slope.to(dtype), lengths, causal, expected, expected_gradients, args)
     return results
@@ -205,8 +207,8 @@ def check_loss(args: argparse.Namespace) -> dict[str, Any]:
 VARIANTS: dict[str, dict[str, Any]] = {
     # settings of the stage; the best one is what a user would choose for this GPU
     "fsdp": {"parallel": {"strategy": "fsdp"}},
-    "ddp": {"parallel": {"strategy": "ddp"}},
-    "fsdp, language recomputed": {"parallel": {"strategy": "fsdp"}, "recompute": ["language"]},
+    "fsdp, vision recomputed": {"parallel": {"strategy": "fsdp"}, "recompute": ["vision"]},
+    "ddp, vision recomputed": {"parallel": {"strategy": "ddp"}, "recompute": ["vision"]},  # without, it needs 135 GiB
     "fsdp, all recomputed": {"parallel": {"strategy": "fsdp"}, "recompute": ["vision", "language"]},
 }
 
@@ -395,6 +397,7 @@ def main() -> int:
         setattr(args, name, getattr(args, name) or value)
     args.warm_steps = 1 if args.tiny else 2
     if args.device.startswith("cuda"):
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # read at the first allocation
         if not torch.cuda.is_available():
             print("no CUDA device here; --tiny runs the same code on a CPU", file=sys.stderr)
             return 2

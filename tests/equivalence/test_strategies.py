@@ -19,6 +19,7 @@ from ranks import (
 )
 
 from terrace.models.weights import Directory
+from terrace.recipe.schema import Recipe
 
 STRATEGIES = ["fsdp", "zero1", "zero2", "zero3"]
 
@@ -128,6 +129,44 @@ def test_a_checkpoint_crosses_strategies_and_numbers_of_ranks(tmp_path, referenc
     back = cut_back(tmp_path / "fsdp", 4)
     train_stages(0, 1, two_stages("ddp").model_dump(mode="json"), str(back), first=1)
     assert_same_run(back, reference, 1e-5, 1e-4)
+
+
+def most_held_while_loading(rank: int, world_size: int, values: dict) -> float:
+    """The largest share of the model's parameters that a rank held whole while the strategy was being made."""
+    from unittest import mock
+
+    import terrace.train.setup as setup
+    from terrace.models.build import model_config
+    from terrace.objectives.lm import lm_objective
+    from terrace.train.context import WorkerContext
+
+    recipe, real, shares = Recipe.model_validate(values), setup.initial_weights, []
+
+    def watched(model, skeleton, start=None):
+        source, report = real(model, skeleton, start)
+        total = sum(parameter.numel() for parameter in skeleton.parameters())
+
+        def read(name):
+            shares.append(sum(p.numel() for p in skeleton.parameters() if not p.is_meta) / total)
+            return source(name)
+
+        return read, report
+
+    context = WorkerContext(rank=rank, world_size=world_size, local_rank=rank)
+    with mock.patch.object(setup, "initial_weights", watched):
+        setup.prepare_strategy(recipe, recipe.stages[0], model_config(recipe.model), context, lm_objective(64))
+    return max(shares)
+
+
+@pytest.mark.slow
+def test_zero3_never_holds_the_whole_model():
+    """Two ranks; embeddings, output layer and a block are each a sixth of this model. zero1 holds all of it."""
+    held = {
+        name: run_ranks(2, most_held_while_loading, tiny_recipe(parallel={"strategy": name}).model_dump(mode="json"))
+        for name in ("zero1", "zero3")
+    }
+    assert max(held["zero3"]) < 0.3
+    assert min(held["zero1"]) == 1.0
 
 
 @pytest.mark.slow
