@@ -106,6 +106,18 @@ def test_small_files_go_both_ways_and_others_stay(machines: Machines, run: str):
     assert follower.read() == '{"step": 1}\n', "an open reader sees the file grow"
 
 
+def test_a_file_too_large_to_keep_in_step_stays_where_it_is(machines: Machines, run: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(mirror, "LARGEST_BYTES", 100)
+    with machines.on("a"):
+        here = mirror.open_run(run)
+        (here / "stages/01-warm/profile").mkdir(parents=True)
+        (here / "stages/01-warm/profile/trace.json").write_text("x" * 101)
+        mirror.synchronise(here)
+        mirror.open_run(run)
+    assert (here / "stages/01-warm/profile/trace.json").exists()
+    assert conditional.list_objects(run) == []
+
+
 def test_what_a_killed_process_had_not_stored_did_not_happen(machines: Machines, run: str):
     with machines.on("a"):
         here = mirror.open_run(run)

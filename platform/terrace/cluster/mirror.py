@@ -34,6 +34,7 @@ from terrace.errors import InputError
 log = logging.getLogger(__name__)
 
 SYNC_SECONDS = 2.0
+LARGEST_BYTES = 512 * 2**20  # a file beyond this (a profiler's trace) stays on its machine
 UPLOAD_BYTES_PER_SECOND = 2**20  # a file that grows is written whole each time: it waits a second per MiB between two writes
 MARK, STATE, LOCK, USERS, FETCHED = ".storage.json", ".mirror.json", ".mirror.lock", ".mirror.users", ".fetched"
 DATA_LAST, FINAL_LAST = "prepared.json", "config.json"  # written last into their folders: with them, the folder is complete
@@ -281,7 +282,7 @@ def _local_names(root: Path) -> list[str]:
         prefix = "" if inside == "." else f"{inside}/"
         below[:] = [name for name in below if not name.startswith(".") and (prefix or name not in _NOT_AT_TOP) and name != "final"]
         names += [prefix + name for name in files if is_small(prefix + name)]
-    return names
+    return [name for name in names if (stamp := _stamp(root / name)) is not None and stamp[1] <= LARGEST_BYTES]
 
 
 def _stamp(path: Path) -> tuple[int, int] | None:
