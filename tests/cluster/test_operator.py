@@ -415,6 +415,43 @@ def test_clock_that_jumps_makes_no_failures(bench):
     assert [(s["attempt"], s["infraRestarts"]) for s in status["stages"]] == [(1, 0), (2, 0)]
 
 
+def test_a_slow_start_is_no_stall(bench):
+    """Pulling an image may take longer than a program may be silent: silence counts from the program's start."""
+    bench.store.create(tiny_curriculum(behaviour={"steps": 4, "step_seconds": 20},
+                                       failurePolicy={"stallTimeoutSeconds": 30, "preRunningTimeoutSeconds": 600}))  # fmt: skip
+    bench.cluster.boot_seconds = 200.0
+    bench.run(210.0, step=0.5)
+    bench.cluster.boot_seconds = 0.2
+    status = bench.run_until("Succeeded", seconds=400)
+    assert [(s["attempt"], s["infraRestarts"]) for s in status["stages"]] == [(1, 0), (1, 0)]
+
+
+def test_a_clock_set_back_does_not_hide_a_stall_and_costs_no_reconciles(bench):
+    bench.store.create(tiny_curriculum(behaviour={"steps": 20, "stages": {"warmup": {"attempts": {"1": {"hang": True}}}}},
+                                       failurePolicy={"stallTimeoutSeconds": 30, "backoffSeconds": 0.2}))  # fmt: skip
+    bench.run(3.0)
+    bench.clock.now -= 3600
+    waits = []
+    for _ in range(56):
+        bench.run(0.5)
+        waits.append(bench.controller.handle("tiny"))
+    assert bench.status()["stages"][0]["attempt"] == 1
+    assert min(waits[:40]) > 5, "it looks again when the silence would be too long, not all the time"
+    bench.run(10.0)
+    assert "Stalled" in str(bench.events())
+    assert bench.run_until("Succeeded")["stages"][0]["infraRestarts"] == 1
+
+
+def test_what_has_ended_costs_nothing_more(bench):
+    bench.store.create(tiny_curriculum())
+    bench.run_until("Succeeded")
+    bench.run(2.0)
+    assert bench.controller.handle("tiny") is None
+    assert bench.controller.resync() == []
+    bench.edit(resumeToken="again", rerunFrom="warmup")
+    assert bench.controller.resync() == ["tiny"], "an edit is looked at even if its event was lost"
+
+
 def test_deleted_curriculum_leaves_nothing(bench):
     bench.store.create(tiny_curriculum(behaviour={"steps": 50}))
     bench.run(1.5)
