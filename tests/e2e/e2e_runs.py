@@ -50,7 +50,7 @@ def run_to_end(run_dir: Path | str, overrides: list[str], *more: str) -> subproc
         env=environment(),
         capture_output=True,
         text=True,
-        timeout=540,
+        timeout=1500,
         cwd=REPOSITORY,
     )
 
@@ -61,11 +61,11 @@ def kill_when(run_dir: Path | str, overrides: list[str], due: Callable[[], bool]
         command(run_dir, overrides, *more), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True, cwd=REPOSITORY,
     )  # fmt: skip
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 900
     try:
         while not due():
             assert process.poll() is None, f"the run ended by itself with {process.returncode} before it could be killed"
-            assert time.monotonic() < deadline, "the moment to kill the run did not come within 240 s"
+            assert time.monotonic() < deadline, "the moment to kill the run did not come within 900 s"
             time.sleep(0.005)
         if number == signal.SIGKILL:
             os.killpg(process.pid, number)

@@ -23,8 +23,8 @@ HERE = Path(__file__).resolve().parent
 STAGES = ["01-projector-warmup", "02-alignment", "03-pretraining", "04-long-context"]
 # Decoding in the training process: a worker group starts in half the time.
 INLINE = [f"stages.{stage[3:]}.data_loading.engine=inline" for stage in STAGES]
-PATIENCE_S = 400.0
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(3000)]
+PATIENCE_S = 900.0
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(5400)]
 
 
 @pytest.fixture(scope="module")

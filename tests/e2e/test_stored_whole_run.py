@@ -23,7 +23,7 @@ from terrace.data.conditional import list_objects, read_versioned
 STAGES = ["01-projector-warmup", "02-alignment", "03-pretraining", "04-long-context"]
 INLINE = [f"stages.{stage[3:]}.data_loading.engine=inline" for stage in STAGES]
 RUN = f"s3://{BUCKET}/whole-run"
-pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(3600)]
 
 
 @pytest.fixture(scope="module")
