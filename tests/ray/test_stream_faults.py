@@ -78,9 +78,10 @@ def test_s3_refuses_every_fifth_request(remote, server, expected) -> None:
 
 @pytest.mark.slow
 def test_s3_is_gone_for_20_seconds(remote, server, expected) -> None:
-    _, prepared, plan = remote
-    recipe = plan.recipe.model_copy(deep=True)
-    recipe.stages[0].data_loading.packs_per_task = 1  # so that most of the tasks come after the third step
+    recipe, prepared, _ = remote
+    [stage] = recipe.stages
+    loading = stage.data_loading.model_copy(update={"packs_per_task": 1})  # so that most of the tasks come after the second step
+    recipe = recipe.model_copy(update={"stages": [stage.model_copy(update={"data_loading": loading})]})
     plan = StagePlan.build(recipe, 0, prepared)
     found, returned = [], threading.Timer(20, server.start)
     for step in open_stream(plan, prepared, 0, 1, 0, "ray"):
