@@ -82,6 +82,12 @@ def train_stages(
     return results
 
 
+def train_each(rank: int, world_size: int, recipes: dict[str, dict[str, Any]], out: str) -> None:
+    """Every recipe in a folder of its name, one after another in the same processes."""
+    for name, values in recipes.items():
+        train_stages(rank, world_size, values, str(Path(out) / name))
+
+
 def continue_copies(rank: int, world_size: int, recipes: dict[str, dict[str, Any]], saved: str, out: str) -> None:
     """Continue a copy of a run's second stage under each of the recipes, one after another."""
     import torch.distributed as dist

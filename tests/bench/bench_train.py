@@ -13,8 +13,8 @@ each batch of 8, gradients accumulated over the step. Its time is from `on_step_
 
 *strategies*: two gloo processes, step time of each strategy over that of DDP.
 
-*memory*: bytes per parameter that each strategy holds on one of two ranks in bf16, between backward and optimizer step,
-when all parts train and when the language part is frozen: all tensors alive in the process, each storage once.
+*memory*: bytes per parameter that each strategy holds on one of two ranks in bf16, all parts training, between backward
+and optimizer step: all tensors alive in the process, each storage once.
 """
 
 from __future__ import annotations
@@ -227,23 +227,24 @@ def measure_trainer(args: argparse.Namespace) -> dict[str, Any]:
 # ---------------------------------------------------------------- strategies
 
 
-def strategy_seconds(rank: int, world_size: int, args: argparse.Namespace) -> dict[str, float]:
-    """Median step seconds of every strategy, one after another in the same processes, twice."""
+def strategy_seconds(rank: int, world_size: int, args: argparse.Namespace) -> dict[str, list[float]]:
+    """Median (wall-clock, processor) seconds of this rank's steps under every strategy, one after another."""
     torch.set_num_threads(1)
-    found: dict[str, list[float]] = {name: [] for name in STRATEGIES}
-    share = args.packs // world_size
+    share, found = args.packs // world_size, {}
+    for name in STRATEGIES:
+        seconds: list[np.ndarray] = []
 
-    def stream(start: int) -> Iterator[Step]:
-        for step in range(start, args.steps + WARM_STEPS):
-            begun = time.perf_counter()
-            packs = packs_of(args, step)[rank * share : (rank + 1) * share]
-            yield Step(step, packs, time.perf_counter() - begun)
+        def stream(start: int, seconds: list[np.ndarray] = seconds) -> Iterator[Step]:
+            for step in range(start, args.steps + WARM_STEPS + 1):
+                packs = packs_of(args, step)[rank * share : (rank + 1) * share]
+                begun = now()
+                yield Step(step, packs)
+                seconds.append(now() - begun)
 
-    for _ in range(2):
-        for name in STRATEGIES:
-            lines = run_stage(recipe_of(args, name), stream, WorkerContext(rank=rank, world_size=world_size, local_rank=rank))
-            found[name] += [line["step_seconds"] - line["data_wait_seconds"] for line in lines[WARM_STEPS:]]
-    return {name: statistics.median(values) for name, values in found.items() if values}
+        context = WorkerContext(rank=rank, world_size=world_size, local_rank=rank)
+        run_stage(recipe_of(args, name, extra_steps=1), stream, context)
+        found[name] = np.median(np.asarray(seconds)[WARM_STEPS:-1], axis=0).tolist()
+    return found
 
 
 # ---------------------------------------------------------------- memory
@@ -262,43 +263,32 @@ def held_bytes() -> int:
     return sum(storages.values())
 
 
-def strategy_memory(rank: int, world_size: int, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Per strategy and case, bytes per parameter of the model."""
-    from terrace.models.parts import part_of
+def strategy_memory(rank: int, world_size: int, args: argparse.Namespace, name: str) -> float:
+    """Bytes per parameter of the model under one strategy, with two packs per rank and step."""
     from terrace.objectives.lm import lm_objective
     from terrace.train.optimizer import parameter_groups
     from terrace.train.setup import prepare_strategy
     from terrace.train.step import pack_to_device
 
-    torch.set_num_threads(1)
-    context, cases = WorkerContext(rank=rank, world_size=world_size, local_rank=rank), {}
-    for case, parts in (("all parts", ("vision", "projector", "language")), ("language frozen", ("vision", "projector"))):
-        found: dict[str, float] = {}
-        for name in STRATEGIES:
-            train = {part: {"lr": 1e-5} for part in parts}
-            settings = {"precision": "bf16", "parallel": {"strategy": name}, "train": train}
-            model = tiny_model() if args.tiny else small_model()
-            recipe = bench_recipe(model, 2, 2 * world_size, 128, **settings)
-            gc.collect()
-            before = held_bytes()
-            config, stage = model_config(recipe.model), recipe.stages[0]
-            strategy = prepare_strategy(recipe, stage, config, context, lm_objective(64))
-            sizes = {n: int(np.prod(getattr(p, "ds_shape", p.shape))) for n, p in strategy.model.named_parameters()}
-            rates = [group.peak_lr for group in parameter_groups(list(sizes), stage)]
-            for step in range(2):
-                for place in range(2):
-                    batch = pack_to_device(full_pack(2 * rank + place, 128, 3), "bf16", config, context)
-                    strategy.accumulate(batch, 1e-3, last=place == 1)
-                    del batch
-                gc.collect()
-                if step == 1:
-                    found[name] = (held_bytes() - before) / sum(sizes.values())
-                strategy.clip(1.0)
-                strategy.step(rates)
-            trained = sum(size for n, size in sizes.items() if part_of(n) in parts) / sum(sizes.values())
-            del strategy
-        cases[case] = {"trained_share": trained, **found}
-    return cases
+    model = tiny_model() if args.tiny else small_model()
+    recipe = bench_recipe(model, 2, 2 * world_size, 128, precision="bf16", parallel={"strategy": name})
+    config, stage = model_config(recipe.model), recipe.stages[0]
+    context = WorkerContext(rank=rank, world_size=world_size, local_rank=rank)
+    before = held_bytes()
+    strategy = prepare_strategy(recipe, stage, config, context, lm_objective(64))
+    sizes = {n: int(np.prod(getattr(p, "ds_shape", p.shape))) for n, p in strategy.model.named_parameters()}
+    rates = [group.peak_lr for group in parameter_groups(list(sizes), stage)]
+    held = 0
+    for _ in range(2):  # moments exist from the first step on
+        for place in range(2):
+            batch = pack_to_device(full_pack(2 * rank + place, 128, 3), "bf16", config, context)
+            strategy.accumulate(batch, 1e-3, last=place == 1)
+            del batch
+        gc.collect()
+        held = held_bytes() - before
+        strategy.clip(1.0)
+        strategy.step(rates)
+    return held / sum(sizes.values())
 
 
 # ---------------------------------------------------------------- main
@@ -336,15 +326,22 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if args.only in (None, "strategies"):
         from processes import run_ranks
 
-        results["strategies"] = run_ranks(2, strategy_seconds, args, timeout=1500)[0]
-        for name, seconds in results["strategies"].items():
-            print(f"{name:6s} {seconds:.3f} s a step on 2 processes, {seconds / results['strategies']['ddp']:.3f} of ddp")
+        ranks = run_ranks(2, strategy_seconds, args, timeout=3000)
+        results["strategies"] = {
+            name: {"seconds": max(rank[name][0] for rank in ranks), "cpu_seconds": sum(rank[name][1] for rank in ranks)}
+            for name in STRATEGIES
+        }
+        ddp = results["strategies"]["ddp"]
+        for name, found in results["strategies"].items():
+            print(
+                f"{name:6s} {found['seconds']:.3f} s a step on 2 processes ({found['seconds'] / ddp['seconds']:.2f} of ddp), processor "
+                f"{found['cpu_seconds']:.3f} s ({found['cpu_seconds'] / ddp['cpu_seconds']:.2f} of ddp)"
+            )
     if args.only in (None, "memory"):
         from processes import run_ranks
 
-        results["memory"] = run_ranks(2, strategy_memory, args, timeout=900)[0]
-        for case, found in results["memory"].items():
-            print(f"bytes per parameter on one of 2 ranks, {case}: " + ", ".join(f"{name} {value:.2f}" for name, value in found.items()))
+        results["memory"] = {name: run_ranks(2, strategy_memory, args, name, timeout=900)[0] for name in STRATEGIES}
+        print("bytes per parameter on one of 2 ranks: " + ", ".join(f"{name} {value:.2f}" for name, value in results["memory"].items()))
     print(json.dumps(results))
     return results
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from packs import ALL_PARTS, IMAGE_PAD, VIDEO_PAD, random_pack, tiny_recipe
 from processes import run_ranks
-from ranks import losses, stage_dir, train_stages
+from ranks import losses, stage_dir, train_each, train_stages
 
 from terrace.errors import InputError
 from terrace.models.build import meta_model, model_config
@@ -50,12 +50,6 @@ def assert_same_run(ours, reference, rtol=1e-5, weight_tolerance=5e-5):
         assert float((found[name] - tensor).abs().max()) < weight_tolerance, name
 
 
-def train_all(rank: int, world_size: int, recipes: dict, out: str) -> None:
-    """Every recipe in its own folder, one after another."""
-    for name, values in recipes.items():
-        train_stages(rank, world_size, values, f"{out}/{name}")
-
-
 def values_of(recipe: Recipe) -> dict:
     return recipe.model_dump(mode="json")
 
@@ -70,7 +64,7 @@ def reference(tmp_path_factory):
 
 def test_two_ranks_that_share_packs_equal_one(tmp_path, reference):
     recipes = {strategy: values_of(recipe_of(strategy, 2)) for strategy in ("ddp", "fsdp")}
-    run_ranks(2, train_all, recipes, str(tmp_path))
+    run_ranks(2, train_each, recipes, str(tmp_path))
     for name in recipes:
         assert_same_run(tmp_path / name, reference)
 
@@ -78,7 +72,7 @@ def test_two_ranks_that_share_packs_equal_one(tmp_path, reference):
 @pytest.mark.slow
 def test_sharing_under_zero_equals_one_rank(tmp_path, reference):
     recipes = {strategy: values_of(recipe_of(strategy, 2)) for strategy in ("zero1", "zero2", "zero3")}
-    run_ranks(2, train_all, recipes, str(tmp_path), timeout=400)
+    run_ranks(2, train_each, recipes, str(tmp_path), timeout=400)
     for name in recipes:
         assert_same_run(tmp_path / name, reference)
 
@@ -87,7 +81,7 @@ def test_sharing_under_zero_equals_one_rank(tmp_path, reference):
 def test_groups_of_two_beside_each_other_and_one_group_of_four(tmp_path, reference):
     """Four ranks: two packs at a time shared by two each, or one shared by four (more ranks than key/value heads)."""
     recipes = {f"{strategy}-{size}": values_of(recipe_of(strategy, size)) for strategy in ("ddp", "fsdp") for size in (2, 4)}
-    run_ranks(4, train_all, recipes, str(tmp_path), timeout=400)
+    run_ranks(4, train_each, recipes, str(tmp_path), timeout=400)
     for name in recipes:
         assert_same_run(tmp_path / name, reference)
 
@@ -95,7 +89,7 @@ def test_groups_of_two_beside_each_other_and_one_group_of_four(tmp_path, referen
 @pytest.mark.slow
 def test_bf16_stays_close(tmp_path, reference):
     recipes = {strategy: values_of(recipe_of(strategy, 2, precision="bf16")) for strategy in ("ddp", "fsdp")}
-    run_ranks(2, train_all, recipes, str(tmp_path))
+    run_ranks(2, train_each, recipes, str(tmp_path))
     for name in recipes:
         for index in (0, 1):
             np.testing.assert_allclose(losses(tmp_path / name, index), losses(reference, index), rtol=2e-2)

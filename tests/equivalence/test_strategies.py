@@ -13,6 +13,7 @@ from ranks import (
     continue_copies,
     losses,
     stage_dir,
+    train_each,
     train_stages,
     train_with_a_poisoned_pack,
     train_with_loss_scale,
@@ -82,6 +83,26 @@ def test_bf16_stays_close(tmp_path, reference, strategy):
     train(two_stages(strategy, "bf16"), tmp_path, 2)
     for index in (0, 1):
         np.testing.assert_allclose(losses(tmp_path, index), losses(reference, index), rtol=2e-2)
+
+
+OFFLOADS = {
+    "ddp-activations": {"activation_offload": True},
+    "fsdp-activations": {"activation_offload": True, "parallel": {"strategy": "fsdp"}},
+    "fsdp-parameters": {"parallel": {"strategy": "fsdp", "offload_parameters": "cpu"}},
+    "zero2-optimizer": {"parallel": {"strategy": "zero2", "offload_optimizer": "cpu"}},
+    "zero3-everything": {
+        "parallel": {"strategy": "zero3", "offload_optimizer": "cpu", "offload_parameters": "cpu"}, "activation_offload": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", [list(OFFLOADS)[:3], list(OFFLOADS)[3:]], ids=["torch", "deepspeed"])
+def test_offloading_to_the_host_changes_no_number(tmp_path, reference, names):
+    recipes = {name: two_stages("ddp", **OFFLOADS[name]).model_dump(mode="json") for name in names}
+    run_ranks(2, train_each, recipes, str(tmp_path), timeout=500)
+    for name in names:
+        assert_same_run(tmp_path / name, reference, 1e-5, 1e-4)
 
 
 def cut_back(run_dir, step: int):

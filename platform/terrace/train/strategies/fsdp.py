@@ -142,7 +142,7 @@ def _shard(module: Any, model: Any, stage: Stage, context: WorkerContext, on_hos
     options: dict[str, Any] = {
         "mesh": _mesh(stage, context),
         "mp_policy": policy,
-        "offload_policy": CPUOffloadPolicy() if on_host else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy(pin_memory=context.device.startswith("cuda")) if on_host else OffloadPolicy(),
     }
     for block in (*vision_blocks(model), *language_layers(model)):
         fully_shard(block, reshard_after_forward=stage.parallel.reshard_after_forward, **options)
