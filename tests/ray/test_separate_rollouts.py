@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 import pytest
 import rl_stage
 from rl_stage import figures_of, prepare, rl_recipe, run
@@ -49,16 +52,16 @@ def test_a_lost_rollout_worker_is_named_and_the_stage_goes_on_when_run_again(tmp
     recipe = rl_recipe(tmp_path, 3, {"placement": "separate"})
     prepare(tmp_path, recipe)
     run(recipe, tmp_path, "undisturbed")
-    generate, calls = SeparateEngine.generate, []
+    push, pushes = SeparateEngine.update_weights, []
 
-    def killing(self, prompts, sampling, ready=None):
-        calls.append(len(prompts))
-        if len(calls) == 3:  # the evaluation before the stage, the first iteration, then this
+    def killing(self, tensors):
+        push(self, tensors)
+        pushes.append(1)
+        if len(pushes) == 3:  # for the evaluation before the stage, for the first iteration, then this
             ray.kill(self._workers[0])
-        return generate(self, prompts, sampling, ready)
 
     with monkeypatch.context() as patch:
-        patch.setattr(SeparateEngine, "generate", killing)
+        patch.setattr(SeparateEngine, "update_weights", killing)
         with pytest.raises(RolloutWorkerLost, match="morl"):
             run(recipe, tmp_path, "lost")
     assert len(figures_of(tmp_path, "lost")) == 1
@@ -75,7 +78,7 @@ def test_two_training_workers_share_a_rollout_worker(tmp_path, ray_cluster):
     prepare(tmp_path, recipe)
     run(rl_recipe(tmp_path, 2, evaluate={"max_samples_per_kind": 1}), tmp_path, "alone")
 
-    @ray.remote(num_cpus=0)
+    @ray.remote(num_cpus=0, runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}})
     def rank_of(rank: int) -> None:
         import torch.distributed
 
