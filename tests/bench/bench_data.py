@@ -33,7 +33,7 @@ import psutil
 HERE = Path(__file__).resolve().parent
 PLATFORM = HERE.parent.parent / "platform"
 sys.path.insert(0, str(HERE))
-CONTESTANTS = ("bare", "terrace", "webdataset", "datasets", "mosaic", "processor")
+CONTESTANTS = ("bare_alone", "bare", "terrace", "webdataset", "datasets", "mosaic", "processor")
 MEMORY_SECONDS = 0.25
 
 
@@ -181,7 +181,7 @@ def plan_figures(root: Path, epochs: int = 25) -> float:
 
 
 def table(results: dict[str, list[dict[str, float] | str]]) -> str:
-    """Medians over the rounds, and ratios to the bare loop."""
+    """Medians over the rounds, and ratios to the bare loop on all cores."""
     middle: dict[str, dict[str, float]] = {}
     for name, runs in results.items():
         good = [run for run in runs if isinstance(run, dict)]
@@ -231,7 +231,7 @@ def main() -> None:
     parser.add_argument("--mosaic", help="python of an environment with mosaicml-streaming")
     parser.add_argument("--torchvision", help="folder that holds torchvision")
     parser.add_argument("--only", nargs="+", choices=(*CONTESTANTS, "index", "plan"), help="leave out the others")
-    parser.add_argument("--json", type=Path, help="write every run's figures")
+    parser.add_argument("--json", type=Path, help="write every run's figures, while going on")
     args = parser.parse_args()
 
     from bench_data_corpus import make_corpus
@@ -249,8 +249,8 @@ def main() -> None:
             results[name].append(found)
             told = found if isinstance(found, str) else f"{found['samples'] / found['seconds']:,.0f} samples/s"
             print(f"round {turn + 1}: {name}: {told}", file=sys.stderr, flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1))
+            if args.json:
+                args.json.write_text(json.dumps(results, indent=1))
     print("\n" + table(results) + "\n" if chosen else "")
     if not args.only or "index" in args.only:
         index = index_figures(root)
