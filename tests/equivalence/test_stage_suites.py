@@ -71,6 +71,6 @@ def test_a_missing_suite_stops_the_stage_before_it_trains(values, tmp_path):
     recipe = json.loads(json.dumps(values["recipe"]))
     recipe["stages"][0]["evaluate"]["suites"] = ["counting:nowhere/counting.jsonl"]
     prepare_data(Recipe.model_validate(recipe), tmp_path)
-    with pytest.raises(InputError, match="nowhere/counting.jsonl does not exist"):
+    with pytest.raises(InputError, match=r"nowhere/counting\.jsonl does not exist"):
         train(0, 1, {"recipe": recipe}, str(tmp_path))
     assert not (tmp_path / "stages" / "01-projector-warmup" / "metrics.jsonl").exists()
