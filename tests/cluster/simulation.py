@@ -382,6 +382,7 @@ die and their pods never end; the queue preempts; people suspend, pause and dele
 calls fail before or after they took effect; the operator is killed and restarted; the wall clock jumps by up to an hour. Checked at
 every start of a program and at the end: no two live attempts of a curriculum, stages in order, none again after its success, attempt
 numbers only grow, budgets respected, nothing stuck. Tests take the rules on live attempts and budgets out and see the checks fail.
+CPU seconds are of one core of a shared virtual machine; wall seconds are those of an idle one only if nothing else ran.
 """
 
 
