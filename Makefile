@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 install: $(STAMP)  ## .venv with the package and pinned versions
 
-demo: $(STAMP)  ## The four stages on a tiny model and drawn scenes, or on your rows: make demo DATA=folder
+demo: $(STAMP)  ## A whole curriculum on a tiny model and drawn scenes, or four stages on your rows: make demo DATA=folder
 	$(BIN)/terrace demo --run-dir $(RUN_DIR) $(if $(DATA),--data $(DATA)) $(ARGS)
 
 test: $(STAMP)  ## All tests but the slow ones
