@@ -181,9 +181,13 @@ def outcome(place: str) -> str:
 
 
 def everything(place: str) -> dict[str, str]:
-    """Every file that a ghost could spoil, by digest: all but its own attempt's folder, logs and signs of life."""
+    """Every file that a ghost could spoil, by digest: all but its own attempt's folder, logs and signs of life. On S3 neither what a
+    superseded attempt uploads of a checkpoint below its own number: the fence does not list it, and the next attempt removes it."""
     if place.startswith("s3://"):
-        return {entry.name: entry.version for entry in list_objects(place) if "/attempts/" not in entry.name}
+        listed = json.loads(read_versioned(f"{place}/{STAGE}/checkpoints/attempt.json")[0])["complete"]
+        complete = {f"step-{int(step):06d}/attempt-{entry['attempt']:03d}" for step, entry in listed.items()}
+        counts = lambda name: "/checkpoints/step-" not in name or "/".join(name.split("/")[3:5]) in complete  # noqa: E731
+        return {entry.name: entry.version for entry in list_objects(place) if "/attempts/" not in entry.name and counts(entry.name)}
     names = [path for path in Path(place).rglob("*") if path.is_file() and "/attempts/" not in str(path) and "/ray/" not in str(path)]
     return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in names if "mlflow" not in path.name and path.name[0] != "."}
 

@@ -57,6 +57,15 @@ class StoredCheckpoints:
         """Declare this attempt the youngest. Raises Superseded if a younger one has declared itself."""
         self._change(attempt, {})
 
+    def _check(self, attempt: int) -> None:
+        found = conditional.read_versioned(join(self.uri, FENCE))
+        youngest = int(json.loads(found[0])["attempt"]) if found else 0
+        if youngest > attempt:
+            raise self._superseded(attempt, youngest)
+
+    def _superseded(self, attempt: int, youngest: int) -> Superseded:
+        return Superseded(f"attempt {attempt} may not write to {self.uri}: attempt {youngest} has taken over")
+
     def complete(self) -> dict[int, Entry]:
         """Complete checkpoints by step."""
         found = conditional.read_versioned(join(self.uri, FENCE))
@@ -94,7 +103,7 @@ class StoredCheckpoints:
         def change(content: bytes | None) -> bytes:
             fence = json.loads(content) if content else {"attempt": attempt, "complete": {}}
             if fence["attempt"] > attempt:
-                raise Superseded(f"attempt {attempt} may not write to {self.uri}: attempt {fence['attempt']} has taken over")
+                raise self._superseded(attempt, fence["attempt"])
             complete = {step: entry for step, entry in (fence["complete"] | entries).items() if entry is not None}
             return (json.dumps({"attempt": attempt, "complete": complete}, indent=1) + "\n").encode()
 
@@ -106,6 +115,8 @@ class StoredCheckpoints:
         return join(self.uri, folder_name(step), attempt_name(attempt))
 
     def upload(self, file: Path, step: int, attempt: int) -> None:
+        """Raises Superseded before it writes. What a superseded attempt was uploading at that moment, nothing lists."""
+        self._check(attempt)
         conditional.store_copy(file, join(self.prefix(step, attempt), file.name))
 
     def await_report(self, name: str, step: int, attempt: int, seconds: float) -> bytes | None:
