@@ -35,6 +35,8 @@ from terrace.train.strategies.interface import (
     torch_groups,
 )
 
+BUCKET = 500_000_000  # gradients that are reduced at once, DeepSpeed's default
+
 
 class Zero:
     """See strategies.interface.Strategy."""
@@ -46,7 +48,8 @@ class Zero:
         self._offload_activations = stage.activation_offload
         self._zero_stage = int(stage.parallel.strategy[-1])
         self.loss_scale = LossScale() if stage.precision == "fp16" else None
-        configuration = _configuration(stage, context)
+        trained = sum(parameter.numel() for parameter in setup.skeleton.parameters() if parameter.requires_grad)
+        configuration = _configuration(stage, context, trained)
         # Its swapper wants to see all parameters at once, so for nvme the whole model is built first.
         by_block = self._zero_stage == 3 and stage.parallel.offload_parameters != "nvme"
         if by_block:
@@ -240,10 +243,13 @@ def _import_deepspeed(context: WorkerContext) -> Any:
     return deepspeed
 
 
-def _configuration(stage: Stage, context: WorkerContext) -> dict[str, Any]:
-    """DeepSpeed's own configuration of a stage."""
+def _configuration(stage: Stage, context: WorkerContext, trained: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration of a stage that trains `trained` numbers."""
     parallel = stage.parallel
-    zero: dict[str, Any] = {"stage": int(parallel.strategy[-1]), "contiguous_gradients": True, "overlap_comm": False}
+    zero: dict[str, Any] = {
+        "stage": int(parallel.strategy[-1]), "contiguous_gradients": True, "overlap_comm": False,
+        "reduce_bucket_size": min(BUCKET, trained),  # ZeRO-3 allocates all of it: 2 GB for the smallest model
+    }  # fmt: skip
     for what, choice in (("optimizer", parallel.offload_optimizer), ("param", parallel.offload_parameters)):
         if choice != "none":
             zero[f"offload_{what}"] = {"device": choice, "pin_memory": context.device.startswith("cuda")}
