@@ -46,9 +46,10 @@ def recorded(run_dir: Path, kind: str) -> list[dict]:
     return [event for event in events(run_dir) if event["event"] == kind]
 
 
-def wait_until(condition: Callable[[], bool]) -> None:
+def wait_until(condition: Callable[[], bool], controller: subprocess.Popen) -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
+        assert controller.poll() is None, f"the controller ended with {controller.returncode}"
         assert time.monotonic() < deadline, f"it did not happen within {PATIENCE_S:.0f} s"
         time.sleep(0.05)
 
@@ -100,11 +101,11 @@ def test_a_preempted_job_saves_a_checkpoint_and_the_run_ends_as_if_undisturbed(
         )  # fmt: skip
     run_dir = tmp_path / "run"
     try:
-        wait_until(lambda: bool(_jobs(run_dir)))
+        wait_until(lambda: bool(_jobs(run_dir)), controller)
         [job] = _jobs(run_dir)
-        wait_until(lambda: bool(list(run_dir.glob("stages/01-*/attempts/001/alive-*.json"))))
+        wait_until(lambda: bool(list(run_dir.glob("stages/01-*/attempts/001/alive-*.json"))), controller)
         job.send_signal(signal.SIGTERM)
-        wait_until(lambda: bool(recorded(run_dir, "stage_attempt_preempted")))
+        wait_until(lambda: bool(recorded(run_dir, "stage_attempt_preempted")), controller)
         [stopped] = recorded(run_dir, "stage_attempt_preempted")
         assert (stopped["stage"], stopped["attempt"]) == ("projector-warmup", 1)
         assert list((run_dir / "stages" / STAGES[0] / "checkpoints").glob("step-*/manifest.json"))

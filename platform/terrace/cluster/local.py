@@ -333,7 +333,7 @@ def _run_worker(config: dict[str, Any], run_dir: Path) -> None:
                 world_size=context.get_world_size(),
                 local_rank=context.get_local_rank(),
                 device=device,
-                report=_reporter(stage_dir, rank),
+                report=_reporter(stage_dir, rank, attempt),
                 should_stop=_stop_watch(stage_dir, attempt),
             )
             outcome["status"] = "succeeded"
@@ -365,11 +365,12 @@ def in_pod() -> bool:
     return "TERRACE_STOP_FILE" in os.environ
 
 
-def _reporter(stage_dir: Path, rank: int) -> Callable[[dict[str, Any], Path | None], None]:
+def _reporter(stage_dir: Path, rank: int, attempt: int) -> Callable[[dict[str, Any], Path | None], None]:
     """Every rank calls it at every checkpoint. One small file says how far the stage is; Ray needs no copy."""
 
     def report(metrics: dict[str, Any], checkpoint: Path | None) -> None:
         if rank == 0:
+            attempts.stop_requested(stage_dir, attempt)  # raises Fenced: a newer attempt's progress is not to be overwritten
             content = {**metrics, "checkpoint": str(checkpoint) if checkpoint else None, "time": time.time()}
             attempts.write_atomic(stage_dir / "progress.json", json.dumps(content, default=float))
 

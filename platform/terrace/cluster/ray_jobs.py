@@ -29,6 +29,7 @@ from terrace.track.follow import last_row
 LOGGER = logging.getLogger(__name__)
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
+SUBMIT_PATIENCE_SECONDS = 300.0  # how long a cluster may refuse a job for reasons of its own
 LOOK_SECONDS = 1.0  # the dashboard is asked at most this often about a job
 
 
@@ -48,6 +49,7 @@ class RayJobsLauncher:
         self._program = list(program or (sys.executable if here else "python", "-m", "terrace.cli", "run"))
         self._names: dict[str, tuple[str, int]] = {}  # job id -> (stage, attempt)
         self._client: Any = None
+        self._refused: dict[str, float] = {}  # job id -> since when the cluster has not accepted it
         self._seen: dict[str, tuple[float, str | None, str]] = {}  # job id -> (when, status or None for unknown, message)
 
     def attach(self, run_dir: Path) -> None:
@@ -76,8 +78,19 @@ class RayJobsLauncher:
         except (RuntimeError, ConnectionError) as error:
             # Submitted before this controller was killed, or twice because the answer was lost: it is ours, by its name.
             if self._status(job, fresh=True)[0] is None:
-                raise ClusterUnreachable(f"{self._address}: the job {job} was not accepted: {_first_line(error)}") from error
+                self._refused_now(job, error)
+                return
+        self._refused.pop(job, None)
         self._seen.pop(job, None)
+
+    def _refused_now(self, job: str, error: Exception) -> None:
+        """A cluster that has just started, or is busy, takes no job yet: the controller asks again as long as the attempt is absent."""
+        since = self._refused.setdefault(job, time.monotonic())
+        passing = isinstance(error, ConnectionError) or "status code 5" in str(error) or "try again" in str(error)
+        if not passing or time.monotonic() - since > SUBMIT_PATIENCE_SECONDS:
+            raise ClusterUnreachable(f"{self._address}: the job {job} was not accepted: {_first_line(error)}") from error
+        LOGGER.info("%s: the job %s is not accepted yet: %s", self._address, job, _first_line(error))
+        time.sleep(LOOK_SECONDS)
 
     def observe(self, stage_index: int, stage: str, attempt: int) -> AttemptObservation:
         folder = stage_directory(self._run_dir, stage_index, stage)
