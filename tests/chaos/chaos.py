@@ -300,7 +300,8 @@ def journal(place: str) -> list[dict]:
 SECTION = "## Chaos"
 TEXT = f"""{SECTION}
 
-`python tests/chaos/chaos.py --runs 20 --record chaos.json --write docs/reliability.md`. {__doc__.split(chr(10) + chr(10))[1]}
+`python tests/chaos/chaos.py --runs 20 --record chaos.json --write docs/reliability.md`.
+{__doc__.split(chr(10) + chr(10))[1]}
 "Step" is the newest metrics line when it struck, "attempts" the attempts that the journal counts, "commands" how often the command was
 started (a ghost's successor is refused until the frozen controller's lease has run out, and asks again every three seconds).
 """
