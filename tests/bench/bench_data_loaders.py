@@ -132,8 +132,9 @@ def terrace(root: Path, args: argparse.Namespace) -> Loader:
     from terrace.data.stream import open_stream
 
     recipe, prepared = terrace_data(root)
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (with Ray's 15 it gives way to everything else on the machine; others do not)
     ray.init(
-        address="local", num_cpus=args.workers + 1, include_dashboard=False, object_store_memory=512 * 2**20, log_to_driver=False,
+        address="local", num_cpus=args.workers + 1, include_dashboard=False, object_store_memory=2**30, log_to_driver=False,
         logging_level=logging.ERROR,
     )  # fmt: skip
 
@@ -212,6 +213,8 @@ def _parquet_rows(root: Path, files: list[str]) -> Any:
 def mosaic(root: Path, args: argparse.Namespace) -> Loader:
     """MosaicML Streaming: MDS shards, its own seeded order, packs in the workers."""
     from bench_data_corpus import tar_samples
+
+    allow_torchvision()
     from streaming import MDSWriter, StreamingDataset
 
     if not (root / "mds" / "index.json").is_file():
@@ -241,17 +244,27 @@ def _torch_loader(packs: Any, args: argparse.Namespace) -> Loader:
     return load
 
 
+def allow_torchvision() -> None:
+    """Lets a torchvision that was built for CUDA be imported beside a CPU build of torch; nothing here calls these operators."""
+    import torch
+
+    library = torch.library.Library("torchvision", "DEF")
+    library.define("nms(Tensor x) -> Tensor")
+    library.define("qnms(Tensor x) -> Tensor")
+    _LIBRARIES.append(library)  # its definitions last as long as it does
+
+
+_LIBRARIES: list[Any] = []
+
+
 def processor(root: Path, args: argparse.Namespace) -> Loader:
     """The usual way: decoded by `datasets`, `Qwen2VLImageProcessor` and the tokenizer on batches of 8, float32, padded."""
-    import torch
     from torch.utils.data import DataLoader
     from transformers import PreTrainedTokenizerFast
 
     if args.torchvision:
         sys.path.append(args.torchvision)
-        library = torch.library.Library("torchvision", "DEF")  # a wheel built for CUDA; nothing here calls these
-        library.define("nms(Tensor x) -> Tensor")
-        library.define("qnms(Tensor x) -> Tensor")
+        allow_torchvision()
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageProcessor as ImageProcessor
     else:
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil as ImageProcessor

@@ -46,8 +46,9 @@ def test_inline_holds_every_step_in_order(expected):
     assert [[pack[0] for pack in step] for step in expected] == [list(range(4 * s, 4 * s + 4)) for s in range(12)]
 
 
-def test_ray_gives_the_same_packs(ray_cluster, data, expected):
+def test_ray_gives_the_same_packs(ray_cluster, data, expected, monkeypatch):
     _, prepared, plan = data
+    monkeypatch.setattr(ray_stream, "PIPELINE_TASKS", (5, 4))  # several executions, one after another
     found = list(open_stream(plan, prepared, 0, 1, 0, "ray"))
     assert [step.step for step in found] == list(range(12))
     assert [contents(step.packs) for step in found] == expected

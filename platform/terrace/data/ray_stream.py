@@ -28,7 +28,7 @@ from terrace.errors import DamagedData, TerraceError
 from terrace.recipe.schema import Stage
 
 LOOP_PAUSE_SECONDS = 0.01
-PIPELINE_TASKS = (16, 64, 256)  # tasks of the first, second and every later execution
+PIPELINE_TASKS = (64, 256)  # tasks of the first and every later execution; planning 64 takes 0.3 s, starting one 0.5 to 1 s
 BLOCK_BYTES = 32 * 2**20  # larger blocks hold finished packs back, smaller ones cost a fixed 5 ms each
 
 # Field, dtype, shape behind the ragged axis. All arrays are C-contiguous.
