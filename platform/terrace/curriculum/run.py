@@ -261,7 +261,8 @@ def _losses(result: dict[str, Any]) -> str:
         for kind in after
         if isinstance(before.get(kind), float) and isinstance(after[kind], float)
     ]
-    return f"; held-out loss {', '.join(shown)}" if shown else ""
+    what = "held-out" if any("/" in kind for kind in after) else "held-out loss"  # an RL stage's names say what they are
+    return f"; {what} {', '.join(shown)}" if shown else ""
 
 
 def _take_requests(controller: _Controller) -> None:
