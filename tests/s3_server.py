@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ class S3Server:
 
 @contextmanager
 def serve_s3() -> Iterator[S3Server]:
-    """Serve until the block ends, on a free port of this machine."""
+    """Serve until the block ends, on a free port of this machine. What earlier servers of this process stored is gone."""
     backend = DomainDispatcherApplication(create_backend_app)
     numbers, lock, conditional = itertools.count(), threading.Lock(), threading.Lock()
     state = S3Server("")
@@ -73,6 +74,9 @@ def serve_s3() -> Iterator[S3Server]:
     start()
     port = running[0][0].server_port
     state.url, state.start, state.stop = f"http://127.0.0.1:{port}", start, stop
+    reset = urllib.request.Request(f"{state.url}/moto-api/reset", method="POST")
+    urllib.request.urlopen(reset, timeout=30).close()
+    state.requests.clear()
     try:
         yield state
     finally:
