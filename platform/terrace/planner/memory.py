@@ -35,7 +35,7 @@ class Memory:
     optimizer: float
     vision_activations: float
     language_activations: float
-    working: float  # one block's forward or backward, beyond what the logits need at another moment
+    working: float  # what the step's fullest moment (a block in backward, gradients under way) holds beyond the rest
     logits: float
     buffers: float  # copies in compute precision, gathered layers, communication buckets, the output layer's gradient
     host: float = 0.0
@@ -69,7 +69,7 @@ def worst_pack(stage: Stage, has_images: bool) -> PackSize:
 def stage_memory(shape: ModelShape, stage: Stage, workers: int, pack: PackSize, on_gpu: bool = True) -> Memory:
     """Peak memory per GPU of `stage` on `workers` workers with one pack at a time."""
     compute = COMPUTE_BYTES[stage.precision]
-    state = _state(shape, stage, workers, compute)
+    state = _state(shape, stage, workers, compute, on_gpu)
     vision = _vision_activations(shape, stage, pack, compute, on_gpu)
     language = _language_activations(shape, stage, pack, compute, on_gpu)
     logits = min(stage.loss_chunk_tokens, pack.supervised_tokens) * shape.language.vocabulary * 2 * FP32
@@ -79,14 +79,19 @@ def stage_memory(shape: ModelShape, stage: Stage, workers: int, pack: PackSize, 
         host += sum(kept)
         kept = [0.0, 0.0]
     head = _head_buffers(shape, stage, compute, pack)
-    working = max(vision.working, language.working)
+    # The fullest moment: at the output layer everything is kept; a block in backward works on its own; when vision's turn has
+    # come, what the language blocks kept is gone, and nearly all gradients are there.
+    at_head = sum(kept) + logits + head + _under_way(shape, stage, state, 0.0)
+    in_language = sum(kept) + language.working + _under_way(shape, stage, state, 0.0)
+    in_vision = kept[0] + vision.working + _under_way(shape, stage, state, 1.0)
+    fullest = max(at_head, in_language, in_vision)
     return Memory(
         weights=state.weights,
         gradients=state.gradients,
         optimizer=state.optimizer,
         vision_activations=kept[0],
         language_activations=kept[1],
-        working=max(0.0, working - logits - head),
+        working=fullest - sum(kept) - logits - head,
         logits=logits,
         buffers=state.buffers + head,
         host=host,
@@ -103,9 +108,19 @@ class _State:
     optimizer: float
     buffers: float
     host: float
+    waiting: float = 0.0  # whole gradients that wait in a bucket to be reduced, at most; 0 where `gradients` has them
 
 
-def _state(shape: ModelShape, stage: Stage, workers: int, compute: int) -> _State:
+def _under_way(shape: ModelShape, stage: Stage, state: _State, language_share: float) -> float:
+    """Gradients beyond `gradients` when the output layer's and a share of the language blocks' are there."""
+    if stage.train.language is None:
+        return 0.0
+    head = FP32 * shape.language.vocabulary * shape.language.width
+    so_far = head + language_share * (FP32 * part_sizes(shape)["language"].total - head)
+    return max(0.0, min(state.waiting, so_far) - state.gradients)
+
+
+def _state(shape: ModelShape, stage: Stage, workers: int, compute: int, on_gpu: bool) -> _State:
     """Bytes of weights, gradients and optimizer per GPU, and of what the strategy needs to work on them."""
     sizes = part_sizes(shape)
     everything = sum(size.total for size in sizes.values())
@@ -114,7 +129,7 @@ def _state(shape: ModelShape, stage: Stage, workers: int, compute: int) -> _Stat
     outer = shape.language.vocabulary * shape.language.width * (1 if shape.language.tied else 2)
     parallel, shards = stage.parallel, workers
     strategy = parallel.strategy
-    buffers = 0.0
+    buffers = waiting = 0.0
     if strategy == "ddp":
         weights, gradients, optimizer = FP32 * everything, FP32 * trained, MOMENTS * trained
         if compute < FP32:  # autocast's copies of every matrix that gradients pass through
@@ -132,9 +147,12 @@ def _state(shape: ModelShape, stage: Stage, workers: int, compute: int) -> _Stat
         weights = compute * everything / (shards if strategy == "zero3" else 1)
         gradients = FP32 * trained / (1 if strategy == "zero1" else shards)
         optimizer = (FP32 + MOMENTS) * trained / shards  # a float32 master copy and the moments
-        buffers = compute * 2 * bucket if workers > 1 else 0.0
-        if strategy == "zero3" and workers > 1:
+        if workers > 1 and strategy == "zero3":
             buffers = compute * (bucket + min(MAX_LIVE, everything))
+        elif workers > 1 and on_gpu:  # two buckets, so that one is reduced while the other fills
+            buffers = compute * 2 * bucket
+        elif workers > 1:  # one, made for each step, of which only what is filled takes memory
+            waiting = compute * bucket
     host = 0.0
     if strategy.startswith("zero") and compute < FP32:
         host = FP32 * (everything - trained)  # frozen weights in full precision, for exports
@@ -143,7 +161,7 @@ def _state(shape: ModelShape, stage: Stage, workers: int, compute: int) -> _Stat
         gradients = 0.0 if strategy in ("zero2", "zero3") else gradients
     if parallel.offload_parameters != "none":
         host, weights = host + weights, 0.0
-    return _State(weights, gradients, optimizer, buffers, host)
+    return _State(weights, gradients, optimizer, buffers, host, waiting)
 
 
 def gradients_reach(stage: Stage, part: PartName) -> bool:

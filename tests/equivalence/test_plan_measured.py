@@ -1,0 +1,126 @@
+"""The planner's memory against the resident set of two gloo processes that take the steps, strategy by strategy."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from packs import ALL_PARTS, pack_segments, segment, tiny_recipe
+from processes import run_ranks
+from ranks import Step, memory_feed, train_stages
+
+from terrace.planner.memory import PackSize, stage_memory
+from terrace.planner.shapes import model_shape
+from terrace.recipe.schema import Recipe
+from terrace.train.context import WorkerContext
+from terrace.train.loop import train_stage
+
+WORKERS, TOKENS, IMAGE_SEGMENTS = 2, 2048, 8
+SHAPES = {  # width, layers, vocabulary of language; width, blocks of vision
+    "small": (256, 6, 8192, 128, 4),
+    "middle": (512, 8, 16384, 256, 6),
+}
+
+
+def sized_model(width: int, layers: int, vocabulary: int, vision_width: int, depth: int) -> dict[str, Any]:
+    return {
+        "architecture": "qwen2_5_vl",
+        "config": {
+            "text_config": {
+                "vocab_size": vocabulary, "hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers,
+                "num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 4096, "eos_token_id": 502,
+                "bos_token_id": 501,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [width // 32, width // 64, width // 64]},
+            },
+            "vision_config": {
+                "depth": depth, "hidden_size": vision_width, "intermediate_size": 4 * vision_width, "num_heads": 4,
+                "out_hidden_size": width, "window_size": 112, "fullatt_block_indexes": [1], "patch_size": 14,
+                "spatial_merge_size": 2, "temporal_patch_size": 2,
+            },
+            "image_token_id": 505, "video_token_id": 506, "vision_start_token_id": 503, "vision_end_token_id": 504,
+        },
+    }  # fmt: skip
+
+
+def sized_recipe(shape: str, strategy: str, checkpointing: bool) -> Recipe:
+    parts = {part: {**values, "activation_checkpointing": checkpointing} for part, values in ALL_PARTS.items()}
+    return tiny_recipe(
+        model=sized_model(*SHAPES[shape]), train=parts, sequence_length=TOKENS, budget={"steps": 3}, batch={"packs": WORKERS},
+        parallel={"strategy": strategy}, loss_chunk_tokens=256, checkpoint={"every_steps": None},
+    )  # fmt: skip
+
+
+def full_pack(number: int) -> Any:
+    """TOKENS tokens, of which half are visual."""
+    rng = np.random.default_rng(number)
+    each = TOKENS // IMAGE_SEGMENTS
+    return pack_segments(number, [segment(rng, each - 130, [(8, 16)]) for _ in range(IMAGE_SEGMENTS)], TOKENS)
+
+
+class ResidentPeak:
+    """The largest resident set of this process since `reset`, looked at every millisecond (the kernel's own VmHWM lags)."""
+
+    def __init__(self) -> None:
+        self.peak, self._page = 0, os.sysconf("SC_PAGE_SIZE")
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def now(self) -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * self._page
+
+    def reset(self) -> int:
+        gc.collect()
+        self.peak = self.now()
+        return self.peak
+
+    def _watch(self) -> None:
+        while True:
+            self.peak = max(self.peak, self.now())
+            time.sleep(0.001)
+
+
+def step_memory(rank: int, world_size: int, warm: dict[str, Any], values: dict[str, Any], out: str) -> int:
+    """Bytes by which the resident set grows while steps are taken, against the same process after it trained a tiny model."""
+    train_stages(rank, world_size, warm, f"{out}/warm")  # what the libraries take by themselves is not the model's
+    resident = ResidentPeak()
+    before = resident.reset()
+    recipe = Recipe.model_validate(values)
+    context = WorkerContext(rank, world_size, rank, "cpu", lambda *_: None, lambda: None)
+    peaks = []
+
+    def stream(start: int) -> Iterator[Step]:
+        resident.reset()  # building the model is not a step
+        for step in range(start, int(recipe.stages[0].budget.steps or 0)):
+            yield Step(step, [full_pack(2 * step + rank)])
+            peaks.append(resident.peak - before)
+
+    feed = replace(memory_feed(recipe, 0, context), stream=stream, held_out={})
+    folder = Path(out) / "sized"
+    folder.mkdir(parents=True, exist_ok=True)
+    train_stage(recipe, 0, feed, folder, None, context)
+    return max(peaks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3", "fsdp"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_peak_of_a_step(shape: str, strategy: str, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # freed tensors leave the resident set at once
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "0")
+    recipe = sized_recipe(shape, strategy, checkpointing)
+    warm = tiny_recipe(parallel={"strategy": strategy}, budget={"steps": 2}, batch={"packs": 2}).model_dump(mode="json")
+    peak = max(run_ranks(WORKERS, step_memory, warm, recipe.model_dump(mode="json"), str(tmp_path), timeout=400))
+    example = full_pack(0)
+    pack = PackSize(len(example.input_ids), example.patches.shape[0] / 4, example.supervised_tokens)
+    planned = stage_memory(model_shape(recipe), recipe.stages[0], WORKERS, pack, on_gpu=False)
+    parts = {name: round(value / 2**20) for name, value in vars(planned).items()}
+    print(f"{shape} {strategy} {checkpointing}: planned {planned.total / 2**20:.0f} MiB, measured {peak / 2**20:.0f} MiB, {parts}")
+    assert planned.total == pytest.approx(peak, rel=0.1), parts
