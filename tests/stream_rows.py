@@ -20,18 +20,23 @@ TINY = Path(__file__).resolve().parent / "recipes" / "tiny.yaml"
 STEPS = 12
 
 
-def write_rows(root: Path) -> Path:
-    """200 captioned pictures and 80 texts."""
-    random = np.random.default_rng(0)
-    captions, texts = [], []
-    for number in range(200):
-        width, height = (int(side) for side in random.integers(40, 240, 2))
+def captioned_pictures(root: Path, count: int, longest_side: int, random: np.random.Generator) -> list[dict[str, str]]:
+    """JPEGs of coarse noise in `root`, at least 40 pixels a side; their rows."""
+    rows = []
+    for number in range(count):
+        width, height = (int(side) for side in random.integers(40, longest_side, 2))
         noise = random.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
         Image.fromarray(noise).resize((width, height)).save(root / f"{number}.jpg")
         words = " ".join(f"word{random.integers(30)}" for _ in range(random.integers(3, 30)))
-        captions.append({"id": f"c{number}", "image": f"{number}.jpg", "text": words})
-    for number in range(80):
-        texts.append({"id": f"t{number}", "text": " ".join(f"line{random.integers(90)}" for _ in range(60))})
+        rows.append({"id": f"c{number}", "image": f"{number}.jpg", "text": words})
+    return rows
+
+
+def write_rows(root: Path) -> Path:
+    """200 captioned pictures and 80 texts."""
+    random = np.random.default_rng(0)
+    captions = captioned_pictures(root, 200, 240, random)
+    texts = [{"id": f"t{n}", "text": " ".join(f"line{random.integers(90)}" for _ in range(60))} for n in range(80)]
     for name, rows in (("captions", captions), ("text", texts)):
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return root

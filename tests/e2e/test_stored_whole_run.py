@@ -15,7 +15,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from e2e_runs import environment, final_bytes, kill_when, losses, run_to_end
-from stored_run import BUCKET, Machines, machines_and_bucket
+from stored_run import BUCKET, Machines
 
 from terrace.cluster.mirror import local_folder
 from terrace.data.conditional import list_objects, read_versioned
@@ -24,12 +24,6 @@ STAGES = ["01-projector-warmup", "02-alignment", "03-pretraining", "04-long-cont
 INLINE = [f"stages.{stage[3:]}.data_loading.engine=inline" for stage in STAGES]
 RUN = f"s3://{BUCKET}/whole-run"
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(3600)]
-
-
-@pytest.fixture(scope="module")
-def machines(tmp_path_factory: pytest.TempPathFactory):
-    with machines_and_bucket(tmp_path_factory.mktemp("machines")) as made:
-        yield made
 
 
 def use(machines: Machines, name: str, monkeypatch: pytest.MonkeyPatch) -> Path:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from stored_run import BUCKET, Machines, machines_and_bucket
+from stored_run import BUCKET, Machines
 
 from terrace.cluster import mirror
 from terrace.cluster.attempt import newest_checkpoint_step
@@ -113,17 +113,6 @@ def test_on_disk_an_older_attempt_that_wakes_up_in_the_middle_of_a_write_complet
 
 
 # ---------------------------------------------------------------- on S3
-
-
-@pytest.fixture(scope="module")
-def machines(tmp_path_factory: pytest.TempPathFactory):
-    with machines_and_bucket(tmp_path_factory.mktemp("machines")) as made:
-        yield made
-
-
-@pytest.fixture
-def run(request: pytest.FixtureRequest) -> str:
-    return f"s3://{BUCKET}/{request.node.name}"
 
 
 def stage_on(machines: Machines, name: str, run: str) -> Path:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from stream_rows import captioned_pictures
 
 from terrace.data.images import ImageDamage
 from terrace.data.plan import StagePlan
@@ -45,13 +49,7 @@ def recipe_of(folder: Path, on_damage: str) -> Recipe:
 def folder(tmp_path: Path) -> Path:
     """150 captioned pictures in several shards, and 40 texts, some longer than a pack."""
     random = np.random.default_rng(0)
-    captions = []
-    for number in range(150):
-        width, height = (int(side) for side in random.integers(40, 200, 2))
-        noise = random.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize((width, height)).save(tmp_path / f"{number}.jpg")
-        words = " ".join(f"word{random.integers(30)}" for _ in range(random.integers(3, 30)))
-        captions.append({"id": f"c{number}", "image": f"{number}.jpg", "text": words})
+    captions = captioned_pictures(tmp_path, 150, 200, random)
     texts = [{"id": f"t{n}", "text": " ".join(f"line{random.integers(90)}\n" for _ in range(20 + 4 * n))} for n in range(40)]
     for name, rows in (("captions", captions), ("text", texts)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

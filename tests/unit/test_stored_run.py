@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from stored_run import BUCKET, Machines, machines_and_bucket
+from stored_run import Machines
 
 from terrace.cluster import mirror
 from terrace.cluster.attempt import Fenced, claim_attempt, stop_requested
@@ -21,19 +21,6 @@ from terrace.curriculum.run import move_aside
 from terrace.data import conditional
 from terrace.data import storage as storage_module
 from terrace.data.conditional import Changed, read_versioned, write_if
-
-
-@pytest.fixture(scope="module")
-def machines(tmp_path_factory: pytest.TempPathFactory):
-    with machines_and_bucket(tmp_path_factory.mktemp("machines")) as made:
-        yield made
-
-
-@pytest.fixture
-def run(request: pytest.FixtureRequest) -> str:
-    """The URI of a run of the test's own."""
-    return f"s3://{BUCKET}/{request.node.name}"
-
 
 # ---------------------------------------------------------------- conditional writes
 

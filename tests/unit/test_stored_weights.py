@@ -12,6 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from packs import tiny_model
 from stored_run import BUCKET, Machines, machines_and_bucket
 
 from terrace.data.conditional import swap
@@ -22,18 +23,7 @@ from terrace.models.tensor_files import HEADER_BYTES, Directory
 from terrace.models.weights import initial_weights
 from terrace.recipe.schema import Model
 
-SHAPE = {
-    "text_config": {
-        "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "eos_token_id": 502, "bos_token_id": 501,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
-    },
-    "vision_config": {
-        "depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64,
-        "window_size": 112, "fullatt_block_indexes": [1],
-    },
-    "image_token_id": 505, "video_token_id": 506, "vision_start_token_id": 503, "vision_end_token_id": 504,
-}
+SHAPE = tiny_model()["config"]
 URI = f"s3://{BUCKET}/models/tiny"
 
 
