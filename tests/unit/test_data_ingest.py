@@ -81,7 +81,7 @@ def test_damaged_input_is_refused_by_name_and_the_rest_goes_through(folder: Path
             {**good, "image": str(folder.parent / "outside.jpg")}, {**good, "image": "a\\..\\b.jpg"},
         ],
         "placeholder_mismatch": [{"messages": turns, "images": ["images/0.jpg"]}],
-        "empty_answer": [{"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": ""}]}],
+        "empty_answer": [{"id": "silent", "messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": ""}]}],
         "empty_text": [{**good, "text": ""}],
         "duplicate_id": [{**good, "id": "c3"}],
         "bad_row": ["{not json", '"text"', {**good, "text": "\ud800"}],
@@ -96,6 +96,7 @@ def test_damaged_input_is_refused_by_name_and_the_rest_goes_through(folder: Path
     assert report.samples == 13
     lines = list(iter_refused(report.folder, DEFAULT_STORAGE))
     assert lines[0].origin == "rows.jsonl:13"
+    assert [line.id for line in lines if line.reason in ("empty_answer", "missing_image")][-1] == "silent"
     assert all(line.reason in REASONS and line.detail for line in lines)
     index = load_index(build_index("s", data.sources["s"], report, tokenizer))
     assert len(index) == 13

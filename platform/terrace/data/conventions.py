@@ -52,7 +52,7 @@ def convert_row(row: Any, default_id: str, kind: str) -> tuple[Sample, list[Imag
     """One raw row to a sample and its images, in the order of `Sample`'s image numbers. Raises Refusal."""
     if not isinstance(row, dict):
         raise Refusal("bad_row", f"the row is a {type(row).__name__}, not a JSON object")
-    sample_id = _sample_id(row, default_id)
+    sample_id = row_id(row, default_id)
     images = row_images(row)
     metadata = {key: row[key] for key in METADATA_KEYS if row.get(key) is not None}
     turns = row.get("messages") or row.get("conversations") or row.get("conversation")
@@ -291,7 +291,8 @@ def _has_text(item: Item) -> bool:
     return item["type"] == "text" and bool(item["text"].strip())
 
 
-def _sample_id(row: dict[str, Any], default_id: str) -> str:
+def row_id(row: dict[str, Any], default_id: str) -> str:
+    """The id that a row gives itself."""
     for key in ("id", "sample_id", "uid"):
         value = row.get(key)
         if isinstance(value, str) and value:

@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from terrace.data.conventions import ImageReference, convert_row
+from terrace.data.conventions import ImageReference, convert_row, row_id
 from terrace.data.formats import Unit, plan_units, read_rows, source_files
 from terrace.data.images import ImageDamage, decode_image
 from terrace.data.parallel import Progress, run_units
@@ -229,12 +229,11 @@ def ingest_unit(settings: UnitSettings, unit: Unit, inside: Callable[[int], None
     with _UnitWriter(settings, unit.number) as writer:
         last_told = time.monotonic()
         for origin, default_id, row, share in read_rows(unit, settings.storage):
-            sample_id = default_id
+            sample_id = row_id(row, default_id) if isinstance(row, dict) else default_id
             try:
                 if isinstance(row, Refusal):
                     raise row
                 sample, references = convert_row(row, default_id, settings.kind)
-                sample_id = sample.id
                 if sample_id in ids:
                     raise Refusal("duplicate_id", f"an earlier row of {origin.rpartition(':')[0]} has the id {sample_id!r}")
                 loaded = [images.load(reference) for reference in references]
@@ -244,7 +243,7 @@ def ingest_unit(settings: UnitSettings, unit: Unit, inside: Callable[[int], None
                 writer.add(sample, [content for content, _ in loaded])
                 ids.add(sample_id)
             except Refusal as refusal:
-                refused.append(RefusedSample(origin, str(sample_id), refusal.reason, refusal.detail[:500]))
+                refused.append(RefusedSample(origin, sample_id, refusal.reason, refusal.detail[:500]))
             if inside is not None and time.monotonic() - last_told > 0.5:
                 last_told = time.monotonic()
                 inside(int(unit.cost * share))
