@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -65,47 +64,33 @@ def full_pack(number: int) -> Any:
     return pack_segments(number, [segment(rng, each - 130, [(8, 16)]) for _ in range(IMAGE_SEGMENTS)], TOKENS)
 
 
-class ResidentPeak:
-    """The largest resident set of this process since `reset`, looked at every millisecond (the kernel's own VmHWM lags)."""
-
-    def __init__(self) -> None:
-        self.peak, self._page = 0, os.sysconf("SC_PAGE_SIZE")
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def now(self) -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * self._page
-
-    def reset(self) -> int:
-        gc.collect()
-        self.peak = self.now()
-        return self.peak
-
-    def _watch(self) -> None:
-        while True:
-            self.peak = max(self.peak, self.now())
-            time.sleep(0.001)
+def resident_bytes() -> int:
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def step_memory(rank: int, world_size: int, warm: dict[str, Any], values: dict[str, Any], out: str) -> int:
-    """Bytes by which the resident set grows while steps are taken, against the same process after it trained a tiny model."""
+    """Resident bytes of a process that trained a tiny model, before the steps whose metrics go to `out`/sized."""
     train_stages(rank, world_size, warm, f"{out}/warm")  # what the libraries take by themselves is not the model's
-    resident = ResidentPeak()
-    before = resident.reset()
+    before = resident_bytes()
     recipe = Recipe.model_validate(values)
     context = WorkerContext(rank, world_size, rank, "cpu", lambda *_: None, lambda: None)
-    peaks = []
 
     def stream(start: int) -> Iterator[Step]:
-        resident.reset()  # building the model is not a step
         for step in range(start, int(recipe.stages[0].budget.steps or 0)):
             yield Step(step, [full_pack(2 * step + rank)])
-            peaks.append(resident.peak - before)
 
     feed = replace(memory_feed(recipe, 0, context), stream=stream, held_out={})
     folder = Path(out) / "sized"
     folder.mkdir(parents=True, exist_ok=True)
     train_stage(recipe, 0, feed, folder, None, context)
-    return max(peaks)
+    return before
+
+
+def peak_of_steps(folder: Path) -> float:
+    """The largest `memory_peak_bytes` after the first step, whose own window holds the building of the model."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return max(row["memory_peak_bytes"] for row in rows if row.get("step", 0) > 1 and "memory_peak_bytes" in row)
 
 
 @pytest.mark.slow
@@ -117,7 +102,8 @@ def test_peak_of_a_step(shape: str, strategy: str, checkpointing: bool, tmp_path
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "0")
     recipe = sized_recipe(shape, strategy, checkpointing)
     warm = tiny_recipe(parallel={"strategy": strategy}, budget={"steps": 2}, batch={"packs": 2}).model_dump(mode="json")
-    peak = max(run_ranks(WORKERS, step_memory, warm, recipe.model_dump(mode="json"), str(tmp_path), timeout=400))
+    before = max(run_ranks(WORKERS, step_memory, warm, recipe.model_dump(mode="json"), str(tmp_path), timeout=400))
+    peak = peak_of_steps(tmp_path / "sized") - before
     example = full_pack(0)
     pack = PackSize(len(example.input_ids), example.patches.shape[0] / 4, example.supervised_tokens)
     planned = stage_memory(model_shape(recipe), recipe.stages[0], WORKERS, pack, on_gpu=False)
