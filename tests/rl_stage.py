@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,9 +115,9 @@ def break_at(where: str, iteration: int, action: Callable[[], None]) -> Callable
     original, collect = getattr(owner, method), Collector.collect
     reached = {"iteration": -1, "calls": 0}
 
-    def counted(self: Any, number: int, stage_folder: Path) -> Any:
+    def counted(self: Any, number: int, stage_folder: Path, doing: Callable[[str], None]) -> Any:
         reached.update(iteration=number, calls=0)
-        return collect(self, number, stage_folder)
+        return collect(self, number, stage_folder, doing)
 
     def breaking(*arguments: Any, **keywords: Any) -> Any:
         if reached["iteration"] == iteration:
@@ -135,8 +136,12 @@ def break_at(where: str, iteration: int, action: Callable[[], None]) -> Callable
     return undo
 
 
-if __name__ == "__main__":  # a process of its own that kills itself: python rl_stage.py FOLDER NAME RECIPE.json WHERE
+def hang() -> None:
+    time.sleep(600)
+
+
+if __name__ == "__main__":  # a process of its own that kills itself, or hangs: python rl_stage.py FOLDER NAME RECIPE.json WHERE [hang]
     given = Recipe.model_validate_json(Path(sys.argv[3]).read_text())
     if sys.argv[4] != "nowhere":
-        break_at(sys.argv[4], 1, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        break_at(sys.argv[4], 1, hang if sys.argv[5:] == ["hang"] else lambda: os.kill(os.getpid(), signal.SIGKILL))
     run(given, Path(sys.argv[1]), sys.argv[2])

@@ -30,6 +30,7 @@ from terrace.rl.collect import RewardFailures
 from terrace.rl.native import NativeEngine
 from terrace.rl.prompts import PromptOrder
 from terrace.train.checkpoint import measured
+from terrace.train.watchdog import hang_folder
 
 
 class Killed(BaseException):
@@ -127,6 +128,25 @@ def test_a_killed_process_is_followed_by_one_with_the_same_figures(folder, undis
     assert first.returncode == -signal.SIGKILL
     subprocess.run([*command, "nowhere"], env=environment, check=True)
     assert figures_of(folder, f"killed-{where}") == undisturbed
+
+
+@pytest.mark.parametrize(
+    ("where", "doing"),
+    [
+        ("rollout", "decoding the rollouts of"),
+        pytest.param("reward", "decoding the rollouts of", marks=pytest.mark.slow),  # rewards are asked for while others decode
+        pytest.param("update", "running a pack of", marks=pytest.mark.slow),
+    ],
+)
+def test_a_hang_ends_the_process_and_says_where(folder, where, doing):
+    recipe_file = folder / f"hang-{where}.json"
+    recipe_file.write_text(rl_recipe(folder, failure={"hang_timeout_seconds": 8}).model_dump_json())
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, rl_stage.__file__, str(folder), f"hang-{where}", str(recipe_file), where, "hang"]
+    assert subprocess.run(command, env=environment, check=False, timeout=300).returncode == 1
+    stacks = hang_folder(folder / f"hang-{where}", 1)
+    assert f"rank 0 {doing} step 2" in json.loads((stacks / "summary.json").read_text())["message"]
+    assert "in hang" in (stacks / "stacks-00000.txt").read_text()
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,9 +86,9 @@ class Collector:
     stage_hash: str
     context: WorkerContext
 
-    def collect(self, iteration: int, folder: Path) -> Collected:
+    def collect(self, iteration: int, folder: Path, doing: Callable[[str], None]) -> Collected:
         """Rounds of prompts until `prompts_per_iteration` groups are kept, the rounds are used up, or the order
-        ends."""
+        ends. `doing` is told before whatever may take long."""
         wanted, dynamic = self.options.prompts_per_iteration, self.options.dynamic_sampling
         counter: Counter[tuple[str, int]] = Counter()
         collected = Collected([], select_groups([], wanted, dynamic), 0, 0.0, 0.0)
@@ -98,7 +98,7 @@ class Collector:
             drawn = self.order.draw(prompts_to_draw(wanted - kept, kept, len(collected.groups)), counter)
             if not drawn:
                 break
-            collected.groups += self._round(iteration, number, drawn, folder, collected)
+            collected.groups += self._round(iteration, number, drawn, folder, collected, doing)
             collected.rounds = number + 1
             collected.selection = select_groups([group.rewards for group in collected.groups], wanted, dynamic)
             self._check_failures(collected.groups, iteration)
@@ -117,7 +117,13 @@ class Collector:
         return self._exchange(own, len(drawn))
 
     def _round(
-        self, iteration: int, number: int, drawn: Sequence[Drawn], folder: Path, collected: Collected
+        self,
+        iteration: int,
+        number: int,
+        drawn: Sequence[Drawn],
+        folder: Path,
+        collected: Collected,
+        doing: Callable[[str], None],
     ) -> list[Group]:
         context = self.context
         mine = drawn[context.rank :: context.world_size]
@@ -128,16 +134,19 @@ class Collector:
         rollout_file = folder / f"rollout-{number}-{context.rank}.npz"
         reward_file = folder / f"rewards-{number}-{context.rank}.json"
         started = time.perf_counter()
+        doing("reading the prompts of")
         prompts = self.reader.read(mine) if mine else []
         collected.prompts.update(zip(mine, prompts))
         rewards = load_rewards(reward_file, identity)
         futures: dict[int, Future[list[Score]]] = {}
 
         def ready(place: int, group: list[Response]) -> None:
+            doing("decoding the rollouts of")
             if rewards is None:
                 futures[place] = self._submit(prompts[place], group)
 
         groups = load_rollout(rollout_file, identity)
+        doing("decoding the rollouts of")
         if groups is None:
             sampling = Sampling(
                 samples=self.options.samples_per_prompt,
@@ -153,10 +162,14 @@ class Collector:
                 ready(place, group)
         decoded = time.perf_counter()
         if rewards is None:
-            rewards = [_values(futures[place].result()) for place in range(len(groups))]
+            rewards = []
+            for place in range(len(groups)):
+                doing("waiting for the rewards of")
+                rewards.append(_values(futures[place].result()))
             save_rewards(reward_file, identity, rewards)
         collected.rollout_seconds += decoded - started
         collected.reward_seconds += time.perf_counter() - decoded
+        doing("exchanging the groups of all ranks of")
         return self._exchange([self._group(*four) for four in zip(mine, prompts, groups, rewards)], len(drawn))
 
     def _submit(self, prompt: Prompt, group: Sequence[Response]) -> Future[list[Score]]:

@@ -8,6 +8,7 @@ checkpoints lie between iterations. A run that is killed anywhere repeats at mos
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -50,6 +51,7 @@ from terrace.train.optimizer import parameter_groups, part_learning_rates, sched
 from terrace.train.progress import next_attempt, resume_or_hand_over
 from terrace.train.setup import prepare_strategy
 from terrace.train.step import NonFinite, seed_step
+from terrace.train.watchdog import Watchdog, hang_folder, hang_timeout_seconds
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +105,8 @@ def train_rl_stage(
     progress = resume_or_hand_over(strategy, place, stage, identity, stage_dir, start_weights, context)
 
     opened = open_engine(recipe, stage, strategy, config, tokenizer, stage_dir, context)
-    with SandboxPool(SANDBOX_WORKERS) as sandbox, closing(opened) as engine:
+    watching = Watchdog(hang_folder(stage_dir, attempt), hang_timeout_seconds(stage), context, stage.name)
+    with SandboxPool(SANDBOX_WORKERS) as sandbox, closing(opened) as engine, watching as watchdog:
         collector = Collector(
             order=order,
             reader=PromptReader(recipe, stage_index, prepared, tokenizer),
@@ -169,10 +172,12 @@ def train_rl_stage(
         evaluate_every = stage.evaluate.every_steps
         for iteration in range(progress.step // updates, order.iterations):
             started = time.perf_counter()
+            doing = functools.partial(watchdog.mark, iteration * updates + 1)
+            doing("giving the engine the weights of")
             engine.update_weights(lambda: strategy.tensors("weights"))
             engine.wake()
             synced = time.perf_counter()
-            collected = collector.collect(iteration, iteration_folder(stage_dir, iteration))
+            collected = collector.collect(iteration, iteration_folder(stage_dir, iteration), doing)
             engine.sleep()
             for group in collected.groups:
                 order.pool.record(group.drawn.key, pass_rate(group))
@@ -197,7 +202,7 @@ def train_rl_stage(
             # Update: one optimizer step per part of the batch; all parts' old log-probabilities come before the first.
             parts = [collected.kept[number::updates] for number in range(updates)]
             packs = [stepper.packs(own_groups(part, options, collected, collector, context)) for part in parts]
-            old = [stepper.logprobs(part) for part in packs] if updates > 1 else [None] * updates
+            old = [stepper.logprobs(part, doing) for part in packs] if updates > 1 else [None] * updates
             for number, (part, part_packs, part_old) in enumerate(zip(parts, packs, old)):
                 step = iteration * updates + number + 1
                 factor = schedule_factor(stage.schedule, step - 1, total_steps)
@@ -207,7 +212,7 @@ def train_rl_stage(
                     tokens = sum(group.response_tokens for group in part)
                     try:
                         rates = [group.peak_lr * factor for group in groups]
-                        outcome = stepper.step(part_packs, tokens, rates, step, part_old)
+                        outcome = stepper.step(part_packs, tokens, rates, step, part_old, functools.partial(watchdog.mark, step))
                     except NonFinite as error:
                         progress.record_nonfinite(error, stage.failure.on_nonfinite, stage_dir, context)
                 counts = batch_counts(part, stage, stop)
@@ -231,6 +236,7 @@ def train_rl_stage(
                             notify,
                         )
                 last = number == updates - 1
+                watchdog.rest()  # evaluation and writing may be slow
                 if last and evaluate_every and crossed(step, updates, evaluate_every) and step < total_steps:
                     line["evaluation"] = evaluate()
                     notify("evaluation", {"when": step, "loss": line["evaluation"]})

@@ -38,6 +38,7 @@ from terrace.train.precision import DTYPES
 from terrace.train.progress import next_attempt, resume_or_hand_over
 from terrace.train.setup import prepare_strategy
 from terrace.train.step import BatchCounts, NonFinite, seed_step
+from terrace.train.watchdog import Watchdog, hang_folder, hang_timeout_seconds
 
 
 def train_reward_model_stage(
@@ -55,6 +56,31 @@ def train_reward_model_stage(
     result_file = stage_dir / "result.json"
     if result_file.is_file():
         return StageResult(**json.loads(result_file.read_text()))
+    attempt = next_attempt(stage_dir / "checkpoints", context) if attempt is None else attempt
+    with Watchdog(hang_folder(stage_dir, attempt), hang_timeout_seconds(stage), context, stage.name) as watchdog:
+        result = _train_and_export(recipe, stage_index, prepared, stage_dir, start_weights, context, observers, attempt, watchdog)
+    if context.rank == 0:
+        write_durably(result_file, json_bytes(result))
+    barrier(context)
+    if context.rank == 0:
+        for observer in observers:
+            observer("finished", result)
+    return StageResult(**result)
+
+
+def _train_and_export(
+    recipe: Recipe,
+    stage_index: int,
+    prepared: Any,
+    stage_dir: Path,
+    start_weights: Path | None,
+    context: WorkerContext,
+    observers: Sequence[Observer],
+    attempt: int,
+    watchdog: Watchdog,
+) -> dict[str, Any]:
+    """The stage up to its Hugging Face directory; the values of its result."""
+    stage = recipe.stages[stage_index]
     tokenizer = load_tokenizer(prepared.tokenizer_dir)
     config = model_config(recipe.model, tokenizer)
     order = PromptOrder(recipe, stage_index, prepared, draws_per_step=stage.batch.packs, reserved_tokens=0)
@@ -63,7 +89,6 @@ def train_reward_model_stage(
     backend, _ = choose_backend(recipe.model.attention, torch.device(context.device).type, stage.precision)
     use_shared_prompt_attention(strategy.model, backend)
     groups = parameter_groups([name for name, _ in strategy.model.named_parameters()], stage)
-    attempt = next_attempt(stage_dir / "checkpoints", context) if attempt is None else attempt
     writer = CheckpointWriter(stage_dir / "checkpoints", stage.checkpoint, context, attempt)
     barrier(context)
     identity = stage_hash(recipe, stage_index)
@@ -100,6 +125,7 @@ def train_reward_model_stage(
     notify("evaluation", {"when": "before", "loss": progress.evaluation_before})
     for step in range(progress.step + 1, total + 1):
         started = time.perf_counter()
+        watchdog.mark(step, "reading the pairs of")
         drawn = order.draw(stage.batch.packs, Counter())
         pairs = reader.read(drawn[context.rank :: context.world_size])
         packs = own_packs(pairs)
@@ -108,11 +134,13 @@ def train_reward_model_stage(
         seed_step(stage.seed, step - 1, context.rank)
         sums = [0.0, 0.0, 0.0, 0.0, 0.0]
         for number, pack in enumerate(packs):
+            watchdog.mark(step, "running a pack of")
             batch = pair_batch(pack, context.device, DTYPES[stage.precision])
             sums[0] += float(strategy.accumulate(batch, 1.0 / max(len(drawn), 1), last=number == len(packs) - 1))
             sums[1] += float((batch.results.get("margins", torch.zeros(0)) > 0).sum())
             sums[2] += sum(pair.rows for pair in pack)
             sums[3] += sum(len(pair.prompt.patches) // 4 for pair in pack)
+        watchdog.mark(step, "updating the weights of")
         sums[4] = float(context.should_stop() is not None)
         loss, right, tokens, visual, stop = gather_rows(sums, context).sum(axis=0)
         loss, right = loss / max(len(drawn), 1), right / max(len(drawn), 1)
@@ -142,6 +170,7 @@ def train_reward_model_stage(
         if metrics:
             metrics.append(line)
         notify("step", line)
+        watchdog.rest()  # writing may be slow
         due = stage.checkpoint.every_steps and step % stage.checkpoint.every_steps == 0
         if stop or due or step == total:
             if metrics:
@@ -165,7 +194,4 @@ def train_reward_model_stage(
     result = progress.result(after)
     if metrics:
         metrics.close()
-        write_durably(result_file, json_bytes(result))
-    barrier(context)
-    notify("finished", result)
-    return StageResult(**result)
+    return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,11 +59,12 @@ class PolicyStepper:
         most = int(gather_rows([float(len(packs))], self._context).max())
         return packs + [[] for _ in range(max(most, 1) - len(packs))]
 
-    def logprobs(self, packs: Sequence[Sequence[TrainGroup]]) -> list[torch.Tensor]:
+    def logprobs(self, packs: Sequence[Sequence[TrainGroup]], doing: Callable[[str], None]) -> list[torch.Tensor]:
         """Log-probabilities of every pack's tokens under the current weights (before the first of several updates)."""
         made = []
         for pack in packs:
             batch = self._batch(pack)
+            doing("computing log-probabilities of")
             self._strategy.loss(batch)
             made.append(batch.results.get("logprobs", torch.zeros(0)).cpu())
         return made
@@ -74,7 +75,8 @@ class PolicyStepper:
         total_tokens: int,
         rates: list[float],
         number: int,
-        old: Sequence[torch.Tensor] | None = None,
+        old: Sequence[torch.Tensor] | None,
+        doing: Callable[[str], None],
     ) -> UpdateOutcome:
         """One optimizer step over all ranks' packs. Raises NonFinite before it; `number` counts steps from 1."""
         started = time.perf_counter()
@@ -86,10 +88,12 @@ class PolicyStepper:
                 batch.old_logprobs = old[place].to(batch.tokens.device)
             if self._reference is not None:
                 batch.reference_logprobs = self._reference_logprobs(pack)
+            doing("running a pack of")
             losses.append(self._strategy.accumulate(batch, scale, last=place == len(packs) - 1))
             figures.add(pack, batch.results)
         values = torch.stack(losses).double().cpu().numpy()
         bad = ~np.isfinite(values)
+        doing("updating the weights of")
         rows = gather_rows([float(values[~bad].sum()), float(bad.sum())], self._context)
         names = [group.prompt.id for pack, wrong in zip(packs, bad) if wrong for group in pack]
         if rows[:, 1].sum():
