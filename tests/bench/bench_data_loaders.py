@@ -5,8 +5,9 @@ decodes with the same functions (`terrace.data.images`: libjpeg-turbo, antialias
 the same tokenizer, packs to 8,192 tokens and hands out uint8 and int32 tensors, so what differs is the way there. Only `processor` is
 what people write first: Pillow, the Hugging Face image processor and tokenizer, padded batches.
 
-The process says START and END around the measured epochs and waits after each for a line on stdin, so that the parent can read the
-CPU seconds of the whole process tree while nothing is running. One whole epoch goes before START: Ray, workers and imports are up.
+Everyone delivers `--epochs` and one more in one go, as a long stage would. The process says START when the first epoch is there (Ray,
+workers and imports are up) and END at the end, and waits after each for a line on stdin, while the parent reads the CPU seconds of
+the whole process tree.
 """
 
 from __future__ import annotations
@@ -84,8 +85,9 @@ def bare(root: Path, args: argparse.Namespace) -> Loader:
     pool = multiprocessing.get_context("spawn").Pool(args.workers, initializer=_prepare_bare, initargs=(root,))
 
     def load(epochs: int) -> Delivered:
-        for count in pool.imap(_loop_bare, [epochs] * args.workers, chunksize=1):
-            yield count, None
+        for _ in range(epochs):
+            for count in pool.imap(_loop_bare, range(args.workers), chunksize=1):
+                yield count, None
 
     return load
 
@@ -95,7 +97,8 @@ def bare_alone(root: Path, args: argparse.Namespace) -> Loader:
     _prepare_bare(root)
 
     def load(epochs: int) -> Delivered:
-        yield _loop_bare(epochs), None
+        for _ in range(epochs):
+            yield _loop_bare(0), None
 
     return load
 
@@ -110,12 +113,11 @@ def _prepare_bare(root: Path) -> None:
     _BARE.extend([list(tar_samples(root)), load_tokenizer(root / "tokenizer")])
 
 
-def _loop_bare(epochs: int) -> int:
+def _loop_bare(_worker: int) -> int:
     samples, tokenizer = _BARE
-    for _ in range(epochs):
-        for data, text in samples:
-            encode(data, text, tokenizer)
-    return epochs * len(samples)
+    for data, text in samples:
+        encode(data, text, tokenizer)
+    return len(samples)
 
 
 _BARE: list[Any] = []  # samples and tokenizer of a process
@@ -134,7 +136,7 @@ def terrace(root: Path, args: argparse.Namespace) -> Loader:
     recipe, prepared = terrace_data(root)
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (with Ray's 15 it gives way to everything else on the machine; others do not)
     ray.init(
-        address="local", num_cpus=args.workers + 1, include_dashboard=False, object_store_memory=2**30, log_to_driver=False,
+        address="local", num_cpus=args.workers, include_dashboard=False, object_store_memory=2**30, log_to_driver=False,
         logging_level=logging.ERROR,
     )  # fmt: skip
 
@@ -311,21 +313,31 @@ def main() -> None:
     args = parser.parse_args()
     begun = time.perf_counter()
     load = LOADERS[args.name](args.root, args)
-    found = sum(samples for samples, _ in load(1))
-    started = time.perf_counter() - begun
+    made = time.perf_counter()
+    stream, epoch = load(args.epochs + 1), samples_of(args)
+    count, _tensors = next(stream)
+    first = time.perf_counter() - made
+    while count < epoch:
+        count += next(stream)[0]
+    facts = {"first_seconds": first, "warm_up_seconds": time.perf_counter() - begun}
     _mark("START")
-    begun, samples, first = time.perf_counter(), 0, 0.0
-    for count, _tensors in load(args.epochs):
-        first = first or time.perf_counter() - begun
-        samples += count
-    seconds = time.perf_counter() - begun
-    if samples != args.epochs * found:
-        raise SystemExit(f"{args.name} delivered {samples} samples in {args.epochs} epochs of {found}")
-    facts = {"samples": samples, "seconds": seconds, "first_seconds": first, "warm_up_seconds": started}
+    begun, samples = time.perf_counter(), 0
+    for delivered, _tensors in stream:
+        samples += delivered
+    facts |= {"samples": samples, "seconds": time.perf_counter() - begun}
+    if count + samples != (args.epochs + 1) * epoch:
+        raise SystemExit(f"{args.name} delivered {count + samples} samples in {args.epochs + 1} epochs of {epoch}")
     _mark("END " + json.dumps(facts))
     if "ray" in sys.modules:
         sys.modules["ray"].shutdown()
     os._exit(0)  # loaders with threads of their own take seconds to say goodbye
+
+
+def samples_of(args: argparse.Namespace) -> int:
+    """Samples of an epoch; every process of `bare` takes them all."""
+    from bench_data_corpus import tar_samples
+
+    return sum(1 for _ in tar_samples(args.root)) * (args.workers if args.name == "bare" else 1)
 
 
 def _mark(what: str) -> None:

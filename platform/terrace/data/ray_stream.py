@@ -11,13 +11,17 @@ import logging
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import ray
 from ray.data import DataContext, Dataset, Datasource, ExecutionResources
-from ray.data._internal.execution.execution_callback import ExecutionCallback  # custom callbacks have no public name yet
+
+# Callbacks and policies of an execution have no public names yet.
+from ray.data._internal.execution.backpressure_policy import ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, BackpressurePolicy
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
@@ -29,7 +33,9 @@ from terrace.recipe.schema import Stage
 
 LOOP_PAUSE_SECONDS = 0.01
 PIPELINE_TASKS = (64, 256)  # tasks of the first and every later execution; planning 64 takes 0.3 s, starting one 0.5 to 1 s
-BLOCK_BYTES = 32 * 2**20  # larger blocks hold finished packs back, smaller ones cost a fixed 5 ms each
+BLOCK_BYTES = 64 * 2**20  # larger blocks hold finished packs back, smaller ones cost a fixed 5 ms each
+STORE_SHARE = 0.75  # of the object store, for all ranks together
+AHEAD = "terrace.ahead"  # key of an execution's `Ahead`
 
 # Field, dtype, shape behind the ragged axis. All arrays are C-contiguous.
 _ARRAYS: tuple[tuple[str, Any, tuple[int, ...]], ...] = (
@@ -90,6 +96,41 @@ class CalmLoop(ExecutionCallback):
         time.sleep(LOOP_PAUSE_SECONDS)
 
 
+@dataclass(frozen=True)
+class Ahead:
+    """How far one rank's decode tasks may run ahead of its training."""
+
+    cpus: float  # of each task
+    at_once: int
+    queued: int  # submitted while `at_once` run, so that a CPU that is done has its next task without asking
+    task_bytes: int  # what the largest task makes
+    store_bytes: int  # this rank's share of the object store
+
+    @property
+    def tasks(self) -> int:
+        return self.at_once + self.queued
+
+    def allows(self, active_tasks: int, waiting_bytes: int) -> bool:
+        """Whether one more task may start: all of its blocks, the running tasks' and those that wait must have room."""
+        limit = min(self.store_bytes, 2 * self.tasks * self.task_bytes)
+        return active_tasks < self.tasks and waiting_bytes + (active_tasks + 1) * self.task_bytes <= limit
+
+
+class AheadPolicy(BackpressurePolicy):
+    """Ray Data's policies replaced by `Ahead`.
+
+    Theirs compare what waits with what the consumer holds at the moment. A trainer that takes a block at once holds nothing, and
+    every second task was held back (measured: half of each decode worker's time). Where nothing runs and the trainer
+    waits, Ray Data starts a task whatever a policy says, so a store that is too small slows a stage but never stops it.
+    """
+
+    def can_add_input(self, op: Any) -> bool:
+        manager = self._resource_manager
+        waiting = manager.get_mem_op_outputs(op, include_ineligible_downstream=True) + manager.get_external_consumer_bytes()
+        ahead: Ahead = self._data_context.get_config(AHEAD)
+        return ahead.allows(op.num_active_tasks(), waiting)
+
+
 class PackSource(Datasource):
     """Decode tasks as a Ray Data source: one read task each, in order."""
 
@@ -114,9 +155,13 @@ def _read_task(task: PackTask, settings: TaskSettings) -> ReadTask:
         for pack in run_task(task, settings):
             yield to_table(pack)
 
-    size = sum(part.spec.patches * PATCH_VALUES + sum(part.spec.lengths) * 28 for part in task.parts)
-    metadata = BlockMetadata(num_rows=len(task.parts), size_bytes=size, input_files=None, exec_stats=None)
+    metadata = BlockMetadata(num_rows=len(task.parts), size_bytes=task_bytes(task), input_files=None, exec_stats=None)
     return ReadTask(read, metadata, schema=SCHEMA)
+
+
+def task_bytes(task: PackTask) -> int:
+    """Bytes of the task's packs: pixels, and 28 for a token's values."""
+    return sum(part.spec.patches * PATCH_VALUES + sum(part.spec.lengths) * 28 for part in task.parts)
 
 
 def ray_packs(
@@ -150,20 +195,22 @@ def ray_packs(
 
 def _blocks(tasks: list[PackTask], settings: TaskSettings, stage: Stage, world_size: int) -> Iterator[pa.Table]:
     logging.getLogger("ray.data").setLevel(logging.WARNING)  # otherwise six lines per execution, over the progress bars
-    cpus, concurrency = decode_share(stage, world_size)
+    ahead = ahead_of(tasks, stage, world_size)
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = BLOCK_BYTES
     context.op_resource_reservation_enabled = False
+    context.set_config(ENABLED_BACKPRESSURE_POLICIES_CONFIG_KEY, [AheadPolicy])
+    context.set_config(AHEAD, ahead)
     context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, CalmLoop]
     context.execution_options.preserve_order = True
     context.execution_options.verbose_progress = False
-    memory = ray.cluster_resources().get("object_store_memory", 2**30) / 2 / world_size
-    context.execution_options.resource_limits = ExecutionResources(cpu=cpus * concurrency, object_store_memory=memory)
+    limits = ExecutionResources(cpu=ahead.cpus * ahead.tasks, object_store_memory=ahead.store_bytes)
+    context.execution_options.resource_limits = limits
     with DataContext.current(context):
         dataset: Dataset = ray.data.read_datasource(
-            PackSource(tasks, settings), override_num_blocks=len(tasks), num_cpus=cpus, concurrency=concurrency
+            PackSource(tasks, settings), override_num_blocks=len(tasks), num_cpus=ahead.cpus, concurrency=ahead.tasks
         )
     loading = stage.data_loading
     prefetch = max(1, loading.prefetch_packs // loading.packs_per_task)  # in blocks; a block holds at most a task's packs
@@ -172,6 +219,13 @@ def _blocks(tasks: list[PackTask], settings: TaskSettings, stage: Stage, world_s
         yield from batches
     finally:
         batches.close()
+
+
+def ahead_of(tasks: list[PackTask], stage: Stage, world_size: int) -> Ahead:
+    """Limits of one execution. A task that claims no CPU is never queued: nothing but the number of tasks would hold it back."""
+    cpus, at_once = decode_share(stage, world_size)
+    store = ray.cluster_resources().get("object_store_memory", 2**30) * STORE_SHARE / world_size
+    return Ahead(cpus, at_once, int(cpus > 0), max(map(task_bytes, tasks)), int(store))
 
 
 def decode_share(stage: Stage, world_size: int) -> tuple[float, int]:

@@ -2,7 +2,7 @@
 
 Each rank runs its own small pipeline: one generator task reads, decodes and packs `packs_per_task` packs by itself, so
 `preserve_order` costs nothing (770 samples/s on two cores; a read operator followed by a map operator drops to 300).
-Arrays travel as bytes columns of Arrow blocks of about 32 MB, never as pickled objects. Ray moves the bytes and retries
+Arrays travel as bytes columns of Arrow blocks of about 64 MB, never as pickled objects. Ray moves the bytes and retries
 dead workers; which packs a task makes was decided by the plan. `engine="inline"` does the same work in a thread here.
 """
 
