@@ -82,9 +82,11 @@ def test_kill_9_of_the_controller_at_every_point_of_the_journal(
     killed = deaths.read_text().splitlines()
     assert len(statuses) == len(killed) + 1
     for stage in (folder[3:] for folder in STAGES):
-        for kind in ("stage_attempt_started", "stage_attempt_launched", "checkpoint_saved", "stage_completed"):
+        for kind in ("stage_attempt_started", "stage_attempt_launched", "stage_completed"):
             assert {f"before {kind} {stage}", f"after {kind} {stage}"} <= set(killed)
     assert {f"{when} {kind}" for when in ("before", "after") for kind in ("run_started", "data_prepared", "run_completed")} <= set(killed)
+    # A stage that ends before the controller looks again goes into the journal as completed only, so not in every stage.
+    assert {point.rpartition(" ")[0] for point in killed} >= {"before checkpoint_saved", "after checkpoint_saved"}
     print(f"{launcher}: killed at {len(killed)} points")
 
 
