@@ -117,11 +117,16 @@ def claim_attempt(stage_dir: Path, attempt: int) -> None:
     write_atomic(stage_dir / "attempt.json", json.dumps({"attempt": attempt}))
 
 
-def stop_requested(stage_dir: Path, attempt: int) -> str | None:
-    """The reason to stop, None to go on. Raises Fenced when a newer attempt owns the stage."""
+def check_fence(stage_dir: Path, attempt: int) -> None:
+    """Raises Fenced when a newer attempt owns the stage."""
     current = read_json(stage_dir / "attempt.json")
     if current and current["attempt"] > attempt:
         raise Fenced(f"attempt {attempt} of {stage_dir.name} was overtaken by attempt {current['attempt']}")
+
+
+def stop_requested(stage_dir: Path, attempt: int) -> str | None:
+    """The reason to stop, None to go on. Raises Fenced when a newer attempt owns the stage."""
+    check_fence(stage_dir, attempt)
     request = read_json(stage_dir / f"stop-{attempt}.json")
     return request["reason"] if request else None
 

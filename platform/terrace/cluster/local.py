@@ -370,7 +370,7 @@ def _reporter(stage_dir: Path, rank: int, attempt: int) -> Callable[[dict[str, A
 
     def report(metrics: dict[str, Any], checkpoint: Path | None) -> None:
         if rank == 0:
-            attempts.stop_requested(stage_dir, attempt)  # raises Fenced: a newer attempt's progress is not to be overwritten
+            attempts.check_fence(stage_dir, attempt)  # a newer attempt's progress is not to be overwritten
             content = {**metrics, "checkpoint": str(checkpoint) if checkpoint else None, "time": time.time()}
             attempts.write_atomic(stage_dir / "progress.json", json.dumps(content, default=float))
 

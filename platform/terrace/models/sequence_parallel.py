@@ -27,7 +27,7 @@ import torch.distributed as dist
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from terrace.data.types import PATCH_VALUES, PackedExample
+from terrace.data.types import MERGE_SIZE, PATCH_VALUES, PackedExample
 from terrace.errors import InputError
 from terrace.models.attention import registered_name
 from terrace.models.batch import TEMPORAL_PATCH_SIZE, DeviceBatch, to_device
@@ -134,12 +134,11 @@ def shard_to_device(
     )  # fmt: skip
     batch = to_device(local, device, dtype)
     boundaries = [0, *(int(end) for end in example.segment_ends), *([length] if spare else [])]
-    merge = 4
     shard = SequenceShard(
         group=group,
         visual_before=int(visual[: own.start].sum()),
         visual_own=int(visual[own].sum()),
-        visual_computed=tuple(sum(patches[first:last]) // merge for first, last in itertools.pairwise(cuts)),
+        visual_computed=tuple(sum(patches[first:last]) // MERGE_SIZE**2 for first, last in itertools.pairwise(cuts)),
     )
     return dataclasses.replace(
         batch, example=example, boundaries=boundaries, longest=int(np.diff(boundaries).max()), sequence=shard,
