@@ -37,7 +37,7 @@ def test_five_tasks_of_real_prompts_run_to_the_end(shared_data: Path, tmp_path: 
         assert set(row["tasks"]) == TASKS
         assert all(figures["reward_failures"] == 0 for figures in row["tasks"].values())
     result = json.loads((folder / "result.json").read_text())
-    assert set(result["evaluation"]["after"]) == {f"reward/{task}" for task in TASKS}
+    assert set(result["evaluation"]["after"]) == {f"{how}/{task}" for how in ("reward", "greedy_reward") for task in TASKS}
     assert (folder / "final" / "config.json").is_file()
 
 
