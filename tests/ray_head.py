@@ -38,8 +38,8 @@ def ray_head(num_cpus: int = 4, token: bool = False, **variables: str) -> Iterat
         environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     process = subprocess.Popen(
         [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}", f"--dashboard-port={port + 20000}",
-         f"--dashboard-agent-listen-port={port + 1}", f"--ray-client-server-port={port + 2}", f"--num-cpus={num_cpus}", "--include-dashboard=true", "--disable-usage-stats", f"--temp-dir={temporary}",
-         f"--object-store-memory={200 * 2**20}"],
+         f"--dashboard-agent-listen-port={port + 1}", f"--ray-client-server-port={port + 2}", f"--num-cpus={num_cpus}",
+         "--include-dashboard=true", "--disable-usage-stats", f"--temp-dir={temporary}", f"--object-store-memory={200 * 2**20}"],
         env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     head = Head(f"http://127.0.0.1:{port + 20000}", environment, process)
