@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import math
 import os
 import socket
 import time
@@ -55,11 +56,7 @@ def acquire_lease(run_dir: Path, seconds: float = LEASE_SECONDS, clock: Callable
     def take(held: Content | None) -> Content:
         now = clock()
         if held and not held.get("released") and _holder_lives(held, now):
-            raise LeaseHeld(
-                f"another controller works on {mirror.place_of(Path(run_dir))}: process {held['pid']} on {held['host']} since "
-                f"{time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime(held['acquired']))} UTC. "
-                f"`terrace suspend {mirror.place_of(Path(run_dir))}` stops it."
-            )
+            raise LeaseHeld(_held_by(held, mirror.place_of(Path(run_dir)), now))
         return {
             "token": (held["token"] if held else 0) + 1,
             "host": socket.gethostname(),
@@ -72,6 +69,17 @@ def acquire_lease(run_dir: Path, seconds: float = LEASE_SECONDS, clock: Callable
         }
 
     return Lease(path, _change(path, take)["token"], seconds)
+
+
+def _held_by(held: Content, place: str, now: float) -> str:
+    """Who works there, and what to do; whether a process of another machine still runs cannot be seen from here."""
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(held["acquired"]))
+    who = f"process {held['pid']} on {held['host']} since {since} UTC"
+    message = f"another controller works on {place}: {who}. `terrace suspend {place}` stops it."
+    if held["host"] == socket.gethostname():
+        return message
+    left = max(1, math.ceil(held["expires"] - now))
+    return f"{message} If it is gone, run the command again in {left} s, when its lease has run out"
 
 
 def renew_lease(lease: Lease, clock: Callable[[], float] = time.time) -> None:
