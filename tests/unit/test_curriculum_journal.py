@@ -103,7 +103,7 @@ def test_a_lease_of_another_host_holds_until_it_expires(tmp_path: Path):
     lease = acquire_lease(tmp_path, 60, clock=lambda: now)
     held = json.loads(lease.path.read_text())
     lease.path.write_text(json.dumps({**held, "host": "another-machine"}))
-    with pytest.raises(LeaseHeld, match="on another-machine since .* run the command again in 20 s"):
+    with pytest.raises(LeaseHeld, match=r"on another-machine since .* run the command again in 20 s"):
         acquire_lease(tmp_path, 60, clock=lambda: now + 40)
     assert acquire_lease(tmp_path, 60, clock=lambda: now + 61).token == 2
 
