@@ -28,8 +28,13 @@ from terrace.train.context import WorkerContext, data_place
 
 
 def recipe_of(strategy: str, size: int, **changes) -> Recipe:
-    """A frozen-language stage, then all parts with recomputed activations; steps without images and odd lengths."""
-    common = {"parallel": {"strategy": strategy, "sequence_parallel": size}, "batch": {"packs": 2}, **changes}
+    """A frozen-language stage, then all parts with recomputed activations; steps without images and odd lengths.
+
+    The epsilon is above the rounding of a sum: AdamW would divide a gradient of 1e-9, all rounding, by itself and move the weight by it.
+    """
+    common = {
+        "parallel": {"strategy": strategy, "sequence_parallel": size}, "batch": {"packs": 2}, "optimizer": {"eps": 1e-6}, **changes,
+    }  # fmt: skip
     everything = {**ALL_PARTS, "language": {"lr": 1e-3, "activation_checkpointing": True}}
     return tiny_recipe([
         {"name": "warm", "train": {"projector": {"lr": 1e-3}}, "budget": {"steps": 2}, **common},
