@@ -55,6 +55,22 @@ def test_ray_gives_the_same_packs(ray_cluster, data, expected, monkeypatch):
     assert all(step.wait_seconds >= 0 for step in found)
 
 
+def test_every_task_asks_for_room_before_it_starts(ray_cluster, data, expected, monkeypatch):
+    _, prepared, plan = data
+    asked: list[bool] = []
+    allows = ray_stream.Ahead.allows
+
+    def recorded(self, active_tasks, waiting_bytes):
+        asked.append(allows(self, active_tasks, waiting_bytes))
+        assert not asked[-1] or (active_tasks + 1) * self.task_bytes + waiting_bytes <= self.store_bytes
+        return asked[-1]
+
+    monkeypatch.setattr(ray_stream.Ahead, "allows", recorded)
+    assert [contents(step.packs) for step in open_stream(plan, prepared, 0, 1, 0, "ray")] == expected
+    assert asked.count(True) >= 12 * 4 / plan.stage.data_loading.packs_per_task
+    assert False in asked  # it was full while tasks ran
+
+
 @pytest.mark.parametrize(("workers", "start"), [(2, 5), (4, 11)])
 def test_workers_share_them_from_any_step(ray_cluster, data, expected, workers, start):
     _, prepared, plan = data

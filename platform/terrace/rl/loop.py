@@ -45,7 +45,7 @@ from terrace.train.checkpoint import CheckpointWriter, json_bytes, write_durably
 from terrace.train.collectives import barrier, gather_rows
 from terrace.train.context import WorkerContext
 from terrace.train.finish import ask_suites, check_suites, export_final
-from terrace.train.loop import Observer, StageResult
+from terrace.train.loop import Observer, StageResult, notifier
 from terrace.train.metrics import MetricsLog
 from terrace.train.optimizer import parameter_groups, part_learning_rates, schedule_factor
 from terrace.train.progress import next_attempt, resume_or_hand_over
@@ -139,11 +139,7 @@ def train_rl_stage(
             engine.sleep()
             return found
 
-        def notify(event: str, values: dict[str, Any]) -> None:
-            if context.rank == 0:
-                for observer in observers:
-                    observer(event, values)
-
+        notify = notifier(observers, context)
         if progress.evaluation_before is None:
             progress.evaluation_before = evaluate()
         metrics = MetricsLog(stage_dir / "metrics.jsonl", progress.step) if context.rank == 0 else None

@@ -31,7 +31,7 @@ from terrace.train.checkpoint import CheckpointWriter, json_bytes, write_durably
 from terrace.train.collectives import barrier, gather_rows
 from terrace.train.context import WorkerContext
 from terrace.train.finish import export_final
-from terrace.train.loop import Observer, StageResult
+from terrace.train.loop import Observer, StageResult, notifier
 from terrace.train.metrics import MetricsLog
 from terrace.train.optimizer import parameter_groups, part_learning_rates, schedule_factor
 from terrace.train.precision import DTYPES
@@ -56,15 +56,14 @@ def train_reward_model_stage(
     result_file = stage_dir / "result.json"
     if result_file.is_file():
         return StageResult(**json.loads(result_file.read_text()))
+    notify = notifier(observers, context)
     attempt = next_attempt(stage_dir / "checkpoints", context) if attempt is None else attempt
     with Watchdog(hang_folder(stage_dir, attempt), hang_timeout_seconds(stage), context, stage.name) as watchdog:
-        result = _train_and_export(recipe, stage_index, prepared, stage_dir, start_weights, context, observers, attempt, watchdog)
+        result = _train_and_export(recipe, stage_index, prepared, stage_dir, start_weights, context, notify, attempt, watchdog)
     if context.rank == 0:
         write_durably(result_file, json_bytes(result))
     barrier(context)
-    if context.rank == 0:
-        for observer in observers:
-            observer("finished", result)
+    notify("finished", result)
     return StageResult(**result)
 
 
@@ -75,7 +74,7 @@ def _train_and_export(
     stage_dir: Path,
     start_weights: Path | None,
     context: WorkerContext,
-    observers: Sequence[Observer],
+    notify: Observer,
     attempt: int,
     watchdog: Watchdog,
 ) -> dict[str, Any]:
@@ -111,11 +110,6 @@ def _train_and_export(
             sums[1], sums[2] = sums[1] + float((margins > 0).sum()), sums[2] + len(margins)
         loss, right, count = gather_rows(sums, context).sum(axis=0)
         return {"preference/loss": float(loss / count), "preference/accuracy": float(right / count)} if count else {}
-
-    def notify(event: str, values: dict[str, Any]) -> None:
-        if context.rank == 0:
-            for observer in observers:
-                observer(event, values)
 
     if progress.evaluation_before is None:
         progress.evaluation_before = evaluate()

@@ -73,7 +73,7 @@ def train_stage(
     if result_file.is_file():
         return StageResult(**json.loads(result_file.read_text()))
     check_suites(stage)
-    notify = _notifier(observers, context)
+    notify = notifier(observers, context)
     attempt = next_attempt(stage_dir / "checkpoints", context) if attempt is None else attempt
     with Watchdog(hang_folder(stage_dir, attempt), hang_timeout_seconds(stage), context, stage.name) as watchdog:
         progress, after = _train_and_export(
@@ -201,7 +201,9 @@ def _train_and_export(
     return progress, after
 
 
-def _notifier(observers: Sequence[Observer], context: WorkerContext) -> Observer:
+def notifier(observers: Sequence[Observer], context: WorkerContext) -> Observer:
+    """One observer that tells all of them, on rank 0 only."""
+
     def notify(event: str, values: dict[str, Any]) -> None:
         if context.rank == 0:
             for observer in observers:
