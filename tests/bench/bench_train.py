@@ -119,7 +119,8 @@ def measure_bare(args: argparse.Namespace) -> dict[str, Any]:
             yield Step(step, packs)
             ours.append(now() - begun)  # everything that the loop does until it asks for the next step
 
-    lines = run_stage(recipe, stream, WorkerContext())
+    with tempfile.TemporaryDirectory() as folder:
+        lines = run_stage(recipe, stream, WorkerContext(), Path(folder))
     mine, other = np.asarray(ours)[WARM_STEPS:-1], np.asarray(theirs)[WARM_STEPS:-1]
     ratios = np.median(mine / other, axis=0)
     return {
@@ -131,16 +132,14 @@ def measure_bare(args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run_stage(recipe: Recipe, stream: Any, context: WorkerContext) -> list[dict[str, Any]]:
-    """The stage's lines of metrics.jsonl (on rank 0)."""
+def run_stage(recipe: Recipe, stream: Any, context: WorkerContext, folder: Path) -> list[dict[str, Any]]:
+    """The stage's lines of metrics.jsonl. `folder` is the same on all ranks: they write one checkpoint together."""
     feed = StageFeed(
         config=model_config(recipe.model), total_steps=int(recipe.stages[0].budget.steps or 0), stream=stream,
         state=lambda step: {"pack": step}, restore=lambda state: None,
     )  # fmt: skip
-    with tempfile.TemporaryDirectory() as name:
-        train_stage(recipe, 0, feed, Path(name), None, context)
-        metrics = Path(name) / "metrics.jsonl"
-        return [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    train_stage(recipe, 0, feed, folder, None, context)
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 # ---------------------------------------------------------------- Trainer
@@ -227,7 +226,7 @@ def measure_trainer(args: argparse.Namespace) -> dict[str, Any]:
 # ---------------------------------------------------------------- strategies
 
 
-def strategy_seconds(rank: int, world_size: int, args: argparse.Namespace) -> dict[str, list[float]]:
+def strategy_seconds(rank: int, world_size: int, args: argparse.Namespace, folder: Path) -> dict[str, list[float]]:
     """Median (wall-clock, processor) seconds of this rank's steps under every strategy, one after another."""
     torch.set_num_threads(1)
     share, found = args.packs // world_size, {}
@@ -242,7 +241,7 @@ def strategy_seconds(rank: int, world_size: int, args: argparse.Namespace) -> di
                 seconds.append(now() - begun)
 
         context = WorkerContext(rank=rank, world_size=world_size, local_rank=rank)
-        run_stage(recipe_of(args, name, extra_steps=1), stream, context)
+        run_stage(recipe_of(args, name, extra_steps=1), stream, context, folder / name)
         found[name] = np.median(np.asarray(seconds)[WARM_STEPS:-1], axis=0).tolist()
     return found
 
@@ -326,7 +325,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if args.only in (None, "strategies"):
         from processes import run_ranks
 
-        ranks = run_ranks(2, strategy_seconds, args, timeout=3000)
+        with tempfile.TemporaryDirectory() as folder:
+            ranks = run_ranks(2, strategy_seconds, args, Path(folder), timeout=900)
         results["strategies"] = {
             name: {"seconds": max(rank[name][0] for rank in ranks), "cpu_seconds": sum(rank[name][1] for rank in ranks)}
             for name in STRATEGIES

@@ -1,9 +1,10 @@
 """Everything about a CUDA GPU in one run under 8 minutes: attention kernels, loss, and training a 3B-shaped model.
 
-    python tests/bench/gpu_check.py --out gpu.json        # on the GPU machine; needs torch, transformers and pydantic
+    python tests/bench/gpu_check.py --out gpu.json        # on the GPU machine; needs torch and transformers
     python tests/bench/gpu_check.py --tiny                # the same code on a CPU, seconds
 
-Neither Ray, DeepSpeed nor MLflow is imported (fp16 under DeepSpeed is checked where it happens to be installed).
+Neither Ray, DeepSpeed nor MLflow is imported (fp16 under DeepSpeed is checked where it happens to be installed), and
+pydantic only where it is there.
 
 1. *kernels*: every attention backend that runs here equals exact attention in float32, forward and backward, on vision
    windows, whole images and causal samples with grouped heads; and how long each takes.
@@ -35,6 +36,10 @@ for folder in (HERE, HERE.parents[1] / "platform"):
     sys.path.insert(0, str(folder))
 
 # ruff: noqa: E402 (the paths above come first, so that nothing has to be installed)
+import plain_schema
+
+plain_schema.stand_in_where_missing()
+
 import torch
 import torch.nn.functional as F
 from train_setup import bench_recipe, full_pack, qwen_3b, tiny_model

@@ -1,4 +1,4 @@
-"""The script for a GPU runs from end to end on a tiny shape, without Ray, DeepSpeed and MLflow."""
+"""The script for a GPU runs from end to end on a tiny shape, with torch and transformers alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "gpu_check.py"
 WITHOUT = """
 import runpy, sys
-for absent in ("ray", "deepspeed", "mlflow", "s3fs", "pyarrow", "simplejpeg", "sacrebleu", "math_verify", "accelerate", "psutil"):
+for absent in (
+    "pydantic", "ray", "deepspeed", "mlflow", "s3fs", "pyarrow", "simplejpeg", "sacrebleu", "math_verify", "accelerate", "psutil",
+):
     sys.modules[absent] = None  # importing it raises ImportError
 sys.argv = [{script!r}, "--tiny", "--out", {out!r}]
 runpy.run_path({script!r}, run_name="__main__")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +19,16 @@ from processes import run_ranks
 from ranks import Step, memory_feed, train_stages
 
 from terrace.planner.memory import PackSize, stage_memory
+from terrace.planner.parameters import part_sizes
 from terrace.planner.shapes import model_shape
 from terrace.recipe.schema import Recipe
 from terrace.train.context import WorkerContext
 from terrace.train.loop import train_stage
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
+
+import bench_train
+from train_setup import bench_recipe, small_model
 
 WORKERS, TOKENS, IMAGE_SEGMENTS = 2, 2048, 8
 SHAPES = {  # width, layers, vocabulary of language; width, blocks of vision
@@ -55,6 +63,21 @@ def sized_recipe(shape: str, strategy: str, checkpointing: bool) -> Recipe:
         model=sized_model(*SHAPES[shape]), train=parts, sequence_length=TOKENS, budget={"steps": 3}, batch={"packs": WORKERS},
         parallel={"strategy": strategy}, loss_chunk_tokens=256, checkpoint={"every_steps": None},
     )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero2", "zero3", "fsdp"])
+def test_bytes_of_weights_gradients_and_optimizer_in_bf16(strategy: str) -> None:
+    """Every tensor that a rank holds after its last backward, against the plan's share of them."""
+    arguments = argparse.Namespace(tiny=False)
+    measured = run_ranks(WORKERS, bench_train.strategy_memory, arguments, strategy, timeout=300)[0]
+    recipe = bench_recipe(small_model(), 2, WORKERS, 128, precision="bf16", parallel={"strategy": strategy})
+    shape = model_shape(recipe)
+    memory = stage_memory(shape, recipe.stages[0], WORKERS, PackSize(128, 64, 128), on_gpu=False)
+    everything = sum(size.total for size in part_sizes(shape).values())
+    bucket = 4 * everything if strategy == "zero3" else 0.0
+    planned = (memory.weights + memory.gradients + memory.optimizer + bucket) / everything
+    assert measured == pytest.approx(planned, rel=0.03)
 
 
 def full_pack(number: int) -> Any:

@@ -53,7 +53,7 @@ def test_mimo_vl_7b_on_256_gpus() -> None:
     ("strategy", "packs", "bytes_per_parameter"),
     [
         ("ddp", 8, 4 + 4 + 8),
-        ("zero1", 8, 2 + 4 + 12 / 8),  # bf16 weights, float32 gradients, float32 masters and moments
+        ("zero1", 8, 2 + 2 + 4 + 12 / 8),  # bf16 weights and gradients, float32 sums of these, masters and moments
         ("zero2", 8, 2 + (4 + 12) / 8),
         ("zero3", 8, (2 + 4 + 12) / 8),
         ("fsdp", 8, 16 / 8),

@@ -147,8 +147,10 @@ def _state(shape: ModelShape, stage: Stage, workers: int, compute: int, on_gpu: 
         weights = compute * everything / (shards if strategy == "zero3" else 1)
         gradients = FP32 * trained / (1 if strategy == "zero1" else shards)
         optimizer = (FP32 + MOMENTS) * trained / shards  # a float32 master copy and the moments
-        if workers > 1 and strategy == "zero3":
-            buffers = compute * (bucket + min(MAX_LIVE, everything))
+        if strategy == "zero3":  # one bucket in the precision of the reduction, there from the start
+            buffers = FP32 * bucket + (compute * min(MAX_LIVE, everything) if workers > 1 else 0)
+        elif strategy == "zero1" and stage.precision == "bf16":
+            gradients += compute * trained  # its bf16 optimizer keeps those of backward beside the float32 sums; no bucket
         elif workers > 1 and on_gpu:  # two buckets, so that one is reduced while the other fills
             buffers = compute * 2 * bucket
         elif workers > 1:  # one, made for each step, of which only what is filled takes memory

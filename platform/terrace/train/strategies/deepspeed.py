@@ -58,7 +58,7 @@ class Zero:
             self.model = materialise(setup.skeleton, setup.source, context.device)
         self._parameters: dict[str, Any] = dict(self.model.named_parameters())
         self._trained = [name for group in setup.groups for name in group.names]
-        optimizer = torch.optim.AdamW(torch_groups(setup.groups, self._parameters), **optimizer_arguments(stage))
+        optimizer = torch.optim.AdamW(torch_groups(setup.groups, self._parameters), fused=True, **optimizer_arguments(stage))
         self._frozen_masters = _keep_frozen_masters(self._parameters, setup.source, stage)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=StepModule(self.model, setup.loss),
@@ -171,8 +171,8 @@ class Zero:
         ZeRO-1 and 2 link parameters to their state after the first group's first step, when the other groups have
         none yet.
         """
-        for state in self._flat_states():
-            state["step"] = torch.zeros(())
+        for flat in _flat_partitions(self._optimizer):
+            self._optimizer.optimizer.state[flat]["step"] = torch.zeros((), device=flat.device)
         flats = self._optimizer.optimizer.state
         for flat, state in flats.items():
             for kind in OPTIMIZER_KINDS:
