@@ -152,6 +152,31 @@ def test_a_checkpoint_crosses_strategies_and_numbers_of_ranks(tmp_path, referenc
     assert_same_run(back, reference, 1e-5, 1e-4)
 
 
+def largest_change_of_a_start_weight(rank: int, world_size: int, recipes: dict[str, dict]) -> dict[str, float]:
+    """Per recipe, between the float32 weights that a strategy is given and those it holds before the first step."""
+    from terrace.models.build import build_model, model_config
+    from terrace.objectives.lm import lm_objective
+    from terrace.train.context import WorkerContext
+    from terrace.train.setup import prepare_strategy
+
+    changes, context = {}, WorkerContext(rank=rank, world_size=world_size, local_rank=rank)
+    for name, values in recipes.items():
+        recipe = Recipe.model_validate(values)
+        config = model_config(recipe.model)
+        given = dict(build_model(recipe.model, config).named_parameters())
+        strategy = prepare_strategy(recipe, recipe.stages[0], config, context, lm_objective(64))
+        changes[name] = max(float((tensor - given[key]).abs().max()) for key, tensor in strategy.tensors("weights"))
+    return changes
+
+
+def test_no_strategy_rounds_the_weights_it_starts_from(tmp_path):
+    """In bf16 as well: a stage would otherwise lose what the one before it learnt in small steps."""
+    recipes = {
+        name: tiny_recipe(precision="bf16", parallel={"strategy": name}).model_dump(mode="json") for name in ("ddp", *STRATEGIES)
+    }
+    assert run_ranks(2, largest_change_of_a_start_weight, recipes) == [dict.fromkeys(recipes, 0.0)] * 2
+
+
 def most_held_while_loading(rank: int, world_size: int, values: dict) -> float:
     """The largest share of the model's parameters that a rank held whole while the strategy was being made."""
     from unittest import mock

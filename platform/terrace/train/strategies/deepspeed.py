@@ -56,6 +56,8 @@ class Zero:
             self.model = _partitioned(setup, configuration)
         else:
             self.model = materialise(setup.skeleton, setup.source, context.device)
+        if stage.parallel.offload_parameters == "nvme":  # left to itself, DeepSpeed rounds to bf16 on a CPU, whatever it is told
+            deepspeed.zero.Init(module=self.model, config_dict_or_path=configuration, mem_efficient_linear=False)
         self._parameters: dict[str, Any] = dict(self.model.named_parameters())
         self._trained = [name for group in setup.groups for name in group.names]
         optimizer = torch.optim.AdamW(torch_groups(setup.groups, self._parameters), fused=True, **optimizer_arguments(stage))
@@ -71,8 +73,8 @@ class Zero:
         self._steps = dict.fromkeys(self._trained, 0)
         self._create_state()
         _rotary_in_float32(self.model)
-        if by_block and stage.precision != "fp32":
-            self.load_weights(setup.source)  # the masters, which were made from weights in compute precision
+        if stage.precision != "fp32":
+            self.load_weights(setup.source)  # the masters, which DeepSpeed made from weights in compute precision
 
     def loss(self, batch: Any) -> torch.Tensor:
         with torch.no_grad():
@@ -171,12 +173,16 @@ class Zero:
         ZeRO-1 and 2 link parameters to their state after the first group's first step, when the other groups have
         none yet.
         """
-        for flat in _flat_partitions(self._optimizer):
-            self._optimizer.optimizer.state[flat]["step"] = torch.zeros((), device=flat.device)
-        flats = self._optimizer.optimizer.state
-        for flat, state in flats.items():
+        swapped = getattr(self._optimizer, "_swappable_optimizer_subgroup", lambda number: False)
+        for number, flat in enumerate(_flat_partitions(self._optimizer)):
+            state = self._optimizer.optimizer.state[flat]
+            state["step"] = torch.zeros((), device=flat.device)
+            if swapped(number):  # on NVMe: the partition is empty but for the time that it is swapped in
+                self._optimizer._optimizer_states_and_gradient_swap_in(number)
             for kind in OPTIMIZER_KINDS:
                 state[kind] = torch.zeros_like(flat.data)
+            if swapped(number):
+                self._optimizer._optimizer_states_and_gradient_swap_out(number)
         if self._zero_stage != 3:
             self._optimizer._lazy_init_hp_params_optimizer_state()
 
