@@ -70,19 +70,19 @@ def assert_same_run(folder, reference, rtol: float, weight_tolerance: float) -> 
         assert float((ours[name] - tensor).abs().max()) < weight_tolerance, name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", *STRATEGIES])
-def test_two_ranks_of_any_strategy_equal_one_process(tmp_path, reference, strategy):
-    train(two_stages(strategy), tmp_path, 2)
-    assert_same_run(tmp_path, reference, 1e-5, 1e-4)
+def test_two_ranks_of_any_strategy_equal_one_process(tmp_path, reference):
+    recipes = {name: two_stages(name).model_dump(mode="json") for name in ("ddp", *STRATEGIES)}
+    run_ranks(2, train_each, recipes, str(tmp_path), timeout=600)
+    for name in recipes:
+        assert_same_run(tmp_path / name, reference, 1e-5, 1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["ddp", *STRATEGIES])
-def test_bf16_stays_close(tmp_path, reference, strategy):
-    train(two_stages(strategy, "bf16"), tmp_path, 2)
-    for index in (0, 1):
-        np.testing.assert_allclose(losses(tmp_path, index), losses(reference, index), rtol=2e-2)
+def test_bf16_stays_close(tmp_path, reference):
+    recipes = {name: two_stages(name, "bf16").model_dump(mode="json") for name in ("ddp", *STRATEGIES)}
+    run_ranks(2, train_each, recipes, str(tmp_path), timeout=600)
+    for name in recipes:
+        for index in (0, 1):
+            np.testing.assert_allclose(losses(tmp_path / name, index), losses(reference, index), rtol=2e-2, err_msg=name)
 
 
 OFFLOADS = {
