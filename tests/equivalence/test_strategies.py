@@ -40,13 +40,6 @@ def two_stages(strategy: str, precision: str = "fp32", **changes):
     ])
 
 
-def train(recipe, folder, world_size: int, **options):
-    values = recipe.model_dump(mode="json")
-    if world_size == 1:
-        return train_stages(0, 1, values, str(folder), **options)
-    return run_ranks(world_size, train_stages, values, str(folder), *options.values(), timeout=400)
-
-
 def weights(folder):
     directory = Directory(folder / "final")
     return {name: directory.read(name) for name in sorted(directory.names)}
@@ -57,7 +50,7 @@ def reference(tmp_path_factory):
     """One process, DDP (no wrapper), float32."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("reference")
-    train(two_stages("ddp"), folder, 1)
+    train_stages(0, 1, two_stages("ddp").model_dump(mode="json"), str(folder))
     return folder
 
 
@@ -169,7 +162,7 @@ def largest_change_of_a_start_weight(rank: int, world_size: int, recipes: dict[s
     return changes
 
 
-def test_no_strategy_rounds_the_weights_it_starts_from(tmp_path):
+def test_no_strategy_rounds_the_weights_it_starts_from():
     """In bf16 as well: a stage would otherwise lose what the one before it learnt in small steps."""
     recipes = {
         name: tiny_recipe(precision="bf16", parallel={"strategy": name}).model_dump(mode="json") for name in ("ddp", *STRATEGIES)
