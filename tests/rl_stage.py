@@ -18,10 +18,10 @@ from packs import tiny_model
 from PIL import Image
 
 from terrace.data.prepare import load_prepared, prepare_data
+from terrace.generation.native import NativeEngine
 from terrace.recipe.schema import Recipe
 from terrace.rl.collect import Collector
 from terrace.rl.loop import train_rl_stage
-from terrace.rl.native import NativeEngine
 from terrace.rl.update import PolicyStepper
 from terrace.train.context import WorkerContext
 from terrace.train.loop import StageResult

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from terrace.data.plan import StagePlan
+from terrace.data.order.plan import StagePlan
 from terrace.data.prepare import PreparedData, prepare_data
 from terrace.data.types import PackedExample
 from terrace.recipe.loading import load_recipe

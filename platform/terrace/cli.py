@@ -32,7 +32,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "schema": ("terrace.recipe.command", "print the JSON Schema of a recipe (completion in editors)"),
     "ingest": ("terrace.data.command", "turn raw rows and images into shards"),
     "index": ("terrace.data.command", "index shards where they lie"),
-    "inspect": ("terrace.data.inspect_command", "show a source or a stage as the model sees it, on a page"),
+    "inspect": ("terrace.data.look.inspect_command", "show a source or a stage as the model sees it, on a page"),
     "order": ("terrace.data.command", "list the first packs of a stage without running it"),
     "evaluate": ("terrace.evaluate.command", "score a model on suites"),
     "report": ("terrace.curriculum.report_command", "write a run's report"),

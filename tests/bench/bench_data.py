@@ -140,8 +140,8 @@ def index_figures(root: Path) -> dict[str, float]:
     from bench_data_corpus import tar_samples
     from bench_data_loaders import terrace_data
 
-    from terrace.data.index import build_index
-    from terrace.data.ingest import ingest_source
+    from terrace.data.index.build import build_index
+    from terrace.data.sources.ingest import ingest_source
 
     recipe, prepared = terrace_data(root)
     source = recipe.data.sources["captions"]
@@ -162,9 +162,9 @@ def plan_figures(root: Path, epochs: int = 25) -> float:
     """CPU seconds per 1,000 samples of order, packing and dealing, and of looking up where their bytes lie."""
     from bench_data_loaders import terrace_data
 
-    from terrace.data.plan import StagePlan
-    from terrace.data.stream import rank_tasks
-    from terrace.data.tasks import TaskSettings
+    from terrace.data.order.plan import StagePlan
+    from terrace.data.stream.rank_stream import rank_tasks
+    from terrace.data.stream.tasks import TaskSettings
 
     recipe, prepared = terrace_data(root)
     stage = recipe.stages[0]

@@ -130,8 +130,8 @@ def terrace(root: Path, args: argparse.Namespace) -> Loader:
     import ray
     import torch
 
-    from terrace.data.plan import StagePlan
-    from terrace.data.stream import open_stream
+    from terrace.data.order.plan import StagePlan
+    from terrace.data.stream.rank_stream import open_stream
 
     recipe, prepared = terrace_data(root)
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (with Ray's 15 it gives way to everything else on the machine; others do not)

@@ -250,7 +250,7 @@ def train_variant(args: argparse.Namespace, settings: dict[str, Any]) -> dict[st
     """Steps of one variant through Terrace's own step, counted and measured as in a stage."""
     from unittest import mock
 
-    from terrace.data.balance import cost_model
+    from terrace.data.order.balance import cost_model
     from terrace.models.build import model_config
     from terrace.objectives.lm import lm_objective
     from terrace.planner.shapes import shape_of_config

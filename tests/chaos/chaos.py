@@ -37,9 +37,9 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "e2e"), str(REPOSITORY / "pl
 import s3_server  # noqa: E402
 from e2e_runs import SOURCES  # noqa: E402
 
-from terrace.cluster.mirror import local_folder  # noqa: E402
-from terrace.data.conditional import list_objects, read_versioned  # noqa: E402
-from terrace.data.storage import s3  # noqa: E402
+from terrace.storage.conditional import list_objects, read_versioned  # noqa: E402
+from terrace.storage.files import s3  # noqa: E402
+from terrace.storage.mirror import local_folder  # noqa: E402
 
 STEPS = 24
 STAGE = "stages/01-projector-warmup"

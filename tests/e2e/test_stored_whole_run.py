@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from e2e_runs import environment, final_bytes, kill_when, losses, run_to_end
 from stored_run import BUCKET, Machines
 
-from terrace.cluster.mirror import local_folder
-from terrace.data.conditional import list_objects, read_versioned
+from terrace.storage.conditional import list_objects, read_versioned
+from terrace.storage.mirror import local_folder
 
 STAGES = ["01-projector-warmup", "02-alignment", "03-pretraining", "04-long-context"]
 INLINE = [f"stages.{stage[3:]}.data_loading.engine=inline" for stage in STAGES]

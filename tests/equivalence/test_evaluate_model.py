@@ -16,8 +16,8 @@ from terrace.errors import InputError
 from terrace.evaluate.compare import compare
 from terrace.evaluate.engine import load_model
 from terrace.evaluate.generate import answer, load_speaker
-from terrace.evaluate.held_out import held_out_cases, loss_measure
 from terrace.evaluate.run import Settings, evaluate_model, read_results
+from terrace.evaluate.sample_losses import held_out_cases, loss_measure
 from terrace.evaluate.suites import Reading, load_suites
 from terrace.models.build import build_model, model_config
 from terrace.models.export import export_hf
@@ -138,7 +138,7 @@ def test_held_out_loss_is_that_of_the_whole_sample(shared_data, tmp_path):
     assert suite["cases"] == 3
     assert suite["categories"]["grounding"] == suite["scores"]
 
-    from terrace.data.read import read_sample
+    from terrace.data.stream.read import read_sample
     from terrace.data.template import encode_sample
 
     model = load_model(directory, "cpu")

@@ -14,7 +14,7 @@ from rl_stage import rl_recipe
 from terrace.data.prepare import load_prepared, prepare_data
 from terrace.objectives.reward_model import summed_preference_loss
 from terrace.recipe.schema import Recipe
-from terrace.rewards.reward_model import _opened, reward_model
+from terrace.rewards.learned import _opened, reward_model
 from terrace.rewards.types import RewardItem
 from terrace.rl.pairs import pair_batch
 from terrace.rl.prompts import PairReader, held_out

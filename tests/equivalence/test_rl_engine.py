@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
+from terrace.generation.interface import Prompt, Response, Sampling, uniforms
+from terrace.generation.native import NativeEngine
 from terrace.models.attention import attention
 from terrace.models.batch import normalise_patches
 from terrace.models.build import build_model, model_config
 from terrace.models.shared_prompt import use_shared_prompt_attention
 from terrace.objectives.grpo import PolicyOptions, summed_policy_loss
 from terrace.recipe.schema import Model
-from terrace.rl.native import NativeEngine
-from terrace.rl.rollout import Prompt, Response, Sampling, uniforms
 from terrace.rl.units import TrainGroup, pack_groups, policy_batch
 
 from packs import IMAGE_PAD, VIDEO_PAD, segment, tiny_model  # isort: skip

@@ -24,10 +24,10 @@ from rl_stage import break_at, figures_of, prepare, rl_recipe, run
 from terrace.curriculum.machine import metric_value
 from terrace.data.prepare import load_prepared
 from terrace.errors import InputError, Preempted
+from terrace.generation.native import NativeEngine
 from terrace.rewards.remote import RewardServiceError
 from terrace.rewards.types import RewardItem
 from terrace.rl.collect import RewardFailures
-from terrace.rl.native import NativeEngine
 from terrace.rl.prompts import PromptOrder
 from terrace.train.checkpoint import measured
 from terrace.train.watchdog import hang_folder

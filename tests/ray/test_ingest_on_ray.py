@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from terrace.data import formats
-from terrace.data.index import build_index
-from terrace.data.ingest import ingest_source
-from terrace.data.source_index import load_index
+from terrace.data.index.build import build_index
+from terrace.data.index.source_index import load_index
+from terrace.data.sources import formats
+from terrace.data.sources.ingest import ingest_source
 from terrace.data.tokenizer import train_tokenizer
 from terrace.recipe.schema import Data, Source
 

@@ -10,7 +10,7 @@ import rl_stage
 from rl_stage import figures_of, prepare, rl_recipe, run
 
 from terrace.errors import InputError
-from terrace.rl.separate import RolloutWorkerLost, SeparateEngine
+from terrace.generation.separate import RolloutWorkerLost, SeparateEngine
 
 pytestmark = pytest.mark.ray
 

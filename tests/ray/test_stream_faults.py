@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import s3_server
 from stream_rows import STEPS, contents, open_all, write_rows
 
-from terrace.data.plan import StagePlan
-from terrace.data.storage import s3
-from terrace.data.stream import open_stream
+from terrace.data.order.plan import StagePlan
+from terrace.data.stream.rank_stream import open_stream
 from terrace.errors import DamagedData
 from terrace.recipe.schema import Storage
+from terrace.storage.files import s3
 
 pytestmark = pytest.mark.ray
 
@@ -133,7 +133,7 @@ import hashlib, json, ray
 from pathlib import Path
 from ray.cluster_utils import Cluster
 from stream_rows import contents, open_all
-from terrace.data.stream import open_stream
+from terrace.data.stream.rank_stream import open_stream
 
 cluster = Cluster(initialize_head=True, head_node_args={{"num_cpus": 1, "object_store_memory": 200 * 2**20}})
 node = cluster.add_node(num_cpus=2, object_store_memory=200 * 2**20)

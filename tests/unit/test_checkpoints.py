@@ -18,11 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from stored_run import BUCKET, Machines
 
-from terrace.cluster import mirror
 from terrace.cluster.attempt import newest_checkpoint_step
-from terrace.data import conditional
 from terrace.errors import TerraceError
 from terrace.recipe.schema import Checkpoint
+from terrace.storage import conditional, mirror
 from terrace.train import checkpoint as module
 from terrace.train.checkpoint import CheckpointWriter, Superseded, measured, superfluous
 from terrace.train.context import WorkerContext
@@ -234,7 +233,7 @@ def test_ranks_of_one_machine_fetch_a_checkpoint_once(machines: Machines, run: s
 
 
 def test_a_storage_that_fails_now_and_then_costs_nothing_but_time(machines: Machines, run: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("terrace.data.storage.BACKOFF_BASE_SECONDS", 0.01)
+    monkeypatch.setattr("terrace.storage.files.BACKOFF_BASE_SECONDS", 0.01)
     writer = writer_in(stage_on(machines, "a", run))
     machines.server.fault = lambda number, method: 503 if number % 4 == 0 else None
     try:

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from terrace.data.collate import CollateSettings, LoadedSample, collate
-from terrace.data.eligible import _fitted
+from terrace.data.order.eligible import _fitted
+from terrace.data.stream.collate import CollateSettings, LoadedSample, collate
 from terrace.data.template import encode_sample, measure_sample
 from terrace.data.tokenizer import train_tokenizer
 from terrace.data.types import PackSpec, Sample, SampleRef

@@ -6,9 +6,9 @@ import base64
 
 import pytest
 
-from terrace.data.conventions import convert_row
-from terrace.data.placeholders import resolve_coordinates
-from terrace.data.refusals import Refusal
+from terrace.data.sources.conventions import convert_row
+from terrace.data.sources.placeholders import resolve_coordinates
+from terrace.data.sources.refusals import Refusal
 
 
 def text(value: str) -> dict:

@@ -16,11 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from stream_rows import captioned_pictures
 
 from terrace.data.images import ImageDamage
-from terrace.data.plan import StagePlan
+from terrace.data.index.source_index import load_index, locate
+from terrace.data.order.plan import StagePlan
+from terrace.data.order.spares import SPARES
 from terrace.data.prepare import PreparedData, data_mark, prepare_data
-from terrace.data.source_index import load_index, locate
-from terrace.data.spares import SPARES
-from terrace.data.stream import open_stream
+from terrace.data.stream.rank_stream import open_stream
 from terrace.data.types import PackedExample
 from terrace.errors import DamagedData
 from terrace.recipe.loading import stage_hash
@@ -156,7 +156,7 @@ def test_replacements_are_the_same_for_everyone_who_reads(folder: Path) -> None:
 
 
 def test_damage_is_counted_in_the_metrics(folder: Path) -> None:
-    from terrace.data.balance import CostModel
+    from terrace.data.order.balance import CostModel
     from terrace.train.context import WorkerContext
     from terrace.train.metrics import step_line
     from terrace.train.step import StepOutcome, count_batch
@@ -177,7 +177,7 @@ def test_damage_is_counted_in_the_metrics(folder: Path) -> None:
 
 
 def test_an_image_that_only_the_decoder_refuses_is_replaced_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from terrace.data import collate as module
+    from terrace.data.stream import collate as module
 
     prepared, plan = prepared_and_plan(folder, "skip")
     bad = {plan.packs(number, number + 1)[0].samples[0].id for number in (3, 17)}

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import s3_server
 
 from terrace import cli
-from terrace.data.storage import s3
 from terrace.recipe.schema import Storage
+from terrace.storage.files import s3
 
 TINY = Path(__file__).resolve().parents[1] / "recipes" / "tiny.yaml"
 COUNT = 6

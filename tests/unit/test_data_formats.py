@@ -16,16 +16,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from terrace.data import formats, unpack
-from terrace.data.formats import plan_units, read_rows, source_files
-from terrace.data.index import build_index
-from terrace.data.ingest import ingest_source
-from terrace.data.read import read_sample
-from terrace.data.source_index import SourceIndex, load_index
-from terrace.data.storage import DEFAULT_STORAGE, list_files
+from terrace.data.index.build import build_index
+from terrace.data.index.source_index import SourceIndex, load_index
+from terrace.data.sources import formats, unpack
+from terrace.data.sources.formats import plan_units, read_rows, source_files
+from terrace.data.sources.ingest import ingest_source
+from terrace.data.stream.read import read_sample
 from terrace.data.tokenizer import train_tokenizer
 from terrace.errors import InputError
 from terrace.recipe.schema import Data, Source
+from terrace.storage.files import DEFAULT_STORAGE, list_files
 
 TURNS = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A cat."}]
 

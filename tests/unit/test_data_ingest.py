@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from terrace.data.index import build_index
-from terrace.data.ingest import ingest_source, iter_refused, load_report
-from terrace.data.read import read_located, read_sample
-from terrace.data.refusals import REASONS
-from terrace.data.source_index import load_index
-from terrace.data.storage import DEFAULT_STORAGE
+from terrace.data.index.build import build_index
+from terrace.data.index.source_index import load_index
+from terrace.data.sources.ingest import ingest_source, iter_refused, load_report
+from terrace.data.sources.refusals import REASONS
+from terrace.data.stream.read import read_located, read_sample
 from terrace.data.template import encode_prompt, encode_sample
 from terrace.data.tokenizer import train_tokenizer
 from terrace.errors import DamagedData, InputError
 from terrace.recipe.schema import Data, Source
+from terrace.storage.files import DEFAULT_STORAGE
 
 PIXELS = (3136, 200_704)
 
@@ -172,7 +172,7 @@ def test_unchanged_input_is_not_read_again_and_changed_input_is(folder: Path, to
 
 
 def test_the_index_goes_on_after_a_kill(folder: Path, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    from terrace.data import index as module
+    from terrace.data.index import build as module
 
     rows = [{"id": str(n), "image": f"images/{n % 5}.jpg", "text": "word " * 20} for n in range(60)]
     write_rows(folder / "rows.jsonl", rows)

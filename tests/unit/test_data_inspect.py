@@ -22,14 +22,14 @@ import s3_server
 
 from terrace import cli
 from terrace.data.images import decode_image, resize_image
-from terrace.data.inspect import Inspection, inspect_stage, token_pieces
-from terrace.data.inspect_command import split_target
-from terrace.data.inspect_page import histogram, inspection_page
-from terrace.data.plan import StagePlan
+from terrace.data.look.inspect_command import split_target
+from terrace.data.look.inspect_page import histogram, inspection_page
+from terrace.data.look.samples import Inspection, inspect_stage, token_pieces
+from terrace.data.order.plan import StagePlan
 from terrace.data.prepare import PreparedData, prepare_data
-from terrace.data.storage import s3
-from terrace.data.tasks import TaskSettings, make_pack, pack_task
+from terrace.data.stream.tasks import TaskSettings, make_pack, pack_task
 from terrace.recipe.schema import Recipe, Storage
+from terrace.storage.files import s3
 
 HOSTILE = "a <script>alert(1)</script> & <|im_end|> \u0007 \u202e 你好 🙂"
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from terrace.data import formats, json_rows
-from terrace.data.formats import plan_units, read_rows
-from terrace.data.json_rows import array_rows, array_spans, starts_array
-from terrace.data.refusals import Refusal
-from terrace.data.storage import DEFAULT_STORAGE, list_files
+from terrace.data.sources import formats, json_rows
+from terrace.data.sources.formats import plan_units, read_rows
+from terrace.data.sources.json_rows import array_rows, array_spans, starts_array
+from terrace.data.sources.refusals import Refusal
+from terrace.storage.files import DEFAULT_STORAGE, list_files
 
 text = st.text(st.sampled_from('aé🙂"\\[]{},: \n\u2028'), max_size=12)
 plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | text

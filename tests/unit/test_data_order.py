@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from terrace.data.balance import cost_model, deal, deal_in_order, max_over_mean
-from terrace.data.mixture import Interleave, whole_weights
-from terrace.data.order import BLOCK, GROUP_BLOCKS, permute, shuffled_rows, source_rows
-from terrace.data.packing import default_window, lookahead, pack_best_fit, pack_window
+from terrace.data.order.balance import cost_model, deal, deal_in_order, max_over_mean
+from terrace.data.order.mixture import Interleave, whole_weights
+from terrace.data.order.packing import default_window, lookahead, pack_best_fit, pack_window
+from terrace.data.order.permutation import BLOCK, GROUP_BLOCKS, permute, shuffled_rows, source_rows
 
 FEW = settings(max_examples=40, deadline=None)
 

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from terrace.data.balance import CostModel
-from terrace.data.eligible import Items, split_points
-from terrace.data.order import mix64
-from terrace.data.order_command import order_facts, order_text
-from terrace.data.plan import StagePlan
+from terrace.data.look.order_command import order_facts, order_text
+from terrace.data.order.balance import CostModel
+from terrace.data.order.eligible import Items, split_points
+from terrace.data.order.permutation import mix64
+from terrace.data.order.plan import StagePlan
 from terrace.errors import InputError
 from terrace.recipe.schema import Stage
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from terrace.data.prepare import PreparedData, load_prepared, prepare_data
-from terrace.data.read import read_located
+from terrace.data.stream.read import read_located
 from terrace.data.template import encode_prompt, encode_sample
 from terrace.recipe.schema import Recipe
 

@@ -15,15 +15,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import s3_server
 
-from terrace.data import storage as module
-from terrace.data.index import build_index
-from terrace.data.ingest import ingest_source
-from terrace.data.read import read_located, read_sample
-from terrace.data.source_index import load_index
-from terrace.data.storage import StorageError, is_passing, list_files, merge_ranges, read_file, read_ranges, s3, write_file
+from terrace.data.index.build import build_index
+from terrace.data.index.source_index import load_index
+from terrace.data.sources.ingest import ingest_source
+from terrace.data.stream.read import read_located, read_sample
 from terrace.data.tokenizer import train_tokenizer
 from terrace.errors import DamagedData, InputError
 from terrace.recipe.schema import Data, Source, Storage
+from terrace.storage import files as module
+from terrace.storage.files import StorageError, is_passing, list_files, merge_ranges, read_file, read_ranges, s3, write_file
 
 
 @pytest.fixture(scope="module")

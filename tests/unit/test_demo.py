@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from terrace.data.conventions import convert_row
+from terrace.data.sources.conventions import convert_row
 from terrace.data.types import Sample
 from terrace.demo import corpus, scenes
 from terrace.demo.command import DRAWN_RECIPE

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from terrace.data.ray_stream import Ahead
+from terrace.data.stream.ray_stream import Ahead
 
 MB = 2**20
 

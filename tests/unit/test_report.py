@@ -21,9 +21,9 @@ from terrace.cli import main
 from terrace.curriculum.journal import Journal
 from terrace.curriculum.report_command import collect_run
 from terrace.errors import InputError
-from terrace.track.report import RunReport
-from terrace.track.report_charts import Facet, Line, Look, buckets_of, chart, smoothed
-from terrace.track.report_numbers import file_size, percent, short_number, span
+from terrace.track.report.charts import Facet, Line, Look, buckets_of, chart, smoothed
+from terrace.track.report.numbers import file_size, percent, short_number, span
+from terrace.track.report.read import RunReport
 
 CHARTS = (
     "Training loss", "Learning rate, vision", "Learning rate, projector", "Learning rate, language", "Gradient norm", "Visual tokens",

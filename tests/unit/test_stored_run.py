@@ -14,13 +14,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from stored_run import Machines
 
-from terrace.cluster import mirror
 from terrace.cluster.attempt import Fenced, claim_attempt, stop_requested
 from terrace.curriculum.journal import Journal, LeaseHeld, LeaseLost, acquire_lease, leave_request, pending_requests, read_journal
 from terrace.curriculum.run import move_aside
-from terrace.data import conditional
-from terrace.data import storage as storage_module
-from terrace.data.conditional import Changed, read_versioned, write_if
+from terrace.storage import conditional, mirror
+from terrace.storage import files as storage_module
+from terrace.storage.conditional import Changed, read_versioned, write_if
 
 # ---------------------------------------------------------------- conditional writes
 

@@ -15,13 +15,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from packs import tiny_model
 from stored_run import BUCKET, Machines, machines_and_bucket
 
-from terrace.data.conditional import swap
-from terrace.data.storage import s3
 from terrace.errors import InputError
 from terrace.models.build import build_model, meta_model, model_config
 from terrace.models.tensor_files import HEADER_BYTES, Directory
 from terrace.models.weights import initial_weights
 from terrace.recipe.schema import Model
+from terrace.storage.conditional import swap
+from terrace.storage.files import s3
 
 SHAPE = tiny_model()["config"]
 URI = f"s3://{BUCKET}/models/tiny"

@@ -17,9 +17,9 @@ import pytest
 from PIL import Image
 
 from terrace.errors import InputError
+from terrace.generation import vllm as adapter
+from terrace.generation.interface import Prompt, Sampling
 from terrace.recipe.schema import Stage
-from terrace.rl import vllm as adapter
-from terrace.rl.rollout import Prompt, Sampling
 from terrace.train.context import WorkerContext
 
 PAD, START, END, STOP = 90, 91, 92, 7

@@ -25,12 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from terrace.cluster import attempt as attempts
-from terrace.cluster import mirror, stop_notice
+from terrace.cluster import stop_notice
 from terrace.cluster.attempt import AttemptObservation, LaunchRequest, stage_directory
 from terrace.cluster.heartbeat import Heartbeat, end_processes, live_processes
-from terrace.data.storage import StorageError
 from terrace.errors import InputError, Preempted, TerraceError
 from terrace.recipe.schema import Recipe
+from terrace.storage import mirror
+from terrace.storage.files import StorageError
 from terrace.track.follow import last_row
 
 LOGGER = logging.getLogger(__name__)
@@ -280,7 +281,7 @@ def _ray_storage(run_dir: Path) -> dict[str, Any]:
         return {"storage_path": str(Path(run_dir).absolute() / "ray")}
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-    from terrace.data.storage import s3
+    from terrace.storage.files import s3
 
     return {"storage_path": f"{uri.removeprefix('s3://')}/ray", "storage_filesystem": PyFileSystem(FSSpecHandler(s3()))}
 

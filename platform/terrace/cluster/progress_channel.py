@@ -157,7 +157,7 @@ class Follower:
 
 def read_progress(stage_directory: str) -> dict[str, Any]:
     """What the trainer has written in the stage's directory (a path or s3:// URI), in the words of the report."""
-    from terrace.data import storage
+    from terrace.storage import files as storage
 
     def read(name: str, tail: int = 0) -> bytes:
         uri = storage.join(stage_directory, name)
@@ -187,8 +187,8 @@ def read_progress(stage_directory: str) -> dict[str, Any]:
 def _newest_checkpoint(stage_directory: str) -> dict[str, Any] | None:
     """The highest complete step (of a run on S3: by its fence; else its folder has a manifest). The trainer checks it in full."""
     from terrace.cluster.attempt import newest_checkpoint_step
-    from terrace.cluster.mirror import uri_of
-    from terrace.data import storage
+    from terrace.storage import files as storage
+    from terrace.storage.mirror import uri_of
 
     folder = storage.join(stage_directory, "checkpoints")
     if not storage.is_remote(stage_directory) and (uri := uri_of(Path(stage_directory))) is not None:

@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from terrace.cluster import mirror
 from terrace.curriculum import on_kubernetes
 from terrace.errors import InputError
+from terrace.storage import mirror
 
 LAUNCHERS = ("local", "ray", "kubernetes")
 RUN_HELP = "directory of the run, s3://BUCKET/PREFIX, or k8s://NAMESPACE/NAME"

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from terrace.cluster import mirror
 from terrace.cluster.attempt import read_json, write_atomic
 from terrace.curriculum.lease import (
     LEASE_SECONDS,
@@ -33,6 +32,7 @@ from terrace.curriculum.lease import (
     renew_lease,
 )
 from terrace.errors import TerraceError
+from terrace.storage import mirror
 
 __all__ = [
     "Journal", "JournalError", "Lease", "LeaseHeld", "LeaseLost", "acquire_lease", "lease_holder", "leave_request", "pending_requests",
@@ -153,14 +153,14 @@ class Journal:
         """Of a run on S3: the journal as it is there now, and its version."""
         if self._uri is None:
             return
-        from terrace.data.conditional import read_versioned
+        from terrace.storage.conditional import read_versioned
 
         content, self._version = read_versioned(self._uri) or (b"", None)
         write_atomic(self.run_dir / JOURNAL_NAME, content.decode())
 
     def _store(self, uri: str, line: bytes) -> None:
         """Replace the object by one with this line more. What the event speaks of goes before it."""
-        from terrace.data.conditional import Changed, write_if
+        from terrace.storage.conditional import Changed, write_if
 
         mirror.flush(self.run_dir)
         before = (self.run_dir / JOURNAL_NAME).read_bytes()

@@ -22,9 +22,9 @@ from typing import Any
 
 import psutil
 
-from terrace.cluster import mirror
 from terrace.cluster.attempt import read_json, write_atomic
 from terrace.errors import TerraceError
+from terrace.storage import mirror
 
 LEASE_SECONDS = 60.0
 LEASE_NAME = "controller.lease"
@@ -124,13 +124,13 @@ def _change(path: Path, change: Callable[[Content | None], Content]) -> Content:
             content = change(read_json(path))
             write_atomic(path, json.dumps(content))
         return content
-    from terrace.data.conditional import swap
+    from terrace.storage.conditional import swap
 
     return json.loads(swap(uri, lambda held: json.dumps(change(json.loads(held) if held else None)).encode()))
 
 
 def _read_stored(path: Path) -> Content | None:
-    from terrace.data.conditional import read_versioned
+    from terrace.storage.conditional import read_versioned
 
     found = read_versioned(str(mirror.uri_of(path)))
     return json.loads(found[0]) if found else None

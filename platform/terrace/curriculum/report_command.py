@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from terrace.cluster import mirror
 from terrace.curriculum.command import run_directory
 from terrace.errors import InputError
+from terrace.storage import mirror
 
 if TYPE_CHECKING:
     from terrace.recipe.schema import Recipe
-    from terrace.track.report import RunReport
+    from terrace.track.report.read import RunReport
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
@@ -31,7 +31,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 
 def report_command(arguments: argparse.Namespace) -> int:
-    from terrace.track.report_page import write_page
+    from terrace.track.report.page import write_page
 
     run_dirs = [mirror.open_run(place) for place in (arguments.run_dir, arguments.other) if place]
     runs = [collect_run(run_dir) for run_dir in run_dirs]
@@ -51,7 +51,7 @@ def collect_run(run_dir: Path, now: float | None = None) -> RunReport:
     from terrace.curriculum.state import fold
     from terrace.curriculum.status import run_status
     from terrace.recipe.loading import recipe_hash
-    from terrace.track.report import RunReport, read_answers, read_data_mark, read_stages, without_controller
+    from terrace.track.report.read import RunReport, read_answers, read_data_mark, read_stages, without_controller
 
     if not run_dir.is_dir():
         raise InputError(f"{run_dir} is no folder; name the --run-dir of a run")

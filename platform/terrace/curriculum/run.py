@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from terrace.cluster import mirror
 from terrace.cluster.attempt import Launcher, LaunchRequest, stage_directory
 from terrace.curriculum import machine
 from terrace.curriculum.journal import Journal, pending_requests, read_journal
@@ -29,6 +28,7 @@ from terrace.curriculum.watch import Watch
 from terrace.errors import InputError
 from terrace.recipe.loading import recipe_hash
 from terrace.recipe.schema import Recipe
+from terrace.storage import mirror
 from terrace.track.progress import Display
 
 POLL_SECONDS = 0.2

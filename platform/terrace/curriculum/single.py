@@ -17,11 +17,12 @@ import time
 from pathlib import Path
 
 from terrace.cluster import attempt as attempts
-from terrace.cluster import mirror, stop_notice
+from terrace.cluster import stop_notice
 from terrace.cluster.attempt import AttemptObservation, LaunchRequest, stage_directory
 from terrace.curriculum.run import PreparesData, listen_for_signals, move_aside, prepare_run_data
 from terrace.errors import InputError, TerraceError
 from terrace.recipe.schema import Recipe
+from terrace.storage import mirror
 from terrace.track.follow import MetricsFollower
 from terrace.track.progress import Display
 
@@ -40,7 +41,7 @@ def run_single_attempt(
 ) -> int:
     """Run the attempt to its end; the process's exit status. Raises Fenced where a newer attempt has the stage."""
     from terrace.cluster.local import LocalLauncher
-    from terrace.curriculum.attempt import run_in_worker
+    from terrace.curriculum.attempt_worker import run_in_worker
 
     names = [item.name for item in recipe.stages]
     if stage not in names:

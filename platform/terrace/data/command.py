@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from terrace.data import order_command
+from terrace.data.look import order_command
 from terrace.errors import InputError
 from terrace.recipe.schema import Data, Source
 
@@ -54,7 +54,7 @@ def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
 
 def ingest_command(args: argparse.Namespace) -> int:
     """Ingest every chosen source; sources that cannot be used are named at the end."""
-    from terrace.data.ingest import ingest_source
+    from terrace.data.sources.ingest import ingest_source
 
     data, out, _ = _chosen(args)
 
@@ -71,11 +71,11 @@ def ingest_command(args: argparse.Namespace) -> int:
 
 def index_command(args: argparse.Namespace) -> int:
     """Index every chosen source, ingesting first what needs it."""
-    from terrace.data.index import build_index, load_summary
-    from terrace.data.ingest import ingest_source
+    from terrace.data.index.build import build_index, load_summary
     from terrace.data.prepare import prepare_tokenizer
-    from terrace.data.storage import absolute
+    from terrace.data.sources.ingest import ingest_source
     from terrace.data.tokenizer import load_tokenizer
+    from terrace.storage.files import absolute
 
     data, out, recipe = _chosen(args)
     progress = Lines()
@@ -161,7 +161,7 @@ def _sentence(facts: dict[str, Any]) -> str:
 
 
 def _show_refusals(folder: str, data: Data) -> None:
-    from terrace.data.ingest import iter_refused
+    from terrace.data.sources.ingest import iter_refused
 
     lines = list(iter_refused(folder, data.storage))
     for line in lines[:SHOWN_REFUSALS]:

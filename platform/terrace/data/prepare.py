@@ -17,16 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from terrace.data.index import build_index
-from terrace.data.ingest import IngestReport, ingest_source
+from terrace.data.index.build import build_index
+from terrace.data.index.source_index import SourceIndex, load_index
 from terrace.data.parallel import Progress
-from terrace.data.refusals import Refusal
-from terrace.data.shards import sample_of_members, scan_shard
-from terrace.data.source_index import SourceIndex, load_index
-from terrace.data.storage import absolute, is_remote, join, list_files, read_file, write_file
+from terrace.data.sources.ingest import IngestReport, ingest_source
+from terrace.data.sources.refusals import Refusal
+from terrace.data.sources.shards import sample_of_members, scan_shard
 from terrace.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from terrace.errors import InputError
 from terrace.recipe.schema import Recipe, Storage
+from terrace.storage.files import absolute, is_remote, join, list_files, read_file, write_file
 
 TOKENIZER_TEXT_CHARACTERS = 4_000_000  # per source, from its first shards: enough for the small vocabularies trained here
 PREPARED_VERSION = 1

@@ -15,8 +15,8 @@ from PIL import Image
 
 from terrace.data.images import decode_image, image_size
 from terrace.data.prepare import load_prepared
-from terrace.data.read import read_sample
 from terrace.data.resize import smart_resize
+from terrace.data.stream.read import read_sample
 from terrace.evaluate.answers import Question, is_right, numbers_in_brackets, questions_of
 from terrace.evaluate.generate import Speaker, answer, load_speaker
 from terrace.recipe.schema import Recipe

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from terrace.data.conventions import ImageReference, convert_row
 from terrace.data.images import ImageDamage, image_size
-from terrace.data.placeholders import resolve_coordinates
-from terrace.data.refusals import Refusal
+from terrace.data.sources.conventions import ImageReference, convert_row
+from terrace.data.sources.placeholders import resolve_coordinates
+from terrace.data.sources.refusals import Refusal
 from terrace.data.types import Sample
 from terrace.errors import InputError
 from terrace.rewards.rules.answers import boxed_contents

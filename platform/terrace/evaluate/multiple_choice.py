@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_uppercase
 
-from terrace.data.conventions import ImageReference
+from terrace.data.sources.conventions import ImageReference
 from terrace.data.types import Sample
 from terrace.errors import InputError
 from terrace.evaluate.cases import Case, case_digest, checked_size

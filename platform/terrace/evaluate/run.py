@@ -201,7 +201,7 @@ def worker_replies(
 ) -> dict[str, dict[int, Reply]]:
     """Replies of one worker to its share of every suite, by label."""
     from terrace.evaluate.engine import load_model, use_threads_of_worker
-    from terrace.evaluate.held_out import loss_measure
+    from terrace.evaluate.sample_losses import loss_measure
 
     device = use_threads_of_worker(worker, settings)
     suites = suites if suites is not None else open_suites(model, texts, settings)[0]

@@ -20,9 +20,9 @@ from terrace.errors import InputError
 from terrace.evaluate import cases as rows_of
 from terrace.evaluate import metrics
 from terrace.evaluate.cases import Case
-from terrace.evaluate.held_out import held_out_cases
 from terrace.evaluate.metrics import Statistic
 from terrace.evaluate.multiple_choice import chosen_letter, circular_right, plain_right, question_cases, read_questions
+from terrace.evaluate.sample_losses import held_out_cases
 from terrace.rewards.sandbox import SandboxPool
 from terrace.rewards.types import RewardItem
 

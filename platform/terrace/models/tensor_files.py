@@ -17,10 +17,10 @@ from typing import Any, Protocol
 import torch
 from safetensors import safe_open
 
-from terrace.data.storage import DEFAULT_STORAGE, is_remote, join, list_files, read_file, read_ranges
 from terrace.errors import InputError
 from terrace.models.parts import canonical_name
 from terrace.recipe.schema import Storage
+from terrace.storage.files import DEFAULT_STORAGE, is_remote, join, list_files, read_file, read_ranges
 
 PARALLEL_FILES = 8
 HEADER_BYTES = 2**20  # fetched at once; a longer header takes a second request

@@ -24,7 +24,7 @@ BUILT_IN: dict[str, tuple[str, Literal["sandbox", "caller"]]] = {
     "temporal_grounding": (f"{_RULES}.temporal:temporal_grounding", "sandbox"),
     "format": (f"{_RULES}.format:format", "sandbox"),
     "remote": ("terrace.rewards.remote:remote", "caller"),
-    "reward_model": ("terrace.rewards.reward_model:reward_model", "caller"),
+    "reward_model": ("terrace.rewards.learned:reward_model", "caller"),
 }
 
 

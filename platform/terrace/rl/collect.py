@@ -17,15 +17,15 @@ from typing import Any
 
 import numpy as np
 
-from terrace.data.order import seed_of
+from terrace.data.order.permutation import seed_of
 from terrace.data.tokenizer import TextTokenizer
 from terrace.errors import TerraceError
+from terrace.generation.interface import Prompt, Response, RolloutEngine, Sampling
 from terrace.recipe.schema import GrpoOptions
 from terrace.rewards.router import Router
 from terrace.rewards.types import RewardItem, Score
 from terrace.rl.dynamic_sampling import Selection, prompts_to_draw, select_groups
 from terrace.rl.prompts import Drawn, PromptOrder, PromptReader
-from terrace.rl.rollout import Prompt, Response, RolloutEngine, Sampling
 from terrace.rl.stored import load_rewards, load_rollout, save_rewards, save_rollout
 from terrace.train.collectives import gather_objects
 from terrace.train.context import WorkerContext

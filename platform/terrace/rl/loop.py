@@ -21,9 +21,11 @@ from typing import Any
 
 import torch
 
-from terrace.data.order import seed_of
+from terrace.data.order.permutation import seed_of
 from terrace.data.tokenizer import load_tokenizer
 from terrace.errors import InputError, Preempted
+from terrace.generation.engines import forbidden_tokens, open_engine
+from terrace.generation.interface import Sampling
 from terrace.models.attention import choose_backend
 from terrace.models.build import build_model, model_config
 from terrace.models.shared_prompt import use_shared_prompt_attention
@@ -34,11 +36,9 @@ from terrace.rewards.alarm import hacking_alarms
 from terrace.rewards.router import Router
 from terrace.rewards.sandbox import SandboxPool
 from terrace.rl.collect import Collector
-from terrace.rl.engines import forbidden_tokens, open_engine
 from terrace.rl.figures import examples, form_of, mean_reward, past_forms, task_figures
 from terrace.rl.iteration import batch_counts, crossed, own_groups, pass_rate, update_line
 from terrace.rl.prompts import PromptOrder, PromptReader, held_out
-from terrace.rl.rollout import Sampling
 from terrace.rl.stored import forget_iterations, iteration_folder
 from terrace.rl.update import PolicyStepper, UpdateOutcome
 from terrace.train.checkpoint import CheckpointWriter, json_bytes, write_durably

@@ -11,9 +11,9 @@ import torch
 
 from terrace.data.tokenizer import TextTokenizer
 from terrace.errors import InputError
+from terrace.generation.interface import Prompt, Response
 from terrace.models.batch import to_device
 from terrace.objectives.reward_model import PairBatch, answer_rows
-from terrace.rl.rollout import Prompt, Response
 from terrace.rl.units import TrainGroup, unit_pack
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from terrace.data.order import seed_of
+from terrace.data.order.permutation import seed_of
 
 PASS_REWARD = 0.75  # a response passes from this reward on: right for rules of 0 and 1, GIoU 0.5 under the default map
 

@@ -14,19 +14,19 @@ from typing import Any
 
 import numpy as np
 
-from terrace.data.eligible import source_pixels
 from terrace.data.images import load_patches
-from terrace.data.order import source_rows
-from terrace.data.plan import StagePlan
-from terrace.data.read import read_located
+from terrace.data.order.eligible import source_pixels
+from terrace.data.order.permutation import source_rows
+from terrace.data.order.plan import StagePlan
+from terrace.data.stream.read import read_located
 from terrace.data.template import encode_prompt
 from terrace.data.tokenizer import TextTokenizer
 from terrace.data.types import PATCH_SIZE, PATCH_VALUES, Sample
 from terrace.errors import DamagedData, InputError
+from terrace.generation.interface import Prompt
 from terrace.recipe.schema import GrpoOptions, Recipe
 from terrace.rl.pairs import Pair, answer_tokens, text_of_items
 from terrace.rl.pools import EasyPool
-from terrace.rl.rollout import Prompt
 
 DRAWN_AT_ONCE = 64
 READ_THREADS = 4

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from terrace.rl.rollout import Response
+from terrace.generation.interface import Response
 from terrace.train.checkpoint import json_bytes, write_durably
 
 

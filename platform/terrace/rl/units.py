@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from terrace.data.balance import deal
+from terrace.data.order.balance import deal
 from terrace.data.types import PATCH_VALUES, PackedExample
+from terrace.generation.interface import Prompt, Response
 from terrace.models.batch import to_device
 from terrace.models.shared_prompt import Unit
 from terrace.objectives.grpo import PolicyBatch, response_rows
-from terrace.rl.rollout import Prompt, Response
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from terrace.cluster import mirror
 from terrace.errors import TerraceError
 from terrace.recipe.schema import Checkpoint
+from terrace.storage import mirror
 from terrace.track.follow import last_row
 from terrace.train.checkpoint_storage import FENCE, MANIFEST, Superseded, folder_name, stored_checkpoints
 from terrace.train.context import WorkerContext

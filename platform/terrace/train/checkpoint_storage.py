@@ -22,10 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from terrace.cluster import mirror
-from terrace.data import conditional
-from terrace.data.storage import join
 from terrace.errors import TerraceError
+from terrace.storage import conditional, mirror
+from terrace.storage.files import join
 
 log = logging.getLogger(__name__)
 FENCE = "attempt.json"

@@ -41,9 +41,9 @@ class StageFeed:
 
 def open_feed(recipe: Recipe, stage_index: int, prepared: Any, context: WorkerContext) -> StageFeed:
     """The feed of a stage from prepared data (data.prepare.PreparedData)."""
-    from terrace.data.held_out import held_out_packs
-    from terrace.data.plan import StagePlan
-    from terrace.data.stream import open_stream
+    from terrace.data.order.held_out import held_out_packs
+    from terrace.data.order.plan import StagePlan
+    from terrace.data.stream.rank_stream import open_stream
     from terrace.data.tokenizer import load_tokenizer
     from terrace.models.build import model_config
 

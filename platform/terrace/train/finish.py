@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from terrace.cluster import mirror
 from terrace.models.export import export_hf
 from terrace.recipe.schema import Stage
+from terrace.storage import mirror
 from terrace.train.collectives import barrier
 from terrace.train.context import WorkerContext
 from terrace.train.strategies.interface import Strategy

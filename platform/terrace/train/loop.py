@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from terrace.data.balance import cost_model
+from terrace.data.order.balance import cost_model
 from terrace.errors import Preempted
 from terrace.models.sequence_parallel import open_sequence_group
 from terrace.objectives.lm import lm_objective
@@ -27,9 +27,9 @@ from terrace.recipe.schema import Recipe
 from terrace.train.checkpoint import CheckpointWriter, json_bytes, write_durably
 from terrace.train.collectives import barrier
 from terrace.train.context import WorkerContext
-from terrace.train.evaluation import held_out_loss
 from terrace.train.feed import StageFeed
 from terrace.train.finish import ask_suites, check_suites, export_final
+from terrace.train.held_out_loss import held_out_loss
 from terrace.train.measure import Meter
 from terrace.train.metrics import MetricsLog, step_line
 from terrace.train.optimizer import parameter_groups, schedule_factor

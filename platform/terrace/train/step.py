@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from terrace.data.balance import CostModel
+from terrace.data.order.balance import CostModel
 from terrace.data.types import PackedExample
 from terrace.errors import TerraceError
 from terrace.models.batch import DeviceBatch, to_device

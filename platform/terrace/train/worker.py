@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from terrace.cluster import mirror
 from terrace.errors import InputError
 from terrace.recipe.schema import Recipe
+from terrace.storage import mirror
 from terrace.train.context import WorkerContext
 from terrace.train.feed import open_feed
 from terrace.train.loop import Observer, StageResult, train_stage

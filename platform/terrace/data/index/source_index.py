@@ -1,0 +1,282 @@
+"""One source's index in memory: numpy columns, and every length at any resolution as arithmetic on them.
+
+About 150 bytes a sample with one image. Lists of a sample (images, coordinates, files) are flat arrays with start positions, so that
+`lengths` of a million samples takes about a tenth of a second and reads no file.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from terrace.data.index.build import load_summary
+from terrace.data.resize import pixel_bounds, resized_coordinate_many, smart_resize_many
+from terrace.data.sources.ingest import shard_uri
+from terrace.data.template import Measure, count_digits
+from terrace.data.types import GRID_PIXELS
+from terrace.errors import InputError
+from terrace.recipe.schema import Storage
+from terrace.storage.files import DEFAULT_STORAGE, join, open_sequential, read_file
+
+
+@dataclass(frozen=True)
+class SampleLocation:
+    """Where one sample's bytes lie: enough to read and check it anywhere, a few hundred bytes to send."""
+
+    source: str
+    row: int
+    id: str
+    kind: str
+    shard: str
+    members: tuple[tuple[str, int, int, int], ...]  # (suffix, offset, size, crc)
+    sizes: tuple[tuple[int, int], ...]  # (width, height) of each image
+    storage: Storage = DEFAULT_STORAGE
+
+    @property
+    def bytes(self) -> int:
+        return sum(size for _, _, size, _ in self.members)
+
+
+@dataclass
+class SourceIndex:
+    """Columns of a source's healthy samples, N rows. Made by `load_index`."""
+
+    name: str
+    folder: str
+    shards: list[str]
+    storage: Storage
+    columns: dict[str, np.ndarray]  # int columns [N], and flat list columns
+    starts: dict[str, np.ndarray]  # list column group -> int64 [N + 1]
+    ids: np.ndarray  # StringDType [N]
+    kinds: list[str]
+    kind_codes: np.ndarray  # int8 [N], into `kinds`
+    suffixes: list[str]
+    refused: dict[str, int] = field(default_factory=dict)  # reason -> samples that ingest or the index left out
+    seed: int = 0
+    holdout_samples: int = 0
+    max_samples: int | None = None
+    _lengths: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return int(self.columns["shard"].shape[0])
+
+    # ------------------------------------------------------------ which rows take part
+
+    @cached_property
+    def _in_seeded_order(self) -> np.ndarray:
+        """Rows by a seeded hash of their ids: a choice that does not move when samples are added elsewhere."""
+        return np.argsort(_mixed(self.columns["id_hash"], self.seed), kind="stable")
+
+    @property
+    def holdout_rows(self) -> np.ndarray:
+        """int64, ascending: rows kept out of training."""
+        return np.sort(self._in_seeded_order[: self.holdout_samples])
+
+    @property
+    def train_rows(self) -> np.ndarray:
+        """int64, ascending: rows that train. With `max_samples`, that many samples take part, the held-out ones among them."""
+        return np.sort(self._in_seeded_order[self.holdout_samples : self.max_samples])
+
+    # ------------------------------------------------------------ lengths
+
+    def lengths(self, pixels: Any) -> np.ndarray:
+        """int32 [N]: tokens of each sample when its images are resized within `pixels`."""
+        return self._measure(pixels)[0]
+
+    def visual_tokens(self, pixels: Any) -> np.ndarray:
+        """int32 [N]: image and video tokens of each sample (without vision_start and vision_end)."""
+        return self._measure(pixels)[1]
+
+    def patches(self, pixels: Any) -> np.ndarray:
+        """int32 [N]: 14x14 patches of each sample's images, frames of a pair counted once."""
+        return self._measure(pixels)[1] * 4
+
+    @property
+    def fixed_tokens(self) -> np.ndarray:
+        """int32 [N]: tokens that no resolution changes, without the digits of coordinates."""
+        return self.columns["fixed_tokens"]
+
+    @property
+    def supervised_tokens(self) -> np.ndarray:
+        """int32 [N]: targets of each sample under `supervise: auto`, without the digits of coordinates beyond the first."""
+        return self.columns["supervised_tokens"]
+
+    def _measure(self, pixels: Any) -> tuple[np.ndarray, np.ndarray]:
+        bounds = pixel_bounds(pixels)
+        if bounds not in self._lengths:
+            columns, starts = self.columns, self.starts
+            heights, widths = smart_resize_many(columns["height"], columns["width"], bounds)
+            tokens_of_image = (heights // GRID_PIXELS).astype(np.int64) * (widths // GRID_PIXELS)
+            frames = columns["visual_frames"]
+            temporal = np.maximum(1, (frames + 1) // 2)
+            image = np.repeat(starts["image"][:-1], np.diff(starts["visual"])) + columns["visual_image"]
+            visual = _sums(tokens_of_image[image] * temporal, starts["visual"])
+            owner = np.repeat(starts["image"][:-1], np.diff(starts["coordinate"])) + columns["coordinate_image"]
+            axis = columns["coordinate_axis"]
+            old = np.where(axis == 0, columns["width"][owner], columns["height"][owner])
+            new = np.where(axis == 0, widths[owner], heights[owner])
+            digits = _sums(count_digits(resized_coordinate_many(columns["coordinate_value"], old, new)), starts["coordinate"])
+            total = columns["fixed_tokens"] + visual + digits
+            self._lengths[bounds] = (total.astype(np.int32), visual.astype(np.int32))
+        return self._lengths[bounds]
+
+    # ------------------------------------------------------------ one row
+
+    def sizes(self, row: int) -> list[tuple[int, int]]:
+        """(width, height) of each image of a sample."""
+        part = self._part("image", row)
+        return list(zip(self.columns["width"][part].tolist(), self.columns["height"][part].tolist()))
+
+    def kind_of(self, row: int) -> str:
+        return self.kinds[int(self.kind_codes[row])]
+
+    def measure(self, row: int) -> Measure:
+        """The sample's `Measure`, as `template.measure_sample` gave it."""
+        columns = self.columns
+        visual, coordinate, cut = self._part("visual", row), self._part("coordinate", row), self._part("cut", row)
+        triple = lambda part, *names: tuple(zip(*(columns[name][part].tolist() for name in names)))  # noqa: E731
+        return Measure(
+            int(columns["fixed_tokens"][row]),
+            int(columns["supervised_tokens"][row]),
+            triple(visual, "visual_image", "visual_frames", "visual_place"),
+            triple(coordinate, "coordinate_image", "coordinate_axis", "coordinate_value"),
+            tuple(columns["cuts"][cut].tolist()),
+        )
+
+    def location(self, row: int) -> SampleLocation:
+        """Where the sample's bytes lie."""
+        part, columns = self._part("member", row), self.columns
+        suffixes = [self.suffixes[code] for code in columns["member_suffix"][part].tolist()]
+        places = (columns[name][part].tolist() for name in ("member_offset", "member_size", "member_crc"))
+        return SampleLocation(
+            self.name, int(row), str(self.ids[row]), self.kind_of(row), self.shards[int(columns["shard"][row])],
+            tuple(zip(suffixes, *places)), tuple(self.sizes(row)), self.storage,
+        )  # fmt: skip
+
+    def _part(self, group: str, row: int) -> slice:
+        starts = self.starts[group]
+        return slice(int(starts[row]), int(starts[row + 1]))
+
+
+def load_index(
+    folder: str, seed: int = 0, holdout_samples: int = 0, max_samples: int | None = None, storage: Storage = DEFAULT_STORAGE
+) -> SourceIndex:
+    """Load the index that `build_index` left in `folder`. Raises InputError where there is none, or holdout leaves nothing."""
+    summary = load_summary(folder, storage)
+    if summary is None:
+        raise InputError(f"there is no finished index in {folder}; run `terrace index` first")
+    table = pq.read_table(io.BytesIO(read_file(join(folder, "index.parquet"), storage))).combine_chunks()
+    count = table.num_rows
+    if holdout_samples >= min(count, max_samples or count):
+        raise InputError(
+            f"source {summary['source']}: holdout_samples {holdout_samples} leaves none of {min(count, max_samples or count)}"
+            " samples for training"
+        )
+    scalar = ("id_hash", "shard", "fixed_tokens", "supervised_tokens")
+    columns = {name: _numpy(table[name]) for name in scalar}
+    starts: dict[str, np.ndarray] = {}
+    for group, names in _LISTS.items():
+        for name in names:
+            values, starts[group] = _flat(table[name])
+            if name == "member_suffix":
+                encoded = values.dictionary_encode()
+                suffixes, columns[name] = encoded.dictionary.to_pylist(), encoded.indices.to_numpy(zero_copy_only=False)
+            else:
+                columns[name] = values.to_numpy(zero_copy_only=False)
+    kinds = _one(table["kind"]).dictionary_encode()
+    return SourceIndex(
+        name=summary["source"],
+        folder=folder,
+        shards=[_shard_uri(folder, shard["uri"]) for shard in summary["shards"]],
+        storage=Storage(**summary["storage"]),
+        columns=columns,
+        starts=starts,
+        ids=np.array(table["id"].to_pylist(), dtype=np.dtypes.StringDType()),
+        kinds=kinds.dictionary.to_pylist(),
+        kind_codes=kinds.indices.to_numpy(zero_copy_only=False).astype(np.int8),
+        suffixes=suffixes,
+        refused=summary["refused"],
+        seed=seed,
+        holdout_samples=holdout_samples,
+        max_samples=max_samples,
+    )
+
+
+def locate(folder: str, row: int, storage: Storage = DEFAULT_STORAGE) -> SampleLocation:
+    """Where one sample's bytes lie, from the index file of `folder` and without loading the index: a worker that must replace a sample
+
+    reads one group of rows (those of one shard), a few hundred kilobytes.
+    """
+    summary = _summary(folder, storage.model_dump_json())
+    with open_sequential(join(folder, "index.parquet"), storage) as stream:
+        file = pq.ParquetFile(stream)
+        group, first = 0, 0
+        while row >= first + (count := file.metadata.row_group(group).num_rows):
+            group, first = group + 1, first + count
+        values = file.read_row_group(group, columns=_LOCATION_COLUMNS).slice(row - first, 1).to_pylist()[0]
+    members = zip(*(values[name] for name in _LISTS["member"]))
+    return SampleLocation(
+        summary["source"], row, values["id"], values["kind"],
+        _shard_uri(folder, summary["shards"][values["shard"]]["uri"]),
+        tuple(members), tuple(zip(values["width"], values["height"])), Storage(**summary["storage"]),
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def _summary(folder: str, storage_json: str) -> dict[str, Any]:
+    summary = load_summary(folder, Storage.model_validate_json(storage_json))
+    if summary is None:
+        raise InputError(f"there is no finished index in {folder}; run `terrace index` first")
+    return summary
+
+
+_LISTS = {
+    "member": ("member_suffix", "member_offset", "member_size", "member_crc"),
+    "image": ("width", "height"),
+    "visual": ("visual_image", "visual_frames", "visual_place"),
+    "coordinate": ("coordinate_image", "coordinate_axis", "coordinate_value"),
+    "cut": ("cuts",),
+}
+_LOCATION_COLUMNS = ["id", "kind", "shard", *_LISTS["member"], *_LISTS["image"]]
+
+
+def _shard_uri(folder: str, stored: str) -> str:
+    """Shards that ingest wrote are named relative to the folder above the index."""
+    return shard_uri(folder.rpartition("/")[0], stored)
+
+
+def _one(column: pa.ChunkedArray) -> Any:
+    """The single array of a combined column (an empty one where the table has no rows)."""
+    return column.chunk(0) if column.num_chunks else pa.array([], column.type)
+
+
+def _numpy(column: pa.ChunkedArray) -> np.ndarray:
+    return _one(column).to_numpy(zero_copy_only=False)
+
+
+def _flat(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
+    """(values, int64 [N + 1] start positions) of a list column."""
+    array = _one(column)
+    offsets = array.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
+    return array.flatten(), offsets - offsets[0]
+
+
+def _sums(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """Sum of each row's values, 0 for a row without any: int64 [N]."""
+    total = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
+    return total[starts[1:]] - total[starts[:-1]]
+
+
+def _mixed(hashes: np.ndarray, seed: int) -> np.ndarray:
+    """splitmix64 of hash and seed: uint64 [N]."""
+    with np.errstate(over="ignore"):
+        mixed = hashes.astype(np.uint64) + np.uint64((seed * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % 2**64)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return mixed ^ (mixed >> np.uint64(31))

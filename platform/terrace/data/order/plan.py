@@ -1,0 +1,386 @@
+"""The plan of a stage: step -> the packs of its global batch, the same for any number of workers.
+
+Samples come in the order of `mixture` and `order`; a window of about 2,000 of them is packed together; the packs of a
+window are shuffled; packs [step * batch, (step + 1) * batch) form a step. Nothing is materialised: the plan keeps three
+numbers per window it has passed, and a handful of packed windows. Planning costs 6 microseconds per sample, a three
+hundredth of decoding one.
+
+Where a window starts depends on the windows before it, so reaching step n walks through them. `restore(state)` with the
+state of a checkpoint (a few integers) starts at once anywhere in a stage of any size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from terrace.data.order.balance import CostModel, cost_model, deal, deal_in_order, max_over_mean
+from terrace.data.order.eligible import EligibleSource, StageSource, eligible_source
+from terrace.data.order.mixture import Interleave, rounded_weights, whole_weights
+from terrace.data.order.packing import default_window, lookahead, pack_window
+from terrace.data.order.permutation import permute, seed_of, source_rows
+from terrace.data.order.spares import PackSpares, spares_of_pack
+from terrace.data.types import PackSpec, SampleRef
+from terrace.errors import InputError
+from terrace.recipe.schema import Recipe, Stage
+
+CACHED_WINDOWS = 16
+PADDING_WINDOW = -1  # the window of packs without samples that complete the last step
+
+
+@dataclass(frozen=True)
+class Window:
+    """One packed window: its packs in their final order, and where the next window starts."""
+
+    number: int
+    first_pack: int
+    packs: tuple[PackSpec, ...]
+    next_position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """Where a window starts: all that must be known to go on from it."""
+
+    first_pack: int
+    window: int
+    position: int  # samples of the mixture before it
+
+
+class StagePlan:
+    """The packs of one stage. Made by `StagePlan.build` from a recipe, or from sources directly (tests, planning)."""
+
+    def __init__(
+        self, stage: Stage, sources: Mapping[str, StageSource], data_seed: int, costs: CostModel, basis: str = ""
+    ):
+        self.stage = stage
+        self.names = list(stage.mixture.weights)
+        self.sources = [sources[name] for name in self.names]
+        self.costs = costs
+        self.recipe: Recipe | None = None  # None for a plan made from bare sources
+        self.stage_index = 0
+        self._check_sources()
+        self.seed = seed_of("terrace order 1", data_seed, stage.name, stage.seed)
+        self.weights = _sample_weights(stage, self.sources)
+        limits = [_limit(stage, source) for source in self.sources]
+        self.interleave = Interleave(self.names, self.weights, limits)
+        self.window_samples = stage.data_loading.window_samples or default_window(stage.sequence_length)
+        self.total_samples: int | None = self.interleave.total
+        if stage.budget.samples is not None:
+            if self.total_samples is not None and self.total_samples < stage.budget.samples:
+                raise InputError(
+                    f"stage {stage.name}: budget.samples is {stage.budget.samples}, but mixture.epoch_caps allow only"
+                    f" {self.total_samples}; raise the caps or lower the budget"
+                )
+            self.total_samples = stage.budget.samples
+        self._anchors = [Anchor(0, 0, 0)]
+        self._windows: OrderedDict[int, Window] = OrderedDict()
+        self._total_packs: int | None = None
+        self._lock = threading.RLock()  # a stream plans ahead in a thread while the loop asks for its state
+        self.fingerprint = self._fingerprint(data_seed, basis)
+        self._check_caps()
+
+    # ------------------------------------------------------------ making
+
+    @classmethod
+    def build(cls, recipe: Recipe, stage_index: int, prepared: Any) -> StagePlan:
+        """The plan of a recipe's stage over prepared data (`prepare.PreparedData`)."""
+        stage = recipe.stages[stage_index]
+        pixels = (stage.pixels.min, stage.pixels.max)
+        sources = {}
+        for name in stage.mixture.weights:
+            index = prepared.indexes[name]
+            sources[name] = eligible_source(
+                name,
+                recipe.data.sources[name],
+                index,
+                np.asarray(index.train_rows),
+                pixels,
+                stage.sequence_length,
+                stage.data_loading.max_visual_tokens_per_pack,
+            )
+        basis = "|".join(source.mark for source in sources.values())
+        plan = cls(stage, sources, recipe.data.seed, cost_model(recipe.model.config), basis)
+        plan.recipe, plan.stage_index = recipe, stage_index
+        return plan
+
+    def _check_sources(self) -> None:
+        for source in self.sources:
+            if source.count == 0:
+                changes = ", ".join(f"{count} {what}" for what, count in source.changes.items()) or "it has no samples"
+                raise InputError(
+                    f"stage {self.stage.name}: source {source.name} has no sample for training at sequence_length"
+                    f" {self.stage.sequence_length} ({changes}); check its data, or its too_long policy"
+                )
+
+    def _check_caps(self) -> None:
+        """Epoch caps must leave enough samples for a budget of steps or tokens."""
+        if self.total_samples is None or self._steps_in_closed_form() is None:
+            return
+        tokens = sum(
+            source.mean_tokens * (limit or 0) for source, limit in zip(self.sources, self.interleave.limits)
+        )
+        needed = (self._steps_in_closed_form() or 0) * self.stage.batch.packs * self.stage.sequence_length
+        if tokens < 0.98 * needed:
+            raise InputError(
+                f"stage {self.stage.name}: the budget asks for {needed:.3g} tokens, but mixture.epoch_caps leave only"
+                f" {tokens:.3g}; raise the caps or lower the budget"
+            )
+
+    def _fingerprint(self, data_seed: int, basis: str) -> str:
+        """Changes when anything changes that could change a pack."""
+        stage = self.stage
+        facts = {
+            "seed": [data_seed, stage.name, stage.seed],
+            "sources": [[source.name, source.count, round(source.mean_tokens, 6)] for source in self.sources],
+            "mixture": stage.mixture.model_dump(mode="json"),
+            "pixels": [stage.pixels.min, stage.pixels.max],
+            "packing": [stage.sequence_length, self.window_samples],
+            "visual": stage.data_loading.max_visual_tokens_per_pack,
+            "batch": stage.batch.packs,
+            "basis": basis,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8")).hexdigest()[:16]
+
+    # ------------------------------------------------------------ steps
+
+    def _steps_in_closed_form(self) -> int | None:
+        budget, stage = self.stage.budget, self.stage
+        if budget.steps is not None:
+            return budget.steps
+        if budget.tokens is not None:
+            return math.ceil(Fraction(budget.tokens) / (stage.batch.packs * stage.sequence_length))
+        return None
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the stage. A budget of samples or epochs is counted by packing all of it once (6 s per million)."""
+        steps = self._steps_in_closed_form()
+        return steps if steps is not None else max(1, math.ceil(self.total_packs / self.stage.batch.packs))
+
+    @property
+    def total_packs(self) -> int:
+        """Packs with samples in a stage that ends with its samples."""
+        if self._total_packs is None:
+            if self.total_samples is None:
+                return self.total_steps * self.stage.batch.packs
+            with self._lock:
+                while self._pack_window(self._anchors[-1]) is not None:
+                    pass
+                self._total_packs = self._anchors[-1].first_pack
+        return self._total_packs
+
+    def packs_of_step(self, step: int) -> list[PackSpec]:
+        """The global batch of a step (from 0): `batch.packs` packs, the last step filled up with empty ones."""
+        batch = self.stage.batch.packs
+        return self.packs(step * batch, (step + 1) * batch)
+
+    def packs(self, start: int, stop: int) -> list[PackSpec]:
+        """Packs [start, stop) of the stage."""
+        found: list[PackSpec] = []
+        with self._lock:
+            while start < stop:
+                window = self._window_of(start)
+                if window is None:
+                    found += [PackSpec(pack, (), (), (), 0, PADDING_WINDOW) for pack in range(start, stop)]
+                    break
+                upto = min(stop, window.first_pack + len(window.packs))
+                found += window.packs[start - window.first_pack : upto - window.first_pack]
+                start = upto
+        return found
+
+    def steps(self, start: int = 0) -> Iterator[tuple[int, list[PackSpec]]]:
+        """(step, its packs) from `start` to the stage's end."""
+        for step in range(start, self.total_steps):
+            yield step, self.packs_of_step(step)
+
+    def deal(self, step: int, world_size: int) -> list[list[PackSpec]]:
+        """The packs of a step for each rank: equal counts, balanced attention and vision cost."""
+        if self.stage.batch.packs % world_size:
+            raise InputError(
+                f"stage {self.stage.name}: batch.packs is {self.stage.batch.packs}, which cannot be dealt evenly to"
+                f" {world_size} workers; choose a multiple of the number of workers"
+            )
+        packs = self.packs_of_step(step)
+        return [[packs[number] for number in hand] for hand in deal([self.costs.cost(p) for p in packs], world_size)]
+
+    def spares(self, pack: PackSpec) -> PackSpares:
+        """Who may stand in for each sample of a pack if its bytes are damaged: of sources with `on_damage: skip`."""
+        assert self.recipe is not None
+        rules = self.recipe.data.sources
+        tolerant = {s.name: s for s in self.sources if isinstance(s, EligibleSource) and rules[s.name].on_damage == "skip"}
+        return spares_of_pack(pack, tolerant, self.seed) if tolerant else ()
+
+    def balance(self, step: int, world_size: int) -> dict[str, float]:
+        """Slowest rank over the average rank at a step: as dealt, and as it would be when dealt in order."""
+        costs = [self.costs.cost(pack) for pack in self.packs_of_step(step)]
+        return {
+            "max_over_mean": max_over_mean(costs, deal(costs, world_size)),
+            "in_order": max_over_mean(costs, deal_in_order(costs, world_size)),
+        }
+
+    # ------------------------------------------------------------ state
+
+    def state(self, step: int) -> dict[str, Any]:
+        """The position before a step, for a checkpoint: a few integers, the same for any number of workers."""
+        pack = step * self.stage.batch.packs
+        with self._lock:
+            window = self._window_of(pack)
+            anchor = self._anchor_of(pack)
+        return {
+            "version": 1,
+            "plan": self.fingerprint,
+            "step": step,
+            "pack": pack,
+            "window": anchor.window if window else PADDING_WINDOW,
+            "window_first_pack": anchor.first_pack,
+            "window_position": anchor.position,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a checkpoint's state without walking through the windows before it.
+
+        Raises InputError when the data, the mixture or the packing changed since: the order would be another one.
+        """
+        if state["plan"] != self.fingerprint:
+            raise InputError(
+                f"stage {self.stage.name}: the checkpoint's data order ({state['plan']}) is not this recipe's"
+                f" ({self.fingerprint}): sources, mixture, seed, sequence length, pixels or batch changed since;"
+                " restore them, or start the stage in a new run directory"
+            )
+        if state["window"] != PADDING_WINDOW:
+            with self._lock:
+                self._remember(Anchor(state["window_first_pack"], state["window"], state["window_position"]))
+
+    def explain(self) -> dict[str, Any]:
+        """What the plan decided, for people: shares, samples, tokens, what was refused or changed."""
+        total = sum(self.weights.values())
+        return {
+            "stage": self.stage.name,
+            "plan": self.fingerprint,
+            "unit": self.stage.mixture.unit,
+            "sources": {
+                source.name: {
+                    "samples_per_epoch": source.count,
+                    "mean_tokens": round(source.mean_tokens, 2),
+                    "share_of_samples": self.weights[source.name] / total,
+                    "limit_samples": limit,
+                    "changes": source.changes,
+                }
+                for source, limit in zip(self.sources, self.interleave.limits)
+            },
+        }
+
+    # ------------------------------------------------------------ windows
+
+    def _remember(self, anchor: Anchor) -> None:
+        place = bisect_right(self._anchors, anchor.first_pack, key=lambda known: known.first_pack)
+        if self._anchors[place - 1].first_pack != anchor.first_pack:
+            self._anchors.insert(place, anchor)
+
+    def _anchor_of(self, pack: int) -> Anchor:
+        return self._anchors[bisect_right(self._anchors, pack, key=lambda known: known.first_pack) - 1]
+
+    def _window_of(self, pack: int) -> Window | None:
+        """The window that holds a pack; None behind the last sample."""
+        while True:
+            window = self._pack_window(self._anchor_of(pack))
+            if window is None or pack < window.first_pack + len(window.packs):
+                return window
+
+    def _pack_window(self, anchor: Anchor) -> Window | None:
+        """Draw and pack the window at an anchor, and remember where the next one starts."""
+        if anchor.window in self._windows:
+            self._windows.move_to_end(anchor.window)
+            return self._windows[anchor.window]
+        window = self._packed(anchor)
+        if window is None:
+            return None
+        self._windows[anchor.window] = window
+        if len(self._windows) > CACHED_WINDOWS:
+            self._windows.popitem(last=False)
+        self._remember(Anchor(window.first_pack + len(window.packs), anchor.window + 1, window.next_position))
+        return window
+
+    def _packed(self, anchor: Anchor) -> Window | None:
+        target = self.window_samples
+        stop = anchor.position + lookahead(target)
+        if self.total_samples is not None:
+            stop = min(stop, self.total_samples)
+        sources, draws = self.interleave.draw(anchor.position, stop)
+        if not len(sources):
+            return None
+        columns = {name: np.empty(len(sources), dtype=np.int64) for name in _COLUMNS}
+        for number, source in enumerate(self.sources):
+            here = np.flatnonzero(sources == number)
+            if here.size:
+                items = source.take(source_rows(draws[here], source.count, self.seed, source.name))
+                for name in _COLUMNS:
+                    columns[name][here] = getattr(items, name)
+        limit = self.stage.data_loading.max_visual_tokens_per_pack
+        count, packs = pack_window(
+            columns["lengths"], self.stage.sequence_length, target, columns["visual_tokens"], limit
+        )
+        turned = permute(np.arange(len(packs)), len(packs), seed_of(self.seed, "window", anchor.window)).tolist()
+        specs = tuple(
+            self._spec(anchor.first_pack + place, sorted(packs[turn]), sources, columns, anchor.window)
+            for place, turn in enumerate(turned)
+        )
+        return Window(anchor.window, anchor.first_pack, specs, anchor.position + count)
+
+    def _spec(
+        self, pack: int, members: list[int], sources: np.ndarray, columns: dict[str, np.ndarray], window: int
+    ) -> PackSpec:
+        chosen = {name: columns[name][members].tolist() for name in _COLUMNS}
+        refs = []
+        for member, row in zip(members, chosen["rows"]):
+            source = self.sources[sources[member]]
+            refs.append(SampleRef(source.name, row, source.id_of(row)))
+        spans = tuple(None if end < 0 else (start, end) for start, end in zip(chosen["starts"], chosen["stops"]))
+        return PackSpec(
+            pack=pack,
+            samples=tuple(refs),
+            lengths=tuple(chosen["lengths"]),
+            visual_tokens=tuple(chosen["visual_tokens"]),
+            patches=sum(chosen["patches"]),
+            window=window,
+            pixels_max=tuple(chosen["pixels_max"]) if any(chosen["pixels_max"]) else (),
+            spans=spans if any(spans) else (),
+        )
+
+
+_COLUMNS = ("rows", "lengths", "visual_tokens", "patches", "pixels_max", "starts", "stops")
+
+
+def _sample_weights(stage: Stage, sources: list[StageSource]) -> dict[str, int]:
+    """The mixture's weights as whole numbers of samples.
+
+    Weights in tokens are divided by the mean length at the stage's resolution, so token shares are exact over whole
+    epochs and the order stays a formula. Computed weights (tokens, temperature) are rounded to parts of 100,000.
+    """
+    mixture = stage.mixture
+    if mixture.unit == "samples" and not mixture.temperature:
+        return whole_weights(mixture.weights)
+    computed = {}
+    for source in sources:
+        weight = float(mixture.weights[source.name])
+        size = source.count * (source.mean_tokens if mixture.unit == "tokens" else 1.0)
+        weight *= size ** (mixture.temperature or 0.0)
+        computed[source.name] = weight / (source.mean_tokens if mixture.unit == "tokens" else 1.0)
+    return rounded_weights(computed)
+
+
+def _limit(stage: Stage, source: StageSource) -> int | None:
+    """The most samples a source gives in the stage: its epoch cap, and the epochs of an `epochs` budget."""
+    epochs = [float(e) for e in (stage.mixture.epoch_caps.get(source.name), stage.budget.epochs) if e is not None]
+    return math.ceil(Fraction(repr(min(epochs))) * source.count) if epochs else None

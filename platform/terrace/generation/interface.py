@@ -1,0 +1,102 @@
+"""The interface of rollout engines: prompts in as token ids, G responses each out with token ids and log-probabilities.
+
+Two engines stand behind it: `native` (decoding on the training model itself) and `vllm`. Both receive the same prompts
+from the same preprocessing, never sample a media token, and report the log-probability of every sampled token under the
+tempered distribution without those tokens, which is the distribution that the policy step differentiates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from terrace.data.order.permutation import seed_of
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt as the model reads it. Numpy on the host; L tokens, I images, P patches."""
+
+    key: tuple[str, int]  # (source, row)
+    id: str
+    task: str
+    input_ids: np.ndarray  # int32 [L], ends with the assistant's header; image tokens expanded
+    positions: np.ndarray  # int32 [4, L]
+    patches: np.ndarray  # uint8 [P, 588]
+    grids: np.ndarray  # int32 [I, 3]
+    text: str  # for rewards and logs, images as a placeholder
+    solution: Any = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+    images: tuple[bytes, ...] = ()  # encoded files, for engines that do their own vision preprocessing
+    occurrence: int = 0  # how often this prompt was drawn before in the same iteration
+
+    @property
+    def next_position(self) -> int:
+        """M-RoPE position of the first response token."""
+        return int(self.positions[1:].max()) + 1
+
+    @property
+    def reward_metadata(self) -> dict[str, Any]:
+        """What rewards may know beside the text: the metadata, and the image files for those that look at them."""
+        return {**self.metadata, "images": self.images} if self.images else self.metadata
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. `seed` is that of the iteration; temperature 0 is greedy."""
+
+    samples: int
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    @property
+    def scale(self) -> float:
+        """What logits are divided by where log-probabilities are formed."""
+        return self.temperature if self.temperature > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled response: tokens int32 [T] with the stop token if it came, log-probabilities float32 [T]."""
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
+    finished: bool  # a stop token came; else it was cut at the length limit
+
+
+GroupReady = Callable[
+    [int, list[Response]], None
+]  # (place of the prompt, its responses), as soon as a group is complete
+
+
+class RolloutEngine(Protocol):
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, ready: GroupReady | None = None
+    ) -> list[list[Response]]:
+        """G responses per prompt, in order. `ready` is called early, so that rewards overlap with decoding."""
+
+    def update_weights(self, tensors: Callable[[], Iterator[tuple[str, Any]]]) -> None:
+        """Take over the policy's weights; nothing to do where the engine runs on the training model."""
+
+    def sleep(self) -> None:
+        """Release memory for the policy step."""
+
+    def wake(self) -> None:
+        """Get ready to generate again."""
+
+    def close(self) -> None:
+        """End what the engine holds outside this process. It generates nothing afterwards."""
+
+
+def uniforms(seed: int, prompt: Prompt, sample: int, count: int) -> np.ndarray:
+    """float64 [count] in [0, 1): the random numbers of one response, from (seed, prompt, sample) alone.
+
+    Whatever else is in the batch, in which order and on how many workers: the same response draws the same numbers.
+    """
+    state = seed_of(seed, "response", *prompt.key, prompt.occurrence, sample)
+    return np.random.Generator(np.random.Philox(key=state)).random(count)
