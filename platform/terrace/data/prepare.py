@@ -20,9 +20,11 @@ from typing import Any
 from terrace.data.index.build import build_index
 from terrace.data.index.source_index import SourceIndex, load_index
 from terrace.data.parallel import Progress
+from terrace.data.sources.conventions import Rules
 from terrace.data.sources.ingest import IngestReport, ingest_source
 from terrace.data.sources.refusals import Refusal
-from terrace.data.sources.shards import sample_of_members, scan_shard
+from terrace.data.sources.shard_walk import scan_shard
+from terrace.data.sources.shards import sample_of_members
 from terrace.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from terrace.errors import InputError
 from terrace.recipe.schema import Recipe, Storage
@@ -181,11 +183,15 @@ def _texts(recipe: Recipe, reports: dict[str, IngestReport], progress: Progress 
 
 
 def _source_texts(recipe: Recipe, name: str, report: IngestReport) -> Iterator[str]:
+    source = recipe.data.sources[name]
+    rules = Rules(source.ignore, source.placeholders == "read")
     for shard in report.shards:
         try:
             for group in scan_shard(shard.uri, recipe.data.storage):
+                if group.refusal is not None:
+                    continue  # listed by the index
                 try:
-                    sample, _ = sample_of_members(group.key, group.data, group.key, recipe.data.sources[name].kind)
+                    sample, _ = sample_of_members(group.key, group.data, group.key, source.kind, rules)
                 except Refusal:
                     continue  # listed by the index
                 for message in sample.messages:

@@ -86,9 +86,21 @@ class Source(Strict):
 
     uri: str = Field(description="Folder, file, glob or s3:// URI of shards (tar), JSON Lines, Parquet, images or text.")
     kind: SampleKind = Field("caption", description="What the samples are; decides how they are read and which held-out group they join.")
-    format: Literal["auto", "webdataset", "jsonl", "json", "parquet", "image_folder", "text"] = Field(
-        "auto", description="Format of the raw rows; `auto` tells it from names and first bytes."
+    format: Literal["auto", "webdataset", "jsonl", "json", "csv", "parquet", "image_folder", "text"] = Field(
+        "auto", description="Format of the raw rows; `auto` tells it from names and first bytes, and reads all formats that lie there."
     )
+    ignore: list[str] = Field(
+        [],
+        description="Keys of rows and turns (`messages.name`), and suffixes of tar members (`seg.png`), that are left out and counted;"
+        " `*` stands for any letters. Any other key that nobody reads refuses its row.",
+    )
+    exif: Literal["apply", "ignore"] = Field(
+        "apply", description="Pictures stand as their EXIF orientation says, and boxes are given for them so; or they stay as stored."
+    )
+    placeholders: Literal["read", "text"] = Field(
+        "read", description="Whether `<image>` and `<video>` in the text of a turn stand for pictures, or are letters."
+    )
+    datasets: list[str] = Field([], description="Of a LLaMA-Factory `dataset_info.json`: only these entries (none named: all).")
     images_root: str | None = Field(None, description="Folder that image paths in rows are relative to; default: beside the rows.")
     supervise: Literal["auto", "all_text", "assistant"] = Field(
         "auto", description="`auto`: captions and documents on their text, conversations on assistant turns only."

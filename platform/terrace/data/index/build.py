@@ -25,12 +25,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from terrace.data.images import ImageDamage, image_size, looks_complete
+from terrace.data.image_files import ImageDamage, check_file, orientation, without_orientation
+from terrace.data.images import image_size
 from terrace.data.parallel import Progress, run_units
+from terrace.data.sources.conventions import Rules
 from terrace.data.sources.ingest import IngestReport, Shard, iter_refused, require_samples, stored_uri
 from terrace.data.sources.placeholders import resolve_coordinates
 from terrace.data.sources.refusals import Refusal, RefusedSample
-from terrace.data.sources.shards import Group, sample_of_members, scan_shard, used_suffixes
+from terrace.data.sources.shard_walk import Group, scan_shard
+from terrace.data.sources.shards import sample_of_members, used_suffixes
 from terrace.data.template import Measure, measure_sample
 from terrace.data.tokenizer import TextTokenizer, load_tokenizer
 from terrace.data.types import Sample
@@ -38,7 +41,7 @@ from terrace.errors import InputError
 from terrace.recipe.schema import Source, Storage
 from terrace.storage.files import DEFAULT_STORAGE, absolute, join, read_file, relative_name, upload, write_file
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 
 SCHEMA = pa.schema(
     [
@@ -76,8 +79,11 @@ class IndexSettings:
     folder: str
     tokenizer_dir: str
     max_image_pixels: int
-    check_ends: bool  # shards from elsewhere: look at the end of each image file for a cut
+    check_ends: bool  # shards from elsewhere: look at checksums and ends of each image file
     storage: Storage
+    ignore: tuple[str, ...] = ()
+    exif: str = "apply"
+    placeholders: str = "read"
 
 
 def build_index(
@@ -96,8 +102,9 @@ def build_index(
     if done is None:
         root = absolute(source.uri) if report.in_place else join(report.folder, "shards")
         settings = IndexSettings(
-            name, source.kind, source.task, root, folder, str(tokenizer.directory), max_image_pixels, report.in_place, storage
-        )
+            name, source.kind, source.task, root, folder, str(tokenizer.directory), max_image_pixels, report.in_place, storage,
+            tuple(source.ignore), source.exif, source.placeholders,
+        )  # fmt: skip
         done = _build(settings, report, progress, use_ray)
     require_samples(name, source.uri, done["samples"], done["refused"], folder)
     return folder
@@ -136,14 +143,19 @@ def _build(settings: IndexSettings, report: IngestReport, progress: Progress | N
             progress(what, done, total)
     refused = list(iter_refused(report.folder, settings.storage))
     refused += [RefusedSample(**line) for receipt in receipts for line in receipt["refused"]]
-    samples, duplicates = _merge(settings, len(items))
+    samples, renamed, duplicates = _merge(settings, len(items))
     refused += duplicates
+    ignored = Counter(report.ignored)
+    for receipt in receipts:
+        ignored.update(receipt["ignored"])
     lines = "".join(json.dumps(line.as_json(), ensure_ascii=False) + "\n" for line in refused)
     write_file(join(settings.folder, "refused.jsonl"), lines.encode("utf-8", "backslashreplace"), settings.storage)
     summary = {
         "version": INDEX_VERSION, "source": settings.source, "kind": settings.kind, "samples": samples,
         "refused": dict(Counter(line.reason for line in refused).most_common()),
-        "in_place": report.in_place,
+        "ignored": dict(ignored), "rotated": report.rotated + sum(receipt["rotated"] for receipt in receipts),
+        "renamed": renamed, "in_place": report.in_place,
+        "reading": {"ignore": list(settings.ignore), "placeholders": settings.placeholders, "exif": settings.exif},
         "shards": [
             {"uri": stored_uri(report.folder, shard.uri), "size": shard.size} for shard in report.shards
         ],
@@ -165,37 +177,65 @@ def index_shard(settings: IndexSettings, item: tuple[int, Shard], inside: Callab
     except FileNotFoundError:
         pass
     tokenizer = load_tokenizer(settings.tokenizer_dir)
-    rows: list[dict[str, Any]] = []
+    rules = Rules(settings.ignore, settings.placeholders == "read")
+    rows: dict[str, list[dict[str, Any]]] = {}  # by key: members that come back take away what came before
     refused: list[RefusedSample] = []
+    rotated = 0
     shard_name = relative_name(shard.uri, settings.root)
+    stem = shard_name.removesuffix(".tar").replace("/", "-")
     try:
         for count, group in enumerate(scan_shard(shard.uri, settings.storage)):
-            stem = shard_name.removesuffix(".tar").replace("/", "-")
-            default_id = f"{stem}-{group.key.replace('/', '-')}"
+            origin, default_id = f"{shard_name}:{group.key}", f"{stem}-{group.key}"
             try:
-                rows.append(index_group(group, default_id, settings, tokenizer, number))
+                if group.again:
+                    refused += [RefusedSample(origin, row["id"], "split_sample", str(group.refusal)) for row in rows.pop(group.key, [])]
+                row, turned = _guarded(group, default_id, settings, tokenizer, number, rules)
+                rows.setdefault(group.key, []).append(row)
+                rotated += turned
             except Refusal as refusal:
-                refused.append(RefusedSample(f"{shard_name}:{group.key}", default_id, refusal.reason, refusal.detail[:500]))
-            if inside is not None and count % 200 == 199:
+                refused.append(RefusedSample(origin, default_id, refusal.reason, refusal.detail[:500]))
+            if inside is not None and count % 200 == 199 and group.members:
                 inside(min(shard.size, group.members[-1].offset))
     except Refusal as refusal:  # the shard from here on
         refused.append(RefusedSample(shard_name, shard_name, refusal.reason, refusal.detail))
-    table = pa.Table.from_pylist(rows, schema=SCHEMA)
+    table = pa.Table.from_pylist([row for group_rows in rows.values() for row in group_rows], schema=SCHEMA)
     _write_parquet(table, join(settings.folder, "parts", f"{number:06d}.parquet"), settings.storage)
-    receipt = {"samples": len(rows), "refused": [line.as_json() for line in refused]}
+    receipt = {
+        "samples": table.num_rows, "refused": [line.as_json() for line in refused], "ignored": dict(rules.ignored), "rotated": rotated,
+    }  # fmt: skip
     write_file(receipt_uri, json.dumps(receipt).encode(), settings.storage)
     return receipt
 
 
-def index_group(group: Group, default_id: str, settings: IndexSettings, tokenizer: TextTokenizer, shard_number: int) -> dict[str, Any]:
-    """The index row of one sample. Raises Refusal."""
-    sample, images = sample_of_members(group.key, group.data, default_id, settings.kind)
-    sizes = []
+def _guarded(
+    group: Group, default_id: str, settings: IndexSettings, tokenizer: TextTokenizer, shard_number: int, rules: Rules
+) -> tuple[dict[str, Any], int]:
+    """The index row of one sample, and how many of its pictures EXIF turns. Raises Refusal, and nothing else."""
+    if group.refusal is not None:
+        raise group.refusal
+    try:
+        return index_group(group, default_id, settings, tokenizer, shard_number, rules)
+    except Refusal:
+        raise
+    except Exception as error:  # one sample ends nothing but itself
+        raise Refusal("bad_row", f"{group.key} cannot be understood ({type(error).__name__}: {error})") from error
+
+
+def index_group(
+    group: Group, default_id: str, settings: IndexSettings, tokenizer: TextTokenizer, shard_number: int, rules: Rules
+) -> tuple[dict[str, Any], int]:
+    """The index row of one sample, and how many of its pictures EXIF turns. Raises Refusal."""
+    sample, images = sample_of_members(group.key, group.data, default_id, settings.kind, rules)
+    sizes, turned = [], 0
     for suffix in images:
+        content = group.data[suffix]
         try:
-            sizes.append(image_size(group.data[suffix], settings.max_image_pixels))
-            if settings.check_ends and not looks_complete(group.data[suffix]):
-                raise ImageDamage("truncated_image", "the file ends before the image does")
+            if settings.check_ends and orientation(content) != 1:
+                turned += 1
+                content = without_orientation(content) if settings.exif == "ignore" else content
+            sizes.append(image_size(content, settings.max_image_pixels))
+            if settings.check_ends:
+                check_file(group.data[suffix])
         except ImageDamage as damage:
             raise Refusal(damage.reason, f"{group.key}.{suffix}: {damage.detail}") from damage
     resolve_coordinates(sample.messages, sizes)
@@ -204,8 +244,8 @@ def index_group(group: Group, default_id: str, settings: IndexSettings, tokenize
     except InputError as error:
         raise Refusal("empty_answer" if "no text to learn" in str(error) else "unsupported", str(error)) from error
     members = {member.suffix: member for member in group.members}
-    used = [members[suffix] for suffix in used_suffixes(group.data, images)]
-    return {
+    used = [members[suffix] for suffix in used_suffixes(group.data, images, rules.ignore)]
+    row = {
         "id": sample.id,
         "id_hash": id_hash(sample.id),
         "kind": sample.kind,
@@ -226,6 +266,7 @@ def index_group(group: Group, default_id: str, settings: IndexSettings, tokenize
         "coordinate_value": [value for _, _, value in measure.coordinates],
         "cuts": list(measure.cuts),
     }
+    return row, turned
 
 
 def measure_any(sample: Sample, sizes: list[tuple[int, int]], tokenizer: TextTokenizer) -> Measure:
@@ -243,38 +284,66 @@ def measure_any(sample: Sample, sizes: list[tuple[int, int]], tokenizer: TextTok
 # ---------------------------------------------------------------- merge
 
 
-def _merge(settings: IndexSettings, shards: int) -> tuple[int, list[RefusedSample]]:
-    """Join the part files in shard order, leaving out ids that came before. Returns (samples, refused duplicates)."""
+def _merge(settings: IndexSettings, shards: int) -> tuple[int, int, list[RefusedSample]]:
+    """Join the part files in shard order. Returns (samples, renamed ones, refused duplicates).
+
+    A sample whose id came before is left out if its files are the same, and gets a suffix if they are not.
+    """
     parts = [join(settings.folder, "parts", f"{number:06d}.parquet") for number in range(shards)]
     hashes = [_read_parquet(part, settings.storage, ["id_hash"])["id_hash"].to_numpy() for part in parts]
     values, counts = np.unique(np.concatenate([np.empty(0, np.uint64), *hashes]), return_counts=True)
     doubtful = set(values[counts > 1].tolist())  # small: only ids whose hash occurs more than once are compared as text
-    seen: set[str] = set()
+    seen: dict[str, set[tuple[int, ...]]] = {}
     refused: list[RefusedSample] = []
-    samples = 0
+    samples = renamed = 0
     with tempfile.TemporaryDirectory(prefix="terrace-index-") as folder:
         local = Path(folder) / "index.parquet"
         with pq.ParquetWriter(local, SCHEMA, compression="zstd") as writer:
             for part, part_hashes in zip(parts, hashes):
                 table = _read_parquet(part, settings.storage)
                 suspects = [row for row, value in enumerate(part_hashes.tolist()) if value in doubtful] if doubtful else []
-                drop = []
-                for row in suspects:
-                    sample_id = table["id"][row].as_py()
-                    if sample_id in seen:
-                        drop.append(row)
-                        refused.append(
-                            RefusedSample(f"shard {table['shard'][row].as_py()}", sample_id, "duplicate_id", "an earlier sample has it")
-                        )
-                    seen.add(sample_id)
-                if drop:
-                    keep = np.ones(table.num_rows, bool)
-                    keep[drop] = False
-                    table = table.filter(pa.array(keep))
+                if suspects:
+                    table, again, lines = _without_repeats(table, suspects, seen, values)
+                    renamed += again
+                    refused += lines
                 writer.write_table(table)
                 samples += table.num_rows
         _publish(local, join(settings.folder, "index.parquet"), settings.storage)
-    return samples, refused
+    return samples, renamed, refused
+
+
+def _without_repeats(
+    table: pa.Table, suspects: list[int], seen: dict[str, set[tuple[int, ...]]], hashes: np.ndarray
+) -> tuple[pa.Table, int, list[RefusedSample]]:
+    """A part's table with other ids for samples that share theirs, and without true repeats; how many of the first, lines of the second."""
+    ids, keep = table["id"].to_pylist(), np.ones(table.num_rows, bool)
+    refused, renamed = [], 0
+    for row in suspects:
+        sample_id, content = ids[row], tuple(table["member_crc"][row].as_py() + table["member_size"][row].as_py())
+        before = seen.setdefault(sample_id, set())
+        if content in before:
+            keep[row] = False
+            shard = f"shard {table['shard'][row].as_py()}"
+            refused.append(RefusedSample(shard, sample_id, "duplicate_id", "an earlier sample has its id, text and images"))
+            continue
+        before.add(content)
+        if len(before) > 1:
+            renamed += 1
+            number = len(before)
+            while f"{sample_id}-{number}" in seen or _holds(hashes, id_hash(f"{sample_id}-{number}")):
+                number += 1
+            ids[row] = f"{sample_id}-{number}"
+            seen[ids[row]] = {content}
+    if renamed:
+        table = table.set_column(0, "id", pa.array(ids, pa.string()))
+        table = table.set_column(1, "id_hash", pa.array([id_hash(sample_id) for sample_id in ids], pa.uint64()))
+    return table.filter(pa.array(keep)), renamed, refused
+
+
+def _holds(values: np.ndarray, value: int) -> bool:
+    """Whether sorted uint64 values hold this one."""
+    place = int(np.searchsorted(values, np.uint64(value)))
+    return place < len(values) and int(values[place]) == value
 
 
 def _write_parquet(table: pa.Table, uri: str, storage: Storage) -> None:

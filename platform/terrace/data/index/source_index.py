@@ -37,6 +37,9 @@ class SampleLocation:
     members: tuple[tuple[str, int, int, int], ...]  # (suffix, offset, size, crc)
     sizes: tuple[tuple[int, int], ...]  # (width, height) of each image
     storage: Storage = DEFAULT_STORAGE
+    ignore: tuple[str, ...] = ()  # the source's settings of reading, for samples in tars that Terrace did not write
+    placeholders: str = "read"
+    exif: str = "apply"
 
     @property
     def bytes(self) -> int:
@@ -58,6 +61,7 @@ class SourceIndex:
     kind_codes: np.ndarray  # int8 [N], into `kinds`
     suffixes: list[str]
     refused: dict[str, int] = field(default_factory=dict)  # reason -> samples that ingest or the index left out
+    reading: dict[str, Any] = field(default_factory=dict)  # of `SampleLocation`: ignore, placeholders, exif
     seed: int = 0
     holdout_samples: int = 0
     max_samples: int | None = None
@@ -156,7 +160,7 @@ class SourceIndex:
         places = (columns[name][part].tolist() for name in ("member_offset", "member_size", "member_crc"))
         return SampleLocation(
             self.name, int(row), str(self.ids[row]), self.kind_of(row), self.shards[int(columns["shard"][row])],
-            tuple(zip(suffixes, *places)), tuple(self.sizes(row)), self.storage,
+            tuple(zip(suffixes, *places)), tuple(self.sizes(row)), self.storage, **self.reading,
         )  # fmt: skip
 
     def _part(self, group: str, row: int) -> slice:
@@ -195,6 +199,7 @@ def load_index(
         folder=folder,
         shards=[_shard_uri(folder, shard["uri"]) for shard in summary["shards"]],
         storage=Storage(**summary["storage"]),
+        reading=_reading(summary),
         columns=columns,
         starts=starts,
         ids=np.array(table["id"].to_pylist(), dtype=np.dtypes.StringDType()),
@@ -224,8 +229,13 @@ def locate(folder: str, row: int, storage: Storage = DEFAULT_STORAGE) -> SampleL
     return SampleLocation(
         summary["source"], row, values["id"], values["kind"],
         _shard_uri(folder, summary["shards"][values["shard"]]["uri"]),
-        tuple(members), tuple(zip(values["width"], values["height"])), Storage(**summary["storage"]),
+        tuple(members), tuple(zip(values["width"], values["height"])), Storage(**summary["storage"]), **_reading(summary),
     )  # fmt: skip
+
+
+def _reading(summary: dict[str, Any]) -> dict[str, Any]:
+    reading = summary["reading"]
+    return {**reading, "ignore": tuple(reading["ignore"])}
 
 
 @lru_cache(maxsize=64)
