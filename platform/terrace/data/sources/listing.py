@@ -2,7 +2,7 @@
 
 All files that hold samples are read, of whatever formats. Where there are files of rows (tar, Parquet, JSON, JSON Lines, CSV), images are
 what rows name and text files are something else; where there are none, images are samples with their captions beside them, and text files
-are documents. Files of rows that `metadata.*` or a picture's own `.json` are belong to the images. What is left, a video or an archive, is told.
+are documents. `metadata.*` and a picture's own `.json` belong to the images. What is left, a video or an archive, is told.
 """
 
 from __future__ import annotations

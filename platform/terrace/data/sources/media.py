@@ -24,11 +24,13 @@ IMAGE_KEYS = (
     "images", "image", "image_bytes", "img", "imgs", "jpg", "jpeg", "png", "webp", "picture", "pictures", "photo", "photos", "image_path",
     "image_paths", "img_path", "img_paths", "image_file", "image_files", "source_image", "image_base64", "base64_image", "media",
 )  # fmt: skip
-MAYBE_IMAGE_KEYS = ("file_name", "filename", "filepath", "file_path", "file", "path", "image_name", "image_filename", "image_url",
-                    "image_urls", "img_url", "url")  # fmt: skip
+IMAGE_NAME_KEYS = ("image_name", "image_filename", "image_url", "image_urls", "img_url")  # pictures where nothing else is
+FILE_KEYS = ("file_name", "filename", "filepath", "file_path", "file", "path", "url")  # pictures if they end so or the kind needs one
+MAYBE_IMAGE_KEYS = IMAGE_NAME_KEYS + FILE_KEYS
 VIDEO_KEYS = ("videos", "video", "video_path", "video_paths", "video_file", "video_url", "mp4", "clip")
 AUDIO_KEYS = ("audios", "audio", "audio_path", "audio_paths", "audio_file", "audio_url", "speech", "sound", "wav", "mp3", "flac")
 KINDS_WITH_PICTURES = frozenset({"caption", "ocr", "grounding", "gui", "chart", "counting"})
+OTHER_MEDIA = frozenset("mp4 avi mov mkv webm m4v wav mp3 flac ogg m4a heic heif raw svg pdf".split())  # noqa: SIM905
 LONGEST_VIDEO_SECONDS = 1_000_000
 _SHOWN = 80  # characters of a value in a message
 _IMAGE_HEADS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"BM", b"II*\0", b"MM\0*")
@@ -67,8 +69,12 @@ def row_images(fields: Fields, kind: str, named_inside: bool = False, with_gaps:
             continue
         if images or named_inside:
             fields.drop(name)
-        elif kind in KINDS_WITH_PICTURES or _ends_like_a_picture(value):
+        elif name in IMAGE_NAME_KEYS or kind in KINDS_WITH_PICTURES or _ends_like_a_picture(value):
             images = _references(fields.take(name), name)
+        elif _ending(value) in OTHER_MEDIA:
+            raise Refusal("unsupported", f"`{name}` names {str(value)[:_SHOWN]!r}, which is neither text nor a picture of a known format")
+        else:
+            fields.drop(name)
     return images
 
 
@@ -208,7 +214,11 @@ def _is_base64_of_an_image(text: str) -> bool:
 
 def _ends_like_a_picture(value: Any) -> bool:
     values = value if isinstance(value, list) else [value]
-    return all(isinstance(entry, str) and entry.partition("?")[0].rpartition(".")[2].lower() in IMAGE_EXTENSIONS for entry in values)
+    return all(_ending(entry) in IMAGE_EXTENSIONS for entry in values)
+
+
+def _ending(value: Any) -> str:
+    return value.partition("?")[0].rpartition(".")[2].lower() if isinstance(value, str) else ""
 
 
 def _is_number(value: Any) -> bool:
