@@ -39,13 +39,16 @@ EXPECTED = {
     "bytes-buffer-dict": case([RED], ["missing_image"]),
     "caption-with-image-tag": case(["<0>\nA red square."]),
     "cauldron-texts": case(["user: <0>Colour?| assistant: Red"]),
-    "content-text-nontype": case([*["user: a| assistant: b", "user: plain string| assistant: b"], *["user: a| assistant: b"] * 2,
-                                  "user: a<0>| assistant: b"], ["bad_row"], "a content item of type text without `text`"),  # fmt: skip
+    "content-text-nontype": case(
+        [f"user: {said}| assistant: b" for said in ("a", "plain string", "a", "a", "a<0>")], ["bad_row"],
+        "a content item of type text without `text`",
+    ),
     "default-id-collision": case(["<0>two", "<0>one"]),
     "demo-objects-json-string": case(["user: <0>Find cup| assistant: [1, 2, 30, 40]"], kind="grounding"),
     "demo-unicode-file-name": case([f"<0>A red square number {number}." for number in range(12)]),
     "dup-ids-llava": case(
-        [f"user: <0>\n{q}| assistant: {a}" for q, a in (("Colour?", "Red"), ("Describe.", "A plain red area."), ("Why?", "Somebody painted it."))]
+        [f"user: <0>\n{said}" for said in ("Colour?| assistant: Red", "Describe.| assistant: A plain red area.",
+                                           "Why?| assistant: Somebody painted it.")]
     ),
     "empty-image-string": case(["user: Hi| assistant: Hello"]),
     "exif-rotated-box": case(["user: <0>Where?| assistant: [50, 100, 150, 200]", "user: <0>Where?| assistant: [50, 350, 150, 440]"]),
@@ -73,7 +76,7 @@ EXPECTED = {
     "pq-answer-bytes": case(["x y"]),
     "pq-answer-datetime": case(["x y", "z w"]),
     "pq-answer-decimal": case(["x y"]),
-    "pq-corrupt-body": case([r"re:[0-9a-f]{60,}"] * 1000, ["unreadable_shard"], "row group 0 of rows.parquet cannot be read, 1000 of its rows"),
+    "pq-corrupt-body": case([r"re:[0-9a-f]{60,}"] * 1000, ["unreadable_shard"], "row group 0 of rows.parquet cannot be read, 1000 of"),
     "pq-hf-image": case(["<0>one", "<0>two"], ["missing_image"]),
     "pq-image-bytes-and-image_path": case(["<0>A red square"]),
     "pq-image-bytes-and-image_path-conv": case(["user: <0>\nC?| assistant: Red"]),

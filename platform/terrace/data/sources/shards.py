@@ -23,7 +23,7 @@ from terrace.data.sources.encoding import decode_text
 from terrace.data.sources.fields import is_empty, is_ignored, plain_name
 from terrace.data.sources.media import IMAGE_KEYS, MAYBE_IMAGE_KEYS
 from terrace.data.sources.refusals import Refusal
-from terrace.data.sources.shard_writing import CANONICAL_VERSION
+from terrace.data.sources.shard_writing import CANONICAL_VERSION, sample_json
 from terrace.data.types import Sample
 
 TEXT_SUFFIXES = ("json", "txt", "caption", "text")
@@ -75,6 +75,7 @@ def _sample(key: str, data: dict[str, bytes], default_id: str, kind: str, rules:
     if not named:  # the members are the pictures; `url` and its like say where they came from
         row = {**{name: value for name, value in row.items() if plain_name(name) not in MAYBE_IMAGE_KEYS}, "images": suffixes}
     sample, references = convert_row(row, default_id, kind, rules)
+    sample_json(sample, suffixes)  # what no shard could hold, half a surrogate pair, is refused here as in rows
     return sample, _matched(key, references, suffixes)
 
 
