@@ -250,7 +250,7 @@ def train_variant(args: argparse.Namespace, settings: dict[str, Any]) -> dict[st
     """Steps of one variant through Terrace's own step, counted and measured as in a stage."""
     from unittest import mock
 
-    from terrace.data.order.balance import cost_model
+    from terrace.data.family import recipe_cost
     from terrace.models.build import model_config
     from terrace.objectives.lm import lm_objective
     from terrace.planner.shapes import shape_of_config
@@ -264,9 +264,9 @@ def train_variant(args: argparse.Namespace, settings: dict[str, Any]) -> dict[st
     take_memory_peak(args.device)
     with mock.patch("terrace.train.setup.initial_weights", fast_source(args.device)):
         strategy = prepare_strategy(recipe, stage, config, context, lm_objective(stage.loss_chunk_tokens))
-    groups = parameter_groups([name for name, _ in strategy.model.named_parameters()], stage)
+    groups = parameter_groups(strategy.model, stage)
     rates = [group.peak_lr for group in groups]
-    meter, cost = Meter(config, stage, recipe.planning, context), cost_model(recipe.model.config)
+    meter, cost = Meter(config, stage, recipe.planning, context), recipe_cost(recipe)
     batches = [
         [full_pack(step * args.packs + place, args.length, args.samples) for place in range(args.packs)] for step in range(2)
     ]
@@ -284,7 +284,7 @@ def train_variant(args: argparse.Namespace, settings: dict[str, Any]) -> dict[st
         losses.append(outcome.loss)
         peak = max(peak, outcome.memory_peak_bytes or 0.0)
     mean = sum(seconds) / len(seconds)
-    visual = sum(int(pack.image_grids.prod(axis=1).sum()) // 4 for pack in batches[0]) / args.packs
+    visual = sum(pack.visual_tokens for pack in batches[0]) / args.packs
     size = PackSize(args.length, visual, counts.supervised_tokens / args.packs)
     planned = stage_memory(shape_of_config(config.to_dict(), "qwen2_5_vl"), stage, 1, size, args.device.startswith("cuda"))
     figures = meter.values(counts.model_flops, mean)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from terrace.data.tokenizer import TextTokenizer
+from terrace.families.registry import family_class
 from terrace.generation.interface import GroupReady, Prompt, Response, RolloutEngine, Sampling
 from terrace.generation.native import NativeEngine
 from terrace.models.attention import choose_backend
@@ -23,15 +24,17 @@ SHARDING = ("zero3", "fsdp")  # no rank holds whole parameters: the native engin
 
 def forbidden_tokens(tokenizer: TextTokenizer, config: Any) -> tuple[int, ...]:
     """Ids that are never sampled: media tokens and marks that open a turn, and ids that the tokenizer does not have."""
-    special = tokenizer.special
-    media = {special.image_pad, special.video_pad, special.vision_start, special.vision_end, special.im_start}
+    family = family_class(config.model_type)
+    media = {tokenizer.marks(family)[role] for role in family.never}
     unknown = range(tokenizer.vocabulary_size, config.text_config.vocab_size)
     return tuple(sorted(media | set(unknown)))
 
 
-def stop_tokens(tokenizer: TextTokenizer) -> tuple[int, ...]:
+def stop_tokens(tokenizer: TextTokenizer, config: Any) -> tuple[int, ...]:
     """The end of the turn, and the end of text."""
-    return tokenizer.special.im_end, tokenizer.special.endoftext
+    family = family_class(config.model_type)
+    marks = tokenizer.marks(family)
+    return tuple(dict.fromkeys((marks[family.end_of_turn], marks[family.end_of_text])))
 
 
 def open_engine(
@@ -50,7 +53,7 @@ def open_engine(
 
         return SeparateEngine(recipe, stage, tokenizer.directory, stage_dir, context)
     if options.engine == "native" and stage.parallel.strategy not in SHARDING:
-        forbidden, stop = forbidden_tokens(tokenizer, config), stop_tokens(tokenizer)
+        forbidden, stop = forbidden_tokens(tokenizer, config), stop_tokens(tokenizer, config)
         return NativeEngine(strategy.model, forbidden, stop, context.device, stage.precision)
     return open_copy_engine(recipe, stage, config, tokenizer, stage_dir, context)
 
@@ -66,7 +69,7 @@ def open_copy_engine(
 ) -> RolloutEngine:
     """An engine with weights of its own, which `update_weights` brings. `alone`: no training engine shares its device."""
     options = stage.grpo or GrpoOptions()
-    forbidden, stop = forbidden_tokens(tokenizer, config), stop_tokens(tokenizer)
+    forbidden, stop = forbidden_tokens(tokenizer, config), stop_tokens(tokenizer, config)
     if options.engine == "vllm":
         from terrace.generation.vllm import VllmEngine
 

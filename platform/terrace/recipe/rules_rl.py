@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from terrace.recipe.errors import Path, Problem, nearest
+from terrace.errors import nearest
+from terrace.recipe.errors import Path, Problem
 from terrace.recipe.schema import Recipe, Stage
 
 REWARD_NAME = re.compile(r"[a-z][a-z0-9_]*|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")

@@ -96,7 +96,7 @@ def train_rl_stage(
     if options.kl_coefficient > 0:
         reference = build_model(recipe.model, config, context.device, start=start_weights).eval().requires_grad_(False)
         use_shared_prompt_attention(reference, backend)
-    groups = parameter_groups([name for name, _ in strategy.model.named_parameters()], stage)
+    groups = parameter_groups(strategy.model, stage)
     attempt = next_attempt(stage_dir / "checkpoints", context) if attempt is None else attempt
     writer = CheckpointWriter(stage_dir / "checkpoints", stage.checkpoint, context, attempt)
     barrier(context)

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from terrace.data.template import encode_answer
 from terrace.data.tokenizer import TextTokenizer
 from terrace.errors import InputError
+from terrace.families.interface import Family
 from terrace.generation.interface import Prompt, Response
 from terrace.models.batch import to_device
 from terrace.objectives.reward_model import PairBatch, answer_rows
@@ -29,9 +31,9 @@ class Pair:
         return len(self.prompt.input_ids) + sum(len(answer) for answer in self.answers)
 
 
-def answer_tokens(text: str, tokenizer: TextTokenizer) -> np.ndarray:
+def answer_tokens(text: str, tokenizer: TextTokenizer, family: Family) -> np.ndarray:
     """int32 [T]: an answer as the assistant's turn has it, with its end mark."""
-    return np.asarray([*tokenizer.encode(text), tokenizer.special.im_end], np.int32)
+    return np.asarray(encode_answer(text, tokenizer, family), np.int32)
 
 
 def text_of_items(items: Sequence[dict[str, Any]], sample_id: str) -> str:

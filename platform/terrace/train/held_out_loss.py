@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from terrace.data.types import PATCH_VALUES, PackedExample
+from terrace.data.types import PackedExample, no_pixels
 from terrace.models.sequence_parallel import SequenceGroup
 from terrace.train.collectives import gather_rows
 from terrace.train.context import WorkerContext, data_place
@@ -20,10 +20,9 @@ def empty_pack(pack: int = -1, sequence_length: int = 1) -> PackedExample:
         pack=pack,
         input_ids=np.zeros(0, np.int32),
         targets=np.zeros(0, np.int32),
-        position_ids=np.zeros((4, 0), np.int32),
+        position_ids=np.zeros((0, 0), np.int32),
         segment_ends=np.zeros(0, np.int32),
-        patches=np.zeros((0, PATCH_VALUES), np.uint8),
-        image_grids=np.zeros((0, 3), np.int32),
+        **no_pixels(0, 0),
         sample_ids=[],
         sources=[],
         kinds=[],
@@ -46,7 +45,7 @@ def held_out_loss(
         for turn in range(rounds):
             place = turn * groups + group_rank
             pack = packs[kind][place] if place < len(packs[kind]) else empty_pack()
-            loss_sum += float(strategy.loss(pack_to_device(pack, precision, strategy.model.config, context, sequence)))
+            loss_sum += float(strategy.loss(pack_to_device(pack, precision, strategy.model, context, sequence)))
             tokens += pack.supervised_tokens if sequence is None or sequence.rank == 0 else 0
             alive()
         total = gather_rows([loss_sum, float(tokens)], context).sum(axis=0)

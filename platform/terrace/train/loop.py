@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from terrace.data.order.balance import cost_model
+from terrace.data.family import recipe_cost
 from terrace.errors import Preempted
 from terrace.models.sequence_parallel import open_sequence_group
 from terrace.objectives.lm import lm_objective
@@ -99,7 +99,7 @@ def _train_and_export(
     sequence = open_sequence_group(stage.parallel.sequence_parallel, context.rank, context.world_size)
     objective = lm_objective(stage.loss_chunk_tokens)
     strategy = prepare_strategy(recipe, stage, feed.config, context, objective, start_weights)
-    groups = parameter_groups([name for name, _ in strategy.model.named_parameters()], stage)
+    groups = parameter_groups(strategy.model, stage)
     writer = CheckpointWriter(stage_dir / "checkpoints", stage.checkpoint, context, attempt)
     barrier(context)
 
@@ -142,7 +142,7 @@ def _train_and_export(
         notify("checkpoint", {"step": progress.step, "path": str(path)})
 
     # Train.
-    sources, cost = sorted(stage.mixture.weights), cost_model(recipe.model.config)
+    sources, cost = sorted(stage.mixture.weights), recipe_cost(recipe)
     meter = Meter(feed.config, stage, recipe.planning, context)
     profiler = StepProfiler(stage.profile.steps, stage_dir / "profile", context)
     watchdog.mark(progress.step + 1, "waiting for the data of")

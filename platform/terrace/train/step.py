@@ -19,6 +19,7 @@ from terrace.data.order.balance import CostModel
 from terrace.data.types import PackedExample
 from terrace.errors import TerraceError
 from terrace.models.batch import DeviceBatch, to_device
+from terrace.models.families.registry import family_of_model
 from terrace.models.sequence_parallel import SequenceGroup, shard_to_device
 from terrace.recipe.schema import Stage
 from terrace.train.collectives import gather_objects, gather_rows
@@ -70,7 +71,7 @@ def pack_cost(pack: PackedExample, model: CostModel) -> float:
     """Multiply-adds of a pack's forward pass, as the dealing of packs to ranks estimates them."""
     lengths = np.diff(np.asarray(pack.segment_ends, np.float64), prepend=0.0)
     text = model.per_token * lengths.sum() + model.per_token_pair * (lengths**2).sum()
-    return float(text + model.per_patch * len(pack.patches))
+    return float(text + model.per_row * len(pack.pixels))
 
 
 def count_batch(
@@ -84,7 +85,7 @@ def count_batch(
         float(sum(pack.supervised_tokens for pack in packs)),
         float(sum(pack.tokens for pack in packs)),
         float(sum(len(pack.sample_ids) for pack in packs)),
-        float(sum(int(pack.image_grids.prod(axis=1).sum()) // 4 for pack in packs if len(pack.image_grids))),
+        float(sum(pack.visual_tokens for pack in packs)),
         float(len(packs)),
         sum(pack_cost(pack, cost) for pack in packs),
         float(stop),
@@ -112,12 +113,12 @@ def count_batch(
 
 
 def pack_to_device(
-    pack: PackedExample, precision: str, config: Any, context: WorkerContext, sequence: SequenceGroup | None = None
+    pack: PackedExample, precision: str, model: Any, context: WorkerContext, sequence: SequenceGroup | None = None
 ) -> DeviceBatch:
     """A pack on this rank's device: the whole of it, or this rank's part in its group."""
     if sequence is None:
         return to_device(pack, context.device, DTYPES[precision])
-    visual_ids = (config.image_token_id, config.video_token_id)
+    visual_ids = family_of_model(model).visual_ids(model.config)
     return shard_to_device(pack, visual_ids, context.device, DTYPES[precision], sequence)
 
 
@@ -141,7 +142,7 @@ def run_step(
     for number, pack in enumerate(packs):
         doing(f"in forward and backward of pack {pack.pack} of")
         with memory_explained("forward and backward", step, stage, config, context, pack):
-            batch = pack_to_device(pack, stage.precision, config, context, sequence)
+            batch = pack_to_device(pack, stage.precision, strategy.model, context, sequence)
             losses.append(strategy.accumulate(batch, scale, last=number == len(packs) - 1))
     doing("waiting for the losses of all ranks of")
     values = torch.stack(losses).double().cpu().numpy()
