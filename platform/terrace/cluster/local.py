@@ -35,7 +35,7 @@ from terrace.storage.files import StorageError
 from terrace.track.follow import last_row
 
 LOGGER = logging.getLogger(__name__)
-StageFunction = Callable[..., Any]  # train.worker.run_stage(recipe, stage_index, run_dir, attempt, context)
+StageFunction = Callable[..., Any]  # curriculum.attempt_worker.run_in_worker(recipe, stage_index, run_dir, attempt, rank=..., ...)
 
 
 @dataclass

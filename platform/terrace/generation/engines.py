@@ -11,39 +11,26 @@ import torch
 from terrace.data.tokenizer import TextTokenizer
 from terrace.generation.interface import GroupReady, Prompt, Response, RolloutEngine, Sampling
 from terrace.generation.native import NativeEngine
+from terrace.generation.tokens import forbidden_tokens, stop_tokens
 from terrace.models.attention import choose_backend
 from terrace.models.build import materialise, meta_model
 from terrace.models.shared_prompt import use_shared_prompt_attention
 from terrace.recipe.schema import GrpoOptions, Recipe, Stage
-from terrace.train.context import WorkerContext
-from terrace.train.strategies.interface import Strategy
+from terrace.worker.context import WorkerContext
 
 SHARDING = ("zero3", "fsdp")  # no rank holds whole parameters: the native engine decodes with a copy
-
-
-def forbidden_tokens(tokenizer: TextTokenizer, config: Any) -> tuple[int, ...]:
-    """Ids that are never sampled: media tokens and marks that open a turn, and ids that the tokenizer does not have."""
-    special = tokenizer.special
-    media = {special.image_pad, special.video_pad, special.vision_start, special.vision_end, special.im_start}
-    unknown = range(tokenizer.vocabulary_size, config.text_config.vocab_size)
-    return tuple(sorted(media | set(unknown)))
-
-
-def stop_tokens(tokenizer: TextTokenizer) -> tuple[int, ...]:
-    """The end of the turn, and the end of text."""
-    return tokenizer.special.im_end, tokenizer.special.endoftext
 
 
 def open_engine(
     recipe: Recipe,
     stage: Stage,
-    strategy: Strategy,
+    model: Any,
     config: Any,
     tokenizer: TextTokenizer,
     stage_dir: Path,
     context: WorkerContext,
 ) -> RolloutEngine:
-    """The engine that the recipe names."""
+    """The engine that the recipe names. `model` is the one that trains, whole or in shards."""
     options = stage.grpo or GrpoOptions()
     if options.placement == "separate":
         from terrace.generation.separate import SeparateEngine
@@ -51,7 +38,7 @@ def open_engine(
         return SeparateEngine(recipe, stage, tokenizer.directory, stage_dir, context)
     if options.engine == "native" and stage.parallel.strategy not in SHARDING:
         forbidden, stop = forbidden_tokens(tokenizer, config), stop_tokens(tokenizer)
-        return NativeEngine(strategy.model, forbidden, stop, context.device, stage.precision)
+        return NativeEngine(model, forbidden, stop, context.device, stage.precision)
     return open_copy_engine(recipe, stage, config, tokenizer, stage_dir, context)
 
 

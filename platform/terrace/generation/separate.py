@@ -21,8 +21,8 @@ import numpy as np
 from terrace.errors import InputError, TerraceError
 from terrace.generation.interface import GroupReady, Prompt, Response, Sampling
 from terrace.recipe.schema import GrpoOptions, Recipe, Stage
-from terrace.train.collectives import from_rank_zero
-from terrace.train.context import WorkerContext
+from terrace.worker.collectives import from_rank_zero
+from terrace.worker.context import WorkerContext
 
 
 class RolloutWorkerLost(TerraceError):

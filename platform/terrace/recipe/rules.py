@@ -11,6 +11,7 @@ from pathlib import PurePath
 
 from terrace.recipe import rules_model, rules_rl
 from terrace.recipe.errors import Path, Problem, nearest
+from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import PARTS, Recipe, Stage
 
 GRID_AREA = 28 * 28  # one visual token: 2x2 patches of 14x14 pixels
@@ -258,7 +259,7 @@ def _parallel(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
 def _sequence_parallel(recipe: Recipe, stage: Stage, key: Path) -> Iterator[Problem]:
     """All-to-all deals whole attention heads, so their number decides how many ranks may share a pack."""
     size = stage.parallel.sequence_parallel
-    if stage.objective != "lm":
+    if not OBJECTIVES[stage.objective].shares_packs:
         yield Problem(key, f"{size} ranks may share a pack under the objective lm only, not under {stage.objective}")
     text = (recipe.model.config or {}).get("text_config") or {}
     heads, key_heads = text.get("num_attention_heads"), text.get("num_key_value_heads")
@@ -348,7 +349,7 @@ def _evaluation(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
             yield Problem(key, f"name its file as {kind}:PATH")
         elif suite_label(suite) in labels:
             yield Problem(key, f"another suite is {suite_label(suite)} too; rename one of the files")
-        elif stage.objective == "reward_model":
+        elif not OBJECTIVES[stage.objective].answers:
             yield Problem(key, "a reward model answers no questions; leave the suites to the other stages")
         labels.append(suite_label(suite))
     measured = any(metric.startswith("eval/") for metric in produced_metrics(recipe, stage))

@@ -22,9 +22,10 @@ from terrace.models.parts import language_layers, part_of, part_parameters, visi
 from terrace.models.sequence_parallel import use_sequence_parallel
 from terrace.models.weights import initial_weights
 from terrace.recipe.schema import PARTS, Recipe, Stage
-from terrace.train.context import WorkerContext
 from terrace.train.optimizer import parameter_groups
-from terrace.train.strategies.interface import Loss, Setup, Strategy, open_strategy
+from terrace.train.strategies.interface import Loss, Setup, Strategy
+from terrace.train.strategies.open import open_strategy
+from terrace.worker.context import WorkerContext
 
 log = logging.getLogger(__name__)
 
