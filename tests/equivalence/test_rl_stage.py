@@ -135,7 +135,7 @@ def test_a_killed_process_is_followed_by_one_with_the_same_figures(folder, undis
     [
         ("rollout", "decoding the rollouts of"),
         pytest.param("reward", "decoding the rollouts of", marks=pytest.mark.slow),  # rewards are asked for while others decode
-        pytest.param("update", "in forward and backward of pack 0 of", marks=pytest.mark.slow),
+        pytest.param("update", "in forward and backward of pack 1 of", marks=pytest.mark.slow),
     ],
 )
 def test_a_hang_ends_the_process_and_says_where(folder, where, doing):

@@ -15,7 +15,8 @@ from terrace.curriculum.machine import metric_value
 from terrace.data.prepare import prepare_data
 from terrace.demo.corpus import write_corpus
 from terrace.errors import InputError
-from terrace.evaluate.run import Settings, evaluate_model, read_results
+from terrace.evaluate.replies import Settings
+from terrace.evaluate.run import evaluate_model, read_results
 from terrace.recipe.loading import load_recipe
 from terrace.recipe.schema import Recipe
 from terrace.worker.context import WorkerContext

@@ -14,9 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from terrace.cluster.attempt import stage_directory, write_atomic
+from terrace.cluster.attempt import write_atomic
 from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import Recipe, Stage
+from terrace.storage.run_layout import stage_directory
 
 if TYPE_CHECKING:
     from terrace.objectives.interface import StageFeed
@@ -61,10 +62,10 @@ def run_stage(
     """Train one stage of a run directory whose data is prepared (`<run-dir>/data`). Every rank calls it."""
     from terrace.data.prepare import load_prepared
     from terrace.storage.run_storage import run_storage
-    from terrace.train.places import stage_folder, start_weights_of
+    from terrace.train.start import start_weights_of
 
     prepared, storage = load_prepared(run_dir / "data"), run_storage(run_dir)
-    folder = stage_folder(recipe, stage_index, run_dir)
+    folder = stage_directory(run_dir, stage_index, recipe.stages[stage_index].name)
     folder.mkdir(parents=True, exist_ok=True)
     start = start_weights_of(recipe, stage_index, run_dir, storage)
     opened = importlib.import_module(OBJECTIVES[recipe.stages[stage_index].objective].feed)

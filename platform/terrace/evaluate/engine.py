@@ -25,7 +25,7 @@ from terrace.data.types import PATCH_SIZE, PATCH_VALUES, PackedExample
 from terrace.errors import InputError, TerraceError
 from terrace.evaluate.cases import Case
 from terrace.evaluate.model_files import model_pixels_of
-from terrace.evaluate.run import Reply, Settings
+from terrace.evaluate.replies import Reply, Settings
 from terrace.generation.interface import Prompt, Sampling
 from terrace.generation.native import NativeEngine
 from terrace.generation.tokens import forbidden_tokens, stop_tokens

@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from terrace.errors import TerraceError
-from terrace.evaluate.run import Settings, flat_metrics, judge_and_write, open_suites, worker_replies
+from terrace.evaluate.replies import Settings
+from terrace.evaluate.run import flat_metrics, judge_and_write, open_suites, worker_replies
 from terrace.recipe.schema import Stage
 from terrace.worker.collectives import from_rank_zero, gather_objects
 from terrace.worker.context import WorkerContext

@@ -34,7 +34,7 @@ class RolloutWorker:
 
     def __init__(self, recipe: Recipe, stage: Stage, tokenizer_dir: str, stage_dir: str, number: int) -> None:
         from terrace.data.tokenizer import load_tokenizer
-        from terrace.generation.engines import open_copy_engine
+        from terrace.generation.copies import open_copy_engine
         from terrace.models.build import model_config
 
         tokenizer = load_tokenizer(tokenizer_dir)

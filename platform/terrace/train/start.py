@@ -1,4 +1,4 @@
-"""Where a stage lies in its run directory, and which weights it starts from."""
+"""Which weights a stage starts from."""
 
 from __future__ import annotations
 
@@ -6,12 +6,8 @@ from pathlib import Path
 
 from terrace.errors import InputError
 from terrace.recipe.schema import Recipe
+from terrace.storage.run_layout import stage_directory
 from terrace.storage.run_storage import RunStorage
-
-
-def stage_folder(recipe: Recipe, stage_index: int, run_dir: Path) -> Path:
-    """`<run-dir>/stages/<NN>-<name>`, NN from 01."""
-    return run_dir / "stages" / f"{stage_index + 1:02d}-{recipe.stages[stage_index].name}"
 
 
 def start_weights_of(recipe: Recipe, stage_index: int, run_dir: Path, storage: RunStorage) -> Path | None:
@@ -26,7 +22,7 @@ def start_weights_of(recipe: Recipe, stage_index: int, run_dir: Path, storage: R
     if wanted is not None and wanted not in names:
         raise InputError(f"stage {names[stage_index]}: start_from names {wanted}, which is no stage of the recipe")
     before = names.index(wanted) if wanted is not None else stage_index - 1
-    final = stage_folder(recipe, before, run_dir) / "final"
+    final = stage_directory(run_dir, before, names[before]) / "final"
     storage.fetch_final(final)
     if not (final / "config.json").is_file():
         raise InputError(
