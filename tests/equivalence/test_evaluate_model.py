@@ -16,7 +16,8 @@ from terrace.errors import InputError
 from terrace.evaluate.compare import compare
 from terrace.evaluate.engine import load_model
 from terrace.evaluate.generate import answer, load_speaker
-from terrace.evaluate.run import Settings, evaluate_model, read_results
+from terrace.evaluate.replies import Settings
+from terrace.evaluate.run import evaluate_model, read_results
 from terrace.evaluate.sample_losses import held_out_cases, loss_measure
 from terrace.evaluate.suites import Reading, load_suites
 from terrace.families.interface import Sight

@@ -14,9 +14,8 @@ from terrace.models.batch import to_device
 from terrace.models.build import build_model, model_config
 from terrace.models.families.registry import family_model_named
 from terrace.models.forward import pack_hidden, pack_logits_hidden
-from terrace.objectives.lm import summed_loss
+from terrace.objectives.lm import empty_pack, summed_loss
 from terrace.recipe.schema import Model
-from terrace.train.held_out_loss import empty_pack
 from terrace.train.setup import checkpoint_activations, freeze_parts
 
 FAMILY = family_model_named("qwen2_5_vl")

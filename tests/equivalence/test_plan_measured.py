@@ -16,14 +16,13 @@ import numpy as np
 import pytest
 from packs import ALL_PARTS, pack_segments, segment, tiny_recipe
 from processes import run_ranks
-from ranks import Step, memory_feed, train_stages
+from ranks import Step, memory_feed, train, train_stages
 
 from terrace.planner.memory import PackSize, stage_memory
 from terrace.planner.parameters import part_sizes
 from terrace.planner.shapes import model_shape
 from terrace.recipe.schema import Recipe
-from terrace.train.context import WorkerContext
-from terrace.train.loop import train_stage
+from terrace.worker.context import WorkerContext
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
@@ -106,7 +105,7 @@ def step_memory(rank: int, world_size: int, warm: dict[str, Any], values: dict[s
     feed = replace(memory_feed(recipe, 0, context), stream=stream, held_out={})
     folder = Path(out) / "sized"
     folder.mkdir(parents=True, exist_ok=True)
-    train_stage(recipe, 0, feed, folder, None, context)
+    train(recipe, 0, feed, folder, None, context)
     return before
 
 

@@ -24,7 +24,7 @@ from terrace.models.sequence_parallel import (
 )
 from terrace.models.weights import Directory
 from terrace.recipe.schema import Recipe
-from terrace.train.context import WorkerContext, data_place
+from terrace.worker.context import WorkerContext, data_place
 
 
 def recipe_of(strategy: str, size: int, **changes) -> Recipe:
@@ -134,7 +134,7 @@ def test_every_token_target_and_image_is_on_one_rank(size):
 
 
 def test_a_pack_without_tokens_or_images_still_gives_every_rank_one_token():
-    from terrace.train.held_out_loss import empty_pack
+    from terrace.objectives.lm import empty_pack
 
     for part in shards(empty_pack(), 3):
         assert part.input_ids.shape == (1, 1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from packs import ALL_PARTS, random_pack, tiny_recipe
 from processes import run_ranks
-from ranks import losses, memory_feed, packs_of_step, stage_dir, train_stages
+from ranks import losses, memory_feed, packs_of_step, stage_dir, train, train_stages
 from transformers import AutoModelForImageTextToText
 
 from terrace.errors import InputError, Preempted
@@ -19,11 +19,11 @@ from terrace.models.batch import to_device
 from terrace.models.families.registry import family_model_named
 from terrace.models.forward import pack_logits_hidden
 from terrace.models.weights import Directory
-from terrace.train.context import WorkerContext
-from terrace.train.loop import train_stage
+from terrace.storage.run_storage import OnThisDisk
 from terrace.train.restore import newest_complete
 from terrace.train.setup import prepare_strategy
 from terrace.train.step import NonFinite
+from terrace.worker.context import WorkerContext
 
 FAMILY = family_model_named("qwen2_5_vl")
 
@@ -124,7 +124,7 @@ def test_damaged_checkpoints_are_passed_over_by_name(tmp_path, fault):
         content = bytearray(victim.read_bytes())
         content[-1] ^= 1
         victim.write_bytes(bytes(content))
-    found = newest_complete(folder / "checkpoints")
+    found = newest_complete(folder / "checkpoints", OnThisDisk())
     assert found.path.name == "step-000002"
     assert found.passed_over[0][0] == newest
     (folder / "result.json").unlink()
@@ -138,9 +138,9 @@ def test_an_older_attempt_cannot_write(tmp_path):
     from terrace.train.checkpoint import CheckpointWriter, Superseded
 
     recipe, context = tiny_recipe(), WorkerContext()
-    CheckpointWriter(tmp_path, recipe.stages[0].checkpoint, context, attempt=2)
+    CheckpointWriter(tmp_path, recipe.stages[0].checkpoint, context, 2, OnThisDisk())
     with pytest.raises(Superseded, match="attempt 2"):
-        CheckpointWriter(tmp_path, recipe.stages[0].checkpoint, context, attempt=1)
+        CheckpointWriter(tmp_path, recipe.stages[0].checkpoint, context, 1, OnThisDisk())
 
 
 def test_a_changed_recipe_does_not_continue_the_checkpoint(tmp_path):
@@ -165,17 +165,17 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_samples(t
             batch.pixels[0] = np.nan
         return batch
 
-    monkeypatch.setattr("terrace.train.step.to_device", poisoned)
+    monkeypatch.setattr("terrace.objectives.lm.to_device", poisoned)
     if policy == "skip":
-        result = train_stage(recipe, 0, feed, folder, None, context)
+        result = train(recipe, 0, feed, folder, None, context)
         assert result.skipped_steps == 1
         assert [loss is None for loss in losses(tmp_path)] == [False, True, False]
         return
     with pytest.raises(NonFinite, match="sample-4-0"):
-        train_stage(recipe, 0, feed, folder, None, context)
-    assert newest_complete(folder / "checkpoints").path.name == "step-000001"
+        train(recipe, 0, feed, folder, None, context)
+    assert newest_complete(folder / "checkpoints", OnThisDisk()).path.name == "step-000001"
     if policy == "rewind":
-        result = train_stage(recipe, 0, feed, folder, None, context)
+        result = train(recipe, 0, feed, folder, None, context)
         assert result.skipped_steps == 1
         assert [loss is None for loss in losses(tmp_path)] == [False, True, False]
 

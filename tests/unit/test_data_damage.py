@@ -159,10 +159,11 @@ def test_replacements_are_the_same_for_everyone_who_reads(folder: Path) -> None:
 
 
 def test_damage_is_counted_in_the_metrics(folder: Path) -> None:
-    from terrace.data.order.balance import CostModel
-    from terrace.train.context import WorkerContext
+    from terrace.objectives.interface import Opening, StageFeed, StepExamples
+    from terrace.objectives.lm import LanguageModelling
     from terrace.train.metrics import step_line
     from terrace.train.step import StepOutcome, count_batch
+    from terrace.worker.context import WorkerContext
 
     prepared, plan = prepared_and_plan(folder, "skip")
     ref = plan.packs(BATCH, BATCH + 1)[0].samples[0]
@@ -170,8 +171,10 @@ def test_damage_is_counted_in_the_metrics(folder: Path) -> None:
     flip(prepared, ref.source, ref.row)
     flip(prepared, "captions", shortest)  # nothing may stand in for it
     lines = []
+    feed = StageFeed(None, 0, lambda start: iter(()), plan.state, plan.restore)
+    objective = LanguageModelling(Opening(plan.recipe, plan.stage, feed, WorkerContext(), folder))
     for step in open_stream(plan, prepared, 0, 1):
-        counts = count_batch(step.packs, ["captions", "text"], False, CostModel(), WorkerContext())
+        counts = count_batch(objective, StepExamples(step.step, step.packs), ["captions", "text"], False, WorkerContext())
         assert counts.samples == sum(counts.samples_per_source.values()) == sum(len(pack.sample_ids) for pack in step.packs)
         lines.append(step_line(step.step + 1, counts, StepOutcome(1.0, 1.0, None), plan.stage, 1.0, 1.0, 0.0))
     assert lines[1]["replaced_samples"] == 1

@@ -23,8 +23,8 @@ from terrace.evaluate.multiple_choice import (
     read_questions,
     rotations,
 )
+from terrace.evaluate.replies import Reply
 from terrace.evaluate.run import (
-    Reply,
     judged_rows,
     merge_replies,
     read_results,

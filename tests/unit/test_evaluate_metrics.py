@@ -16,8 +16,8 @@ from terrace.cli import main
 from terrace.errors import InputError
 from terrace.evaluate import metrics
 from terrace.evaluate.compare import compare
+from terrace.evaluate.replies import Reply
 from terrace.evaluate.run import (
-    Reply,
     flat_metrics,
     judged_rows,
     merge_replies,

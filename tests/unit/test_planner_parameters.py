@@ -170,8 +170,8 @@ MID = [
 @pytest.mark.parametrize("trained", [("projector",), ("vision", "projector"), ("vision", "projector", "language")], ids="+".join)
 def test_activations_are_what_autograd_saves(trained: tuple[str, ...], checkpointing: str, precision: str) -> None:
     """ddp on CPU: everything saved for backward, without the weights themselves, within 10 %."""
+    from terrace.models.precision import DTYPES, compute_context
     from terrace.planner.memory import PackSize, matrices_in_backward, stage_memory
-    from terrace.train.precision import DTYPES, compute_context
     from terrace.train.setup import checkpoint_activations
 
     parts = {part: f"{{lr: 1e-3, activation_checkpointing: {checkpointing}}}" if part in trained else "null" for part in PARTS}

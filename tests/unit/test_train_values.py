@@ -22,9 +22,9 @@ from terrace.models.families.registry import family_model_named
 from terrace.models.parts import has_weight_decay, last_layers, layer_number, part_parameters
 from terrace.models.weights import initial_weights
 from terrace.recipe.schema import Model, Recipe, Schedule
+from terrace.train.loss_scale import LossScale
 from terrace.train.metrics import MetricsLog
 from terrace.train.optimizer import parameter_groups, schedule_factor
-from terrace.train.precision import LossScale
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHAPE = tiny_model()["config"]

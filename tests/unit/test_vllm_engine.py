@@ -20,7 +20,7 @@ from terrace.errors import InputError
 from terrace.generation import vllm as adapter
 from terrace.generation.interface import Prompt, Sampling
 from terrace.recipe.schema import Stage
-from terrace.train.context import WorkerContext
+from terrace.worker.context import WorkerContext
 
 PAD, START, END, STOP = 90, 91, 92, 7
 CALLS: list[tuple[str, Any]] = []

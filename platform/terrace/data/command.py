@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
+from terrace.data.lines import Lines
 from terrace.data.look import order_command
 from terrace.errors import InputError
 from terrace.recipe.schema import Data, Source
@@ -171,15 +171,3 @@ def _show_refusals(folder: str, data: Data) -> None:
         print(f"  refused {line.origin} ({line.id}): {line.reason}: {line.detail}", file=sys.stderr)
     if len(lines) > SHOWN_REFUSALS:
         print(f"  ... and {len(lines) - SHOWN_REFUSALS} more in {folder}/refused.jsonl", file=sys.stderr)
-
-
-class Lines:
-    """Progress as one line every few seconds, on stderr."""
-
-    def __init__(self, every_seconds: float = 3.0):
-        self._every, self._last = every_seconds, time.monotonic()
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if time.monotonic() - self._last >= self._every:
-            self._last = time.monotonic()
-            print(f"{what}: {100 * done // max(1, total)} %", file=sys.stderr, flush=True)

@@ -8,7 +8,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from terrace.data.order.balance import CostModel, cost_model
 from terrace.errors import InputError
 from terrace.families.interface import Family
 from terrace.families.registry import family_class, make_family
@@ -25,16 +24,6 @@ def recipe_family(recipe: Recipe) -> Family:
 def recipe_shape(recipe: Recipe, vocabulary: int | None = None) -> ModelShape:
     """The shape of the recipe's model; `vocabulary` stands in where its configuration has none."""
     return family_class(recipe.model.architecture).shape(configuration(recipe.model), vocabulary)
-
-
-def recipe_cost(recipe: Recipe) -> CostModel:
-    """What packs cost the recipe's model; the nominal costs where it has an empty configuration, as when data is only looked at."""
-    if not configuration(recipe.model):
-        return CostModel()
-    family = recipe_family(recipe)
-    smallest = family.view(1, 1, (1, 1))
-    patches = sum(rows * columns for rows, columns in family.tower_pictures(smallest.facts))
-    return cost_model(recipe_shape(recipe), patches // smallest.rows)
 
 
 def configuration(model: Model) -> Mapping[str, Any]:

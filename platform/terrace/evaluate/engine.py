@@ -24,19 +24,19 @@ from terrace.data.types import PackedExample
 from terrace.errors import InputError, TerraceError
 from terrace.evaluate.cases import Case
 from terrace.evaluate.model_files import model_sight
-from terrace.evaluate.run import Reply, Settings
+from terrace.evaluate.replies import Reply, Settings
 from terrace.families.interface import Sight
-from terrace.generation.engines import forbidden_tokens, stop_tokens
 from terrace.generation.interface import Prompt, Sampling
 from terrace.generation.native import NativeEngine
+from terrace.generation.tokens import forbidden_tokens, stop_tokens
 from terrace.models.attention import choose_backend
 from terrace.models.batch import to_device
 from terrace.models.build import materialise, meta_model
 from terrace.models.forward import pack_hidden
+from terrace.models.precision import DTYPES, compute_context
 from terrace.models.shared_prompt import use_shared_prompt_attention
 from terrace.models.weights import initial_weights
 from terrace.recipe.schema import Model as ModelSection
-from terrace.train.precision import DTYPES, compute_context
 
 READ_THREADS = 4
 LOSS_CHUNK_TOKENS = 1024

@@ -23,7 +23,7 @@ from terrace.data.tokenizer import TextTokenizer, load_tokenizer
 from terrace.data.types import Sample
 from terrace.evaluate.model_files import model_sight
 from terrace.families.interface import Sight
-from terrace.generation.engines import stop_tokens
+from terrace.generation.tokens import stop_tokens
 from terrace.models.batch import image_facts
 from terrace.models.families.interface import FamilyModel
 from terrace.models.families.registry import family_of_model

@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from terrace.errors import InputError, TerraceError
 from terrace.evaluate.cases import Case
+from terrace.evaluate.replies import Reply, Settings
 from terrace.evaluate.suites import Reading, Row, Suite, load_suites
 from terrace.families.interface import Sight
 
@@ -26,31 +27,7 @@ SCORES_VERSION = 1
 Progress = Callable[[str, int, int], None]  # (suite, cases done, cases of this worker)
 
 
-@dataclass(frozen=True)
-class Reply:
-    """What a model says to one case; or, of a loss suite, what was measured."""
-
-    text: str
-    tokens: int = 0
-    finished: bool = True
-    measured: dict[str, float] = field(default_factory=dict)
-
-
 Answerer = Callable[[Suite, Sequence[Case]], list[Reply]]  # one batch
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to run. Nothing here changes a suite's fingerprint except what `Reading` takes."""
-
-    limit: int | None = None
-    images_root: Path | None = None
-    max_new_tokens: int | None = None
-    batch_size: int = 16
-    workers: int = 1
-    device: str | None = None
-    precision: str | None = None
-    pixels: tuple[int, int] | None = None  # (min, max) of a resized image, instead of the model's own
 
 
 # ---------------------------------------------------------------- replies, in parts and together
@@ -144,12 +121,13 @@ def _scores(suite: Suite, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 
 
 def evaluate_model(
-    model: Path, suites: Sequence[str], out_dir: Path, settings: Settings = Settings(), progress: Progress | None = None
+    model: Path, suites: Sequence[str], out_dir: Path, settings: Settings | None = None, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Score a model directory on suites (`kind:path`), write `out_dir` and return what scores.json holds.
 
     Raises InputError for a directory that is no model, and for a suite that cannot be read, before any weight is loaded.
     """
+    settings = settings or Settings()
     started = time.monotonic()
     loaded, sight = open_suites(model, suites, settings)
     if settings.workers == 1:

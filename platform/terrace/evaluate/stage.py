@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 
 from terrace.errors import TerraceError
-from terrace.evaluate.run import Settings, flat_metrics, judge_and_write, open_suites, worker_replies
+from terrace.evaluate.replies import Settings
+from terrace.evaluate.run import flat_metrics, judge_and_write, open_suites, worker_replies
 from terrace.recipe.schema import Stage
-from terrace.train.collectives import from_rank_zero, gather_objects
-from terrace.train.context import WorkerContext
+from terrace.worker.collectives import from_rank_zero, gather_objects
+from terrace.worker.context import WorkerContext
 
 log = logging.getLogger(__name__)
 Scores = dict[str, dict[str, float]]  # suite label -> score -> value

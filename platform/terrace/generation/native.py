@@ -1,10 +1,8 @@
 """The native rollout engine: batched decoding on the training model, any device, live weights.
 
-1. *Prefill*: the prompts of a wave run once as one pack through the training forward; their keys and values are kept,
-one
+1. *Prefill*: the prompts of a wave run once as one pack through the training forward; their keys and values are kept, one
    copy per prompt for all of its G samples.
-2. *Decode*: every step feeds one token of each unfinished sequence through the language layers as one row of tokens.
-The
+2. *Decode*: every step feeds one token of each unfinished sequence through the language layers as one row of tokens. The
    cache (`cache.py`) attends to the shared prompt and to the sequence's own tokens.
 3. Sequences that reach a stop token leave the batch as soon as a quarter of it has finished.
 
@@ -25,9 +23,9 @@ from terrace.data.types import PackedExample, joined_pixels
 from terrace.generation.cache import SharedPromptCache
 from terrace.generation.interface import GroupReady, Prompt, Response, Sampling, uniforms
 from terrace.models.batch import to_device
+from terrace.models.precision import DTYPES, compute_context
 from terrace.models.shared_prompt import Unit, decode_logits, units_hidden
 from terrace.objectives.grpo import token_logprobs
-from terrace.train.precision import DTYPES, compute_context
 
 COMPACT_SHARE = 0.25  # rows leave the batch when this share of them has finished
 

@@ -14,6 +14,7 @@ from terrace.families.interface import Family
 from terrace.families.registry import make_family
 from terrace.recipe import rules_model, rules_rl
 from terrace.recipe.errors import Path, Problem
+from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import PARTS, Recipe, Stage
 
 TEXT_KINDS = {"text"}
@@ -269,7 +270,7 @@ def _parallel(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
 def _sequence_parallel(recipe: Recipe, stage: Stage, key: Path) -> Iterator[Problem]:
     """All-to-all deals whole attention heads, so their number decides how many ranks may share a pack."""
     size = stage.parallel.sequence_parallel
-    if stage.objective != "lm":
+    if not OBJECTIVES[stage.objective].shares_packs:
         yield Problem(key, f"{size} ranks may share a pack under the objective lm only, not under {stage.objective}")
     text = (recipe.model.config or {}).get("text_config") or {}
     heads, key_heads = text.get("num_attention_heads"), text.get("num_key_value_heads")
@@ -359,7 +360,7 @@ def _evaluation(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
             yield Problem(key, f"name its file as {kind}:PATH")
         elif suite_label(suite) in labels:
             yield Problem(key, f"another suite is {suite_label(suite)} too; rename one of the files")
-        elif stage.objective == "reward_model":
+        elif not OBJECTIVES[stage.objective].answers:
             yield Problem(key, "a reward model answers no questions; leave the suites to the other stages")
         labels.append(suite_label(suite))
     measured = any(metric.startswith("eval/") for metric in produced_metrics(recipe, stage))

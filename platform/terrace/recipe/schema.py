@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from terrace.recipe.objectives import ObjectiveName
 from terrace.recipe.schema_inputs import (
     PARTS,
     Data,
@@ -214,7 +215,7 @@ class RewardRule(Strict):
 
 class Stage(Strict):
     name: Name = Field(description="Name of the stage, unique in the recipe.")
-    objective: Literal["lm", "grpo", "reward_model"] = Field("lm", description="What a step optimises.")
+    objective: ObjectiveName = Field("lm", description="What a step optimises.")
     start_from: Name | None = Field(None, description="The stage whose final weights this one starts from; default: the previous.")
     train: TrainedParts = Field(description="The parts that train and how; every other part is frozen.")
     mixture: Mixture = Field(description="The sources and their shares.")

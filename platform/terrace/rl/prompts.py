@@ -6,8 +6,9 @@ integer) and the pool are the whole state, so the order is the same after a rest
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ from terrace.generation.interface import Prompt
 from terrace.recipe.schema import GrpoOptions, Recipe
 from terrace.rl.pairs import Pair, answer_tokens, text_of_items
 from terrace.rl.pools import EasyPool
+
+log = logging.getLogger(__name__)
 
 DRAWN_AT_ONCE = 64
 READ_THREADS = 4
@@ -145,18 +148,47 @@ class PromptReader:
         self._recipe, self._stage, self._prepared = recipe, recipe.stages[stage_index], prepared
         self._tokenizer = tokenizer
 
-    def read(self, drawn: Sequence[Drawn]) -> list[Prompt]:
+    def read(self, drawn: Sequence[Drawn]) -> list[Any]:
         """Prompts in the order of the references. Raises DamagedData or InputError naming source and sample."""
-        return self._read(drawn, self._prompt)
+        return [self._whole(one) for one in self._read(drawn)]
 
-    def _read(self, drawn: Sequence[Drawn], make: Callable[[Drawn, Sample, list[bytes]], Any]) -> list[Any]:
-        locations = [self._prepared.indexes[one.key[0]].location(one.key[1]) for one in drawn]
-        results = read_located(locations)
-        for result in results:
+    def read_usable(self, drawn: Sequence[Drawn]) -> tuple[list[tuple[Drawn, Any]], list[str]]:
+        """(reference, prompt) of those that can be read, and which could not: `source/sample`. Raises DamagedData for a
+        damaged sample of a source that does not say `on_damage: skip`."""
+        usable, damaged = [], []
+        for one, found in zip(drawn, self._read(drawn)):
+            if isinstance(found, DamagedData) and self._recipe.data.sources[one.key[0]].on_damage == "skip":
+                log.warning("%s; it is left out (`on_damage: skip`)", found)
+                damaged.append(f"{one.key[0]}/{self._prepared.indexes[one.key[0]].location(one.key[1]).id}")
+            else:
+                usable.append((one, self._whole(found)))
+        return usable, damaged
+
+    @staticmethod
+    def _whole(found: Any) -> Any:
+        if isinstance(found, DamagedData):
+            raise found
+        return found
+
+    def _read(self, drawn: Sequence[Drawn]) -> list[Any]:
+        """For each reference what `_made` makes of its sample, or the damage."""
+        if not drawn:
+            return []
+        results = read_located([self._prepared.indexes[one.key[0]].location(one.key[1]) for one in drawn])
+
+        def made(one: Drawn, result: Any) -> Any:
             if isinstance(result, DamagedData):
-                raise result
+                return result
+            try:
+                return self._made(one, *result)
+            except DamagedData as damage:
+                return DamagedData(f"source {one.key[0]}, sample {result[0].id}: {damage}")
+
         with ThreadPoolExecutor(READ_THREADS) as pool:
-            return list(pool.map(lambda pair: make(pair[0], *pair[1]), zip(drawn, results)))
+            return list(pool.map(made, drawn, results))
+
+    def _made(self, drawn: Drawn, sample: Sample, images: list[bytes]) -> Any:
+        return self._prompt(drawn, sample, images)
 
     def _prompt(self, drawn: Drawn, sample: Sample, images: list[bytes]) -> Prompt:
         task = sample.metadata.get("task") or self._recipe.data.sources[drawn.key[0]].task
@@ -199,9 +231,8 @@ class PromptReader:
 class PairReader(PromptReader):
     """References to preference pairs: the prompt, the chosen answer and `metadata.rejected`."""
 
-    def read(self, drawn: Sequence[Drawn]) -> list[Pair]:  # type: ignore[override]
-        """Pairs in the order of the references."""
-        return self._read(drawn, self._pair) if drawn else []
+    def _made(self, drawn: Drawn, sample: Sample, images: list[bytes]) -> Pair:
+        return self._pair(drawn, sample, images)
 
     def _pair(self, drawn: Drawn, sample: Sample, images: list[bytes]) -> Pair:
         rejected, chosen = sample.metadata.get("rejected"), sample.messages[-1]

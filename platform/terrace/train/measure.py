@@ -28,7 +28,7 @@ from terrace.planner.gpus import find_gpu, gpu_of_device
 from terrace.planner.parameters import trained_parts
 from terrace.planner.shapes import shape_of_config
 from terrace.recipe.schema import Planning, Stage
-from terrace.train.context import WorkerContext
+from terrace.worker.context import WorkerContext
 
 log = logging.getLogger(__name__)
 

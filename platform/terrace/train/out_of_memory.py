@@ -21,7 +21,7 @@ from terrace.planner.changes import nearest_changes
 from terrace.planner.memory import PackSize, stage_memory
 from terrace.planner.shapes import shape_of_config
 from terrace.recipe.schema import PARTS, Stage
-from terrace.train.context import WorkerContext
+from terrace.worker.context import WorkerContext
 
 GIB = 2**30
 ROOM = 0.9  # of what the present settings need, by the plan

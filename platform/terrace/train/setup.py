@@ -23,9 +23,10 @@ from terrace.models.parts import part_parameters
 from terrace.models.sequence_parallel import use_sequence_parallel
 from terrace.models.weights import initial_weights
 from terrace.recipe.schema import PARTS, Recipe, Stage
-from terrace.train.context import WorkerContext
 from terrace.train.optimizer import parameter_groups
-from terrace.train.strategies.interface import Loss, Setup, Strategy, open_strategy
+from terrace.train.strategies.interface import Loss, Setup, Strategy
+from terrace.train.strategies.open import open_strategy
+from terrace.worker.context import WorkerContext
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from terrace.data.command import Lines
+from terrace.data.lines import Lines
 from terrace.errors import InputError
 from terrace.recipe.schema import Recipe
 

@@ -24,8 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from terrace.data.family import recipe_cost
-from terrace.data.order.balance import CostModel, deal, deal_in_order, max_over_mean
+from terrace.data.order.balance import CostModel, deal, deal_in_order, max_over_mean, recipe_cost
 from terrace.data.order.eligible import EligibleSource, StageSource, eligible_source
 from terrace.data.order.mixture import Interleave, rounded_weights, whole_weights
 from terrace.data.order.packing import default_window, lookahead, pack_window

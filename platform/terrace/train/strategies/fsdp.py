@@ -23,10 +23,10 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from terrace.errors import InputError
 from terrace.models.build import restore_buffers
 from terrace.models.parts import transformer_blocks
+from terrace.models.precision import DTYPES
 from terrace.models.weights import TensorSource
 from terrace.recipe.schema import Stage
-from terrace.train.context import WorkerContext
-from terrace.train.precision import DTYPES, LossScale
+from terrace.train.loss_scale import LossScale
 from terrace.train.strategies.interface import (
     OPTIMIZER_KINDS,
     Kind,
@@ -35,6 +35,7 @@ from terrace.train.strategies.interface import (
     optimizer_arguments,
     torch_groups,
 )
+from terrace.worker.context import WorkerContext
 
 
 class FullyShard:
