@@ -12,7 +12,10 @@ from terrace.data.sources.ingest import ingest_source
 from terrace.data.stream.read import read_sample
 from terrace.data.types import Sample
 from terrace.errors import InputError
+from terrace.families.qwen2_5_vl import Qwen25VL
 from terrace.recipe.schema import Data, Source
+
+FAMILY = Qwen25VL()
 
 
 class Reading:
@@ -26,7 +29,7 @@ class Reading:
         data = Data(sources={"s": source})
         try:
             self.report = ingest_source("s", source, data, out, use_ray=False)
-            self.index = load_index(build_index("s", source, self.report, tokenizer, use_ray=False))
+            self.index = load_index(build_index("s", source, self.report, tokenizer, FAMILY, use_ray=False), FAMILY)
         except InputError as error:
             self.error = str(error)
         else:

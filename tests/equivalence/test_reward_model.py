@@ -9,17 +9,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rl_stage import rl_recipe
+from rl_stage import rl_recipe, run
 
 from terrace.data.prepare import load_prepared, prepare_data
-from terrace.objectives.reward_model import summed_preference_loss
+from terrace.objectives.reward_model import pair_batch, summed_preference_loss
 from terrace.recipe.schema import Recipe
 from terrace.rewards.learned import _opened, reward_model
 from terrace.rewards.types import RewardItem
-from terrace.rl.pairs import pair_batch
+from terrace.rl.pairs import lay_out
 from terrace.rl.prompts import PairReader, held_out
-from terrace.rl.reward_model_loop import train_reward_model_stage
-from terrace.train.context import WorkerContext
 
 
 def test_a_reward_model_stage_and_its_reward(tmp_path):
@@ -51,8 +49,7 @@ def test_a_reward_model_stage_and_its_reward(tmp_path):
     prepare_data(recipe, tmp_path, use_ray=False)
     prepared = load_prepared(tmp_path / "data")
     folder = tmp_path / "stage"
-    folder.mkdir()
-    result = train_reward_model_stage(recipe, 0, prepared, folder, None, WorkerContext())
+    result = run(recipe, tmp_path, "stage")
     assert result.evaluation["after"]["preference/accuracy"] == 1.0
     assert result.evaluation["after"]["preference/loss"] < result.evaluation["before"]["preference/loss"] - 0.1
 
@@ -71,7 +68,7 @@ def test_a_reward_model_stage_and_its_reward(tmp_path):
     assert {bool(pair.prompt.images) for pair in pairs} == {True, False}
     judge = _opened(path, "cpu")
     with torch.no_grad():
-        loss = float(summed_preference_loss(judge.model, pair_batch(pairs, "cpu", torch.float32)))
+        loss = float(summed_preference_loss(judge.model, pair_batch(lay_out(pairs), "cpu", torch.float32)))
     both = [
         RewardItem(
             pair.prompt.text,

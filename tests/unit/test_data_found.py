@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_reading import Reading
+from data_reading import FAMILY, Reading
 from PIL import Image
 
 from terrace.data.sources import readers, shard_walk
@@ -50,7 +50,7 @@ def tar(members: list[tuple[Any, ...]], end: bool = True) -> bytes:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory):
-    return train_tokenizer(["a cat", "two cats"] * 4, 320, tmp_path_factory.mktemp("tokenizer"))
+    return train_tokenizer(["a cat", "two cats"] * 4, 320, tmp_path_factory.mktemp("tokenizer"), FAMILY)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_reading import Reading
+from data_reading import FAMILY, Reading
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -174,7 +174,7 @@ def test_any_picture_long(picture: bytes, damage, cut) -> None:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory):
-    return train_tokenizer(["a cat", "two cats"] * 4, 320, tmp_path_factory.mktemp("tokenizer"))
+    return train_tokenizer(["a cat", "two cats"] * 4, 320, tmp_path_factory.mktemp("tokenizer"), FAMILY)
 
 
 FILES = st.dictionaries(

@@ -21,8 +21,8 @@ import numpy as np
 from terrace.errors import InputError, TerraceError
 from terrace.generation.interface import GroupReady, Prompt, Response, Sampling
 from terrace.recipe.schema import GrpoOptions, Recipe, Stage
-from terrace.train.collectives import from_rank_zero
-from terrace.train.context import WorkerContext
+from terrace.worker.collectives import from_rank_zero
+from terrace.worker.context import WorkerContext
 
 
 class RolloutWorkerLost(TerraceError):
@@ -34,7 +34,7 @@ class RolloutWorker:
 
     def __init__(self, recipe: Recipe, stage: Stage, tokenizer_dir: str, stage_dir: str, number: int) -> None:
         from terrace.data.tokenizer import load_tokenizer
-        from terrace.generation.engines import open_copy_engine
+        from terrace.generation.copies import open_copy_engine
         from terrace.models.build import model_config
 
         tokenizer = load_tokenizer(tokenizer_dir)
