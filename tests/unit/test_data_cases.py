@@ -10,12 +10,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from data_reading import Reading
+from data_reading import FAMILY, Reading
 
 from terrace.data.images import decode_image
+from terrace.data.order.eligible import eligible_source
+from terrace.data.template import Encoded, encode_sample
 from terrace.data.tokenizer import load_tokenizer
+from terrace.recipe.schema import Source
 
+PIXELS = (3136, 401_408)
 CASES = Path(__file__).resolve().parents[3] / "shared" / "cases" / "data"
 RED = "<0>x y"
 KEYS = (
@@ -157,6 +162,58 @@ def test_every_case_has_its_expectation(shared_data: Path) -> None:
 
 
 ELSEWHERE = {"ends-with-user", "special-box-tokens", "tool-calls-dropped", "tool-calls-null-content", "truncate-leaves-no-target"}
+
+
+def encoded(found: Reading, row: int, tokenizer: Any) -> Encoded:
+    """A sample as training encodes it; the index knows its length."""
+    sample, index = found.samples[row], found.index
+    made = encode_sample(sample, index.sizes(row), tokenizer, FAMILY, PIXELS)
+    assert len(made.input_ids) == index.lengths(PIXELS)[row]
+    assert made.supervised.sum() == index.supervised_tokens[row]
+    return made
+
+
+def learnt(found: Reading, row: int, tokenizer: Any) -> str:
+    made = encoded(found, row, tokenizer)
+    return tokenizer.decode(made.input_ids[made.supervised])
+
+
+def test_a_conversation_that_ends_in_a_question_is_learnt_up_to_there(tmp_path: Path, tokenizer) -> None:
+    found = read_case("ends-with-user", tmp_path, tokenizer)
+    assert found.refused == []
+    for row in range(len(found.samples)):
+        assert learnt(found, row, tokenizer) == f"It is {2 * row}.<|im_end|>"
+    assert tokenizer.decode(encoded(found, 7, tokenizer).input_ids).endswith("what about the rest?<|im_end|>\n")
+
+
+def test_tool_calls_are_learnt_with_the_answer(tmp_path: Path, tokenizer) -> None:
+    found = read_case("tool-calls-dropped", tmp_path / "dropped", tokenizer)
+    call = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call><|im_end|>'
+    assert learnt(found, 0, tokenizer) == "I will look it up.\n" + call
+    found = read_case("tool-calls-null-content", tmp_path / "null", tokenizer)
+    assert learnt(found, 0, tokenizer) == call + "It is 18 C<|im_end|>"
+    assert "<|im_start|>user\n<tool_response>\n18 C\n</tool_response><|im_end|>" in tokenizer.decode(encoded(found, 0, tokenizer).input_ids)
+
+
+def test_box_tokens_are_a_setting(tmp_path: Path, tokenizer) -> None:
+    letters = read_case("special-box-tokens", tmp_path / "letters", tokenizer)
+    tokens = read_case("special-box-tokens", tmp_path / "tokens", tokenizer, special_tokens="tokens")
+    assert letters.report.spelled == tokens.report.spelled == 1
+    others = int(letters.index.visual_tokens(PIXELS)[0]) - 1
+    assert len(encoded(letters, 0, tokenizer).input_ids) - others == 63
+    assert len(encoded(tokens, 0, tokenizer).input_ids) - others == 45  # as transformers' tokenizer counts
+
+
+def test_a_sample_that_loses_its_last_target_is_refused_and_counted(tmp_path: Path, tokenizer) -> None:
+    found = read_case("truncate-leaves-no-target", tmp_path, tokenizer, kind="qa", too_long="truncate_text")
+    assert found.refused == []
+    longest = int(found.index.lengths(PIXELS).max())
+    rows = np.arange(len(found.samples))
+    for length, kept in ((longest // 2, 0), (longest + 1, len(rows))):
+        source = Source(uri="x", kind="qa", too_long="truncate_text")
+        made = eligible_source("s", source, found.index, rows, PIXELS, length, None, needs_targets=True)
+        assert made.count == kept
+        assert made.changes == ({"no_target": len(rows)} if kept == 0 else {})
 
 
 def test_sixteen_bit_picture_is_bright(tmp_path: Path, tokenizer) -> None:

@@ -67,6 +67,7 @@ def ingest_command(args: argparse.Namespace) -> int:
             "source": name, "format": report.format, "samples": None if report.in_place else report.samples,
             "shards": len(report.shards), "rewritten": report.rewritten, "refused": report.refused, "folder": report.folder,
             "unchanged": report.reused, "ignored": report.ignored, "rotated": report.rotated, "renamed": report.renamed,
+            "spelled": report.spelled,
         }  # fmt: skip
 
     return _each(args, data, one)
@@ -103,7 +104,7 @@ def index_command(args: argparse.Namespace) -> int:
         return {
             "source": name, "format": report.format, "samples": summary["samples"], "shards": len(report.shards),
             "rewritten": report.rewritten, "refused": summary["refused"], "folder": folder, "unchanged": False,
-            **{name: summary[name] for name in ("ignored", "rotated", "renamed")},
+            **{name: summary[name] for name in ("ignored", "rotated", "renamed", "spelled")},
         }  # fmt: skip
 
     return _each(args, data, one)
@@ -178,6 +179,9 @@ def _table(facts: dict[str, Any], data: Data) -> list[str]:
     lines += [_line(f"ignored: {entry}", count) for entry, count in facts["ignored"].items()]
     if facts["renamed"]:
         lines.append(_line("ids of several samples", facts["renamed"], "in the index the later ones have a suffix: id-2, id-3"))
+    if facts["spelled"]:
+        told = "letters" if data.sources[facts["source"]].special_tokens == "text" else "tokens"
+        lines.append(_line("texts with <|...|>", facts["spelled"], f"special tokens in them are {told} (special_tokens)"))
     if facts["rotated"]:
         exif = data.sources[facts["source"]].exif
         told = "turned upright" if exif == "apply" else "left as stored (exif: ignore)"

@@ -199,7 +199,7 @@ def _texts(recipe: Recipe, reports: dict[str, IngestReport], progress: Progress 
 
 def _source_texts(recipe: Recipe, name: str, report: IngestReport) -> Iterator[str]:
     source = recipe.data.sources[name]
-    rules = Rules(source.ignore, source.placeholders == "read")
+    rules = Rules.of(source)
     for shard in report.shards:
         try:
             for group in scan_shard(shard.uri, recipe.data.storage):

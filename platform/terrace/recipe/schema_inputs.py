@@ -103,6 +103,11 @@ class Source(Strict):
     placeholders: Literal["read", "text"] = Field(
         "read", description="Whether `<image>` and `<video>` in the text of a turn stand for pictures, or are letters."
     )
+    special_tokens: Literal["text", "tokens"] = Field(
+        "text",
+        description="Whether `<|box_start|>` and the like in a text are letters, or the tokenizer's tokens; marks of turns and images stay"
+        " letters.",
+    )
     datasets: list[str] = Field([], description="Of a LLaMA-Factory `dataset_info.json`: only these entries (none named: all).")
     images_root: str | None = Field(None, description="Folder that image paths in rows are relative to; default: beside the rows.")
     supervise: Literal["auto", "all_text", "assistant"] = Field(

@@ -34,7 +34,7 @@ from terrace.data.sources.placeholders import resolve_coordinates
 from terrace.data.sources.refusals import Refusal, RefusedSample
 from terrace.data.sources.shard_walk import Group, scan_shard
 from terrace.data.sources.shards import sample_of_members, used_suffixes
-from terrace.data.template import Measure, measure_prompt, measure_sample
+from terrace.data.template import RUNNING_TEXT, Measure, measure_prompt, measure_sample
 from terrace.data.tokenizer import TextTokenizer, load_tokenizer
 from terrace.data.types import Sample
 from terrace.errors import InputError
@@ -61,10 +61,14 @@ SCHEMA = pa.schema(
         ("visual_image", pa.list_(pa.int32())),
         ("visual_frames", pa.list_(pa.int32())),
         ("visual_place", pa.list_(pa.int32())),
+        ("visual_coordinates", pa.list_(pa.int32())),
         ("coordinate_image", pa.list_(pa.int32())),
         ("coordinate_axis", pa.list_(pa.int8())),
         ("coordinate_value", pa.list_(pa.float64())),
         ("cuts", pa.list_(pa.int32())),
+        ("target_place", pa.int32()),
+        ("target_visuals", pa.int32()),
+        ("target_coordinates", pa.int32()),
     ]
 )
 
@@ -86,6 +90,7 @@ class IndexSettings:
     ignore: tuple[str, ...] = ()
     exif: str = "apply"
     placeholders: str = "read"
+    special_tokens: str = "text"
 
 
 def build_index(
@@ -106,7 +111,7 @@ def build_index(
         root = absolute(source.uri) if report.in_place else join(report.folder, "shards")
         settings = IndexSettings(
             name, source.kind, source.task, root, folder, str(tokenizer.directory), family, max_image_pixels, report.in_place,
-            storage, tuple(source.ignore), source.exif, source.placeholders,
+            storage, tuple(source.ignore), source.exif, source.placeholders, source.special_tokens,
         )  # fmt: skip
         done = _build(settings, report, progress, use_ray)
     require_samples(name, source.uri, done["samples"], done["refused"], folder)
@@ -157,8 +162,9 @@ def _build(settings: IndexSettings, report: IngestReport, progress: Progress | N
         "version": INDEX_VERSION, "source": settings.source, "kind": settings.kind, "samples": samples,
         "refused": dict(Counter(line.reason for line in refused).most_common()),
         "ignored": dict(ignored), "rotated": report.rotated + sum(receipt["rotated"] for receipt in receipts),
-        "renamed": renamed, "in_place": report.in_place,
-        "reading": {"ignore": list(settings.ignore), "placeholders": settings.placeholders, "exif": settings.exif},
+        "spelled": report.spelled + sum(receipt["spelled"] for receipt in receipts), "renamed": renamed, "in_place": report.in_place,
+        "reading": {"ignore": list(settings.ignore), "placeholders": settings.placeholders, "special_tokens": settings.special_tokens,
+                    "exif": settings.exif},
         "shards": [
             {"uri": stored_uri(report.folder, shard.uri), "size": shard.size} for shard in report.shards
         ],
@@ -180,7 +186,7 @@ def index_shard(settings: IndexSettings, item: tuple[int, Shard], inside: Callab
     except FileNotFoundError:
         pass
     tokenizer = load_tokenizer(settings.tokenizer_dir)
-    rules = Rules(settings.ignore, settings.placeholders == "read")
+    rules = Rules.of(settings)
     rows: dict[str, list[dict[str, Any]]] = {}  # by key: members that come back take away what came before
     refused: list[RefusedSample] = []
     rotated = 0
@@ -205,6 +211,7 @@ def index_shard(settings: IndexSettings, item: tuple[int, Shard], inside: Callab
     _write_parquet(table, join(settings.folder, "parts", f"{number:06d}.parquet"), settings.storage)
     receipt = {
         "samples": table.num_rows, "refused": [line.as_json() for line in refused], "ignored": dict(rules.ignored), "rotated": rotated,
+        "spelled": rules.spelled,
     }  # fmt: skip
     write_file(receipt_uri, json.dumps(receipt).encode(), settings.storage)
     return receipt
@@ -261,21 +268,25 @@ def index_group(
         "height": [height for _, height in sizes],
         "fixed_tokens": measure.fixed_tokens,
         "supervised_tokens": measure.supervised_tokens,
-        "visual_image": [image for image, _, _ in measure.visuals],
-        "visual_frames": [frames for _, frames, _ in measure.visuals],
-        "visual_place": [place for _, _, place in measure.visuals],
+        "visual_image": [image for image, _, _, _ in measure.visuals],
+        "visual_frames": [frames for _, frames, _, _ in measure.visuals],
+        "visual_place": [place for _, _, place, _ in measure.visuals],
+        "visual_coordinates": [coordinates for _, _, _, coordinates in measure.visuals],
         "coordinate_image": [image for image, _, _ in measure.coordinates],
         "coordinate_axis": [axis for _, axis, _ in measure.coordinates],
         "coordinate_value": [value for _, _, value in measure.coordinates],
         "cuts": list(measure.cuts),
+        **dict(zip(("target_place", "target_visuals", "target_coordinates"), measure.first_target)),
     }
     return row, turned
 
 
 def measure_any(sample: Sample, sizes: list[tuple[int, int]], tokenizer: TextTokenizer, family: Family) -> Measure:
     """The measure of a sample; of a prompt without an answer, that of `encode_prompt`: up to the answer's first token."""
-    measure = measure_prompt if sample.messages[-1]["role"] in ("user", "system") else measure_sample
-    return measure(sample, sizes, tokenizer, family)
+    answered = any(message["role"] == "assistant" for message in sample.messages)
+    unanswered = sample.messages[-1]["role"] not in ("assistant", RUNNING_TEXT)
+    is_prompt = unanswered and (sample.kind == "prompt" or not answered)
+    return (measure_prompt if is_prompt else measure_sample)(sample, sizes, tokenizer, family)
 
 
 # ---------------------------------------------------------------- merge

@@ -38,6 +38,7 @@ class SampleLocation:
     storage: Storage = DEFAULT_STORAGE
     ignore: tuple[str, ...] = ()  # the source's settings of reading, for samples in tars that Terrace did not write
     placeholders: str = "read"
+    special_tokens: str = "text"
     exif: str = "apply"
 
     @property
@@ -61,7 +62,7 @@ class SourceIndex:
     kind_codes: np.ndarray  # int8 [N], into `kinds`
     suffixes: list[str]
     refused: dict[str, int] = field(default_factory=dict)  # reason -> samples that ingest or the index left out
-    reading: dict[str, Any] = field(default_factory=dict)  # of `SampleLocation`: ignore, placeholders, exif
+    reading: dict[str, Any] = field(default_factory=dict)  # of `SampleLocation`: its settings of reading
     seed: int = 0
     holdout_samples: int = 0
     max_samples: int | None = None
@@ -143,13 +144,14 @@ class SourceIndex:
         """The sample's `Measure`, as `template.measure_sample` gave it."""
         columns = self.columns
         visual, coordinate, cut = self._part("visual", row), self._part("coordinate", row), self._part("cut", row)
-        triple = lambda part, *names: tuple(zip(*(columns[name][part].tolist() for name in names)))  # noqa: E731
+        several = lambda part, *names: tuple(zip(*(columns[name][part].tolist() for name in names)))  # noqa: E731
         return Measure(
             int(columns["fixed_tokens"][row]),
             int(columns["supervised_tokens"][row]),
-            triple(visual, "visual_image", "visual_frames", "visual_place"),
-            triple(coordinate, "coordinate_image", "coordinate_axis", "coordinate_value"),
+            several(visual, "visual_image", "visual_frames", "visual_place", "visual_coordinates"),
+            several(coordinate, "coordinate_image", "coordinate_axis", "coordinate_value"),
             tuple(columns["cuts"][cut].tolist()),
+            tuple(int(columns[name][row]) for name in _TARGET),
         )
 
     def location(self, row: int) -> SampleLocation:
@@ -181,7 +183,7 @@ def load_index(
             f"source {summary['source']}: holdout_samples {holdout_samples} leaves none of {min(count, max_samples or count)}"
             " samples for training"
         )
-    scalar = ("id_hash", "shard", "fixed_tokens", "supervised_tokens")
+    scalar = ("id_hash", "shard", "fixed_tokens", "supervised_tokens", *_TARGET)
     columns = {name: _numpy(table[name]) for name in scalar}
     starts: dict[str, np.ndarray] = {}
     for group, names in _LISTS.items():
@@ -246,10 +248,11 @@ def _summary(folder: str, storage_json: str) -> dict[str, Any]:
     return summary
 
 
+_TARGET = ("target_place", "target_visuals", "target_coordinates")
 _LISTS = {
     "member": ("member_suffix", "member_offset", "member_size", "member_crc"),
     "image": ("width", "height"),
-    "visual": ("visual_image", "visual_frames", "visual_place"),
+    "visual": ("visual_image", "visual_frames", "visual_place", "visual_coordinates"),
     "coordinate": ("coordinate_image", "coordinate_axis", "coordinate_value"),
     "cut": ("cuts",),
 }

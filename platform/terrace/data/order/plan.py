@@ -108,6 +108,7 @@ class StagePlan:
                 pixels,
                 stage.sequence_length,
                 stage.data_loading.max_visual_tokens_per_pack,
+                needs_targets=stage.objective == "lm",
             )
         basis = "|".join(source.mark for source in sources.values())
         plan = cls(stage, sources, recipe.data.seed, recipe_cost(recipe), basis)

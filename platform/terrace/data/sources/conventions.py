@@ -20,6 +20,7 @@ encoded letter by letter. A key that nobody reads refuses the row (`fields.py`),
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ from terrace.data.types import Sample
 __all__ = ["ImageReference", "Rules", "convert_row", "row_id"]
 
 RUNNING_TEXT = "text"
+_SPECIAL = re.compile(r"(<\|[A-Za-z0-9_]{1,40}\|>)")
 METADATA_KEYS = (
     "task", "tolerance", "licence", "license", "attribution", "source", "level", "category", "split", "reward", "data_source", "answer",
 )  # fmt: skip
@@ -48,7 +50,14 @@ class Rules:
 
     ignore: Collection[str] = ()
     placeholders: bool = True  # `<image>` in a turn's text is a placeholder
+    special_tokens: bool = False  # `<|box_start|>` in a text is that token, not letters
     ignored: Counter[str] = field(default_factory=Counter)
+    spelled: int = 0  # samples whose text spells special tokens
+
+    @classmethod
+    def of(cls, settings: Any) -> Rules:
+        """The rules of a source, or of settings that have its fields."""
+        return cls(tuple(settings.ignore), settings.placeholders == "read", settings.special_tokens == "tokens")
 
 
 def convert_row(row: Any, default_id: str, kind: str, rules: Rules | None = None) -> tuple[Sample, list[ImageReference]]:
@@ -96,6 +105,7 @@ def _converted(row: dict[str, Any], default_id: str, kind: str, rules: Rules) ->
     if messages[0]["role"] == RUNNING_TEXT:
         check_text(messages[0]["content"])
     check_pictures(kind, len(images))
+    _special_tokens(messages, rules)
     return Sample(sample_id, kind, messages, plain_values(metadata)), images
 
 
@@ -118,6 +128,25 @@ def _rejected(content: Any, reader: PlaceholderReader) -> list[Item]:
     if any(tag in content for tag in tags) and reader.tags:
         raise Refusal("unsupported", "the rejected reply holds a placeholder; which image or box it means is not said. Write the numbers")
     return [{"type": "text", "text": content}]
+
+
+def _special_tokens(messages: list[dict[str, Any]], rules: Rules) -> None:
+    """Count a sample whose text spells special tokens, and make items of them where the source says so."""
+    spelled = False
+    for message in messages:
+        if not any(item["type"] == "text" and "<|" in item["text"] and _SPECIAL.search(item["text"]) for item in message["content"]):
+            continue
+        spelled = True
+        if rules.special_tokens:
+            message["content"] = [part for item in message["content"] for part in _tokens_apart(item)]
+    rules.spelled += spelled
+
+
+def _tokens_apart(item: Item) -> list[Item]:
+    if item["type"] != "text":
+        return [item]
+    parts = _SPECIAL.split(item["text"])
+    return [{"type": "token", "token": part} if place % 2 else {"type": "text", "text": part} for place, part in enumerate(parts) if part]
 
 
 def row_id(row: dict[str, Any], default_id: str) -> str:

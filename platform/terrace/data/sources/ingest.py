@@ -60,6 +60,7 @@ class IngestReport:
     rewritten: int = 0
     ignored: dict[str, int] = field(default_factory=dict)  # entry of the source's `ignore` -> rows that had it
     rotated: int = 0  # pictures with an EXIF orientation, turned upright or (`exif: ignore`) left lying
+    spelled: int = 0  # samples whose text spells special tokens (`special_tokens` says what becomes of them)
     renamed: int = 0  # samples whose id another sample has too: they got a suffix
 
     @property
@@ -94,6 +95,7 @@ def ingest_source(
         refused=dict(Counter(line.reason for line in refused).most_common()), in_place=bool(tars),
         rewritten=sum(shard.uri.startswith(folder + "/") for shard in found), ignored=dict(ignored),
         rotated=sum(receipt["rotated"] for receipt in receipts), renamed=sum(receipt["renamed"] for receipt in receipts),
+        spelled=sum(receipt["spelled"] for receipt in receipts),
     )  # fmt: skip
     _finish(report, refused, data.storage)
     require_samples(name, source.uri, report.samples, report.refused, folder)
@@ -106,7 +108,7 @@ def _ingest_rows(
     """Everything of a listing that is not a tar, written into shards; the receipts of its units, in order."""
     settings = UnitSettings(
         name, source.kind, source.task, source.images_root and absolute(source.images_root), folder, data.shard_bytes,
-        data.max_image_pixels, data.storage, tuple(source.ignore), source.exif, source.placeholders,
+        data.max_image_pixels, data.storage, tuple(source.ignore), source.exif, source.placeholders, source.special_tokens,
     )  # fmt: skip
     units = plan_units(listing, root, data.storage, source.datasets)
     receipts: list[dict[str, Any]] = [{} for _ in units]
@@ -157,7 +159,8 @@ def ingest_fingerprint(source: Source, data: Data, listing: Listing) -> str:
     settings = {
         "version": INGEST_VERSION, "uri": source.uri, "format": listing.name, "kind": source.kind, "task": source.task,
         "images_root": source.images_root, "shard_bytes": data.shard_bytes, "max_image_pixels": data.max_image_pixels,
-        "ignore": sorted(source.ignore), "exif": source.exif, "placeholders": source.placeholders, "datasets": source.datasets,
+        "ignore": sorted(source.ignore), "exif": source.exif, "placeholders": source.placeholders, "special_tokens": source.special_tokens,
+        "datasets": source.datasets,
         "files": [(file.uri, file.size, file.version) for file in listing.all_files], "told": listing.told,
     }  # fmt: skip
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

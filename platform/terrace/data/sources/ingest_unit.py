@@ -39,12 +39,13 @@ class UnitSettings:
     ignore: tuple[str, ...] = ()
     exif: str = "apply"
     placeholders: str = "read"
+    special_tokens: str = "text"
 
 
 def ingest_unit(settings: UnitSettings, unit: Unit, inside: Callable[[int], None] | None = None) -> dict[str, Any]:
     """Write the shards of one unit and its receipt; reuse it if it is there.
 
-    The receipt: {"shards": [(name, bytes)], "samples", "refused", "ignored": {entry: rows}, "rotated", "renamed"}.
+    The receipt: {"shards": [(name, bytes)], "samples", "refused", "ignored": {entry: rows}, "rotated", "renamed", "spelled"}.
     """
     receipt_uri = join(settings.folder, "units", f"{unit.number:06d}.json")
     try:
@@ -52,7 +53,7 @@ def ingest_unit(settings: UnitSettings, unit: Unit, inside: Callable[[int], None
     except FileNotFoundError:
         pass
     images = ImageLoader(settings, unit)
-    rules = Rules(settings.ignore, settings.placeholders == "read")
+    rules = Rules.of(settings)
     repeats = _Repeats()
     refused: list[RefusedSample] = []
     with _UnitWriter(settings, unit.number) as writer:
@@ -75,7 +76,7 @@ def ingest_unit(settings: UnitSettings, unit: Unit, inside: Callable[[int], None
         shards = writer.finish()
     receipt = {
         "shards": shards, "samples": writer.samples, "refused": [line.as_json() for line in refused], "ignored": dict(rules.ignored),
-        "rotated": images.rotated, "renamed": repeats.renamed,
+        "rotated": images.rotated, "renamed": repeats.renamed, "spelled": rules.spelled,
     }  # fmt: skip
     write_file(receipt_uri, json.dumps(receipt).encode(), settings.storage)
     return receipt

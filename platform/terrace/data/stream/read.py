@@ -64,7 +64,7 @@ def _checked(location: SampleLocation, blocks: list[bytes]) -> tuple[Sample, lis
             return _damaged(location, f"the checksum of its {suffix} at byte {offset} does not match the index")
         data[suffix] = block
     try:
-        rules = Rules(location.ignore, location.placeholders == "read")
+        rules = Rules.of(location)
         sample, images = sample_of_members(location.id, data, location.id, location.kind, rules)
         resolve_coordinates(sample.messages, location.sizes)
     except Refusal as refusal:
