@@ -119,7 +119,8 @@ def train_with_a_poisoned_pack(rank: int, world_size: int, recipes: dict[str, di
     def poisoned(pack: PackedExample, device: Any, dtype: Any) -> Any:
         batch = real(pack, device, dtype)
         if pack.pack == 4:
-            batch.pixel_values[0] = float("nan")
+            batch.pixels = batch.pixels.float()
+            batch.pixels[0] = float("nan")
         return batch
 
     with mock.patch.object(module, "to_device", poisoned):

@@ -40,8 +40,10 @@ from train_setup import bench_recipe, full_pack, small_model, tiny_model
 
 from terrace.data.types import PackedExample
 from terrace.models.attention import use_attention
-from terrace.models.batch import normalise_patches, to_device
+from terrace.models.batch import to_device
 from terrace.models.build import build_model, model_config
+from terrace.models.families.interface import ImageFacts
+from terrace.models.families.registry import family_model_named
 from terrace.models.forward import pack_hidden
 from terrace.objectives.interface import StageFeed
 from terrace.objectives.lm import LanguageModelling
@@ -156,10 +158,12 @@ def samples_of(pack: PackedExample) -> list[dict[str, Any]]:
         sample: dict[str, Any] = {"input_ids": ids, "labels": labels}
         visual = int((pack.input_ids[start:end] == pack_image_token()).sum())
         if visual:
-            grid = torch.from_numpy(pack.image_grids[image : image + 1].astype(np.int64))
+            grid = torch.from_numpy(pack.image_facts[image : image + 1].astype(np.int64))
             count = int(grid.prod())
-            sample["pixel_values"] = normalise_patches(torch.from_numpy(pack.patches[patch : patch + count]), torch.float32)
-            sample["image_grid_thw"] = grid
+            facts = ImageFacts(grid, torch.tensor([count // 4]), torch.tensor([count]))
+            family = family_model_named("qwen2_5_vl")
+            pixels = family.normalised(torch.from_numpy(pack.pixels[patch : patch + count]), torch.float32)
+            sample |= family.inputs(pixels, facts)
             patch, image = patch + count, image + 1
         samples.append(sample)
         start = end
@@ -279,7 +283,7 @@ def strategy_memory(rank: int, world_size: int, args: argparse.Namespace, name: 
     before = held_bytes()
     strategy = prepare_strategy(recipe, stage, config, context, partial(summed_loss, chunk_tokens=64))
     sizes = {n: int(np.prod(getattr(p, "ds_shape", p.shape))) for n, p in strategy.model.named_parameters()}
-    rates = [group.peak_lr for group in parameter_groups(list(sizes), stage)]
+    rates = [group.peak_lr for group in parameter_groups(strategy.model, stage)]
     held = 0
     for _ in range(2):  # moments exist from the first step on
         for place in range(2):

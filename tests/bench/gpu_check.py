@@ -266,7 +266,7 @@ def train_variant(args: argparse.Namespace, settings: dict[str, Any]) -> dict[st
         feed = StageFeed(config, 0, lambda start: iter(()), lambda step: {}, lambda state: None)
         objective = LanguageModelling(Opening(recipe, stage, feed, context, Path()))
         strategy = prepare_strategy(recipe, stage, config, context, objective.loss)
-    groups = parameter_groups([name for name, _ in strategy.model.named_parameters()], stage)
+    groups = parameter_groups(strategy.model, stage)
     rates = [group.peak_lr for group in groups]
     meter = Meter(config, stage, recipe.planning, context)
     batches = [
@@ -286,7 +286,7 @@ def train_variant(args: argparse.Namespace, settings: dict[str, Any]) -> dict[st
         losses.append(outcome.loss)
         peak = max(peak, outcome.memory_peak_bytes or 0.0)
     mean = sum(seconds) / len(seconds)
-    visual = sum(int(pack.image_grids.prod(axis=1).sum()) // 4 for pack in batches[0]) / args.packs
+    visual = sum(pack.visual_tokens for pack in batches[0]) / args.packs
     size = PackSize(args.length, visual, counts.supervised_tokens / args.packs)
     planned = stage_memory(shape_of_config(config.to_dict(), "qwen2_5_vl"), stage, 1, size, args.device.startswith("cuda"))
     figures = meter.values(counts.model_flops, mean)

@@ -127,7 +127,7 @@ def test_peak_of_a_step(shape: str, strategy: str, checkpointing: bool, tmp_path
     before = max(run_ranks(WORKERS, step_memory, warm, recipe.model_dump(mode="json"), str(tmp_path), timeout=400))
     peak = peak_of_steps(tmp_path / "sized") - before
     example = full_pack(0)
-    pack = PackSize(len(example.input_ids), example.patches.shape[0] / 4, example.supervised_tokens)
+    pack = PackSize(len(example.input_ids), example.pixels.shape[0] / 4, example.supervised_tokens)
     planned = stage_memory(model_shape(recipe), recipe.stages[0], WORKERS, pack, on_gpu=False)
     parts = {name: round(value / 2**20) for name, value in vars(planned).items()}
     print(f"{shape} {strategy} {checkpointing}: planned {planned.total / 2**20:.0f} MiB, measured {peak / 2**20:.0f} MiB, {parts}")

@@ -23,8 +23,11 @@ from terrace.data.prepare import PreparedData, data_mark, prepare_data
 from terrace.data.stream.rank_stream import open_stream
 from terrace.data.types import PackedExample
 from terrace.errors import DamagedData
+from terrace.families.qwen2_5_vl import Qwen25VL
 from terrace.recipe.loading import stage_hash
 from terrace.recipe.schema import Recipe
+
+FAMILY = Qwen25VL()
 
 STEPS, BATCH = 8, 6
 
@@ -68,7 +71,7 @@ def packs_of(prepared: PreparedData, plan: StagePlan, workers: int = 1, start: i
 
 
 def contents(packs: dict[int, PackedExample]) -> dict[int, tuple]:
-    arrays = ("input_ids", "targets", "position_ids", "segment_ends", "patches", "image_grids")
+    arrays = ("input_ids", "targets", "position_ids", "segment_ends", "pixels", "image_facts", "image_tokens", "image_rows")
     told = ("sample_ids", "sources", "kinds", "damaged", "replaced")
     return {
         number: (*(getattr(pack, name).tobytes() for name in arrays), *(str(getattr(pack, name)) for name in told))
@@ -220,7 +223,7 @@ def test_candidates_fit_and_where_nothing_fits_a_gap_is_left(folder: Path) -> No
 def test_a_row_is_found_without_its_index(folder: Path) -> None:
     prepared, _ = prepared_and_plan(folder, "skip")
     for index in prepared.indexes.values():
-        fresh = load_index(index.folder)
+        fresh = load_index(index.folder, FAMILY)
         for row in (0, 1, len(index) // 2, len(index) - 1):
             assert locate(index.folder, row) == fresh.location(row)
 

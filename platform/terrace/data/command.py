@@ -33,6 +33,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     )
     _add_source_arguments(index)
     index.add_argument("--tokenizer", help="with --uri: Hugging Face tokenizer folder")
+    index.add_argument("--architecture", default="qwen2_5_vl", help="with --uri: family whose form the samples take (default: qwen2_5_vl)")
     index.set_defaults(main=index_command)
     order_command.register(subparsers)
 
@@ -71,10 +72,12 @@ def ingest_command(args: argparse.Namespace) -> int:
 
 def index_command(args: argparse.Namespace) -> int:
     """Index every chosen source, ingesting first what needs it."""
+    from terrace.data.family import recipe_family
     from terrace.data.index.build import build_index, load_summary
     from terrace.data.prepare import prepare_tokenizer
     from terrace.data.sources.ingest import ingest_source
     from terrace.data.tokenizer import load_tokenizer
+    from terrace.families.registry import make_family
     from terrace.storage.files import absolute
 
     data, out, recipe = _chosen(args)
@@ -82,17 +85,17 @@ def index_command(args: argparse.Namespace) -> int:
     if recipe is None:
         if args.tokenizer is None:
             raise InputError("terrace index --uri: name the tokenizer folder with --tokenizer; token counts depend on it")
-        tokenizer = load_tokenizer(absolute(args.tokenizer))
+        tokenizer, family = load_tokenizer(absolute(args.tokenizer)), make_family(args.architecture, {})
     else:
         # A tokenizer that is trained needs the text of every source, whichever of them is to be indexed now.
         trained = recipe.tokenizer.path is None
         reports = {name: ingest_source(name, data.sources[name], data, out, progress) for name in data.sources if trained}
-        tokenizer = prepare_tokenizer(recipe, reports, out, progress)
+        tokenizer, family = prepare_tokenizer(recipe, reports, out, progress), recipe_family(recipe)
 
     def one(name: str) -> dict[str, Any]:
         source = data.sources[name]
         report = ingest_source(name, source, data, out, progress)
-        folder = build_index(name, source, report, tokenizer, data.max_image_pixels, data.storage, progress)
+        folder = build_index(name, source, report, tokenizer, family, data.max_image_pixels, data.storage, progress)
         summary = load_summary(folder, data.storage)
         assert summary is not None
         return {

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from terrace.errors import InputError, TerraceError
 from terrace.evaluate.cases import Case
 from terrace.evaluate.replies import Reply, Settings
 from terrace.evaluate.suites import Reading, Row, Suite, load_suites
+from terrace.families.interface import Sight
 
 SCORES_VERSION = 1
 Progress = Callable[[str, int, int], None]  # (suite, cases done, cases of this worker)
@@ -73,12 +74,12 @@ def merge_replies(suite: Suite, parts: Sequence[Mapping[int, Reply]]) -> list[Re
     return [together[place] for place in range(len(suite.cases))]
 
 
-def judged_rows(suite: Suite, replies: Sequence[Reply], pixels: tuple[int, int]) -> list[Row]:
+def judged_rows(suite: Suite, replies: Sequence[Reply], sight: Sight) -> list[Row]:
     """Every case with its answer and verdict."""
     if suite.kind.judge is None:
         verdicts = [(reply.measured, "", None) for reply in replies]
     else:
-        judged = suite.kind.judge(suite.cases, [reply.text for reply in replies], pixels)
+        judged = suite.kind.judge(suite.cases, [reply.text for reply in replies], sight)
         verdicts = [(verdict.values, verdict.read, verdict.failure) for verdict in judged]
     return [
         Row(
@@ -128,45 +129,46 @@ def evaluate_model(
     """
     settings = settings or Settings()
     started = time.monotonic()
-    loaded, pixels = open_suites(model, suites, settings)
+    loaded, sight = open_suites(model, suites, settings)
     if settings.workers == 1:
         parts = [worker_replies(model, suites, settings, 0, progress, loaded)]
     else:
         parts = _in_processes(model, suites, settings)
-    return judge_and_write(model, loaded, parts, pixels, out_dir, started)
+    return judge_and_write(model, loaded, parts, sight, out_dir, started)
 
 
 def judge_and_write(
     model: Path,
     suites: Sequence[Suite],
     parts: Sequence[Mapping[str, Mapping[int, Reply]]],
-    pixels: tuple[int, int],
+    sight: Sight,
     out_dir: Path,
     started: float,
 ) -> dict[str, Any]:
     """Scores from the replies of all workers, written to `out_dir` with every answer. `started`: time.monotonic() seconds."""
     rows = {
-        suite.label: judged_rows(suite, merge_replies(suite, [part[suite.label] for part in parts]), pixels) for suite in suites
+        suite.label: judged_rows(suite, merge_replies(suite, [part[suite.label] for part in parts]), sight) for suite in suites
     }
     scores = {
         "version": SCORES_VERSION,
         "model": str(model),
-        "pixels": list(pixels),
+        "pixels": list(sight.pixels),
         "seconds": round(time.monotonic() - started, 3),
-        "suites": {suite.label: suite_scores(suite, rows[suite.label], pixels) for suite in suites},
+        "suites": {suite.label: suite_scores(suite, rows[suite.label], sight.pixels) for suite in suites},
     }
     write_results(out_dir, scores, [row for suite in suites for row in rows[suite.label]])
     return scores
 
 
-def open_suites(model: Path, suites: Sequence[str], settings: Settings) -> tuple[list[Suite], tuple[int, int]]:
-    """The suites as this model is asked them, and its (min, max) pixels."""
-    from terrace.evaluate.model_files import model_pixels_of
+def open_suites(model: Path, suites: Sequence[str], settings: Settings) -> tuple[list[Suite], Sight]:
+    """The suites as this model is asked them, and how it sees images."""
+    from terrace.evaluate.model_files import model_sight
 
-    own = model_pixels_of(model)
-    pixels = settings.pixels or own
-    reading = Reading(pixels, settings.images_root, settings.limit, settings.max_new_tokens)
-    return load_suites(suites, reading), pixels
+    sight = model_sight(model)
+    if settings.pixels:
+        sight = replace(sight, pixels=settings.pixels)
+    reading = Reading(sight, settings.images_root, settings.limit, settings.max_new_tokens)
+    return load_suites(suites, reading), sight
 
 
 def worker_replies(

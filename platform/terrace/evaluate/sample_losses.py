@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from terrace.data.positions import TOKENS_PER_SECOND
 from terrace.data.prepare import PreparedData, load_prepared
 from terrace.data.stream.collate import CollateSettings, LoadedSample, collate
 from terrace.data.stream.read import read_located
@@ -64,12 +63,12 @@ def loss_measure(path: Path, model: Model) -> Callable[[Sequence[Case]], list[di
         )
     settings = CollateSettings(
         str(prepared.tokenizer_dir),
-        model.pixels,
+        model.sight.family,
+        model.sight.pixels,
         MAX_SAMPLE_TOKENS,
         MAX_IMAGE_PIXELS,
         {},
         frozenset(),
-        TOKENS_PER_SECOND,
     )
     return lambda cases: [_measured(case, prepared, settings, model) for case in cases]
 
@@ -82,6 +81,6 @@ def _measured(case: Case, prepared: PreparedData, settings: CollateSettings, mod
         raise read
     ref = SampleRef(index.name, row, location.id)
     length, visual = int(index.lengths(settings.pixels)[row]), int(index.visual_tokens(settings.pixels)[row])
-    spec = PackSpec(0, (ref,), (length,), (visual,), 4 * visual, 0)
+    spec = PackSpec(0, (ref,), (length,), (visual,), int(index.pixel_rows(settings.pixels)[row]), 0)
     example = collate(spec, [LoadedSample(*read, location.sizes)], model.tokenizer, settings)
     return {"loss_sum": model.loss(example), "tokens": float(example.supervised_tokens)}

@@ -35,14 +35,14 @@ def evaluate_final(stage: Stage, stage_dir: Path, context: WorkerContext) -> Sco
         torch.cuda.empty_cache()
     started, final = time.monotonic(), stage_dir / "final"
     settings = Settings(limit=stage.evaluate.limit, workers=context.world_size, device=context.device)
-    suites, pixels = open_suites(final, stage.evaluate.suites, settings)
+    suites, sight = open_suites(final, stage.evaluate.suites, settings)
     threads = torch.get_num_threads()
     parts = gather_objects(worker_replies(final, stage.evaluate.suites, settings, context.rank, None, suites), context)
     torch.set_num_threads(threads)
     scores: Scores | str = {}
     if context.rank == 0:
         try:
-            scores = _by_suite(flat_metrics(judge_and_write(final, suites, parts, pixels, stage_dir / "evaluation", started)))
+            scores = _by_suite(flat_metrics(judge_and_write(final, suites, parts, sight, stage_dir / "evaluation", started)))
         except TerraceError as error:
             scores = str(error)
     scores = from_rank_zero(scores, context)

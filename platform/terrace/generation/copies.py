@@ -30,7 +30,7 @@ def open_copy_engine(
 ) -> RolloutEngine:
     """An engine with weights of its own, which `update_weights` brings. `alone`: no training engine shares its device."""
     options = stage.grpo or GrpoOptions()
-    forbidden, stop = forbidden_tokens(tokenizer, config), stop_tokens(tokenizer)
+    forbidden, stop = forbidden_tokens(tokenizer, config), stop_tokens(tokenizer, config)
     if options.engine == "vllm":
         from terrace.generation.vllm import VllmEngine
 

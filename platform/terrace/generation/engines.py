@@ -32,6 +32,6 @@ def open_engine(
 
         return SeparateEngine(recipe, stage, tokenizer.directory, stage_dir, context)
     if options.engine == "native" and stage.parallel.strategy not in SHARDING:
-        forbidden, stop = forbidden_tokens(tokenizer, config), stop_tokens(tokenizer)
+        forbidden, stop = forbidden_tokens(tokenizer, config), stop_tokens(tokenizer, config)
         return NativeEngine(model, forbidden, stop, context.device, stage.precision)
     return open_copy_engine(recipe, stage, config, tokenizer, stage_dir, context)

@@ -133,7 +133,7 @@ class VllmEngine:
     def _collapsed(self, prompt: Prompt) -> list[int]:
         """Token ids with each run of image tokens as one placeholder, which vLLM expands."""
         ids = prompt.input_ids
-        pad = self._tokenizer.special.image_pad
+        pad = self._config.image_token_id
         keep = np.ones(len(ids), bool)
         keep[1:] = ~((ids[1:] == pad) & (ids[:-1] == pad))
         return ids[keep].tolist()

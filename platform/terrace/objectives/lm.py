@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from terrace.data.order.balance import CostModel, cost_model
-from terrace.data.types import PATCH_VALUES, PackedExample
+from terrace.data.order.balance import CostModel, recipe_cost
+from terrace.data.types import PackedExample, no_pixels
 from terrace.models.batch import DeviceBatch, to_device
+from terrace.models.families.registry import family_model
 from terrace.models.forward import pack_hidden
 from terrace.models.sequence_parallel import shard_to_device
 from terrace.objectives.interface import Counts, Objective, Opening, StepExamples
@@ -28,7 +29,7 @@ class LanguageModelling(Objective):
 
     def __init__(self, opening: Opening) -> None:
         super().__init__(opening)
-        self._cost = cost_model(opening.recipe.model.config)
+        self._cost = recipe_cost(opening.recipe)
 
     def loss(self, model: Any, batch: DeviceBatch) -> torch.Tensor:
         return summed_loss(model, batch, self.opening.stage.loss_chunk_tokens)
@@ -44,7 +45,7 @@ class LanguageModelling(Objective):
         opening, config = self.opening, self.opening.feed.config
         if opening.sequence is None:
             return to_device(example, opening.context.device, opening.dtype)
-        visual_ids = (config.image_token_id, config.video_token_id)
+        visual_ids = family_model(config).visual_ids(config)
         return shard_to_device(example, visual_ids, opening.context.device, opening.dtype, opening.sequence)
 
     def empty(self) -> PackedExample:
@@ -93,7 +94,7 @@ def count_packs(packs: list[PackedExample], sources: list[str], cost: CostModel)
         supervised_tokens=sum(pack.supervised_tokens for pack in packs),
         tokens=tokens,
         samples=sum(len(pack.sample_ids) for pack in packs),
-        visual_tokens=sum(int(pack.image_grids.prod(axis=1).sum()) // 4 for pack in packs if len(pack.image_grids)),
+        visual_tokens=sum(pack.visual_tokens for pack in packs),
         rows=tokens,
         cost=sum(pack_cost(pack, cost) for pack in packs),
         damaged_samples=sum(len(pack.damaged) for pack in packs),
@@ -106,7 +107,7 @@ def pack_cost(pack: PackedExample, model: CostModel) -> float:
     """Multiply-adds of a pack's forward pass, as the dealing of packs to ranks estimates them."""
     lengths = np.diff(np.asarray(pack.segment_ends, np.float64), prepend=0.0)
     text = model.per_token * lengths.sum() + model.per_token_pair * (lengths**2).sum()
-    return float(text + model.per_patch * len(pack.patches))
+    return float(text + model.per_row * len(pack.pixels))
 
 
 def empty_pack(pack: int = -1, sequence_length: int = 1) -> PackedExample:
@@ -115,10 +116,9 @@ def empty_pack(pack: int = -1, sequence_length: int = 1) -> PackedExample:
         pack=pack,
         input_ids=np.zeros(0, np.int32),
         targets=np.zeros(0, np.int32),
-        position_ids=np.zeros((4, 0), np.int32),
+        position_ids=np.zeros((0, 0), np.int32),
         segment_ends=np.zeros(0, np.int32),
-        patches=np.zeros((0, PATCH_VALUES), np.uint8),
-        image_grids=np.zeros((0, 3), np.int32),
+        **no_pixels(0, 0),
         sample_ids=[],
         sources=[],
         kinds=[],

@@ -2,8 +2,8 @@
 
     loss = -log sigmoid(score(prompt, chosen) - score(prompt, rejected)), summed over the pairs of a pack
 
-The score is one linear map of the hidden state at the answer's last token. It is stored in the output row of
-`<|video_pad|>`, a token that no answer contains, so a reward model is a plain Hugging Face directory of the same class and
+The score is one linear map of the hidden state at the answer's last token. It is stored in the output row of a
+placeholder, a token that no answer contains, so a reward model is a plain Hugging Face directory of the same class and
 needs no head of its own. A pair is one unit (models.shared_prompt): the prompt and its images run once.
 """
 
@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from terrace.data.types import PackedExample
 from terrace.models.attention import choose_backend
 from terrace.models.batch import DeviceBatch, to_device
+from terrace.models.families.registry import family_of_model
 from terrace.models.shared_prompt import Unit, units_hidden, use_shared_prompt_attention
 from terrace.objectives.interface import Counts, Objective, Opening, StageRun, StepExamples
 from terrace.objectives.lm import empty_pack
@@ -124,10 +125,15 @@ class RewardModel(Objective):
 open_objective = RewardModel
 
 
+def score_token(model: Any) -> int:
+    """The placeholder in whose output row the score lies: the family's last one."""
+    return family_of_model(model).visual_ids(model.config)[-1]
+
+
 def scores(model: Any, batch: PairBatch) -> torch.Tensor:
     """float32 [N]: the score of each answer."""
     hidden = units_hidden(model, batch.batch, batch.units)
-    return model.lm_head(hidden.index_select(0, batch.rows)).float()[:, model.config.video_token_id]
+    return model.lm_head(hidden.index_select(0, batch.rows)).float()[:, score_token(model)]
 
 
 def summed_preference_loss(model: Any, batch: PairBatch) -> torch.Tensor:

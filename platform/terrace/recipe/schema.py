@@ -59,7 +59,7 @@ class TrainedParts(Strict):
 
 
 class Pixels(Strict):
-    """Bounds on the pixels of a resized image. Sides are multiples of 28 (14-pixel patches merged 2x2)."""
+    """Bounds on the pixels of a resized image; what sizes there are between them, the model family says."""
 
     min: int = Field(3136, ge=1, description="Smaller images are enlarged to this many pixels.")
     max: int = Field(1_003_520, ge=1, description="Larger images are reduced to this many pixels.")

@@ -49,7 +49,10 @@ class Initialisation(Strict):
 
 
 class Model(Strict):
-    architecture: Literal["qwen2_5_vl", "qwen2_vl"] = Field("qwen2_5_vl", description="A transformers model type.")
+    architecture: str = Field(
+        "qwen2_5_vl",
+        description="The model family: a transformers model type that Terrace knows, or `package.module` that holds one of your own.",
+    )
     config: dict[str, Any] | None = Field(
         None,
         description="The transformers configuration, every shape field set: `text_config`, `vision_config`, token ids.",

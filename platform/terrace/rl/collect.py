@@ -43,7 +43,7 @@ class Group:
     id: str
     task: str
     prompt_tokens: int
-    patches: int
+    visual_tokens: int
     responses: tuple[Response, ...]
     rewards: np.ndarray  # float64 [G], NaN where the reward failed
     failures: tuple[str, ...]
@@ -199,7 +199,7 @@ class Collector:
             id=prompt.id,
             task=prompt.task,
             prompt_tokens=len(prompt.input_ids),
-            patches=len(prompt.patches),
+            visual_tokens=int(prompt.image_tokens.sum()),
             responses=tuple(responses),
             rewards=np.asarray([np.nan if value is None else value for value, _ in rewards], np.float64),
             failures=tuple(reason or "" for value, reason in rewards if value is None),

@@ -25,7 +25,7 @@ def own_groups(
     part: Sequence[Group], options: GrpoOptions, collected: Collected, collector: Collector, context: WorkerContext
 ) -> list[TrainGroup]:
     """This rank's groups of an update with their advantages. Prompts that another rank has decoded are read here."""
-    costs = [group_cost(group.prompt_tokens, group.patches, group.response_tokens) for group in part]
+    costs = [group_cost(group.prompt_tokens, group.visual_tokens, group.response_tokens) for group in part]
     mine = [part[number] for number in deal_groups(costs, context.world_size, context.rank)]
     missing = [group.drawn for group in mine if group.drawn not in collected.prompts]
     if missing:
@@ -52,7 +52,7 @@ def part_counts(part: Sequence[Group], stage: Stage) -> Counts:
     return Counts(
         tokens=sum(group.prompt_tokens + group.response_tokens for group in part),
         samples=sum(len(group.responses) for group in part),
-        visual_tokens=sum(group.patches // 4 for group in part),
+        visual_tokens=sum(group.visual_tokens for group in part),
         samples_per_source=sources,
     )
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from terrace.data.template import encode_answer
 from terrace.data.tokenizer import TextTokenizer
 from terrace.errors import InputError
+from terrace.families.interface import Family
 from terrace.generation.interface import Prompt, Response
 from terrace.objectives.reward_model import PairPack, answer_rows
 from terrace.rl.units import TrainGroup, unit_pack
@@ -27,9 +29,9 @@ class Pair:
         return len(self.prompt.input_ids) + sum(len(answer) for answer in self.answers)
 
 
-def answer_tokens(text: str, tokenizer: TextTokenizer) -> np.ndarray:
+def answer_tokens(text: str, tokenizer: TextTokenizer, family: Family) -> np.ndarray:
     """int32 [T]: an answer as the assistant's turn has it, with its end mark."""
-    return np.asarray([*tokenizer.encode(text), tokenizer.special.im_end], np.int32)
+    return np.asarray(encode_answer(text, tokenizer, family), np.int32)
 
 
 def text_of_items(items: Sequence[dict[str, Any]], sample_id: str) -> str:
@@ -70,6 +72,6 @@ def lay_out(pairs: Sequence[Pair]) -> PairPack:
         units=units,
         answers=answer_rows(units) if pairs else [],
         rows=sum(pair.rows for pair in pairs),
-        visual_tokens=sum(len(pair.prompt.patches) // 4 for pair in pairs),
+        visual_tokens=sum(int(pair.prompt.image_tokens.sum()) for pair in pairs),
         sources=[pair.prompt.key[0] for pair in pairs],
     )

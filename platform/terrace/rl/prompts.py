@@ -15,14 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from terrace.data.images import load_patches
 from terrace.data.order.eligible import source_pixels
 from terrace.data.order.permutation import source_rows
 from terrace.data.order.plan import StagePlan
+from terrace.data.prompt import read_prompt
 from terrace.data.stream.read import read_located
-from terrace.data.template import encode_prompt
 from terrace.data.tokenizer import TextTokenizer
-from terrace.data.types import PATCH_SIZE, PATCH_VALUES, Sample
+from terrace.data.types import Sample
 from terrace.errors import DamagedData, InputError
 from terrace.generation.interface import Prompt
 from terrace.recipe.schema import GrpoOptions, Recipe
@@ -204,29 +203,23 @@ class PromptReader:
         name, row = drawn.key
         source = self._recipe.data.sources[name]
         sizes = self._prepared.indexes[name].sizes(row)
-        pixels = source_pixels(source, (self._stage.pixels.min, self._stage.pixels.max))
-        encoded = encode_prompt(sample, sizes, self._tokenizer, pixels)
-        if any(len(numbers) != 1 for numbers in encoded.images):
-            raise InputError(f"source {name}, sample {sample.id}: rollouts take images, not videos")
-        patches, model_sizes = [], {}
-        for (_, rows, columns), (number,) in zip(encoded.grids.tolist(), encoded.images):
-            height, width = rows * PATCH_SIZE, columns * PATCH_SIZE
-            patches.append(load_patches(images[number], height, width, self._recipe.data.max_image_pixels))
-            model_sizes[number] = [width, height]
+        pixels = source_pixels(source, (self._stage.pixels.min, self._stage.pixels.max), self._prepared.family)
+        most = self._recipe.data.max_image_pixels
+        try:
+            read = read_prompt(sample, images, sizes, self._tokenizer, self._prepared.family, pixels, most)
+        except InputError as error:
+            raise InputError(f"source {name}, {error}") from error
         metadata = {
             **sample.metadata,
             "messages": sample.messages,
             "image_sizes": [list(size) for size in sizes],
-            "model_sizes": [model_sizes[number] for number in sorted(model_sizes)],
+            "model_sizes": [list(read.scales[number]) for number in sorted(read.scales)],
         }
         return Prompt(
+            **vars(read.inputs),
             key=drawn.key,
             id=sample.id,
             task=task,
-            input_ids=encoded.input_ids,
-            positions=encoded.positions,
-            patches=np.concatenate(patches) if patches else np.zeros((0, PATCH_VALUES), np.uint8),
-            grids=encoded.grids,
             text=prompt_text(sample),
             solution=sample.metadata.get("solution"),
             metadata=metadata,
@@ -248,7 +241,7 @@ class PairReader(PromptReader):
                 f"source {drawn.key[0]}, sample {sample.id}: a preference row needs an assistant's answer and a rejected one"
             )
         texts = (text_of_items(chosen["content"], sample.id), text_of_items(rejected, sample.id))
-        answers = tuple(answer_tokens(text, self._tokenizer) for text in texts)
+        answers = tuple(answer_tokens(text, self._tokenizer, self._prepared.family) for text in texts)
         return Pair(self._encoded(drawn, sample, images, "preference"), answers)
 
 

@@ -115,7 +115,7 @@ def train_stage(
     ):
         # Open: model, optimizer, checkpoint folder.
         strategy = prepare_strategy(recipe, stage, feed.config, context, objective.loss, start_weights)
-        groups = parameter_groups([name for name, _ in strategy.model.named_parameters()], stage)
+        groups = parameter_groups(strategy.model, stage)
         writer = CheckpointWriter(stage_dir / "checkpoints", stage.checkpoint, context, attempt, storage)
         barrier(context)
         objective.begin(StageRun(strategy, notify, watchdog.mark))

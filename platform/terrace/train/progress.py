@@ -123,8 +123,7 @@ def resume_or_hand_over(
     path = from_rank_zero(found.path if found else None, context)
     left_out = set(json.loads((stage_dir / LEFT_OUT).read_text())) if (stage_dir / LEFT_OUT).is_file() else set()
     if path is None:
-        names = [name for name, p in strategy.model.named_parameters() if p.requires_grad]
-        kept = names_of_kept_parts(names, stage)
+        kept = names_of_kept_parts(strategy.model, stage)
         if kept and start_weights is not None:
             fresh = keep_optimizer_state(strategy, previous_checkpoint(start_weights, storage), kept)
             if fresh and context.rank == 0:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from terrace.errors import InputError, TerraceError
 from terrace.models.build import materialise, restore_buffers
-from terrace.models.parts import language_layers, vision_blocks
+from terrace.models.parts import transformer_blocks
 from terrace.models.precision import DTYPES
 from terrace.models.weights import TensorSource
 from terrace.recipe.schema import Stage
@@ -303,7 +303,7 @@ def _partitioned(setup: Setup, configuration: dict[str, Any]) -> Any:
 
     model, dtype = setup.skeleton, DTYPES[setup.stage.precision]
     names = {id(module): name for name, module in model.named_modules()}
-    blocks = [*vision_blocks(model), *language_layers(model)]
+    blocks = transformer_blocks(model)
     inside = {id(module) for block in blocks for module in block.modules()}
     rest = [module for module in model.modules() if id(module) not in inside and _own_tensors(module)]
     for whole in (*blocks, *rest):
