@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from damage import flip
 from packs import tiny_recipe
 from ranks import Step, losses, memory_feed, stage_dir, train, train_stages
 from rl_stage import figures_of, pair_recipe, rl_recipe, run, write_pairs, write_prompts
@@ -97,16 +98,10 @@ def test_damage_is_left_out_where_the_source_says_so(tmp_path, kind):
     made = rl_recipe(tmp_path, 2) if kind == "prompt" else pair_recipe(tmp_path, 2, batch={"packs": 16})
     values = made.model_dump(mode="json")
     prepare_data(Recipe.model_validate(values), tmp_path, use_ray=False)
-    for index in load_prepared(tmp_path / "data").indexes.values():
-        for row in range(len(index)):
-            location = index.location(row)
-            if row % 3 == 0 and location.members:  # every third sample, of its largest file one bit
-                _, offset, size, _ = max(location.members, key=lambda member: member[2])
-                with open(location.shard, "r+b") as shard:
-                    shard.seek(offset + size // 2)
-                    byte = shard.read(1)[0]
-                    shard.seek(offset + size // 2)
-                    shard.write(bytes([byte ^ 4]))
+    prepared = load_prepared(tmp_path / "data")
+    for name, index in prepared.indexes.items():
+        for row in range(0, len(index), 3):
+            flip(prepared, name, row)
     with pytest.raises(DamagedData):
         run(Recipe.model_validate(values), tmp_path, "stop")
     for source in values["data"]["sources"].values():
