@@ -75,6 +75,37 @@ def rl_recipe(folder: Path, steps: int = 3, grpo: dict[str, Any] | None = None, 
     })  # fmt: skip
 
 
+def write_pairs(folder: Path, count: int = 40) -> None:
+    """JSON Lines of preference rows: a kind answer before a rude one, every second row with an image."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number in range(count):
+        image = "<image>" * (number % 2)
+        rows.append({
+            "messages": [
+                {"role": "user", "content": f"{image}Say something nice, number {number}"},
+                {"role": "assistant", "content": "thank you " * int(rng.integers(1, 4))},
+            ],
+            "rejected_response": "go away " * int(rng.integers(1, 4)),
+        })  # fmt: skip
+        if image:
+            Image.fromarray(rng.integers(0, 255, (40 + number, 60, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+            rows[-1]["images"] = [f"{number}.png"]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def pair_recipe(folder: Path, steps: int = 12, **stage: Any) -> Recipe:
+    """A recipe of one reward_model stage over the pairs in `folder`."""
+    values = rl_recipe(folder).model_dump(mode="json")
+    values["data"]["sources"] = {"pairs": {"uri": str(folder / "pairs.jsonl"), "kind": "preference", "holdout_samples": 8}}
+    values["stages"][0] |= {
+        "objective": "reward_model", "grpo": None, "rewards": {}, "mixture": {"weights": {"pairs": 1.0}},
+        "budget": {"steps": steps}, "batch": {"packs": 8}, **stage,
+    }  # fmt: skip
+    return Recipe.model_validate(values)
+
+
 def prepare(folder: Path, recipe: Recipe) -> None:
     """Ingest and index the prompts into `folder` without Ray."""
     write_prompts(folder)

@@ -13,6 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from damage import flip
 from stream_rows import captioned_pictures
 
 from terrace.data.images import ImageDamage
@@ -77,18 +78,6 @@ def contents(packs: dict[int, PackedExample]) -> dict[int, tuple]:
         number: (*(getattr(pack, name).tobytes() for name in arrays), *(str(getattr(pack, name)) for name in told))
         for number, pack in packs.items()
     }
-
-
-def flip(prepared: PreparedData, source: str, row: int) -> str:
-    """One bit of a sample's largest file; returns "source/id"."""
-    location = prepared.indexes[source].location(row)
-    _, offset, size, _ = max(location.members, key=lambda member: member[2])
-    with open(location.shard, "r+b") as shard:
-        shard.seek(offset + size // 2)
-        byte = shard.read(1)[0]
-        shard.seek(offset + size // 2)
-        shard.write(bytes([byte ^ 4]))
-    return f"{source}/{location.id}"
 
 
 def cut(prepared: PreparedData, source: str, share: float) -> set[str]:

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import WrapValidator
 
+PACKS = "terrace.train.feed"  # packs of the data path
+
 
 @dataclass(frozen=True)
 class ObjectiveEntry:
@@ -14,11 +16,16 @@ class ObjectiveEntry:
     context)`. Both are imported by the worker that trains a stage, and by nobody else."""
 
     module: str
-    feed: str = "terrace.train.feed"  # packs of the data path
+    feed: str = PACKS
     refused_kinds: dict[str, str] = field(default_factory=dict)  # kinds of sources that it cannot learn from -> what can
     only_kind: str | None = None  # the one kind of source that it reads
     shares_packs: bool = False  # parallel.sequence_parallel is offered
     answers: bool = True  # its model answers questions: evaluate.suites are offered
+
+    @property
+    def reads_packs(self) -> bool:
+        """Whether its batches are packs that the plan knows before the stage runs."""
+        return self.feed == PACKS
 
 
 OBJECTIVES: dict[str, ObjectiveEntry] = {

@@ -86,7 +86,8 @@ class Progress:
         if self.skipped_steps >= self.step:
             what = f"all of its {self.step} steps were skipped" if self.step else "there was no sample for a single step"
             raise NothingLearned(
-                f"stage {stage.name} made no optimizer step: {what}. It is not complete: its weights are those it began with"
+                f"stage {stage.name} made no optimizer step: {what}. It is not complete: its weights are those it "
+                f"began with. Repair the data, the rewards or the learning rate, then `terrace resume RUN --from {stage.name}`"
             )
 
     def record_nonfinite(self, error: NonFinite, policy: str, stage_dir: Path, context: WorkerContext) -> None:

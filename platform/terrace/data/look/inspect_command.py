@@ -9,6 +9,7 @@ from typing import Any
 
 from terrace.data.lines import Lines
 from terrace.errors import InputError
+from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import Recipe
 
 OWN_VOCABULARY = 8_192  # of the tokenizer that is trained where none is named
@@ -94,7 +95,7 @@ def _inspect_recipe(args: argparse.Namespace) -> int:
         raise InputError(f"name a stage, {args.recipe}:STAGE; the stages of recipe {recipe.name} are {names}")
     number = stage_number(recipe, args.stage)
     prepared = prepare_data(recipe, args.run_dir, progress=Lines())
-    samples, packs = _counts(args, samples=0 if recipe.stages[number].objective == "lm" else 12, packs=3)
+    samples, packs = _counts(args, samples=0 if OBJECTIVES[recipe.stages[number].objective].reads_packs else 12, packs=3)
     found = inspect_stage(recipe, number, prepared, samples, packs, args.seed)
     stage = recipe.stages[number]
     subtitle = f"Stage {number + 1} of {len(recipe.stages)} of {recipe.name}: packs of {stage.sequence_length:,} tokens"

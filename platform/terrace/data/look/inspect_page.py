@@ -16,6 +16,7 @@ from PIL import Image
 from terrace.data.look.samples import Inspection, Mark, Picture, Run, ShownPack, ShownSegment, SourceFacts
 from terrace.data.sources.refusals import REASONS
 from terrace.page import document, facts, picture_address
+from terrace.recipe.objectives import OBJECTIVES
 
 SOURCE_COLOURS = ("#3f6fd8", "#c2630a", "#0f8b8d", "#8b4fc8", "#b8336a", "#6b7f1e", "#a5702a", "#5a6b86")
 BINS = 44
@@ -256,7 +257,7 @@ def _legend() -> str:
 
 
 def _packs(found: Inspection, colours: dict[str, str]) -> str:
-    if found.objective != "lm":
+    if not OBJECTIVES[found.objective].reads_packs:
         return f'<p class="note">A stage of objective {escape(found.objective)} has no packs that are known before it runs.</p>'
     if not found.packs:
         return ""

@@ -28,6 +28,7 @@ from terrace.data.tokenizer import TextTokenizer
 from terrace.data.types import PackSpec, Sample, SampleRef
 from terrace.errors import DamagedData
 from terrace.families.interface import Family, View
+from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import Recipe
 
 PLANNED_PACKS = 256  # packs whose fill and shares are counted: planned, not decoded
@@ -133,13 +134,13 @@ class Inspection:
 def inspect_stage(recipe: Recipe, stage_index: int, prepared: Any, samples: int, packs: int, seed: int = 0) -> Inspection:
     """Read `samples` samples (spread over the sources) and the first `packs` packs of a stage over its prepared data.
 
-    Stages of other objectives than `lm` pack by other rules: they have samples here, grpo's up to the answer's first token, and no
+    Objectives that read no packs of the data path have samples here, grpo's up to the answer's first token, and no
     packs. A damaged sample is shown with its damage.
     """
     stage = recipe.stages[stage_index]
     settings = TaskSettings.of(recipe, stage_index, prepared)
     tokenizer = prepared.tokenizer()
-    plan = StagePlan.build(recipe, stage_index, prepared) if stage.objective == "lm" else None
+    plan = StagePlan.build(recipe, stage_index, prepared) if OBJECTIVES[stage.objective].reads_packs else None
     planned = _planned_packs(plan)
     facts = plan.explain()["sources"] if plan else {}
     taken = Counter(ref.source for spec in planned for ref in spec.samples)
