@@ -95,10 +95,13 @@ def index_command(args: argparse.Namespace) -> int:
         reports = {name: ingest_source(name, data.sources[name], data, out, progress) for name in data.sources if trained}
         tokenizer, family = prepare_tokenizer(recipe, reports, out, progress), recipe_family(recipe)
 
+    folders: dict[str, str] = {}
+
     def one(name: str) -> dict[str, Any]:
         source = data.sources[name]
         report = ingest_source(name, source, data, out, progress)
         folder = build_index(name, source, report, tokenizer, family, data.max_image_pixels, data.storage, progress)
+        folders[name] = folder
         summary = load_summary(folder, data.storage)
         assert summary is not None
         return {
@@ -107,7 +110,24 @@ def index_command(args: argparse.Namespace) -> int:
             **{name: summary[name] for name in ("ignored", "rotated", "renamed", "spelled")},
         }  # fmt: skip
 
-    return _each(args, data, one)
+    code = _each(args, data, one)
+    if not args.json:
+        for line in _overlaps(folders, family, data):
+            print(line)
+    return code
+
+
+def _overlaps(folders: dict[str, str], family: Any, data: Data) -> list[str]:
+    """Which sources hold the same samples, by text and pictures."""
+    from terrace.data.index.content import overlaps
+    from terrace.data.index.source_index import load_index
+
+    told = "left out of training" if data.deduplicate == "drop" else "and are trained each time; `data.deduplicate: drop` leaves them out"
+    counts = overlaps({name: load_index(folder, family, storage=data.storage) for name, folder in folders.items()})
+    return [
+        f"{count:,} samples of {other} " + ("repeat others of it" if name == other else f"stand in {name} too") + f", {told}"
+        for (name, other), count in counts.items()
+    ]
 
 
 # ---------------------------------------------------------------- shared

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 
 from terrace.data.image_files import ImageDamage, check_file, orientation, without_orientation
 from terrace.data.images import image_size
+from terrace.data.index.content import hashes_of
 from terrace.data.parallel import Progress, run_units
 from terrace.data.sources.conventions import Rules
 from terrace.data.sources.ingest import IngestReport, Shard, iter_refused, require_samples, stored_uri
@@ -47,7 +48,8 @@ INDEX_VERSION = 2
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
-        ("id_hash", pa.uint64()),  # of the id; seeded choices (holdout, caps) order by a mix of it and the seed
+        ("id_hash", pa.uint64()),  # of the id
+        ("text_hash", pa.uint64()),  # of what it says and shows: which samples are the same, and which are held out
         ("kind", pa.string()),
         ("shard", pa.int32()),
         ("member_suffix", pa.list_(pa.string())),  # per file of the sample: name behind the key, place in the shard, checksum
@@ -56,6 +58,7 @@ SCHEMA = pa.schema(
         ("member_crc", pa.list_(pa.uint32())),
         ("width", pa.list_(pa.int32())),  # per image of the sample, in order
         ("height", pa.list_(pa.int32())),
+        ("image_hash", pa.list_(pa.uint64())),
         ("fixed_tokens", pa.int32()),  # the fields of `template.Measure`
         ("supervised_tokens", pa.int32()),
         ("visual_image", pa.list_(pa.int32())),
@@ -258,6 +261,7 @@ def index_group(
     row = {
         "id": sample.id,
         "id_hash": id_hash(sample.id),
+        **hashes_of(sample, [group.data[suffix] for suffix in images]),
         "kind": sample.kind,
         "shard": shard_number,
         "member_suffix": [member.suffix for member in used],

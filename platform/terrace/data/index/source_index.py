@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from terrace.data.index.build import load_summary
+from terrace.data.index.content import content_hashes
 from terrace.data.sources.ingest import shard_uri
 from terrace.data.template import Measure
 from terrace.errors import InputError
@@ -66,6 +67,8 @@ class SourceIndex:
     seed: int = 0
     holdout_samples: int = 0
     max_samples: int | None = None
+    left_out: dict[str, int] = field(default_factory=dict)  # why -> rows that would train and do not
+    _left_out: np.ndarray | None = field(default=None, repr=False)
     _lengths: dict[Bounds, tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -75,8 +78,13 @@ class SourceIndex:
 
     @cached_property
     def _in_seeded_order(self) -> np.ndarray:
-        """Rows by a seeded hash of their ids: a choice that does not move when samples are added elsewhere."""
-        return np.argsort(_mixed(self.columns["id_hash"], self.seed), kind="stable")
+        """Rows by a seeded hash of what they hold: a choice that does not move when samples are added, renamed or moved elsewhere."""
+        return np.argsort(_mixed(self.content_hash, self.seed), kind="stable")
+
+    @cached_property
+    def content_hash(self) -> np.ndarray:
+        """uint64 [N]: of text and pictures."""
+        return content_hashes(self.columns, self.starts["image"])
 
     @property
     def holdout_rows(self) -> np.ndarray:
@@ -85,8 +93,19 @@ class SourceIndex:
 
     @property
     def train_rows(self) -> np.ndarray:
-        """int64, ascending: rows that train. With `max_samples`, that many samples take part, the held-out ones among them."""
-        return np.sort(self._in_seeded_order[self.holdout_samples : self.max_samples])
+        """int64, ascending: rows that train. With `max_samples`, that many samples take part, the held-out ones among them.
+
+        Without the rows that `leave_out` named: what is held out is not trained through another row or source.
+        """
+        rows = np.sort(self._in_seeded_order[self.holdout_samples : self.max_samples])
+        return rows if self._left_out is None else rows[~self._left_out[rows]]
+
+    def leave_out(self, why: str, rows: np.ndarray) -> None:
+        """Take rows (bool [N]) out of training, and count those that would have trained."""
+        count = int(rows[self.train_rows].sum())
+        if count:
+            self.left_out[why] = count
+            self._left_out = rows if self._left_out is None else self._left_out | rows
 
     # ------------------------------------------------------------ lengths
 
@@ -183,7 +202,7 @@ def load_index(
             f"source {summary['source']}: holdout_samples {holdout_samples} leaves none of {min(count, max_samples or count)}"
             " samples for training"
         )
-    scalar = ("id_hash", "shard", "fixed_tokens", "supervised_tokens", *_TARGET)
+    scalar = ("id_hash", "shard", "fixed_tokens", "supervised_tokens", *_TARGET, "text_hash")
     columns = {name: _numpy(table[name]) for name in scalar}
     starts: dict[str, np.ndarray] = {}
     for group, names in _LISTS.items():
@@ -251,12 +270,12 @@ def _summary(folder: str, storage_json: str) -> dict[str, Any]:
 _TARGET = ("target_place", "target_visuals", "target_coordinates")
 _LISTS = {
     "member": ("member_suffix", "member_offset", "member_size", "member_crc"),
-    "image": ("width", "height"),
+    "image": ("width", "height", "image_hash"),
     "visual": ("visual_image", "visual_frames", "visual_place", "visual_coordinates"),
     "coordinate": ("coordinate_image", "coordinate_axis", "coordinate_value"),
     "cut": ("cuts",),
 }
-_LOCATION_COLUMNS = ["id", "kind", "shard", *_LISTS["member"], *_LISTS["image"]]
+_LOCATION_COLUMNS = ["id", "kind", "shard", *_LISTS["member"], "width", "height"]
 
 
 def _shard_uri(folder: str, stored: str) -> str:
