@@ -13,21 +13,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from terrace.data.image_files import ImageDamage, check_file, orientation, without_orientation
 from terrace.data.images import image_size
 from terrace.data.index.content import hashes_of
+from terrace.data.index.merge import id_hash, merge_parts, write_parquet
 from terrace.data.parallel import Progress, run_units
 from terrace.data.sources.conventions import Rules
 from terrace.data.sources.ingest import IngestReport, Shard, iter_refused, require_samples, stored_uri
@@ -41,7 +38,7 @@ from terrace.data.types import Sample
 from terrace.errors import InputError
 from terrace.families.interface import Family
 from terrace.recipe.schema import Source, Storage
-from terrace.storage.files import DEFAULT_STORAGE, absolute, join, read_file, relative_name, upload, write_file
+from terrace.storage.files import DEFAULT_STORAGE, absolute, join, read_file, relative_name, write_file
 
 INDEX_VERSION = 2
 
@@ -134,11 +131,6 @@ def load_summary(folder: str, storage: Storage = DEFAULT_STORAGE) -> dict[str, A
         return None
 
 
-def id_hash(sample_id: str) -> int:
-    """64 bits of an id, the same on every machine and in every version."""
-    return int.from_bytes(hashlib.blake2b(sample_id.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
-
-
 def _build(settings: IndexSettings, report: IngestReport, progress: Progress | None, use_ray: bool | None) -> dict[str, Any]:
     items = list(enumerate(report.shards))
     receipts: list[dict[str, Any]] = [{} for _ in items]
@@ -154,7 +146,7 @@ def _build(settings: IndexSettings, report: IngestReport, progress: Progress | N
             progress(what, done, total)
     refused = list(iter_refused(report.folder, settings.storage))
     refused += [RefusedSample(**line) for receipt in receipts for line in receipt["refused"]]
-    samples, renamed, duplicates = _merge(settings, len(items))
+    samples, renamed, duplicates = merge_parts(settings.folder, len(items), SCHEMA, settings.storage)
     refused += duplicates
     ignored = Counter(report.ignored)
     for receipt in receipts:
@@ -211,7 +203,7 @@ def index_shard(settings: IndexSettings, item: tuple[int, Shard], inside: Callab
     except Refusal as refusal:  # the shard from here on
         refused.append(RefusedSample(shard_name, shard_name, refusal.reason, refusal.detail))
     table = pa.Table.from_pylist([row for group_rows in rows.values() for row in group_rows], schema=SCHEMA)
-    _write_parquet(table, join(settings.folder, "parts", f"{number:06d}.parquet"), settings.storage)
+    write_parquet(table, join(settings.folder, "parts", f"{number:06d}.parquet"), settings.storage)
     receipt = {
         "samples": table.num_rows, "refused": [line.as_json() for line in refused], "ignored": dict(rules.ignored), "rotated": rotated,
         "spelled": rules.spelled,
@@ -291,85 +283,3 @@ def measure_any(sample: Sample, sizes: list[tuple[int, int]], tokenizer: TextTok
     unanswered = sample.messages[-1]["role"] not in ("assistant", RUNNING_TEXT)
     is_prompt = unanswered and (sample.kind == "prompt" or not answered)
     return (measure_prompt if is_prompt else measure_sample)(sample, sizes, tokenizer, family)
-
-
-# ---------------------------------------------------------------- merge
-
-
-def _merge(settings: IndexSettings, shards: int) -> tuple[int, int, list[RefusedSample]]:
-    """Join the part files in shard order. Returns (samples, renamed ones, refused duplicates).
-
-    A sample whose id came before is left out if its files are the same, and gets a suffix if they are not.
-    """
-    parts = [join(settings.folder, "parts", f"{number:06d}.parquet") for number in range(shards)]
-    hashes = [_read_parquet(part, settings.storage, ["id_hash"])["id_hash"].to_numpy() for part in parts]
-    values, counts = np.unique(np.concatenate([np.empty(0, np.uint64), *hashes]), return_counts=True)
-    doubtful = set(values[counts > 1].tolist())  # small: only ids whose hash occurs more than once are compared as text
-    seen: dict[str, set[tuple[int, ...]]] = {}
-    refused: list[RefusedSample] = []
-    samples = renamed = 0
-    with tempfile.TemporaryDirectory(prefix="terrace-index-") as folder:
-        local = Path(folder) / "index.parquet"
-        with pq.ParquetWriter(local, SCHEMA, compression="zstd") as writer:
-            for part, part_hashes in zip(parts, hashes):
-                table = _read_parquet(part, settings.storage)
-                suspects = [row for row, value in enumerate(part_hashes.tolist()) if value in doubtful] if doubtful else []
-                if suspects:
-                    table, again, lines = _without_repeats(table, suspects, seen, values)
-                    renamed += again
-                    refused += lines
-                writer.write_table(table)
-                samples += table.num_rows
-        _publish(local, join(settings.folder, "index.parquet"), settings.storage)
-    return samples, renamed, refused
-
-
-def _without_repeats(
-    table: pa.Table, suspects: list[int], seen: dict[str, set[tuple[int, ...]]], hashes: np.ndarray
-) -> tuple[pa.Table, int, list[RefusedSample]]:
-    """A part's table with other ids for samples that share theirs, and without true repeats; how many of the first, lines of the second."""
-    ids, keep = table["id"].to_pylist(), np.ones(table.num_rows, bool)
-    refused, renamed = [], 0
-    for row in suspects:
-        sample_id, content = ids[row], tuple(table["member_crc"][row].as_py() + table["member_size"][row].as_py())
-        before = seen.setdefault(sample_id, set())
-        if content in before:
-            keep[row] = False
-            shard = f"shard {table['shard'][row].as_py()}"
-            refused.append(RefusedSample(shard, sample_id, "duplicate_id", "an earlier sample has its id, text and images"))
-            continue
-        before.add(content)
-        if len(before) > 1:
-            renamed += 1
-            number = len(before)
-            while f"{sample_id}-{number}" in seen or _holds(hashes, id_hash(f"{sample_id}-{number}")):
-                number += 1
-            ids[row] = f"{sample_id}-{number}"
-            seen[ids[row]] = {content}
-    if renamed:
-        table = table.set_column(0, "id", pa.array(ids, pa.string()))
-        table = table.set_column(1, "id_hash", pa.array([id_hash(sample_id) for sample_id in ids], pa.uint64()))
-    return table.filter(pa.array(keep)), renamed, refused
-
-
-def _holds(values: np.ndarray, value: int) -> bool:
-    """Whether sorted uint64 values hold this one."""
-    place = int(np.searchsorted(values, np.uint64(value)))
-    return place < len(values) and int(values[place]) == value
-
-
-def _write_parquet(table: pa.Table, uri: str, storage: Storage) -> None:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    write_file(uri, sink.getvalue().to_pybytes(), storage)
-
-
-def _read_parquet(uri: str, storage: Storage, columns: list[str] | None = None) -> pa.Table:
-    return pq.read_table(pa.BufferReader(read_file(uri, storage)), columns=columns)
-
-
-def _publish(local: Path, uri: str, storage: Storage) -> None:
-    if "://" in uri:
-        upload(local, uri, storage)
-    else:  # another disk perhaps: copied, then renamed
-        write_file(uri, local.read_bytes(), storage)
