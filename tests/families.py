@@ -165,3 +165,25 @@ def reference_inputs(case: Case, example: PackedExample | PromptInputs, model: A
     if case.family.position_rows > 1:
         inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
     return inputs
+
+
+def middle_case(name: str, folder: Path) -> Case:
+    """A shape at which activations outweigh what a plan rounds away: four layers, widths 128 and 256."""
+    text = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4}
+    rope = {"qwen3_vl": [12, 10, 10], "qwen2_vl": [8, 12, 12], "qwen2_5_vl": [8, 12, 12]}
+    vision: dict[str, Any] = {
+        "qwen2_vl": {"embed_dim": 128, "mlp_ratio": 3, "depth": 4, "num_heads": 4, "hidden_size": 256},
+        "llava": {"image_size": 112}, "internvl": {"image_size": [112, 112]},
+    }.get(name, {"hidden_size": 128, "intermediate_size": 344, "depth": 4, "num_heads": 4, "out_hidden_size": 256})  # fmt: skip
+    if name in ("llava", "internvl"):
+        vision |= {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = {**CONFIGS[name], "text_config": {**CONFIGS[name]["text_config"], **text}}
+    config["vision_config"] = {**CONFIGS[name]["vision_config"], **vision}
+    if name in rope:
+        config["text_config"]["rope_parameters"] = {**config["text_config"]["rope_parameters"], "mrope_section": rope[name]}
+    if name == "qwen3_vl":
+        config["text_config"]["head_dim"] = 64
+    section = Model.model_validate({"architecture": name, "config": config})
+    small = case_of(name, folder)
+    pixels = (16_384, 100_000) if name == "qwen3_vl" else (12_544, 100_352)
+    return Case(name, section, make_family(name, config), small.tokenizer, model_config(section, small.tokenizer), pixels)

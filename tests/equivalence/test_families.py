@@ -12,6 +12,7 @@ from families import (
     NAMES,
     case_of,
     conversation,
+    middle_case,
     model_of,
     pack_of,
     picture,
@@ -340,3 +341,43 @@ def test_a_recipe_of_the_family_validates_and_its_mistakes_are_named(name):
     told = problems(broken)
     assert any("needs `num_hidden_layers`" in line for line in told)
     assert any("needs `vision_config`" in line for line in told)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("trained", [("projector",), ("vision", "projector"), tuple(PARTS)], ids="+".join)
+def test_the_planner_s_activations_are_what_autograd_saves(name, folder, trained, checkpointing):
+    """ddp on a CPU: everything saved for backward, without the weights themselves, within 10 %."""
+    from terrace.planner.memory import PackSize, stage_memory
+    from terrace.recipe.schema import Recipe
+    from terrace.train.setup import checkpoint_activations, freeze_parts
+
+    case = middle_case(name, folder)
+    training = {part: {"lr": 1e-3, "activation_checkpointing": checkpointing} for part in trained}
+    [stage] = Recipe.model_validate({
+        "name": "r", "model": case.section.model_dump(), "tokenizer": {"train_vocabulary_size": 400},
+        "data": {"sources": {"a": {"uri": "x"}}},
+        "stages": [{"name": "s", "train": training, "mixture": {"weights": {"a": 1.0}}, "budget": {"steps": 1}, "precision": "fp32",
+                    "sequence_length": 1024, "loss_chunk_tokens": 64}],
+    }).stages  # fmt: skip
+    model = build_model(case.section, case.config)
+    use_attention(model, "sdpa_segments")
+    model.train()
+    freeze_parts(model, stage)
+    checkpoint_activations(model, stage)
+    example = pack_of(case, [conversation(number, [(200, 150)]) for number in range(5)])
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, torch.Tensor] = {}  # held, so that no storage is freed and its address used again
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        summed_loss(model, to_device(example, "cpu", torch.float32), 64)
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    size = PackSize(example.tokens, example.visual_tokens, example.supervised_tokens)
+    memory = stage_memory(shape_of_config(case.config.to_dict(), name), stage, 1, size, on_gpu=False)
+    width, vocabulary = case.config.text_config.hidden_size, case.config.text_config.vocab_size
+    head = 4 * example.supervised_tokens * width + (4 * vocabulary * width if "language" in trained else 0)  # gradients, made forward
+    assert measured == pytest.approx(memory.vision_activations + memory.language_activations + head, rel=0.1)

@@ -27,13 +27,16 @@ MAX_IMAGE_PIXELS = 64_000_000
 
 
 def held_out_cases(path: Path, pixels: tuple[int, int], limit: int | None) -> list[Case]:
-    """The held-out samples of every source, at most `limit` of each. `path`: a run's folder, or its `data` folder."""
+    """The held-out samples of every source, at most `limit` of each. `path`: a run's folder, or its `data` folder.
+
+    Prompts of reinforcement learning have no answer, so there is no loss of them.
+    """
     prepared = _prepared(path)
     mark = [prepared.tokenizer().fingerprint, list(pixels)]
     cases = []
     for name, index in sorted(prepared.indexes.items()):
         lengths = index.lengths(pixels)
-        rows = [int(row) for row in index.holdout_rows if lengths[row] <= MAX_SAMPLE_TOKENS]
+        rows = [int(row) for row in index.holdout_rows if lengths[row] <= MAX_SAMPLE_TOKENS and index.kind_of(row) != "prompt"]
         for row in rows[:limit]:
             location = index.location(row)
             members = [[suffix, size, crc] for suffix, _, size, crc in location.members]

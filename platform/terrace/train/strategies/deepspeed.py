@@ -305,7 +305,8 @@ def _partitioned(setup: Setup, configuration: dict[str, Any]) -> Any:
     names = {id(module): name for name, module in model.named_modules()}
     blocks = transformer_blocks(model)
     inside = {id(module) for block in blocks for module in block.modules()}
-    rest = [module for module in model.modules() if id(module) not in inside and _own_tensors(module)]
+    # Children before their parents: what holds a parameter of its own beside its children is partitioned with them.
+    rest = [module for module in reversed(list(model.modules())) if id(module) not in inside and _own_tensors(module)]
     for whole in (*blocks, *rest):
         for module in whole.modules() if whole in blocks else (whole,):
             _fill_module(module, names[id(module)], setup.source, setup.context.device, dtype)
