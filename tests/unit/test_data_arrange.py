@@ -36,8 +36,9 @@ class Lengths:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    data=st.data(), sizes=st.lists(st.integers(1, 100), min_size=1, max_size=80), kinds=st.integers(1, 90), limit=st.sampled_from([None, 40])
-)
+    data=st.data(), sizes=st.lists(st.integers(1, 100), min_size=1, max_size=80), kinds=st.integers(1, 90),
+    limit=st.sampled_from([None, 40]),
+)  # fmt: skip
 def test_every_sample_lies_in_one_pack_that_has_room(data, sizes, kinds, limit) -> None:
     lengths = np.asarray(sizes)
     keys = np.asarray(data.draw(st.lists(st.integers(0, kinds), min_size=len(sizes), max_size=len(sizes))))

@@ -18,7 +18,6 @@ import numpy as np
 
 from terrace.data.types import Sample
 
-
 ENDS_BYTES = 4_096
 
 
