@@ -43,8 +43,8 @@ Observer = Callable[[str, dict[str, Any]], None]
 
 
 @dataclass
-class Trained:
-    """What a stage in progress consists of, beside its objective."""
+class StageInProgress:
+    """What a stage consists of while it trains: what the steps, the checkpoints and the end of it share."""
 
     recipe: Recipe
     stage: Stage
@@ -125,7 +125,7 @@ def train_stage(
         progress = resume_or_hand_over(
             strategy, objective, feed, stage, identity, stage_dir, start_weights, context, storage
         )
-        run = Trained(
+        run = StageInProgress(
             recipe, stage, identity, feed, objective, strategy, groups, progress, writer, None, context, watchdog, notify, stage_dir
         )
         if progress.evaluation_before is None:
@@ -153,7 +153,7 @@ def train_stage(
     return progress.result(after)
 
 
-def _train(run: Trained, opening: Opening) -> None:
+def _train(run: StageInProgress, opening: Opening) -> None:
     """The steps from where the stage stands to its last one."""
     stage, progress, objective, feed, context = run.stage, run.progress, run.objective, run.feed, run.context
     sources = sorted(stage.mixture.weights)
@@ -214,7 +214,7 @@ def _train(run: Trained, opening: Opening) -> None:
 
 
 def _step(
-    run: Trained, taken: StepExamples, counts: BatchCounts, rates: list[float], number: int, doing: Callable[[str], None]
+    run: StageInProgress, taken: StepExamples, counts: BatchCounts, rates: list[float], number: int, doing: Callable[[str], None]
 ) -> tuple[StepOutcome, bool]:
     """The step's outcome, and whether it came as far as its optimizer step. Raises NonFinite unless the recipe says skip."""
     stage, progress, objective = run.stage, run.progress, run.objective
