@@ -183,9 +183,8 @@ def _train(run: StageInProgress, opening: Opening) -> None:
         progress.advance(number, counts, outcome.loss, seconds, outcome.skipped)
         line = step_line(number, counts, outcome, stage, factor, seconds, taken.wait_seconds, objective.measured)
         line |= (meter.values(counts.model_flops, seconds) if meter else {}) | profiled | objective.values(ran)
-        every = stage.evaluate.every_steps
         last = number >= feed.total_steps
-        if taken.boundary and every and number // every > boundary // every and not last:
+        if taken.boundary and not last and _crossed(stage.evaluate.every_steps, boundary, number):
             line["evaluation"] = run.evaluate()
             run.notify("evaluation", {"when": number, "loss": line["evaluation"]})
         if run.metrics:
@@ -194,8 +193,7 @@ def _train(run: StageInProgress, opening: Opening) -> None:
         objective.after_step(number)
 
         if taken.boundary:
-            every = stage.checkpoint.every_steps
-            if stop or last or (every and number // every > boundary // every):
+            if stop or last or _crossed(stage.checkpoint.every_steps, boundary, number):
                 run.save(line)
                 saved = number
             boundary = number
@@ -211,6 +209,11 @@ def _train(run: StageInProgress, opening: Opening) -> None:
         )
         if progress.step > saved:
             run.save(line)
+
+
+def _crossed(every: int | None, before: int, now: int) -> bool:
+    """Whether a multiple of `every` lies in the steps after `before`, up to `now`."""
+    return bool(every) and now // every > before // every
 
 
 def _step(
