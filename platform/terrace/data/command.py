@@ -72,7 +72,7 @@ def ingest_command(args: argparse.Namespace) -> int:
 
 def index_command(args: argparse.Namespace) -> int:
     """Index every chosen source, ingesting first what needs it."""
-    from terrace.data.family import recipe_family
+    from terrace.data.family import family_of
     from terrace.data.index.build import build_index, load_summary
     from terrace.data.prepare import prepare_tokenizer
     from terrace.data.sources.ingest import ingest_source
@@ -90,7 +90,7 @@ def index_command(args: argparse.Namespace) -> int:
         # A tokenizer that is trained needs the text of every source, whichever of them is to be indexed now.
         trained = recipe.tokenizer.path is None
         reports = {name: ingest_source(name, data.sources[name], data, out, progress) for name in data.sources if trained}
-        tokenizer, family = prepare_tokenizer(recipe, reports, out, progress), recipe_family(recipe)
+        tokenizer, family = prepare_tokenizer(recipe, reports, out, progress), family_of(recipe.model)
 
     def one(name: str) -> dict[str, Any]:
         source = data.sources[name]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from terrace.data.family import recipe_family
+from terrace.data.family import family_of
 from terrace.data.index.build import build_index
 from terrace.data.index.source_index import SourceIndex, load_index
 from terrace.data.parallel import Progress
@@ -64,7 +64,7 @@ def prepare_data(
         except (InputError, FileNotFoundError):
             pass  # its shards or indexes were deleted: made again below
     out_dir = absolute(recipe.data.cache_dir) if recipe.data.cache_dir else str(root)
-    names, family = used_sources(recipe), recipe_family(recipe)
+    names, family = used_sources(recipe), family_of(recipe.model)
     reports = {name: ingest_source(name, recipe.data.sources[name], recipe.data, out_dir, progress, use_ray) for name in names}
     tokenizer = prepare_tokenizer(recipe, reports, out_dir, progress)
     entries = {}
@@ -123,7 +123,7 @@ def data_mark(recipe: Recipe) -> str:
     data = recipe.data.model_dump(exclude={"sources"}) | {"sources": sources}
     value = {
         "version": PREPARED_VERSION, "data": data, "tokenizer": recipe.tokenizer.model_dump(),
-        "family": family_values(recipe_family(recipe)),
+        "family": family_values(family_of(recipe.model)),
     }  # fmt: skip
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -133,7 +133,7 @@ def data_mark(recipe: Recipe) -> str:
 
 def prepare_tokenizer(recipe: Recipe, reports: dict[str, IngestReport], out_dir: str, progress: Progress | None = None) -> TextTokenizer:
     """The recipe's tokenizer: a local folder as it is, one on S3 copied here, or one trained on the sources' texts."""
-    family = recipe_family(recipe)
+    family = family_of(recipe.model)
     if recipe.tokenizer.path is not None:
         if is_remote(recipe.tokenizer.path):
             found = _made_once(_tokenizer_folder(out_dir, recipe.tokenizer.path), lambda folder: _download(recipe, folder))

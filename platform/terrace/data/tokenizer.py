@@ -1,7 +1,7 @@
 """Text tokenizers: loading a Hugging Face directory, and training a small byte-level BPE for demos and tests.
 
 One wrapper for the whole platform, around the `tokenizers` library and not `transformers`: a decode task starts in
-0.4 s instead of 4 s, and data text can never smuggle in a special token (`<|im_end|>` in a caption stays plain text).
+0.4 s instead of 4 s, and data text can never smuggle in a special token (the end mark of a turn, in a caption, stays plain text).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class TextTokenizer:
         return self._marks[family.name]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text; marks such as `<|im_end|>` in it are text like any other."""
+        """Token ids of plain text; marks of turns and images in it are text like any other."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids if text else []
 
     def encode_behind(self, before: str, text: str) -> list[int]:

@@ -114,7 +114,7 @@ def train_stage(
         contextlib.closing(objective),
     ):
         # Open: model, optimizer, checkpoint folder.
-        strategy = prepare_strategy(recipe, stage, feed.config, context, objective.loss, start_weights)
+        strategy = prepare_strategy(recipe.model, stage, feed.config, context, objective.loss, start_weights)
         groups = parameter_groups(strategy.model, stage)
         writer = CheckpointWriter(stage_dir / "checkpoints", stage.checkpoint, context, attempt, storage)
         barrier(context)

@@ -102,7 +102,7 @@ def _inspect_recipe(args: argparse.Namespace) -> int:
 
 def _inspect_source(args: argparse.Namespace, folder: str) -> int:
     """The source as the only one of a stage: what a recipe with it would read."""
-    from terrace.data.family import recipe_family
+    from terrace.data.family import family_of
     from terrace.data.index.build import build_index
     from terrace.data.index.source_index import load_index
     from terrace.data.look.samples import inspect_stage
@@ -116,7 +116,7 @@ def _inspect_source(args: argparse.Namespace, folder: str) -> int:
         prepare_tokenizer(recipe, {}, folder)  # a wrong one is told before a long ingest
     report = ingest_source(name, source, data, folder, progress)
     tokenizer = prepare_tokenizer(recipe, {name: report}, folder, progress)
-    family = recipe_family(recipe)
+    family = family_of(recipe.model)
     index = build_index(name, source, report, tokenizer, family, data.max_image_pixels, data.storage, progress)
     prepared = PreparedData({name: load_index(index, family, storage=data.storage)}, tokenizer.directory, Path(folder), family)
     samples, packs = _counts(args, samples=12, packs=1)

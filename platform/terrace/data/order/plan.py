@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from terrace.data.order.balance import CostModel, deal, deal_in_order, max_over_mean, recipe_cost
+from terrace.data.order.balance import CostModel, cost_of, deal, deal_in_order, max_over_mean
 from terrace.data.order.eligible import EligibleSource, StageSource, eligible_source
 from terrace.data.order.mixture import Interleave, rounded_weights, whole_weights
 from terrace.data.order.packing import default_window, lookahead, pack_window
@@ -110,7 +110,7 @@ class StagePlan:
                 stage.data_loading.max_visual_tokens_per_pack,
             )
         basis = "|".join(source.mark for source in sources.values())
-        plan = cls(stage, sources, recipe.data.seed, recipe_cost(recipe), basis)
+        plan = cls(stage, sources, recipe.data.seed, cost_of(recipe.model), basis)
         plan.recipe, plan.stage_index = recipe, stage_index
         return plan
 
