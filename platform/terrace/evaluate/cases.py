@@ -20,7 +20,7 @@ from terrace.data.sources.refusals import Refusal
 from terrace.data.types import Sample
 from terrace.errors import InputError
 from terrace.rewards.rules.answers import boxed_contents
-from terrace.rewards.rules.math import plain_number
+from terrace.rewards.rules.numbers import plain_number
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ and is honest for 20 cases), a seeded bootstrap of 1,000 draws everywhere else.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,8 +20,7 @@ from terrace.rewards.rules.coordinates import answer_groups
 from terrace.rewards.rules.counting import counting
 from terrace.rewards.rules.grounding import grounding
 from terrace.rewards.rules.gui_point import gui_point
-from terrace.rewards.rules.math import plain_number
-from terrace.rewards.rules.numbers import same_number
+from terrace.rewards.rules.numbers import plain_number, same_number
 from terrace.rewards.types import RewardItem
 
 RIGHT_IOU = 0.5  # RefCOCO's threshold
@@ -123,23 +123,23 @@ def box_iou(answer: str, expected: Any, metadata: dict[str, Any]) -> float:
     Raises ValueError if the expected box has no area.
     """
     [value] = grounding([RewardItem("", answer, expected, metadata)], metric="iou")
-    if value is None:
+    if value.value is None:
         raise ValueError(f"the expected box {expected} has no area")
-    return value
+    return value.value
 
 
 def point_in_box(answer: str, expected: Any, metadata: dict[str, Any]) -> float:
     """1 if the answer's one point lies in `expected["bbox"]` (borders included); a box or several points are 0."""
     [value] = gui_point([RewardItem("", answer, expected, metadata)])
-    return float(value or 0.0)
+    return float(value.value or 0.0)
 
 
 def exact_count(answer: str, expected: str) -> float:
     """1 if the answer's one number (digits or words) is the count. Raises ValueError if `expected` is no number."""
     [value] = counting([RewardItem("", answer, expected)])
-    if value is None:
+    if value.value is None:
         raise ValueError(f"the expected count {expected!r} is no number")
-    return value
+    return value.value
 
 
 def numbers_read(answer: str) -> str:
@@ -158,10 +158,15 @@ def relaxed_match(answer: str, expected: str, tolerance: float = RELAXED_TOLERAN
     found = final_answer(answer)
     if found is None:
         return 0.0
-    wanted, number = plain_number(expected), plain_number(found.text)
+    wanted, number = plain_number(_thousands(expected)), plain_number(_thousands(found.text))
     if wanted is None:
         return float(_plain(found.text).casefold().strip(".") == _plain(expected).casefold().strip("."))
     return float(number is not None and same_number(wanted, number, 0.0, tolerance))
+
+
+def _thousands(text: str) -> str:
+    """`12K` on a chart is twelve thousand (elsewhere it may be twelve kelvin)."""
+    return re.sub(r"(?<=\d)K(?![A-Za-z])", "k", text)
 
 
 def exact_text(answer: str, expected: str) -> float:

@@ -22,8 +22,8 @@ from terrace.data.sources.conventions import ImageReference
 from terrace.data.types import Sample
 from terrace.errors import InputError
 from terrace.evaluate.cases import Case, case_digest, checked_size
-from terrace.rewards.rules.math import math
-from terrace.rewards.types import RewardItem
+from terrace.rewards.rules.answers import final_answer, visible_text
+from terrace.rewards.rules.choices import named_letters
 
 ROTATION_STEP = 1_000_000  # MMBench's own numbering: rotation k of question i is row k * 1,000,000 + i
 REFERENCE_CHARACTERS = 64  # an `image` field this short is the index of the row that has the picture
@@ -74,8 +74,12 @@ def rotations(question: ChoiceQuestion) -> list[ChoiceQuestion]:
 
 def chosen_letter(answer: str, letters: Mapping[str, str]) -> str | None:
     """The one letter that an answer names (itself, or by the choice's words); None for none or several."""
-    items = [RewardItem("", answer, letter, {"choices": dict(letters)}) for letter in letters]
-    return next((letter for letter, value in zip(letters, math(items)) if value == 1.0), None)
+    found = final_answer(answer)
+    if found is not None and found.mark in ("boxed", "tag", "json"):
+        named = named_letters(found.text, letters)
+    else:
+        named = named_letters(visible_text(answer) or "", letters)
+    return next(iter(named)) if len(named) == 1 else None
 
 
 def plain_right(results: Iterable[tuple[str, int, bool]]) -> dict[str, bool]:

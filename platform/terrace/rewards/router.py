@@ -90,7 +90,7 @@ class Router:
     def _judge(self, rule: RewardRule, items: list[RewardItem]) -> list[Outcome]:
         if place_of(rule.name) == "sandbox":
             return self._pool.judge(rule.name, [without_images(item) for item in items], rule.options)
-        return outcomes_of(load_reward(rule.name)(items, **rule.options), rule.name)
+        return outcomes_of(load_reward(rule.name)(items, **rule.options), rule.name, len(items))
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -25,7 +25,7 @@ from typing import Any
 
 import terrace
 from terrace.errors import TerraceError
-from terrace.rewards.types import Outcome, RewardItem, outcomes_of
+from terrace.rewards.types import Judgement, Outcome, RewardItem, outcomes_of
 
 LOGGER = logging.getLogger(__name__)
 START_SECONDS = 120.0
@@ -216,5 +216,5 @@ class SandboxPool:
         if "failure" in answer:
             outcome = Outcome(None, f"{job.rule}: {answer['failure']}")
         else:
-            (outcome,) = outcomes_of([answer["value"]], job.rule)
+            (outcome,) = outcomes_of([Judgement(answer["value"], answer["read"], answer["rule"])], job.rule, 1)
         job.outcomes[job.places[place]] = outcome

@@ -15,7 +15,7 @@ import signal
 import sys
 
 from terrace.rewards.registry import load_reward
-from terrace.rewards.types import RewardItem
+from terrace.rewards.types import Judgement, RewardItem, plain_value
 
 
 def _limit(memory_bytes: int) -> None:
@@ -36,7 +36,11 @@ def _judge(rule, item: RewardItem, options: dict) -> dict:
     except Exception as error:
         # A rule's mistake is one counted failure with its reason; the caller stops the stage when there are too many.
         return {"failure": f"{type(error).__name__}: {str(error)[:200]}"}
-    return {"value": value}
+    judged = value if isinstance(value, Judgement) else Judgement(value)
+    number = plain_value(judged.value)
+    if number is None and judged.value is not None:
+        return {"failure": f"the rule returned {str(judged.value)[:60]!r} ({type(judged.value).__name__}), which is no number"}
+    return {"value": number, "read": str(judged.read)[:500], "rule": str(judged.rule)[:200]}
 
 
 def main() -> None:
