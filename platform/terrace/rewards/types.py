@@ -66,17 +66,14 @@ class Score:
     reasons: dict[str, str] = field(default_factory=dict)  # per rule: what was read and what decided
 
 
-def outcomes_of(values: Sequence[Any], rule: str, count: int) -> list[Outcome]:
+def outcomes_of(values: Sequence[Any], rule: str, count: int | None = None) -> list[Outcome]:
     """Check a rule's answers, one for each of `count` items. What is no number in [0, 1] (None, a string, an array of two)
     becomes a failure that says so; numbers of numpy and torch are numbers. Raises InputError for another number of answers."""
+    wanted = "for each item" if count is None else f"for each of the {count} items"
     if isinstance(values, str | bytes | dict) or not hasattr(values, "__len__") or not hasattr(values, "__iter__"):
-        raise InputError(
-            f"reward {rule!r} returned {type(values).__name__} for {count} items; it must return a list of {count} numbers or None"
-        )
-    if len(values) != count:
-        raise InputError(
-            f"reward {rule!r} returned {len(values)} values for {count} items; it must return one for each, None where it cannot judge"
-        )
+        raise InputError(f"reward {rule!r} returned {type(values).__name__}; it must return a list with one number or None {wanted}")
+    if count is not None and len(values) != count:
+        raise InputError(f"reward {rule!r} returned {len(values)} values; it must return one {wanted}, None where it cannot judge")
     return [_outcome(value, rule) for value in values]
 
 

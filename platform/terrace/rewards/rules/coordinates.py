@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from terrace.rewards.rules.answers import boxed_contents, visible_text
+from terrace.rewards.types import RewardItem
 
 _N = r"[-+]?(?:\d{1,7}(?:\.\d{0,12})?|\.\d{1,12})(?:[eE][-+]?\d{1,2})?\s?%?"
 _STEP = r"\s{0,4}(?:[,;]|\s)\s{0,4}"
@@ -117,6 +118,21 @@ def solution_box(solution: Any) -> tuple[list[float], int] | None:
         return None
     finite = all(value == value and abs(value) < 1e9 for value in box)
     return (box, image) if finite and box[2] > box[0] and box[3] > box[1] else None
+
+
+def stated_box(item: RewardItem, units: str) -> list[float] | None:
+    """The solution's box in the numbers that an answer would hold, to 12 digits; None if the solution is no box."""
+    solution = solution_box(item.solution)
+    if solution is None:
+        return None
+    box = to_model_pixels(solution[0], item.metadata, solution[1])
+    if units != "pixels":
+        seen = item.metadata.get("model_sizes")
+        if not seen:
+            raise ValueError("relative coordinates need metadata model_sizes")
+        full = {"relative_1000": 1000.0, "relative_1": 1.0}[units]
+        box = [value * full / seen[solution[1]][place % 2] for place, value in enumerate(box)]
+    return [round(value, 9) for value in box]
 
 
 def to_model_pixels(values: list[float], metadata: dict[str, Any], image: int = 0) -> list[float]:

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from terrace.rewards.rules.answers import final_answer
 from terrace.rewards.rules.numbers import Number, plain_number
@@ -19,9 +21,15 @@ def counting(items: list[RewardItem], *, partial: bool = False) -> list[Judgemen
     return [_score(item, partial) for item in items]
 
 
+def stating(item: RewardItem, options: Mapping[str, Any]) -> str | None:
+    """The count itself, or None if the solution is none."""
+    gold = count_of(str(item.solution))
+    return str(gold.value) if gold is not None else None
+
+
 def _score(item: RewardItem, partial: bool) -> Judgement:
-    gold = plain_number(str(item.solution))
-    if gold is None or gold.percent:
+    gold = count_of(str(item.solution))
+    if gold is None:
         return Judgement(None, "", "the solution is no count")
     answer = final_answer(item.response)
     number = count_of(answer.text) if answer else None

@@ -14,12 +14,14 @@ from terrace.rewards.rules.latex import plain
 
 MOST_CHARACTERS = 500
 _LARGE_POWER = re.compile(r"\^\s*\{?\s*-?\d{4,}|\^[^}]{0,40}\^[^}]{0,40}\^|\*\*")
-_LARGE_FACTORIAL = re.compile(r"\d{4,}\s*\}?\s*!|!\s*!|\)\s*!|\\binom\s*\{?\s*\d{5,}")
+_LARGE_FACTORIAL = re.compile(r"\d{4,}\s*\}?\s*!|!\s*!|\)\s*!|\\d?t?binom\s*\{[^{}]*(?:\^|\d{5,})")
 _HEAVY = re.compile(r"\\(?:i+nt|oint|sum|prod|lim)(?![a-z])")
 
 
 def too_large(text: str) -> bool:
     """Whether sympy might not come back from reading this text."""
+    if _HEAVY.search(text) and re.search(r"\d{3,}|\^\s*\{[^{}]*\^|10\s*\^", text):
+        return True
     return len(text) > MOST_CHARACTERS or bool(_LARGE_POWER.search(text) or _LARGE_FACTORIAL.search(text)) or text.count("^") > 40
 
 

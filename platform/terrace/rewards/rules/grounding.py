@@ -8,9 +8,10 @@ already.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from terrace.rewards.rules.coordinates import from_answer_units, one_box, solution_box, to_model_pixels
+from terrace.rewards.rules.coordinates import from_answer_units, one_box, solution_box, stated_box, to_model_pixels
 from terrace.rewards.types import Judgement, RewardItem
 
 
@@ -35,6 +36,12 @@ def grounding(
 ) -> list[Judgement]:
     """Score the one box of each answer. No box, several different boxes, or one without area: 0."""
     return [_score(item, metric, mapping, coordinates) for item in items]
+
+
+def stating(item: RewardItem, options: Mapping[str, Any]) -> str | None:
+    """The solution's box as the model would write it, or None if there is none."""
+    box = stated_box(item, options.get("coordinates", "pixels"))
+    return None if box is None else str(box)
 
 
 def _score(item: RewardItem, metric: str, mapping: str, coordinates: str) -> Judgement:

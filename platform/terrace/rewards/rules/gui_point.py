@@ -7,15 +7,22 @@ several points.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from terrace.rewards.rules.coordinates import from_answer_units, one_point, solution_box, to_model_pixels
+from terrace.rewards.rules.coordinates import from_answer_units, one_point, solution_box, stated_box, to_model_pixels
 from terrace.rewards.types import Judgement, RewardItem
 
 
 def gui_point(items: list[RewardItem], *, coordinates: Literal["pixels", "relative_1000", "relative_1"] = "pixels") -> list[Judgement]:
     """Score the one point of each answer against `solution["bbox"]` (original pixels, borders included)."""
     return [_score(item, coordinates) for item in items]
+
+
+def stating(item: RewardItem, options: Mapping[str, Any]) -> str | None:
+    """The middle of the solution's box as the model would write it, or None if there is none."""
+    box = stated_box(item, options.get("coordinates", "pixels"))
+    return None if box is None else str([(box[0] + box[2]) / 2, (box[1] + box[3]) / 2])
 
 
 def _score(item: RewardItem, coordinates: str) -> Judgement:

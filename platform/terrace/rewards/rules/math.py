@@ -10,6 +10,7 @@ solutions holds accepted answers: one of them is enough.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from terrace.rewards.rules import clock, equations, intervals, sequences, words
@@ -56,13 +57,26 @@ def solutions_of(solution: Any) -> list[str]:
     return [text] if text else []
 
 
+def stating(item: RewardItem, options: Mapping[str, Any]) -> str | None:
+    """A response that states the item's solution, or None if it has none."""
+    wanted = solutions_of(item.solution)
+    if not wanted:
+        return None
+    letters = gold_letters(wanted[0], _choices(item))
+    return ", ".join(sorted(letters[0])) if letters else f"\\boxed{{{wanted[0]}}}"
+
+
+def _choices(item: RewardItem) -> dict[str, str]:
+    return {str(letter).upper(): str(text) for letter, text in (item.metadata.get("choices") or {}).items()}
+
+
 def _judge(item: RewardItem, relative_tolerance: float) -> Judgement:
     wanted = solutions_of(item.solution)
     if not wanted:
         return Judgement(None, "", "the solution is empty")
     answer = final_answer(item.response)
     limits = Limits(float(item.metadata.get("tolerance") or 0.0), relative_tolerance)
-    choices = {str(letter).upper(): str(text) for letter, text in (item.metadata.get("choices") or {}).items()}
+    choices = _choices(item)
     judged = Judgement(0.0, "", "no answer, or several that differ")
     for gold in wanted:
         chosen = _choice(gold, item.response, answer, choices)

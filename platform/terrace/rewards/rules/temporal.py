@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Mapping
 from typing import Any
 
 from terrace.rewards.rules.answers import boxed_contents, visible_text
@@ -51,6 +52,12 @@ def solution_span(solution: Any) -> tuple[float, float] | None:
 def temporal_grounding(items: list[RewardItem]) -> list[Judgement]:
     """Score the one time span of each answer."""
     return [_score(item) for item in items]
+
+
+def stating(item: RewardItem, options: Mapping[str, Any]) -> str | None:
+    """The solution's span in seconds, or None if there is none."""
+    span = solution_span(item.solution)
+    return f"[{span[0]:.6f} s, {span[1]:.6f} s]" if span else None
 
 
 def _score(item: RewardItem) -> Judgement:
