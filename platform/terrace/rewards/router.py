@@ -79,7 +79,8 @@ class Router:
             parts = {rule.name: outcome.value for rule, outcome in zip(rules, mine)}
             failure = next((outcome.failure for outcome in mine if outcome.value is None), None)
             value = None if failure else sum(rule.weight * outcome.value for rule, outcome in zip(rules, mine)) / total
-            scores.append(Score(value, parts, failure))
+            reasons = {rule.name: f"{outcome.read!r}: {outcome.rule}" for rule, outcome in zip(rules, mine) if outcome.rule or outcome.read}
+            scores.append(Score(value, parts, failure, reasons))
         count = self.counts[task]
         failures = [score.failure for score in scores if score.failure]
         count.scored += len(scores) - len(failures)

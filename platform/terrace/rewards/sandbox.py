@@ -52,11 +52,12 @@ class _Process:
         search_path = os.pathsep.join([package_root, *(path for path in sys.path if path and path != package_root)])
         self._scratch = tempfile.mkdtemp(prefix="terrace-sandbox-")
         os.chmod(self._scratch, 0o777)  # root's rules run as a user of their own
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process; a rule may write 16 MiB there
         self._process = subprocess.Popen(
             [sys.executable, *WORKER, str(memory_bytes), str(item_seconds), self._scratch],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._errors,
             env=clean_environment(search_path, self._scratch),
             start_new_session=True,
         )
@@ -88,7 +89,17 @@ class _Process:
     def _end_reason(self) -> str:
         self.kill()
         status = self._process.returncode
-        return f"process ended by signal {-status}" if status and status < 0 else f"process ended with status {status}"
+        if status and status < 0:
+            return f"process ended by signal {-status}"
+        said = self.last_words()
+        return f"process ended with status {status}" + (f": {said}" if status and said else "")
+
+    def last_words(self) -> str:
+        """The last line on the process' error output."""
+        self._errors.seek(0, os.SEEK_END)
+        self._errors.seek(max(0, self._errors.tell() - 2000))
+        lines = [line for line in self._errors.read().decode(errors="replace").split("\n") if line.strip()]
+        return lines[-1][:300] if lines else ""
 
     def kill(self) -> None:
         """End the guard and everything below it, also what left its session (see sandbox_worker)."""
