@@ -201,13 +201,15 @@ def test_a_response_that_breaks_the_judge_is_wrong_and_a_solution_that_does_is_a
 
 def test_what_is_too_large_is_refused_at_once():
     """No time limit is spent on factorials, towers of powers, and sums that sympy would begin to compute."""
-    towers = [r"\boxed{1000000!}", r"\boxed{10^{10^{10^{10}}}}", r"\boxed{9^{9^{9^9}}}", r"\boxed{\int_0^1 x^{99999} dx}", r"\boxed{((9!)!)!}",
-              r"\boxed{\sum_{k=1}^{10^{12}} k^{99}}", r"\boxed{\binom{10^9}{10^8}}", r"\boxed{2^{1000000007} \bmod 7}", r"\boxed{x^{x^{x^{x^x}}}}"]  # fmt: skip
+    towers = [
+        r"1000000!", r"10^{10^{10^{10}}}", r"9^{9^{9^9}}", r"\int_0^1 x^{99999} dx", r"((9!)!)!", r"\sum_{k=1}^{10^{12}} k^{99}",
+        r"\binom{10^9}{10^8}", r"2^{1000000007} \bmod 7", r"x^{x^{x^{x^x}}}",
+    ]  # fmt: skip
     golds = ["5", r"\sqrt{2}", "x^2+1", r"\frac{1}{2004!}", r"\int_0^1 x dx", "y=2x", "(1,2)", r"\begin{pmatrix}1\\2\end{pmatrix}"]
     with SandboxPool(2, item_seconds=5) as pool:
         pool.judge("math", [RewardItem("", "1", "1")])
         begun = time.monotonic()
-        outcomes = pool.judge("math", [RewardItem("", tower, gold) for tower in towers for gold in golds])
+        outcomes = pool.judge("math", [RewardItem("", f"\\boxed{{{tower}}}", gold) for tower in towers for gold in golds])
         seconds = time.monotonic() - begun
     assert [outcome.value for outcome in outcomes] == [0.0] * len(outcomes)
     assert not [outcome for outcome in outcomes if "breaks" in outcome.rule]
@@ -223,11 +225,13 @@ def test_prompts_are_ready_or_named():
     seen = {"image_sizes": [[400, 400]], "model_sizes": [[200, 200]]}
     box = {"bbox": [40, 60, 140, 260]}
     prompts = [
-        Prompt("a", "math", "42", {}), Prompt("b", "math", r"\frac{1}{2}", {}), Prompt("c", "math", None, {}), Prompt("d", "maths", "4", {}),
+        Prompt("a", "math", "42", {}), Prompt("b", "math", r"\frac{1}{2}", {}),
+        Prompt("c", "math", None, {}), Prompt("d", "maths", "4", {}),
         Prompt("e", "math", "B", {"choices": {"A": "x", "B": "y"}}), Prompt("f", "count", "many", {}), Prompt("g", "count", "4", {}),
         Prompt("h", "box", box, seen), Prompt("i", "box", {"bbox": [4, 4, 4, 9]}, seen), Prompt("j", "box", "left", seen),
         Prompt("k", "point", box, seen), Prompt("l", "span", "[00:10,00:20]", {}), Prompt("m", "span", "[00:20,00:10]", {}),
-        Prompt("n", "form", None, {}), Prompt("o", "math", ["a cat", "cat"], {}), Prompt("p", "relative", box, {}), Prompt("q", "math", 4.5, {}),
+        Prompt("n", "form", None, {}), Prompt("o", "math", ["a cat", "cat"], {}), Prompt("p", "relative", box, {}),
+        Prompt("q", "math", 4.5, {}),
         Prompt("r", "math", r"\begin{cases} x & \text{broken", {}),
     ]  # fmt: skip
     rewards = {

@@ -154,7 +154,9 @@ def answer_read(answer: str) -> str:
 
 
 def relaxed_match(answer: str, expected: str, tolerance: float = RELAXED_TOLERANCE) -> float:
-    """ChartQA's relaxed accuracy: a number within `tolerance` of the expected one (0 only by 0), other text by equal words."""
+    """ChartQA's relaxed accuracy: a number within `tolerance` of the expected one (0 only by 0), other text by equal words.
+
+    As published, with its quirk: a year is a number, so 2008 is right where 2010 is expected."""
     found = final_answer(answer)
     if found is None:
         return 0.0
@@ -178,6 +180,16 @@ def edit_distance_share(answer: str, expected: str) -> float:
     """Edits from one text to the other as a share of the longer one: 0 the same, 1 nothing in common. White space as above."""
     first, second = _plain(answer), _plain(expected)
     return edit_distance(first, second) / max(len(first), len(second), 1)
+
+
+def anls(answer: str, expected: str) -> float:
+    """One reference's part of ANLS (Biten et al. 2019, DocVQA): 1 minus the normalised edit distance, 0 below one half.
+
+    As the published script computes it, with its quirks: case and runs of white space do not count, and a similarity of exactly
+    one half counts (the paper's formula gives 0 there)."""
+    first, second = _plain(answer).lower(), _plain(expected).lower()
+    similarity = 1.0 - edit_distance(first, second) / max(len(first), len(second), 1)
+    return similarity if similarity >= 0.5 else 0.0
 
 
 def edit_distance(first: str, second: str) -> int:
@@ -207,15 +219,16 @@ def _plain(text: str) -> str:
 # ---------------------------------------------------------------- captions
 
 
-def caption_values(answer: str, reference: str) -> dict[str, float]:
-    """sacrebleu's figures of one caption: chrF in [0, 100], and the counts that the corpus' BLEU is made of."""
+def caption_values(answer: str, references: str | Sequence[str]) -> dict[str, float]:
+    """sacrebleu's figures of one caption against one or several: chrF in [0, 100], and the counts that BLEU is made of."""
     from sacrebleu.metrics import BLEU, CHRF
 
-    bleu = BLEU(tokenize=_tokenizer_for(reference)).sentence_score(_plain(answer), [_plain(reference)])
+    plain = [_plain(text) for text in ([references] if isinstance(references, str) else references)]
+    bleu = BLEU(tokenize=_tokenizer_for(plain[0])).sentence_score(_plain(answer), plain)
     counts = {f"bleu_right_{n + 1}": float(value) for n, value in enumerate(bleu.counts)}
     totals = {f"bleu_total_{n + 1}": float(value) for n, value in enumerate(bleu.totals)}
     lengths = {"bleu_answer_length": float(bleu.sys_len), "bleu_reference_length": float(bleu.ref_len)}
-    return {"chrf": CHRF().sentence_score(_plain(answer), [_plain(reference)]).score, **counts, **totals, **lengths}
+    return {"chrf": CHRF().sentence_score(_plain(answer), plain).score, **counts, **totals, **lengths}
 
 
 def corpus_bleu(values: Sequence[dict[str, float]]) -> Statistic:

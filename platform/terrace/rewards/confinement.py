@@ -23,7 +23,12 @@ PROCESSES = 32  # at one time, threads included
 
 _CLONE = {"mount": 0x00020000, "ipc": 0x08000000, "user": 0x10000000, "pid": 0x20000000, "network": 0x40000000}
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _PR_SET_CHILD_SUBREAPER, _PR_CAPBSET_DROP, _PR_CAP_AMBIENT = (
-    1, 38, 22, 36, 24, 47
+    1,
+    38,
+    22,
+    36,
+    24,
+    47,
 )
 _CAP_DAC_READ_SEARCH = 2
 _SANDBOX_USER = 2_000_000  # plus the process id: a user of its own, so that its processes can be counted
@@ -139,7 +144,12 @@ def filter_calls() -> list[str]:
 
     load, equal, at_least, answer = 0x20, 0x15, 0x35, 0x06
     refuse = len(numbers)
-    program = [statement(load, 4), statement(equal, architecture, 0, refuse + 3), statement(load, 0), statement(at_least, 0x40000000, refuse + 1)]
+    program = [
+        statement(load, 4),
+        statement(equal, architecture, 0, refuse + 3),
+        statement(load, 0),
+        statement(at_least, 0x40000000, refuse + 1),
+    ]
     program += [statement(equal, number, refuse - place) for place, number in enumerate(numbers)]
     program += [statement(answer, 0x7FFF0000), statement(answer, 0x00050000 | 13)]  # allow; refuse with EACCES
     code = ctypes.create_string_buffer(b"".join(program))

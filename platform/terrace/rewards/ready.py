@@ -65,7 +65,11 @@ def unready(prompts: Iterable[Prompt], rewards: Mapping[str, Sequence[Any]], jud
     for place, prompt in enumerate(prompts):
         if prompt.task not in rewards:
             named = ", ".join(rewards) or "none"
-            problems[place] = Problem(prompt.id, prompt.task, f"its task has no reward; name one under `rewards` (it has: {named}), or give the row another `task`")
+            problems[place] = Problem(
+                prompt.id,
+                prompt.task,
+                f"its task has no reward; name one under `rewards` (it has: {named}), or give the row another `task`",
+            )
         else:
             items.setdefault(prompt.task, []).append((place, prompt))
     for task, placed in items.items():
@@ -94,14 +98,19 @@ def _of_rule(rule: str, options: dict[str, Any], placed: list[tuple[int, Prompt]
         if response is not None:
             asked.append((place, item._replace(response=response)))
         elif rule in BUILT_IN and needs:
-            found.append((place, f"the reward {rule} cannot read the solution {_short(prompt.solution)}; write it in a form that docs/rl.md names"))
+            found.append(
+                (place, f"the reward {rule} cannot read the solution {_short(prompt.solution)}; write it in a form that docs/rl.md names")
+            )
     outcomes: Sequence[Outcome] = judge(rule, [item for _, item in asked], options) if asked else ()
     for (place, item), outcome in zip(asked, outcomes):
         if outcome.value is None:
             found.append((place, f"the solution {_short(item.solution)} cannot be judged: {outcome.failure}"))
         elif rule in BUILT_IN and outcome.value < FULL_VALUE:
             found.append(
-                (place, f"the solution {_short(item.solution)}, given as the answer, earns {outcome.value:.3g} of 1 by {rule} ({outcome.rule}); mend it")
+                (
+                    place,
+                    f"the solution {_short(item.solution)}, given as the answer, earns {outcome.value:.3g} by {rule} ({outcome.rule}); mend it",
+                )
             )
     return found
 
