@@ -128,7 +128,8 @@ def test_plain_and_circular_on_a_table():
         ("B", "B"), ("(b)", "B"), ("B. green pear", "B"), ("The answer is C", "C"), ("green pear", "B"), ("A or B", None),
         ("A circle", None), ("A. red apple, because it is red", "A"), ("B\n\nA and C are wrong.", "B"),
         ("not B", None), ("", None),
-        ("B is wrong, so C", "C"), ("I can't tell, B has no support", None), ("A, B", None), ("(A) or (B)", None), ("A is correct.", "A"), ("It is the small plum.", "C"),
+        ("B is wrong, so C", "C"), ("I can't tell, B has no support", None), ("A, B", None), ("(A) or (B)", None),
+        ("A is correct.", "A"), ("It is the small plum.", "C"),
         ("<think>A or B?</think>D", "D"), ("\\boxed{C}", "C"), ("Z", None),
     ],
 )  # fmt: skip

@@ -7,8 +7,6 @@ and is honest for 20 cases), a seeded bootstrap of 1,000 draws everywhere else.
 
 from __future__ import annotations
 
-import re
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,15 +14,15 @@ from typing import Any
 import numpy as np
 
 from terrace.rewards.rules.answers import final_answer
+from terrace.rewards.rules.chart import TOLERANCE, relaxed
 from terrace.rewards.rules.coordinates import answer_groups
 from terrace.rewards.rules.counting import counting
 from terrace.rewards.rules.grounding import grounding
 from terrace.rewards.rules.gui_point import gui_point
-from terrace.rewards.rules.numbers import plain_number, same_number
+from terrace.rewards.rules.text_distance import edit_distance, plain_words
 from terrace.rewards.types import RewardItem
 
 RIGHT_IOU = 0.5  # RefCOCO's threshold
-RELAXED_TOLERANCE = 0.05  # ChartQA's share of the expected number
 BOOTSTRAP_DRAWS = 1_000
 NORMAL_95 = 1.959963984540054
 
@@ -153,33 +151,17 @@ def answer_read(answer: str) -> str:
     return found.text if found else ""
 
 
-def relaxed_match(answer: str, expected: str, tolerance: float = RELAXED_TOLERANCE) -> float:
+def relaxed_match(answer: str, expected: str, tolerance: float = TOLERANCE) -> float:
     """ChartQA's relaxed accuracy: a number within `tolerance` of the expected one (0 only by 0), other text by equal words.
 
     As published, with its quirk: a year is a number, so 2008 is right where 2010 is expected."""
     found = final_answer(answer)
-    if found is None:
-        return 0.0
-    wanted, number = plain_number(_thousands(expected)), plain_number(_thousands(found.text))
-    if wanted is None:
-        return float(_plain(found.text).casefold().strip(".") == _plain(expected).casefold().strip("."))
-    return float(number is not None and same_number(wanted, number, 0.0, tolerance))
-
-
-def _thousands(text: str) -> str:
-    """`12K` on a chart is twelve thousand (elsewhere it may be twelve kelvin)."""
-    return re.sub(r"(?<=\d)K(?![A-Za-z])", "k", text)
+    return relaxed(found.text, expected, tolerance) if found is not None else 0.0
 
 
 def exact_text(answer: str, expected: str) -> float:
     """1 for the same characters, runs of white space counting as one space."""
-    return float(_plain(answer) == _plain(expected))
-
-
-def edit_distance_share(answer: str, expected: str) -> float:
-    """Edits from one text to the other as a share of the longer one: 0 the same, 1 nothing in common. White space as above."""
-    first, second = _plain(answer), _plain(expected)
-    return edit_distance(first, second) / max(len(first), len(second), 1)
+    return float(plain_words(answer) == plain_words(expected))
 
 
 def anls(answer: str, expected: str) -> float:
@@ -187,33 +169,9 @@ def anls(answer: str, expected: str) -> float:
 
     As the published script computes it, with its quirks: case and runs of white space do not count, and a similarity of exactly
     one half counts (the paper's formula gives 0 there)."""
-    first, second = _plain(answer).lower(), _plain(expected).lower()
+    first, second = plain_words(answer).lower(), plain_words(expected).lower()
     similarity = 1.0 - edit_distance(first, second) / max(len(first), len(second), 1)
     return similarity if similarity >= 0.5 else 0.0
-
-
-def edit_distance(first: str, second: str) -> int:
-    """Levenshtein distance, a column at a time in one integer (Hyyrö 2003): 2,000 by 2,000 characters in about 3 ms."""
-    if not first or not second:
-        return len(first) + len(second)
-    places: dict[str, int] = {}
-    for place, letter in enumerate(first):
-        places[letter] = places.get(letter, 0) | 1 << place
-    every, last = (1 << len(first)) - 1, 1 << (len(first) - 1)
-    rises, falls, distance = every, 0, len(first)
-    for letter in second:
-        match = places.get(letter, 0)
-        diagonal = (((match & rises) + rises) ^ rises) | match | falls
-        up = (falls | ~(diagonal | rises)) & every
-        down = rises & diagonal
-        distance += 1 if up & last else -1 if down & last else 0
-        up, down = (up << 1 | 1) & every, (down << 1) & every
-        rises, falls = (down | ~(diagonal | up)) & every, up & diagonal
-    return distance
-
-
-def _plain(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).split())
 
 
 # ---------------------------------------------------------------- captions
@@ -223,12 +181,12 @@ def caption_values(answer: str, references: str | Sequence[str]) -> dict[str, fl
     """sacrebleu's figures of one caption against one or several: chrF in [0, 100], and the counts that BLEU is made of."""
     from sacrebleu.metrics import BLEU, CHRF
 
-    plain = [_plain(text) for text in ([references] if isinstance(references, str) else references)]
-    bleu = BLEU(tokenize=_tokenizer_for(plain[0])).sentence_score(_plain(answer), plain)
+    plain = [plain_words(text) for text in ([references] if isinstance(references, str) else references)]
+    bleu = BLEU(tokenize=_tokenizer_for(plain[0])).sentence_score(plain_words(answer), plain)
     counts = {f"bleu_right_{n + 1}": float(value) for n, value in enumerate(bleu.counts)}
     totals = {f"bleu_total_{n + 1}": float(value) for n, value in enumerate(bleu.totals)}
     lengths = {"bleu_answer_length": float(bleu.sys_len), "bleu_reference_length": float(bleu.ref_len)}
-    return {"chrf": CHRF().sentence_score(_plain(answer), plain).score, **counts, **totals, **lengths}
+    return {"chrf": CHRF().sentence_score(plain_words(answer), plain).score, **counts, **totals, **lengths}
 
 
 def corpus_bleu(values: Sequence[dict[str, float]]) -> Statistic:

@@ -25,6 +25,7 @@ from terrace.evaluate.choice_file import read_questions
 from terrace.evaluate.metrics import Statistic
 from terrace.evaluate.multiple_choice import chosen_letter, circular_right, plain_right, question_cases
 from terrace.evaluate.sample_losses import held_out_cases
+from terrace.rewards.rules.text_distance import edit_distance_share
 from terrace.rewards.sandbox import SandboxPool
 from terrace.rewards.types import RewardItem
 
@@ -170,7 +171,7 @@ def _judge_reasoning(cases: Sequence[Case], answers: Sequence[str], pixels: tupl
 def _ocr_values(answer: str, expected: str) -> dict[str, float]:
     return {
         "exact": metrics.exact_text(answer, expected),
-        "edit_distance": metrics.edit_distance_share(answer, expected),
+        "edit_distance": edit_distance_share(answer, expected),
         "anls": metrics.anls(answer, expected),
     }
 

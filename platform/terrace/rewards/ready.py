@@ -97,21 +97,15 @@ def _of_rule(rule: str, options: dict[str, Any], placed: list[tuple[int, Prompt]
             continue
         if response is not None:
             asked.append((place, item._replace(response=response)))
-        elif rule in BUILT_IN and needs:
-            found.append(
-                (place, f"the reward {rule} cannot read the solution {_short(prompt.solution)}; write it in a form that docs/rl.md names")
-            )
+        elif rule in BUILT_IN and needs and getattr(load_reward(rule), "needs_statement", True):
+            found.append((place, f"the reward {rule} cannot read the solution {_short(prompt.solution)}; see its forms in docs/rl.md"))
     outcomes: Sequence[Outcome] = judge(rule, [item for _, item in asked], options) if asked else ()
     for (place, item), outcome in zip(asked, outcomes):
         if outcome.value is None:
             found.append((place, f"the solution {_short(item.solution)} cannot be judged: {outcome.failure}"))
         elif rule in BUILT_IN and outcome.value < FULL_VALUE:
-            found.append(
-                (
-                    place,
-                    f"the solution {_short(item.solution)}, given as the answer, earns {outcome.value:.3g} by {rule} ({outcome.rule}); mend it",
-                )
-            )
+            earned = f"given as the answer, earns {outcome.value:.3g} by {rule} ({outcome.rule})"
+            found.append((place, f"the solution {_short(item.solution)}, {earned}; mend it"))
     return found
 
 

@@ -80,7 +80,7 @@ class Router:
             failure = next((outcome.failure for outcome in mine if outcome.value is None), None)
             value = None if failure else sum(rule.weight * outcome.value for rule, outcome in zip(rules, mine)) / total
             reasons = {rule.name: f"{outcome.read!r}: {outcome.rule}" for rule, outcome in zip(rules, mine) if outcome.rule or outcome.read}
-            scores.append(Score(value, parts, failure, reasons))
+            scores.append(Score(value, parts, failure, reasons, sum(outcome.seconds for outcome in mine)))
         count = self.counts[task]
         failures = [score.failure for score in scores if score.failure]
         count.scored += len(scores) - len(failures)

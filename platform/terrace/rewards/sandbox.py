@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +250,7 @@ class SandboxPool:
     def _record(self, job: _Job, place: int, answer: dict, killed: bool = False) -> None:
         if "failure" not in answer:
             (outcome,) = outcomes_of([Judgement(answer["value"], answer["read"], answer["rule"])], job.rule, 1)
+            outcome = replace(outcome, seconds=answer.get("seconds", 0.0))
         elif not job.checks and (killed or job.rule in BUILT_IN) and self._judges_its_own(job, job.items[place]):
             # The rule judges the solution itself: the response is what breaks it, and that is no right answer.
             outcome = Outcome(0.0, None, "", f"the response breaks the judge: {answer['failure']}")

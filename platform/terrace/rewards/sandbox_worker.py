@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import time
 from types import FrameType
 
 from terrace.rewards import confinement
@@ -60,7 +61,9 @@ def serve(item_seconds: float, held: list[str]) -> None:
         for fields in request["items"]:
             signal.setitimer(signal.ITIMER_REAL, 2 * item_seconds + 1)
             confinement.limit_cpu(2 * item_seconds + 1)
+            begun = time.perf_counter()
             answer = _judge(rule, RewardItem(*fields), request["options"])
+            answer["seconds"] = time.perf_counter() - begun
             signal.setitimer(signal.ITIMER_REAL, 0)
             answers.write(json.dumps(answer).encode() + b"\n")
             if answer.get("restart"):

@@ -53,7 +53,8 @@ class Outcome:
     value: float | None
     failure: str | None = None
     read: str = ""  # what the rule took as the answer
-    rule: str = ""  # what decided, for example "number: other unit"
+    rule: str = ""  # what decided, for example "number" or "no box, or several"
+    seconds: float = 0.0  # of judging, in the sandbox
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class Score:
     parts: dict[str, float | None] = field(default_factory=dict)
     failure: str | None = None
     reasons: dict[str, str] = field(default_factory=dict)  # per rule: what was read and what decided
+    seconds: float = 0.0  # of judging, in the sandbox
 
 
 def outcomes_of(values: Sequence[Any], rule: str, count: int | None = None) -> list[Outcome]:
