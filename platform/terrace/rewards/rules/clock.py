@@ -13,7 +13,7 @@ _DATE = re.compile(r"(?<![\d/-])(\d{1,4})([/.-])(\d{1,2})\2(\d{1,4})(?![\d/-])")
 _RATIO = re.compile(
     r"(?<![\d:.])(\d{1,9}(?:\.\d+)?)\s?(?::|\bto\b)\s?(\d{1,9}(?:\.\d+)?)(?:\s?(?::|\bto\b)\s?(\d{1,9}(?:\.\d+)?))?(?![\d:])"
 )
-_PAST = re.compile(r"\b(half|quarter|(?:[a-z]+[- ]?){1,2})\s(?:minutes\s)?(past|to)\s([a-z]+)\b", re.IGNORECASE)
+_PAST = re.compile(r"\b(half|quarter|(?:[a-z]+[- ]?){1,2})\s(?:minutes\s)?(past|to)\s([a-z]+|\d{1,2})\b", re.IGNORECASE)
 Time = tuple[int, int, int, str | None]
 
 
@@ -62,8 +62,10 @@ def _time(text: str) -> Time | None:
     past = _PAST.search(text)
     if times or past is None:
         return None
-    minutes = {"half": 30, "quarter": 15}.get(past[1].lower()) or next((int(v[0]) for v in numbers_in_words(past[1])), None)
-    hour = next((int(value[0]) for value in numbers_in_words(past[3])), None)
+    minutes = {"half": 30, "quarter": 15}.get(past[1].lower().removeprefix("a ")) or next(
+        (int(v[0]) for v in numbers_in_words(past[1])), None
+    )
+    hour = int(past[3]) if past[3].isdigit() else next((int(value[0]) for value in numbers_in_words(past[3])), None)
     if minutes is None or hour is None or not 1 <= hour <= 12:
         return None
     return (hour, minutes, 0, None) if past[2].lower() == "past" else ((hour - 2) % 12 + 1, 60 - minutes, 0, None)

@@ -78,7 +78,8 @@ def _same_side(gold: str, text: str, limits: Limits) -> bool:
 
 
 def _is_name(text: str) -> bool:
-    return _NAME.fullmatch(text.strip()) is not None
+    """A name that has a value. `xy` is a product of the unknowns of a curve."""
+    return _NAME.fullmatch(text.strip()) is not None and not re.fullmatch(r"(?=.*[xyz])[a-z]{2,3}", text.strip())
 
 
 def _normal(name: str) -> str:

@@ -173,7 +173,9 @@ class _Parser:
     def power(self, end: str) -> Tree:
         tree = self.postfix(end)
         if self.take("^"):
-            tree = ("power", tree, self.exponent(end))
+            above = self.exponent(end)
+            below = re.fullmatch(r"C_(\d{1,4})", tree[1]) if tree[0] == "symbol" else None
+            tree = ("binomial", ("number", Fraction(below.group(1))), above) if below else ("power", tree, above)  # C_{10}^3
         while self.take("!"):
             tree = ("factorial", tree)
         return tree
@@ -292,6 +294,12 @@ class _Parser:
             return ("symbol", "\\infty")
         if name == "emptyset":
             return ("symbol", "\\emptyset")
+        if name in ("angle", "triangle"):
+            letters = ""
+            while self.next()[0] == "letter":
+                letters += self.next()[1]
+                self.place += 1
+            return ("symbol", f"\\{name} {letters}")
         if name in _SYMBOLS:
             return self.symbol("\\" + name)
         raise NoExpression(f"\\{name} is not read here")

@@ -13,6 +13,7 @@ from terrace.rewards.rules.values import TooLarge, constant_ratio
 INFINITE = ("-\\infty", "\\infty")
 _SIGN = re.compile(r"\\le(?![a-z])|\\ge(?![a-z])|<=|>=|<|>|\\lt(?![a-z])|\\gt(?![a-z])")
 _UNION = re.compile(r"\\cup(?![a-z])|\bor\b|或")
+_EVERY_REAL = re.compile(r"R|\\R|ℝ|all (?:the )?real numbers|all reals|any real number|全体实数", re.IGNORECASE)
 _BUILDER = re.compile(r"^\\\{\s*([A-Za-z])\s*(?:\\in\s?\\?[A-Za-z]+\s*)?(?:\\?\||:|\\mid|\\vert)\s*(.*)\\\}$")
 
 
@@ -31,8 +32,13 @@ def intervals_of(text: str) -> list[Interval] | None:
     if builder:
         text = builder.group(2)
     text = re.sub(r"^[A-Za-z]\s*\\in\s*", "", text)
+    if _EVERY_REAL.fullmatch(text):
+        return [Interval(INFINITE[0], False, INFINITE[1], False)]
+    parts = _UNION.split(text)
+    if len(parts) == 1 and _SIGN.search(text):
+        parts = split_top(text, ",;")
     found = []
-    for part in _UNION.split(text):
+    for part in parts:
         one = _interval(re.sub(r"^\s*[A-Za-z]\s*\\in\s*", "", part.strip(" ,")))
         if one is None:
             return None
@@ -104,6 +110,8 @@ def _end(text: str) -> str:
 def _inequality(text: str) -> Interval | None:
     signs = [{"\\le": "<=", "\\ge": ">=", "\\lt": "<", "\\gt": ">"}.get(sign, sign) for sign in _SIGN.findall(text)]
     sides = [side.strip() for side in _SIGN.split(text)]
+    if len(sides) == 2 and not sides[0]:
+        sides[0] = "x"  # "≥ 3" says it of the unknown
     if not signs or len(signs) > 2 or len({sign[0] for sign in signs}) > 1 or not all(sides):
         return None
     if signs[0][0] == ">":

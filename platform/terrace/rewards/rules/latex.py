@@ -44,6 +44,7 @@ def plain(text: str) -> str:
         if shorter == text:
             break
         text = shorter
+    text = re.sub(r"(?<!\\)\{\}", "", text)
     text = text.replace("$", " ") if text.count("$") % 2 == 0 else text
     text = text.replace("\ue001", "$").replace("\\%", "%")
     for name, plain_name in _RELATIONS:

@@ -153,11 +153,13 @@ def judge_text(gold: str, answer: Answer, limits: Limits) -> tuple[str, bool]:
 
 def _counts(values: sequences.Values, text: str) -> bool:
     """`3 apples and 2 pears` by its numbers alone."""
-    return all(re.search(r"\d", element) for element in values.elements) and sequences.same_values(values, text)
+    return all(re.match(r"\d", element) for element in values.elements) and sequences.same_values(values, text)
 
 
 def _named_thing(gold: str) -> bool:
     """A number that only completes a name (`May 5`, `Q1 2010`, `Room 12`): a word that is no filler stands before it."""
+    if re.match("[\u4e00-\u9fff]", gold) and re.search(r"\d", gold):
+        return bool(re.match("(?:上午|下午|晚上|早上|中午|凌晨|第|周|星期)", gold))
     if re.match("[\u4e00-\u9fff]", gold):
         return not re.fullmatch(r"[零〇一二两三四五六七八九十百千万亿分之]+[个只条名人辆次元本张件天年月岁种位块头]?", gold)
     before = re.match(r"([A-Za-z][A-Za-z'’. ]*?)\s*\d*\s?[-#]?\d", plain(gold).strip())

@@ -104,7 +104,8 @@ def plain_number(text: str) -> Number | None:
     "3 + 4 = 7" states 7 (what stands after the last "="). A sign before brackets is no number of its own: `-(5)` is an
     expression.
     """
-    return stated(without_unit(inside(plain(text)))[0])
+    bare = inside(plain(text))
+    return None if re.fullmatch(r"\d+\s?!+", bare) else stated(without_unit(bare)[0])
 
 
 def stated(text: str) -> Number | None:

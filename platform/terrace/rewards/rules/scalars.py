@@ -11,7 +11,7 @@ from terrace.rewards.rules.numbers import Number, find_numbers, plain_number, sa
 from terrace.rewards.rules.units import compound_value, without_unit
 from terrace.rewards.rules.values import real_value, same_expression
 
-_HEDGE = re.compile(r"\bor\b|或|\beither\b|\bmaybe\b|\bbetween\b", re.IGNORECASE)
+_HEDGE = re.compile(r"\bor\b|或|\beither\b|\bmaybe\b|\bbetween\b|\bnot (?:be )?[-\d]|不是|不等于", re.IGNORECASE)
 _NAME = re.compile(r"\s*(?:\\?[A-Za-z][A-Za-z ]*'?(?:_\{?\w{1,8}\}?)?(?:\(\w{1,4}\))?'?|\\angle\s?[A-Z]{1,3}|[^=]*[A-Za-z]{3,}[^=]*)\s*")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -25,6 +24,7 @@ class Values:
 
     kind: str
     elements: tuple[str, ...]
+    name: str = ""  # of a point: A(2, 3)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ def _times(factor: str, element: str) -> str:
 def values_of(text: str) -> Values:
     """A text cut into its elements; one element if it is no list. `\\pm a` is two."""
     text = plain(text).strip().rstrip(".。;")
-    kind = "bare"
+    text = re.sub(r"^(?:[A-Za-z]\s?\\in\s?|\([A-Za-z](?:,\s?[A-Za-z]){1,3}\)\s?=\s?)", "", text)
+    kind, point = "bare", re.match(r"([A-Z]'?)\s?(?=\([^()]*,)", text)
+    text = text[point.end() :] if point else text
     for start, end, name in (("\\{", "\\}", "set"), ("(", ")", "tuple"), ("[", "]", "bracket"), ("\\langle", "\\rangle", "tuple")):
         if text.startswith(start) and text.endswith(end) and _one_pair(text, start, end):
             text, kind = text[len(start) : -len(end)].strip(), name
@@ -79,7 +81,7 @@ def values_of(text: str) -> Values:
     if kind == "bare" and len(pieces) > 1 and plain_number(text) is not None and re.fullmatch(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?", text):
         pieces = [text]
     elements = [both for piece in pieces if piece.strip() for both in _plus_minus(piece.strip())]
-    return Values(kind, tuple(elements[:MOST_ELEMENTS]))
+    return Values(kind, tuple(elements[:MOST_ELEMENTS]), point.group(1) if point and kind == "tuple" else "")
 
 
 def _one_pair(text: str, start: str, end: str) -> bool:
@@ -104,10 +106,10 @@ def _plus_minus(element: str) -> list[str]:
     return [re.sub(r"\\pm(?![a-z])\s*", sign, element).replace("+ ", "+") for sign in ("+", "-")]
 
 
-def same_values(gold: Values, text: str, names_of_gold: Sequence[str] = ()) -> bool:
+def same_values(gold: Values, text: str) -> bool:
     """Whether an answer gives the same elements: in order for tuples, in any order for sets and bare lists."""
     said = values_of(text)
-    if len(said.elements) != len(gold.elements):
+    if len(said.elements) != len(gold.elements) or (gold.name and said.name and gold.name != said.name):
         return False
     if not gold.elements:
         return said.kind == "set"

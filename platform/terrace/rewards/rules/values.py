@@ -33,7 +33,7 @@ class TooLarge(ArithmeticError):
 def same_expression(gold: str, text: str) -> bool | None:
     """Whether two texts are the same expression; None if `gold` is none that can be valued. Never raises."""
     gold, text = str(gold), str(text)
-    if re.sub(r"[\s{}$]", "", gold) == re.sub(r"[\s{}$]", "", text):
+    if re.sub(r"[\s$]", "", gold) == re.sub(r"[\s$]", "", text):
         return True
     try:
         wanted = _parsed(gold)

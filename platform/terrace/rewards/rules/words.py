@@ -13,11 +13,15 @@ _YES_NO = ({"yes", "no"}, {"true", "false"}, {"correct", "incorrect"}, {"是", "
 _SAME = {"dne": "does not exist", "undefined": "does not exist", "t": "true", "f": "false"}
 _HEDGE = re.compile(r"\bor\b|或|\beither\b|\bmaybe\b|\bperhaps\b", re.IGNORECASE)
 _FILLER = {"a", "an", "the"}
+_SENTENCE = {  # one of these makes words a sentence
+    "is", "are", "was", "were", "be", "it", "it's", "its", "this", "that", "there", "shows", "show", "see", "has", "have", "answer", "looks",
+    "appears", "called", "named", "of", "in", "on", "at", "because", "since", "so", "they", "he", "she", "i", "would", "as", "by", "to", "must",
+}  # fmt: skip
 
 
 def is_words(gold: str) -> bool:
     """Whether a solution is words: at least a run of two letters, no LaTeX command, no mathematical sign."""
-    text = inside(plain(gold))
+    text = re.sub(r"_\{?(\w+)\}?", r"\1", inside(plain(gold)))
     if re.fullmatch(r"(?:[A-Z][a-z]?\d*)+", text) and re.search(r"\d", text):
         return True  # a chemical formula
     if not re.search(r"[A-Za-z]{2}|[\u4e00-\u9fff]", text) or re.search(r"[\\^=<>|{}+*]|_", text):
@@ -25,6 +29,8 @@ def is_words(gold: str) -> bool:
     if re.fullmatch(r"[\u4e00-\u9fff]{1,40}", text):
         return True
     words = re.findall(r"[A-Za-z][A-Za-z'’-]*", text)
+    if not words:
+        return True
     if re.search(r"\d\s?[A-Za-z]\b|\([^)]*[-/]", text) and max(map(len, words)) < 4:
         return False
     return max(map(len, words)) >= 3 or text.lower() in ("no", "up", "in", "on") or (len(words) == 1 and text.isupper())
@@ -36,7 +42,12 @@ def same_words(gold: str, text: str) -> bool:
     target, words = _words(gold), _words(inside(text))
     if not target:
         return False
-    if words == target or "".join(words) == "".join(target) or _joined(gold) == _joined(inside(text)):
+    if (
+        words == target
+        or _meaning(words) == _meaning(target)
+        or "".join(words) == "".join(target)
+        or _joined(gold) == _joined(inside(text))
+    ):
         return True
     if _months(target) and sorted(words) == sorted(target):
         return True
@@ -57,6 +68,8 @@ def same_words(gold: str, text: str) -> bool:
         return False
     if gold.isupper() and len(target) == 1:  # an acronym such as SSS: no other may stand beside it
         return set(re.findall(r"\b[A-Z]{2,}\b", text)) == {gold}
+    if len(words) > len(target) and not _SENTENCE & set(words):
+        return False  # "cat dog" is two guesses
     places = [place for place in range(len(words)) if words[place : place + len(target)] == target]
     if len(places) != 1:
         return False
@@ -68,11 +81,14 @@ def _words(text: str) -> list[str]:
     text = re.sub(r"(\d)(?:st|nd|rd|th)\b", r"\1", text.lower())
     found = re.findall(r"[a-zà-ÿ0-9'’-]+(?:\.\d+)?|[\u4e00-\u9fff]+", re.sub(r"[_{}]", "", text))
     found = [word.strip("'’-") for word in found if word.strip("'’-")]
-    joined = " ".join(found)
-    found = _SAME.get(joined, joined).split()
     while len(found) > 1 and found[0] in _FILLER:
         found = found[1:]
     return found
+
+
+def _meaning(words: list[str]) -> str:
+    said = " ".join(words)
+    return _SAME.get(said, said)
 
 
 def _joined(text: str) -> str:
@@ -98,5 +114,5 @@ def _chinese(gold: str, text: str) -> bool:
     before = said[:place]
     for pair in _YES_NO:
         if gold in pair:
-            return not before or before[-1] in "是为案：" or before.endswith(("答案", "答案是"))
+            return not before or before[-1] in "是为案：" or before.endswith(("说法", "结论", "命题", "判断", "答案"))
     return not before.endswith(("不", "不是", "非", "没", "没有")) and len(said) <= len(gold) + 12
