@@ -16,13 +16,12 @@ from PIL import Image
 from terrace.errors import InputError, TerraceError
 from terrace.evaluate.cases import Case
 from terrace.evaluate.choice_file import read_questions
+from terrace.evaluate.choice_question import ChoiceQuestion, rotations
 from terrace.evaluate.multiple_choice import (
-    ChoiceQuestion,
     chosen_letter,
     circular_right,
     plain_right,
     question_cases,
-    rotations,
 )
 from terrace.evaluate.run import (
     Reply,

@@ -27,7 +27,7 @@ from terrace.evaluate.run import (
     write_results,
 )
 from terrace.evaluate.suites import Reading, load_suites, tracked_name
-from terrace.rewards.rules.text_distance import edit_distance, edit_distance_share
+from terrace.rewards.rules.text_distance import edit_distance
 
 PIXELS = (3136, 50176)
 SEEN_TWICE_AS_LARGE = {"image_sizes": [[100, 50]], "model_sizes": [[200, 100]]}
@@ -82,9 +82,9 @@ def test_edit_distance_equals_the_textbook(first, second):
 
 def test_text_in_pictures():
     assert metrics.exact_text("year\n1931  1932 ", "year 1931\n1932") == 1.0
-    assert edit_distance_share("kitten", "sitting") == pytest.approx(3 / 7)
-    assert edit_distance_share("", "") == 0.0
-    assert edit_distance_share("", "abc") == 1.0
+    assert metrics.edit_distance_share("kitten", "sitting") == pytest.approx(3 / 7)
+    assert metrics.edit_distance_share("", "") == 0.0
+    assert metrics.edit_distance_share("", "abc") == 1.0
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ SEEN = {"image_sizes": [[400, 300]], "model_sizes": [[200, 150]]}
 
 def value_of(rule, response, solution, metadata=None, **options):
     [judged] = load_reward(rule)([RewardItem("", response, solution, metadata or {})], **options)
-    return judged.value
+    return judged
 
 
 @pytest.mark.parametrize(

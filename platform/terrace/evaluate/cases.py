@@ -149,11 +149,6 @@ def question_messages(sample: Sample) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- what a row expects
 
 
-def accepted(expected: Any) -> list[str]:
-    """The accepted answers of a case: one text, or a list of them."""
-    return [str(text) for text in expected] if isinstance(expected, list) else [str(expected)]
-
-
 def expected_text(sample: Sample) -> str | list[str]:
     """The row's `solution` (a text, or a list of accepted texts), else its last answer, else the text behind its last image."""
     solution = sample.metadata.get("solution")
@@ -185,7 +180,7 @@ def expected_text(sample: Sample) -> str | list[str]:
 def expected_count(sample: Sample) -> str | list[str]:
     """A whole number."""
     expected = expected_text(sample)
-    for text in accepted(expected):
+    for text in expected if isinstance(expected, list) else [expected]:
         if count_of(text) is None:
             raise Refusal("bad_row", f"the expected count {text[:60]!r} is no number")
     return expected

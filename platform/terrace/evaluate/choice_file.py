@@ -18,7 +18,7 @@ from string import ascii_uppercase
 
 from terrace.errors import InputError
 from terrace.evaluate.cases import checked_size
-from terrace.evaluate.multiple_choice import ROTATION_STEP, ChoiceQuestion
+from terrace.evaluate.choice_question import ROTATION_STEP, ChoiceQuestion
 
 REFERENCE_CHARACTERS = 64  # an `image` field this short is the index of the row that has the picture, or a path
 _EMPTY = {"", "nan", "none", "null", "[]"}

@@ -19,7 +19,7 @@ from terrace.rewards.rules.coordinates import answer_groups
 from terrace.rewards.rules.counting import counting
 from terrace.rewards.rules.grounding import grounding
 from terrace.rewards.rules.gui_point import gui_point
-from terrace.rewards.rules.text_distance import edit_distance, plain_words
+from terrace.rewards.rules.text_distance import distance_share, edit_distance, plain_words
 from terrace.rewards.types import RewardItem
 
 RIGHT_IOU = 0.5  # RefCOCO's threshold
@@ -121,23 +121,28 @@ def box_iou(answer: str, expected: Any, metadata: dict[str, Any]) -> float:
     Raises ValueError if the expected box has no area.
     """
     [value] = grounding([RewardItem("", answer, expected, metadata)], metric="iou")
-    if value.value is None:
+    if value is None:
         raise ValueError(f"the expected box {expected} has no area")
-    return value.value
+    return value
 
 
 def point_in_box(answer: str, expected: Any, metadata: dict[str, Any]) -> float:
     """1 if the answer's one point lies in `expected["bbox"]` (borders included); a box or several points are 0."""
     [value] = gui_point([RewardItem("", answer, expected, metadata)])
-    return float(value.value or 0.0)
+    return float(value or 0.0)
 
 
-def exact_count(answer: str, expected: str) -> float:
-    """1 if the answer's one number (digits or words) is the count. Raises ValueError if `expected` is no number."""
-    [value] = counting([RewardItem("", answer, expected)])
-    if value.value is None:
+def accepted(expected: Any) -> list[str]:
+    """The accepted answers of a case: one text, or a list of them."""
+    return [str(text) for text in expected] if isinstance(expected, list | tuple) else [str(expected)]
+
+
+def exact_count(answer: str, expected: str | Sequence[str]) -> float:
+    """1 if the answer's one number (digits or words) is an accepted count. Raises ValueError if one is no number."""
+    values = counting([RewardItem("", answer, text) for text in accepted(expected)])
+    if None in values:
         raise ValueError(f"the expected count {expected!r} is no number")
-    return value.value
+    return max(values)
 
 
 def numbers_read(answer: str) -> str:
@@ -151,26 +156,33 @@ def answer_read(answer: str) -> str:
     return found.text if found else ""
 
 
-def relaxed_match(answer: str, expected: str, tolerance: float = TOLERANCE) -> float:
-    """ChartQA's relaxed accuracy: a number within `tolerance` of the expected one (0 only by 0), other text by equal words.
+def relaxed_match(answer: str, expected: str | Sequence[str], tolerance: float = TOLERANCE) -> float:
+    """ChartQA's relaxed accuracy: a number within `tolerance` of an accepted one (0 only by 0), other text by equal words.
 
     As published, with its quirk: a year is a number, so 2008 is right where 2010 is expected."""
     found = final_answer(answer)
-    return relaxed(found.text, expected, tolerance) if found is not None else 0.0
+    return max(relaxed(found.text, text, tolerance) for text in accepted(expected)) if found is not None else 0.0
 
 
-def exact_text(answer: str, expected: str) -> float:
-    """1 for the same characters, runs of white space counting as one space."""
-    return float(plain_words(answer) == plain_words(expected))
+def exact_text(answer: str, expected: str | Sequence[str]) -> float:
+    """1 for the same characters as an accepted text, runs of white space counting as one space."""
+    return max(float(plain_words(answer) == plain_words(text)) for text in accepted(expected))
 
 
-def anls(answer: str, expected: str) -> float:
-    """One reference's part of ANLS (Biten et al. 2019, DocVQA): 1 minus the normalised edit distance, 0 below one half.
+def edit_distance_share(answer: str, expected: str | Sequence[str]) -> float:
+    """Edits to the nearest accepted text as a share of the longer of the two: 0 the same, 1 nothing in common."""
+    return min(distance_share(answer, text) for text in accepted(expected))
+
+
+def anls(answer: str, expected: str | Sequence[str]) -> float:
+    """A case's part of ANLS (Biten et al. 2019, DocVQA): 1 minus the normalised edit distance to the nearest accepted text, 0
+    below one half.
 
     As the published script computes it, with its quirks: case and runs of white space do not count, and a similarity of exactly
     one half counts (the paper's formula gives 0 there)."""
-    first, second = plain_words(answer).lower(), plain_words(expected).lower()
-    similarity = 1.0 - edit_distance(first, second) / max(len(first), len(second), 1)
+    said = plain_words(answer).lower()
+    texts = [plain_words(text).lower() for text in accepted(expected)]
+    similarity = max(1.0 - edit_distance(said, text) / max(len(said), len(text), 1) for text in texts)
     return similarity if similarity >= 0.5 else 0.0
 
 
@@ -181,7 +193,7 @@ def caption_values(answer: str, references: str | Sequence[str]) -> dict[str, fl
     """sacrebleu's figures of one caption against one or several: chrF in [0, 100], and the counts that BLEU is made of."""
     from sacrebleu.metrics import BLEU, CHRF
 
-    plain = [plain_words(text) for text in ([references] if isinstance(references, str) else references)]
+    plain = [plain_words(text) for text in accepted(references)]
     bleu = BLEU(tokenize=_tokenizer_for(plain[0])).sentence_score(plain_words(answer), plain)
     counts = {f"bleu_right_{n + 1}": float(value) for n, value in enumerate(bleu.counts)}
     totals = {f"bleu_total_{n + 1}": float(value) for n, value in enumerate(bleu.totals)}

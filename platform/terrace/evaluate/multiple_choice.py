@@ -3,67 +3,21 @@
 A model that always says "A" has a quarter of four-way questions right by luck. Rotated, the right choice stands once at
 every letter, and a question counts only if the model finds it every time: luck then gives 0 for a fixed letter and
 (1/4)^4 for a random one. Published MMBench figures are of this kind. It costs N answers per question instead of one.
-
-Rotation k writes at letter i the text that first stood at letter (i + k) mod N.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from string import ascii_uppercase
+from pathlib import Path
 
 from terrace.data.sources.conventions import ImageReference
 from terrace.data.types import Sample
 from terrace.evaluate.cases import Case, case_digest, checked_size
+from terrace.evaluate.choice_file import read_questions
+from terrace.evaluate.choice_question import ROTATION_STEP, ChoiceQuestion, rotations
 from terrace.rewards.rules.answers import final_answer, visible_text
 from terrace.rewards.rules.choices import named_letters
-
-ROTATION_STEP = 1_000_000  # MMBench's own numbering: rotation k of question i is row k * 1,000,000 + i
-INSTRUCTION = "Answer with the option's letter from the given choices directly."
-
-
-@dataclass(frozen=True)
-class ChoiceQuestion:
-    """A question with its choices in order (letters A, B, ...)."""
-
-    index: int
-    question: str
-    choices: tuple[str, ...]
-    right: int  # place of the right choice
-    images: tuple[bytes, ...] = ()
-    hint: str = ""
-    category: str = ""
-
-    @property
-    def letters(self) -> dict[str, str]:
-        return dict(zip(ascii_uppercase, self.choices))
-
-    @property
-    def right_letter(self) -> str:
-        return ascii_uppercase[self.right]
-
-    @property
-    def text(self) -> str:
-        lines = [f"Hint: {self.hint}"] if self.hint else []
-        lines += [self.question, *(f"{letter}. {choice}" for letter, choice in self.letters.items()), INSTRUCTION]
-        return "\n".join(lines)
-
-
-def rotated(question: ChoiceQuestion, rotation: int) -> ChoiceQuestion:
-    """The question with its choices moved `rotation` places up."""
-    count = len(question.choices)
-    choices = tuple(question.choices[(place + rotation) % count] for place in range(count))
-    return ChoiceQuestion(
-        question.index, question.question, choices, (question.right - rotation) % count, question.images, question.hint,
-        question.category,
-    )  # fmt: skip
-
-
-def rotations(question: ChoiceQuestion) -> list[ChoiceQuestion]:
-    """All rotations, the question itself first."""
-    return [rotated(question, rotation) for rotation in range(len(question.choices))]
 
 
 def chosen_letter(answer: str, letters: Mapping[str, str]) -> str | None:
@@ -92,6 +46,11 @@ def circular_right(results: Iterable[tuple[str, int, bool]]) -> dict[str, bool]:
 # ---------------------------------------------------------------- cases
 
 
+def read_choice_cases(path: Path, limit: int | None = None, images_root: Path | None = None) -> list[Case]:
+    """Every rotation of the first `limit` questions of a file, as cases."""
+    return question_cases(read_questions(path, limit, images_root))
+
+
 def question_cases(questions: Sequence[ChoiceQuestion]) -> list[Case]:
     """Every rotation of every question as a case, the rotations of one question next to each other."""
     cases = []
@@ -105,9 +64,5 @@ def question_cases(questions: Sequence[ChoiceQuestion]) -> list[Case]:
             prompt = Sample(case_id, "prompt", [{"role": "user", "content": content}])
             metadata = {"choices": asked.letters, "category": question.category}
             digest = case_digest(prompt, asked.right_letter, metadata, digests)
-            cases.append(
-                Case(
-                    case_id, prompt, images, sizes, asked.right_letter, metadata, str(question.index), rotation, digest
-                )
-            )
+            cases.append(Case(case_id, prompt, images, sizes, asked.right_letter, metadata, str(question.index), rotation, digest))
     return cases

@@ -21,11 +21,9 @@ from terrace.errors import InputError
 from terrace.evaluate import cases as rows_of
 from terrace.evaluate import metrics
 from terrace.evaluate.cases import Case
-from terrace.evaluate.choice_file import read_questions
 from terrace.evaluate.metrics import Statistic
-from terrace.evaluate.multiple_choice import chosen_letter, circular_right, plain_right, question_cases
+from terrace.evaluate.multiple_choice import chosen_letter, circular_right, plain_right, read_choice_cases
 from terrace.evaluate.sample_losses import held_out_cases
-from terrace.rewards.rules.text_distance import edit_distance_share
 from terrace.rewards.sandbox import SandboxPool
 from terrace.rewards.types import RewardItem
 
@@ -130,30 +128,17 @@ def _judge_choice(cases: Sequence[Case], answers: Sequence[str], pixels: tuple[i
     return [Verdict({"right": float(letter == case.expected)}, letter or "") for case, letter in zip(cases, letters)]
 
 
-Values = Callable[[str, str], dict[str, float]]
-
-
-def _best(values: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Each figure by the accepted answer that suits it best."""
-    return {name: max(value[name] for value in values) for name in values[0]}
-
-
-def _judge_text(
-    values: Values, read: Callable[[str], str] = str.strip, best: Callable[[Sequence[dict[str, float]]], dict[str, float]] = _best
-) -> Judge:
-    """Verdicts of figures of (answer, expected text). Of several accepted texts the best counts."""
+def _judge_text(values: Callable[[str, Any], dict[str, float]], read: Callable[[str], str] = str.strip) -> Judge:
+    """Verdicts of figures of (answer, expected text or accepted texts)."""
 
     def judge(cases: Sequence[Case], answers: Sequence[str], pixels: tuple[int, int]) -> list[Verdict]:
-        return [
-            Verdict(best([values(answer, text) for text in rows_of.accepted(case.expected)]), read(answer))
-            for case, answer in zip(cases, answers)
-        ]
+        return [Verdict(values(answer, case.expected), read(answer)) for case, answer in zip(cases, answers)]
 
     return judge
 
 
 def _judge_caption(cases: Sequence[Case], answers: Sequence[str], pixels: tuple[int, int]) -> list[Verdict]:
-    values = [metrics.caption_values(answer, rows_of.accepted(case.expected)) for case, answer in zip(cases, answers)]
+    values = [metrics.caption_values(answer, case.expected) for case, answer in zip(cases, answers)]
     return [Verdict(value, answer.strip()) for value, answer in zip(values, answers)]
 
 
@@ -168,17 +153,12 @@ def _judge_reasoning(cases: Sequence[Case], answers: Sequence[str], pixels: tupl
     ]
 
 
-def _ocr_values(answer: str, expected: str) -> dict[str, float]:
+def _ocr_values(answer: str, expected: Any) -> dict[str, float]:
     return {
         "exact": metrics.exact_text(answer, expected),
-        "edit_distance": edit_distance_share(answer, expected),
+        "edit_distance": metrics.edit_distance_share(answer, expected),
         "anls": metrics.anls(answer, expected),
     }
-
-
-def _ocr_best(values: Sequence[dict[str, float]]) -> dict[str, float]:
-    """As `_best`; of distances the smallest."""
-    return {**_best(values), "edit_distance": min(value["edit_distance"] for value in values)}
 
 
 # ---------------------------------------------------------------- scoring
@@ -228,7 +208,7 @@ KINDS: dict[str, SuiteKind] = {
     for kind in (
         SuiteKind(
             "mmbench", "multiple choice, MMBench's TSV: plain and CircularEval",
-            lambda path, reading: question_cases(read_questions(path, reading.limit, reading.images_root)),
+            lambda path, reading: read_choice_cases(path, reading.limit, reading.images_root),
             _judge_choice, _choice_statistics, 32,
         ),
         SuiteKind("grounding", "one box per question", _rows(rows_of.expected_box), _judge_box, _box_statistics, 64),
@@ -238,7 +218,7 @@ KINDS: dict[str, SuiteKind] = {
             _judge_text(lambda a, e: {"accuracy": metrics.exact_count(a, e)}, metrics.answer_read), _shares("accuracy"), 32,
         ),
         SuiteKind(
-            "ocr", "the text in a picture", _rows(rows_of.expected_text), _judge_text(_ocr_values, best=_ocr_best), _ocr_statistics, 512,
+            "ocr", "the text in a picture", _rows(rows_of.expected_text), _judge_text(_ocr_values), _ocr_statistics, 512,
         ),
         SuiteKind(
             "chart", "charts and figures, numbers within 5 %", _rows(rows_of.expected_text),

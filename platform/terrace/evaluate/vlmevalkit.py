@@ -20,7 +20,7 @@ from typing import Any
 
 from terrace.errors import InputError
 from terrace.evaluate.choice_file import read_questions
-from terrace.evaluate.multiple_choice import ROTATION_STEP, ChoiceQuestion, rotations
+from terrace.evaluate.choice_question import ROTATION_STEP, ChoiceQuestion, rotations
 from terrace.evaluate.suites import Row
 
 MODEL_CLASS = "Qwen2VLChat"  # VLMEvalKit's name for both Qwen2-VL and Qwen2.5-VL directories

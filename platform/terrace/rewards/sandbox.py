@@ -249,7 +249,8 @@ class SandboxPool:
 
     def _record(self, job: _Job, place: int, answer: dict, killed: bool = False) -> None:
         if "failure" not in answer:
-            (outcome,) = outcomes_of([Judgement(answer["value"], answer["read"], answer["rule"])], job.rule, 1)
+            value = answer["value"]
+            (outcome,) = outcomes_of([None if value is None else Judgement(value, answer["read"], answer["rule"])], job.rule, 1)
             outcome = replace(outcome, seconds=answer.get("seconds", 0.0))
         elif not job.checks and (killed or job.rule in BUILT_IN) and self._judges_its_own(job, job.items[place]):
             # The rule judges the solution itself: the response is what breaks it, and that is no right answer.

@@ -18,7 +18,7 @@ from types import FrameType
 
 from terrace.rewards import confinement
 from terrace.rewards.registry import load_reward
-from terrace.rewards.types import Judgement, RewardItem, plain_value
+from terrace.rewards.types import RewardItem, plain_value
 
 
 def _judge(rule, item: RewardItem, options: dict) -> dict:
@@ -36,11 +36,10 @@ def _judge(rule, item: RewardItem, options: dict) -> dict:
     except Exception as error:
         # A rule's mistake is one counted failure with its reason; the caller stops the stage when there are too many.
         return {"failure": f"{type(error).__name__}: {str(error)[:200]}"}
-    judged = value if isinstance(value, Judgement) else Judgement(value)
-    number = plain_value(judged.value)
-    if number is None and judged.value is not None:
-        return {"failure": f"the rule returned {str(judged.value)[:60]!r} ({type(judged.value).__name__}), which is no number"}
-    return {"value": number, "read": str(judged.read)[:500], "rule": str(judged.rule)[:200]}
+    number = plain_value(value)
+    if number is None and value is not None:
+        return {"failure": f"the rule returned {str(value)[:60]!r} ({type(value).__name__}), which is no number"}
+    return {"value": number, "read": str(getattr(value, "read", ""))[:500], "rule": str(getattr(value, "rule", ""))[:200]}
 
 
 def serve(item_seconds: float, held: list[str]) -> None:

@@ -35,15 +35,19 @@ def without_images(item: RewardItem) -> RewardItem:
     return item._replace(metadata={key: value for key, value in item.metadata.items() if key != "images"})
 
 
-class Judgement(NamedTuple):
-    """A value with what it rests on: the text that was read as the answer, and the rule that decided."""
+class Judgement(float):
+    """A value that knows what it rests on: `read`, the text that was taken as the answer, and `rule`, what decided."""
 
-    value: float | None
-    read: str = ""
-    rule: str = ""
+    read: str
+    rule: str
+
+    def __new__(cls, value: float, read: str = "", rule: str = "") -> Judgement:
+        judgement = super().__new__(cls, value)
+        judgement.read, judgement.rule = read, rule
+        return judgement
 
 
-Reward = Callable[..., "list[float | Judgement | None]"]
+Reward = Callable[..., list[float | None]]
 
 
 @dataclass(frozen=True)
@@ -80,15 +84,14 @@ def outcomes_of(values: Sequence[Any], rule: str, count: int | None = None) -> l
 
 
 def _outcome(value: Any, rule: str) -> Outcome:
-    judged = value if isinstance(value, Judgement) else Judgement(value)
-    if judged.value is None:
-        return Outcome(None, f"{rule}: could not judge" + (f" ({judged.rule})" if judged.rule else ""), judged.read, judged.rule)
-    number = plain_value(judged.value)
+    if value is None:
+        return Outcome(None, f"{rule}: could not judge; is the solution one that this rule reads?")
+    number = plain_value(value)
     if number is None:
-        return Outcome(None, f"{rule}: {str(judged.value)[:60]!r} ({type(judged.value).__name__}) is no number")
+        return Outcome(None, f"{rule}: {str(value)[:60]!r} ({type(value).__name__}) is no number")
     if not 0.0 <= number <= 1.0:  # also true for NaN
         return Outcome(None, f"{rule}: value {number!r} is outside [0, 1]")
-    return Outcome(number, None, judged.read, judged.rule)
+    return Outcome(number, None, getattr(value, "read", ""), getattr(value, "rule", ""))
 
 
 def plain_value(value: Any) -> float | None:

@@ -30,8 +30,13 @@ _MARKER = re.compile(
     r"(?:\b(?:clearly|therefore|simply|then|thus)\b\s{0,2})?|\A[#*\s]{0,6}(?:final )?answer[*\s]{0,6}\n\s{0,4}",
     re.IGNORECASE,
 )
-_REASON = re.compile(r"[,;]?\s(?:because|since)\b.*", re.IGNORECASE | re.DOTALL)
+_REASON = re.compile(r"[,;]?\s\(?(?:because|since)\b.*", re.IGNORECASE | re.DOTALL)
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z(])|[。！？]")
+_CLOSING = re.compile(r"(?:i hope|hope this|let me know|feel free|thank|if you (?:have|need|want)|please )", re.IGNORECASE)
+_EXPLAINS = re.compile(
+    r"(?:explanation|because|reason|since|justification|here(?:'s| is) (?:why|how)|this is because|解释|因为|理由)", re.IGNORECASE
+)
+_BARE = re.compile(r"(?:\S+\s?){1,3}")
 _CONCLUSION = re.compile(
     r"(?:^|[.,;:!?\s])(?:so|therefore|thus|hence|making|altogether|for a total of|in total,?|total of|which gives|that gives|we get)\b,?\s"
     r"|所以|因此|总共|一共|共有?",
@@ -114,7 +119,7 @@ def conclusion(line: str) -> str:
 
 def _tidy(text: str) -> str:
     text = text.strip().strip("*").strip()
-    text = re.sub(r"^(?:#{1,6}|>)\s+", "", text)
+    text = re.sub(r"^(?:(?:#{1,6}|>)\s+|(?:→|⇒|∴|=>|->)\s*)", "", text)
     return text[:-1].rstrip() if text.endswith((".", "。", ";", ",")) and not text.endswith("..") else text
 
 
@@ -151,10 +156,15 @@ def final_answer(response: str) -> Answer | None:
         rest = text[match.end() : match.end() + 2000].lstrip()
         rest = _SENTENCE_END.split(rest.split("\n", 1)[0])[0]
         marked.append(_REASON.sub("", rest))
+    marked = [rest for rest in marked if not _MARKER.search(rest)] or marked  # "Final Answer: The final answer is 7"
     if marked:
         return _one(marked, "marker")
     lines = [line for line in text.split("\n") if line.strip(" *#>`")]
     if not lines:
         return None
+    while len(lines) > 1 and _CLOSING.match(lines[-1].strip(" *_")):
+        lines.pop()
+    if len(lines) > 1 and _BARE.fullmatch(_tidy(lines[0])) and _EXPLAINS.match(lines[1].strip(" *_#")):
+        lines = lines[:1]  # the answer first, and an explanation after
     found = _one([conclusion(_tidy(lines[-1]))], "line")
     return replace(found, whole=_tidy(lines[-1])) if found else None

@@ -16,7 +16,7 @@ from terrace.rewards.types import Judgement, RewardItem
 _WORD = re.compile(r"[a-zà-ÿ0-9]+(?:['’-][a-z0-9]+)*|[\u4e00-\u9fff]")
 
 
-def caption(items: list[RewardItem], *, least_words: int = 3, most_words: int = 100, most_repeats: float = 0.5) -> list[Judgement]:
+def caption(items: list[RewardItem], *, least_words: int = 3, most_words: int = 100, most_repeats: float = 0.5) -> list[float | None]:
     """Score each caption. `most_repeats`: share of words (of three in a row) that may have stood before."""
     return [_score(item, least_words, most_words, most_repeats) for item in items]
 
@@ -38,10 +38,10 @@ def _keywords(solution: Any) -> list[list[str]]:
     return found if all(one and all(isinstance(text, str) and _words(text) for text in one) for one in found) else []
 
 
-def _score(item: RewardItem, least_words: int, most_words: int, most_repeats: float) -> Judgement:
+def _score(item: RewardItem, least_words: int, most_words: int, most_repeats: float) -> Judgement | None:
     wanted = _keywords(item.solution)
     if not wanted:
-        return Judgement(None, "", "the solution names no keywords")
+        return None
     if isinstance(item.solution, dict):
         most_words = int(item.solution.get("most_words") or most_words)
     text = visible_text(item.response) or ""

@@ -17,7 +17,7 @@ from terrace.rewards.types import Judgement, RewardItem
 TOLERANCE = 0.05
 
 
-def chart(items: list[RewardItem], *, tolerance: float = TOLERANCE) -> list[Judgement]:
+def chart(items: list[RewardItem], *, tolerance: float = TOLERANCE) -> list[float | None]:
     """Score each answer; of a list of solutions one is enough."""
     return [_score(item, tolerance) for item in items]
 
@@ -27,10 +27,10 @@ def stating(item: RewardItem, options: Mapping[str, Any]) -> str | None:
     return f"<answer>{wanted[0]}</answer>" if wanted else None
 
 
-def _score(item: RewardItem, tolerance: float) -> Judgement:
+def _score(item: RewardItem, tolerance: float) -> Judgement | None:
     wanted = solutions_of(item.solution)
     if not wanted:
-        return Judgement(None, "", "the solution is empty")
+        return None
     answer = final_answer(item.response)
     if answer is None:
         return Judgement(0.0, "", "no answer, or several that differ")

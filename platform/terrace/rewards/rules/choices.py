@@ -39,7 +39,10 @@ _CORRECT = re.compile(
     rf"|({_LETTER})\s?(?:正确|是正确)"
 )
 _LAST = re.compile(rf"(?:\b(?:so|therefore|thus|hence|think|is|are|be|:)|[,:，：])\s*[*(\[]*({_LIST})[)\]*]*\s?[.!。]?\s*$")
-_BEFORE_DENIED = r"not|nor|neither|exclud\w+|ruling out|rule out|eliminat\w+|except|without|rather than|instead of|than|can't be|cannot be|couldn't be|isn't|about|consider\w*"
+_BEFORE_DENIED = (
+    r"not|nor|neither|exclud\w+|ruling out|rule out|eliminat\w+|except|without|rather than|instead of|than"
+    r"|(?i:any|all|anything|everything|none) but|can't be|cannot be|couldn't be|isn't|about|consider\w*"
+)
 _COUPLED = rf"({_LIST})(?:\s(?:n?or|and)\s({_LETTER}))?"
 _DENIED = re.compile(
     rf"\b(?:{_BEFORE_DENIED})\s+(?:option\s|choice\s)?{_COUPLED}"

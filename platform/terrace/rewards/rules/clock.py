@@ -9,6 +9,7 @@ from terrace.rewards.rules.latex import inside, plain
 from terrace.rewards.rules.number_words import numbers_in_words
 
 _TIME = re.compile(r"(?<![\d:.])(\d{1,2}):([0-5]\d)(?::([0-5]\d))?\s?(?:([ap])\.?\s?m\b\.?)?(?![\d:])", re.IGNORECASE)
+_HOUR = re.compile(r"(?<![\d:.])(\d{1,2})()()\s?([ap])\.?\s?m\b\.?(?![\d:])", re.IGNORECASE)
 _DATE = re.compile(r"(?<![\d/-])(\d{1,4})([/.-])(\d{1,2})\2(\d{1,4})(?![\d/-])")
 _RATIO = re.compile(
     r"(?<![\d:.])(\d{1,9}(?:\.\d+)?)\s?(?::|\bto\b)\s?(\d{1,9}(?:\.\d+)?)(?:\s?(?::|\bto\b)\s?(\d{1,9}(?:\.\d+)?))?(?![\d:])"
@@ -18,7 +19,8 @@ Time = tuple[int, int, int, str | None]
 
 
 def is_time(gold: str) -> bool:
-    return _TIME.fullmatch(inside(plain(gold))) is not None and _time(inside(plain(gold))) is not None
+    text = inside(plain(gold))
+    return any(pattern.fullmatch(text) for pattern in (_TIME, _HOUR)) and _time(text) is not None
 
 
 def is_date(gold: str) -> bool:
@@ -55,10 +57,10 @@ def _day_hour(time: Time) -> int:
 
 
 def _time(text: str) -> Time | None:
-    times = list(dict.fromkeys(match.groups() for match in _TIME.finditer(text)))
+    times = list(dict.fromkeys(match.groups() for match in (*_TIME.finditer(text), *_HOUR.finditer(text))))
     if len(times) == 1:
         hour, minute, second, half = times[0]
-        return (int(hour), int(minute), int(second or 0), half and half.lower()) if int(hour) < 24 else None
+        return (int(hour), int(minute or 0), int(second or 0), half and half.lower()) if int(hour) < 24 else None
     past = _PAST.search(text)
     if times or past is None:
         return None

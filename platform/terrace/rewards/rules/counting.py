@@ -16,7 +16,7 @@ from terrace.rewards.types import Judgement, RewardItem
 _BOUND = re.compile(r"\b(?:more|fewer|less|greater|other) than\b|\bover \d|\bunder \d|\bnot \w+ ?$", re.IGNORECASE)
 
 
-def counting(items: list[RewardItem], *, partial: bool = False) -> list[Judgement]:
+def counting(items: list[RewardItem], *, partial: bool = False) -> list[float | None]:
     """Score the one number of each answer (digits, English or Chinese numerals) against the count."""
     return [_score(item, partial) for item in items]
 
@@ -27,10 +27,10 @@ def stating(item: RewardItem, options: Mapping[str, Any]) -> str | None:
     return str(gold.value) if gold is not None else None
 
 
-def _score(item: RewardItem, partial: bool) -> Judgement:
+def _score(item: RewardItem, partial: bool) -> Judgement | None:
     gold = count_of(str(item.solution))
     if gold is None:
-        return Judgement(None, "", "the solution is no count")
+        return None
     answer = final_answer(item.response)
     number = count_of(answer.text) if answer else None
     read = answer.text if answer else ""

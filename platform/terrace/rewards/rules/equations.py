@@ -47,6 +47,8 @@ def same_assignments(gold: dict[str, list[str]], text: str) -> bool:
     said = assignments(text)
     if said is not None:
         return said.keys() == gold.keys() and all(same_values(Values("bare", tuple(gold[name])), ", ".join(said[name])) for name in gold)
+    if len(gold) > 1 and len({name.partition("_")[0] for name in gold}) == 1:  # x_1 = 1, x_2 = 2: the solutions of x
+        return same_values(Values("bare", tuple(value for values in gold.values() for value in values)), text)
     if len(gold) == 1:
         [(name, wanted)] = gold.items()
         bare = re.sub(r"^\s*([^=]+)=", lambda match: "" if _normal(match.group(1)) == name else match.group(), plain(text))

@@ -33,7 +33,7 @@ def grounding(
     metric: Literal["giou", "iou"] = "giou",
     mapping: Literal["half", "clamp"] = "half",
     coordinates: Literal["pixels", "relative_1000", "relative_1"] = "pixels",
-) -> list[Judgement]:
+) -> list[float | None]:
     """Score the one box of each answer. No box, several different boxes, or one without area: 0."""
     return [_score(item, metric, mapping, coordinates) for item in items]
 
@@ -44,10 +44,10 @@ def stating(item: RewardItem, options: Mapping[str, Any]) -> str | None:
     return None if box is None else str(box)
 
 
-def _score(item: RewardItem, metric: str, mapping: str, coordinates: str) -> Judgement:
+def _score(item: RewardItem, metric: str, mapping: str, coordinates: str) -> Judgement | None:
     solution = solution_box(item.solution)
     if solution is None:
-        return Judgement(None, "", "the solution is no box")
+        return None
     gold = to_model_pixels(solution[0], item.metadata, solution[1])
     found = one_box(item.response)
     if found is None:

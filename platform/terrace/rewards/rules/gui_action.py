@@ -37,7 +37,7 @@ def gui_action(
     coordinates: Literal["pixels", "relative_1000", "relative_1"] = "pixels",
     distance_share: float = 0.14,
     type_share: float = 0.0,
-) -> list[Judgement]:
+) -> list[float | None]:
     """Score the one action of each answer."""
     return [_score(item, coordinates, distance_share, type_share) for item in items]
 
@@ -117,10 +117,10 @@ def _numbers(value: Any, count: int) -> list[float] | None:
     return [float(one) for one in value]
 
 
-def _score(item: RewardItem, coordinates: str, distance_share: float, type_share: float) -> Judgement:
+def _score(item: RewardItem, coordinates: str, distance_share: float, type_share: float) -> Judgement | None:
     wanted = action_of(item.solution)
     if wanted is None:
-        return Judgement(None, "", f"the solution is no action of {', '.join(ACTIONS)}")
+        return None
     values = json_values(item.response)
     actions = [action_of(value) for value in values]
     if len(actions) != 1 or actions[0] is None:

@@ -14,7 +14,7 @@ from terrace.rewards.rules.coordinates import from_answer_units, one_point, solu
 from terrace.rewards.types import Judgement, RewardItem
 
 
-def gui_point(items: list[RewardItem], *, coordinates: Literal["pixels", "relative_1000", "relative_1"] = "pixels") -> list[Judgement]:
+def gui_point(items: list[RewardItem], *, coordinates: Literal["pixels", "relative_1000", "relative_1"] = "pixels") -> list[float | None]:
     """Score the one point of each answer against `solution["bbox"]` (original pixels, borders included)."""
     return [_score(item, coordinates) for item in items]
 
@@ -25,10 +25,10 @@ def stating(item: RewardItem, options: Mapping[str, Any]) -> str | None:
     return None if box is None else str([(box[0] + box[2]) / 2, (box[1] + box[3]) / 2])
 
 
-def _score(item: RewardItem, coordinates: str) -> Judgement:
+def _score(item: RewardItem, coordinates: str) -> Judgement | None:
     solution = solution_box(item.solution)
     if solution is None:
-        return Judgement(None, "", "the solution is no box")
+        return None
     x1, y1, x2, y2 = to_model_pixels(solution[0], item.metadata, solution[1])
     found = one_point(item.response)
     if found is None:

@@ -22,7 +22,7 @@ _NUMBERED = re.compile(
 )
 
 
-def image_counts(items: list[RewardItem], *, partial: bool = False) -> list[Judgement]:
+def image_counts(items: list[RewardItem], *, partial: bool = False) -> list[float | None]:
     """Score the counts of each answer."""
     return [_score(item, partial) for item in items]
 
@@ -40,10 +40,10 @@ def _counts(solution: Any) -> list[int]:
     return [int(number.value) for number in numbers if number] if all(numbers) else []
 
 
-def _score(item: RewardItem, partial: bool) -> Judgement:
+def _score(item: RewardItem, partial: bool) -> Judgement | None:
     wanted = _counts(item.solution)
     if not wanted:
-        return Judgement(None, "", "the solution is no list of counts")
+        return None
     said = counts_of(item.response)
     if said is None or len(said) != len(wanted):
         return Judgement(0.0, str(said or ""), f"{len(said or [])} counts for {len(wanted)} images")

@@ -116,6 +116,9 @@ def _inequality(text: str) -> Interval | None:
         return None
     if signs[0][0] == ">":
         signs, sides = [sign.replace(">", "<") for sign in reversed(signs)], sides[::-1]
+    inner = re.fullmatch(r"\|\s*[A-Za-z]\s*\|", sides[0])
+    if inner and len(sides) == 2:
+        return Interval(f"-({_end(sides[1])})", signs[0] == "<=", _end(sides[1]), signs[0] == "<=")
     names = [place for place, side in enumerate(sides) if re.fullmatch(r"\\?[A-Za-z](?:[a-z]{0,8})(?:_\{?\w\}?)?", side) and side != "e"]
     if len(names) != 1 or (len(sides) == 3 and names != [1]):
         return None

@@ -22,9 +22,12 @@ _SIGNS = {
 _RELATIONS = ((r"\geqslant", r"\ge "), (r"\leqslant", r"\le "), (r"\geq", r"\ge "), (r"\leq", r"\le "), (r"\neq", r"\ne "))
 _TEXT = re.compile(
     r"\\(?:text(?:bf|rm|it|tt|sf|normal|up)?|math(?:rm|bf|it|sf|tt|bb|cal|normal)|mbox|hbox|operatorname\*?|bm|boldsymbol|underline|bf|rm"
-    r"|emph|color|fbox|boxed|ensuremath|phantom)\s?\{((?:[^{}]|\{[^{}]*\})*)\}"
+    r"|emph|fbox|boxed|ensuremath|phantom)\s?\{((?:[^{}]|\{[^{}]*\})*)\}"
 )
 _SPACE = re.compile(r"\\(?:quad|qquad|displaystyle|textstyle|limits|nolimits|left|right|[bB]igg?[lrm]?|bf|rm)(?![A-Za-z])|\\[,;:! ]|~")
+_STYLE = re.compile(
+    r"\\(?:text)?color\s?\{[^{}]*\}|\\(?:tiny|small|normalsize|large|Large|LARGE|huge|Huge|bfseries|itshape)(?![A-Za-z])|\\[hv]space\*?\s?\{[^{}]*\}"
+)
 _NOISE = re.compile(r"\\(?:checkmark|therefore|because|approx|ldots|dots|blacksquare|square|Box)(?![A-Za-z])")
 _MARKDOWN = re.compile(r"</?(?:u|b|i|strong|em)>|\*\*|(?<![A-Za-z0-9])__|__(?![A-Za-z0-9])|`")
 
@@ -38,7 +41,7 @@ def plain(text: str) -> str:
     text = re.sub(r"(?<![.]\d)(?<=\d)(?:\\,|\\ | )(?=\d{3}(?!\d))", ",", text)  # 1\,520 and 1 520
     text = re.sub(r"\\[()\[\]]", " ", text)
     text = _MARKDOWN.sub("", text).replace("\\$", "\ue001").replace("\\#", " ")
-    text = _SPACE.sub(" ", text)
+    text = _STYLE.sub(" ", _SPACE.sub(" ", text))
     for _ in range(4):
         shorter = _TEXT.sub(r" \1 ", text)
         if shorter == text:

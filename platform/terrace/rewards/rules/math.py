@@ -28,7 +28,7 @@ _INLINE = re.compile(r"\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _LEADING_PROSE = re.compile(r"^[^$\\(\[{<>=]*?\b(?:is|are|be|get|have|obtain|gives|equals|by|at|:)\s*:?\s+(?=\S)", re.IGNORECASE)
 
 
-def math(items: list[RewardItem], *, relative_tolerance: float = 0.0) -> list[Judgement]:
+def math(items: list[RewardItem], *, relative_tolerance: float = 0.0) -> list[float | None]:
     """1.0 where the response's one answer equals the solution. `metadata["tolerance"]` is an absolute tolerance for
     numbers."""
     return [_judge(item, relative_tolerance) for item in items]
@@ -70,10 +70,10 @@ def _choices(item: RewardItem) -> dict[str, str]:
     return {str(letter).upper(): str(text) for letter, text in (item.metadata.get("choices") or {}).items()}
 
 
-def _judge(item: RewardItem, relative_tolerance: float) -> Judgement:
+def _judge(item: RewardItem, relative_tolerance: float) -> Judgement | None:
     wanted = solutions_of(item.solution)
     if not wanted:
-        return Judgement(None, "", "the solution is empty")
+        return None
     answer = final_answer(item.response)
     limits = Limits(float(item.metadata.get("tolerance") or 0.0), relative_tolerance)
     choices = _choices(item)
@@ -85,7 +85,7 @@ def _judge(item: RewardItem, relative_tolerance: float) -> Judgement:
         elif answer is not None:
             kind, right = judge_text(gold, answer, limits)
             judged = Judgement(float(right), answer.text, kind)
-        if judged.value == 1.0:
+        if judged == 1.0:
             return judged
     return judged
 

@@ -11,13 +11,13 @@ from typing import Any
 
 from terrace.rewards.rules.answers import boxed_contents, visible_text
 from terrace.rewards.rules.math import solutions_of
-from terrace.rewards.rules.text_distance import edit_distance_share
+from terrace.rewards.rules.text_distance import distance_share
 from terrace.rewards.types import Judgement, RewardItem
 
 MOST_CHARACTERS = 20_000
 
 
-def ocr(items: list[RewardItem], *, least: float = 0.0, case_sensitive: bool = True) -> list[Judgement]:
+def ocr(items: list[RewardItem], *, least: float = 0.0, case_sensitive: bool = True) -> list[float | None]:
     """Score each answer's text: what is marked as the answer, else all of the response."""
     return [_score(item, least, case_sensitive) for item in items]
 
@@ -50,11 +50,11 @@ def _said(response: str, wanted: list[str]) -> str:
     return boxed[-1] if len(boxed) == 1 else text
 
 
-def _score(item: RewardItem, least: float, case_sensitive: bool) -> Judgement:
+def _score(item: RewardItem, least: float, case_sensitive: bool) -> Judgement | None:
     wanted = _texts(item.solution)
     if not wanted:
-        return Judgement(None, "", "the solution is no text")
+        return None
     said = _said(item.response, wanted)[:MOST_CHARACTERS]
     pairs = [(said, text) if case_sensitive else (said.lower(), text.lower()) for text in wanted]
-    value = max(1.0 - edit_distance_share(*pair) for pair in pairs)
+    value = max(1.0 - distance_share(*pair) for pair in pairs)
     return Judgement(value if value >= least else 0.0, said[:200], "edit share")

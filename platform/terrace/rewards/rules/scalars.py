@@ -54,7 +54,12 @@ def compound_same(gold: str, text: str) -> bool:
 def same_quantity(gold: str, gold_number: Number, text: str, limits: Limits = EXACT) -> bool:
     """Whether `text` states the number `gold`, in the same or a convertible unit, or without one."""
     said = plain(text)
-    if _HEDGE.search(said) or re.fullmatch(r"[^A-Za-z]*\d\s*[,;]\s+[^A-Za-z]*", said) or not _says_its_value(said, gold_number):
+    if (
+        _HEDGE.search(said)
+        or re.fullmatch(r"-?\d+(?: -?\d+)+", said)
+        or re.fullmatch(r"[^A-Za-z]*\d\s*[,;]\s+[^A-Za-z]*", said)
+        or not _says_its_value(said, gold_number)
+    ):
         return False
     said = said.rsplit("=", 1)[-1].strip()
     unit = without_unit(inside(plain(gold)))[1]
@@ -76,7 +81,10 @@ def same_quantity(gold: str, gold_number: Number, text: str, limits: Limits = EX
             return False
         return same_number(gold_number, Number(Fraction(str(value)), False, 0, 0), limits.absolute, limits.relative)
     wanted = without_unit(inside(plain(gold)))[0]
-    return any(bool(same_expression(form, rest)) for form in (wanted, gold)) or (other is not None and bool(same_expression(gold, said)))
+    exact = f"({gold_number.value.numerator})/({gold_number.value.denominator})"
+    return any(bool(same_expression(form, rest)) for form in (exact, wanted, gold)) or (
+        other is not None and bool(same_expression(gold, said))
+    )
 
 
 def _says_its_value(text: str, gold: Number) -> bool:

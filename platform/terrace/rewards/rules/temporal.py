@@ -49,7 +49,7 @@ def solution_span(solution: Any) -> tuple[float, float] | None:
     return spans[0] if len(spans) == 1 and spans[0][1] > spans[0][0] else None
 
 
-def temporal_grounding(items: list[RewardItem]) -> list[Judgement]:
+def temporal_grounding(items: list[RewardItem]) -> list[float | None]:
     """Score the one time span of each answer."""
     return [_score(item) for item in items]
 
@@ -60,10 +60,10 @@ def stating(item: RewardItem, options: Mapping[str, Any]) -> str | None:
     return f"[{span[0]:.6f} s, {span[1]:.6f} s]" if span else None
 
 
-def _score(item: RewardItem) -> Judgement:
+def _score(item: RewardItem) -> Judgement | None:
     gold = solution_span(item.solution)
     if gold is None:
-        return Judgement(None, "", "the solution is no span")
+        return None
     text = visible_text(item.response) or ""
     marked = re.findall(r"<answer>(.{0,4000}?)(?:</answer>|\Z)", text, re.DOTALL | re.IGNORECASE) or boxed_contents(text)
     spans = spans_of(" ".join(marked) if marked else text)

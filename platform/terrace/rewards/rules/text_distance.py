@@ -9,7 +9,7 @@ def plain_words(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).split())
 
 
-def edit_distance_share(answer: str, expected: str) -> float:
+def distance_share(answer: str, expected: str) -> float:
     """Edits from one text to the other as a share of the longer one: 0 the same, 1 nothing in common."""
     first, second = plain_words(answer), plain_words(expected)
     return edit_distance(first, second) / max(len(first), len(second), 1)

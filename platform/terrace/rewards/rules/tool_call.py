@@ -14,7 +14,7 @@ from terrace.rewards.rules.json_answer import json_values, same_json
 from terrace.rewards.types import Judgement, RewardItem
 
 
-def tool_call(items: list[RewardItem], *, ordered: bool = False) -> list[Judgement]:
+def tool_call(items: list[RewardItem], *, ordered: bool = False) -> list[float | None]:
     """Score the calls of each response. `ordered`: several calls must stand in the solution's order."""
     return [_score(item, ordered) for item in items]
 
@@ -24,10 +24,10 @@ def stating(item: RewardItem, options: Mapping[str, Any]) -> str | None:
     return None if wanted is None else "\n".join(f"<tool_call>{json.dumps(call)}</tool_call>" for call in wanted)
 
 
-def _score(item: RewardItem, ordered: bool) -> Judgement:
+def _score(item: RewardItem, ordered: bool) -> Judgement | None:
     wanted = _calls(item.solution)
     if not wanted:
-        return Judgement(None, "", "the solution is no tool call")
+        return None
     values = json_values(item.response)
     said = _calls(values[0] if len(values) == 1 else values)
     if not said:

@@ -47,7 +47,7 @@ def by_difficulty(
     weights: Sequence[float] = (),
     seconds_per_test: float = 1.0,
     seconds: float = 4.0,
-) -> list[Judgement]:
+) -> list[float | None]:
     """Score the last program of each response. `seconds`: of all its tests; keep it below the sandbox' limit for one response."""
     return [_score(item, scheme, groups, weights, seconds_per_test, seconds) for item in items]
 
@@ -113,11 +113,13 @@ def difficulty_value(tests: Sequence[UnitTest], passed: Sequence[bool], scheme: 
     return min(value, 1.0)
 
 
-def _score(item: RewardItem, scheme: str, groups: int, weights: Sequence[float], seconds_per_test: float, seconds: float) -> Judgement:
+def _score(
+    item: RewardItem, scheme: str, groups: int, weights: Sequence[float], seconds_per_test: float, seconds: float
+) -> Judgement | None:
     try:
         tests = cases_of(item.solution, groups)
-    except ValueError as error:
-        return Judgement(None, "", str(error))
+    except ValueError:
+        return None
     program = program_of(item.response)
     if program is None:
         return Judgement(0.0, "", "no program in a code fence")

@@ -114,6 +114,7 @@ def without_unit(text: str) -> tuple[str, Unit | None]:
 
     `text` has been through `latex.plain`. A unit further on of other dimensions ("5 m and 3 kg") stays in the text.
     """
+    text = re.sub(r"(?<=[A-Za-z])\s?/\s?\(\s?(\w{1,4})\s?(?:\\cdot|\*|\s)\s?(\w{1,4})\s?\)", r"/\1/\2", text)  # J/(kg·K)
     for match in _NUMBER_END.finditer(text[:2000]):
         found = _UNIT.match(text, match.end())
         if found is None or (found.group().strip() in _WORDS_ONLY and re.match(r"\s[A-Za-z]", text[found.end() :])):

@@ -14,8 +14,9 @@ _SAME = {"dne": "does not exist", "undefined": "does not exist", "t": "true", "f
 _HEDGE = re.compile(r"\bor\b|或|\beither\b|\bmaybe\b|\bperhaps\b", re.IGNORECASE)
 _FILLER = {"a", "an", "the"}
 _SENTENCE = {  # one of these makes words a sentence
-    "is", "are", "was", "were", "be", "it", "it's", "its", "this", "that", "there", "shows", "show", "see", "has", "have", "answer", "looks",
-    "appears", "called", "named", "of", "in", "on", "at", "because", "since", "so", "they", "he", "she", "i", "would", "as", "by", "to", "must",
+    "is", "are", "was", "were", "be", "it", "it's", "its", "this", "that", "there", "shows", "show", "see", "has", "have", "answer",
+    "looks", "appears", "called", "named", "of", "in", "on", "at", "because", "since", "so", "they", "he", "she", "i", "would", "as", "by",
+    "to", "must",
 }  # fmt: skip
 
 
