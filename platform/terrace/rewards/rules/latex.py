@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import lru_cache
 
+CACHED_CHARACTERS = 2_000
 ROW = "\ue000"  # a row break of a matrix: a private character that no text holds
 _RAISED = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n"))
 _LOWERED = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789"))
@@ -19,6 +21,8 @@ _SIGNS = {
     "±": r"\pm ", "∠": r"\angle ", "≈": r"\approx ", "\u03a9": r"\Omega ", "\u2126": r"\Omega ", "µ": "\u03bc", "℃": r"°C", "℉": r"°F",
     "→": r"\to ", "′": "'",
 }  # fmt: skip
+_ORDINARY = re.compile(r"[A-Za-z0-9 .,:;+\-=/()!?'\"%\n]*")  # a text of these is in its plain form already
+_GROUPED = re.compile(r"(?<![.]\d)(?<=\d)(?:\\,|\\ | )(?=\d{3}(?!\d))")  # the thousands of 1\,520 and 1 520
 _RELATIONS = ((r"\geqslant", r"\ge "), (r"\leqslant", r"\le "), (r"\geq", r"\ge "), (r"\leq", r"\le "), (r"\neq", r"\ne "))
 _TEXT = re.compile(
     r"\\(?:text(?:bf|rm|it|tt|sf|normal|up)?|math(?:rm|bf|it|sf|tt|bb|cal|normal)|mbox|hbox|operatorname\*?|bm|boldsymbol|underline|bf|rm"
@@ -34,11 +38,22 @@ _MARKDOWN = re.compile(r"</?(?:u|b|i|strong|em)>|\*\*|(?<![A-Za-z0-9])__|__(?![A
 
 def plain(text: str) -> str:
     """`text` without wrappers: `$\\mathbf{12}\\,\\text{cm}^2$` is `12 cm^2`, `10⁵` is `10^{5}`, `√2` is `\\sqrt{2}`."""
+    return _plain_of_short(text) if len(text) <= CACHED_CHARACTERS else _plain(text)
+
+
+@lru_cache(maxsize=1024)
+def _plain_of_short(text: str) -> str:
+    return _plain(text)  # a judgement asks for the same few texts a dozen times
+
+
+def _plain(text: str) -> str:
+    if _ORDINARY.fullmatch(text):
+        return re.sub(r"\s+", " ", _GROUPED.sub(",", text)).strip()
     text = re.sub(r"(\d)([¼½¾⅐-⅞])", r"\1 \2", _powers(text))
     text = unicodedata.normalize("NFKC", "".join(_SIGNS.get(letter, letter) for letter in text)).replace("\u2044", "/")
     text = re.sub(r"\\\\(?:\[[\d.]{1,5}\s?(?:pt|em|ex|mm|cm)\])?", ROW if "\\begin" in text else " ", text)
     text = re.sub(r"\{,\}", ",", text)
-    text = re.sub(r"(?<![.]\d)(?<=\d)(?:\\,|\\ | )(?=\d{3}(?!\d))", ",", text)  # 1\,520 and 1 520
+    text = _GROUPED.sub(",", text)
     text = re.sub(r"\\[()\[\]]", " ", text)
     text = _MARKDOWN.sub("", text).replace("\\$", "\ue001").replace("\\#", " ")
     text = _STYLE.sub(" ", _SPACE.sub(" ", text))

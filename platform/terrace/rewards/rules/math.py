@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 from terrace.rewards.rules import clock, equations, intervals, sequences, words
@@ -18,12 +19,13 @@ from terrace.rewards.rules.answers import Answer, boxed_contents, final_answer, 
 from terrace.rewards.rules.choices import gold_letters, named_letters
 from terrace.rewards.rules.fallback import verified
 from terrace.rewards.rules.latex import plain
-from terrace.rewards.rules.numbers import plain_number
+from terrace.rewards.rules.numbers import Number, plain_number, same_number
 from terrace.rewards.rules.scalars import Limits, compound_same, same_quantity, same_value
 from terrace.rewards.rules.units import compound_value
 from terrace.rewards.rules.values import same_expression
 from terrace.rewards.types import Judgement, RewardItem
 
+_DECIMAL = re.compile(r"-?\d{1,15}(?:\.\d{1,15})?")
 _INLINE = re.compile(r"\$([^$]+)\$|\\\((.+?)\\\)|\\\[(.+?)\\\]", re.DOTALL)
 _LEADING_PROSE = re.compile(r"^[^$\\(\[{<>=]*?\b(?:is|are|be|get|have|obtain|gives|equals|by|at|:)\s*:?\s+(?=\S)", re.IGNORECASE)
 
@@ -111,6 +113,9 @@ def _choice(gold: str, response: str, answer: Answer | None, choices: dict[str, 
 
 def judge_text(gold: str, answer: Answer, limits: Limits) -> tuple[str, bool]:
     """(the kind that decided, whether the answer is right). Never raises for what a response says."""
+    if _DECIMAL.fullmatch(gold) and _DECIMAL.fullmatch(answer.text):  # the commonest case, without any reading
+        numbers = (Number(Fraction(text), False, 0, 0) for text in (gold, answer.text))
+        return "number", same_number(*numbers, limits.absolute, limits.relative)
     text = _mathematical(answer)
     if clock.is_time(gold):
         return "time", clock.same_time(gold, answer.text)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 from terrace.rewards.rules.latex import inside, plain
 from terrace.rewards.rules.number_words import numbers_in_words
@@ -98,6 +99,7 @@ def find_numbers(text: str) -> list[Number]:
     return [Number(value, percent, start, end) for value, percent, start, end in numbers_in_words(text)]
 
 
+@lru_cache(maxsize=1024)  # a group asks for one solution again and again
 def plain_number(text: str) -> Number | None:
     """The one number that a text states, with or without unit and words; None for an expression, a list, or no number.
 

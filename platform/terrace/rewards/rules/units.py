@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 Dimensions = tuple[tuple[str, int], ...]
 
@@ -109,6 +110,7 @@ def unit_of(text: str) -> Unit | None:
     return Unit(factor, tuple(sorted((name, value) for name, value in powers.items() if value)))
 
 
+@lru_cache(maxsize=1024)
 def without_unit(text: str) -> tuple[str, Unit | None]:
     """(`text` without the first unit behind a number, that unit); a currency's sign before the number counts too.
 
