@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from terrace.cluster import attempt as attempts
-from terrace.cluster.attempt import AttemptObservation, LaunchRequest, stage_directory, stage_result, write_atomic
+from terrace.cluster.attempt import AttemptObservation, LaunchRequest, stage_result, write_atomic
+from terrace.storage.run_layout import stage_directory
 
 
 class Killed(BaseException):

@@ -24,8 +24,11 @@ from terrace.data.sources.ingest import ingest_source
 from terrace.data.stream.read import read_sample
 from terrace.data.tokenizer import train_tokenizer
 from terrace.errors import InputError
+from terrace.families.qwen2_5_vl import Qwen25VL
 from terrace.recipe.schema import Data, Source
 from terrace.storage.files import DEFAULT_STORAGE, list_files
+
+FAMILY = Qwen25VL()
 
 TURNS = [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A cat."}]
 
@@ -39,7 +42,7 @@ def picture(seed: int, kind: str = "JPEG", side: int = 48) -> bytes:
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory):
-    return train_tokenizer(["a cat", "two cats"] * 4, 320, tmp_path_factory.mktemp("tokenizer"))
+    return train_tokenizer(["a cat", "two cats"] * 4, 320, tmp_path_factory.mktemp("tokenizer"), FAMILY)
 
 
 @pytest.fixture
@@ -50,7 +53,7 @@ def load(tmp_path: Path, tokenizer):
         source = Source(uri=str(uri), **fields)
         data = Data(sources={"s": source})
         report = ingest_source("s", source, data, tmp_path / "out")
-        return load_index(build_index("s", source, report, tokenizer))
+        return load_index(build_index("s", source, report, tokenizer, FAMILY), FAMILY)
 
     return loaded
 

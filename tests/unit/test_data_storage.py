@@ -21,9 +21,12 @@ from terrace.data.sources.ingest import ingest_source
 from terrace.data.stream.read import read_located, read_sample
 from terrace.data.tokenizer import train_tokenizer
 from terrace.errors import DamagedData, InputError
+from terrace.families.qwen2_5_vl import Qwen25VL
 from terrace.recipe.schema import Data, Source, Storage
 from terrace.storage import files as module
 from terrace.storage.files import StorageError, is_passing, list_files, merge_ranges, read_file, read_ranges, s3, write_file
+
+FAMILY = Qwen25VL()
 
 
 @pytest.fixture(scope="module")
@@ -127,14 +130,14 @@ def test_a_source_on_s3_from_rows_to_samples(tmp_path: Path, storage: Storage, s
     rows[5]["image"] = "pictures/none.jpg"
     write_file("s3://bucket/in/rows.jsonl", "\n".join(map(json.dumps, rows)).encode(), storage)
     write_file("s3://bucket/in/pictures/a.jpg", buffer.getvalue(), storage)
-    tokenizer = train_tokenizer(["caption"], 320, tmp_path / "tokenizer")
+    tokenizer = train_tokenizer(["caption"], 320, tmp_path / "tokenizer", FAMILY)
     source = Source(uri="s3://bucket/in")
     data = Data(sources={"s": source}, storage=storage)
     generator = np.random.default_rng(1)
     server.fault = lambda number, method: 503 if generator.random() < 0.15 else None
     report = ingest_source("s", source, data, "s3://bucket/out")
     assert report.refused == {"unsafe_path": 1, "missing_image": 1}
-    index = load_index(build_index("s", source, report, tokenizer, storage=storage), storage=storage)
+    index = load_index(build_index("s", source, report, tokenizer, FAMILY, storage=storage), FAMILY, storage=storage)
     assert [str(name) for name in index.ids] == ["r0", "r1", "r2", "r4", "r6", "r7"]
     for row in range(len(index)):
         assert read_sample(index, row)[1] == [buffer.getvalue()]
@@ -145,7 +148,7 @@ def test_a_source_on_s3_from_rows_to_samples(tmp_path: Path, storage: Storage, s
     assert len(server.requests) == 1  # neighbours in one shard: one request
     in_place = Source(uri="s3://bucket/out/s/*/shards/*.tar")
     again = ingest_source("t", in_place, data, "s3://bucket/out")
-    found = load_index(build_index("t", in_place, again, tokenizer, storage=storage), storage=storage)
+    found = load_index(build_index("t", in_place, again, tokenizer, FAMILY, storage=storage), FAMILY, storage=storage)
     assert list(found.ids) == list(index.ids)
     write_file(found.shards[0], read_file(found.shards[0], storage)[:3000], storage)
     assert isinstance(read_located([found.location(5)])[0], DamagedData)

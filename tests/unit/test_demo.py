@@ -21,10 +21,12 @@ from terrace.demo.page import write_page
 from terrace.demo.results import Results, Shown, StageLosses, read_stages
 from terrace.errors import InputError
 from terrace.evaluate.answers import iou, is_right, numbers_in_brackets, questions_of
+from terrace.families.interface import Sight
+from terrace.families.qwen2_5_vl import Qwen25VL
 from terrace.recipe.loading import load_recipe
 
 FEW = dict.fromkeys(corpus.SAMPLES, 3)
-PIXELS = (3136, 7056)
+SIGHT = Sight(Qwen25VL(), (3136, 7056))
 
 
 @pytest.mark.parametrize("kind", scenes.DRAWERS)
@@ -162,7 +164,7 @@ def _sample() -> Sample:
 
 
 def test_each_turn_is_asked_alone_with_coordinates_of_the_resized_picture():
-    where, count = questions_of(_sample(), [(224, 224)], PIXELS)
+    where, count = questions_of(_sample(), [(224, 224)], SIGHT)
     assert where.expected == "[42, 0, 83, 21]"
     assert len(where.prompt.messages) == len(count.prompt.messages) == 1
     assert [item["type"] for item in count.prompt.messages[0]["content"]] == ["image", "text"]
@@ -175,7 +177,7 @@ def test_each_turn_is_asked_alone_with_coordinates_of_the_resized_picture():
 
 def test_a_caption_is_asked_as_its_beginning():
     content = [{"type": "image", "image": 0}, {"type": "text", "text": "A red star."}]
-    [question] = questions_of(Sample("c", "caption", [{"role": "text", "content": content}]), [(224, 224)], PIXELS)
+    [question] = questions_of(Sample("c", "caption", [{"role": "text", "content": content}]), [(224, 224)], SIGHT)
     assert question.expected == "A red star."
     assert question.prompt.messages[0]["content"] == content[:1]
 

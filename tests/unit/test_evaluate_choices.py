@@ -23,8 +23,8 @@ from terrace.evaluate.multiple_choice import (
     plain_right,
     question_cases,
 )
+from terrace.evaluate.replies import Reply
 from terrace.evaluate.run import (
-    Reply,
     judged_rows,
     merge_replies,
     read_results,
@@ -34,8 +34,10 @@ from terrace.evaluate.run import (
 )
 from terrace.evaluate.suites import KINDS, Reading, Suite, fingerprint, load_suites
 from terrace.evaluate.vlmevalkit import write_vlmevalkit
+from terrace.families.interface import Sight
+from terrace.families.qwen2_5_vl import Qwen25VL
 
-PIXELS = (3136, 50176)
+SIGHT = Sight(Qwen25VL(), (3136, 50176))
 LETTERS = "ABCD"
 
 
@@ -62,7 +64,7 @@ def suite_of(cases: list[Case]) -> Suite:
 def scores_with(cases: list[Case], say: Callable[[Case], str]) -> dict[str, dict]:
     suite = suite_of(cases)
     replies = replies_of_worker(suite, lambda _, batch: [Reply(say(case)) for case in batch])
-    return suite_scores(suite, judged_rows(suite, merge_replies(suite, [replies]), PIXELS))["scores"]
+    return suite_scores(suite, judged_rows(suite, merge_replies(suite, [replies]), SIGHT))["scores"]
 
 
 def test_every_choice_stands_at_every_letter_once():
@@ -153,8 +155,8 @@ def test_scores_do_not_depend_on_the_number_of_workers(workers):
     assert max(map(len, parts)) - min(map(len, parts)) <= 5
     merged = merge_replies(suite, parts[::-1])
     assert merged == whole
-    assert suite_scores(suite, judged_rows(suite, merged, PIXELS)) == suite_scores(
-        suite, judged_rows(suite, whole, PIXELS)
+    assert suite_scores(suite, judged_rows(suite, merged, SIGHT)) == suite_scores(
+        suite, judged_rows(suite, whole, SIGHT)
     )
 
 
@@ -261,7 +263,7 @@ def test_image_path_is_read_or_refused_and_never_left_out(tmp_path):
     (tmp_path / "root" / "p" / "a.png").write_bytes(picture())
     [question] = read_questions(path, images_root=tmp_path / "root")
     assert (question.index, question.right_letter, len(question.images)) == (1, "B", 2)
-    [suite] = load_suites([f"mmbench:{path}"], Reading(PIXELS, images_root=tmp_path / "root"))
+    [suite] = load_suites([f"mmbench:{path}"], Reading(SIGHT, images_root=tmp_path / "root"))
     assert [len(case.images) for case in suite.cases] == [2, 2]
 
 
@@ -279,16 +281,16 @@ def test_other_files_are_refused(tmp_path):
 
 def test_the_real_file_and_what_vlmevalkit_reads(shared_data, tmp_path):
     path = shared_data / "eval" / "grocery_mmbench.tsv"
-    [suite] = load_suites([f"mmbench:{path}"], Reading(PIXELS, limit=20))
+    [suite] = load_suites([f"mmbench:{path}"], Reading(SIGHT, limit=20))
     assert len(suite.cases) == 80
     assert suite.cases[0].sizes
     assert "\nA. " in suite.cases[0].text
-    [again] = load_suites([f"mmbench:{path}"], Reading(PIXELS, limit=20))
-    [fewer] = load_suites([f"mmbench:{path}"], Reading(PIXELS, limit=19))
+    [again] = load_suites([f"mmbench:{path}"], Reading(SIGHT, limit=20))
+    [fewer] = load_suites([f"mmbench:{path}"], Reading(SIGHT, limit=19))
     assert suite.fingerprint == again.fingerprint != fewer.fingerprint
     replies = replies_of_worker(suite, lambda _, batch: [Reply(case.expected) for case in batch])
-    rows = judged_rows(suite, merge_replies(suite, [replies]), PIXELS)
-    scores = {"version": 1, "model": "m", "pixels": list(PIXELS), "suites": {suite.label: suite_scores(suite, rows)}}
+    rows = judged_rows(suite, merge_replies(suite, [replies]), SIGHT)
+    scores = {"version": 1, "model": "m", "pixels": list(SIGHT.pixels), "suites": {suite.label: suite_scores(suite, rows)}}
     assert scores["suites"][suite.label]["scores"]["circular_accuracy"]["value"] == 1.0
     write_results(tmp_path / "out", scores, rows)
     assert read_results(tmp_path / "out") == (scores, rows)

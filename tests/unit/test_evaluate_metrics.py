@@ -17,8 +17,8 @@ from terrace.cli import main
 from terrace.errors import InputError
 from terrace.evaluate import metrics
 from terrace.evaluate.compare import compare
+from terrace.evaluate.replies import Reply
 from terrace.evaluate.run import (
-    Reply,
     flat_metrics,
     judged_rows,
     merge_replies,
@@ -27,9 +27,11 @@ from terrace.evaluate.run import (
     write_results,
 )
 from terrace.evaluate.suites import Reading, load_suites, tracked_name
+from terrace.families.interface import Sight
+from terrace.families.qwen2_5_vl import Qwen25VL
 from terrace.rewards.rules.text_distance import edit_distance
 
-PIXELS = (3136, 50176)
+SIGHT = Sight(Qwen25VL(), (3136, 50176))
 SEEN_TWICE_AS_LARGE = {"image_sizes": [[100, 50]], "model_sizes": [[200, 100]]}
 
 
@@ -110,8 +112,8 @@ def test_anls_as_published(answer, expected, value):
     ],
 )  # fmt: skip
 def test_several_accepted_answers_count_by_the_best(tmp_path, kind, solution, answers):
-    [suite] = load_suites([f"{kind}:{write_rows(tmp_path, [box_row(solution=solution)] * len(answers))}"], Reading(PIXELS))
-    verdicts = suite.kind.judge(suite.cases, list(answers), PIXELS)
+    [suite] = load_suites([f"{kind}:{write_rows(tmp_path, [box_row(solution=solution)] * len(answers))}"], Reading(SIGHT))
+    verdicts = suite.kind.judge(suite.cases, list(answers), SIGHT)
     for verdict, expected in zip(verdicts, answers.values()):
         assert {name: verdict.values[name] for name in expected} == pytest.approx(expected)
 
@@ -122,7 +124,7 @@ def test_several_accepted_answers_count_by_the_best(tmp_path, kind, solution, an
 )
 def test_names_of_suites_are_names_of_metrics(tmp_path, stem, name):
     assert tracked_name(stem) in (name, name + "_")
-    [suite] = load_suites([f"counting:{write_rows(tmp_path, [box_row(solution='3')], stem + '.jsonl')}"], Reading(PIXELS))
+    [suite] = load_suites([f"counting:{write_rows(tmp_path, [box_row(solution='3')], stem + '.jsonl')}"], Reading(SIGHT))
     assert re.fullmatch(r"[/\w.\- :]+", suite.label, re.ASCII)
 
 
@@ -193,7 +195,7 @@ def test_rows_with_answers_and_rows_with_solutions_expect_the_same(tmp_path):
         "messages": [*box_row()["messages"], {"role": "assistant", "content": "<bbox>"}],
         "images": ["a.png"], "objects": {"ref": [], "bbox": [[10, 10, 50, 60]]},
     }  # fmt: skip
-    [suite] = load_suites([f"grounding:{write_rows(tmp_path, [box_row(), answered])}"], Reading(PIXELS))
+    [suite] = load_suites([f"grounding:{write_rows(tmp_path, [box_row(), answered])}"], Reading(SIGHT))
     assert suite.cases[0].expected == suite.cases[1].expected
     assert suite.cases[0].prompt.messages == suite.cases[1].prompt.messages
     assert suite.cases[0].digest == suite.cases[1].digest
@@ -226,7 +228,7 @@ def test_a_damaged_row_stops_the_suite_by_name(tmp_path, kind, row, message):
     }
     path = write_rows(tmp_path, [good.get(kind, box_row()), row])
     with pytest.raises(InputError, match=message) as caught:
-        load_suites([f"{kind}:{path}"], Reading(PIXELS))
+        load_suites([f"{kind}:{path}"], Reading(SIGHT))
     assert f"{path}, row 2" in str(caught.value)
 
 
@@ -234,21 +236,21 @@ def test_broken_lines_images_and_names(tmp_path):
     path = write_rows(tmp_path, [box_row()])
     path.write_bytes(path.read_bytes() + b'{"messages": \n')
     with pytest.raises(InputError, match="row 2: it is not JSON"):
-        load_suites([f"grounding:{path}"], Reading(PIXELS))
+        load_suites([f"grounding:{path}"], Reading(SIGHT))
     (tmp_path / "a.png").write_bytes(b"\x89PNG")
     with pytest.raises(InputError, match=r"row 1: image a\.png"):
-        load_suites([f"grounding:{path}"], Reading(PIXELS))
+        load_suites([f"grounding:{path}"], Reading(SIGHT))
     for text, message in (
         ("groundin:x", "did you mean grounding"), ("grounding", "grounding:PATH"), ("ocr:/nowhere.jsonl", "does not exist"),
         (f"loss:{tmp_path}", "no prepared.json"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
-            load_suites([text], Reading(PIXELS))
+            load_suites([text], Reading(SIGHT))
 
 
 def test_a_line_separator_inside_a_string_does_not_end_the_row(tmp_path):
     path = write_rows(tmp_path, [box_row(solution="3", messages=[{"role": "user", "content": "<image>one\u2028two"}])])
-    [suite] = load_suites([f"counting:{path}"], Reading(PIXELS))
+    [suite] = load_suites([f"counting:{path}"], Reading(SIGHT))
     assert suite.cases[0].text == "<image>one\u2028two"
 
 
@@ -256,14 +258,14 @@ def test_a_line_separator_inside_a_string_does_not_end_the_row(tmp_path):
 
 
 def evaluated(texts, say, out_dir, **reading):
-    suites = load_suites(texts, Reading(PIXELS, **reading))
+    suites = load_suites(texts, Reading(SIGHT, **reading))
     all_rows, entries = [], {}
     for suite in suites:
         replies = replies_of_worker(suite, lambda _, batch: [Reply(say(case)) for case in batch])
-        rows = judged_rows(suite, merge_replies(suite, [replies]), PIXELS)
+        rows = judged_rows(suite, merge_replies(suite, [replies]), SIGHT)
         all_rows += rows
         entries[suite.label] = suite_scores(suite, rows)
-    scores = {"version": 1, "model": "m", "pixels": list(PIXELS), "suites": entries}
+    scores = {"version": 1, "model": "m", "pixels": list(SIGHT.pixels), "suites": entries}
     write_results(out_dir, scores, all_rows)
     return scores
 
@@ -325,7 +327,7 @@ def test_an_oracle_and_a_mute_model_on_the_real_files(shared_data, tmp_path):
     def oracle(case):
         if not isinstance(case.expected, dict):
             return case.expected
-        seen = model_pixels(case, PIXELS)
+        seen = model_pixels(case, SIGHT)
         scale = [new / old for new, old in zip(seen["model_sizes"][0], seen["image_sizes"][0])]
         box = [round(value * scale[place % 2], 2) for place, value in enumerate(case.expected["bbox"])]
         point = [round((box[0] + box[2]) / 2, 1), round((box[1] + box[3]) / 2, 1)]
@@ -349,9 +351,9 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
 
 def test_pictures_are_part_of_the_fingerprint(tmp_path):
     path = write_rows(tmp_path, [box_row()])
-    before = load_suites([f"grounding:{path}"], Reading(PIXELS))[0].fingerprint
+    before = load_suites([f"grounding:{path}"], Reading(SIGHT))[0].fingerprint
     buffer = io.BytesIO()
     Image.new("RGB", (200, 100), (11, 20, 30)).save(buffer, "PNG")
     (tmp_path / "a.png").write_bytes(buffer.getvalue())
-    assert load_suites([f"grounding:{path}"], Reading(PIXELS))[0].fingerprint != before
-    assert load_suites([f"grounding:{path}"], Reading(PIXELS, max_new_tokens=9))[0].fingerprint != before
+    assert load_suites([f"grounding:{path}"], Reading(SIGHT))[0].fingerprint != before
+    assert load_suites([f"grounding:{path}"], Reading(SIGHT, max_new_tokens=9))[0].fingerprint != before

@@ -19,7 +19,7 @@ from terrace.models.build import build_model, meta_model, model_config
 from terrace.models.parts import part_parameters
 from terrace.objectives.lm import summed_loss
 from terrace.planner.flops import exact_load, forward_flops, training_flops
-from terrace.planner.parameters import language_layer, parameter_counts, trainable_counts, vision_block
+from terrace.planner.parameters import language_layer, parameter_counts, trainable_counts
 from terrace.planner.shapes import model_shape
 from terrace.recipe.loading import load_recipe
 from terrace.recipe.schema import PARTS, Recipe
@@ -59,7 +59,7 @@ def test_parameters_equal_the_model_on_the_meta_device(path: Path, overrides: li
     counted = {part: sum(p.numel() for _, p in pairs) for part, pairs in part_parameters(model).items()}
     shape = model_shape(recipe)
     assert parameter_counts(shape) == counted
-    assert vision_block(shape) == sum(p.numel() for p in model.model.visual.blocks[0].parameters())
+    assert shape.vision.block_parameters == sum(p.numel() for p in model.model.visual.blocks[0].parameters())
     assert language_layer(shape) == sum(p.numel() for p in model.model.language_model.layers[0].parameters())
 
 
@@ -93,8 +93,10 @@ def pack(segments: Sequence[tuple[int, tuple[int, int] | None]]) -> PackedExampl
         targets=np.array(targets, np.int32),
         position_ids=np.tile(np.array(positions, np.int32), (4, 1)),
         segment_ends=np.array(ends, np.int32),
-        patches=np.zeros((patches, 588), np.uint8),
-        image_grids=np.array(grids, np.int32).reshape(-1, 3),
+        pixels=np.zeros((patches, 588), np.uint8),
+        image_tokens=np.array([h * w // 4 for _, h, w in grids], np.int32),
+        image_rows=np.array([h * w for _, h, w in grids], np.int32),
+        image_facts=np.array(grids, np.int32).reshape(-1, 3),
         sample_ids=[str(n) for n in range(len(segments))],
         sources=["s"] * len(segments),
         kinds=["caption"] * len(segments),
@@ -131,7 +133,8 @@ def test_flops_are_those_of_the_flop_counter(
     example = pack(segments)
     batch = to_device(example, "cpu", torch.float32)
     shape = model_shape(recipe)
-    load = exact_load(shape, [length for length, _ in segments], [grid for _, grid in segments if grid], example.supervised_tokens)
+    pictures = [grid for _, grid in segments if grid] or [(2, 2)]
+    load = exact_load(shape, [length for length, _ in segments], pictures, example.supervised_tokens)
     flops = training_flops(shape, load, trained)  # type: ignore[arg-type]
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         summed_loss(model, batch, 64).backward()
@@ -167,8 +170,8 @@ MID = [
 @pytest.mark.parametrize("trained", [("projector",), ("vision", "projector"), ("vision", "projector", "language")], ids="+".join)
 def test_activations_are_what_autograd_saves(trained: tuple[str, ...], checkpointing: str, precision: str) -> None:
     """ddp on CPU: everything saved for backward, without the weights themselves, within 10 %."""
+    from terrace.models.precision import DTYPES, compute_context
     from terrace.planner.memory import PackSize, matrices_in_backward, stage_memory
-    from terrace.train.precision import DTYPES, compute_context
     from terrace.train.setup import checkpoint_activations
 
     parts = {part: f"{{lr: 1e-3, activation_checkpointing: {checkpointing}}}" if part in trained else "null" for part in PARTS}
@@ -200,11 +203,11 @@ def test_activations_are_what_autograd_saves(trained: tuple[str, ...], checkpoin
     with compute_context(precision, "cpu"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         summed_loss(model, batch, 64)
     measured = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-    size = PackSize(512, len(example.patches) / 4, example.supervised_tokens)
+    size = PackSize(512, len(example.pixels) / 4, example.supervised_tokens)
     memory = stage_memory(shape, stage, 1, size, on_gpu=False)
     head = 4 * example.supervised_tokens * 256 + (4 * 4096 * 256 if "language" in trained else 0)  # its gradients, made forward
     copies = 2 * matrices_in_backward(shape, stage) if precision == "bf16" else 0
     if checkpointing == "true":  # blocks that are computed again save no copies of their matrices
-        copies -= 2 * sum(4 * block for part, block in (("vision", vision_block(shape)), ("language", language_layer(shape)))
+        copies -= 2 * sum(4 * block for part, block in (("vision", shape.vision.block_parameters), ("language", language_layer(shape)))
                           if part in trained) if copies else 0  # fmt: skip
     assert measured == pytest.approx(memory.vision_activations + memory.language_activations + head + copies, rel=0.1)

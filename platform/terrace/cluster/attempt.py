@@ -80,11 +80,6 @@ class Launcher(Protocol):
     def close(self) -> None: ...
 
 
-def stage_directory(run_dir: Path, stage_index: int, stage: str) -> Path:
-    """`RUN/stages/<NN>-<name>`, NN from 01."""
-    return Path(run_dir) / "stages" / f"{stage_index + 1:02d}-{stage}"
-
-
 def write_atomic(path: Path, text: str) -> None:
     """Replace a small file so that a reader sees the old or the new content, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,16 +26,17 @@ from typing import Any
 
 from terrace.cluster import attempt as attempts
 from terrace.cluster import stop_notice
-from terrace.cluster.attempt import AttemptObservation, LaunchRequest, stage_directory
+from terrace.cluster.attempt import AttemptObservation, LaunchRequest
 from terrace.cluster.heartbeat import Heartbeat, end_processes, live_processes
 from terrace.errors import InputError, Preempted, TerraceError
 from terrace.recipe.schema import Recipe
 from terrace.storage import mirror
 from terrace.storage.files import StorageError
+from terrace.storage.run_layout import stage_directory
 from terrace.track.follow import last_row
 
 LOGGER = logging.getLogger(__name__)
-StageFunction = Callable[..., Any]  # train.worker.run_stage(recipe, stage_index, run_dir, attempt, context)
+StageFunction = Callable[..., Any]  # curriculum.attempt_worker.run_in_worker(recipe, stage_index, run_dir, attempt, rank=..., ...)
 
 
 @dataclass

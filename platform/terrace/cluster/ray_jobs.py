@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from terrace.cluster import attempt as attempts
-from terrace.cluster.attempt import AttemptObservation, LaunchRequest, stage_directory, stage_result
+from terrace.cluster.attempt import AttemptObservation, LaunchRequest, stage_result
 from terrace.cluster.heartbeat import end_processes, live_processes
 from terrace.errors import InputError, TerraceError
 from terrace.storage import mirror
+from terrace.storage.run_layout import stage_directory
 from terrace.track.follow import last_row
 
 LOGGER = logging.getLogger(__name__)

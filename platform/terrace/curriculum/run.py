@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from terrace.cluster.attempt import Launcher, LaunchRequest, stage_directory
+from terrace.cluster.attempt import Launcher, LaunchRequest
 from terrace.curriculum import machine
 from terrace.curriculum.journal import Journal, pending_requests, read_journal
 from terrace.curriculum.machine import Clear, Finish, Launch, Observation, Prepare, Record, Stop, Wait
@@ -29,6 +29,7 @@ from terrace.errors import InputError
 from terrace.recipe.loading import recipe_hash
 from terrace.recipe.schema import Recipe
 from terrace.storage import mirror
+from terrace.storage.run_layout import stage_directory
 from terrace.track.progress import Display
 
 POLL_SECONDS = 0.2

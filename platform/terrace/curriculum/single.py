@@ -18,11 +18,12 @@ from pathlib import Path
 
 from terrace.cluster import attempt as attempts
 from terrace.cluster import stop_notice
-from terrace.cluster.attempt import AttemptObservation, LaunchRequest, stage_directory
+from terrace.cluster.attempt import AttemptObservation, LaunchRequest
 from terrace.curriculum.run import PreparesData, listen_for_signals, move_aside, prepare_run_data
 from terrace.errors import InputError, TerraceError
 from terrace.recipe.schema import Recipe
 from terrace.storage import mirror
+from terrace.storage.run_layout import stage_directory
 from terrace.track.follow import MetricsFollower
 from terrace.track.progress import Display
 

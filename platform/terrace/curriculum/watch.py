@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from terrace.cluster.attempt import newest_checkpoint_step, read_json, stage_directory
+from terrace.cluster.attempt import newest_checkpoint_step, read_json
 from terrace.curriculum.state import RunState, StageState
 from terrace.recipe.schema import Recipe, Stage
+from terrace.storage.run_layout import stage_directory
 from terrace.track.follow import MetricsFollower
 from terrace.track.mlflow_store import Tracking, open_tracking
 from terrace.track.progress import Display

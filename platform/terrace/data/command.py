@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
+from terrace.data.lines import Lines
 from terrace.data.look import order_command
 from terrace.errors import InputError
 from terrace.recipe.schema import Data, Source
@@ -33,6 +33,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     )
     _add_source_arguments(index)
     index.add_argument("--tokenizer", help="with --uri: Hugging Face tokenizer folder")
+    index.add_argument("--architecture", default="qwen2_5_vl", help="with --uri: family whose form the samples take (default: qwen2_5_vl)")
     index.set_defaults(main=index_command)
     order_command.register(subparsers)
 
@@ -71,10 +72,12 @@ def ingest_command(args: argparse.Namespace) -> int:
 
 def index_command(args: argparse.Namespace) -> int:
     """Index every chosen source, ingesting first what needs it."""
+    from terrace.data.family import family_of
     from terrace.data.index.build import build_index, load_summary
     from terrace.data.prepare import prepare_tokenizer
     from terrace.data.sources.ingest import ingest_source
     from terrace.data.tokenizer import load_tokenizer
+    from terrace.families.registry import make_family
     from terrace.storage.files import absolute
 
     data, out, recipe = _chosen(args)
@@ -82,17 +85,17 @@ def index_command(args: argparse.Namespace) -> int:
     if recipe is None:
         if args.tokenizer is None:
             raise InputError("terrace index --uri: name the tokenizer folder with --tokenizer; token counts depend on it")
-        tokenizer = load_tokenizer(absolute(args.tokenizer))
+        tokenizer, family = load_tokenizer(absolute(args.tokenizer)), make_family(args.architecture, {})
     else:
         # A tokenizer that is trained needs the text of every source, whichever of them is to be indexed now.
         trained = recipe.tokenizer.path is None
         reports = {name: ingest_source(name, data.sources[name], data, out, progress) for name in data.sources if trained}
-        tokenizer = prepare_tokenizer(recipe, reports, out, progress)
+        tokenizer, family = prepare_tokenizer(recipe, reports, out, progress), family_of(recipe.model)
 
     def one(name: str) -> dict[str, Any]:
         source = data.sources[name]
         report = ingest_source(name, source, data, out, progress)
-        folder = build_index(name, source, report, tokenizer, data.max_image_pixels, data.storage, progress)
+        folder = build_index(name, source, report, tokenizer, family, data.max_image_pixels, data.storage, progress)
         summary = load_summary(folder, data.storage)
         assert summary is not None
         return {
@@ -168,15 +171,3 @@ def _show_refusals(folder: str, data: Data) -> None:
         print(f"  refused {line.origin} ({line.id}): {line.reason}: {line.detail}", file=sys.stderr)
     if len(lines) > SHOWN_REFUSALS:
         print(f"  ... and {len(lines) - SHOWN_REFUSALS} more in {folder}/refused.jsonl", file=sys.stderr)
-
-
-class Lines:
-    """Progress as one line every few seconds, on stderr."""
-
-    def __init__(self, every_seconds: float = 3.0):
-        self._every, self._last = every_seconds, time.monotonic()
-
-    def __call__(self, what: str, done: int, total: int) -> None:
-        if time.monotonic() - self._last >= self._every:
-            self._last = time.monotonic()
-            print(f"{what}: {100 * done // max(1, total)} %", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Image bytes to uint8 patches: header, decode, resize, Qwen's merge order.
+"""Image bytes to resized pixels: header, decode, resize. How the pixels are cut is the family's.
 
 What is decoded: the file's own bytes decide the format, never its name. JPEG goes through simplejpeg (libjpeg-turbo), everything
 else and every JPEG that simplejpeg refuses through Pillow; together with torch's antialiased uint8 bicubic this is three times as fast
@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import io
 import warnings
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 import simplejpeg
 from PIL import Image
 
-from terrace.data.resize import MAX_ASPECT_RATIO
-from terrace.data.types import MERGE_SIZE, PATCH_SIZE, PATCH_VALUES
 from terrace.errors import DamagedData
+from terrace.families.interface import MAX_ASPECT_RATIO, Family, Picture, View
 
 # No EPS, PSD or similar: formats whose decoders run programs or are rarely fuzzed have no place in training data.
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
@@ -72,28 +71,57 @@ def decode_image(data: bytes, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS) -> np.
     return _decode_with_pillow(data)
 
 
-def load_patches(
-    data: bytes, height: int, width: int, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS, out: np.ndarray | None = None
+def load_pixels(
+    data: bytes, family: Family, view: View, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """Decode and resize to height x width (multiples of 28): uint8 [P, 588] in merge order, written into `out` if that is given.
+    """Decode an image and cut it as the family does at this view: uint8 [view.rows, family.row_values], in `out` if given."""
+    return family.pixels(FilePicture(data, max_pixels), view, out)
 
-    Large JPEGs are decoded at a fraction of their size where at least twice the wanted sides remain: the same pixels on every
-    machine, at most a grey level off the full decode on average, and several times faster from about 1,000 pixels up.
+
+class ArrayPicture(Picture):
+    """A picture that is decoded already: uint8 [H, W, 3]."""
+
+    def __init__(self, image: np.ndarray):
+        self.image = image
+        self.height, self.width = image.shape[:2]
+
+    def planes(self, height: int, width: int) -> np.ndarray:
+        return _resized_planes(self.image, height, width)
+
+    def padded_square(self, colour: tuple[int, int, int]) -> Picture:
+        longest = max(self.height, self.width)
+        square = np.empty((longest, longest, 3), np.uint8)
+        square[...] = colour
+        top, left = (longest - self.height) // 2, (longest - self.width) // 2
+        square[top : top + self.height, left : left + self.width] = self.image
+        return ArrayPicture(square)
+
+
+class FilePicture(Picture):
+    """An image file, decoded when a size is asked for.
+
+    Large JPEGs are decoded at a fraction of their size where at least twice the wanted sides remain: the same pixels on
+    every machine, at most a grey level off the full decode on average, and several times faster from about 1,000
+    pixels up.
     """
-    original_width, original_height = image_size(data, max_pixels)
-    if data[:3] == b"\xff\xd8\xff" and min(original_height / height, original_width / width) >= 2 * DRAFT_RATIO:
-        decoded = _decode_jpeg(data, DRAFT_RATIO * height, DRAFT_RATIO * width)
-        if decoded is not None:
-            return resize_patches(decoded, height, width, out)
-    return resize_patches(decode_image(data, max_pixels), height, width, out)
 
+    def __init__(self, data: bytes, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS):
+        self._data, self._max_pixels = data, max_pixels
+        self.width, self.height = image_size(data, max_pixels)
 
-def resize_patches(image: np.ndarray, height: int, width: int, out: np.ndarray | None = None) -> np.ndarray:
-    """uint8 [H, W, 3] to the patches of its height x width resize: uint8 [P, 588], each patch channel-major (3, 14, 14).
+    @cached_property
+    def _whole(self) -> ArrayPicture:
+        return ArrayPicture(decode_image(self._data, self._max_pixels))
 
-    The order is that of the 2x2 merge: the four patches of one image token lie next to each other.
-    """
-    return _cut(_resized_planes(image, height, width), out)
+    def planes(self, height: int, width: int) -> np.ndarray:
+        if self._data[:3] == b"\xff\xd8\xff" and min(self.height / height, self.width / width) >= 2 * DRAFT_RATIO:
+            decoded = _decode_jpeg(self._data, DRAFT_RATIO * height, DRAFT_RATIO * width)
+            if decoded is not None:
+                return _resized_planes(decoded, height, width)
+        return self._whole.planes(height, width)
+
+    def padded_square(self, colour: tuple[int, int, int]) -> Picture:
+        return self._whole.padded_square(colour)
 
 
 def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -102,10 +130,8 @@ def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _resized_planes(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [3, height, width], as the kernel leaves it: patches are channel-major too, and the way back to [H, W, 3] would cost as
-
-    much as the resize.
-    """
+    """uint8 [3, height, width], as the kernel leaves it: patches are channel-major too, and the way back to [H, W, 3] would
+    cost as much as the resize."""
     if image.shape[:2] == (height, width):
         return image.transpose(2, 0, 1)
     import torch  # here, so that reading headers and arithmetic never pay for it
@@ -113,29 +139,6 @@ def _resized_planes(image: np.ndarray, height: int, width: int) -> np.ndarray:
     writable = np.require(image, requirements=["C", "W"])  # Pillow's arrays are read-only, which torch warns about
     tensor = torch.from_numpy(writable).permute(2, 0, 1)[None]  # channels-last view, no copy
     return torch.nn.functional.interpolate(tensor, size=(height, width), mode="bicubic", antialias=True)[0].numpy()
-
-
-def patches_of(image: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] with sides that are multiples of 28, cut into patches: uint8 [H * W / 196, 588] in merge order."""
-    return _cut(image.transpose(2, 0, 1), None)
-
-
-def _cut(planes: np.ndarray, out: np.ndarray | None) -> np.ndarray:
-    """uint8 [3, H, W] to uint8 [P, 588] in merge order."""
-    side = PATCH_SIZE * MERGE_SIZE
-    rows, columns = planes.shape[1] // side, planes.shape[2] // side
-    if out is None:
-        out = np.empty((rows * columns * MERGE_SIZE**2, PATCH_VALUES), np.uint8)
-    blocks = planes.reshape(3, rows, MERGE_SIZE, PATCH_SIZE, columns, MERGE_SIZE, PATCH_SIZE).transpose(1, 4, 2, 5, 0, 3, 6)
-    out.reshape(rows, columns, MERGE_SIZE, MERGE_SIZE, 3, PATCH_SIZE, PATCH_SIZE)[...] = blocks
-    return out
-
-
-def image_of(patches: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The inverse of `patches_of`: uint8 [P, 588] back to uint8 [height, width, 3] (for looking at what the model sees)."""
-    side = PATCH_SIZE * MERGE_SIZE
-    blocks = patches.reshape(height // side, width // side, MERGE_SIZE, MERGE_SIZE, 3, PATCH_SIZE, PATCH_SIZE)
-    return np.ascontiguousarray(blocks.transpose(0, 2, 5, 1, 3, 6, 4)).reshape(height, width, 3)
 
 
 # ---------------------------------------------------------------- decoders

@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from terrace.data.resize import smart_resize
 from terrace.errors import InputError
 from terrace.evaluate import cases as rows_of
 from terrace.evaluate import metrics
@@ -24,6 +23,7 @@ from terrace.evaluate.cases import Case
 from terrace.evaluate.metrics import Statistic
 from terrace.evaluate.multiple_choice import chosen_letter, circular_right, plain_right, read_choice_cases
 from terrace.evaluate.sample_losses import held_out_cases
+from terrace.families.interface import Sight
 from terrace.rewards.sandbox import SandboxPool
 from terrace.rewards.types import RewardItem
 
@@ -32,7 +32,7 @@ from terrace.rewards.types import RewardItem
 class Reading:
     """What reading a suite depends on besides its path."""
 
-    pixels: tuple[int, int]  # (min, max) of a resized image, from the model
+    sight: Sight  # how the model sees images
     images_root: Path | None = None
     limit: int | None = None  # cases (questions of multiple choice, samples of a held-out source) at most
     max_new_tokens: int | None = None  # instead of the kind's own
@@ -94,36 +94,35 @@ class Suite:
 # ---------------------------------------------------------------- judging
 
 
-def model_pixels(case: Case, pixels: tuple[int, int]) -> dict[str, Any]:
+def model_pixels(case: Case, sight: Sight) -> dict[str, Any]:
     """Metadata that the rules need: the sizes of the images as stored and as the model sees them."""
-    seen = [smart_resize(height, width, *pixels) for width, height in case.sizes]
     sizes = {
         "image_sizes": [list(size) for size in case.sizes],
-        "model_sizes": [[width, height] for height, width in seen],
+        "model_sizes": [list(sight.scale(size)) for size in case.sizes],
     }
     return {**case.metadata, **sizes}
 
 
-def _judge_box(cases: Sequence[Case], answers: Sequence[str], pixels: tuple[int, int]) -> list[Verdict]:
+def _judge_box(cases: Sequence[Case], answers: Sequence[str], sight: Sight) -> list[Verdict]:
     verdicts = []
     for case, answer in zip(cases, answers):
-        iou = metrics.box_iou(answer, case.expected, model_pixels(case, pixels))
+        iou = metrics.box_iou(answer, case.expected, model_pixels(case, sight))
         values = {f"accuracy@{metrics.RIGHT_IOU}": float(iou >= metrics.RIGHT_IOU), "mean_iou": iou}
         verdicts.append(Verdict(values, metrics.numbers_read(answer)))
     return verdicts
 
 
-def _judge_point(cases: Sequence[Case], answers: Sequence[str], pixels: tuple[int, int]) -> list[Verdict]:
+def _judge_point(cases: Sequence[Case], answers: Sequence[str], sight: Sight) -> list[Verdict]:
     return [
         Verdict(
-            {"accuracy": metrics.point_in_box(answer, case.expected, model_pixels(case, pixels))},
+            {"accuracy": metrics.point_in_box(answer, case.expected, model_pixels(case, sight))},
             metrics.numbers_read(answer),
         )
         for case, answer in zip(cases, answers)
     ]
 
 
-def _judge_choice(cases: Sequence[Case], answers: Sequence[str], pixels: tuple[int, int]) -> list[Verdict]:
+def _judge_choice(cases: Sequence[Case], answers: Sequence[str], sight: Sight) -> list[Verdict]:
     letters = [chosen_letter(answer, case.metadata["choices"]) for case, answer in zip(cases, answers)]
     return [Verdict({"right": float(letter == case.expected)}, letter or "") for case, letter in zip(cases, letters)]
 
@@ -131,19 +130,19 @@ def _judge_choice(cases: Sequence[Case], answers: Sequence[str], pixels: tuple[i
 def _judge_text(values: Callable[[str, Any], dict[str, float]], read: Callable[[str], str] = str.strip) -> Judge:
     """Verdicts of figures of (answer, expected text or accepted texts)."""
 
-    def judge(cases: Sequence[Case], answers: Sequence[str], pixels: tuple[int, int]) -> list[Verdict]:
+    def judge(cases: Sequence[Case], answers: Sequence[str], sight: Sight) -> list[Verdict]:
         return [Verdict(values(answer, case.expected), read(answer)) for case, answer in zip(cases, answers)]
 
     return judge
 
 
-def _judge_caption(cases: Sequence[Case], answers: Sequence[str], pixels: tuple[int, int]) -> list[Verdict]:
+def _judge_caption(cases: Sequence[Case], answers: Sequence[str], sight: Sight) -> list[Verdict]:
     values = [metrics.caption_values(answer, case.expected) for case, answer in zip(cases, answers)]
     return [Verdict(value, answer.strip()) for value, answer in zip(values, answers)]
 
 
-def _judge_reasoning(cases: Sequence[Case], answers: Sequence[str], pixels: tuple[int, int]) -> list[Verdict]:
-    """The rewards' rule (math-verify) in its killable processes: an expression may take for ever to simplify."""
+def _judge_reasoning(cases: Sequence[Case], answers: Sequence[str], sight: Sight) -> list[Verdict]:
+    """The rewards' rule in its killable processes: an expression may take for ever to simplify."""
     items = [RewardItem(case.text, answer, case.expected, case.metadata) for case, answer in zip(cases, answers)]
     with SandboxPool(workers=min(2, -(-len(items) // 16) or 1)) as pool:
         outcomes = pool.judge("text_reasoning", items)
@@ -230,12 +229,12 @@ KINDS: dict[str, SuiteKind] = {
             _judge_caption, _caption_statistics, 128,
         ),
         SuiteKind(
-            "reasoning", "mathematical answers, judged by math-verify", _rows(rows_of.expected_result), _judge_reasoning,
+            "reasoning", "mathematical answers, judged as RL rewards them", _rows(rows_of.expected_result), _judge_reasoning,
             _shares("accuracy"), 512,
         ),
         SuiteKind(
             "loss", "loss per kind on the held-out samples of prepared data",
-            lambda path, reading: held_out_cases(path, reading.pixels, reading.limit), None, _loss_statistics, 0,
+            lambda path, reading: held_out_cases(path, reading.sight.pixels, reading.limit), None, _loss_statistics, 0,
         ),
     )
 }  # fmt: skip

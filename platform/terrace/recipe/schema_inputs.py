@@ -49,7 +49,10 @@ class Initialisation(Strict):
 
 
 class Model(Strict):
-    architecture: Literal["qwen2_5_vl", "qwen2_vl"] = Field("qwen2_5_vl", description="A transformers model type.")
+    architecture: str = Field(
+        "qwen2_5_vl",
+        description="The model family: a transformers model type that Terrace knows, or `package.module` that holds one of your own.",
+    )
     config: dict[str, Any] | None = Field(
         None,
         description="The transformers configuration, every shape field set: `text_config`, `vision_config`, token ids.",
@@ -110,7 +113,7 @@ class Data(Strict):
     cache_dir: str | None = Field(None, description="Where ingested shards and indexes lie; default: `<run-dir>/data`.")
     seed: int = Field(0, ge=0, description="Seed of the data order.")
     shard_bytes: int = Field(256 * 2**20, ge=2**16, description="Target size of a shard that ingest writes.")
-    max_image_pixels: int = Field(64_000_000, ge=784, description="Images with more pixels are refused at ingest (image bombs).")
+    max_image_pixels: int = Field(64_000_000, ge=1, description="Images with more pixels are refused at ingest (image bombs).")
     storage: Storage = Field(Storage(), description="How s3:// URIs of the data are reached.")
 
 

@@ -31,10 +31,11 @@ from terrace.data.sources.ingest import IngestReport, Shard, iter_refused, requi
 from terrace.data.sources.placeholders import resolve_coordinates
 from terrace.data.sources.refusals import Refusal, RefusedSample
 from terrace.data.sources.shards import Group, sample_of_members, scan_shard, used_suffixes
-from terrace.data.template import Measure, measure_sample
+from terrace.data.template import Measure, measure_prompt, measure_sample
 from terrace.data.tokenizer import TextTokenizer, load_tokenizer
 from terrace.data.types import Sample
 from terrace.errors import InputError
+from terrace.families.interface import Family
 from terrace.recipe.schema import Source, Storage
 from terrace.storage.files import DEFAULT_STORAGE, absolute, join, read_file, relative_name, upload, write_file
 
@@ -75,6 +76,7 @@ class IndexSettings:
     root: str  # folder that shard names are shown relative to
     folder: str
     tokenizer_dir: str
+    family: Family
     max_image_pixels: int
     check_ends: bool  # shards from elsewhere: look at the end of each image file for a cut
     storage: Storage
@@ -85,26 +87,28 @@ def build_index(
     source: Source,
     report: IngestReport,
     tokenizer: TextTokenizer,
+    family: Family,
     max_image_pixels: int = 64_000_000,
     storage: Storage = DEFAULT_STORAGE,
     progress: Progress | None = None,
     use_ray: bool | None = None,
 ) -> str:
     """The URI of the folder that holds the source's index, built unless it is there. Raises InputError when no sample is healthy."""
-    folder = index_folder(report, tokenizer)
+    folder = index_folder(report, tokenizer, family)
     done = load_summary(folder, storage)
     if done is None:
         root = absolute(source.uri) if report.in_place else join(report.folder, "shards")
         settings = IndexSettings(
-            name, source.kind, source.task, root, folder, str(tokenizer.directory), max_image_pixels, report.in_place, storage
+            name, source.kind, source.task, root, folder, str(tokenizer.directory), family, max_image_pixels, report.in_place,
+            storage,
         )
         done = _build(settings, report, progress, use_ray)
     require_samples(name, source.uri, done["samples"], done["refused"], folder)
     return folder
 
 
-def index_folder(report: IngestReport, tokenizer: TextTokenizer) -> str:
-    mark = hashlib.sha256(f"{INDEX_VERSION}:{tokenizer.fingerprint}".encode()).hexdigest()[:12]
+def index_folder(report: IngestReport, tokenizer: TextTokenizer, family: Family) -> str:
+    mark = hashlib.sha256(f"{INDEX_VERSION}:{tokenizer.fingerprint}:{family.name}:{family.version}".encode()).hexdigest()[:12]
     return join(report.folder, f"index-{mark}")
 
 
@@ -200,7 +204,7 @@ def index_group(group: Group, default_id: str, settings: IndexSettings, tokenize
             raise Refusal(damage.reason, f"{group.key}.{suffix}: {damage.detail}") from damage
     resolve_coordinates(sample.messages, sizes)
     try:
-        measure = measure_any(sample, sizes, tokenizer)
+        measure = measure_any(sample, sizes, tokenizer, settings.family)
     except InputError as error:
         raise Refusal("empty_answer" if "no text to learn" in str(error) else "unsupported", str(error)) from error
     members = {member.suffix: member for member in group.members}
@@ -228,16 +232,10 @@ def index_group(group: Group, default_id: str, settings: IndexSettings, tokenize
     }
 
 
-def measure_any(sample: Sample, sizes: list[tuple[int, int]], tokenizer: TextTokenizer) -> Measure:
+def measure_any(sample: Sample, sizes: list[tuple[int, int]], tokenizer: TextTokenizer, family: Family) -> Measure:
     """The measure of a sample; of a prompt without an answer, that of `encode_prompt`: up to the answer's first token."""
-    if sample.messages[-1]["role"] not in ("user", "system"):
-        return measure_sample(sample, sizes, tokenizer)
-    answer = {"role": "assistant", "content": [{"type": "text", "text": "0"}]}
-    whole = measure_sample(Sample(sample.id, sample.kind, [*sample.messages, answer], sample.metadata), sizes, tokenizer)
-    after = len(tokenizer.encode("0")) + 1 + len(tokenizer.encode("\n"))  # the answer, its end mark, the line end
-    fixed = whole.fixed_tokens - after
-    cuts = tuple(cut for cut in whole.cuts if cut < fixed)
-    return Measure(fixed, 0, whole.visuals, whole.coordinates, cuts)
+    measure = measure_prompt if sample.messages[-1]["role"] in ("user", "system") else measure_sample
+    return measure(sample, sizes, tokenizer, family)
 
 
 # ---------------------------------------------------------------- merge

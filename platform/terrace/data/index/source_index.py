@@ -16,11 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from terrace.data.index.build import load_summary
-from terrace.data.resize import pixel_bounds, resized_coordinate_many, smart_resize_many
 from terrace.data.sources.ingest import shard_uri
-from terrace.data.template import Measure, count_digits
-from terrace.data.types import GRID_PIXELS
+from terrace.data.template import Measure
 from terrace.errors import InputError
+from terrace.families.interface import Bounds, Costs, Family
 from terrace.recipe.schema import Storage
 from terrace.storage.files import DEFAULT_STORAGE, join, open_sequential, read_file
 
@@ -51,6 +50,7 @@ class SourceIndex:
     folder: str
     shards: list[str]
     storage: Storage
+    family: Family
     columns: dict[str, np.ndarray]  # int columns [N], and flat list columns
     starts: dict[str, np.ndarray]  # list column group -> int64 [N + 1]
     ids: np.ndarray  # StringDType [N]
@@ -61,7 +61,7 @@ class SourceIndex:
     seed: int = 0
     holdout_samples: int = 0
     max_samples: int | None = None
-    _lengths: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
+    _lengths: dict[Bounds, tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return int(self.columns["shard"].shape[0])
@@ -85,17 +85,17 @@ class SourceIndex:
 
     # ------------------------------------------------------------ lengths
 
-    def lengths(self, pixels: Any) -> np.ndarray:
+    def lengths(self, pixels: Bounds) -> np.ndarray:
         """int32 [N]: tokens of each sample when its images are resized within `pixels`."""
         return self._measure(pixels)[0]
 
-    def visual_tokens(self, pixels: Any) -> np.ndarray:
-        """int32 [N]: image and video tokens of each sample (without vision_start and vision_end)."""
+    def visual_tokens(self, pixels: Bounds) -> np.ndarray:
+        """int32 [N]: image and video tokens of each sample (without the marks around them)."""
         return self._measure(pixels)[1]
 
-    def patches(self, pixels: Any) -> np.ndarray:
-        """int32 [N]: 14x14 patches of each sample's images, frames of a pair counted once."""
-        return self._measure(pixels)[1] * 4
+    def pixel_rows(self, pixels: Bounds) -> np.ndarray:
+        """int32 [N]: rows of pixels of each sample's images, frames of a pair counted once."""
+        return self._measure(pixels)[2]
 
     @property
     def fixed_tokens(self) -> np.ndarray:
@@ -107,23 +107,22 @@ class SourceIndex:
         """int32 [N]: targets of each sample under `supervise: auto`, without the digits of coordinates beyond the first."""
         return self.columns["supervised_tokens"]
 
-    def _measure(self, pixels: Any) -> tuple[np.ndarray, np.ndarray]:
-        bounds = pixel_bounds(pixels)
+    def _measure(self, pixels: Bounds) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        bounds = (int(pixels[0]), int(pixels[1]))
         if bounds not in self._lengths:
-            columns, starts = self.columns, self.starts
-            heights, widths = smart_resize_many(columns["height"], columns["width"], bounds)
-            tokens_of_image = (heights // GRID_PIXELS).astype(np.int64) * (widths // GRID_PIXELS)
-            frames = columns["visual_frames"]
-            temporal = np.maximum(1, (frames + 1) // 2)
+            columns, starts, family = self.columns, self.starts, self.family
+            widths, heights = columns["width"], columns["height"]
+            costs = family.costs(widths, heights, bounds)
+            pairs = family.frame_pairs(columns["visual_frames"])
             image = np.repeat(starts["image"][:-1], np.diff(starts["visual"])) + columns["visual_image"]
-            visual = _sums(tokens_of_image[image] * temporal, starts["visual"])
+            visual, rows = (_sums(of_image[image] * pairs, starts["visual"]) for of_image in (costs.tokens, costs.rows))
             owner = np.repeat(starts["image"][:-1], np.diff(starts["coordinate"])) + columns["coordinate_image"]
-            axis = columns["coordinate_axis"]
-            old = np.where(axis == 0, columns["width"][owner], columns["height"][owner])
-            new = np.where(axis == 0, widths[owner], heights[owner])
-            digits = _sums(count_digits(resized_coordinate_many(columns["coordinate_value"], old, new)), starts["coordinate"])
-            total = columns["fixed_tokens"] + visual + digits
-            self._lengths[bounds] = (total.astype(np.int32), visual.astype(np.int32))
+            of_owner = Costs(*(getattr(costs, name)[owner] for name in Costs.__dataclass_fields__))
+            numbers = family.coordinates(
+                columns["coordinate_value"], columns["coordinate_axis"], widths[owner], heights[owner], of_owner
+            )
+            total = columns["fixed_tokens"] + visual + _sums(family.coordinate_tokens(numbers), starts["coordinate"])
+            self._lengths[bounds] = (total.astype(np.int32), visual.astype(np.int32), rows.astype(np.int32))
         return self._lengths[bounds]
 
     # ------------------------------------------------------------ one row
@@ -165,7 +164,7 @@ class SourceIndex:
 
 
 def load_index(
-    folder: str, seed: int = 0, holdout_samples: int = 0, max_samples: int | None = None, storage: Storage = DEFAULT_STORAGE
+    folder: str, family: Family, seed: int = 0, holdout_samples: int = 0, max_samples: int | None = None, storage: Storage = DEFAULT_STORAGE
 ) -> SourceIndex:
     """Load the index that `build_index` left in `folder`. Raises InputError where there is none, or holdout leaves nothing."""
     summary = load_summary(folder, storage)
@@ -195,6 +194,7 @@ def load_index(
         folder=folder,
         shards=[_shard_uri(folder, shard["uri"]) for shard in summary["shards"]],
         storage=Storage(**summary["storage"]),
+        family=family,
         columns=columns,
         starts=starts,
         ids=np.array(table["id"].to_pylist(), dtype=np.dtypes.StringDType()),

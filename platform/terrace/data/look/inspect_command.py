@@ -7,8 +7,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from terrace.data.command import Lines
+from terrace.data.lines import Lines
 from terrace.errors import InputError
+from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import Recipe
 
 OWN_VOCABULARY = 8_192  # of the tokenizer that is trained where none is named
@@ -91,7 +92,7 @@ def _inspect_recipe(args: argparse.Namespace) -> int:
         raise InputError(f"name a stage, {args.recipe}:STAGE; the stages of recipe {recipe.name} are {names}")
     number = stage_number(recipe, args.stage)
     prepared = prepare_data(recipe, args.run_dir, progress=Lines())
-    samples, packs = _counts(args, samples=0 if recipe.stages[number].objective == "lm" else 12, packs=3)
+    samples, packs = _counts(args, samples=0 if OBJECTIVES[recipe.stages[number].objective].reads_packs else 12, packs=3)
     found = inspect_stage(recipe, number, prepared, samples, packs, args.seed)
     stage = recipe.stages[number]
     subtitle = f"Stage {number + 1} of {len(recipe.stages)} of {recipe.name}: packs of {stage.sequence_length:,} tokens"
@@ -101,6 +102,7 @@ def _inspect_recipe(args: argparse.Namespace) -> int:
 
 def _inspect_source(args: argparse.Namespace, folder: str) -> int:
     """The source as the only one of a stage: what a recipe with it would read."""
+    from terrace.data.family import family_of
     from terrace.data.index.build import build_index
     from terrace.data.index.source_index import load_index
     from terrace.data.look.samples import inspect_stage
@@ -114,8 +116,9 @@ def _inspect_source(args: argparse.Namespace, folder: str) -> int:
         prepare_tokenizer(recipe, {}, folder)  # a wrong one is told before a long ingest
     report = ingest_source(name, source, data, folder, progress)
     tokenizer = prepare_tokenizer(recipe, {name: report}, folder, progress)
-    index = build_index(name, source, report, tokenizer, data.max_image_pixels, data.storage, progress)
-    prepared = PreparedData({name: load_index(index, storage=data.storage)}, tokenizer.directory, Path(folder))
+    family = family_of(recipe.model)
+    index = build_index(name, source, report, tokenizer, family, data.max_image_pixels, data.storage, progress)
+    prepared = PreparedData({name: load_index(index, family, storage=data.storage)}, tokenizer.directory, Path(folder), family)
     samples, packs = _counts(args, samples=12, packs=1)
     found = inspect_stage(recipe, 0, prepared, samples, packs, args.seed)
     shards = f"{len(report.shards)} shard{'' if len(report.shards) == 1 else 's'}"

@@ -13,10 +13,13 @@ import re
 from dataclasses import dataclass, replace
 
 TAIL_CHARACTERS = 20_000
+END_CHARACTERS = 400
 ANSWER_CHARACTERS = 4_000  # what is longer is no answer
 _FENCE = re.compile(r"```(?:[A-Za-z][A-Za-z0-9_+-]{0,20})?[ \t]*\n?")
 _TAG = re.compile(r"<answer>((?:(?!<answer>).){0,4000}?)(?:</answer>|\Z)", re.DOTALL | re.IGNORECASE)
 _BOX_TOKENS = re.compile(r"<\|begin_of_box\|>(.{0,4000}?)<\|end_of_box\|>", re.DOTALL)
+# marks around a box or a point are part of an answer
+_END_MARKS = re.compile(r"(?:\s{0,9}(?:<\|(?!\w{0,20}(?:box|point|ref|quad))\w{1,40}\|>|</s>|<eos>|<end_of_turn>))+\s*\Z")
 _BARE_BOX = re.compile(r"\\f?box(?:ed)?\s+([^\s{}$\\]{1,40})|\\boxed([0-9][^\s{}$\\]{0,40})")
 _CALLED_WRONG = re.compile(
     r"\$?\s*(?:is|was|would be|cannot be|can't be)\s+(?:clearly\s+)?(?:wrong|incorrect|not|false|too)\b", re.IGNORECASE
@@ -60,10 +63,14 @@ def visible_text(response: str) -> str | None:
         response = response[closed + len("</think>") :]
     elif "<think>" in response:
         return None
-    response = response[-TAIL_CHARACTERS:]
-    for end in ("<|im_end|>", "<|endoftext|>"):
-        response = response.replace(end, "")
+    response = without_end_marks(response[-TAIL_CHARACTERS:])
     return _FENCE.sub("", response).strip() or None
+
+
+def without_end_marks(text: str) -> str:
+    """`text` without the special marks that a model's turn ends with, whatever its tokenizer calls them."""
+    tail = text[-END_CHARACTERS:]
+    return text[: len(text) - len(tail)] + _END_MARKS.sub("", tail)
 
 
 def boxed_contents(text: str) -> list[str]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-from terrace.rewards.rules.answers import boxed_contents
+from terrace.rewards.rules.answers import boxed_contents, without_end_marks
 from terrace.rewards.rules.latex import plain
 from terrace.rewards.types import RewardItem
 
@@ -28,8 +28,7 @@ format.needs_solution = False  # type: ignore[attr-defined] - see rewards.ready
 
 
 def _fits(response: str, form: str, pattern: str) -> bool:
-    for end in ("<|im_end|>", "<|endoftext|>"):
-        response = response.removesuffix(end)
+    response = without_end_marks(response)
     if form == "boxed":
         contents = boxed_contents(response)
         return len(contents) == 1 and bool(re.search(r"[^\s{}\\.,$]", plain(contents[0])))

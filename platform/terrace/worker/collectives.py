@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from terrace.train.context import WorkerContext
+from terrace.worker.context import WorkerContext
 
 
 def gather_rows(values: Sequence[float], context: WorkerContext) -> np.ndarray:

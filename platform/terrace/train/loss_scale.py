@@ -1,24 +1,8 @@
-"""Compute precision: bf16 and fp16 through autocast over float32 weights, and the dynamic loss scale that fp16 needs.
-
-Weights, gradients, their reduction and the optimizer stay in float32; matrix products run in the stage's precision.
-"""
+"""The dynamic loss scale that fp16 needs: gradients are computed of `loss * value`, so that small ones do not vanish."""
 
 from __future__ import annotations
 
-import contextlib
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-
-import torch
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def compute_context(precision: str, device: str) -> AbstractContextManager[object]:
-    """Autocast for bf16 and fp16, nothing for fp32."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(torch.device(device).type, dtype=DTYPES[precision])
 
 
 @dataclass

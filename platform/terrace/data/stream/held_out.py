@@ -79,7 +79,7 @@ def _pack_kind(sources: list[EligibleSource], most: int, seed: int, stage: Any) 
             ),
             lengths=tuple(column["lengths"][m] for m in members),
             visual_tokens=tuple(column["visual_tokens"][m] for m in members),
-            patches=sum(column["patches"][m] for m in members),
+            pixel_rows=sum(column["pixel_rows"][m] for m in members),
             window=0,
             pixels_max=tuple(column["pixels_max"][m] for m in members),
             spans=tuple(None if column["stops"][m] < 0 else (column["starts"][m], column["stops"][m]) for m in members),
