@@ -66,7 +66,8 @@ def test_the_rewards_of_a_recipe_by_task(tmp_path, capsys):
     ("rows", "arguments", "message"),
     [
         (["{"], [], "line 1: it is not JSON"), (["[1]"], [], "line 1: a row is a JSON object"), ([], [], "there is no row"),
-        ([{"solution": "4"}], [], "line 1: it has no `response`"), ([{"response": "4", "solution": "4", "right": 7}], [], "is no number in"),
+        ([{"solution": "4"}], [], "line 1: it has no `response`"),
+        ([{"response": "4", "solution": "4", "right": 7}], [], "is no number in"),
         ([{"response": 4}], [], "it has no `response`"), ([{"response": "4"}], ["a.b=1"], "changes a recipe"),
     ],
 )  # fmt: skip

@@ -20,7 +20,13 @@ _OF_X = re.compile(r"y|[fghyu]\([a-z]\)")
 
 def sides_of(text: str) -> list[str]:
     """The sides of an equation; one if there is no "="."""
-    return [side.strip() for side in _EQUALS.split(plain(text).rstrip(". "))]
+    text, sides, start = plain(text).rstrip(". "), [], 0
+    for match in _EQUALS.finditer(text):
+        before = text[: match.start()]
+        if before.count("{") == before.count("}"):  # the "=" of \sum_{k=1} is none of the text's
+            sides.append(text[start : match.start()].strip())
+            start = match.end()
+    return [*sides, text[start:].strip()]
 
 
 def is_equation(gold: str) -> bool:

@@ -41,7 +41,7 @@ class NoExpression(ValueError):
 def parse(text: str) -> Tree:
     """The tree of an expression. Raises NoExpression."""
     text = plain(text).strip().rstrip(".,;")
-    text = re.sub(r"\(\s*(?:mod|\\mod)\s*\w+\s*\)$|\\p?mod.*$|\(\\bmod.*$|\+\s*[cC]$(?<=\+ C)", "", text)
+    text = re.sub(r"\(\s*(?:mod|\\mod)\s*\w+\s*\)$|\\p?mod.*$|\(\\bmod.*$", "", text)
     if not text or len(text) > MOST_CHARACTERS:
         raise NoExpression("nothing, or too long")
     parser = _Parser(_tokens(text))

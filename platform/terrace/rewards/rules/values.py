@@ -33,6 +33,8 @@ class TooLarge(ArithmeticError):
 def same_expression(gold: str, text: str) -> bool | None:
     """Whether two texts are the same expression; None if `gold` is none that can be valued. Never raises."""
     gold, text = str(gold), str(text)
+    if re.search(r"\+\s*C$", gold):
+        text = re.sub(r"\+\s*[cCkK]\s*$", "+C", text)  # a constant of integration has any name
     if re.sub(r"[\s$]", "", gold) == re.sub(r"[\s$]", "", text):
         return True
     try:

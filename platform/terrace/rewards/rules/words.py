@@ -69,7 +69,8 @@ def same_words(gold: str, text: str) -> bool:
         return False
     if gold.isupper() and len(target) == 1:  # an acronym such as SSS: no other may stand beside it
         return set(re.findall(r"\b[A-Z]{2,}\b", text)) == {gold}
-    if len(words) > len(target) and not _SENTENCE & set(words):
+    phrase = re.match(r"(?:the|an?)\s", text, re.IGNORECASE) and words[-len(target) :] == target  # "the planet Saturn"
+    if len(words) > len(target) and not phrase and not _SENTENCE & set(words):
         return False  # "cat dog" is two guesses
     places = [place for place in range(len(words)) if words[place : place + len(target)] == target]
     if len(places) != 1:
