@@ -60,7 +60,7 @@ def run_single_attempt(
     if in_pod:
         stop_notice.begin()
     try:
-        with Display() as display, listen_for_signals(stopping), mirror.following(run_dir):
+        with Display() as display, listen_for_signals(stopping), mirror.following(run_dir, lost=lambda _: stopping.set()):
             (prepare or prepare_run_data)(recipe, run_dir, display)
             launcher.attach(run_dir)
             launcher.launch(LaunchRequest(index, stage, attempt, run_dir))
