@@ -82,20 +82,49 @@ def relative_name(uri: str, root: str) -> str:
 
 
 def list_files(uri: str, storage: Storage = DEFAULT_STORAGE) -> list[StoredFile]:
-    """Files below a folder, of a glob, or the one file named, sorted by URI. Hidden files are left out. Empty if nothing is there."""
+    """Files below a folder, of a glob, or the one file named, sorted by URI. Hidden files are left out. Empty if nothing is there.
+
+    Links are followed, but not in a circle. A link into nothing is listed with the version `dangling`: whoever needs it will say so.
+    """
     if is_remote(uri):
+        if not uri.startswith("s3://"):
+            raise InputError(f"{uri}: files are read from folders and from s3://, not from {uri.partition('://')[0]}://; fetch them first")
         return _list_remote(uri, storage)
     path = local_path(uri)
     if os.path.isdir(path):
-        found = [os.path.join(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names]
+        found = list(_walk(path, frozenset()))
     elif os.path.isfile(path):
         found = [path]
     else:
         found = [name for name in glob.glob(path, recursive=True) if os.path.isfile(name)]
     root = path.rstrip("/") + "/" if os.path.isdir(path) else ""
     visible = [name for name in found if not any(part.startswith(".") for part in name.removeprefix(root).split("/") if part != "..")]
-    stats = [(name, os.stat(name)) for name in sorted(visible)]
-    return [StoredFile(name, stat.st_size, str(stat.st_mtime_ns)) for name, stat in stats]
+    return [_stored(name) for name in sorted(visible)]
+
+
+def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+    """Files below a folder; a folder that is one of those above it (a link in a circle) is not entered again."""
+    facts = os.stat(folder)
+    place = (facts.st_dev, facts.st_ino)
+    if place in above:
+        return
+    for entry in os.scandir(folder):
+        try:
+            is_folder = entry.is_dir()
+        except OSError:  # a link to itself
+            is_folder = False
+        if is_folder:
+            yield from _walk(entry.path, above | {place})
+        else:
+            yield entry.path
+
+
+def _stored(name: str) -> StoredFile:
+    try:
+        facts = os.stat(name)
+    except OSError:
+        return StoredFile(name, 0, "dangling")
+    return StoredFile(name, facts.st_size, str(facts.st_mtime_ns))
 
 
 def file_size(uri: str, storage: Storage = DEFAULT_STORAGE) -> int | None:
