@@ -9,7 +9,7 @@ from fake.store import Store
 
 from terrace.cluster import stop_notice
 from terrace.cluster.api import ApiError
-from terrace.cluster.attempt import Fenced
+from terrace.cluster.attempt_files import Fenced
 from terrace.cluster.progress_channel import Follower, ProgressChannel, channel_from_environment, read_progress
 
 

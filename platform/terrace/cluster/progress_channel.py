@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from terrace.cluster.api import Api, ApiError, Conflict, connect
-from terrace.cluster.attempt import Fenced
+from terrace.cluster.attempt_files import Fenced
 
 logger = logging.getLogger("terrace.progress")
 TAIL_BYTES = 65_536
@@ -186,7 +186,7 @@ def read_progress(stage_directory: str) -> dict[str, Any]:
 
 def _newest_checkpoint(stage_directory: str) -> dict[str, Any] | None:
     """The highest complete step (of a run on S3: by its fence; else its folder has a manifest). The trainer checks it in full."""
-    from terrace.cluster.attempt import newest_checkpoint_step
+    from terrace.cluster.attempt_outcome import newest_checkpoint_step
     from terrace.storage import files as storage
     from terrace.storage.mirror import uri_of
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from terrace.cluster.attempt import stage_directory, write_atomic
+from terrace.cluster.attempt_files import stage_directory, write_atomic
 from terrace.recipe.schema import Recipe
 
 

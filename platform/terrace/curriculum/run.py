@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from terrace.cluster.attempt import Launcher, LaunchRequest, stage_directory
+from terrace.cluster.attempt import Launcher, LaunchRequest
+from terrace.cluster.attempt_files import stage_directory
 from terrace.curriculum import machine
 from terrace.curriculum.journal import Journal, pending_requests, read_journal
 from terrace.curriculum.machine import Clear, Finish, Launch, Observation, Prepare, Record, Stop, Wait
