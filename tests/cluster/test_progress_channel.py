@@ -7,7 +7,6 @@ import json
 import pytest
 from fake.store import Store
 
-from terrace.cluster import stop_notice
 from terrace.cluster.api import ApiError
 from terrace.cluster.attempt_files import Fenced
 from terrace.cluster.progress_channel import Follower, ProgressChannel, channel_from_environment, read_progress
@@ -141,14 +140,3 @@ def test_channel_that_is_gone_is_an_error(store):
     store.delete("ConfigMap", "tiny-progress")
     with pytest.raises(ApiError, match="gone"):
         channel(store).claim()
-
-
-def test_stop_notice_waits_for_the_answer(monkeypatch, tmp_path):
-    monkeypatch.setenv("TERRACE_STOP_FILE", str(tmp_path / "stop"))
-    assert stop_notice.wait(5.0) is True  # nobody trains here: the hook does not wait
-    stop_notice.begin()
-    assert stop_notice.requested() is None
-    assert stop_notice.wait(0.1) is False  # asked, not answered in time
-    assert stop_notice.requested()
-    stop_notice.answer()
-    assert stop_notice.wait(5.0) is True
