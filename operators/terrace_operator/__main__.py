@@ -16,7 +16,8 @@ from datetime import UTC, datetime
 
 import kopf
 
-from terrace.cluster.api import Api, connect
+from terrace.cluster.api import Api
+from terrace.cluster.credentials import connect
 from terrace.errors import TerraceError
 from terrace_operator.controller import Controller
 from terrace_operator.handlers import register
@@ -49,11 +50,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def has_kueue(api: Api) -> bool:
     """Whether Workloads can be watched: Kueue is installed and the Role allows it."""
-    try:
-        api.probe("Workload")
-    except TerraceError:
-        return False
-    return True
+    return api.knows("Workload")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import yaml
-from cluster_world import ROOT, condition, summary, tiny_curriculum
+from cluster_world import ROOT, condition, install_operator, operator_objects, summary, tiny_curriculum
 
-from terrace.cluster.api import Api, ApiError, connect
+from terrace.cluster.api import Api, ApiError
+from terrace.cluster.credentials import connect
 from terrace.cluster.manifests import LABEL_CURRICULUM
 
 Manifest = dict[str, Any]
@@ -29,8 +30,11 @@ class Harness:
     real = False
     patience = 30.0  # seconds until a test gives up
 
-    def __init__(self, api: Api, namespace: str, environment: dict[str, str], folder: Path) -> None:
-        self.api, self.namespace, self.environment, self.folder = api, namespace, environment, folder
+    def __init__(self, api: Api, namespace: str, admin: Path, operator: Path, folder: Path) -> None:
+        """`admin` and `operator` are kubeconfigs: the tests' own, and that of the operator's ServiceAccount."""
+        self.api, self.namespace, self.folder = api, namespace, folder
+        self.environment = {**os.environ, "KUBECONFIG": str(admin)}
+        self.operator_environment = {**os.environ, "KUBECONFIG": str(operator), "PYTHONPATH": f"{ROOT}/platform:{ROOT}/operators"}
         self.operator: subprocess.Popen | None = None
         self.queue = {"name": "training"}
         self.starts = 0
@@ -41,7 +45,7 @@ class Harness:
         self.starts += 1
         log = (self.folder / f"operator-{self.starts}.log").open("w")
         command = [sys.executable, "-m", "terrace_operator", "--namespace", self.namespace, "--port", "0", "--lease-seconds", "1"]
-        self.operator = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
+        self.operator = subprocess.Popen(command, env=self.operator_environment, stdout=log, stderr=log)
 
     def kill(self) -> None:
         """kill -9: no handler runs, no lease is given back."""
@@ -113,19 +117,27 @@ class Harness:
         raise NotImplementedError
 
 
+def connected(kubeconfig: Path, namespace: str | None = None) -> Api:
+    """A connection under these credentials, whatever this process's own environment says."""
+    before = os.environ.get("KUBECONFIG")
+    os.environ["KUBECONFIG"] = str(kubeconfig)
+    try:
+        return connect(namespace)
+    finally:
+        os.environ.pop("KUBECONFIG")
+        if before is not None:
+            os.environ["KUBECONFIG"] = before
+
+
 class FakeHarness(Harness):
+    """The operator under the token of its ServiceAccount, whose rights are those of the files under k8s/operator."""
+
     def __init__(self, server: Any, folder: Path) -> None:
-        config = folder / "kubeconfig.yaml"
-        config.write_text(server.kubeconfig())
-        environment = {**os.environ, "KUBECONFIG": str(config), "PYTHONPATH": f"{ROOT}/platform:{ROOT}/operators"}
-        os.environ["KUBECONFIG"], before = str(config), os.environ.get("KUBECONFIG")
-        try:
-            api = connect()
-        finally:
-            os.environ.pop("KUBECONFIG")
-            if before is not None:
-                os.environ["KUBECONFIG"] = before
-        super().__init__(api, "default", environment, folder)
+        admin, operator = folder / "admin.yaml", folder / "operator.yaml"
+        admin.write_text(server.kubeconfig())
+        install_operator(server.store)
+        operator.write_text(server.kubeconfig(token=server.access.token_for(server.store.namespace, "terrace-operator")))
+        super().__init__(connected(admin), server.store.namespace, admin, operator, folder)
         self.server = server
 
     def hold_queue(self) -> None:
@@ -148,15 +160,25 @@ class RealHarness(Harness):
 
     def __init__(self, folder: Path) -> None:
         namespace = f"terrace-test-{uuid.uuid4().hex[:6]}"
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}/platform:{ROOT}/operators"}
-        super().__init__(connect(namespace), namespace, environment, folder)
+        operator = folder / "operator.yaml"
+        super().__init__(connect(namespace), namespace, Path(os.environ["KUBECONFIG"]), operator, folder)
         self.image = os.environ.get("TERRACE_TEST_IMAGE", "rayproject/ray:2.60.0-py311")
         self.ray_version = os.environ.get("TERRACE_TEST_RAY_VERSION", "2.60.0")
         self._apply(yaml.safe_load((ROOT / "k8s/crds/curricula.yaml").read_text()))
         self._apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace, "labels": {
             "pod-security.kubernetes.io/enforce": "restricted"}}})  # fmt: skip
         self.kubectl("wait", "--for=condition=Established", "crd/curricula.terrace.dev", "--timeout=60s")
+        self._apply(*operator_objects(namespace))
+        operator.write_text(yaml.safe_dump(self._operator_config()))
         self._queues("None")
+
+    def _operator_config(self) -> Manifest:
+        """This cluster under a token of the operator's ServiceAccount, good for a day."""
+        token = self.kubectl("create", "token", "terrace-operator", "--duration=24h").strip()
+        shown = yaml.safe_load(self.kubectl("config", "view", "--raw", "--minify", "--flatten"))
+        shown["users"] = [{"name": "operator", "user": {"token": token}}]
+        shown["contexts"][0]["context"] |= {"user": "operator", "namespace": self.namespace}
+        return shown
 
     def _apply(self, *bodies: Manifest) -> None:
         text = yaml.safe_dump_all(bodies)

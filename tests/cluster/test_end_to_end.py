@@ -35,7 +35,7 @@ def cluster(request, crd, tmp_path_factory):
         harness.stop()
         harness.remove()
         return
-    with Server(crd) as server:
+    with Server(crd, namespace="terrace") as server:
         server.store.admission.append(enforce)  # the namespace is under PodSecurity `restricted`
         harness = FakeHarness(server, folder)
         harness.start()
@@ -191,12 +191,21 @@ def test_lost_watches_and_forgotten_history_lose_nothing(cluster):
     cluster.until(name, "Succeeded")
 
 
+def test_the_operator_was_never_refused_a_right(cluster):
+    """The last of the shared cluster's tests: all of the above ran under the Role of k8s/operator/rbac.yaml."""
+    if cluster.real:
+        pytest.skip("a real API server tells this in its audit log only")
+    users = {user for user, *_ in cluster.server.requests}
+    assert "system:serviceaccount:terrace:terrace-operator" in users
+    assert cluster.server.access.denied == []
+
+
 def test_health_readiness_and_metrics(crd, tmp_path):
     import json
     import re
     import urllib.request
 
-    with Server(crd) as server:
+    with Server(crd, namespace="terrace") as server:
         harness = FakeHarness(server, tmp_path)
         harness.start()
         try:
@@ -227,20 +236,31 @@ def test_stand_in_program_speaks_the_same_as_the_simulated_one(crd, tmp_path):
 
     from cluster_world import HERE
 
-    from terrace.cluster.manifests import progress_config_map
+    from terrace.cluster.manifests import progress_config_map, trainer_access
 
     with Server(crd) as server:
-        server.store.create(progress_config_map(server.store.create(tiny_curriculum("tiny"))))
+        owner = server.store.create(tiny_curriculum("tiny"))
+        for body in (progress_config_map(owner), *trainer_access(owner)):
+            server.store.create(body)
+        (tmp_path / "token").write_text(server.access.token_for("default", "tiny-trainer"))
+        (tmp_path / "ca.crt").write_bytes(server.authority.file.read_bytes())
         environment = {**os.environ, "STAND_IN_API": server.url, "TERRACE_NAMESPACE": "default", "TERRACE_PROGRESS": "tiny-progress",
-                       "STAND_IN": json.dumps({"steps": 6, "step_seconds": 0.01})}  # fmt: skip
-        words = [sys.executable, str(HERE / "stand_in.py"), "recipe.yaml", "--run-dir", "s3://x", "--stage", "warmup", "--attempt"]
+                       "STAND_IN_ACCOUNT": str(tmp_path), "STAND_IN": json.dumps({"steps": 6, "step_seconds": 0.01})}  # fmt: skip
+
+        def run(attempt, **behaviour):
+            words = [sys.executable, str(HERE / "stand_in.py"), "recipe.yaml", "--run-dir", "s3://x", "--stage", "warmup", "--attempt"]
+            values = environment | ({"STAND_IN": json.dumps(behaviour)} if behaviour else {})
+            return subprocess.run([*words, str(attempt)], env=values, timeout=30).returncode
 
         def data(key):
             return json.loads(server.store.objects["ConfigMap"]["tiny-progress"]["data"][key])
 
         stop = {"stage": "warmup", "attempt": 1, "stop": "suspend"}
         server.store.patch("ConfigMap", "tiny-progress", {"data": {"directive.json": json.dumps(stop)}})
-        assert subprocess.run([*words, "1"], env=environment, timeout=30).returncode == 143
+        assert run(1) == 143
         assert data("progress.json")["exit"]["status"] == 143
-        assert subprocess.run([*words, "2"], env=environment, timeout=30).returncode == 0
+        failing = {"steps": 4, "step_seconds": 0.01, "exit": 1}
+        assert [run(attempt, **failing) for attempt in (2, 3, 4, 5)] == [1] * 4  # a failure stays one, however often it is tried
+        assert run(6) == 0
         assert data("progress.json")["result"]["steps"] == 6
+        assert server.access.denied == []

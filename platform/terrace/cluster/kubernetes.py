@@ -13,8 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from terrace.cluster.api import AlreadyExists, Api, ApiError, Conflict, Refused, connect
+from terrace.cluster.api import AlreadyExists, Api, ApiError, Conflict, Refused
 from terrace.cluster.crd import API_VERSION, KIND
+from terrace.cluster.credentials import connect
 from terrace.cluster.manifests import LABEL_CURRICULUM
 from terrace.cluster.render import load_cluster, render_curriculum
 from terrace.errors import InputError, TerraceError

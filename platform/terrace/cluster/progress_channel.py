@@ -22,8 +22,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from terrace.cluster.api import Api, ApiError, Conflict, connect
+from terrace.cluster.api import Api, ApiError, Conflict
 from terrace.cluster.attempt_files import Fenced
+from terrace.cluster.credentials import connect
 
 logger = logging.getLogger("terrace.progress")
 TAIL_BYTES = 65_536

@@ -31,7 +31,7 @@ class Program:
     total: int
     behaviour: Manifest
     next_at: float
-    ends_at: float | None = None
+    saved: int = 0  # step of its newest checkpoint; a step that fails is in none
 
 
 @dataclass
@@ -159,7 +159,8 @@ class Cluster:
             self.reruns.add(rerun)
             start = 0
         cluster = self.store.objects["RayJob"][name]["status"]["rayClusterName"]
-        self.programs[name] = Program(stage, attempt, cluster, start, behaviour["steps"], behaviour, now + behaviour["step_seconds"])
+        self.programs[name] = Program(
+            stage, attempt, cluster, start, behaviour["steps"], behaviour, now + behaviour["step_seconds"], start)
         self.launches.append((name, start, len(self.launches)))
 
     def _report(self, curriculum: str) -> Manifest:
@@ -190,7 +191,9 @@ class Cluster:
                     exit={"status": failing, "message": program.behaviour.get("message", "it broke")},
                 )
                 self._finish(job, "Failed", "FAILED", "AppFailed", message)
-            elif program.step >= program.total:
+                return
+            program.saved = program.step
+            if program.step >= program.total:
                 result = {
                     "steps": program.total,
                     "loss": 1.0,
@@ -210,7 +213,7 @@ class Cluster:
         report = {
             "stage": program.stage, "attempt": program.attempt, "cluster": program.cluster, "step": program.step,
             "total_steps": program.total, "metrics": {"loss": f"{2.0 / (program.step + 1):.4f}"},
-            "checkpoint": {"uri": f"s3://test/{curriculum}/{program.stage}/step-{program.step:06d}", "step": program.step},
+            "checkpoint": {"uri": f"s3://test/{curriculum}/{program.stage}/step-{program.saved:06d}", "step": program.saved},
             **values,
         }  # fmt: skip
         with self.store.lock:
