@@ -165,3 +165,14 @@ def summary(status: Manifest) -> Manifest:
 @pytest.fixture
 def bench(crd: Manifest) -> Bench:
     return Bench(crd)
+
+
+def build_template() -> Manifest:
+    """A worker's pod template of a Curriculum that is right."""
+    from terrace.cluster.cluster_schema import CurriculumSpec
+    from terrace.cluster.manifests import build_rayjob
+
+    body = tiny_curriculum()
+    owner = {**body, "metadata": {**body["metadata"], "namespace": "default", "uid": "u-1"}}
+    job = build_rayjob(owner, CurriculumSpec.model_validate(body["spec"]), 0, 1, "tiny-recipe-0")
+    return copy.deepcopy(job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"])

@@ -37,6 +37,7 @@ class Harness:
         self.operator_environment = {**os.environ, "KUBECONFIG": str(operator), "PYTHONPATH": f"{ROOT}/platform:{ROOT}/operators"}
         self.operator: subprocess.Popen | None = None
         self.queue = {"name": "training"}
+        self.silent = ""
         self.starts = 0
 
     # ------------------------------------------------------------ the operator
@@ -79,10 +80,11 @@ class Harness:
     def status(self, name: str) -> Manifest:
         return (self.api.get("Curriculum", name) or {}).get("status") or {}
 
-    def until(self, name: str, test: Any, what: str = "") -> Manifest:
+    def until(self, name: str, test: Any, what: str = "", patience: float = 0.0) -> Manifest:
         """Wait until `test(status)` holds; `test` may be the name of a phase."""
         wanted = (lambda status: status.get("phase") == test) if isinstance(test, str) else test
-        end = time.monotonic() + self.patience
+        patience = max(patience, self.patience)
+        end = time.monotonic() + patience
         status: Manifest = {}
         while time.monotonic() < end:
             assert self.operator is None or self.operator.poll() is None, "the operator has ended: " + self.log()
@@ -90,7 +92,7 @@ class Harness:
             if status and wanted(status):
                 return status
             time.sleep(0.05 if not self.real else 1.0)
-        pytest.fail(f"{name}: not {what or test} after {self.patience:g} s: {json.dumps(summary(status))}\n{self.log()}")
+        pytest.fail(f"{name}: not {what or test} after {patience:g} s: {json.dumps(summary(status))}\n{self.log()}")
 
     def log(self, characters: int = 3000) -> str:
         return (self.folder / f"operator-{self.starts}.log").read_text()[-characters:]

@@ -45,7 +45,7 @@ def validate(body):
 def test_pods_of_an_attempt_are_valid_and_restricted():
     stages = [tiny_stage("warmup"), tiny_stage("align", resources={"workers": 4, "gpus_per_worker": 1})]
     storage = {
-        "uri": "s3://b/x",
+        "uri": "s3://bucket/x",
         "credentialsSecret": "s3-keys",
         "volumes": [{"claim": "corpus", "mountPath": "/corpus", "readOnly": True}],
     }

@@ -34,7 +34,13 @@ KEPT = (
     "minProperties",
     "enum",
 )
-LIST_MAPS = {"CurriculumStatus.conditions": "type", "CurriculumStatus.stages": "name"}
+# Lists whose items have a name: the API server refuses two of one name, and server-side apply merges them.
+LIST_MAPS = {
+    "CurriculumStatus.conditions": "type",
+    "CurriculumStatus.stages": "name",
+    "Runtime.env": "name",
+    "ClusterStorage.volumes": "mountPath",
+}
 
 
 def structural(schema: dict[str, Any], definitions: dict[str, Any], path: str = "") -> dict[str, Any]:
@@ -163,7 +169,8 @@ def build_crd() -> dict[str, Any]:
         "properties": {
             "apiVersion": {"type": "string", "description": "Version of this schema."},
             "kind": {"type": "string", "description": "Always Curriculum."},
-            "metadata": {"type": "object", "description": "Standard object metadata."},
+            # Not even a description: the API server refuses anything but restrictions of name and generateName here.
+            "metadata": {"type": "object"},
             "spec": spec,
             "status": status,
         },

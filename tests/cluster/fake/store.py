@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from fake import crd_rules
 from fake import schema as crd_schema
 from terrace.cluster.api import KINDS, AlreadyExists, ApiError, Conflict, KindAbsent, Refused
 
@@ -227,7 +228,7 @@ class Store:
         if strict and (unknown := crd_schema.unknown_fields(body, schema)):
             raise Refused("strict decoding error: " + ", ".join(f'unknown field "{path}"' for path in unknown), 400)
         prepared = {**crd_schema.prepare(body, schema), "metadata": body["metadata"]}
-        errors = crd_schema.schema_errors(prepared, schema)
+        errors = crd_schema.schema_errors(prepared, schema) + crd_schema.duplicates(prepared, schema)
         errors = errors or crd_schema.cel_errors(prepared, old, schema)
         if errors:
             raise Refused(f'{kind} "{body["metadata"]["name"]}" is invalid: ' + "; ".join(errors), 422)
@@ -284,11 +285,10 @@ class Store:
 
 
 def install_crd(store: Store, crd: Manifest) -> None:
-    """Register a CRD; Refused if its schema is not structural."""
-    version = crd["spec"]["versions"][0]
-    schema = version["schema"]["openAPIV3Schema"]
-    if errors := crd_schema.structural_errors(schema):
-        raise Refused("CustomResourceDefinition is invalid: " + "; ".join(errors[:10]), 422)
+    """Register a CRD; Refused where the API server would refuse it."""
+    if errors := crd_rules.errors(crd):
+        raise Refused(f'CustomResourceDefinition "{crd["metadata"].get("name")}" is invalid: ' + "; ".join(errors[:10]), 422)
+    schema = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
     store.schemas[crd["spec"]["names"]["kind"]] = copy.deepcopy(schema)
 
 
