@@ -18,6 +18,7 @@ SUBDOMAIN = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
 QUALIFIED = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
 # Folders as they are compared: no `//`, no `.` or `..`, no `/` at the end; Kubernetes forbids `:` in a mount path.
 FOLDER = r"(/\.?[^/:.\s][^/:\s]*)+"
+RUN_DIRECTORY = rf"^(s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9](/\S*)?|{FOLDER})$"
 IMAGE = (
     r"^((([a-zA-Z0-9][a-zA-Z0-9.-]*)|\[[0-9a-fA-F:]+\])(:[0-9]+)?/)?[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*"
     r"(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@[a-z0-9]+([+._-][a-z0-9]+)*:[0-9a-fA-F]{32,})?$"
@@ -137,7 +138,7 @@ class Volume(ClusterModel):
 class ClusterStorage(ClusterModel):
     """Where a curriculum keeps its journal, checkpoints and final weights."""
 
-    uri: Annotated[str, Field(min_length=1, max_length=1024, pattern=rf"^(s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9](/\S*)?|{FOLDER})$")] = Field(
+    uri: Annotated[str, Field(min_length=1, max_length=1024, pattern=RUN_DIRECTORY)] = Field(
         description="Run directory: `s3://bucket/prefix`, or an absolute path inside one of `volumes`. Cannot change later."
     )
     endpoint_url: Annotated[str, Field(max_length=512, pattern=r"^https?://[^\s/?#]+\S*$")] | None = Field(
