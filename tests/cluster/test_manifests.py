@@ -72,7 +72,7 @@ def test_rayjob_says_what_the_real_operators_need():
     assert job["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "high"
     spec = job["spec"]
     assert (spec["suspend"], spec["shutdownAfterJobFinishes"], spec["backoffLimit"]) == (True, True, 0)
-    assert spec["submitterConfig"] == {"backoffLimit": 0}
+    assert spec["submitterConfig"]["backoffLimit"] > 0  # its eviction does not end the attempt
     assert "clusterSelector" not in spec
     assert spec["entrypoint"] == (
         "python jobs/pretrain.py /etc/terrace/recipe.yaml --run-dir s3://bucket/runs/tiny --stage align --attempt 3"

@@ -1,5 +1,10 @@
 """A stand-in for KubeRay, Kueue and the kubelet: moves RayJobs, RayClusters, Workloads and Pods through the states seen on real ones.
 
+KubeRay's reasons follow its source (ray-operator/controllers/ray/rayjob_controller.go, common/job.go): the submitter's Job is looked
+at before Ray is asked, a submitter that is retried finds its job again or submits it anew, and a job that Ray no longer knows
+once the submitter has ended is `AppFailed`. `closes` in a behaviour says how KubeRay ends the RayJob of a program that has
+ended: a reason (the order of its looks was unlucky), "waits" (for its submitter, with the job's status told) or "never".
+
 `Cluster.tick(now)` looks at what is in the store and does the next thing to each object, so tests decide how time passes. What a stage's
 program does comes from the environment variable STAND_IN of its pods (JSON), the same that the stand-in program reads on a real
 cluster (see `stand_in.py`). Faults are switched on from outside: dead nodes, preemption, a full queue.
@@ -45,6 +50,7 @@ class Cluster:
     waits: dict[str, float] = field(default_factory=dict)
     launches: list[tuple[str, int, int]] = field(default_factory=list)  # (RayJob, step it started at, time order)
     reruns: set[tuple[str, str, str]] = field(default_factory=set)
+    submitters: dict[str, int] = field(default_factory=dict)  # RayJob -> submitter pods that it has lost
     messages: bool = True  # copy reasons into Workloads
     pods: bool = True  # make Pod objects (admission checks them); without: faster
     behaviour: Callable[[Manifest, str, int], Manifest] = field(default_factory=lambda: behaviour_of)
@@ -89,7 +95,7 @@ class Cluster:
         elif state == "Initializing" and now >= self.waits.get(name, 0):
             self._set(job, jobDeploymentStatus="Running", jobStatus="RUNNING", message="")
             self._begin(job, now)
-        elif state == "Running":
+        elif state == "Running" and (job.get("status") or {}).get("jobStatus") == "RUNNING":
             self._advance(job, now)
 
     def _start(self, job: Manifest, now: float) -> None:
@@ -221,8 +227,40 @@ class Cluster:
             if name in self.store.objects.get("ConfigMap", {}):
                 self.store.patch("ConfigMap", name, {"data": {"progress.json": json.dumps(report, sort_keys=True)}})
 
+    def evict_submitter(self, name: str) -> None:
+        """The submitter pod is evicted: its Job makes another, which finds the job running, until its backoffLimit is spent."""
+        job = self.store.objects["RayJob"][name]
+        self.submitters[name] = self.submitters.get(name, 0) + 1
+        if self.submitters[name] > job["spec"].get("submitterConfig", {}).get("backoffLimit", 2):
+            self.programs.pop(name, None)
+            self._set(job, jobDeploymentStatus="Failed", reason="SubmissionFailed",
+                      message="Job submission has failed. Reason: BackoffLimitExceeded.")  # fmt: skip
+            self._delete_cluster(job)
+
+    def replace_head(self, name: str, now: float) -> None:
+        """The head pod is replaced: Ray has forgotten the job, and the next submitter pod submits it anew, if there is one."""
+        job = self.store.objects["RayJob"][name]
+        self.programs.pop(name, None)
+        self.submitters[name] = self.submitters.get(name, 0) + 1
+        if self.submitters[name] > job["spec"].get("submitterConfig", {}).get("backoffLimit", 2):
+            self._finish(job, "Failed", "RUNNING", "AppFailed", "Submitter completed but Ray job not found in RayCluster.")
+        else:
+            self.waits[name] = now + self.boot_seconds
+            self._set(job, jobDeploymentStatus="Initializing", jobStatus="")
+
     def _finish(self, job: Manifest, deployment: str, ended: str, reason: str, message: str) -> None:
-        self.programs.pop(job["metadata"]["name"], None)
+        program = self.programs.pop(job["metadata"]["name"], None)
+        closes = program.behaviour.get("closes") if program else None
+        if closes == "never":  # nothing is told: the head, or KubeRay's way to it, is gone
+            self._set(job, jobStatus="RUNNING", message="")
+            self.programs[job["metadata"]["name"]] = Program(**{**vars(program), "behaviour": {**program.behaviour, "hang": True}})
+            return
+        if closes == "waits":
+            self._set(job, jobStatus=ended, message=message)
+            return
+        if closes:
+            deployment, reason, message = "Failed", closes, "Job submission has failed. Reason: BackoffLimitExceeded."
+            ended = "RUNNING" if closes == "SubmissionFailed" else ended
         self._set(job, jobDeploymentStatus=deployment, jobStatus=ended, reason=reason, message=message)
         self._delete_cluster(job)
 
