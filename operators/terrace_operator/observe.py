@@ -44,6 +44,7 @@ class World:
     recipes: dict[str, str] = field(default_factory=dict)  # recipe ConfigMap -> YAML
     refused: dict[str, str] = field(default_factory=dict)  # RayJob -> why the API server refused to create it
     objects: frozenset[str] = frozenset()  # "<kind>/<name>" of the other objects that exist
+    absent: frozenset[str] = frozenset()  # kinds that the cluster does not know
 
 
 def report_of(world: World, stage: str, attempt: int) -> Manifest | None:

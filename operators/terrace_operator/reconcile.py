@@ -16,9 +16,10 @@ from terrace.cluster import manifests
 from terrace.cluster.cluster_schema import CurriculumSpec
 from terrace.curriculum.machine import Action, Clear, Finish, Launch, Prepare, Record, Stop, Wait, next_actions
 from terrace.curriculum.state import TERMINAL, RunState, apply
-from terrace_operator import observe, recipes, status
+from terrace_operator import absent, observe, recipes, status
 from terrace_operator.codec import Memory, decode, encode
 from terrace_operator.observe import World
+from terrace_operator.status import Event
 
 Manifest = dict[str, Any]
 MAX_ROUNDS = 24  # a round ends in an effect or a wait; a curriculum of 32 stages with gates needs a few
@@ -54,13 +55,6 @@ Effect = Create | Delete | Direct
 
 
 @dataclass(frozen=True)
-class Event:
-    reason: str
-    message: str
-    warning: bool = False
-
-
-@dataclass(frozen=True)
 class Plan:
     status: Manifest
     effects: list[Effect] = field(default_factory=list)
@@ -87,6 +81,7 @@ def reconcile(curriculum: Manifest, world: World, now: float) -> Plan:
     if state.attempts_in_flight and not effects and f"ConfigMap/{progress['metadata']['name']}" not in world.objects:
         effects.append(Create(progress))  # somebody deleted the channel: without it, a running attempt would look stalled
     new_status = status.derive(curriculum, old_status, accepted, state, memory, world, waiting, now)
+    events += status.news(old_status, new_status)
     new_status["controller"] = encode(state, memory)
     return Plan(new_status, effects, events, _requeue(curriculum["metadata"]["name"], spec, state, world, waiting, now))
 
@@ -146,10 +141,16 @@ def _decide(
     """Run the state machine until it waits, finishes, or wants something done in the cluster."""
     effects: list[Effect] = []
     name = curriculum["metadata"]["name"]
+    lacking = absent.lacking(spec, world.absent)
+    held = Wait(now + QUEUE_CHECK_SECONDS, absent.message(lacking)) if lacking else None
     for _ in range(MAX_ROUNDS):
+        if held and state.attempts_in_flight:
+            return effects, held  # what cannot be seen has not failed
         observation = observe.observe(name, spec, state, memory, world, now)
         records_only = True
         for action in next_actions(spec.recipe, state, observation, now):
+            if held and (isinstance(action, Launch) or starts_attempt(action)):
+                return effects, held
             match action:
                 case Record():
                     apply(state, {**action.event, "time": now})
@@ -171,6 +172,10 @@ def _decide(
         if not records_only:
             return effects, None
     return effects, Wait(now + 1.0, "more to record")
+
+
+def starts_attempt(action: Action) -> bool:
+    return isinstance(action, Record) and action.event["event"] == "stage_attempt_started"
 
 
 def _remember(spec: CurriculumSpec, state: RunState, memory: Memory, event: Manifest) -> None:

@@ -7,13 +7,14 @@ here has an entry in docs/kubernetes.md (a test compares the two).
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from terrace.cluster import manifests
 from terrace.curriculum.machine import Wait
 from terrace.curriculum.state import RunState, StageState
-from terrace_operator import observe
+from terrace_operator import absent, observe
 from terrace_operator.codec import Memory
 from terrace_operator.conditions import Finding, merge, quota_message
 from terrace_operator.observe import World
@@ -25,6 +26,13 @@ PHASES = {"new": "Pending", "paused": "Paused", "suspended": "Suspended", "succe
 MAX_METRICS, MAX_TEXT = 32, 1000
 
 # What of the state machine's journal is worth an event on the resource: reason, and whether it is a warning.
+@dataclass(frozen=True)
+class Event:
+    reason: str
+    message: str
+    warning: bool = False
+
+
 EVENTS: dict[str, tuple[str, bool]] = {
     "run_started": ("Started", False), "stage_attempt_started": ("StageStarted", False),
     "stage_attempt_launched": ("AttemptCreated", False), "stage_attempt_failed": ("AttemptFailed", True),
@@ -52,6 +60,19 @@ def event_of(event: Manifest) -> tuple[str, str, bool] | None:
     attempt = f", attempt {event['attempt']}" if event.get("attempt") else ""
     why = ": ".join(part for part in (event.get("reason", ""), event.get("message", "")) if part)
     return reason, ": ".join(part for part in (where + attempt, why) if part)[:MAX_TEXT], warning
+
+
+# Reasons of conditions that are news to whoever looks at the events: told once, when they come.
+NEWS = ("KubeRayAbsent", "KueueAbsent", "KubeRaySilent", "Inadmissible", "EvictedDeactivated", "NoWorkload")
+SILENT_SECONDS = 60.0  # without a word of KubeRay on a RayJob
+
+
+def news(old: Manifest, new: Manifest) -> list[Event]:
+    """Events for reasons that have newly come up in Progressing or Degraded."""
+    before = {condition["reason"] for condition in old.get("conditions") or []}
+    found = [condition for condition in new["conditions"] if condition["type"] in ("Progressing", "Degraded")]
+    fresh = {condition["reason"]: condition["message"] for condition in found if condition["reason"] in NEWS}
+    return [Event(reason, message[:MAX_TEXT], True) for reason, message in fresh.items() if reason not in before]
 
 
 def refused(curriculum: Manifest, old: Manifest, reason: str, problem: str, now: float) -> Manifest:
@@ -199,12 +220,18 @@ def _findings(
     name: str, accepted: Accepted, state: RunState, current: StageState | None, shown: Manifest, job: Manifest | None,
     world: World, waiting: Wait | None,
 ) -> list[Finding]:  # fmt: skip
+    assert accepted.spec is not None
+    waits = state.phase == "running" and (current is None or current.phase != "completed")
+    lacking = absent.lacking(accepted.spec, world.absent) if waits else []
     problem = accepted.problem or "the spec is in force"
     findings = [Finding("Accepted", "True" if accepted.reason == "Valid" else "False",
                         accepted.reason, problem)]  # fmt: skip
-    findings.append(quota_message(job, world.workloads.get(job["metadata"]["name"]) if job else None))
-    findings.append(_progressing(state, current, shown, waiting, findings[-1]))
-    findings.append(_degraded(name, current, world))
+    quota = quota_message(job, world.workloads.get(job["metadata"]["name"]) if job else None)
+    if lacking:
+        why = (absent.reason(lacking), absent.message(lacking))
+        findings += [quota, Finding("Progressing", "False", *why), Finding("Degraded", "True", *why)]
+    else:
+        findings += [quota, _progressing(state, current, shown, waiting, quota), _degraded(name, current, world)]
     for kind, phase in (("Suspended", "suspended"), ("Succeeded", "succeeded")):
         holds = state.phase == phase
         findings.append(Finding(kind, "True" if holds else "False", kind if holds else f"Not{kind}", state.message if holds else ""))
@@ -229,6 +256,8 @@ def _progressing(state: RunState, current: StageState | None, shown: Manifest, w
     reasons = {"Queued": "WaitingForQuota", "Starting": "Starting", "Running": "Running", "Stopping": "Stopping",
                "BackingOff": "BackingOff", "Stopped": "Preempted", "Pending": "Pending"}  # fmt: skip
     reason = reasons.get(shown["phase"], "Pending")
+    if reason == "WaitingForQuota" and quota.reason in ("Inadmissible", "EvictedDeactivated"):
+        return Finding("Progressing", "False", quota.reason, quota.message)  # waiting alone does not help
     if reason == "WaitingForQuota":
         preempted = int(shown.get("preemptions", 0)) > 0
         return Finding("Progressing", "True", "Preempted" if preempted else reason, quota.message or "waiting for the queue")
@@ -246,6 +275,9 @@ def _degraded(name: str, current: StageState | None, world: World) -> Finding:
     if current is not None and current.phase == "waiting" and current.reason in ("Stalled", "HeadLost", "AttemptLost"):
         return Finding("Degraded", "True", current.reason, current.message)
     job = _job(name, current, world)
+    if job is not None and not observe.is_queued(job) and not observe.status_of(job) and world.quiet_seconds > SILENT_SECONDS:
+        text = f"KubeRay has not looked at RayJob {job['metadata']['name']}: is its operator running, and does it watch this namespace?"
+        return Finding("Degraded", "True", "KubeRaySilent", text)
     if job is not None:
         for condition in (observe.status_of(job).get("rayClusterStatus") or {}).get("conditions") or []:
             if condition.get("type") == "ReplicaFailure" and condition.get("status") == "True":

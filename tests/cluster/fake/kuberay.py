@@ -51,6 +51,7 @@ class Cluster:
     launches: list[tuple[str, int, int]] = field(default_factory=list)  # (RayJob, step it started at, time order)
     reruns: set[tuple[str, str, str]] = field(default_factory=set)
     submitters: dict[str, int] = field(default_factory=dict)  # RayJob -> submitter pods that it has lost
+    refusal: tuple[str, str] | None = None  # Kueue's reason and message while it admits nothing
     messages: bool = True  # copy reasons into Workloads
     pods: bool = True  # make Pod objects (admission checks them); without: faster
     behaviour: Callable[[Manifest, str, int], Manifest] = field(default_factory=lambda: behaviour_of)
@@ -274,7 +275,11 @@ class Cluster:
         admitted = self.quota is None or self._holding() < self.quota
         if self.messages:
             text = "Quota reserved" if admitted else "couldn't assign flavors to pod set workers: insufficient unused quota for gpu"
-            self._workload(job, "True" if admitted else "False", "QuotaReserved" if admitted else "Pending", text)
+            reason, text = ("QuotaReserved", text) if admitted else self.refusal or ("Pending", text)
+            if reason == "Deactivated":
+                self._workload(job, "False", "Pending", text, evicted=reason)
+            else:
+                self._workload(job, "True" if admitted else "False", reason, text)
         if admitted:
             self.set_suspend(job["metadata"]["name"], False)
 
@@ -294,14 +299,14 @@ class Cluster:
         """What Kueue does to make room: suspend the job; KubeRay then deletes its cluster."""
         job = self.store.objects["RayJob"][name]
         if self.messages:
-            self._workload(job, "False", "Pending", "preempted to accommodate a workload of higher priority", evicted=True)
+            self._workload(job, "False", "Pending", "preempted to accommodate a workload of higher priority", evicted="Preempted")
         self.set_suspend(name, True)
 
-    def _workload(self, job: Manifest, reserved: str, reason: str, message: str, evicted: bool = False) -> None:
+    def _workload(self, job: Manifest, reserved: str, reason: str, message: str, evicted: str = "") -> None:
         name = f"rayjob-{job['metadata']['name']}"
         conditions = [{"type": "QuotaReserved", "status": reserved, "reason": reason, "message": message}]
         if evicted:
-            conditions.append({"type": "Evicted", "status": "True", "reason": "Preempted", "message": message})
+            conditions.append({"type": "Evicted", "status": "True", "reason": evicted, "message": message})
         known = self.store.objects.get("Workload", {}).get(name)
         if known is None:
             known = self.store.create({"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "Workload", "spec": {}, "metadata": {
