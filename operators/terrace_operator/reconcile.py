@@ -100,9 +100,10 @@ def _clamp_times(state: RunState, now: float) -> None:
 def _requests(spec: CurriculumSpec, state: RunState, memory: Memory, now: float, events: list[Event]) -> None:
     """What the spec wishes, as the state machine's requests. Level-triggered: the wish is compared with the state each time."""
 
-    def request(kind: str, **values: Any) -> None:
+    def request(kind: str, told: bool = True, **values: Any) -> None:
         apply(state, {"event": f"{kind}_requested", "time": now, **values})
-        events.append(Event(f"{kind.capitalize()}Requested", f"{kind} was asked for in the spec"))
+        if told:
+            events.append(Event(f"{kind.capitalize()}Requested", f"{kind} was asked for in the spec"))
 
     if state.phase == "new":
         memory.resume_token = spec.resume_token  # a token that was there from the start asks for nothing
@@ -119,8 +120,8 @@ def _requests(spec: CurriculumSpec, state: RunState, memory: Memory, now: float,
         return
     if state.phase == "suspended" and not spec.suspend:
         request("resume")
-    if state.phase == "paused" and state.reason == "PauseRequested" and not spec.paused:
-        request("resume")
+    if state.phase == "paused" and state.reason == "PauseRequested" and (spec.suspend or not spec.paused):
+        request("resume", told=not spec.suspend)  # a pause that is to become a suspension goes on for a moment
     if state.phase == "running" and state.request == "pause" and not spec.paused:
         request("resume")
     if state.phase == "running" and spec.suspend and state.request not in ("suspend", "cancel"):

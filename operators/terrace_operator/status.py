@@ -232,8 +232,9 @@ def _findings(
         findings += [quota, Finding("Progressing", "False", *why), Finding("Degraded", "True", *why)]
     else:
         findings += [quota, _progressing(state, current, shown, waiting, quota), _degraded(name, current, world)]
-    for kind, phase in (("Suspended", "suspended"), ("Succeeded", "succeeded")):
-        holds = state.phase == phase
+    # At a missed gate nothing runs and nothing is held either, and suspend must not answer the gate.
+    at_rest = state.phase == "suspended" or (state.phase == "paused" and accepted.spec.suspend)
+    for kind, holds in (("Suspended", at_rest), ("Succeeded", state.phase == "succeeded")):
         findings.append(Finding(kind, "True" if holds else "False", kind if holds else f"Not{kind}", state.message if holds else ""))
     failed = state.phase in ("failed", "cancelled")
     reason = ("Cancelled" if state.phase == "cancelled" else state.reason or "Failed") if failed else "NotFailed"

@@ -161,9 +161,9 @@ class Api:
             if error.code != 404:
                 raise
 
-    def pod_log(self, name: str) -> Iterator[str]:
-        """Lines that the pod's container has written so far."""
-        path = KINDS["Pod"].path(self.namespace, name, "log")
+    def pod_log(self, name: str, follow: bool = False) -> Iterator[str]:
+        """Lines that the pod's container has written so far; with `follow` also those that it writes from now on."""
+        path = KINDS["Pod"].path(self.namespace, name, "log") + ("?follow=true" if follow else "")
         response = self._send("GET", path, None, JSON, True)
         if response.status >= 300:
             raise _error("GET", "Pod", path, response.status, response.data)
