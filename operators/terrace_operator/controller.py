@@ -118,6 +118,8 @@ class Controller:
             written = self.api.replace_status({**curriculum, "status": plan.status})
             self.cache.store("Curriculum", written)
             curriculum = written
+        elif plan.effects:
+            self._confirm_current(name, curriculum)
         self.metrics.planned(plan)
         for event in plan.events:
             logger.info(event.message, extra={"curriculum": name, "reason": event.reason})
@@ -128,6 +130,13 @@ class Controller:
         if creates:
             return 1.0
         return None if self._at_rest(name) else plan.requeue_seconds
+
+    def _confirm_current(self, name: str, curriculum: Manifest) -> None:
+        """Conflict if the view is old. A status that stays as it is is not written, so nothing else would tell: an attempt that a late
+        watch event has not heard of would be taken for a stranger's, and deleted."""
+        fresh = self.api.get("Curriculum", name)
+        if fresh is None or fresh["metadata"].get("resourceVersion") != curriculum["metadata"].get("resourceVersion"):
+            raise Conflict(f"Curriculum {name} changed since it was read", 409)
 
     def _confirm_absent(self, name: str, curriculum: Manifest) -> None:
         """A RayJob that the cache does not know may only be late: ask before its attempt is called lost."""

@@ -26,6 +26,7 @@ EXIT_CODE = re.compile(r"exit code:? (\d+)")
 HEAD_DIED = re.compile(r"supervisor actor|node (has )?died|JobSupervisor|Unable to schedule|Ray job not found", re.IGNORECASE)
 PROGRAM_REASONS = ("", "AppFailed")
 PROGRAM_EXITS = range(1, 128)  # what a program says itself; above, a signal ended it
+HOLDS_PODS = ("Initializing", "Running", "Suspending")
 REPORT_GRACE_SECONDS = 60.0  # between the end of a program and its last report being seen
 CLOSE_GRACE_SECONDS = 60.0  # between a program's last report and KubeRay closing its RayJob; then it is deleted
 
@@ -106,6 +107,12 @@ def _attempt(curriculum: str, spec: CurriculumSpec, stage: StageState, memory: M
         # Whatever KubeRay makes of it, and even if its RayJob is gone: the stage is done and must not run again.
         gone = job is None or bool(job["metadata"].get("deletionTimestamp")) or status_of(job).get("jobDeploymentStatus") in ENDED
         return seen("succeeded", live=not gone and world.quiet_seconds < CLOSE_GRACE_SECONDS, result=(report or {})["result"])
+    said = ((report or {}).get("exit") or {}).get("status")
+    if said in PROGRAM_EXITS and (job is None or job["metadata"].get("deletionTimestamp")):
+        # It had ended before its RayJob went: the failure is its own, whoever deleted the RayJob.
+        message = str((report or {})["exit"].get("message") or "")[:1000]
+        kind, reason = classify({}, said)
+        return seen("failed", live=job is not None and not is_fenced(spec, world, name), failure=kind, reason=reason, message=message)
     if job is None:
         if not stage.launched and name in world.refused:
             return seen("failed", failure="infrastructure", reason="CreateRefused", message=world.refused[name])
@@ -117,6 +124,11 @@ def _attempt(curriculum: str, spec: CurriculumSpec, stage: StageState, memory: M
     status = status_of(job)
     if status.get("jobDeploymentStatus", "") in (*ENDED, "ValidationFailed"):
         return _ended(status, report, world.ended_seconds.get(name, 0.0), now, seen)
+    limit = spec.failure_policy.fence_timeout_seconds
+    if is_suspended(job) and status.get("jobDeploymentStatus") in HOLDS_PODS and world.quiet_seconds > limit + CLOSE_GRACE_SECONDS:
+        # A queue that takes its quota back from pods of a dead node never gets it: they stay, and the RayJob is never Suspended.
+        message = f"the queue took the quota back {world.quiet_seconds:.0f} s ago and its pods do not end: their node is probably dead"
+        return seen("failed", live=True, failure="infrastructure", reason="OldPodsTerminating", message=message)
     if is_queued(job) or name not in memory.admitted_at:
         return seen("starting", live=True, progress_at=now)  # waiting for quota is not stalling, however long
     if exit_code(status, report)[0] in PROGRAM_EXITS or status.get("jobStatus") in ("FAILED", "STOPPED"):

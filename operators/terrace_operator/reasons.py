@@ -19,6 +19,7 @@ ATTEMPT = (
     "AppFailed", "NoResult", "InputWrong", "ValidationFailed", "Killed", "HeadLost", "AttemptLost", "Stalled", "Stopped",
     "CreateRefused", "PreRunningDeadlineExceeded", "SubmissionFailed", "DeadlineExceeded", "JobStatusCheckTimeoutExceeded",
     "JobDeploymentStatusTransitionGracePeriodExceeded", "Preempted", "StoppedWithoutCheckpoint",
+    "OldPodsTerminating",
 )  # fmt: skip
 OTHER = ("NotSuspended", "NotSucceeded")
 ALL = sorted({*ACCEPTED, *QUOTA_RESERVED, *PROGRESSING, *DEGRADED, *FAILED, *ATTEMPT, *OTHER})

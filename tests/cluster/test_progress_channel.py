@@ -140,3 +140,17 @@ def test_channel_that_is_gone_is_an_error(store):
     store.delete("ConfigMap", "tiny-progress")
     with pytest.raises(ApiError, match="gone"):
         channel(store).claim()
+
+
+def test_a_restart_of_an_attempt_that_had_finished_does_not_hide_its_result(store):
+    first = channel(store)
+    first.claim()
+    first.report({"step": 9, "result": {"loss": 0.5}, "exit": {"status": 0, "message": ""}})
+    again = channel(store, cluster="another")  # its quota was taken and given back before the operator had looked
+    again.claim()
+    assert "nothing left to do" in again.report({"step": 0})
+    assert data(store, "progress.json")["result"] == {"loss": 0.5}
+    newer = channel(store, attempt=2)  # a rerun has a number of its own
+    newer.claim()
+    assert newer.report({"step": 0}) is None
+    assert "result" not in data(store, "progress.json")

@@ -84,6 +84,37 @@ def test_a_replaced_head_is_the_infrastructures_and_the_same_attempt_where_it_is
     assert any("HeadLost" in message for reason, message in bench.events() if reason == "AttemptFailed")
 
 
+def test_a_preempted_attempt_whose_node_is_dead_is_replaced(bench):
+    policy = {"fenceTimeoutSeconds": 60, "backoffSeconds": 0.2}
+    bench.store.create(tiny_curriculum(queue={"name": "training"}, behaviour={"steps": 20}, failurePolicy=policy))
+    bench.run(1.0)
+    bench.cluster.dead.add("tiny-s0-1")
+    bench.cluster.preempt("tiny-s0-1")  # its pods never end, so it is never Suspended
+    bench.run(60.0, step=0.5)
+    assert bench.status()["stages"][0]["attempt"] == 1
+    bench.run(140.0, step=0.5)
+    status = bench.run_until("Succeeded")
+    assert (status["stages"][0]["attempt"], status["stages"][0]["infraRestarts"]) == (2, 1)
+    assert any("OldPodsTerminating" in message for reason, message in bench.events() if reason == "AttemptFailed")
+
+
+def test_a_view_of_before_an_attempt_does_not_delete_it(bench):
+    """A late watch event shows the Curriculum as it was before its attempt was recorded: the attempt is no stranger's."""
+    bench.store.create(tiny_curriculum(behaviour={"steps": 30, "step_seconds": 0.1}))
+    bench.deliver()
+    old = None
+    for _ in range(30):
+        before = bench.store.objects["Curriculum"]["tiny"]
+        bench.run(0.1)
+        if bench.jobs() and old is None:
+            old = before
+    bench.controller.cache.store("Curriculum", old)
+    bench.controller.handle("tiny")
+    bench.run(1.0)
+    assert bench.store.calls.get("delete RayJob", 0) == 0
+    assert bench.run_until("Succeeded")["restarts"] == 0
+
+
 CLUSTER = {"rayClusterName": "c"}
 
 

@@ -52,9 +52,12 @@ class Cluster:
     reruns: set[tuple[str, str, str]] = field(default_factory=set)
     submitters: dict[str, int] = field(default_factory=dict)  # RayJob -> submitter pods that it has lost
     refusal: tuple[str, str] | None = None  # Kueue's reason and message while it admits nothing
+    preemptions: int = 0  # by priority
     messages: bool = True  # copy reasons into Workloads
     pods: bool = True  # make Pod objects (admission checks them); without: faster
     behaviour: Callable[[Manifest, str, int], Manifest] = field(default_factory=lambda: behaviour_of)
+    ended: Callable[[Manifest, str, int], None] = lambda job, stage, status: None  # told when a program reports its end
+    priorities: dict[str, int] = field(default_factory=dict)  # WorkloadPriorityClass -> value; the higher preempts
     numbers: random.Random = field(default_factory=lambda: random.Random(0))
 
     def tick(self, now: float) -> None:
@@ -157,8 +160,12 @@ class Cluster:
     def _begin(self, job: Manifest, now: float) -> None:
         name, words = job["metadata"]["name"], job["spec"]["entrypoint"].split()
         stage, attempt = words[words.index("--stage") + 1], int(job["metadata"]["labels"][LABEL_ATTEMPT])
-        behaviour = self.behaviour(job, stage, attempt)
         report = self._report(job["metadata"]["labels"][LABEL_CURRICULUM])
+        if (report.get("stage"), report.get("attempt")) == (stage, attempt) and report.get("result"):
+            self._set(job, jobDeploymentStatus="Complete", jobStatus="SUCCEEDED", message="the stage had been done")
+            self._delete_cluster(job)
+            return
+        behaviour = self.behaviour(job, stage, attempt)
         checkpoint = (report.get("checkpoint") or {}) if report.get("stage") == stage else {}
         start = int(checkpoint.get("step", 0))
         rerun = (job["metadata"]["labels"][LABEL_CURRICULUM], stage, words[words.index("--rerun") + 1] if "--rerun" in words else "0")
@@ -197,6 +204,7 @@ class Cluster:
                     program,
                     exit={"status": failing, "message": program.behaviour.get("message", "it broke")},
                 )
+                self.ended(job, program.stage, failing)
                 self._finish(job, "Failed", "FAILED", "AppFailed", message)
                 return
             program.saved = program.step
@@ -207,6 +215,7 @@ class Cluster:
                     "evaluation": {"after": program.behaviour.get("after", {})},
                 }
                 self._write(curriculum, program, result=result, exit={"status": 0, "message": ""})
+                self.ended(job, program.stage, 0)
                 self._finish(job, "Complete", "SUCCEEDED", "", "Job finished successfully")
             else:
                 self._write(curriculum, program)
@@ -273,6 +282,9 @@ class Cluster:
         if (job.get("status") or {}).get("jobDeploymentStatus") not in (None, "", "Suspended"):
             return  # still ending what it had
         admitted = self.quota is None or self._holding() < self.quota
+        if not admitted and (lower := self._lower_than(job)):
+            self.preemptions += 1
+            self.preempt(lower)  # its quota is free when KubeRay has deleted its cluster
         if self.messages:
             text = "Quota reserved" if admitted else "couldn't assign flavors to pod set workers: insufficient unused quota for gpu"
             reason, text = ("QuotaReserved", text) if admitted else self.refusal or ("Pending", text)
@@ -284,10 +296,23 @@ class Cluster:
             self.set_suspend(job["metadata"]["name"], False)
 
     def _holding(self) -> int:
-        """RayJobs that have their quota."""
-        jobs = self.store.objects["RayJob"].values()
-        return sum(1 for other in jobs if not other["spec"].get("suspend")
-                   and (other.get("status") or {}).get("jobDeploymentStatus") not in ("Complete", "Failed"))  # fmt: skip
+        """RayJobs that have their quota, or whose pods still hold it."""
+        return sum(1 for other in self.store.objects["RayJob"].values() if self._holds(other)
+                   or (other.get("status") or {}).get("jobDeploymentStatus") == "Suspending")  # fmt: skip
+
+    def _lower_than(self, job: Manifest) -> str | None:
+        """The admitted RayJob of the lowest priority below this one's (Kueue: `withinClusterQueue: LowerPriority`)."""
+        mine = self._priority(job)
+        held = [(self._priority(other), name) for name, other in self.store.objects["RayJob"].items() if self._holds(other)]
+        lowest = min(held, default=None)
+        return lowest[1] if lowest is not None and lowest[0] < mine else None
+
+    def _priority(self, job: Manifest) -> int:
+        return self.priorities.get(job["metadata"]["labels"].get("kueue.x-k8s.io/priority-class", ""), 0)
+
+    def _holds(self, job: Manifest) -> bool:
+        ended = (job.get("status") or {}).get("jobDeploymentStatus") in ("Complete", "Failed")
+        return not job["spec"].get("suspend") and not ended and not job["metadata"].get("deletionTimestamp")
 
     def set_suspend(self, name: str, value: bool) -> None:
         with self.store.lock:
