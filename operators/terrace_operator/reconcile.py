@@ -156,6 +156,8 @@ def _decide(
                 case Record():
                     apply(state, {**action.event, "time": now})
                     _remember(spec, state, memory, action.event)
+                    if action.event["event"] == "run_started":
+                        _requests(spec, state, memory, now, events)  # it may be made suspended or paused
                     if event := status.event_of(action.event):
                         events.append(Event(*event))
                 case Prepare():

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from cluster_world import ROOT, condition, install_operator, operator_objects, summary, tiny_curriculum
 
-from terrace.cluster.api import Api, ApiError
+from terrace.cluster.api import KINDS, Api, ApiError, Refused
 from terrace.cluster.credentials import connect
 from terrace.cluster.manifests import LABEL_CURRICULUM
 
@@ -28,6 +28,7 @@ class Harness:
     """An operator process on a cluster, and what tests do to both."""
 
     real = False
+    lease_seconds = 1.0  # so that a new operator need not wait for a killed one's
     patience = 30.0  # seconds until a test gives up
 
     def __init__(self, api: Api, namespace: str, admin: Path, operator: Path, folder: Path) -> None:
@@ -45,7 +46,8 @@ class Harness:
     def start(self) -> None:
         self.starts += 1
         log = (self.folder / f"operator-{self.starts}.log").open("w")
-        command = [sys.executable, "-m", "terrace_operator", "--namespace", self.namespace, "--port", "0", "--lease-seconds", "1"]
+        command = [sys.executable, "-m", "terrace_operator", "--namespace", self.namespace, "--port", "0"]
+        command += ["--lease-seconds", str(self.lease_seconds)]
         self.operator = subprocess.Popen(command, env=self.operator_environment, stdout=log, stderr=log)
 
     def kill(self) -> None:
@@ -118,6 +120,24 @@ class Harness:
     def open_queue(self) -> None:
         raise NotImplementedError
 
+    def narrow_queue(self) -> None:
+        """Quota for one curriculum at a time; of two priority classes, the higher preempts the lower."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------ faults
+
+    def kill_node(self, name: str) -> None:
+        """The node of an attempt's worker pod dies hard: nothing of it moves any more."""
+        raise NotImplementedError
+
+    def dry_run(self, body: Manifest) -> None:
+        """Refused where the API server would refuse it, under strict field validation; nothing is written."""
+        kind = KINDS[body["kind"]]
+        url = kind.path(self.namespace) + "?dryRun=All&fieldValidation=Strict"
+        response = self.api._send("POST", url, body, "application/json", False)
+        if response.status >= 300:
+            raise Refused(json.loads(response.data).get("message", ""), response.status)
+
 
 def connected(kubeconfig: Path, namespace: str | None = None) -> Api:
     """A connection under these credentials, whatever this process's own environment says."""
@@ -152,6 +172,13 @@ class FakeHarness(Harness):
 
     def open_queue(self) -> None:
         self.server.cluster.quota = None
+
+    def narrow_queue(self) -> None:
+        self.server.cluster.quota = 1
+        self.server.cluster.priorities = {f"{self.namespace}-low": 1, f"{self.namespace}-high": 2}
+
+    def kill_node(self, name: str) -> None:
+        self.server.cluster.dead.add(name)
 
 
 class RealHarness(Harness):
@@ -188,14 +215,18 @@ class RealHarness(Harness):
             ["kubectl", "apply", "--server-side", "-f", "-"], input=text, text=True, check=True, timeout=60, env=self.environment
         )
 
-    def _queues(self, stop_policy: str) -> None:
+    def _queues(self, stop_policy: str, cpus: str = "64") -> None:
         """A flavor and a queue of the test's own; `stopPolicy` is how Kueue takes quota back from all of a queue."""
         name = self.namespace
-        quota = [{"name": "cpu", "nominalQuota": "64"}, {"name": "memory", "nominalQuota": "256Gi"}]
+        quota = [{"name": "cpu", "nominalQuota": cpus}, {"name": "memory", "nominalQuota": "256Gi"}]
+        for word, value in (("low", 1), ("high", 2)):
+            self._apply({"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "WorkloadPriorityClass", "value": value,
+                         "metadata": {"name": f"{name}-{word}"}})  # fmt: skip
         self._apply(
             {"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "ResourceFlavor", "metadata": {"name": name}},
             {"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "ClusterQueue", "metadata": {"name": name}, "spec": {
                 "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}}, "stopPolicy": stop_policy,
+                "preemption": {"withinClusterQueue": "LowerPriority"},
                 "resourceGroups": [{"coveredResources": ["cpu", "memory"], "flavors": [{"name": name, "resources": quota}]}]}},
             {"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "LocalQueue", "metadata": {"name": "training", "namespace": name},
              "spec": {"clusterQueue": name}},
@@ -218,9 +249,23 @@ class RealHarness(Harness):
     def open_queue(self) -> None:
         self._queues("None")
 
+    def narrow_queue(self) -> None:
+        self._queues("None", cpus="4")  # head 1, worker 1, submitter 500m: once, not twice
+
+    def kill_node(self, name: str) -> None:
+        """By the command in TERRACE_TEST_KILL_NODE, called with the node's name: only who made the cluster knows how."""
+        command = os.environ.get("TERRACE_TEST_KILL_NODE")
+        if not command:
+            pytest.skip("TERRACE_TEST_KILL_NODE is not set: the command that takes a node down")
+        selector = f"ray.io/originated-from-cr-name={name},app.kubernetes.io/component=worker"
+        node = self.kubectl("get", "pods", "-l", selector, "-o", "jsonpath={.items[0].spec.nodeName}")
+        subprocess.run([*command.split(), node], check=True, timeout=300)
+
     def remove(self) -> None:
         words = ["kubectl", "delete", "--ignore-not-found", "--wait=false"]
-        for kind, name in (("namespace", self.namespace), ("clusterqueue", self.namespace), ("resourceflavor", self.namespace)):
+        kinds = [("namespace", self.namespace), ("clusterqueue", self.namespace), ("resourceflavor", self.namespace)]
+        kinds += [("workloadpriorityclass", f"{self.namespace}-{word}") for word in ("low", "high")]
+        for kind, name in kinds:
             subprocess.run([*words, kind, name], env=self.environment, timeout=120, check=False)
 
 

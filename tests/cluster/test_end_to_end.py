@@ -1,14 +1,16 @@
-"""The operator as a process against an API server over HTTP: the fake one by default, a real cluster with `pytest -m cluster`.
+"""The operator as a process, under its ServiceAccount's token, against an API server: the fake one by default, or a real cluster.
 
-    pytest tests/cluster/test_end_to_end.py                                      # the fake API server, a simulated KubeRay and Kueue
-    KUBECONFIG=... pytest -m cluster tests/cluster/test_end_to_end.py            # needs KubeRay and Kueue; makes its own namespace
+    pytest tests/cluster/test_end_to_end.py         # the fake API server, a simulated KubeRay and Kueue
+    KUBECONFIG=... make test-cluster                # needs KubeRay's and Kueue's kinds; makes a namespace and a queue of its own
 
-On a real cluster TERRACE_TEST_IMAGE names an image with Python and Ray (default rayproject/ray), TERRACE_TEST_RAY_VERSION its version.
+On a real cluster TERRACE_TEST_IMAGE names an image with Python and Ray (default rayproject/ray), TERRACE_TEST_RAY_VERSION its version,
+and TERRACE_TEST_KILL_NODE a command that takes down the node it is given (without it the test of a dead node is skipped).
 """
 
 from __future__ import annotations
 
 import os
+import random
 import time
 
 import pytest
@@ -16,8 +18,10 @@ from cluster_world import condition, tiny_curriculum, tiny_stage
 from fake.podsecurity import enforce
 from fake.server import Server
 from harness import FakeHarness, RealHarness, is_gone
+from test_wrong_specs import RIGHT, WRONG
 
 from terrace.cluster.api import Refused
+from terrace_operator.recipes import check
 
 FIVE = [tiny_stage(name) for name in ("warmup", "align", "pretrain", "long-sft", "rl")]
 
@@ -129,6 +133,50 @@ def test_silence_is_found_and_a_new_attempt_continues(cluster):
     assert any("Stalled: no progress for" in message for message in messages)
 
 
+def test_wrong_specs_are_refused_by_the_server_or_never_started(cluster):
+    """All of test_wrong_specs.py against this cluster's own API server, and what passes it against the operator's checks."""
+    passed = []
+    for what, (change, _, _) in WRONG.items():
+        body = tiny_curriculum("wrong")
+        change(body)
+        try:
+            cluster.dry_run(body)
+        except Refused:
+            continue
+        if check(body["spec"])[1] == "":
+            passed.append(what)
+    assert passed == []
+    for change in RIGHT.values():
+        body = tiny_curriculum("right")
+        change(body)
+        cluster.dry_run(body)
+
+
+def test_a_higher_priority_takes_the_quota_and_gives_it_back(cluster):
+    cluster.narrow_queue()
+    try:
+        low = cluster.create("low", behaviour={"steps": 40}, queue={**cluster.queue, "priorityClass": f"{cluster.namespace}-low"})
+        cluster.until(low, lambda status: status["stages"][0]["step"] >= 3, "at step 3")
+        high = cluster.create("high", queue={**cluster.queue, "priorityClass": f"{cluster.namespace}-high"})
+        cluster.until(low, lambda status: condition(status, "Progressing")["reason"] == "Preempted", "preempted")
+        cluster.until(high, "Succeeded")
+        status = cluster.until(low, "Succeeded")
+        assert status["stages"][0]["preemptions"] >= 1
+        assert (status["restarts"], status["stages"][0]["attempt"]) == (0, 1)
+    finally:
+        cluster.open_queue()
+
+
+@pytest.mark.slow  # half a minute of silence; with time under control: test_operator.py
+def test_a_node_that_dies_is_replaced_and_fenced(cluster):
+    policy = {"stallTimeoutSeconds": 120 if cluster.real else 30, "fenceTimeoutSeconds": 60 if cluster.real else 1, "backoffSeconds": 0.2}
+    name = cluster.create("node", behaviour={"steps": 20, "step_seconds": 0.2}, failurePolicy=policy)
+    cluster.until(name, lambda status: status["stages"][0]["step"] >= 3, "at step 3")
+    cluster.kill_node(f"{name}-s0-1")
+    status = cluster.until(name, "Succeeded", patience=90.0)
+    assert (status["stages"][0]["attempt"], status["stages"][0]["infraRestarts"]) == (2, 1)
+
+
 def test_delete_leaves_nothing(cluster):
     name = cluster.create("gone", behaviour={"steps": 200})
     cluster.until(name, lambda status: status["stages"][0]["step"] >= 1, "running")
@@ -185,6 +233,24 @@ def test_operator_killed_in_every_phase(cluster):
     assert [(s["restarts"], s["infraRestarts"]) for s in status["stages"]] == [(0, 0), (1, 0)]
     assert status["stages"][0]["attempt"] in (1, 2)
     assert status["stages"][1]["attempt"] == 2
+
+
+@pytest.mark.slow  # a minute
+def test_operator_killed_at_random_again_and_again(cluster):
+    """22 times kill -9 and a restart while three curricula run: attempts and budgets come out as if nothing had been."""
+    slow = {"steps": 60, "step_seconds": 0.3}
+    broken = slow | {"stages": {"align": {"steps": 6, "attempts": {"1": {"exit": 1}}}}}
+    names = [cluster.create("k1", behaviour=slow), cluster.create("k2", behaviour=broken, failurePolicy={"backoffSeconds": 1}),
+             cluster.create("k3", behaviour=slow, queue=cluster.queue)]  # fmt: skip
+    numbers = random.Random(7)
+    for _ in range(22):
+        time.sleep(numbers.uniform(0.5, 3.0) * (1 if not cluster.real else 5))
+        cluster.kill()
+        cluster.start()
+    for name in names:
+        status = cluster.until(name, "Succeeded", patience=120.0)
+        expected = [(1, 0, 0), (2, 1, 0)] if name.startswith("k2") else [(1, 0, 0), (1, 0, 0)]
+        assert [(stage["attempt"], stage["restarts"], stage["infraRestarts"]) for stage in status["stages"]] == expected, name
 
 
 def test_lost_watches_and_forgotten_history_lose_nothing(cluster):

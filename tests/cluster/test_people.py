@@ -116,6 +116,17 @@ def test_suspend_while_paused_is_a_suspension_and_the_pause_is_there_afterwards(
     bench.run_until("Succeeded")
 
 
+@pytest.mark.parametrize(("wish", "phase"), [("suspend", "Suspended"), ("paused", "Paused"), ("cancelled", "Failed")])
+def test_made_suspended_paused_or_cancelled_it_starts_nothing(bench, wish, phase):
+    bench.store.create(tiny_curriculum(**{wish: True}))
+    bench.run_until(phase, seconds=5)
+    bench.run(5.0)
+    assert bench.store.calls.get("create RayJob", 0) == 0
+    if wish != "cancelled":
+        bench.edit(**{wish: False})
+        bench.run_until("Succeeded")
+
+
 def test_suspend_at_a_missed_gate_does_not_answer_it(bench):
     gates = [{"metric": "eval/caption/loss", "below": 2.0}]
     behaviour = {"stages": {"warmup": {"after": {"caption": 2.5}}}}
