@@ -24,11 +24,16 @@ class Memory:
     recipe_maps: dict[str, str] = field(default_factory=dict)  # stage -> ConfigMap its newest attempt reads
     stage_hashes: dict[str, str] = field(default_factory=dict)  # stage -> stage_hash at its first attempt
     resume_token: str | None = None  # newest one acted on
+    gpu_seconds: int = 0  # held and given back
+    holding_gpus: int = 0
+    holding_since: float | None = None
+    near_limit: bool = False  # told that a limit is nearly reached
     edits_ignored: list[str] = field(default_factory=list)  # stages whose edit came too late
 
 
 # Written as RFC 3339 with milliseconds: `kubectl describe` shows seconds since the epoch as 1.795890700543093e+09.
-TIMES = ("started_at", "attempt_started_at", "completed_at", "failed_at", "retry_at", "stop_deadline", "ended_at")
+TIMES = ("started_at", "attempt_started_at", "completed_at", "failed_at", "retry_at", "stop_deadline", "ended_at",
+         "holding_since")  # fmt: skip
 FIELDS = {kind: frozenset(item.name for item in fields(kind)) for kind in (RunState, StageState, Memory)}
 FRESH = vars(StageState("", 0))
 
@@ -43,7 +48,7 @@ def encode(state: RunState, memory: Memory) -> dict[str, Any]:
     machine["commands"] = sorted(state.commands)[-8:]
     machine["stages"] = [_compact(stage) for stage in state.stages]
     operator = {**vars(memory), "admitted_at": {name: time_text(value) for name, value in memory.admitted_at.items()}}
-    return {"machine": _with_times(machine, time_text), "operator": operator}
+    return {"machine": _with_times(machine, time_text), "operator": _with_times(operator, time_text)}
 
 
 def time_text(seconds: Any) -> Any:
@@ -89,6 +94,6 @@ def decode(value: dict[str, Any], stage_names: list[str]) -> tuple[RunState, Mem
 
 def decode_memory(value: dict[str, Any]) -> Memory:
     """The operator's own part, on fresh dictionaries: what is read is never changed in place."""
-    known = _known(Memory, value.get("operator") or {})
+    known = _with_times(_known(Memory, value.get("operator") or {}), time_seconds)
     known["admitted_at"] = {name: time_seconds(item) for name, item in known.get("admitted_at", {}).items()}
     return Memory(**{name: dict(item) if isinstance(item, dict) else item for name, item in known.items()})

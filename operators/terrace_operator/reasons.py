@@ -11,6 +11,7 @@ QUOTA_RESERVED = (
 PROGRESSING = (
     "Pending", "WaitingForQuota", "Starting", "Running", "Stopping", "BackingOff", "Preempted", "Paused", "GateMissed", "Suspended",
     "StageFailed", "Succeeded", "Cancelled", "Inadmissible", "EvictedDeactivated", "KubeRayAbsent", "KueueAbsent",
+    "LimitReached",
 )  # fmt: skip
 DEGRADED = ("AsExpected", "Stalled", "HeadLost", "AttemptLost", "OldPodsTerminating", "ReplicaFailure", "KubeRayAbsent", "KueueAbsent",
             "KubeRaySilent")  # fmt: skip

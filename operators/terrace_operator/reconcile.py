@@ -16,7 +16,7 @@ from terrace.cluster import manifests
 from terrace.cluster.cluster_schema import CurriculumSpec
 from terrace.curriculum.machine import Action, Clear, Finish, Launch, Prepare, Record, Stop, Wait, next_actions
 from terrace.curriculum.state import TERMINAL, RunState, apply
-from terrace_operator import absent, observe, recipes, status
+from terrace_operator import absent, observe, recipes, status, usage
 from terrace_operator.codec import Memory, decode, encode
 from terrace_operator.observe import World
 from terrace_operator.status import Event
@@ -75,15 +75,28 @@ def reconcile(curriculum: Manifest, world: World, now: float) -> Plan:
     events = [Event(reason, message) for reason, message in _follow(curriculum, state, memory, world, now)]
     effects: list[Effect] = []
     waiting: Wait | None = None
+    usage.follow(spec, memory, world, now)
+    used = usage.used(state, memory, now)
+    full, near = usage.reached(spec.limits, used), usage.near(spec.limits, used)
+    if near and not memory.near_limit and not full:
+        events.append(Event("LimitNear", near, True))
+    memory.near_limit = near is not None
+    if full and not spec.suspend:
+        spec = spec.model_copy(update={"suspend": True})  # what a person would have asked for
+        if state.phase == "running" and state.request is None:
+            events.append(Event("LimitReached", full, True))
     _requests(spec, state, memory, now, events)
     effects, waiting = _decide(curriculum, spec, state, memory, world, now, events)
     progress = manifests.progress_config_map(curriculum)
     if state.attempts_in_flight and not effects and f"ConfigMap/{progress['metadata']['name']}" not in world.objects:
         effects.append(Create(progress))  # somebody deleted the channel: without it, a running attempt would look stalled
     new_status = status.derive(curriculum, old_status, accepted, state, memory, world, waiting, now)
+    status.show_limits(new_status, usage.shown(spec.limits, state, memory, now), full, state)
     events += status.news(old_status, new_status)
     new_status["controller"] = encode(state, memory)
-    return Plan(new_status, effects, events, _requeue(curriculum["metadata"]["name"], spec, state, world, waiting, now))
+    requeue = _requeue(curriculum["metadata"]["name"], spec, state, world, waiting, now)
+    left = usage.seconds_left(spec.limits, used) if state.phase == "running" else None
+    return Plan(new_status, effects, events, min(requeue, max(left + 0.5, 0.5)) if left is not None else requeue)
 
 
 def _follow(curriculum: Manifest, state: RunState, memory: Memory, world: World, now: float) -> list[tuple[str, str]]:

@@ -121,6 +121,16 @@ def derive(
     return {key: value for key, value in status.items() if value is not None}
 
 
+def show_limits(status: Manifest, usage: Manifest | None, reached: str | None, state: RunState) -> None:
+    """What was used, and that a limit holds it: in place of a suspension that nobody asked for."""
+    if usage is not None:
+        status["usage"] = usage
+    if reached and state.phase in ("running", "suspended"):
+        for condition in status["conditions"]:
+            if condition["type"] == "Progressing" and condition["reason"] in ("Suspended", "Stopping"):
+                condition["reason"], condition["message"] = "LimitReached", reached[:MAX_TEXT]
+
+
 def _job(name: str, stage: StageState | None, world: World) -> Manifest | None:
     if stage is None or stage.ended:
         return None

@@ -163,6 +163,10 @@ MODEL_RULES: dict[str, list[Rule]] = {
         ),
         Rule("self.operator != 'Equal' || has(self.key)", "operator Equal needs a key", ".key"),
     ],
+    "Limits": [
+        Rule("has(self.gpuHours) || has(self.wallHours) || has(self.cost)", "limits needs gpuHours, wallHours or cost"),
+        Rule("!has(self.cost) || has(self.pricePerGpuHour)", "limits.cost needs pricePerGpuHour", ".cost"),
+    ],
     "Pixels": [Rule("self.min <= self.max", "pixels.min must not exceed pixels.max")],
     "Gate": [Rule("has(self.below) != has(self.above)", "a gate needs exactly one of below, above")],
     "Tokenizer": [

@@ -98,7 +98,11 @@ def _sizes(spec: CurriculumSpec) -> Iterator[str]:
 
 def _policy(spec: CurriculumSpec) -> Iterator[str]:
     """The delays that are in force for a stage: the cluster's where it says one, else the stage's own."""
-    policy = spec.failure_policy
+    policy, limits = spec.failure_policy, spec.limits
+    if limits is not None and limits.gpu_hours is limits.wall_hours is limits.cost is None:
+        yield "limits: needs gpuHours, wallHours or cost"
+    if limits is not None and limits.cost is not None and limits.price_per_gpu_hour is None:
+        yield "limits.cost: needs limits.pricePerGpuHour"
     for stage in spec.recipe.stages:
         first = stage.failure.backoff_seconds if policy.backoff_seconds is None else policy.backoff_seconds
         cap = stage.failure.backoff_cap_seconds if policy.backoff_cap_seconds is None else policy.backoff_cap_seconds

@@ -197,6 +197,15 @@ class FailurePolicy(ClusterModel):
     )
 
 
+class Limits(ClusterModel):
+    """What the curriculum may use in all. At a limit it is suspended with a checkpoint; a higher limit continues it."""
+
+    gpu_hours: Annotated[float, Field(gt=0, le=1e9)] | None = Field(None, description="GPU hours, from quota to release.")
+    wall_hours: Annotated[float, Field(gt=0, le=1e6)] | None = Field(None, description="Hours since its start, waiting included.")
+    cost: Annotated[float, Field(gt=0, le=1e12)] | None = Field(None, description="GPU hours times `pricePerGpuHour`.")
+    price_per_gpu_hour: Annotated[float, Field(gt=0, le=1e6)] | None = Field(None, description="In the currency of `cost`.")
+
+
 class ClusterSpec(ClusterModel):
     """Everything a Curriculum says besides its recipe."""
 
@@ -205,6 +214,7 @@ class ClusterSpec(ClusterModel):
     queue: Queue | None = Field(None, description="Kueue queue; unset: pods are created at once.")
     tracking: ClusterTracking = Field(ClusterTracking(), description="MLflow.")
     failure_policy: FailurePolicy = Field(FailurePolicy(), description="Restarts, backoff, stall detection.")
+    limits: Limits | None = Field(None, description="What it may use in all; unset: no limit.")
     suspend: bool = Field(
         False,
         description="True: save a checkpoint, then release every pod and all quota. False again: continue from there.",

@@ -123,7 +123,7 @@ def _finish(node: dict[str, Any], schema: dict[str, Any], path: str, nullable: b
     default = schema.get("default")
     if isinstance(default, dict):  # in full: the API server checks a default against the rules before it fills nested defaults
         default = {key: value for key, value in default.items() if value is not None}
-    if default is not None and not path.startswith(("CurriculumStatus", "StageStatus", "CheckpointStatus", "Condition")):
+    if default is not None and not path.startswith(("CurriculumStatus", "StageStatus", "CheckpointStatus", "Condition", "UsageStatus")):
         node["default"] = list(default) if isinstance(default, tuple) else default
     if nullable:
         node["nullable"] = True
