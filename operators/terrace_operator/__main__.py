@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"terrace_operator: {error}", file=sys.stderr)
         return error.exit_status
     controller = Controller(api, metrics=metrics)
+    metrics.show(lambda: [controller.cache.curriculum(name) or {"metadata": {}} for name in controller.cache.names()])
     leader = Leader(api, f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}", options.lease_seconds)
     runtime = Runtime(controller, leader, metrics, options.workers)
     server = serve_health(runtime, options.port)

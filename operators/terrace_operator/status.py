@@ -192,7 +192,7 @@ def _stage(name: str, state: StageState, old: Manifest, memory: Memory, world: W
         "step": int(report.get("step", 0 if fresh else old.get("step", 0))),
         "totalSteps": int(report.get("total_steps", 0 if fresh else old.get("totalSteps", 0))),
         "lastReportTime": _report_time(report, old, world, now),
-        "checkpoint": _checkpoint(state.name, report) or (None if fresh else old.get("checkpoint")),
+        "checkpoint": _checkpoint(state.name, report, old.get("checkpoint") or {}, now) or (None if fresh else old.get("checkpoint")),
         "mlflowRunId": (report.get("mlflow") or {}).get("runId") or (None if fresh else old.get("mlflowRunId")),
         "metrics": _metrics(report) or ({} if fresh else old.get("metrics", {})),
         "reason": state.reason or None,
@@ -209,12 +209,14 @@ def _report_time(report: Manifest, old: Manifest, world: World, now: float) -> s
     return old["lastReportTime"] if same else rfc3339(now)
 
 
-def _checkpoint(stage: str, report: Manifest) -> Manifest | None:
+def _checkpoint(stage: str, report: Manifest, old: Manifest, now: float) -> Manifest | None:
+    """The newest checkpoint, with when it was complete: by the report, else when it was first seen here."""
     found = report.get("checkpoint")
     if not found:
         return None
     values = {"uri": str(found.get("uri", ""))[:MAX_TEXT], "stage": stage, "step": int(found.get("step", 0))}
-    return values | ({"time": str(found["time"])} if found.get("time") else {})
+    known = old.get("time") if (old.get("uri"), old.get("step")) == (values["uri"], values["step"]) else None
+    return values | {"time": str(found.get("time") or known or rfc3339(now))[:32]}
 
 
 def _newest_checkpoint(stages: list[Manifest]) -> Manifest | None:
