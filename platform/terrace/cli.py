@@ -115,6 +115,8 @@ def _draw_demo_scenes(parsed: argparse.Namespace) -> None:
     path = getattr(parsed, "recipe", None)
     if path is None or not Path(path).is_file():
         return  # the subcommand says what is wrong
+    if getattr(parsed, "launcher", None) == "kubernetes":
+        return  # nothing on this machine is read: the pods see their own volumes
     from terrace.recipe.loading import load_recipe
 
     sources = load_recipe(path, getattr(parsed, "overrides", ())).data.sources

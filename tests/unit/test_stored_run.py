@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from stored_run import Machines
 
 from terrace import cli
-from terrace.cluster.attempt import Fenced, claim_attempt, stop_requested
+from terrace.cluster.attempt_files import Fenced, claim_attempt, stop_requested
 from terrace.curriculum.journal import Journal, LeaseHeld, LeaseLost, acquire_lease, leave_request, pending_requests, read_journal
 from terrace.curriculum.run import move_aside
 from terrace.errors import InputError
