@@ -296,6 +296,7 @@ class Grpo(Objective):
             forget_iterations(self.opening.stage_dir, self.opening.feed.order.iterations)
 
     def close(self) -> None:
+        super().close()
         self._held.close()
         self._reference = None
 
