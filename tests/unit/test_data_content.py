@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from data_reading import words
 from PIL import Image
 
+from terrace.cli import main
 from terrace.data.command import _overlaps
 from terrace.data.look.near import near_ones
 from terrace.data.prepare import PreparedData, prepare_data
@@ -144,3 +146,20 @@ def test_the_index_command_says_which_sources_overlap(prepared, tmp_path: Path) 
     folders = {name: index.folder for name, index in found.indexes.items()}
     lines = _overlaps(folders, found.family, Data(sources={"a": {"uri": "x"}}))
     assert [line.split(",")[0] for line in lines] == ["1 samples of a repeat others of it", "1 samples of b stand in a too"]
+
+
+def test_the_duplicates_command(prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(4):
+        (tmp_path / f"p{number}.png").write_bytes(drawn(number))
+    (tmp_path / "small.jpg").write_bytes(drawn(0, (64, 48), "JPEG", quality=70))
+    files = {"one": [{"image": f"p{number}.png", "text": str(number)} for number in range(3)], "two": [{"image": "small.jpg", "text": "x"}],
+             "suite": [{"image": "p2.png", "text": "asked"}, {"image": "p3.png", "text": "else"}]}  # fmt: skip
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = yaml.safe_load((Path(__file__).parents[1] / "recipes" / "tiny.yaml").read_text())
+    sources = {name: {"uri": str(tmp_path / f"{name}.jsonl"), "kind": "caption"} for name in ("one", "two")}
+    stage = {**base["stages"][0], "mixture": dict.fromkeys(sources, 1.0), "evaluate": {"suites": [f"caption:{tmp_path / 'suite.jsonl'}"]}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({**base, "data": {"sources": sources}, "stages": [stage]}))
+    assert main(["duplicates", str(tmp_path / "r.yaml"), "--run-dir", str(tmp_path / "run")]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told == ["one and two: 1 pictures look the same", f"one and suite caption:{tmp_path / 'suite.jsonl'}: 1 pictures look the same"]

@@ -68,13 +68,13 @@ def compare(indexes: dict[str, Any], suites: dict[str, list[bytes]]) -> list[dic
 
 def suite_pictures(suite: str, recipe: Any) -> list[bytes]:
     """The encoded pictures of a suite's cases."""
-    from terrace.data.family import recipe_family
+    from terrace.data.family import family_of
     from terrace.evaluate.suites import Reading, load_suites
     from terrace.families.interface import Sight
 
     stage = recipe.stages[-1]
     try:
-        [loaded] = load_suites([suite], Reading(Sight(recipe_family(recipe), (stage.pixels.min, stage.pixels.max))))
+        [loaded] = load_suites([suite], Reading(Sight(family_of(recipe.model), (stage.pixels.min, stage.pixels.max))))
     except ValueError as error:
         raise InputError(f"suite {suite}: {error}") from error
     return [picture for case in loaded.cases for picture in case.read_images()]
