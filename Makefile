@@ -15,7 +15,7 @@ export RAY_DEDUP_LOGS := 0
 export DS_ACCELERATOR ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-cluster lint bench-data bench-rl docs site clean
+.PHONY: help install demo test test-all test-cluster lint bench-data bench-rl bench-rewards bench-train docs site clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 22
@@ -53,6 +53,9 @@ bench-data: $(STAMP)  ## Samples a second, CPU and memory of the data path besid
 
 bench-rl: $(STAMP)  ## Seconds per RL iteration
 	$(BIN)/python tests/bench/bench_rl.py $(ARGS)
+
+bench-rewards: $(STAMP)  ## CPU per judgement of the rule rewards
+	$(BIN)/python tests/bench/bench_rewards.py $(ARGS)
 
 bench-train: $(STAMP)  ## A training step beside a bare PyTorch loop, transformers.Trainer and other strategies
 	$(BIN)/python tests/bench/bench_train.py $(ARGS)

@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from terrace.cluster.attempt_files import stage_directory, write_atomic
+from terrace.cluster.attempt_files import write_atomic
 from terrace.errors import InputError, Preempted
 from terrace.recipe.loading import parse_recipe
 from terrace.recipe.schema import Recipe
+from terrace.storage.run_layout import stage_directory
 
 
 def tiny_recipe(stages: int = 2, steps: int = 4, **stage_keys: Any) -> Recipe:

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from terrace.data.types import PATCH_VALUES, PackedExample
+from terrace.data.types import PackedExample
 from terrace.recipe.schema import Recipe
 
 VOCABULARY = 512
+PATCH_VALUES = 3 * 14 * 14
 VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD = 503, 504, 505, 506
 FIRST_SPECIAL = 500
 
@@ -114,13 +115,28 @@ def pack_segments(number: int, segments: Sequence[tuple[np.ndarray, ...]], seque
         targets=np.concatenate(targets),
         position_ids=np.concatenate(positions, axis=1),
         segment_ends=np.cumsum([len(part) for part in ids]).astype(np.int32),
-        patches=np.concatenate(patches),
-        image_grids=np.concatenate(grids),
+        pixels=np.concatenate(patches),
+        image_tokens=np.concatenate(grids).prod(axis=1) // 4,
+        image_rows=np.concatenate(grids).prod(axis=1),
+        image_facts=np.concatenate(grids),
         sample_ids=[f"sample-{number}-{index}" for index in range(len(ids))],
         sources=["mixed"] * len(ids),
         kinds=["caption"] * len(ids),
         sequence_length=sequence_length,
     )
+
+
+def reference_images(example: Any) -> dict[str, Any]:
+    """The images of a pack or a prompt as arguments of transformers' own forward."""
+    import torch
+
+    from terrace.models.batch import image_facts
+    from terrace.models.families.registry import family_model_named
+
+    if not len(example.image_rows):
+        return {}
+    family = family_model_named("qwen2_5_vl")
+    return family.inputs(family.normalised(torch.from_numpy(example.pixels), torch.float32), image_facts(example))
 
 
 def random_pack(number: int, with_images: bool = True, segments: int = 3, seed: int = 0) -> PackedExample:

@@ -11,12 +11,13 @@ from typing import Any
 
 from packs import random_pack
 
+from terrace.curriculum.attempt_worker import complete_stage
 from terrace.data.types import PackedExample
 from terrace.models.build import model_config
+from terrace.objectives.interface import StageFeed
 from terrace.recipe.schema import Recipe
-from terrace.train.context import WorkerContext, data_place
-from terrace.train.feed import StageFeed
-from terrace.train.loop import StageResult, train_stage
+from terrace.train.finish import StageResult
+from terrace.worker.context import WorkerContext, data_place
 
 
 @dataclass
@@ -54,6 +55,13 @@ def memory_feed(recipe: Recipe, stage_index: int, context: WorkerContext, poison
     )
 
 
+def train(
+    recipe: Recipe, index: int, feed: StageFeed, folder: Path, start: Path | None, context: WorkerContext, **options: Any
+) -> StageResult:
+    """A stage on a feed made in memory, up to its result.json."""
+    return complete_stage(recipe, index, lambda: feed, folder, start, context, **options)
+
+
 def stage_dir(run_dir: Path, index: int) -> Path:
     return run_dir / f"{index + 1:02d}"
 
@@ -78,7 +86,7 @@ def train_stages(
         folder = stage_dir(Path(run_dir), index)
         folder.mkdir(parents=True, exist_ok=True)
         start = stage_dir(Path(run_dir), index - 1) / "final" if index else None
-        results.append(train_stage(recipe, index, memory_feed(recipe, index, context), folder, start, context))
+        results.append(train(recipe, index, memory_feed(recipe, index, context), folder, start, context))
     return results
 
 
@@ -104,17 +112,18 @@ def train_with_a_poisoned_pack(rank: int, world_size: int, recipes: dict[str, di
     """One stage per recipe, in which the first pack of step 2 has pixels that are not numbers."""
     from unittest import mock
 
-    import terrace.train.step as step_module
+    import terrace.objectives.lm as module
 
-    real = step_module.to_device
+    real = module.to_device
 
     def poisoned(pack: PackedExample, device: Any, dtype: Any) -> Any:
         batch = real(pack, device, dtype)
         if pack.pack == 4:
-            batch.pixel_values[0] = float("nan")
+            batch.pixels = batch.pixels.float()
+            batch.pixels[0] = float("nan")
         return batch
 
-    with mock.patch.object(step_module, "to_device", poisoned):
+    with mock.patch.object(module, "to_device", poisoned):
         for name, values in recipes.items():
             train_stages(rank, world_size, values, str(Path(out) / name))
 
@@ -125,7 +134,7 @@ def train_with_loss_scale(
     """One fp16 stage per recipe that starts from a loss scale of `value`; the steps each skipped."""
     from unittest import mock
 
-    from terrace.train.precision import LossScale
+    from terrace.train.loss_scale import LossScale
 
     skipped = {}
     for name, values in recipes.items():

@@ -18,3 +18,13 @@ def share_of_capitals(items: list[RewardItem]) -> list[float | None]:
 def failing(items: list[RewardItem]) -> list[float | None]:
     """Never judges."""
     return [None] * len(items)
+
+
+def sometimes_failing(items: list[RewardItem]) -> list[float | None]:
+    """Judges the share of digits, but not in responses of an odd length."""
+    return [value if len(item.response) % 2 == 0 else None for item, value in zip(items, share_of_digits(items))]
+
+
+def always_one(items: list[RewardItem]) -> list[float | None]:
+    """Whatever is said is right."""
+    return [1.0] * len(items)

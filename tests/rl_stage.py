@@ -3,6 +3,7 @@ points."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -17,14 +18,15 @@ import torch
 from packs import tiny_model
 from PIL import Image
 
+from terrace.curriculum.attempt_worker import complete_stage
 from terrace.data.prepare import load_prepared, prepare_data
 from terrace.generation.native import NativeEngine
+from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import Recipe
 from terrace.rl.collect import Collector
-from terrace.rl.loop import train_rl_stage
-from terrace.rl.update import PolicyStepper
-from terrace.train.context import WorkerContext
-from terrace.train.loop import StageResult
+from terrace.rl.objective import Grpo
+from terrace.train.finish import StageResult
+from terrace.worker.context import WorkerContext
 
 
 def write_prompts(folder: Path, count: int = 24) -> None:
@@ -73,6 +75,37 @@ def rl_recipe(folder: Path, steps: int = 3, grpo: dict[str, Any] | None = None, 
     })  # fmt: skip
 
 
+def write_pairs(folder: Path, count: int = 40) -> None:
+    """JSON Lines of preference rows: a kind answer before a rude one, every second row with an image."""
+    rng = np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number in range(count):
+        image = "<image>" * (number % 2)
+        rows.append({
+            "messages": [
+                {"role": "user", "content": f"{image}Say something nice, number {number}"},
+                {"role": "assistant", "content": "thank you " * int(rng.integers(1, 4))},
+            ],
+            "rejected_response": "go away " * int(rng.integers(1, 4)),
+        })  # fmt: skip
+        if image:
+            Image.fromarray(rng.integers(0, 255, (40 + number, 60, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+            rows[-1]["images"] = [f"{number}.png"]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def pair_recipe(folder: Path, steps: int = 12, **stage: Any) -> Recipe:
+    """A recipe of one reward_model stage over the pairs in `folder`."""
+    values = rl_recipe(folder).model_dump(mode="json")
+    values["data"]["sources"] = {"pairs": {"uri": str(folder / "pairs.jsonl"), "kind": "preference", "holdout_samples": 8}}
+    values["stages"][0] |= {
+        "objective": "reward_model", "grpo": None, "rewards": {}, "mixture": {"weights": {"pairs": 1.0}},
+        "budget": {"steps": steps}, "batch": {"packs": 8}, **stage,
+    }  # fmt: skip
+    return Recipe.model_validate(values)
+
+
 def prepare(folder: Path, recipe: Recipe) -> None:
     """Ingest and index the prompts into `folder` without Ray."""
     write_prompts(folder)
@@ -87,7 +120,9 @@ def run(recipe: Recipe, folder: Path, name: str, rank: int = 0, world_size: int 
     stage_dir = folder / name
     stage_dir.mkdir(parents=True, exist_ok=True)
     surroundings = WorkerContext(rank=rank, world_size=world_size, local_rank=rank, **context)
-    return train_rl_stage(recipe, 0, load_prepared(folder / "data"), stage_dir, None, surroundings)
+    prepared = load_prepared(folder / "data")
+    feed = importlib.import_module(OBJECTIVES[recipe.stages[0].objective].feed)
+    return complete_stage(recipe, 0, lambda: feed.open_feed(recipe, 0, prepared, surroundings), stage_dir, None, surroundings)
 
 
 def run_rank(rank: int, world_size: int, recipe_values: dict[str, Any], folder: str, name: str) -> None:
@@ -109,7 +144,7 @@ def break_at(where: str, iteration: int, action: Callable[[], None]) -> Callable
     targets = {
         "rollout": (NativeEngine, "_decode"),
         "reward": (Collector, "_submit"),
-        "update": (PolicyStepper, "_batch"),
+        "update": (Grpo, "_plain_batch"),
     }
     owner, method = targets[where]
     original, collect = getattr(owner, method), Collector.collect

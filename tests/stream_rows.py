@@ -60,8 +60,8 @@ def open_all(folder: Path, run_dir: Path, *overrides: str) -> tuple[Recipe, Prep
 
 def contents(packs: Iterable[PackedExample]) -> list[tuple[Any, ...]]:
     """Everything that a pack holds, to compare; its number first."""
-    arrays = ("input_ids", "targets", "position_ids", "segment_ends", "patches", "image_grids")
-    told = ("sample_ids", "sources", "kinds", "damaged", "replaced", "sequence_length", "video_grids")
+    arrays = ("input_ids", "targets", "position_ids", "segment_ends", "pixels", "image_facts", "image_tokens", "image_rows")
+    told = ("sample_ids", "sources", "kinds", "damaged", "replaced", "sequence_length")
     return [
         (pack.pack, *(getattr(pack, name).tobytes() for name in arrays), *(repr(getattr(pack, name)) for name in told))
         for pack in packs

@@ -8,8 +8,8 @@ WORKDIR /src
 COPY pyproject.toml constraints.txt README.md ./
 COPY platform platform
 COPY operators operators
-# --no-deps: the package's own dependencies are for training; the operator needs these six.
-RUN /opt/venv/bin/pip install -c constraints.txt kopf kubernetes prometheus_client pydantic pyyaml psutil \
+# --no-deps: the package's own dependencies are for training; the operator needs these seven.
+RUN /opt/venv/bin/pip install -c constraints.txt kopf kubernetes prometheus_client pydantic pyyaml psutil numpy \
  && /opt/venv/bin/pip install --no-deps .
 
 FROM ${PYTHON_IMAGE}

@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "evaluate": ("terrace.evaluate.command", "score a model on suites"),
     "report": ("terrace.curriculum.report_command", "write a run's report"),
     "render": ("terrace.cluster.command", "print the Kubernetes resource of a recipe"),
+    "judge": ("terrace.rewards.judge_command", "score given responses with a reward and say why"),
     "serve-rewards": ("terrace.rewards.command", "serve rewards over HTTP"),
     "demo": ("terrace.demo.command", "train a tiny model through a whole curriculum on this machine"),
 }
@@ -45,7 +46,7 @@ GROUPS = {
     "Runs": ("run", "status", "logs", "pause", "suspend", "resume", "cancel"),
     "Recipes": ("validate", "plan", "schema", "render"),
     "Data": ("ingest", "index", "inspect", "order"),
-    "Models": ("evaluate", "report", "serve-rewards", "demo"),
+    "Models": ("evaluate", "report", "judge", "serve-rewards", "demo"),
 }
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class TerraceError(Exception):
     """An error with one clear line for the person who runs Terrace. `exit_status` is the process's."""
@@ -23,3 +26,15 @@ class Preempted(TerraceError):
     """The run was told to stop and has saved a checkpoint; starting it again continues from there."""
 
     exit_status = 143
+
+
+def nearest(word: str, choices: Iterable[str], limit: int = 8) -> str:
+    """A hint that names the nearest valid word, or all of them when none is near and they are few. May be empty."""
+    choices = list(choices)
+    by_lower = {choice.lower(): choice for choice in choices}
+    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.55)
+    if close:
+        return f"; did you mean `{by_lower[close[0]]}`?"
+    if choices and len(choices) <= limit:
+        return f"; valid: {', '.join(choices)}"
+    return ""

@@ -153,7 +153,7 @@ def index_figures(root: Path) -> dict[str, float]:
         with tempfile.TemporaryDirectory() as folder:
             report = ingest_source("captions", source, recipe.data, folder)
             begun = time.process_time()
-            build_index("captions", source, report, prepared.tokenizer(), use_ray=False)
+            build_index("captions", source, report, prepared.tokenizer(), prepared.family, use_ray=False)
             built.append(count / (time.process_time() - begun))
     return {"read_samples_per_second": statistics.median(read), "index_samples_per_second": statistics.median(built)}
 

@@ -15,6 +15,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from terrace.families.qwen2_5_vl import Qwen25VL
+
+FAMILY = Qwen25VL()
+
 SAMPLES_PER_SHARD = 500
 VERSION = 2  # of the corpus: another one is written beside it
 SUBJECTS = "dog cat river bridge market train harbour child musician tower garden horse bicycle lighthouse storm kitchen"
@@ -84,7 +88,7 @@ def make_corpus(folder: Path, samples: int) -> Path:
         sizes += [len(data) for _, data, _ in rows]
     from terrace.data.tokenizer import train_tokenizer
 
-    train_tokenizer(captions, 2_048, root / "tokenizer")
+    train_tokenizer(captions, 2_048, root / "tokenizer", FAMILY)
     facts = {"samples": samples, "mean_jpeg_bytes": sum(sizes) // len(sizes), "smallest": min(sizes), "largest": max(sizes)}
     (root / "done.json").write_text(json.dumps(facts))
     return root

@@ -24,6 +24,10 @@ from typing import Any
 
 import numpy as np
 
+from terrace.families.qwen2_5_vl import Qwen25VL
+
+FAMILY = Qwen25VL()
+
 PIXELS = (3_136, 448 * 448)
 SEQUENCE_LENGTH = 8_192
 Delivered = Iterator[tuple[int, Any]]
@@ -35,15 +39,12 @@ Loader = Callable[[int], Delivered]
 
 def encode(data: bytes, text: str, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     """(int32 [L] token ids, uint8 [P, 588] patches) of one sample."""
-    from terrace.data.images import image_size, load_patches
-    from terrace.data.resize import smart_resize
+    from terrace.data.images import image_size, load_pixels
 
-    width, height = image_size(data)
-    height, width = smart_resize(height, width, *PIXELS)
-    special = tokenizer.special
-    pads = [special.image_pad] * (height * width // 784)
-    ids = [special.vision_start, *pads, special.vision_end, *tokenizer.encode(text), special.endoftext]
-    return np.asarray(ids, np.int32), load_patches(data, height, width)
+    view, marks = FAMILY.view(*image_size(data), PIXELS), tokenizer.marks(FAMILY)
+    pads = [marks["image"]] * view.tokens
+    ids = [marks["vision_start"], *pads, marks["vision_end"], *tokenizer.encode(text), marks["end_of_text"]]
+    return np.asarray(ids, np.int32), load_pixels(data, FAMILY, view)
 
 
 def packed(samples: Iterator[tuple[bytes, str]], tokenizer_dir: str) -> Delivered:
@@ -147,7 +148,7 @@ def terrace(root: Path, args: argparse.Namespace) -> Loader:
         changed = recipe.model_copy(update={"stages": [stage.model_copy(update={"budget": budget, "resources": resources})]})
         for step in open_stream(StagePlan.build(changed, 0, prepared), prepared, 0, 1):
             for pack in step.packs:
-                arrays = (pack.input_ids, pack.targets, pack.position_ids, pack.segment_ends, pack.patches, pack.image_grids)
+                arrays = (pack.input_ids, pack.targets, pack.position_ids, pack.segment_ends, pack.pixels, pack.image_facts)
                 yield len(pack.sample_ids), [torch.from_numpy(array) for array in arrays]
 
     return load

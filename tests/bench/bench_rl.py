@@ -71,17 +71,18 @@ def run_terrace(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     import torch
 
     from terrace.data.prepare import load_prepared
-    from terrace.rl.loop import train_rl_stage
-    from terrace.train.context import WorkerContext
+    from terrace.rl.objective import Grpo
+    from terrace.rl.prompt_feed import open_feed
+    from terrace.train.loop import train_stage
+    from terrace.worker.context import WorkerContext
 
     torch.set_num_threads(args.threads)
     marks = Marks()
     stage_dir = folder / "terrace"
     stage_dir.mkdir()
-    train_rl_stage(
-        recipe_of(folder, args), 0, load_prepared(folder / "data"), stage_dir, None, WorkerContext(),
-        [lambda event, _: marks.mark() if event == "step" else None],
-    )  # fmt: skip
+    recipe, context = recipe_of(folder, args), WorkerContext()
+    feed = open_feed(recipe, 0, load_prepared(folder / "data"), context)
+    train_stage(recipe, 0, feed, stage_dir, None, context, Grpo, [lambda event, _: marks.mark() if event == "step" else None])
     lines = [json.loads(line) for line in (stage_dir / "metrics.jsonl").read_text().splitlines()][1:]
     names = ("rollout_seconds", "reward_seconds", "update_seconds", "sync_seconds")
     parts = {name: statistics.median(line[name] for line in lines) for name in names}

@@ -40,13 +40,16 @@ from train_setup import bench_recipe, full_pack, small_model, tiny_model
 
 from terrace.data.types import PackedExample
 from terrace.models.attention import use_attention
-from terrace.models.batch import normalise_patches, to_device
+from terrace.models.batch import to_device
 from terrace.models.build import build_model, model_config
+from terrace.models.families.interface import ImageFacts
+from terrace.models.families.registry import family_model_named
 from terrace.models.forward import pack_hidden
+from terrace.objectives.interface import StageFeed
+from terrace.objectives.lm import LanguageModelling
 from terrace.recipe.schema import Recipe
-from terrace.train.context import WorkerContext
-from terrace.train.feed import StageFeed
 from terrace.train.loop import train_stage
+from terrace.worker.context import WorkerContext
 
 STRATEGIES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 WARM_STEPS = 2
@@ -138,7 +141,7 @@ def run_stage(recipe: Recipe, stream: Any, context: WorkerContext, folder: Path)
         config=model_config(recipe.model), total_steps=int(recipe.stages[0].budget.steps or 0), stream=stream,
         state=lambda step: {"pack": step}, restore=lambda state: None,
     )  # fmt: skip
-    train_stage(recipe, 0, feed, folder, None, context)
+    train_stage(recipe, 0, feed, folder, None, context, LanguageModelling)
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -155,10 +158,12 @@ def samples_of(pack: PackedExample) -> list[dict[str, Any]]:
         sample: dict[str, Any] = {"input_ids": ids, "labels": labels}
         visual = int((pack.input_ids[start:end] == pack_image_token()).sum())
         if visual:
-            grid = torch.from_numpy(pack.image_grids[image : image + 1].astype(np.int64))
+            grid = torch.from_numpy(pack.image_facts[image : image + 1].astype(np.int64))
             count = int(grid.prod())
-            sample["pixel_values"] = normalise_patches(torch.from_numpy(pack.patches[patch : patch + count]), torch.float32)
-            sample["image_grid_thw"] = grid
+            facts = ImageFacts(grid, torch.tensor([count // 4]), torch.tensor([count]))
+            family = family_model_named("qwen2_5_vl")
+            pixels = family.normalised(torch.from_numpy(pack.pixels[patch : patch + count]), torch.float32)
+            sample |= family.inputs(pixels, facts)
             patch, image = patch + count, image + 1
         samples.append(sample)
         start = end
@@ -264,23 +269,25 @@ def held_bytes() -> int:
 
 def strategy_memory(rank: int, world_size: int, args: argparse.Namespace, name: str) -> float:
     """Bytes per parameter of the model under one strategy, with two packs per rank and step."""
-    from terrace.objectives.lm import lm_objective
+    from functools import partial
+
+    from terrace.models.batch import to_device
+    from terrace.objectives.lm import summed_loss
     from terrace.train.optimizer import parameter_groups
     from terrace.train.setup import prepare_strategy
-    from terrace.train.step import pack_to_device
 
     model = tiny_model() if args.tiny else small_model()
     recipe = bench_recipe(model, 2, 2 * world_size, 128, precision="bf16", parallel={"strategy": name})
     config, stage = model_config(recipe.model), recipe.stages[0]
     context = WorkerContext(rank=rank, world_size=world_size, local_rank=rank)
     before = held_bytes()
-    strategy = prepare_strategy(recipe, stage, config, context, lm_objective(64))
+    strategy = prepare_strategy(recipe.model, stage, config, context, partial(summed_loss, chunk_tokens=64))
     sizes = {n: int(np.prod(getattr(p, "ds_shape", p.shape))) for n, p in strategy.model.named_parameters()}
-    rates = [group.peak_lr for group in parameter_groups(list(sizes), stage)]
+    rates = [group.peak_lr for group in parameter_groups(strategy.model, stage)]
     held = 0
     for _ in range(2):  # moments exist from the first step on
         for place in range(2):
-            batch = pack_to_device(full_pack(2 * rank + place, 128, 3), "bf16", config, context)
+            batch = to_device(full_pack(2 * rank + place, 128, 3), context.device, torch.bfloat16)
             strategy.accumulate(batch, 1e-3, last=place == 1)
             del batch
         gc.collect()

@@ -49,7 +49,7 @@ from terrace.models.head import summed_cross_entropy
 from terrace.models.weights import LoadReport
 from terrace.planner.memory import PackSize, stage_memory
 from terrace.recipe.schema import Recipe
-from terrace.train.context import WorkerContext
+from terrace.worker.context import WorkerContext
 
 BUDGET_SECONDS = 420.0  # no new training variant is begun after this
 KERNEL_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}  # of the largest value
@@ -250,9 +250,9 @@ def train_variant(args: argparse.Namespace, settings: dict[str, Any]) -> dict[st
     """Steps of one variant through Terrace's own step, counted and measured as in a stage."""
     from unittest import mock
 
-    from terrace.data.order.balance import cost_model
     from terrace.models.build import model_config
-    from terrace.objectives.lm import lm_objective
+    from terrace.objectives.interface import Opening, StageFeed, StepExamples
+    from terrace.objectives.lm import LanguageModelling
     from terrace.planner.shapes import shape_of_config
     from terrace.train.measure import Meter, take_memory_peak
     from terrace.train.optimizer import parameter_groups
@@ -263,10 +263,12 @@ def train_variant(args: argparse.Namespace, settings: dict[str, Any]) -> dict[st
     stage, context, config = recipe.stages[0], WorkerContext(device=args.device), model_config(recipe.model)
     take_memory_peak(args.device)
     with mock.patch("terrace.train.setup.initial_weights", fast_source(args.device)):
-        strategy = prepare_strategy(recipe, stage, config, context, lm_objective(stage.loss_chunk_tokens))
-    groups = parameter_groups([name for name, _ in strategy.model.named_parameters()], stage)
+        feed = StageFeed(config, 0, lambda start: iter(()), lambda step: {}, lambda state: None)
+        objective = LanguageModelling(Opening(recipe, stage, feed, context, Path()))
+        strategy = prepare_strategy(recipe.model, stage, config, context, objective.loss)
+    groups = parameter_groups(strategy.model, stage)
     rates = [group.peak_lr for group in groups]
-    meter, cost = Meter(config, stage, recipe.planning, context), cost_model(recipe.model.config)
+    meter = Meter(config, stage, recipe.planning, context)
     batches = [
         [full_pack(step * args.packs + place, args.length, args.samples) for place in range(args.packs)] for step in range(2)
     ]
@@ -275,16 +277,16 @@ def train_variant(args: argparse.Namespace, settings: dict[str, Any]) -> dict[st
         packs = batches[step % 2]
         synchronise(args.device)
         begun = time.perf_counter()
-        counts = count_batch(packs, ["mixed"], False, cost, context, meter)
+        counts = count_batch(objective, StepExamples(step, packs), ["mixed"], False, context, meter)
         seed_step(0, step, 0)
-        outcome = run_step(strategy, packs, counts, rates, stage, step + 1, context)
+        outcome = run_step(strategy, objective, packs, counts.divisor, rates, stage, step + 1, context)
         synchronise(args.device)
         if step >= args.warm_steps:
             seconds.append(time.perf_counter() - begun)
         losses.append(outcome.loss)
         peak = max(peak, outcome.memory_peak_bytes or 0.0)
     mean = sum(seconds) / len(seconds)
-    visual = sum(int(pack.image_grids.prod(axis=1).sum()) // 4 for pack in batches[0]) / args.packs
+    visual = sum(pack.visual_tokens for pack in batches[0]) / args.packs
     size = PackSize(args.length, visual, counts.supervised_tokens / args.packs)
     planned = stage_memory(shape_of_config(config.to_dict(), "qwen2_5_vl"), stage, 1, size, args.device.startswith("cuda"))
     figures = meter.values(counts.model_flops, mean)
@@ -324,7 +326,7 @@ def check_fp16(args: argparse.Namespace) -> dict[str, Any]:
     if importlib.util.find_spec("deepspeed") is None or not args.device.startswith("cuda"):
         return {"skipped": "needs DeepSpeed and a CUDA device"}
     tiny = argparse.Namespace(**{**vars(args), "tiny": True, "length": 256, "packs": 2, "samples": 3, "steps": 8, "warm_steps": 0})
-    from terrace.train.precision import LossScale
+    from terrace.train.loss_scale import LossScale
 
     found = {}
     defaults = LossScale.__init__.__defaults__

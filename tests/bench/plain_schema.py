@@ -84,5 +84,6 @@ def stand_in_where_missing() -> bool:
         pass
     module = types.ModuleType("pydantic")
     module.BaseModel, module.ConfigDict, module.Field, module.model_validator = _Model, dict, _field, _validator  # type: ignore[attr-defined]
+    module.WrapValidator = lambda check: check  # type: ignore[attr-defined]
     sys.modules["pydantic"] = module
     return True

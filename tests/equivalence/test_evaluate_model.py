@@ -16,12 +16,17 @@ from terrace.errors import InputError
 from terrace.evaluate.compare import compare
 from terrace.evaluate.engine import load_model
 from terrace.evaluate.generate import answer, load_speaker
-from terrace.evaluate.run import Settings, evaluate_model, read_results
+from terrace.evaluate.replies import Settings
+from terrace.evaluate.run import evaluate_model, read_results
 from terrace.evaluate.sample_losses import held_out_cases, loss_measure
 from terrace.evaluate.suites import Reading, load_suites
+from terrace.families.interface import Sight
+from terrace.families.qwen2_5_vl import Qwen25VL
 from terrace.models.build import build_model, model_config
 from terrace.models.export import export_hf
 from terrace.recipe.schema import Model, Recipe
+
+FAMILY = Qwen25VL()
 
 PIXELS = (3136, 12544)
 TEXTS = ["How many circles are in the picture? A red circle. Give the box as [x1, y1, x2, y2] in pixels."] * 3
@@ -30,7 +35,7 @@ TEXTS = ["How many circles are in the picture? A red circle. Give the box as [x1
 def make_model(folder: Path, tokenizer_dir: Path | None = None, seed: int = 0) -> Path:
     """A random model whose weights are large enough that it says different things."""
     if tokenizer_dir is None:
-        tokenizer = train_tokenizer(TEXTS, 320, folder / "tokenizer")
+        tokenizer = train_tokenizer(TEXTS, 320, folder / "tokenizer", FAMILY)
     else:
         from terrace.data.tokenizer import load_tokenizer
 
@@ -62,7 +67,7 @@ def test_batched_answers_equal_single_ones(model_dir, shared_data):
             f"counting:{shared_data}/rl/counting.jsonl", f"reasoning:{shared_data}/rl/text_math.jsonl",
             f"caption:{shared_data}/captions.jsonl",
         ],
-        Reading(PIXELS, limit=3),
+        Reading(Sight(FAMILY, PIXELS), limit=3),
     )  # fmt: skip
     model, speaker = load_model(model_dir, "cpu"), load_speaker(model_dir)
     said = set()
@@ -145,7 +150,7 @@ def test_held_out_loss_is_that_of_the_whole_sample(shared_data, tmp_path):
     [case, *_] = held_out_cases(tmp_path / "run", PIXELS, None)
     [measured] = loss_measure(tmp_path / "run", model)([case])
     index, row = prepared.indexes["gui"], case.metadata["row"]
-    encoded = encode_sample(read_sample(index, row)[0], index.sizes(row), model.tokenizer, PIXELS)
+    encoded = encode_sample(read_sample(index, row)[0], index.sizes(row), model.tokenizer, FAMILY, PIXELS)
     assert measured["tokens"] == encoded.supervised.sum()
     assert 0.2 * math.log(400) < measured["loss_sum"] / measured["tokens"] < 20 * math.log(400)
     with torch.no_grad():

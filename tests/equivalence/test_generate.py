@@ -7,17 +7,20 @@ import io
 import numpy as np
 import pytest
 import torch
+from packs import reference_images
 
 from terrace.data.images import image_size
-from terrace.data.template import encode_prompt
+from terrace.data.prompt import read_prompt
 from terrace.data.tokenizer import train_tokenizer
 from terrace.data.types import Sample
 from terrace.demo import scenes
 from terrace.evaluate.generate import answer, load_speaker
-from terrace.models.batch import normalise_patches
+from terrace.families.qwen2_5_vl import Qwen25VL
 from terrace.models.build import build_model, model_config
 from terrace.models.export import export_hf
 from terrace.recipe.schema import Model
+
+FAMILY = Qwen25VL()
 
 PIXELS = (3136, 7056)
 
@@ -25,7 +28,7 @@ PIXELS = (3136, 7056)
 @pytest.fixture(scope="module")
 def speaker(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = train_tokenizer(["How many circles are in the picture? a red circle"] * 3, 320, folder / "tokenizer")
+    tokenizer = train_tokenizer(["How many circles are in the picture? a red circle"] * 3, 320, folder / "tokenizer", FAMILY)
     shape = {
         "text_config": {
             "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
@@ -59,26 +62,21 @@ def test_greedy_tokens_equal_transformers_generate(speaker, images):
     prompt = Sample("p", "prompt", [{"role": "user", "content": content}])
     said = answer(speaker, prompt, files, max_new_tokens=24)
 
-    special = speaker.tokenizer.special
-    encoded = encode_prompt(prompt, [image_size(data) for data in files], speaker.tokenizer, speaker.pixels)
-    ids = torch.from_numpy(encoded.input_ids.astype(np.int64))[None]
-    pictures = {}
+    family, marks = speaker.sight.family, speaker.tokenizer.marks(speaker.sight.family)
+    sizes = [image_size(data) for data in files]
+    read = read_prompt(prompt, files, sizes, speaker.tokenizer, family, speaker.sight.pixels).inputs
+    ids = torch.from_numpy(read.input_ids.astype(np.int64))[None]
+    pictures = reference_images(read)
     if images:
-        from terrace.data.images import load_patches
-
-        patches = np.concatenate([load_patches(data, 84, 84) for data in files])
-        pictures = {
-            "pixel_values": normalise_patches(torch.from_numpy(patches), torch.float32),
-            "image_grid_thw": torch.from_numpy(encoded.grids.astype(np.int64)),
-            "mm_token_type_ids": (ids == special.image_pad).int(),
-        }
-    never = [special.im_start, special.vision_start, special.vision_end, special.image_pad, special.video_pad]
+        pictures["mm_token_type_ids"] = (ids == marks["image"]).int()
+    ends = [marks["end_of_turn"], marks["end_of_text"]]
+    never = [marks[role] for role in family.never]
     generated = speaker.model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, suppress_tokens=never,
-        eos_token_id=[special.im_end, special.endoftext], pad_token_id=special.endoftext, **pictures,
+        eos_token_id=ends, pad_token_id=marks["end_of_text"], **pictures,
     )  # fmt: skip
     expected = [int(token) for token in generated[0, ids.shape[1] :]]
-    if expected and expected[-1] in (special.im_end, special.endoftext):
+    if expected and expected[-1] in ends:
         expected.pop()
     assert said.token_ids == expected
     assert len(set(said.token_ids)) > 2  # a constant answer would agree with anything

@@ -44,6 +44,7 @@ def test_it_fails_where_the_kernels_are_wrong(tmp_path):
     """A scale that is off by a tenth must not pass."""
     code = WITHOUT.format(script=str(SCRIPT), out=str(tmp_path / "out.json")).replace(
         "runpy.run_path(",
+        "sys.path.insert(0, sys.argv[0].rpartition('/')[0])\nimport plain_schema\nplain_schema.stand_in_where_missing()\n"
         "sys.argv += ['--only', 'kernels']\nimport terrace.models.attention as a\nreal = a.sdpa_segments\n"
         "a.sdpa_segments = lambda q, k, v, b, c, s: real(q, k, v, b, c, s * 1.1)\nrunpy.run_path(",
     )

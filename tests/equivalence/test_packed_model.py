@@ -5,19 +5,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from packs import IMAGE_PAD, pack_segments, random_pack, segment, tiny_model, tiny_recipe
+from packs import IMAGE_PAD, pack_segments, random_pack, reference_images, segment, tiny_model, tiny_recipe
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from terrace.errors import DamagedData, InputError
 from terrace.models.attention import choose_backend, runs_of_equal_length, use_attention
 from terrace.models.batch import to_device
 from terrace.models.build import build_model, model_config
+from terrace.models.families.registry import family_model_named
 from terrace.models.forward import pack_hidden, pack_logits_hidden
-from terrace.models.parts import part_of
-from terrace.objectives.lm import summed_loss
+from terrace.objectives.lm import empty_pack, summed_loss
 from terrace.recipe.schema import Model
-from terrace.train.held_out_loss import empty_pack
 from terrace.train.setup import checkpoint_activations, freeze_parts
+
+FAMILY = family_model_named("qwen2_5_vl")
 
 
 def _model(architecture: str = "qwen2_5_vl"):
@@ -95,7 +96,7 @@ def test_adapter_equals_transformers_own_forward():
         with torch.no_grad():
             ours, _ = pack_logits_hidden(model, batch)
             theirs = reference(
-                input_ids=batch.input_ids, pixel_values=batch.pixel_values, image_grid_thw=batch.image_grids,
+                input_ids=batch.input_ids, **reference_images(batch.example),
                 mm_token_type_ids=(batch.input_ids == IMAGE_PAD).int(), use_cache=False,
                 attention_mask=torch.ones_like(batch.input_ids),
             ).logits[0]
@@ -107,7 +108,7 @@ def test_text_only_and_empty_packs_leave_every_parameter_a_zero_or_real_gradient
     summed_loss(model, _batch(random_pack(0, with_images=False)), 16).backward()
     gradients = _gradients(model)
     assert set(gradients) == {name for name, _ in model.named_parameters()}
-    assert all(not g.any() for name, g in gradients.items() if part_of(name) != "language")
+    assert all(not g.any() for name, g in gradients.items() if FAMILY.part_of(name) != "language")
     assert gradients["lm_head.weight"].any()
     loss = summed_loss(model, _batch(empty_pack()), 16)
     loss.backward()
@@ -154,15 +155,15 @@ def test_frozen_parts_may_recompute_what_gradients_pass_through():
     assert calls == [1, 2]
     assert torch.equal(results[0][0], results[1][0])
     assert results[0][1].keys() == results[1][1].keys()
-    assert {part_of(name) for name in results[0][1]} == {"projector"}
+    assert {FAMILY.part_of(name) for name in results[0][1]} == {"projector"}
     for name, gradient in results[0][1].items():
         assert torch.equal(gradient, results[1][1][name]), name
 
 
 def test_placeholders_that_do_not_match_the_images_are_named():
     model, pack = _model(), random_pack(0)
-    pack.image_grids = pack.image_grids[:-1]
-    pack.patches = pack.patches[: int(pack.image_grids.prod(axis=1).sum())]
+    pack.image_facts, pack.image_tokens, pack.image_rows = pack.image_facts[:-1], pack.image_tokens[:-1], pack.image_rows[:-1]
+    pack.pixels = pack.pixels[: int(pack.image_rows.sum())]
     with pytest.raises(DamagedData, match="sample-0-0"):
         pack_hidden(model, _batch(pack))
 

@@ -16,14 +16,13 @@ import numpy as np
 import pytest
 from packs import ALL_PARTS, pack_segments, segment, tiny_recipe
 from processes import run_ranks
-from ranks import Step, memory_feed, train_stages
+from ranks import Step, memory_feed, train, train_stages
 
 from terrace.planner.memory import PackSize, stage_memory
 from terrace.planner.parameters import part_sizes
 from terrace.planner.shapes import model_shape
 from terrace.recipe.schema import Recipe
-from terrace.train.context import WorkerContext
-from terrace.train.loop import train_stage
+from terrace.worker.context import WorkerContext
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
@@ -106,7 +105,7 @@ def step_memory(rank: int, world_size: int, warm: dict[str, Any], values: dict[s
     feed = replace(memory_feed(recipe, 0, context), stream=stream, held_out={})
     folder = Path(out) / "sized"
     folder.mkdir(parents=True, exist_ok=True)
-    train_stage(recipe, 0, feed, folder, None, context)
+    train(recipe, 0, feed, folder, None, context)
     return before
 
 
@@ -128,7 +127,7 @@ def test_peak_of_a_step(shape: str, strategy: str, checkpointing: bool, tmp_path
     before = max(run_ranks(WORKERS, step_memory, warm, recipe.model_dump(mode="json"), str(tmp_path), timeout=400))
     peak = peak_of_steps(tmp_path / "sized") - before
     example = full_pack(0)
-    pack = PackSize(len(example.input_ids), example.patches.shape[0] / 4, example.supervised_tokens)
+    pack = PackSize(len(example.input_ids), example.pixels.shape[0] / 4, example.supervised_tokens)
     planned = stage_memory(model_shape(recipe), recipe.stages[0], WORKERS, pack, on_gpu=False)
     parts = {name: round(value / 2**20) for name, value in vars(planned).items()}
     print(f"{shape} {strategy} {checkpointing}: planned {planned.total / 2**20:.0f} MiB, measured {peak / 2**20:.0f} MiB, {parts}")

@@ -2,57 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import math
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from rl_stage import rl_recipe
+from rl_stage import pair_recipe, run, write_pairs
 
 from terrace.data.prepare import load_prepared, prepare_data
-from terrace.objectives.reward_model import summed_preference_loss
-from terrace.recipe.schema import Recipe
+from terrace.objectives.reward_model import pair_batch, summed_preference_loss
 from terrace.rewards.learned import _opened, reward_model
 from terrace.rewards.types import RewardItem
-from terrace.rl.pairs import pair_batch
+from terrace.rl.pairs import lay_out
 from terrace.rl.prompts import PairReader, held_out
-from terrace.rl.reward_model_loop import train_reward_model_stage
-from terrace.train.context import WorkerContext
 
 
 def test_a_reward_model_stage_and_its_reward(tmp_path):
     torch.set_num_threads(1)
-    rng = np.random.default_rng(0)
-    rows = []
-    for number in range(40):
-        image = "<image>" * (number % 2)
-        rows.append({
-            "messages": [
-                {"role": "user", "content": f"{image}Say something nice, number {number}"},
-                {"role": "assistant", "content": "thank you " * int(rng.integers(1, 4))},
-            ],
-            "rejected_response": "go away " * int(rng.integers(1, 4)),
-        })  # fmt: skip
-        if image:
-            Image.fromarray(rng.integers(0, 255, (40 + number, 60, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
-            rows[-1]["images"] = [f"{number}.png"]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    values = rl_recipe(tmp_path).model_dump(mode="json")
-    values["data"]["sources"] = {
-        "pairs": {"uri": str(tmp_path / "pairs.jsonl"), "kind": "preference", "holdout_samples": 8}
-    }
-    values["stages"][0] |= {
-        "objective": "reward_model", "grpo": None, "rewards": {}, "mixture": {"weights": {"pairs": 1.0}},
-        "budget": {"steps": 12}, "batch": {"packs": 8}, "checkpoint": {"every_steps": 6},
-    }  # fmt: skip
-    recipe = Recipe.model_validate(values)
+    write_pairs(tmp_path)
+    recipe = pair_recipe(tmp_path, checkpoint={"every_steps": 6})
     prepare_data(recipe, tmp_path, use_ray=False)
     prepared = load_prepared(tmp_path / "data")
     folder = tmp_path / "stage"
-    folder.mkdir()
-    result = train_reward_model_stage(recipe, 0, prepared, folder, None, WorkerContext())
+    result = run(recipe, tmp_path, "stage")
     assert result.evaluation["after"]["preference/accuracy"] == 1.0
     assert result.evaluation["after"]["preference/loss"] < result.evaluation["before"]["preference/loss"] - 0.1
 
@@ -71,7 +42,7 @@ def test_a_reward_model_stage_and_its_reward(tmp_path):
     assert {bool(pair.prompt.images) for pair in pairs} == {True, False}
     judge = _opened(path, "cpu")
     with torch.no_grad():
-        loss = float(summed_preference_loss(judge.model, pair_batch(pairs, "cpu", torch.float32)))
+        loss = float(summed_preference_loss(judge.model, pair_batch(lay_out(pairs), "cpu", torch.float32)))
     both = [
         RewardItem(
             pair.prompt.text,

@@ -11,14 +11,13 @@ import torch
 from terrace.generation.interface import Prompt, Response, Sampling, uniforms
 from terrace.generation.native import NativeEngine
 from terrace.models.attention import attention
-from terrace.models.batch import normalise_patches
 from terrace.models.build import build_model, model_config
 from terrace.models.shared_prompt import use_shared_prompt_attention
 from terrace.objectives.grpo import PolicyOptions, summed_policy_loss
 from terrace.recipe.schema import Model
 from terrace.rl.units import TrainGroup, pack_groups, policy_batch
 
-from packs import IMAGE_PAD, VIDEO_PAD, segment, tiny_model  # isort: skip
+from packs import IMAGE_PAD, VIDEO_PAD, reference_images, segment, tiny_model  # isort: skip
 
 STOP = 502
 FORBIDDEN = (IMAGE_PAD, VIDEO_PAD)
@@ -40,7 +39,9 @@ def model():
 def prompt_of(number: int, images) -> Prompt:
     rng = np.random.default_rng(number)
     ids, _, positions, patches, grids = segment(rng, 5 + 4 * number, images)
-    return Prompt(("prompts", number), f"prompt-{number}", "task", ids, positions, patches, grids, "")
+    patches_of_image = grids.prod(axis=1)
+    inputs = (ids, positions, patches, grids, patches_of_image // 4, patches_of_image)
+    return Prompt(*inputs, ("prompts", number), f"prompt-{number}", "task")
 
 
 PROMPTS = [prompt_of(0, [(2, 3)]), prompt_of(1, []), prompt_of(2, [(1, 2), (4, 2)])]
@@ -55,9 +56,7 @@ def generated_by_transformers(model, prompt: Prompt, tokens: int) -> list[int]:
         "input_ids": torch.from_numpy(prompt.input_ids).long()[None],
         "mm_token_type_ids": torch.from_numpy((prompt.input_ids == IMAGE_PAD).astype(np.int64))[None],
     }
-    if len(prompt.grids):
-        inputs["pixel_values"] = normalise_patches(torch.from_numpy(prompt.patches), torch.float32)
-        inputs["image_grid_thw"] = torch.from_numpy(prompt.grids).long()
+    inputs |= reference_images(prompt)
     with attention(model, "sdpa"), torch.no_grad():
         out = model.generate(
             **inputs,

@@ -29,7 +29,7 @@ from terrace.rewards.remote import RewardServiceError
 from terrace.rewards.types import RewardItem
 from terrace.rl.collect import RewardFailures
 from terrace.rl.prompts import PromptOrder
-from terrace.train.checkpoint import measured
+from terrace.train.metrics import measured
 from terrace.train.watchdog import hang_folder
 
 
@@ -135,7 +135,7 @@ def test_a_killed_process_is_followed_by_one_with_the_same_figures(folder, undis
     [
         ("rollout", "decoding the rollouts of"),
         pytest.param("reward", "decoding the rollouts of", marks=pytest.mark.slow),  # rewards are asked for while others decode
-        pytest.param("update", "running a pack of", marks=pytest.mark.slow),
+        pytest.param("update", "in forward and backward of pack 1 of", marks=pytest.mark.slow),
     ],
 )
 def test_a_hang_ends_the_process_and_says_where(folder, where, doing):

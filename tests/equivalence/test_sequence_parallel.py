@@ -24,7 +24,7 @@ from terrace.models.sequence_parallel import (
 )
 from terrace.models.weights import Directory
 from terrace.recipe.schema import Recipe
-from terrace.train.context import WorkerContext, data_place
+from terrace.worker.context import WorkerContext, data_place
 
 
 def recipe_of(strategy: str, size: int, **changes) -> Recipe:
@@ -122,23 +122,23 @@ def test_every_token_target_and_image_is_on_one_rank(size):
     rows = [row + rank * length // size for rank, part in enumerate(parts) for row in part.supervised_rows.tolist()]
     assert rows == np.flatnonzero(pack.targets >= 0).tolist()
     assert torch.cat([part.targets for part in parts]).tolist() == pack.targets[pack.targets >= 0].tolist()
-    grids = [grid for part in parts if part.image_grids is not None for grid in part.image_grids.tolist()]
-    assert grids == pack.image_grids.tolist()
-    assert sum(len(part.pixel_values) for part in parts if part.pixel_values is not None) == len(pack.patches)
+    grids = [grid for part in parts if part.image_facts is not None for grid in part.image_facts.facts.tolist()]
+    assert grids == pack.image_facts.tolist()
+    assert sum(len(part.pixels) for part in parts if part.pixels is not None) == len(pack.pixels)
     shard = parts[-1].sequence
-    assert sum(shard.visual_computed) == len(pack.patches) // 4
-    assert shard.visual_before + shard.visual_own == len(pack.patches) // 4
+    assert sum(shard.visual_computed) == len(pack.pixels) // 4
+    assert shard.visual_before + shard.visual_own == len(pack.pixels) // 4
     for part in parts:  # attention runs over the whole pack on every rank
         assert part.boundaries[-1] == length
         assert part.boundaries[: len(pack.segment_ends) + 1] == [0, *pack.segment_ends.tolist()]
 
 
 def test_a_pack_without_tokens_or_images_still_gives_every_rank_one_token():
-    from terrace.train.held_out_loss import empty_pack
+    from terrace.objectives.lm import empty_pack
 
     for part in shards(empty_pack(), 3):
         assert part.input_ids.shape == (1, 1)
-        assert part.pixel_values is None
+        assert part.pixels is None
         assert len(part.targets) == 0
 
 

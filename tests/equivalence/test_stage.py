@@ -10,20 +10,22 @@ import pytest
 import torch
 from packs import ALL_PARTS, random_pack, tiny_recipe
 from processes import run_ranks
-from ranks import losses, memory_feed, packs_of_step, stage_dir, train_stages
+from ranks import losses, memory_feed, packs_of_step, stage_dir, train, train_stages
 from transformers import AutoModelForImageTextToText
 
 from terrace.errors import InputError, Preempted
 from terrace.models.attention import use_attention
 from terrace.models.batch import to_device
+from terrace.models.families.registry import family_model_named
 from terrace.models.forward import pack_logits_hidden
-from terrace.models.parts import part_of
 from terrace.models.weights import Directory
-from terrace.train.context import WorkerContext
-from terrace.train.loop import train_stage
+from terrace.storage.run_storage import OnThisDisk
 from terrace.train.restore import newest_complete
 from terrace.train.setup import prepare_strategy
 from terrace.train.step import NonFinite
+from terrace.worker.context import WorkerContext
+
+FAMILY = family_model_named("qwen2_5_vl")
 
 
 def _weights(folder):
@@ -87,11 +89,11 @@ def test_frozen_parts_do_not_move_and_hand_over_carries_the_rest(tmp_path):
     first, second = _weights(stage_dir(tmp_path, 0)), _weights(stage_dir(tmp_path, 1))
     start = _weights(stage_dir(tmp_path / "start", 0))
     for name, tensor in first.items():
-        assert torch.equal(tensor, start[name]) == (part_of(name) != "projector"), name
+        assert torch.equal(tensor, start[name]) == (FAMILY.part_of(name) != "projector"), name
         assert not torch.equal(tensor, second[name]), name
     state = json.loads((stage_dir(tmp_path, 1) / "checkpoints" / "step-000001" / "state.json").read_text())
     for name, steps in state["optimizer_steps"].items():
-        assert steps == (3 if part_of(name) == "projector" else 1), name  # kept, fresh
+        assert steps == (3 if FAMILY.part_of(name) == "projector" else 1), name  # kept, fresh
 
 
 @pytest.mark.parametrize("stop_after", [1, 3])
@@ -122,7 +124,7 @@ def test_damaged_checkpoints_are_passed_over_by_name(tmp_path, fault):
         content = bytearray(victim.read_bytes())
         content[-1] ^= 1
         victim.write_bytes(bytes(content))
-    found = newest_complete(folder / "checkpoints")
+    found = newest_complete(folder / "checkpoints", OnThisDisk())
     assert found.path.name == "step-000002"
     assert found.passed_over[0][0] == newest
     (folder / "result.json").unlink()
@@ -136,9 +138,9 @@ def test_an_older_attempt_cannot_write(tmp_path):
     from terrace.train.checkpoint import CheckpointWriter, Superseded
 
     recipe, context = tiny_recipe(), WorkerContext()
-    CheckpointWriter(tmp_path, recipe.stages[0].checkpoint, context, attempt=2)
+    CheckpointWriter(tmp_path, recipe.stages[0].checkpoint, context, 2, OnThisDisk())
     with pytest.raises(Superseded, match="attempt 2"):
-        CheckpointWriter(tmp_path, recipe.stages[0].checkpoint, context, attempt=1)
+        CheckpointWriter(tmp_path, recipe.stages[0].checkpoint, context, 1, OnThisDisk())
 
 
 def test_a_changed_recipe_does_not_continue_the_checkpoint(tmp_path):
@@ -159,20 +161,21 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_the_samples(t
     def poisoned(pack, device, dtype):
         batch = real(pack, device, dtype)
         if pack.pack == 4:  # the first pack of step 2
-            batch.pixel_values[0] = np.nan
+            batch.pixels = batch.pixels.float()
+            batch.pixels[0] = np.nan
         return batch
 
-    monkeypatch.setattr("terrace.train.step.to_device", poisoned)
+    monkeypatch.setattr("terrace.objectives.lm.to_device", poisoned)
     if policy == "skip":
-        result = train_stage(recipe, 0, feed, folder, None, context)
+        result = train(recipe, 0, feed, folder, None, context)
         assert result.skipped_steps == 1
         assert [loss is None for loss in losses(tmp_path)] == [False, True, False]
         return
     with pytest.raises(NonFinite, match="sample-4-0"):
-        train_stage(recipe, 0, feed, folder, None, context)
-    assert newest_complete(folder / "checkpoints").path.name == "step-000001"
+        train(recipe, 0, feed, folder, None, context)
+    assert newest_complete(folder / "checkpoints", OnThisDisk()).path.name == "step-000001"
     if policy == "rewind":
-        result = train_stage(recipe, 0, feed, folder, None, context)
+        result = train(recipe, 0, feed, folder, None, context)
         assert result.skipped_steps == 1
         assert [loss is None for loss in losses(tmp_path)] == [False, True, False]
 

@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 from processes import run_ranks
 
+from terrace.curriculum.attempt_worker import run_stage
 from terrace.curriculum.machine import metric_value
 from terrace.data.prepare import prepare_data
 from terrace.demo.corpus import write_corpus
 from terrace.errors import InputError
-from terrace.evaluate.run import Settings, evaluate_model, read_results
+from terrace.evaluate.replies import Settings
+from terrace.evaluate.run import evaluate_model, read_results
 from terrace.recipe.loading import load_recipe
 from terrace.recipe.schema import Recipe
-from terrace.train.context import WorkerContext
-from terrace.train.worker import run_stage
+from terrace.worker.context import WorkerContext
 
 RECIPE = Path(__file__).resolve().parents[1] / "recipes" / "tiny.yaml"
 LIMIT = 5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -148,16 +149,16 @@ def test_a_checkpoint_crosses_strategies_and_numbers_of_ranks(tmp_path, referenc
 def largest_change_of_a_start_weight(rank: int, world_size: int, recipes: dict[str, dict]) -> dict[str, float]:
     """Per recipe, between the float32 weights that a strategy is given and those it holds before the first step."""
     from terrace.models.build import build_model, model_config
-    from terrace.objectives.lm import lm_objective
-    from terrace.train.context import WorkerContext
+    from terrace.objectives.lm import summed_loss
     from terrace.train.setup import prepare_strategy
+    from terrace.worker.context import WorkerContext
 
     changes, context = {}, WorkerContext(rank=rank, world_size=world_size, local_rank=rank)
     for name, values in recipes.items():
         recipe = Recipe.model_validate(values)
         config = model_config(recipe.model)
         given = dict(build_model(recipe.model, config).named_parameters())
-        strategy = prepare_strategy(recipe, recipe.stages[0], config, context, lm_objective(64))
+        strategy = prepare_strategy(recipe.model, recipe.stages[0], config, context, partial(summed_loss, chunk_tokens=64))
         changes[name] = max(float((tensor - given[key]).abs().max()) for key, tensor in strategy.tensors("weights"))
     return changes
 
@@ -176,8 +177,8 @@ def most_held_while_loading(rank: int, world_size: int, values: dict) -> float:
 
     import terrace.train.setup as setup
     from terrace.models.build import model_config
-    from terrace.objectives.lm import lm_objective
-    from terrace.train.context import WorkerContext
+    from terrace.objectives.lm import summed_loss
+    from terrace.worker.context import WorkerContext
 
     recipe, real, shares = Recipe.model_validate(values), setup.initial_weights, []
 
@@ -193,7 +194,7 @@ def most_held_while_loading(rank: int, world_size: int, values: dict) -> float:
 
     context = WorkerContext(rank=rank, world_size=world_size, local_rank=rank)
     with mock.patch.object(setup, "initial_weights", watched):
-        setup.prepare_strategy(recipe, recipe.stages[0], model_config(recipe.model), context, lm_objective(64))
+        setup.prepare_strategy(recipe.model, recipe.stages[0], model_config(recipe.model), context, partial(summed_loss, chunk_tokens=64))
     return max(shares)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from packs import ALL_PARTS, pack_segments, random_pack, segment, tiny_recipe
-from ranks import memory_feed, stage_dir, train_stages
+from ranks import memory_feed, stage_dir, train, train_stages
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,11 +22,10 @@ from terrace.models.build import build_model, model_config
 from terrace.models.forward import pack_hidden
 from terrace.planner.gpus import GPUS, gpu_of_device
 from terrace.recipe.schema import Gpu, Planning
-from terrace.train.context import WorkerContext
-from terrace.train.loop import train_stage
 from terrace.train.measure import Meter, device_peak
 from terrace.train.out_of_memory import OutOfMemory, memory_explained
 from terrace.train.profiling import communication, covered
+from terrace.worker.context import WorkerContext
 
 
 def run(tmp_path, recipe):
@@ -177,7 +176,7 @@ def test_running_out_of_memory_names_the_pack_and_what_to_change(tmp_path, monke
     monkeypatch.setattr(DataParallel, place, exhausted)
     context = WorkerContext()
     with pytest.raises(OutOfMemory) as caught:
-        train_stage(recipe, 0, memory_feed(recipe, 0, context), tmp_path, None, context)
+        train(recipe, 0, memory_feed(recipe, 0, context), tmp_path, None, context)
     message = str(caught.value)
     assert message.startswith("stage one, step 2, rank 0: out of memory in ")
     assert "Tried to allocate 9.00 GiB" in message

@@ -13,8 +13,8 @@ from packs import tiny_recipe
 from processes import free_port
 
 from terrace.cluster.attempt_outcome import outcome
-from terrace.train.context import WorkerContext
 from terrace.train.watchdog import Watchdog, describe, hang_folder, hang_timeout_seconds
+from terrace.worker.context import WorkerContext
 
 STALLED_STEP = 2
 
@@ -26,9 +26,8 @@ def stall(rank: int, world_size: int, port: int, folder: str) -> None:
 
     import torch
     import torch.distributed as dist
-    from ranks import memory_feed
+    from ranks import memory_feed, train
 
-    from terrace.train.loop import train_stage
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world_size)
@@ -42,7 +41,7 @@ def stall(rank: int, world_size: int, port: int, folder: str) -> None:
                 data_that_never_comes()
             yield step_input
 
-    train_stage(recipe, 0, dataclasses.replace(feed, stream=stalling), Path(folder), None, context, attempt=4)
+    train(recipe, 0, dataclasses.replace(feed, stream=stalling), Path(folder), None, context, attempt=4)
 
 
 def data_that_never_comes() -> None:

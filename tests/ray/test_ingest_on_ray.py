@@ -16,7 +16,10 @@ from terrace.data.index.source_index import load_index
 from terrace.data.sources import formats
 from terrace.data.sources.ingest import ingest_source
 from terrace.data.tokenizer import train_tokenizer
+from terrace.families.qwen2_5_vl import Qwen25VL
 from terrace.recipe.schema import Data, Source
+
+FAMILY = Qwen25VL()
 
 
 def _remember_share(told: list[int], what: str, done: int, total: int) -> None:
@@ -35,7 +38,7 @@ def test_units_on_ray_give_the_same_shards_and_index(ray_cluster, tmp_path: Path
     for part in range(4):
         lines = [json.dumps(row) for row in rows[10 * part : 10 * part + 10]]
         (tmp_path / f"{part}.jsonl").write_text("\n".join(lines))
-    tokenizer = train_tokenizer(["words"], 320, tmp_path / "tokenizer")
+    tokenizer = train_tokenizer(["words"], 320, tmp_path / "tokenizer", FAMILY)
     source = Source(uri=str(tmp_path / "*.jsonl"))
     data = Data(sources={"s": source}, shard_bytes=2**16)
     results = []
@@ -43,7 +46,7 @@ def test_units_on_ray_give_the_same_shards_and_index(ray_cluster, tmp_path: Path
         told: list[int] = []
         tell = partial(_remember_share, told)
         report = ingest_source("s", source, data, tmp_path / f"ray-{use_ray}", tell, use_ray)
-        index = load_index(build_index("s", source, report, tokenizer, use_ray=use_ray))
+        index = load_index(build_index("s", source, report, tokenizer, FAMILY, use_ray=use_ray), FAMILY)
         assert report.refused == {"missing_image": 8}
         assert told[-1] == 100
         shards = [Path(shard.uri).read_bytes() for shard in report.shards]

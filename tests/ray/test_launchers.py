@@ -18,9 +18,10 @@ from fakes import fake_stage, tiny_recipe
 from ray_head import ray_head
 
 from terrace.cluster.attempt import LaunchRequest
-from terrace.cluster.attempt_files import stage_directory, write_atomic
+from terrace.cluster.attempt_files import write_atomic
 from terrace.cluster.heartbeat import live_processes
 from terrace.cluster.local import LocalLauncher
+from terrace.storage.run_layout import stage_directory
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(1500)]  # seconds on an idle machine, minutes on a busy one

@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from stream_rows import contents, open_all, recipe_of, write_rows
 
-from terrace.data.order.held_out import held_out_packs
 from terrace.data.order.plan import StagePlan
 from terrace.data.stream import ray_stream
+from terrace.data.stream.held_out import held_out_packs
 from terrace.data.stream.rank_stream import open_stream
 from terrace.errors import DamagedData
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from terrace.cluster import attempt_files as files
 from terrace.cluster.attempt import AttemptObservation, LaunchRequest
-from terrace.cluster.attempt_files import stage_directory, write_atomic
+from terrace.cluster.attempt_files import write_atomic
 from terrace.cluster.attempt_outcome import stage_result
+from terrace.storage.run_layout import stage_directory
 
 
 class Killed(BaseException):

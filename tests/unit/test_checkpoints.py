@@ -22,10 +22,13 @@ from terrace.cluster.attempt_outcome import newest_checkpoint_step
 from terrace.errors import TerraceError
 from terrace.recipe.schema import Checkpoint
 from terrace.storage import conditional, mirror
+from terrace.storage.run_storage import run_storage
 from terrace.train import checkpoint as module
-from terrace.train.checkpoint import CheckpointWriter, Superseded, measured, superfluous
-from terrace.train.context import WorkerContext
-from terrace.train.restore import CheckpointReader, newest_complete
+from terrace.train.checkpoint import CheckpointWriter, Superseded
+from terrace.train.metrics import measured
+from terrace.train.restore import CheckpointReader, FoundCheckpoint, newest_complete
+from terrace.train.retention import superfluous
+from terrace.worker.context import WorkerContext
 
 
 class Strategy:
@@ -42,16 +45,24 @@ class Strategy:
 
 
 def save(writer: CheckpointWriter, step: int, **line: Any) -> None:
-    stage = writer._folder.parent
+    stage, line = writer._folder.parent, {"step": step, **line}
     with open(stage / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"step": step, **line}) + "\n")
-    writer.save(Strategy(step), {"step": step})
+        file.write(json.dumps(line) + "\n")
+    writer.save(Strategy(step), {"step": step}, measured(line))
     writer.wait()
 
 
 def writer_in(stage: Path, attempt: int = 1, **options: Any) -> CheckpointWriter:
     stage.mkdir(parents=True, exist_ok=True)
-    return CheckpointWriter(stage / "checkpoints", Checkpoint(**options), WorkerContext(), attempt)
+    return CheckpointWriter(stage / "checkpoints", Checkpoint(**options), WorkerContext(), attempt, run_storage(stage))
+
+
+def newest(folder: Path) -> FoundCheckpoint:
+    return newest_complete(folder, run_storage(folder))
+
+
+def reader_of(path: Path) -> CheckpointReader:
+    return CheckpointReader(path, run_storage(path))
 
 
 # ---------------------------------------------------------------- what stays
@@ -108,7 +119,30 @@ def test_on_disk_an_older_attempt_that_wakes_up_in_the_middle_of_a_write_complet
     monkeypatch.setattr(module, "write_durably", overtaken)
     with pytest.raises(Superseded, match="attempt 2 has taken over"):
         save(old, 4, loss=1.0)
-    assert newest_complete(tmp_path / "checkpoints").path.name == "step-000002"
+    assert newest(tmp_path / "checkpoints").path.name == "step-000002"
+
+
+def test_what_is_written_in_the_background_is_what_was_there_when_it_was_saved(tmp_path: Path, monkeypatch):
+    """Training goes on with the same tensors while the thread writes: the optimizer's next step must not be in the files."""
+    weights, own = torch.ones(8), torch.ones(3)
+    strategy = Strategy(2)
+    strategy.tensors = lambda kind: iter([("a", weights)])
+    go_on, real = threading.Event(), module.save_file
+
+    def late(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        assert go_on.wait(30)
+        real(tensors, path)
+
+    monkeypatch.setattr(module, "save_file", late)
+    writer = writer_in(tmp_path, asynchronous=True)
+    writer.save(strategy, {"step": 2}, {}, [("running", own)])
+    weights.add_(1.0)
+    own.add_(1.0)
+    go_on.set()
+    writer.wait()
+    saved = tmp_path / "checkpoints" / "step-000002"
+    for kind, name in (("weights", "a"), ("exp_avg", "a"), ("exp_avg_sq", "a"), ("objective", "running")):
+        assert set(load_file(saved / f"{kind}-00000.safetensors")[name].tolist()) == {1.0}, kind
 
 
 # ---------------------------------------------------------------- on S3
@@ -138,9 +172,9 @@ def test_another_machine_goes_on_from_what_this_one_stored(machines: Machines, r
     mirror.flush(here)
     there = stage_on(machines, "b", run)
     assert newest_checkpoint_step(there) == 8, "`terrace status` needs no checkpoint here to know it"
-    found = newest_complete(there / "checkpoints")
+    found = newest(there / "checkpoints")
     assert (found.path.name, found.passed_over) == ("step-000008", ())
-    reader = CheckpointReader(found.path)
+    reader = reader_of(found.path)
     assert reader.state["step"] == 8
     assert torch.equal(reader.read("exp_avg", "b"), torch.full((3, 4), 8.0))
     assert (there / "metrics.jsonl").read_text() == (here / "metrics.jsonl").read_text(), "metrics up to it were there before it"
@@ -149,13 +183,16 @@ def test_another_machine_goes_on_from_what_this_one_stored(machines: Machines, r
 def test_ranks_without_a_common_disk_write_one_checkpoint(machines: Machines, run: str):
     stages = [stage_on(machines, name, run) for name in ("a", "b")]
     contexts = [WorkerContext(rank=rank, world_size=2) for rank in range(2)]
-    writers = [CheckpointWriter(stage / "checkpoints", Checkpoint(), context, 1) for stage, context in zip(stages, contexts)]
+    writers = [
+        CheckpointWriter(stage / "checkpoints", Checkpoint(), context, 1, run_storage(stage))
+        for stage, context in zip(stages, contexts)
+    ]
     for writer in writers:
-        writer.save(Strategy(6), {"step": 6})
+        writer.save(Strategy(6), {"step": 6}, {})
     for writer in writers:
         writer.wait()
-    path = newest_complete(stage_on(machines, "c", run) / "checkpoints").path
-    reader = CheckpointReader(path)
+    path = newest(stage_on(machines, "c", run) / "checkpoints").path
+    reader = reader_of(path)
     assert reader.names("weights") == reader.names("exp_avg_sq") == {"a", "b", "c"}
     assert len(list(path.glob("weights-*.safetensors"))) == 2, "each rank wrote its part"
 
@@ -184,7 +221,7 @@ def test_incomplete_ones_are_passed_over_by_name(machines: Machines, run: str, f
         conditional.remove([name])
     assert content
     caplog.set_level(logging.WARNING)
-    found = newest_complete(stage_on(machines, "b", run) / "checkpoints")
+    found = newest(stage_on(machines, "b", run) / "checkpoints")
     assert found.path.name == "step-000002"
     assert found.passed_over[0][0].name == "step-000004"
     assert "step-000004 is passed over" in caplog.text
@@ -205,7 +242,7 @@ def test_an_older_attempt_that_wakes_up_anywhere_completes_nothing(machines: Mac
     monkeypatch.setattr(old._stored, "upload", overtaken)
     with pytest.raises(Superseded, match="attempt 2 has taken over"):
         save(old, 4, loss=1.0)
-    found = newest_complete(stage_on(machines, "c", run) / "checkpoints")
+    found = newest(stage_on(machines, "c", run) / "checkpoints")
     assert json.loads((found.path / "manifest.json").read_text())["attempt"] == 2
     with pytest.raises(Superseded):
         writer_in(here, attempt=1)
@@ -219,7 +256,7 @@ def test_ranks_of_one_machine_fetch_a_checkpoint_once(machines: Machines, run: s
     there = stage_on(machines, "b", run) / "checkpoints" / "step-000002"
     machines.server.requests.clear()
     readers: list[CheckpointReader] = []
-    threads = [threading.Thread(target=lambda: readers.append(CheckpointReader(there))) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: readers.append(reader_of(there))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -229,7 +266,7 @@ def test_ranks_of_one_machine_fetch_a_checkpoint_once(machines: Machines, run: s
     assert len(fetched) == 1
     shutil.rmtree(there)
     with pytest.raises(TerraceError, match="the fence does not list it"):
-        CheckpointReader(there.with_name("step-000009"))
+        reader_of(there.with_name("step-000009"))
 
 
 def test_a_storage_that_fails_now_and_then_costs_nothing_but_time(machines: Machines, run: str, monkeypatch: pytest.MonkeyPatch):
@@ -238,7 +275,7 @@ def test_a_storage_that_fails_now_and_then_costs_nothing_but_time(machines: Mach
     machines.server.fault = lambda number, method: 503 if number % 4 == 0 else None
     try:
         save(writer, 2, loss=1.0)
-        found = newest_complete(stage_on(machines, "b", run) / "checkpoints")
+        found = newest(stage_on(machines, "b", run) / "checkpoints")
     finally:
         machines.server.fault = None
     assert machines.server.failed > 0

@@ -13,6 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from damage import flip
 from stream_rows import captioned_pictures
 
 from terrace.data.images import ImageDamage
@@ -23,8 +24,11 @@ from terrace.data.prepare import PreparedData, data_mark, prepare_data
 from terrace.data.stream.rank_stream import open_stream
 from terrace.data.types import PackedExample
 from terrace.errors import DamagedData
+from terrace.families.qwen2_5_vl import Qwen25VL
 from terrace.recipe.loading import stage_hash
 from terrace.recipe.schema import Recipe
+
+FAMILY = Qwen25VL()
 
 STEPS, BATCH = 8, 6
 
@@ -68,24 +72,12 @@ def packs_of(prepared: PreparedData, plan: StagePlan, workers: int = 1, start: i
 
 
 def contents(packs: dict[int, PackedExample]) -> dict[int, tuple]:
-    arrays = ("input_ids", "targets", "position_ids", "segment_ends", "patches", "image_grids")
+    arrays = ("input_ids", "targets", "position_ids", "segment_ends", "pixels", "image_facts", "image_tokens", "image_rows")
     told = ("sample_ids", "sources", "kinds", "damaged", "replaced")
     return {
         number: (*(getattr(pack, name).tobytes() for name in arrays), *(str(getattr(pack, name)) for name in told))
         for number, pack in packs.items()
     }
-
-
-def flip(prepared: PreparedData, source: str, row: int) -> str:
-    """One bit of a sample's largest file; returns "source/id"."""
-    location = prepared.indexes[source].location(row)
-    _, offset, size, _ = max(location.members, key=lambda member: member[2])
-    with open(location.shard, "r+b") as shard:
-        shard.seek(offset + size // 2)
-        byte = shard.read(1)[0]
-        shard.seek(offset + size // 2)
-        shard.write(bytes([byte ^ 4]))
-    return f"{source}/{location.id}"
 
 
 def cut(prepared: PreparedData, source: str, share: float) -> set[str]:
@@ -156,10 +148,11 @@ def test_replacements_are_the_same_for_everyone_who_reads(folder: Path) -> None:
 
 
 def test_damage_is_counted_in_the_metrics(folder: Path) -> None:
-    from terrace.data.order.balance import CostModel
-    from terrace.train.context import WorkerContext
+    from terrace.objectives.interface import Opening, StageFeed, StepExamples
+    from terrace.objectives.lm import LanguageModelling
     from terrace.train.metrics import step_line
     from terrace.train.step import StepOutcome, count_batch
+    from terrace.worker.context import WorkerContext
 
     prepared, plan = prepared_and_plan(folder, "skip")
     ref = plan.packs(BATCH, BATCH + 1)[0].samples[0]
@@ -167,8 +160,10 @@ def test_damage_is_counted_in_the_metrics(folder: Path) -> None:
     flip(prepared, ref.source, ref.row)
     flip(prepared, "captions", shortest)  # nothing may stand in for it
     lines = []
+    feed = StageFeed(None, 0, lambda start: iter(()), plan.state, plan.restore)
+    objective = LanguageModelling(Opening(plan.recipe, plan.stage, feed, WorkerContext(), folder))
     for step in open_stream(plan, prepared, 0, 1):
-        counts = count_batch(step.packs, ["captions", "text"], False, CostModel(), WorkerContext())
+        counts = count_batch(objective, StepExamples(step.step, step.packs), ["captions", "text"], False, WorkerContext())
         assert counts.samples == sum(counts.samples_per_source.values()) == sum(len(pack.sample_ids) for pack in step.packs)
         lines.append(step_line(step.step + 1, counts, StepOutcome(1.0, 1.0, None), plan.stage, 1.0, 1.0, 0.0))
     assert lines[1]["replaced_samples"] == 1
@@ -217,7 +212,7 @@ def test_candidates_fit_and_where_nothing_fits_a_gap_is_left(folder: Path) -> No
 def test_a_row_is_found_without_its_index(folder: Path) -> None:
     prepared, _ = prepared_and_plan(folder, "skip")
     for index in prepared.indexes.values():
-        fresh = load_index(index.folder)
+        fresh = load_index(index.folder, FAMILY)
         for row in (0, 1, len(index) // 2, len(index) - 1):
             assert locate(index.folder, row) == fresh.location(row)
 

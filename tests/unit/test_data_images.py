@@ -11,10 +11,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from terrace.data.images import ImageDamage, decode_image, image_of, image_size, load_patches, patches_of, resize_image
-from terrace.data.resize import smart_resize, smart_resize_many, visual_tokens
+from terrace.data.images import ArrayPicture, ImageDamage, decode_image, image_size, load_pixels, resize_image
+from terrace.families.interface import View
+from terrace.families.qwen2_5_vl import Qwen25VL
+from terrace.families.qwen2_vl import smart_resize, smart_resize_many
+
+FAMILY = Qwen25VL()
 
 SIDE = st.integers(1, 5000)
+
+
+VIEW = View(9 * 12, 4 * 9 * 12, (1, 18, 24), (252, 336), (252, 336))
+
+
+def patches_of(image: np.ndarray) -> np.ndarray:
+    height, width, _ = image.shape
+    return FAMILY.pixels(ArrayPicture(image), View(0, 0, (1, height // 14, width // 14), (height, width), (height, width)))
 
 
 def encode(array: np.ndarray, kind: str, **options) -> bytes:
@@ -44,7 +56,7 @@ def test_sizes_equal_the_published_processor(height: int, width: int, pixels: tu
     assert smart_resize(height, width, *pixels) == expected
     many = smart_resize_many(np.array([height]), np.array([width]), pixels)
     assert (int(many[0][0]), int(many[1][0])) == expected
-    assert visual_tokens(height, width, pixels) == expected[0] * expected[1] // 784
+    assert FAMILY.view(width, height, pixels).tokens == expected[0] * expected[1] // 784
 
 
 def test_patches_equal_the_published_processor() -> None:
@@ -60,7 +72,7 @@ def test_patches_equal_the_published_processor() -> None:
     assert np.abs(ours.astype(int) - first_frame.astype(int)).max() <= 1  # torch's kernel against Pillow's
     exact = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
     assert np.array_equal(patches_of(exact), first_frame)  # the order itself, bit for bit
-    assert np.array_equal(image_of(patches_of(exact), height, width), exact)
+    assert np.array_equal(FAMILY.pictures_of(patches_of(exact), (1, height // 14, width // 14))[0], exact)
 
 
 def test_every_mode_becomes_rgb() -> None:
@@ -93,21 +105,13 @@ def test_header_size_is_the_decoded_size() -> None:
         assert decode_image(data).shape == (33, 77, 3)
 
 
-def test_exif_orientation_is_not_applied() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    data = encode(picture(30, 70), "JPEG", exif=exif)
-    assert image_size(data) == (70, 30)
-    assert decode_image(data).shape == (30, 70, 3)
-
-
 def test_large_jpegs_are_decoded_at_a_fraction_and_look_the_same() -> None:
     data = encode(picture(1200, 1600), "JPEG", quality=90)
     full = patches_of(resize_image(decode_image(data), 252, 336)).astype(int)
-    draft = load_patches(data, 252, 336).astype(int)
+    draft = load_pixels(data, FAMILY, VIEW).astype(int)
     assert np.abs(full - draft).mean() < 1.0
     small = encode(picture(300, 400), "JPEG")
-    assert np.array_equal(load_patches(small, 252, 336), patches_of(resize_image(decode_image(small), 252, 336)))
+    assert np.array_equal(load_pixels(small, FAMILY, VIEW), patches_of(resize_image(decode_image(small), 252, 336)))
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])

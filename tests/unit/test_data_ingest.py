@@ -19,8 +19,11 @@ from terrace.data.stream.read import read_located, read_sample
 from terrace.data.template import encode_prompt, encode_sample
 from terrace.data.tokenizer import train_tokenizer
 from terrace.errors import DamagedData, InputError
+from terrace.families.qwen2_5_vl import Qwen25VL
 from terrace.recipe.schema import Data, Source
 from terrace.storage.files import DEFAULT_STORAGE
+
+FAMILY = Qwen25VL()
 
 PIXELS = (3136, 200_704)
 
@@ -38,13 +41,14 @@ def write_rows(path: Path, rows: list) -> None:
 
 
 def data_of(path: Path, **fields) -> Data:
+    fields = {"kind": "document", **fields}  # rows with and without pictures
     sizes = {key: fields.pop(key) for key in ("shard_bytes", "max_image_pixels") if key in fields}
     return Data(sources={"s": Source(uri=str(path), **fields)}, **sizes)
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory):
-    return train_tokenizer(["the cat sits on the mat", "count the boxes"] * 4, 340, tmp_path_factory.mktemp("tokenizer"))
+    return train_tokenizer(["the cat sits on the mat", "count the boxes"] * 4, 340, tmp_path_factory.mktemp("tokenizer"), FAMILY)
 
 
 @pytest.fixture
@@ -83,7 +87,7 @@ def test_damaged_input_is_refused_by_name_and_the_rest_goes_through(folder: Path
         "placeholder_mismatch": [{"messages": turns, "images": ["images/0.jpg"]}],
         "empty_answer": [{"id": "silent", "messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": ""}]}],
         "empty_text": [{**good, "text": ""}],
-        "duplicate_id": [{**good, "id": "c3"}],
+        "duplicate_id": [{"id": "c3", "image": "images/3.jpg", "text": "caption 3\u2028still one line"}],
         "bad_row": ["{not json", '"text"', {**good, "text": "\ud800"}],
     }  # fmt: skip
     bad["bad_row"][2] = json.dumps(bad["bad_row"][2])
@@ -98,7 +102,7 @@ def test_damaged_input_is_refused_by_name_and_the_rest_goes_through(folder: Path
     assert lines[0].origin == "rows.jsonl:13"
     assert [line.id for line in lines if line.reason in ("empty_answer", "missing_image")][-1] == "silent"
     assert all(line.reason in REASONS and line.detail for line in lines)
-    index = load_index(build_index("s", data.sources["s"], report, tokenizer))
+    index = load_index(build_index("s", data.sources["s"], report, tokenizer, FAMILY), FAMILY)
     assert len(index) == 13
     assert index.refused == report.refused
 
@@ -132,16 +136,16 @@ def test_every_sample_comes_back_and_its_length_is_known(folder: Path, tokenizer
     write_rows(folder / "rows.jsonl", rows)
     data = data_of(folder / "rows.jsonl", shard_bytes=2**16)
     report = ingest_source("s", data.sources["s"], data, folder / "out")
-    index = load_index(build_index("s", data.sources["s"], report, tokenizer))
+    index = load_index(build_index("s", data.sources["s"], report, tokenizer, FAMILY), FAMILY)
     assert [str(name) for name in index.ids] == [row["id"] for row in rows]
     for pixels in ((3136, 200_704), (784, 4_000), (100_000, 10_000_000)):
-        lengths, visual, patches = index.lengths(pixels), index.visual_tokens(pixels), index.patches(pixels)
+        lengths, visual, patches = index.lengths(pixels), index.visual_tokens(pixels), index.pixel_rows(pixels)
         for row in range(len(index)):
             sample, files = read_sample(index, row)
             encode = encode_prompt if sample.id == "rl" else encode_sample
-            encoded = encode(sample, index.sizes(row), tokenizer, pixels)
-            assert len(encoded.input_ids) == lengths[row] == index.measure(row).length(index.sizes(row), pixels)
-            assert encoded.grids.prod(axis=1).sum() == patches[row] == 4 * visual[row]
+            encoded = encode(sample, index.sizes(row), tokenizer, FAMILY, pixels)
+            assert len(encoded.input_ids) == lengths[row] == index.measure(row).length(index.sizes(row), pixels, FAMILY)
+            assert sum(int(facts.prod()) for facts in encoded.facts) == patches[row] == 4 * visual[row]
             assert [Image.open(io.BytesIO(file)).size for file in files] == index.sizes(row)
     assert read_sample(index, 0)[1] == [(folder / "images" / "0.jpg").read_bytes()]
     assert "\u2028" in read_sample(index, 0)[0].messages[0]["content"][1]["text"]
@@ -189,8 +193,8 @@ def test_the_index_goes_on_after_a_kill(folder: Path, tokenizer, monkeypatch: py
 
     monkeypatch.setattr(module, "scan_shard", failing)
     with pytest.raises(KeyboardInterrupt):
-        build_index("s", data.sources["s"], report, tokenizer)
-    index = load_index(build_index("s", data.sources["s"], report, tokenizer))
+        build_index("s", data.sources["s"], report, tokenizer, FAMILY)
+    index = load_index(build_index("s", data.sources["s"], report, tokenizer, FAMILY), FAMILY)
     assert len(opened) == len(report.shards) + 1  # only the interrupted shard was opened twice
     assert sorted(int(name) for name in index.ids) == list(range(60))
 
@@ -198,22 +202,22 @@ def test_the_index_goes_on_after_a_kill(folder: Path, tokenizer, monkeypatch: py
 def test_held_out_and_capped_rows(folder: Path, tokenizer) -> None:
     data = data_of(folder / "rows.jsonl")
     report = ingest_source("s", data.sources["s"], data, folder / "out")
-    where = build_index("s", data.sources["s"], report, tokenizer)
-    index = load_index(where, seed=1, holdout_samples=3, max_samples=8)
+    where = build_index("s", data.sources["s"], report, tokenizer, FAMILY)
+    index = load_index(where, FAMILY, seed=1, holdout_samples=3, max_samples=8)
     assert len(index.holdout_rows) == 3
     assert len(index.train_rows) == 5
     assert not set(index.holdout_rows) & set(index.train_rows)
-    assert set(load_index(where, seed=1, holdout_samples=3).holdout_rows) == set(index.holdout_rows)
-    choices = {tuple(load_index(where, seed=seed, holdout_samples=3).holdout_rows) for seed in range(8)}
+    assert set(load_index(where, FAMILY, seed=1, holdout_samples=3).holdout_rows) == set(index.holdout_rows)
+    choices = {tuple(load_index(where, FAMILY, seed=seed, holdout_samples=3).holdout_rows) for seed in range(8)}
     assert len(choices) > 3
     with pytest.raises(InputError, match="holdout_samples 12"):
-        load_index(where, holdout_samples=12)
+        load_index(where, FAMILY, holdout_samples=12)
 
 
 def test_bytes_that_changed_after_indexing_are_named(folder: Path, tokenizer) -> None:
     data = data_of(folder / "rows.jsonl")
     report = ingest_source("s", data.sources["s"], data, folder / "out")
-    index = load_index(build_index("s", data.sources["s"], report, tokenizer))
+    index = load_index(build_index("s", data.sources["s"], report, tokenizer, FAMILY), FAMILY)
     shard = Path(report.shards[0].uri)
     content = bytearray(shard.read_bytes())
     _, offset, size, _ = index.location(4).members[1]
@@ -231,13 +235,20 @@ def test_bytes_that_changed_after_indexing_are_named(folder: Path, tokenizer) ->
     assert "the shard is gone" in str(read_located([index.location(0)])[0])
 
 
-def test_duplicate_ids_across_files_keep_the_first(folder: Path, tokenizer) -> None:
-    write_rows(folder / "zz.jsonl", [{"id": "c3", "text": "other"}, {"id": "c99", "text": "new"}])
+def test_one_id_for_several_samples_keeps_them_all_and_a_true_repeat_once(folder: Path, tokenizer) -> None:
+    again = {"id": "c3", "image": "images/3.jpg", "text": "caption 3\u2028still one line"}
+    others = [{"id": "c3", "text": "other"}, {"id": "c3", "text": "another"}, {"id": "c99", "text": "new"}, again]
+    write_rows(folder / "zz.jsonl", others)
     data = data_of(folder, format="jsonl")
     report = ingest_source("s", data.sources["s"], data, folder / "out")
-    index = load_index(build_index("s", data.sources["s"], report, tokenizer))
+    assert report.renamed == 2  # within zz.jsonl
+    index = load_index(build_index("s", data.sources["s"], report, tokenizer, FAMILY), FAMILY)
     assert index.refused == {"duplicate_id": 1}
-    assert sorted(map(str, index.ids)) == sorted([f"c{n}" for n in range(12)] + ["c99"])
+    names = list(map(str, index.ids))
+    assert len(set(names)) == len(names) == 15
+    texts = [read_sample(index, row)[0].messages[0]["content"][-1]["text"] for row, name in enumerate(names) if name.startswith("c3")]
+    assert sorted(texts) == ["another", "caption 3\u2028still one line", "other"]
+    assert all(read_sample(index, row)[0].id == name for row, name in enumerate(names))
 
 
 def test_shards_are_plain_webdataset(folder: Path) -> None:

@@ -105,8 +105,8 @@ def test_packs_are_those_of_training(stage) -> None:
         assert shown.tokens == sum(run.tokens for segment in shown.segments for run in segment.runs) == pack.tokens
         said = sum(run.tokens for segment in shown.segments for run in segment.runs if run.supervised)
         assert said == pack.supervised_tokens
-        if not pack.video_grids:
-            assert sum(part.pixels.size for segment in shown.segments for part in segment.pictures) == pack.patches.size
+        if (pack.image_rows == pack.image_facts.prod(axis=1)).all():  # no videos
+            assert sum(part.pixels.size for segment in shown.segments for part in segment.pictures) == pack.pixels.size
     notes = [note for pack in found.packs for segment in pack.segments for note in segment.notes]
     assert any(note.startswith("tokens 0 to ") for note in notes)  # of the text that was split
 

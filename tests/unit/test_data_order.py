@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from terrace.data.order.balance import cost_model, deal, deal_in_order, max_over_mean
+from terrace.data.order.balance import CostModel, cost_model, deal, deal_in_order, max_over_mean
 from terrace.data.order.mixture import Interleave, whole_weights
 from terrace.data.order.packing import default_window, lookahead, pack_best_fit, pack_window
 from terrace.data.order.permutation import BLOCK, GROUP_BLOCKS, permute, shuffled_rows, source_rows
+from terrace.families.qwen2_5_vl import Qwen25VL
+from terrace.families.qwen2_vl import Qwen2VL
 
 FEW = settings(max_examples=40, deadline=None)
 
@@ -172,6 +174,15 @@ def test_dealing_saves_time_on_average():
 def test_cost_model_of_the_7b_shape():
     text = {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
             "intermediate_size": 18_944, "vocab_size": 152_064}  # fmt: skip
-    found = cost_model({"text_config": text, "vision_config": {"hidden_size": 1280, "depth": 32, "intermediate_size": 3420}})
-    assert found.per_token == pytest.approx(cost_model(None).per_token, rel=0.02)
-    assert found.per_patch == pytest.approx(cost_model(None).per_patch, rel=0.05)
+    vision = {"hidden_size": 1280, "depth": 32, "intermediate_size": 3420, "num_heads": 16}
+    found = cost_model(Qwen25VL.shape({"text_config": text, "vision_config": vision}))
+    assert found.per_token == pytest.approx(CostModel().per_token, rel=0.02)
+    assert found.per_row == pytest.approx(CostModel().per_row, rel=0.05)
+
+
+def test_the_tower_of_qwen2_vl_counts_with_its_own_width():
+    """Its `hidden_size` is the language model's: 10.5 times too much was counted with it."""
+    text = {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+            "intermediate_size": 18_944, "vocab_size": 152_064}  # fmt: skip
+    vision = {"hidden_size": 3584, "embed_dim": 1280, "mlp_ratio": 4, "depth": 32, "num_heads": 16}
+    assert cost_model(Qwen2VL.shape({"text_config": text, "vision_config": vision})).per_row == pytest.approx(0.71e9, rel=0.05)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from terrace.data.look.order_command import order_facts, order_text
 from terrace.data.order.balance import CostModel
-from terrace.data.order.eligible import Items, split_points
+from terrace.data.order.eligible import Items, VisualRange, split_points
 from terrace.data.order.permutation import mix64
 from terrace.data.order.plan import StagePlan
 from terrace.errors import InputError
@@ -200,9 +200,9 @@ def test_documents_are_cut_whole_images_apart(total, limit, cuts, starts):
     images, last = [], 0
     for start in sorted(starts):
         if start >= last and start + 40 <= total:
-            images.append((start, start + 40))
+            images.append(VisualRange(start, start + 40, 38, 152))
             last = start + 40
-    inside = {token for start, end in images for token in range(start + 1, end)}
+    inside = {token for image in images for token in range(image.start + 1, image.stop)}
     points = split_points(total, images, sorted({cut for cut in cuts if cut < total and cut not in inside}), limit)
     assert points[0] == 0
     assert points[-1] == total

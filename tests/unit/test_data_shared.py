@@ -59,7 +59,7 @@ def check_lengths(data: PreparedData, every: int) -> int:
             for row, result in zip(rows, read_located([index.location(row) for row in rows])):
                 sample, _ = result
                 encode = encode_prompt if sample.messages[-1]["role"] == "user" else encode_sample
-                assert len(encode(sample, index.sizes(row), data.tokenizer(), pixels).input_ids) == lengths[row], sample.id
+                assert len(encode(sample, index.sizes(row), data.tokenizer(), data.family, pixels).input_ids) == lengths[row], sample.id
                 checked += 1
     return checked
 

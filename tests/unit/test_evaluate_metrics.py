@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ from terrace.cli import main
 from terrace.errors import InputError
 from terrace.evaluate import metrics
 from terrace.evaluate.compare import compare
+from terrace.evaluate.replies import Reply
 from terrace.evaluate.run import (
-    Reply,
     flat_metrics,
     judged_rows,
     merge_replies,
@@ -25,9 +26,12 @@ from terrace.evaluate.run import (
     suite_scores,
     write_results,
 )
-from terrace.evaluate.suites import Reading, load_suites
+from terrace.evaluate.suites import Reading, load_suites, tracked_name
+from terrace.families.interface import Sight
+from terrace.families.qwen2_5_vl import Qwen25VL
+from terrace.rewards.rules.text_distance import edit_distance
 
-PIXELS = (3136, 50176)
+SIGHT = Sight(Qwen25VL(), (3136, 50176))
 SEEN_TWICE_AS_LARGE = {"image_sizes": [[100, 50]], "model_sizes": [[200, 100]]}
 
 
@@ -75,7 +79,7 @@ def slow_distance(first: str, second: str) -> int:
 @settings(max_examples=150, deadline=None)
 @given(st.text("abc é漢", max_size=70), st.text("abc é漢", max_size=70))
 def test_edit_distance_equals_the_textbook(first, second):
-    assert metrics.edit_distance(first, second) == slow_distance(first, second)
+    assert edit_distance(first, second) == slow_distance(first, second)
 
 
 def test_text_in_pictures():
@@ -83,6 +87,45 @@ def test_text_in_pictures():
     assert metrics.edit_distance_share("kitten", "sitting") == pytest.approx(3 / 7)
     assert metrics.edit_distance_share("", "") == 0.0
     assert metrics.edit_distance_share("", "abc") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "value"),
+    [
+        ("Paris", "paris ", 1.0), ("kitten", "sitting", 4 / 7), ("abc", "xyz", 0.0), ("ab", "ax", 0.5), ("", "a", 0.0),
+        ("a  b", "A b", 1.0),        ("abcd", "abxy", 0.5), ("abcde", "abxyz", 0.0),
+    ],
+)  # fmt: skip
+def test_anls_as_published(answer, expected, value):
+    assert metrics.anls(answer, expected) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "solution", "answers"),
+    [
+        ("ocr", ["Main St.", "Main Street"], {"Main Street": {"exact": 1.0, "anls": 1.0, "edit_distance": 0.0}, "x": {"anls": 0.0}}),
+        ("chart", ["12 %", "twelve"], {"12": {"relaxed_accuracy": 1.0}, "twelve": {"relaxed_accuracy": 1.0}}),
+        ("chart", ["12 %", "twelve"], {"30": {"relaxed_accuracy": 0.0}}),
+        ("counting", ["3", "4"], {"4": {"accuracy": 1.0}, "5": {"accuracy": 0.0}}),
+        ("reasoning", ["1/2", "x=1/2"], {"0.5": {"accuracy": 1.0}, "2": {"accuracy": 0.0}}),
+        ("caption", ["a red ball", "one ball that is red"], {"one ball that is red": {"chrf": 100.0}}),
+    ],
+)  # fmt: skip
+def test_several_accepted_answers_count_by_the_best(tmp_path, kind, solution, answers):
+    [suite] = load_suites([f"{kind}:{write_rows(tmp_path, [box_row(solution=solution)] * len(answers))}"], Reading(SIGHT))
+    verdicts = suite.kind.judge(suite.cases, list(answers), SIGHT)
+    for verdict, expected in zip(verdicts, answers.values()):
+        assert {name: verdict.values[name] for name in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("stem", "name"),
+    [("dev", "dev"), ("dev (1)", "dev _1"), ("图表", "__"), ("a+b@v2", "a_b_v2"), ("a.b-c_d e", "a.b-c_d e"), ("...", "_"), ("50%", "50_")],
+)
+def test_names_of_suites_are_names_of_metrics(tmp_path, stem, name):
+    assert tracked_name(stem) in (name, name + "_")
+    [suite] = load_suites([f"counting:{write_rows(tmp_path, [box_row(solution='3')], stem + '.jsonl')}"], Reading(SIGHT))
+    assert re.fullmatch(r"[/\w.\- :]+", suite.label, re.ASCII)
 
 
 def test_captions_equal_sacrebleu_over_the_corpus():
@@ -152,7 +195,7 @@ def test_rows_with_answers_and_rows_with_solutions_expect_the_same(tmp_path):
         "messages": [*box_row()["messages"], {"role": "assistant", "content": "<bbox>"}],
         "images": ["a.png"], "objects": {"ref": [], "bbox": [[10, 10, 50, 60]]},
     }  # fmt: skip
-    [suite] = load_suites([f"grounding:{write_rows(tmp_path, [box_row(), answered])}"], Reading(PIXELS))
+    [suite] = load_suites([f"grounding:{write_rows(tmp_path, [box_row(), answered])}"], Reading(SIGHT))
     assert suite.cases[0].expected == suite.cases[1].expected
     assert suite.cases[0].prompt.messages == suite.cases[1].prompt.messages
     assert suite.cases[0].digest == suite.cases[1].digest
@@ -170,6 +213,10 @@ def test_rows_with_answers_and_rows_with_solutions_expect_the_same(tmp_path):
         ("reasoning", {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]}, "boxed"),
         ("caption", {"text": "no image"}, "without an image"),
         ("ocr", [1, 2], "not a JSON object"),
+        ("ocr", box_row(solution={"text": "x"}), "is no text and no list of texts"),
+        ("ocr", box_row(solution=[]), "is no list of accepted texts"),
+        ("ocr", box_row(solution=["x", {"y": 1}]), "is no list of accepted texts"),
+        ("counting", box_row(solution=["3", "many"]), "'many' is no number"),
     ],
 )  # fmt: skip
 def test_a_damaged_row_stops_the_suite_by_name(tmp_path, kind, row, message):
@@ -177,10 +224,11 @@ def test_a_damaged_row_stops_the_suite_by_name(tmp_path, kind, row, message):
         "counting": box_row(solution="3"),
         "reasoning": box_row(solution="3"),
         "caption": {"image": "a.png", "text": "x"},
+        "ocr": box_row(solution="x"),
     }
     path = write_rows(tmp_path, [good.get(kind, box_row()), row])
     with pytest.raises(InputError, match=message) as caught:
-        load_suites([f"{kind}:{path}"], Reading(PIXELS))
+        load_suites([f"{kind}:{path}"], Reading(SIGHT))
     assert f"{path}, row 2" in str(caught.value)
 
 
@@ -188,21 +236,21 @@ def test_broken_lines_images_and_names(tmp_path):
     path = write_rows(tmp_path, [box_row()])
     path.write_bytes(path.read_bytes() + b'{"messages": \n')
     with pytest.raises(InputError, match="row 2: it is not JSON"):
-        load_suites([f"grounding:{path}"], Reading(PIXELS))
+        load_suites([f"grounding:{path}"], Reading(SIGHT))
     (tmp_path / "a.png").write_bytes(b"\x89PNG")
     with pytest.raises(InputError, match=r"row 1: image a\.png"):
-        load_suites([f"grounding:{path}"], Reading(PIXELS))
+        load_suites([f"grounding:{path}"], Reading(SIGHT))
     for text, message in (
         ("groundin:x", "did you mean grounding"), ("grounding", "grounding:PATH"), ("ocr:/nowhere.jsonl", "does not exist"),
         (f"loss:{tmp_path}", "no prepared.json"),
     ):  # fmt: skip
         with pytest.raises(InputError, match=message):
-            load_suites([text], Reading(PIXELS))
+            load_suites([text], Reading(SIGHT))
 
 
 def test_a_line_separator_inside_a_string_does_not_end_the_row(tmp_path):
     path = write_rows(tmp_path, [box_row(solution="3", messages=[{"role": "user", "content": "<image>one\u2028two"}])])
-    [suite] = load_suites([f"counting:{path}"], Reading(PIXELS))
+    [suite] = load_suites([f"counting:{path}"], Reading(SIGHT))
     assert suite.cases[0].text == "<image>one\u2028two"
 
 
@@ -210,14 +258,14 @@ def test_a_line_separator_inside_a_string_does_not_end_the_row(tmp_path):
 
 
 def evaluated(texts, say, out_dir, **reading):
-    suites = load_suites(texts, Reading(PIXELS, **reading))
+    suites = load_suites(texts, Reading(SIGHT, **reading))
     all_rows, entries = [], {}
     for suite in suites:
         replies = replies_of_worker(suite, lambda _, batch: [Reply(say(case)) for case in batch])
-        rows = judged_rows(suite, merge_replies(suite, [replies]), PIXELS)
+        rows = judged_rows(suite, merge_replies(suite, [replies]), SIGHT)
         all_rows += rows
         entries[suite.label] = suite_scores(suite, rows)
-    scores = {"version": 1, "model": "m", "pixels": list(PIXELS), "suites": entries}
+    scores = {"version": 1, "model": "m", "pixels": list(SIGHT.pixels), "suites": entries}
     write_results(out_dir, scores, all_rows)
     return scores
 
@@ -279,7 +327,7 @@ def test_an_oracle_and_a_mute_model_on_the_real_files(shared_data, tmp_path):
     def oracle(case):
         if not isinstance(case.expected, dict):
             return case.expected
-        seen = model_pixels(case, PIXELS)
+        seen = model_pixels(case, SIGHT)
         scale = [new / old for new, old in zip(seen["model_sizes"][0], seen["image_sizes"][0])]
         box = [round(value * scale[place % 2], 2) for place, value in enumerate(case.expected["bbox"])]
         point = [round((box[0] + box[2]) / 2, 1), round((box[1] + box[3]) / 2, 1)]
@@ -303,9 +351,9 @@ def test_the_command_says_what_is_wrong(tmp_path, capsys):
 
 def test_pictures_are_part_of_the_fingerprint(tmp_path):
     path = write_rows(tmp_path, [box_row()])
-    before = load_suites([f"grounding:{path}"], Reading(PIXELS))[0].fingerprint
+    before = load_suites([f"grounding:{path}"], Reading(SIGHT))[0].fingerprint
     buffer = io.BytesIO()
     Image.new("RGB", (200, 100), (11, 20, 30)).save(buffer, "PNG")
     (tmp_path / "a.png").write_bytes(buffer.getvalue())
-    assert load_suites([f"grounding:{path}"], Reading(PIXELS))[0].fingerprint != before
-    assert load_suites([f"grounding:{path}"], Reading(PIXELS, max_new_tokens=9))[0].fingerprint != before
+    assert load_suites([f"grounding:{path}"], Reading(SIGHT))[0].fingerprint != before
+    assert load_suites([f"grounding:{path}"], Reading(SIGHT, max_new_tokens=9))[0].fingerprint != before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from terrace.models.build import build_model, meta_model, model_config
 from terrace.models.parts import part_parameters
 from terrace.objectives.lm import summed_loss
 from terrace.planner.flops import exact_load, forward_flops, training_flops
-from terrace.planner.parameters import language_layer, parameter_counts, trainable_counts, vision_block
+from terrace.planner.parameters import language_layer, parameter_counts, trainable_counts
 from terrace.planner.shapes import model_shape
 from terrace.recipe.loading import load_recipe
 from terrace.recipe.schema import PARTS, Recipe
@@ -59,7 +60,7 @@ def test_parameters_equal_the_model_on_the_meta_device(path: Path, overrides: li
     counted = {part: sum(p.numel() for _, p in pairs) for part, pairs in part_parameters(model).items()}
     shape = model_shape(recipe)
     assert parameter_counts(shape) == counted
-    assert vision_block(shape) == sum(p.numel() for p in model.model.visual.blocks[0].parameters())
+    assert shape.vision.block_parameters == sum(p.numel() for p in model.model.visual.blocks[0].parameters())
     assert language_layer(shape) == sum(p.numel() for p in model.model.language_model.layers[0].parameters())
 
 
@@ -93,8 +94,10 @@ def pack(segments: Sequence[tuple[int, tuple[int, int] | None]]) -> PackedExampl
         targets=np.array(targets, np.int32),
         position_ids=np.tile(np.array(positions, np.int32), (4, 1)),
         segment_ends=np.array(ends, np.int32),
-        patches=np.zeros((patches, 588), np.uint8),
-        image_grids=np.array(grids, np.int32).reshape(-1, 3),
+        pixels=np.zeros((patches, 588), np.uint8),
+        image_tokens=np.array([h * w // 4 for _, h, w in grids], np.int32),
+        image_rows=np.array([h * w for _, h, w in grids], np.int32),
+        image_facts=np.array(grids, np.int32).reshape(-1, 3),
         sample_ids=[str(n) for n in range(len(segments))],
         sources=["s"] * len(segments),
         kinds=["caption"] * len(segments),
@@ -131,7 +134,8 @@ def test_flops_are_those_of_the_flop_counter(
     example = pack(segments)
     batch = to_device(example, "cpu", torch.float32)
     shape = model_shape(recipe)
-    load = exact_load(shape, [length for length, _ in segments], [grid for _, grid in segments if grid], example.supervised_tokens)
+    pictures = [grid for _, grid in segments if grid] or [(2, 2)]
+    load = exact_load(shape, [length for length, _ in segments], pictures, example.supervised_tokens)
     flops = training_flops(shape, load, trained)  # type: ignore[arg-type]
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         summed_loss(model, batch, 64).backward()
@@ -167,8 +171,8 @@ MID = [
 @pytest.mark.parametrize("trained", [("projector",), ("vision", "projector"), ("vision", "projector", "language")], ids="+".join)
 def test_activations_are_what_autograd_saves(trained: tuple[str, ...], checkpointing: str, precision: str) -> None:
     """ddp on CPU: everything saved for backward, without the weights themselves, within 10 %."""
+    from terrace.models.precision import DTYPES, compute_context
     from terrace.planner.memory import PackSize, matrices_in_backward, stage_memory
-    from terrace.train.precision import DTYPES, compute_context
     from terrace.train.setup import checkpoint_activations
 
     parts = {part: f"{{lr: 1e-3, activation_checkpointing: {checkpointing}}}" if part in trained else "null" for part in PARTS}
@@ -200,11 +204,29 @@ def test_activations_are_what_autograd_saves(trained: tuple[str, ...], checkpoin
     with compute_context(precision, "cpu"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         summed_loss(model, batch, 64)
     measured = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-    size = PackSize(512, len(example.patches) / 4, example.supervised_tokens)
+    size = PackSize(512, len(example.pixels) / 4, example.supervised_tokens)
     memory = stage_memory(shape, stage, 1, size, on_gpu=False)
     head = 4 * example.supervised_tokens * 256 + (4 * 4096 * 256 if "language" in trained else 0)  # its gradients, made forward
     copies = 2 * matrices_in_backward(shape, stage) if precision == "bf16" else 0
     if checkpointing == "true":  # blocks that are computed again save no copies of their matrices
-        copies -= 2 * sum(4 * block for part, block in (("vision", vision_block(shape)), ("language", language_layer(shape)))
+        copies -= 2 * sum(4 * block for part, block in (("vision", shape.vision.block_parameters), ("language", language_layer(shape)))
                           if part in trained) if copies else 0  # fmt: skip
     assert measured == pytest.approx(memory.vision_activations + memory.language_activations + head + copies, rel=0.1)
+
+
+HUB = {  # the flat layout of Qwen2.5-VL's published config.json: no `text_config`
+    "model_type": "qwen2_5_vl", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 1024, "rope_theta": 1000000.0, "tie_word_embeddings": False,
+    "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]}, "image_token_id": 5, "video_token_id": 6, "bos_token_id": 1,
+    "eos_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4,
+    "vision_config": {"depth": 2, "hidden_size": 128, "intermediate_size": 344, "num_heads": 4, "out_hidden_size": 256,
+                      "patch_size": 14, "spatial_merge_size": 2, "window_size": 112, "fullatt_block_indexes": [1],
+                      "tokens_per_second": 2, "temporal_patch_size": 2},
+}  # fmt: skip
+
+
+def test_a_published_configuration_without_parts_is_planned_as_it_is_built(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(HUB))
+    recipe = load_recipe(TINY, ["model.config=null", f"model.pretrained={tmp_path}", "tokenizer=/none"])
+    counted = {part: sum(p.numel() for _, p in pairs) for part, pairs in part_parameters(meta_model(config_of(recipe))).items()}
+    assert parameter_counts(model_shape(recipe)) == counted

@@ -13,7 +13,7 @@ for absent in ("ray", "deepspeed", "mlflow"):
     sys.modules[absent] = None  # importing it raises ImportError
 import tempfile
 from pathlib import Path
-import terrace.train.worker
+import terrace.curriculum.attempt_worker
 from packs import tiny_recipe
 from ranks import train_stages
 with tempfile.TemporaryDirectory() as folder:

@@ -18,12 +18,13 @@ from packs import tiny_model
 
 from terrace.errors import InputError
 from terrace.models.build import build_model, meta_model, model_config, parameter_counts
-from terrace.models.parts import canonical_name, has_weight_decay, last_layers, layer_number, part_of, part_parameters
+from terrace.models.families.registry import family_model_named
+from terrace.models.parts import has_weight_decay, last_layers, layer_number, part_parameters
 from terrace.models.weights import initial_weights
 from terrace.recipe.schema import Model, Recipe, Schedule
+from terrace.train.loss_scale import LossScale
 from terrace.train.metrics import MetricsLog
 from terrace.train.optimizer import parameter_groups, schedule_factor
-from terrace.train.precision import LossScale
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHAPE = tiny_model()["config"]
@@ -44,17 +45,20 @@ def _stage(**changes):
     }).stages[0]
 
 
-NAMES = [name for name, _ in meta_model(model_config(_model())).named_parameters()]
+SKELETON = meta_model(model_config(_model()))
+NAMES = [name for name, _ in SKELETON.named_parameters()]
+FAMILY = family_model_named("qwen2_5_vl")
+part_of, canonical_name = FAMILY.part_of, FAMILY.canonical_name
 
 
 def test_every_parameter_has_a_part_and_a_layer():
-    depths = last_layers(NAMES)
+    depths = last_layers(NAMES, FAMILY)
     assert depths == {"vision": 2, "projector": 0, "language": 3}
     assert {part_of(name) for name in NAMES} == {"vision", "projector", "language"}
-    assert layer_number("model.visual.patch_embed.proj.weight", depths) == 0
-    assert layer_number("model.visual.blocks.1.attn.qkv.weight", depths) == 2
-    assert layer_number("model.language_model.embed_tokens.weight", depths) == 0
-    assert layer_number("lm_head.weight", depths) == 3
+    assert layer_number("model.visual.patch_embed.proj.weight", depths, FAMILY) == 0
+    assert layer_number("model.visual.blocks.1.attn.qkv.weight", depths, FAMILY) == 2
+    assert layer_number("model.language_model.embed_tokens.weight", depths, FAMILY) == 0
+    assert layer_number("lm_head.weight", depths, FAMILY) == 3
     with pytest.raises(InputError, match="belongs to none"):
         part_of("something.else.weight")
 
@@ -73,7 +77,7 @@ def test_norms_and_biases_are_not_decayed(name, decayed):
 
 
 def test_groups_cover_trained_parts_once_with_their_rates():
-    groups = parameter_groups(NAMES, _stage())
+    groups = parameter_groups(SKELETON, _stage())
     covered = [name for group in groups for name in group.names]
     assert sorted(covered) == sorted(name for name in NAMES if part_of(name) != "projector")
     rates = {name: group for group in groups for name in group.names}

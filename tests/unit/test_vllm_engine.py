@@ -20,7 +20,7 @@ from terrace.errors import InputError
 from terrace.generation import vllm as adapter
 from terrace.generation.interface import Prompt, Sampling
 from terrace.recipe.schema import Stage
-from terrace.train.context import WorkerContext
+from terrace.worker.context import WorkerContext
 
 PAD, START, END, STOP = 90, 91, 92, 7
 CALLS: list[tuple[str, Any]] = []
@@ -83,7 +83,8 @@ def engine_of(monkeypatch, tmp_path):
 
     def engine(device: str = "cuda:0", alone: bool = False, local_rank: int = 0):
         context = WorkerContext(rank=local_rank, local_rank=local_rank, device=device)
-        return adapter.VllmEngine(stage, None, tokenizer, (PAD, START, END), (STOP,), tmp_path, context, alone)
+        config = SimpleNamespace(image_token_id=PAD)
+        return adapter.VllmEngine(stage, config, tokenizer, (PAD, START, END), (STOP,), tmp_path, context, alone)
 
     return engine
 
@@ -102,7 +103,7 @@ def prompt(number: int, ids: list[int], colours: tuple[int, ...] = ()) -> Prompt
         images.append(buffer.getvalue())
     nothing = np.zeros((0, 3), np.int32)
     array = np.asarray(ids, np.int32)
-    return Prompt(("prompts", number), str(number), "task", array, nothing, nothing, nothing, "", images=tuple(images))
+    return Prompt(array, nothing, nothing, nothing, nothing, nothing, ("prompts", number), str(number), "task", images=tuple(images))
 
 
 PROMPTS = [prompt(0, [1, START, PAD, PAD, PAD, END, START, PAD, END, 2], (10, 200)), prompt(1, [3, 4])]

@@ -19,11 +19,6 @@ class Fenced(TerraceError):
     """A newer attempt of the same stage was started: this one must stop and write nothing more."""
 
 
-def stage_directory(run_dir: Path, stage_index: int, stage: str) -> Path:
-    """`RUN/stages/<NN>-<name>`, NN from 01."""
-    return Path(run_dir) / "stages" / f"{stage_index + 1:02d}-{stage}"
-
-
 def write_atomic(path: Path, text: str) -> None:
     """Replace a small file so that a reader sees the old or the new content, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,6 @@ from typing import Any
 from terrace.cluster import attempt_files as files
 from terrace.cluster import attempt_outcome as outcomes
 from terrace.cluster.attempt import AttemptObservation, LaunchRequest
-from terrace.cluster.attempt_files import stage_directory
 from terrace.cluster.heartbeat import end_processes, live_processes
 from terrace.cluster.local_worker import run_worker
 from terrace.cluster.start_ray import ray_lives, start_ray
@@ -24,10 +23,11 @@ from terrace.errors import InputError
 from terrace.recipe.schema import Recipe
 from terrace.storage import mirror
 from terrace.storage.files import StorageError
+from terrace.storage.run_layout import stage_directory
 from terrace.track.follow import last_row
 
 LOGGER = logging.getLogger(__name__)
-StageFunction = Callable[..., Any]  # train.worker.run_stage(recipe, stage_index, run_dir, attempt, context)
+StageFunction = Callable[..., Any]  # curriculum.attempt_worker.run_in_worker(recipe, stage_index, run_dir, attempt, rank=..., ...)
 
 
 @dataclass

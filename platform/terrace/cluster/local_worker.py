@@ -19,11 +19,11 @@ from typing import Any
 
 from terrace.cluster import attempt_files as files
 from terrace.cluster import stop_notice
-from terrace.cluster.attempt_files import stage_directory
 from terrace.cluster.attempt_log import log_to
 from terrace.cluster.heartbeat import Heartbeat
 from terrace.errors import Preempted, TerraceError
 from terrace.storage import mirror
+from terrace.storage.run_layout import stage_directory
 
 LOGGER = logging.getLogger(__name__)
 

@@ -22,11 +22,11 @@ from typing import Any
 from terrace.cluster import attempt_files as files
 from terrace.cluster import attempt_outcome as outcomes
 from terrace.cluster.attempt import AttemptObservation, LaunchRequest
-from terrace.cluster.attempt_files import stage_directory
 from terrace.cluster.attempt_outcome import stage_result
 from terrace.cluster.heartbeat import end_processes, live_processes
 from terrace.errors import InputError, TerraceError
 from terrace.storage import mirror
+from terrace.storage.run_layout import stage_directory
 from terrace.track.follow import last_row
 
 LOGGER = logging.getLogger(__name__)

@@ -1,14 +1,30 @@
-"""One stage attempt, seen from a worker: the adapter between a launcher's plain facts and the trainer's context."""
+"""One stage attempt, seen from a worker: prepared data and a recipe become a feed and an objective, the loop trains, the
+suites are asked of what it exported, and the result is written last.
+
+A kill at any moment is followed by an attempt that does what is missing: the steps since the newest checkpoint, or the
+suites alone after the last step. The stage is complete when `result.json` is there.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from terrace.cluster.attempt_files import stage_directory, write_atomic
-from terrace.recipe.schema import Recipe
+from terrace.cluster.attempt_files import write_atomic
+from terrace.recipe.objectives import OBJECTIVES
+from terrace.recipe.schema import Recipe, Stage
+from terrace.storage.run_layout import stage_directory
+
+if TYPE_CHECKING:
+    from terrace.objectives.interface import StageFeed
+    from terrace.storage.run_storage import RunStorage
+    from terrace.train.finish import StageResult
+    from terrace.train.loop import Observer
+    from terrace.worker.context import WorkerContext
 
 
 def run_in_worker(
@@ -25,14 +41,9 @@ def run_in_worker(
     should_stop: Callable[[], str | None],
 ) -> None:
     """Run the stage in this worker. Raises Preempted after a checkpoint when `should_stop` gave a reason."""
-    from terrace.train.context import WorkerContext
+    from terrace.worker.context import WorkerContext
 
     context = WorkerContext(rank, world_size, local_rank, device, report, should_stop)
-    objective = recipe.stages[stage_index].objective
-    if objective == "lm":
-        from terrace.train.worker import run_stage
-    else:
-        from terrace.rl.worker import run_stage  # grpo and reward_model
     folder = stage_directory(run_dir, stage_index, recipe.stages[stage_index].name)
 
     def observe(event: str, values: dict[str, Any]) -> None:
@@ -42,3 +53,66 @@ def run_in_worker(
             write_atomic(folder / "plan.json", json.dumps({"total_steps": values["total_steps"]}))
 
     run_stage(recipe, stage_index, run_dir, attempt, context, (observe,))
+
+
+def run_stage(
+    recipe: Recipe, stage_index: int, run_dir: Path, attempt: int | None, context: WorkerContext,
+    observers: Sequence[Observer] = (),
+) -> StageResult:
+    """Train one stage of a run directory whose data is prepared (`<run-dir>/data`). Every rank calls it."""
+    from terrace.data.prepare import load_prepared
+    from terrace.storage.run_storage import run_storage
+    from terrace.train.start import start_weights_of
+
+    prepared, storage = load_prepared(run_dir / "data"), run_storage(run_dir)
+    folder = stage_directory(run_dir, stage_index, recipe.stages[stage_index].name)
+    folder.mkdir(parents=True, exist_ok=True)
+    start = start_weights_of(recipe, stage_index, run_dir, storage)
+    opened = importlib.import_module(OBJECTIVES[recipe.stages[stage_index].objective].feed)
+
+    def open_feed() -> StageFeed:
+        return opened.open_feed(recipe, stage_index, prepared, context)
+
+    return complete_stage(recipe, stage_index, open_feed, folder, start, context, observers, attempt, storage)
+
+
+def complete_stage(
+    recipe: Recipe, stage_index: int, open_feed: Callable[[], StageFeed], folder: Path, start: Path | None,
+    context: WorkerContext, observers: Sequence[Observer] = (), attempt: int | None = None,
+    storage: RunStorage | None = None,
+) -> StageResult:
+    """Train, ask the suites, write the result. Done already: return it, and open nothing."""
+    from terrace.train.finish import read_result, write_result
+    from terrace.train.loop import notifier, train_stage
+
+    if (done := read_result(folder)) is not None:
+        return done
+    stage = recipe.stages[stage_index]
+    check_suites(stage)
+    objective = importlib.import_module(OBJECTIVES[stage.objective].module)
+    result = train_stage(
+        recipe, stage_index, open_feed(), folder, start, context, objective.open_objective, observers, attempt, storage
+    )
+    # What the stage trained with is gone from memory by now: the suites ask the model that was written.
+    result = dataclasses.replace(result, suites=ask_suites(stage, folder, context))
+    write_result(folder, result, context)
+    notifier(observers, context)("finished", dataclasses.asdict(result))
+    return result
+
+
+def check_suites(stage: Stage) -> None:
+    """Raises InputError for a suite that cannot be asked, before the stage spends anything."""
+    if stage.evaluate.suites:
+        from terrace.evaluate.suites import parse_suite
+
+        for text in stage.evaluate.suites:
+            parse_suite(text)
+
+
+def ask_suites(stage: Stage, folder: Path, context: WorkerContext) -> dict[str, dict[str, float]]:
+    """Scores by suite of `folder/final`. All ranks call it, without holding on to what they trained with."""
+    if not stage.evaluate.suites:
+        return {}
+    from terrace.evaluate.stage import evaluate_final  # a stage without suites needs none of the judges' libraries
+
+    return evaluate_final(stage, folder, context)

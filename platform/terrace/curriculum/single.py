@@ -19,11 +19,11 @@ from pathlib import Path
 from terrace.cluster import attempt_files as files
 from terrace.cluster import stop_notice
 from terrace.cluster.attempt import AttemptObservation, LaunchRequest
-from terrace.cluster.attempt_files import stage_directory
 from terrace.curriculum.run import PreparesData, listen_for_signals, move_aside, prepare_run_data
 from terrace.errors import InputError, TerraceError
 from terrace.recipe.schema import Recipe
 from terrace.storage import mirror
+from terrace.storage.run_layout import stage_directory
 from terrace.track.follow import MetricsFollower
 from terrace.track.progress import Display
 
@@ -60,7 +60,7 @@ def run_single_attempt(
     if in_pod:
         stop_notice.begin()
     try:
-        with Display() as display, listen_for_signals(stopping), mirror.following(run_dir):
+        with Display() as display, listen_for_signals(stopping), mirror.following(run_dir, lost=lambda _: stopping.set()):
             (prepare or prepare_run_data)(recipe, run_dir, display)
             launcher.attach(run_dir)
             launcher.launch(LaunchRequest(index, stage, attempt, run_dir))

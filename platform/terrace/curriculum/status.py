@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from terrace.cluster.attempt_files import read_json, stage_directory
+from terrace.cluster.attempt_files import read_json
 from terrace.cluster.attempt_outcome import checkpoint_steps
 from terrace.curriculum.journal import lease_holder, read_journal
 from terrace.curriculum.run_directory import require_run
@@ -18,6 +18,7 @@ from terrace.curriculum.state import RunState, StageState, fold
 from terrace.curriculum.watch import planned_steps
 from terrace.recipe.schema import Recipe
 from terrace.storage.mirror import place_of, uri_of
+from terrace.storage.run_layout import stage_directory
 from terrace.track.follow import last_row
 from terrace.track.progress import duration
 

@@ -11,9 +11,10 @@ from terrace.recipe.schema import PARTS, Recipe
 
 def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     """Plain values for people and programs. Builds the model on the meta device: seconds, no weights."""
+    from terrace.data.family import family_of
     from terrace.models.build import parameter_counts
 
-    counts = parameter_counts(recipe)
+    counts, family = parameter_counts(recipe), family_of(recipe.model)
     stages = []
     for index, stage in enumerate(recipe.stages):
         trained = [part for part in PARTS if getattr(stage.train, part)]
@@ -26,7 +27,7 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
                 "starts_from": source_stage(recipe, index),
                 "sequence_length": stage.sequence_length,
                 "batch_packs": stage.batch.packs,
-                "max_visual_tokens_per_image": stage.pixels.max // 784,
+                "max_visual_tokens_per_image": family.largest_image_tokens(stage.pixels.max),
                 "precision": stage.precision,
                 "strategy": stage.parallel.strategy,
                 "workers": stage.resources.workers,

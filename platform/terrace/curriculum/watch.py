@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from terrace.cluster.attempt_files import read_json, stage_directory
+from terrace.cluster.attempt_files import read_json
 from terrace.cluster.attempt_outcome import newest_checkpoint_step
 from terrace.curriculum.state import RunState, StageState
 from terrace.recipe.schema import Recipe, Stage
+from terrace.storage.run_layout import stage_directory
 from terrace.track.follow import MetricsFollower
 from terrace.track.mlflow_store import Tracking, open_tracking
 from terrace.track.progress import Display

@@ -1,10 +1,11 @@
-"""Image bytes to uint8 patches: header, decode, resize, Qwen's merge order.
+"""Image bytes to resized pixels: header, decode, resize. How the pixels are cut is the family's.
 
 What is decoded: the file's own bytes decide the format, never its name. JPEG goes through simplejpeg (libjpeg-turbo), everything
 else and every JPEG that simplejpeg refuses through Pillow; together with torch's antialiased uint8 bicubic this is three times as fast
 as Pillow alone, at a PSNR of 75 between them. Transparent pixels are laid on white, palettes and CMYK
-become RGB, 16-bit samples keep their upper 8 bits, of an animation the first frame counts. EXIF orientation is *not* applied:
-boxes in training data are given in the stored pixels, and width and height must be the same from the header and from the decoder.
+become RGB, 16-bit samples are scaled by the depth that they have, of an animation the first frame counts. Pictures stand upright: EXIF
+orientation is applied, to width and height as to pixels, as browsers, transformers and vLLM do (`exif: ignore` of a source takes the tag
+out of the bytes before they come here).
 
 A bomb is refused from its header, before anything is decoded, and Pillow's own guard stands behind that check.
 """
@@ -13,46 +14,49 @@ from __future__ import annotations
 
 import io
 import warnings
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 import simplejpeg
 from PIL import Image
 
-from terrace.data.resize import MAX_ASPECT_RATIO
-from terrace.data.types import MERGE_SIZE, PATCH_SIZE, PATCH_VALUES
-from terrace.errors import DamagedData
+from terrace.data.image_files import (
+    JPEG_HEAD,
+    PNG_HEAD,
+    SIDEWAYS,
+    ImageDamage,
+    deep_to_8_bits,
+    float_to_8_bits,
+    is_deep_colour,
+    orientation,
+    significant_bits,
+    upright,
+)
+from terrace.families.interface import MAX_ASPECT_RATIO, Family, Picture, View
 
 # No EPS, PSD or similar: formats whose decoders run programs or are rarely fuzzed have no place in training data.
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif", "jfif")
 DEFAULT_MAX_IMAGE_PIXELS = 64_000_000
 DRAFT_RATIO = 2  # a JPEG is decoded at 1/2, 1/4 or 1/8 while that still leaves at least this many times the wanted sides
 
 
-class ImageDamage(DamagedData):
-    """An image that cannot be used; `reason` is a word to count by."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(detail)
-        self.reason = reason
-        self.detail = detail
-
-    def __reduce__(self):
-        return ImageDamage, (self.reason, self.detail)
-
-
 def image_size(data: bytes, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS) -> tuple[int, int]:
-    """(width, height) from the header alone, without decoding. Raises ImageDamage for no image, a bomb or a hair-thin image."""
-    if data[:3] == b"\xff\xd8\xff":
+    """(width, height) of the upright picture from the header alone, without decoding.
+
+    Raises ImageDamage for no image, a bomb or a hair-thin image.
+    """
+    if data[:3] == JPEG_HEAD:
         try:
             height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=False)
         except (ValueError, KeyError):  # simplejpeg looks up an unknown colour space
             width, height = _pillow_size(data, max_pixels)
-    elif data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR":
+    elif data[:8] == PNG_HEAD and data[12:16] == b"IHDR":
         width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
     else:
         width, height = _pillow_size(data, max_pixels)
+    if orientation(data) in SIDEWAYS and not _is_tiff(data):
+        width, height = height, width
     if width < 1 or height < 1:
         raise ImageDamage("not_an_image", f"the header says {width}x{height} pixels")
     if width * height > max_pixels:
@@ -63,37 +67,67 @@ def image_size(data: bytes, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS) -> tuple
 
 
 def decode_image(data: bytes, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS) -> np.ndarray:
-    """uint8 [H, W, 3] of any image file. Raises ImageDamage: not_an_image, truncated_image, image_too_large, image_aspect_ratio."""
+    """uint8 [H, W, 3] of any image file, upright. Raises ImageDamage for what is no image, cut, too large or hair-thin."""
     image_size(data, max_pixels)
-    if data[:3] == b"\xff\xd8\xff":
-        decoded = _decode_jpeg(data)
-        if decoded is not None:
-            return decoded
-    return _decode_with_pillow(data)
+    decoded = _decode_jpeg(data) if data[:3] == JPEG_HEAD else None
+    if decoded is None:
+        decoded = _decode_with_pillow(data)
+    return decoded if _is_tiff(data) else upright(decoded, orientation(data))
 
 
-def load_patches(
-    data: bytes, height: int, width: int, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS, out: np.ndarray | None = None
+def load_pixels(
+    data: bytes, family: Family, view: View, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """Decode and resize to height x width (multiples of 28): uint8 [P, 588] in merge order, written into `out` if that is given.
+    """Decode an image and cut it as the family does at this view: uint8 [view.rows, family.row_values], in `out` if given."""
+    return family.pixels(FilePicture(data, max_pixels), view, out)
 
-    Large JPEGs are decoded at a fraction of their size where at least twice the wanted sides remain: the same pixels on every
-    machine, at most a grey level off the full decode on average, and several times faster from about 1,000 pixels up.
+
+class ArrayPicture(Picture):
+    """A picture that is decoded already: uint8 [H, W, 3]."""
+
+    def __init__(self, image: np.ndarray):
+        self.image = image
+        self.height, self.width = image.shape[:2]
+
+    def planes(self, height: int, width: int) -> np.ndarray:
+        return _resized_planes(self.image, height, width)
+
+    def padded_square(self, colour: tuple[int, int, int]) -> Picture:
+        longest = max(self.height, self.width)
+        square = np.empty((longest, longest, 3), np.uint8)
+        square[...] = colour
+        top, left = (longest - self.height) // 2, (longest - self.width) // 2
+        square[top : top + self.height, left : left + self.width] = self.image
+        return ArrayPicture(square)
+
+
+class FilePicture(Picture):
+    """An image file, decoded when a size is asked for.
+
+    Large JPEGs are decoded at a fraction of their size where at least twice the wanted sides remain: the same pixels on
+    every machine, at most a grey level off the full decode on average, and several times faster from about 1,000
+    pixels up.
     """
-    original_width, original_height = image_size(data, max_pixels)
-    if data[:3] == b"\xff\xd8\xff" and min(original_height / height, original_width / width) >= 2 * DRAFT_RATIO:
-        decoded = _decode_jpeg(data, DRAFT_RATIO * height, DRAFT_RATIO * width)
-        if decoded is not None:
-            return resize_patches(decoded, height, width, out)
-    return resize_patches(decode_image(data, max_pixels), height, width, out)
 
+    def __init__(self, data: bytes, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS):
+        self._data, self._max_pixels = data, max_pixels
+        self.width, self.height = image_size(data, max_pixels)
 
-def resize_patches(image: np.ndarray, height: int, width: int, out: np.ndarray | None = None) -> np.ndarray:
-    """uint8 [H, W, 3] to the patches of its height x width resize: uint8 [P, 588], each patch channel-major (3, 14, 14).
+    @cached_property
+    def _whole(self) -> ArrayPicture:
+        return ArrayPicture(decode_image(self._data, self._max_pixels))
 
-    The order is that of the 2x2 merge: the four patches of one image token lie next to each other.
-    """
-    return _cut(_resized_planes(image, height, width), out)
+    def planes(self, height: int, width: int) -> np.ndarray:
+        if self._data[:3] == JPEG_HEAD and min(self.height / height, self.width / width) >= 2 * DRAFT_RATIO:
+            turned = orientation(self._data)
+            stored = (width, height) if turned in SIDEWAYS else (height, width)
+            decoded = _decode_jpeg(self._data, DRAFT_RATIO * stored[0], DRAFT_RATIO * stored[1])
+            if decoded is not None:
+                return _resized_planes(upright(decoded, turned), height, width)
+        return self._whole.planes(height, width)
+
+    def padded_square(self, colour: tuple[int, int, int]) -> Picture:
+        return self._whole.padded_square(colour)
 
 
 def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -102,10 +136,8 @@ def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _resized_planes(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [3, height, width], as the kernel leaves it: patches are channel-major too, and the way back to [H, W, 3] would cost as
-
-    much as the resize.
-    """
+    """uint8 [3, height, width], as the kernel leaves it: patches are channel-major too, and the way back to [H, W, 3] would
+    cost as much as the resize."""
     if image.shape[:2] == (height, width):
         return image.transpose(2, 0, 1)
     import torch  # here, so that reading headers and arithmetic never pay for it
@@ -113,29 +145,6 @@ def _resized_planes(image: np.ndarray, height: int, width: int) -> np.ndarray:
     writable = np.require(image, requirements=["C", "W"])  # Pillow's arrays are read-only, which torch warns about
     tensor = torch.from_numpy(writable).permute(2, 0, 1)[None]  # channels-last view, no copy
     return torch.nn.functional.interpolate(tensor, size=(height, width), mode="bicubic", antialias=True)[0].numpy()
-
-
-def patches_of(image: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] with sides that are multiples of 28, cut into patches: uint8 [H * W / 196, 588] in merge order."""
-    return _cut(image.transpose(2, 0, 1), None)
-
-
-def _cut(planes: np.ndarray, out: np.ndarray | None) -> np.ndarray:
-    """uint8 [3, H, W] to uint8 [P, 588] in merge order."""
-    side = PATCH_SIZE * MERGE_SIZE
-    rows, columns = planes.shape[1] // side, planes.shape[2] // side
-    if out is None:
-        out = np.empty((rows * columns * MERGE_SIZE**2, PATCH_VALUES), np.uint8)
-    blocks = planes.reshape(3, rows, MERGE_SIZE, PATCH_SIZE, columns, MERGE_SIZE, PATCH_SIZE).transpose(1, 4, 2, 5, 0, 3, 6)
-    out.reshape(rows, columns, MERGE_SIZE, MERGE_SIZE, 3, PATCH_SIZE, PATCH_SIZE)[...] = blocks
-    return out
-
-
-def image_of(patches: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The inverse of `patches_of`: uint8 [P, 588] back to uint8 [height, width, 3] (for looking at what the model sees)."""
-    side = PATCH_SIZE * MERGE_SIZE
-    blocks = patches.reshape(height // side, width // side, MERGE_SIZE, MERGE_SIZE, 3, PATCH_SIZE, PATCH_SIZE)
-    return np.ascontiguousarray(blocks.transpose(0, 2, 5, 1, 3, 6, 4)).reshape(height, width, 3)
 
 
 # ---------------------------------------------------------------- decoders
@@ -188,23 +197,25 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image.load()
-            return _to_rgb(image)
+            return _to_rgb(image, data)
+    except ImageDamage:
+        raise
     except Image.DecompressionBombError as error:
         raise ImageDamage("image_too_large", str(error)) from error
     except Exception as error:
         raise ImageDamage("truncated_image", f"the image cannot be decoded to its end ({error})") from error
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def _to_rgb(image: Image.Image, data: bytes) -> np.ndarray:
     """uint8 [H, W, 3] of any Pillow mode."""
     if image.mode.startswith("I;16") or image.mode == "I":
         values = np.asarray(image).astype(np.int64)
-        if image.mode != "I" or values.max(initial=0) > 255:
-            values = values >> 8  # 16-bit samples: keep the upper byte
-        return np.repeat(np.clip(values, 0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
+        declared = 16 if image.format == "PPM" else significant_bits(data)  # Pillow scales by a PGM's own greatest value
+        return np.repeat(deep_to_8_bits(values, declared)[:, :, None], 3, axis=2)
     if image.mode == "F":
-        values = np.clip(np.nan_to_num(np.asarray(image)), 0, 255).astype(np.uint8)
-        return np.repeat(values[:, :, None], 3, axis=2)
+        return np.repeat(float_to_8_bits(np.asarray(image))[:, :, None], 3, axis=2)
+    if (is_deep_colour(data) or _is_deep_tiff(image)) and _brightest(image) < 16:
+        raise ImageDamage("not_an_image", "a 16-bit colour picture that uses the lowest bits alone would be black; convert it to 8 bits")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
@@ -212,12 +223,17 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def looks_complete(data: bytes) -> bool:
-    """Whether the file has its end mark, without decoding: catches a cut file, not a flipped bit inside."""
-    if data[:3] == b"\xff\xd8\xff":
-        return data.rfind(b"\xff\xd9", max(0, len(data) - 65_536)) >= 0
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        return data.rfind(b"IEND", max(0, len(data) - 65_536)) >= 0
-    if data[8:12] == b"WEBP":
-        return len(data) >= int.from_bytes(data[4:8], "little") + 8
-    return True
+def _brightest(image: Image.Image) -> int:
+    """The greatest value of any colour channel."""
+    return max(high for _, high in image.convert("RGB").getextrema())
+
+
+def _is_deep_tiff(image: Image.Image) -> bool:
+    """Whether the picture is a colour TIFF of more than 8 bits a sample."""
+    bits = image.tag_v2.get(258, (8,)) if image.format == "TIFF" else (8,)  # type: ignore[attr-defined]
+    return image.mode in ("RGB", "RGBA") and max(bits if isinstance(bits, tuple) else (bits,)) > 8
+
+
+def _is_tiff(data: bytes) -> bool:
+    """Whether Pillow turns the picture itself while it opens it."""
+    return data[:4] in (b"II*\0", b"MM\0*")

@@ -12,24 +12,30 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from terrace.data.family import family_of
 from terrace.data.index.build import build_index
+from terrace.data.index.content import leaking_rows, repeated_rows
 from terrace.data.index.source_index import SourceIndex, load_index
 from terrace.data.parallel import Progress
+from terrace.data.sources.conventions import Rules
 from terrace.data.sources.ingest import IngestReport, ingest_source
 from terrace.data.sources.refusals import Refusal
-from terrace.data.sources.shards import sample_of_members, scan_shard
+from terrace.data.sources.shard_walk import scan_shard
+from terrace.data.sources.shards import sample_of_members
 from terrace.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from terrace.errors import InputError
+from terrace.families.interface import Family
+from terrace.families.registry import family_values, stored_family
 from terrace.recipe.schema import Recipe, Storage
 from terrace.storage.files import absolute, is_remote, join, list_files, read_file, write_file
 
 TOKENIZER_TEXT_CHARACTERS = 4_000_000  # per source, from its first shards: enough for the small vocabularies trained here
-PREPARED_VERSION = 1
+PREPARED_VERSION = 3
 
 
 @dataclass
@@ -39,6 +45,7 @@ class PreparedData:
     indexes: dict[str, SourceIndex]
     tokenizer_dir: Path
     root: Path
+    family: Family
 
     def tokenizer(self) -> TextTokenizer:
         return load_tokenizer(self.tokenizer_dir)
@@ -60,19 +67,21 @@ def prepare_data(
         except (InputError, FileNotFoundError):
             pass  # its shards or indexes were deleted: made again below
     out_dir = absolute(recipe.data.cache_dir) if recipe.data.cache_dir else str(root)
-    names = used_sources(recipe)
+    names, family = used_sources(recipe), family_of(recipe.model)
     reports = {name: ingest_source(name, recipe.data.sources[name], recipe.data, out_dir, progress, use_ray) for name in names}
     tokenizer = prepare_tokenizer(recipe, reports, out_dir, progress)
     entries = {}
     for name in names:
         source = recipe.data.sources[name]
-        folder = build_index(name, source, reports[name], tokenizer, recipe.data.max_image_pixels, recipe.data.storage, progress, use_ray)
+        storage, most = recipe.data.storage, recipe.data.max_image_pixels
+        folder = build_index(name, source, reports[name], tokenizer, family, most, storage, progress, use_ray)
         entries[name] = {
             "folder": _relative(folder, str(root)), "holdout_samples": source.holdout_samples, "max_samples": source.max_samples
         }  # fmt: skip
     manifest = {
         "version": PREPARED_VERSION, "mark": mark, "seed": recipe.data.seed, "sources": entries,
         "tokenizer_dir": _relative(str(tokenizer.directory), str(root)), "storage": recipe.data.storage.model_dump(),
+        "family": family_values(family), "deduplicate": recipe.data.deduplicate,
     }  # fmt: skip
     write_file(str(root / "prepared.json"), json.dumps(manifest, indent=1).encode())
     return load_prepared(root)
@@ -86,6 +95,7 @@ def load_prepared(root: str | Path) -> PreparedData:
         raise InputError(f"there is no prepared data in {root}; the run prepares it before its first stage")
     try:
         storage = Storage(**manifest["storage"])
+        family = stored_family(manifest["family"])
         tokenizer_dir = Path(_resolved(manifest["tokenizer_dir"], root))
         places = {
             name: (_resolved(entry["folder"], root), manifest["seed"], entry["holdout_samples"], entry["max_samples"])
@@ -94,7 +104,18 @@ def load_prepared(root: str | Path) -> PreparedData:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be understood ({error})"
         raise _broken(root, what) from error
-    return PreparedData({name: load_index(*place, storage) for name, place in places.items()}, tokenizer_dir, root)
+    indexes = {name: load_index(place[0], family, *place[1:], storage) for name, place in places.items()}
+    leave_out_repeats(indexes, manifest["deduplicate"] == "drop")
+    return PreparedData(indexes, tokenizer_dir, root, family)
+
+
+def leave_out_repeats(indexes: Mapping[str, SourceIndex], drop: bool) -> None:
+    """Nothing that any source holds out is trained through another row; with `drop`, nothing is trained through two."""
+    for name, rows in leaking_rows(indexes).items():
+        indexes[name].leave_out("held_out_elsewhere", rows)
+    if drop:
+        for name, rows in repeated_rows(indexes).items():
+            indexes[name].leave_out("duplicate", rows)
 
 
 def used_sources(recipe: Recipe) -> list[str]:
@@ -113,7 +134,10 @@ def data_mark(recipe: Recipe) -> str:
     """sha256 of what the prepared data depends on."""
     sources = {name: recipe.data.sources[name].model_dump(exclude={"on_damage"}) for name in used_sources(recipe)}
     data = recipe.data.model_dump(exclude={"sources"}) | {"sources": sources}
-    value = {"version": PREPARED_VERSION, "data": data, "tokenizer": recipe.tokenizer.model_dump()}
+    value = {
+        "version": PREPARED_VERSION, "data": data, "tokenizer": recipe.tokenizer.model_dump(),
+        "family": family_values(family_of(recipe.model)),
+    }  # fmt: skip
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
@@ -122,16 +146,20 @@ def data_mark(recipe: Recipe) -> str:
 
 def prepare_tokenizer(recipe: Recipe, reports: dict[str, IngestReport], out_dir: str, progress: Progress | None = None) -> TextTokenizer:
     """The recipe's tokenizer: a local folder as it is, one on S3 copied here, or one trained on the sources' texts."""
+    family = family_of(recipe.model)
     if recipe.tokenizer.path is not None:
-        if not is_remote(recipe.tokenizer.path):
-            return load_tokenizer(absolute(recipe.tokenizer.path))
-        return _made_once(_tokenizer_folder(out_dir, recipe.tokenizer.path), lambda folder: _download(recipe, folder))
+        if is_remote(recipe.tokenizer.path):
+            found = _made_once(_tokenizer_folder(out_dir, recipe.tokenizer.path), lambda folder: _download(recipe, folder))
+        else:
+            found = load_tokenizer(absolute(recipe.tokenizer.path))
+        found.marks(family)  # refused before anything is indexed with it
+        return found
     if recipe.tokenizer.train_vocabulary_size is None:
         raise InputError("tokenizer: give `path`, or `train_vocabulary_size` to train one on the recipe's own text")
     size = recipe.tokenizer.train_vocabulary_size
-    mark = json.dumps([size, [[name, report.fingerprint] for name, report in sorted(reports.items())]])
+    mark = json.dumps([size, family.name, [[name, report.fingerprint] for name, report in sorted(reports.items())]])
     texts = _texts(recipe, reports, progress)
-    return _made_once(_tokenizer_folder(out_dir, mark), lambda folder: train_tokenizer(texts, size, folder))
+    return _made_once(_tokenizer_folder(out_dir, mark), lambda folder: train_tokenizer(texts, size, folder, family))
 
 
 def _tokenizer_folder(out_dir: str, mark: str) -> Path:
@@ -181,11 +209,15 @@ def _texts(recipe: Recipe, reports: dict[str, IngestReport], progress: Progress 
 
 
 def _source_texts(recipe: Recipe, name: str, report: IngestReport) -> Iterator[str]:
+    source = recipe.data.sources[name]
+    rules = Rules.of(source)
     for shard in report.shards:
         try:
             for group in scan_shard(shard.uri, recipe.data.storage):
+                if group.refusal is not None:
+                    continue  # listed by the index
                 try:
-                    sample, _ = sample_of_members(group.key, group.data, group.key, recipe.data.sources[name].kind)
+                    sample, _ = sample_of_members(group.key, group.data, group.key, source.kind, rules)
                 except Refusal:
                     continue  # listed by the index
                 for message in sample.messages:

@@ -1,41 +1,46 @@
-"""Sample to tokens: conversations as Qwen2.5-VL writes them, running text, images, coordinates, and what is supervised.
+"""Sample to tokens: conversations as the family writes them, running text, images, coordinates, and what is supervised.
 
-The one place that knows how a sample reads. `measure_sample` says how many tokens it has at *any* resolution from two
-facts: an image of h x w resized pixels is h * w / 784 tokens, and a coordinate is one token per digit. The index stores
-that `Measure`, so a plan over billions of samples is arithmetic and a pack's length is known before an image is opened.
+The one place that turns a sample into token ids; what a turn looks like and how many tokens an image takes, the family
+says. `measure_sample` says how many tokens a sample has at *any* resolution from two facts: an image's placeholders are
+arithmetic on its size, and a coordinate is one token per digit. The index stores that `Measure`, so a plan over
+billions of samples is arithmetic and a pack's length is known before an image is opened.
 
-Text between two marks is encoded as one string, as Hugging Face tools do, so the ids equal the reference; only the
-assistant's header is cut off, because generation starts there.
+Text between two marks is encoded as one string, as Hugging Face tools do, so the ids equal the reference; where a family
+cuts it (before an answer, in ChatML), the two sides are encoded apart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from terrace.data.positions import TEMPORAL_PATCH_SIZE, TOKENS_PER_SECOND, Visual, rope_positions, temporal_seconds
-from terrace.data.resize import resized_coordinate, resized_coordinate_many, smart_resize
 from terrace.data.tokenizer import TextTokenizer
-from terrace.data.types import GRID_PIXELS, PATCH_SIZE, Sample
+from terrace.data.types import Sample
 from terrace.errors import InputError
+from terrace.families.interface import Bounds, Family, Piece, View, Visual
 
-DEFAULT_SYSTEM_PROMPT = "You are a helpful assistant."
 RUNNING_TEXT = "text"  # the role of a caption, a document or plain text
 Size = tuple[int, int]  # (width, height) of an original image
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sample as the model reads it at one resolution."""
+    """One sample as the model reads it at one resolution. I counts its images and videos, in token order."""
 
     input_ids: np.ndarray  # int32 [L]
     supervised: np.ndarray  # bool [L]: this token is a target
-    grids: np.ndarray  # int32 [I, 3]: (t, h, w) in patches, in token order
-    positions: np.ndarray  # int32 [4, L]
-    images: tuple[tuple[int, ...], ...]  # per grid the sample's image numbers: one for an image, the frames of a video
+    positions: np.ndarray  # int32 [P, L]
+    visuals: tuple[Visual, ...]  # I of them
+    views: tuple[View, ...]  # I: of a video, the view of its frames
+    images: tuple[tuple[int, ...], ...]  # I: the sample's image numbers: one for an image, the frames of a video
+
+    @property
+    def facts(self) -> np.ndarray:
+        """int32 [I, k], without columns where there is no image."""
+        return np.asarray([visual.facts for visual in self.visuals], np.int32)
 
 
 @dataclass(frozen=True)
@@ -45,157 +50,172 @@ class Measure:
     length = fixed_tokens + sum over visuals of their tokens + sum over coordinates of their digits.
     """
 
-    fixed_tokens: int  # tokens that no resolution changes: text, marks, vision_start and vision_end
+    fixed_tokens: int  # tokens that no resolution changes: text and marks
     supervised_tokens: int  # of them, targets
-    visuals: tuple[tuple[int, int, int], ...]  # (image number, frames: 0 for an image, fixed tokens before its pads)
+    # Of each visual: (image number, frames: 0 for an image, tokens before its placeholders, coordinates among them). Those tokens are
+    # text and marks, a coordinate counted as one; visuals before it and longer coordinates come on top.
+    visuals: tuple[tuple[int, int, int, int], ...]
     coordinates: tuple[tuple[int, int, float], ...]  # (image number, axis: 0 is x and 1 is y, pixels of the original)
     cuts: tuple[int, ...]  # running text: fixed tokens before each place where the text may be split well (line ends)
+    first_target: tuple[int, int, int] = (-1, 0, 0)  # tokens before the first target as for a visual, visuals and coordinates; -1: none
 
-    def length(self, sizes: Sequence[Size], pixels: tuple[int, int]) -> int:
+    def length(self, sizes: Sequence[Size], pixels: Bounds, family: Family) -> int:
         """Tokens of the sample when its images are resized within `pixels` = (min, max)."""
-        resized = [smart_resize(height, width, *pixels) for width, height in sizes]
+        views = [family.view(width, height, pixels) for width, height in sizes]
         tokens = self.fixed_tokens
-        for image, frames, _ in self.visuals:
-            height, width = resized[image]
-            tokens += temporal_patches(frames) * (height // GRID_PIXELS) * (width // GRID_PIXELS)
-        for image, axis, value in self.coordinates:
-            old, new = sizes[image][axis], resized[image][1 - axis]
-            tokens += len(str(resized_coordinate(value, old, new)))
+        for image, frames, _, _ in self.visuals:
+            tokens += int(family.frame_pairs(frames)) * views[image].tokens
+        if self.coordinates:
+            numbers = [family.coordinate(value, axis, sizes[image], views[image]) for image, axis, value in self.coordinates]
+            tokens += int(family.coordinate_tokens(np.asarray(numbers, np.int64)).sum())
         return tokens
 
 
-def temporal_patches(frames: int) -> int:
-    """Temporal patches of a video of `frames` frames (pairs; 1 for an image, whose `frames` is 0)."""
-    return max(1, -(-frames // TEMPORAL_PATCH_SIZE))
-
-
-# Pixels of the original image to whole pixels of the resized one: (values, old sides, new sides), elementwise; int64.
-scale_coordinates = resized_coordinate_many
-
-
-def count_digits(values: np.ndarray) -> np.ndarray:
-    """Decimal digits of non-negative whole numbers below a million. Elementwise; int64."""
-    values = np.asarray(values)
-    return 1 + sum((values >= 10**power).astype(np.int64) for power in range(1, 6))
-
-
 def encode_sample(
-    sample: Sample,
-    sizes: Sequence[Size],
-    tokenizer: TextTokenizer,
-    pixels: tuple[int, int],
-    supervise: str = "auto",
-    tokens_per_second: float = TOKENS_PER_SECOND,
+    sample: Sample, sizes: Sequence[Size], tokenizer: TextTokenizer, family: Family, pixels: Bounds, supervise: str = "auto"
 ) -> Encoded:
     """Encode a sample whose images measure `sizes`, resized within `pixels` = (min, max).
 
     `supervise`: `auto` (running text on its text, conversations on assistant turns), `all_text`, or `assistant`.
     Raises InputError, naming the sample, when text and images disagree.
     """
-    return _encode(sample, sizes, tokenizer, pixels, _pieces(sample, supervise), tokens_per_second)
+    return _encode(sample, sizes, tokenizer, family, pixels, _pieces(sample, supervise, family))
 
 
-def encode_prompt(
-    sample: Sample, sizes: Sequence[Size], tokenizer: TextTokenizer, pixels: tuple[int, int]
-) -> Encoded:
-    """The sample up to the assistant's last turn, ending in `<|im_start|>assistant` and a line end, ready to generate.
+def encode_prompt(sample: Sample, sizes: Sequence[Size], tokenizer: TextTokenizer, family: Family, pixels: Bounds) -> Encoded:
+    """The sample up to the assistant's last turn, ending in the header of an answer, ready to generate.
 
     Running text becomes its own beginning: everything up to and including the last image.
     """
-    return _encode(sample, sizes, tokenizer, pixels, _prompt_pieces(sample), TOKENS_PER_SECOND)
+    return _encode(sample, sizes, tokenizer, family, pixels, _prompt_pieces(sample, family))
 
 
-def measure_sample(sample: Sample, sizes: Sequence[Size], tokenizer: TextTokenizer) -> Measure:
+def encode_answer(text: str, tokenizer: TextTokenizer, family: Family) -> list[int]:
+    """Token ids of an answer behind `encode_prompt`, with its end mark."""
+    header = "".join(value for kind, value, _ in family.generation() if kind == "text") if family.answer_prefix else ""
+    prefixed = family.answer_prefix + text
+    ids = tokenizer.encode_behind(header, prefixed) if header else tokenizer.encode(prefixed)
+    return [*ids, tokenizer.marks(family)[family.end_of_turn]]
+
+
+def measure_sample(sample: Sample, sizes: Sequence[Size], tokenizer: TextTokenizer, family: Family) -> Measure:
     """The resolution-independent size of a sample. InputError, naming the sample, when it cannot be trained on."""
+    measure, text_to_learn = _measure(sample, sizes, tokenizer, family, _pieces(sample, "auto", family))
+    if not text_to_learn and sample.kind != "prompt":
+        raise InputError(f"sample {sample.id}: it has no text to learn from (empty answer or empty caption)")
+    return measure
+
+
+def measure_prompt(sample: Sample, sizes: Sequence[Size], tokenizer: TextTokenizer, family: Family) -> Measure:
+    """The size of `encode_prompt`'s tokens, for a sample without an answer."""
+    measure, _ = _measure(sample, sizes, tokenizer, family, _prompt_pieces(sample, family))
+    return replace(measure, supervised_tokens=0)
+
+
+def _measure(
+    sample: Sample, sizes: Sequence[Size], tokenizer: TextTokenizer, family: Family, pieces: Iterator[Piece]
+) -> tuple[Measure, bool]:
+    """The measure of the pieces, and whether any text among them is a target."""
     _check_references(sample, len(sizes))
     running_text = sample.messages[0]["role"] == RUNNING_TEXT
+    tokenizer.marks(family)
     ids = supervised_tokens = 0
     text_to_learn = False
-    visuals: list[tuple[int, int, int]] = []
+    visuals: list[tuple[int, int, int, int]] = []
+    first_target, coordinates_before = (-1, 0, 0), 0
     coordinates: list[tuple[int, int, float]] = []
     cuts: list[int] = []
 
-    def one_digit(image: int, axis: int, value: float) -> str:
+    def shortest(image: int, axis: int, value: float) -> str:
         coordinates.append((image, axis, float(value)))
-        return "0"
+        return family.coordinate_text(0)
 
-    for kind, value, supervised in _joined(_pieces(sample, "auto"), one_digit):
+    for kind, value, flags in _joined(_known_tokens(pieces, tokenizer, family), shortest):
+        before = coordinates_before  # `_joined` has rendered those of this piece already
+        coordinates_before = len(coordinates)
+        if first_target[0] < 0 and kind in ("mark", "token") and flags[0][2]:
+            first_target = (ids, len(visuals), before)
         if kind == "text":
             tokens, offsets = tokenizer.encode_with_offsets(value)
+            if first_target[0] < 0 and any(flag for _, _, flag in flags):
+                within = int(_token_flags(flags, offsets).argmax()) if len(flags) > 1 else 0
+                first_target = (ids + within, len(visuals), before)
             if running_text:
                 cuts += [ids + place + 1 for place, (_, end) in enumerate(offsets[:-1]) if value[end - 1] == "\n"]
             ids += len(tokens)
-            supervised_tokens += len(tokens) if supervised else 0
-            text_to_learn |= supervised and bool(value.strip())
-        elif kind == "mark":
+            if len(flags) > 1:
+                supervised_tokens += int(_token_flags(flags, offsets).sum())
+            elif flags[0][2]:
+                supervised_tokens += len(tokens)
+            text_to_learn |= any(flag and value[start:stop].strip() for start, stop, flag in flags)
+        elif kind in ("mark", "token"):
             ids += 1
-            supervised_tokens += 1 if supervised else 0
+            supervised_tokens += 1 if flags[0][2] else 0
         else:
             frames = 0 if kind == "image" else len(value["frames"])
-            visuals.append((value["frames"][0], frames, ids))
-            cuts.append(ids + 1)  # behind the vision_end that follows
+            visuals.append((value["frames"][0], frames, ids, len(coordinates)))
+            cuts.append(ids + len(family.after))  # behind the marks that follow
     if coordinates and not tokenizer.splits_digits:
         raise InputError(
             f"sample {sample.id}: it has boxes or points, and this tokenizer merges digits, so its length"
             " would depend on them; use a tokenizer that writes one token per digit"
         )
-    if not text_to_learn and sample.kind != "prompt":
-        raise InputError(f"sample {sample.id}: it has no text to learn from (empty answer or empty caption)")
     good_cuts = tuple(cut for cut in cuts if cut < ids) if running_text and not coordinates else ()
-    return Measure(ids - len(coordinates), supervised_tokens, tuple(visuals), tuple(coordinates), good_cuts)
+    fixed = ids - len(coordinates)
+    return Measure(fixed, supervised_tokens, tuple(visuals), tuple(coordinates), good_cuts, first_target), text_to_learn
 
 
 # ---------------------------------------------------------------- how a sample reads
 
-# A piece is (kind, value, supervised): text (str), mark (name of a special token), image or video ({"frames",
-# "timestamps"}), coordinates ({"image", "values"}), which become text once the resolution is known, or cut: the text
-# before it and after it are encoded separately.
-Piece = tuple[str, Any, bool]
 
-
-def _pieces(sample: Sample, supervise: str) -> Iterator[Piece]:
+def _pieces(sample: Sample, supervise: str, family: Family) -> Iterator[Piece]:
     messages = sample.messages
+    yield from (("mark", role, False) for role in family.beginning)
     if messages[0]["role"] == RUNNING_TEXT:
         if len(messages) != 1:
             raise InputError(f"sample {sample.id}: running text is one message, found {len(messages)} messages")
         supervised = supervise != "assistant"
-        yield from _content(sample, messages[0]["content"], supervised)
-        yield "mark", "endoftext", supervised
+        yield from _content(sample, messages[0]["content"], supervised, family)
+        yield "mark", family.end_of_text, supervised
         return
-    if messages[0]["role"] != "system":
-        yield from _turn(sample, "system", [{"type": "text", "text": DEFAULT_SYSTEM_PROMPT}], False)
+    try:
+        messages = list(family.plain_turns(messages))
+    except ValueError as error:
+        raise InputError(f"sample {sample.id}: {error}") from error
+    yield from family.opening(messages)
     for message in messages:
-        supervised = message["role"] == "assistant" or supervise == "all_text"
-        yield from _turn(sample, message["role"], message["content"], supervised)
+        supervised = message.get("train", message["role"] == "assistant" or supervise == "all_text")
+        yield from _turn(sample, message["role"], message["content"], supervised, family)
 
 
-def _turn(sample: Sample, role: str, content: list[dict[str, Any]], supervised: bool) -> Iterator[Piece]:
+def _turn(sample: Sample, role: str, content: list[dict[str, Any]], supervised: bool, family: Family) -> Iterator[Piece]:
     if role == RUNNING_TEXT:
         raise InputError(f"sample {sample.id}: a message of role `text` cannot stand in a conversation")
-    yield "mark", "im_start", False
-    yield "text", f"{role}\n", False
-    if role == "assistant":
-        yield "cut", None, False
-    yield from _content(sample, content, supervised)
-    yield "mark", "im_end", supervised
-    yield "text", "\n", False
+    try:
+        yield from family.turn(role, _content(sample, content, supervised, family), supervised)
+    except ValueError as error:
+        raise InputError(f"sample {sample.id}: {error}") from error
 
 
-def _content(sample: Sample, content: list[dict[str, Any]], supervised: bool) -> Iterator[Piece]:
+def _content(sample: Sample, content: list[dict[str, Any]], supervised: bool, family: Family) -> Iterator[Piece]:
     for item in content:
         kind = item.get("type")
         if kind == "text":
             yield "text", item["text"], supervised
         elif kind == "image":
-            yield "mark", "vision_start", False
+            yield from (("mark", role, False) for role in family.before)
             yield "image", {"frames": [item["image"]], "timestamps": None}, False
-            yield "mark", "vision_end", False
+            yield from (("mark", role, False) for role in family.after)
         elif kind == "video":
             if not item["frames"] or len(item["frames"]) != len(item["timestamps"]):
                 raise InputError(f"sample {sample.id}: a video needs frames, and one timestamp for each")
-            yield "mark", "vision_start", False
+            if not family.videos:
+                raise InputError(f"sample {sample.id}: {family.name} reads no videos here; give single frames as images")
+            yield from (("mark", role, False) for role in family.before)
             yield "video", {"frames": list(item["frames"]), "timestamps": list(item["timestamps"])}, False
-            yield "mark", "vision_end", False
+            yield from (("mark", role, False) for role in family.after)
+        elif kind == "token":
+            yield "token", item["token"], supervised
         elif kind in ("box", "point"):
             values, count = item[kind], 4 if kind == "box" else 2
             if len(values) != count:
@@ -205,78 +225,116 @@ def _content(sample: Sample, content: list[dict[str, Any]], supervised: bool) ->
             raise InputError(f"sample {sample.id}: unknown content item type {kind!r}")
 
 
-def _prompt_pieces(sample: Sample) -> Iterator[Piece]:
+def _prompt_pieces(sample: Sample, family: Family) -> Iterator[Piece]:
     if sample.messages[0]["role"] == RUNNING_TEXT:
-        pieces = list(_pieces(sample, "auto"))
-        last = max((place for place, piece in enumerate(pieces) if piece[1] == "vision_end"), default=-1)
-        yield from pieces[: last + 1]
+        pieces = list(_pieces(sample, "auto", family))
+        last = max((place for place, piece in enumerate(pieces) if piece[0] in ("image", "video")), default=-1)
+        yield from pieces[: last + 1 + len(family.after)] if last >= 0 else ()
         return
     messages = sample.messages[:-1] if sample.messages[-1]["role"] == "assistant" else sample.messages
-    yield from _pieces(Sample(sample.id, sample.kind, messages, sample.metadata), "auto")
-    yield "mark", "im_start", False
-    yield "text", "assistant\n", False
+    yield from _pieces(Sample(sample.id, sample.kind, messages, sample.metadata), "auto", family)
+    yield from family.generation()
 
 
-def _joined(pieces: Iterator[Piece], render: Any) -> Iterator[Piece]:
-    """Join neighbouring text of equal supervision, with coordinates rendered by `render(image, axis, value)`."""
-    text, text_supervised = "", False
+def _known_tokens(pieces: Iterator[Piece], tokenizer: TextTokenizer, family: Family) -> Iterator[Piece]:
+    """The pieces, with a `token` that this tokenizer does not have, or that is a mark of the family's own, as its letters."""
+    for kind, value, supervised in pieces:
+        is_text = kind == "token" and (value in family.marks.values() or tokenizer.token_id(value) is None)
+        yield ("text" if is_text else kind), value, supervised
+
+
+# Characters [start, stop) of a joined text that are, or are not, targets; one such run for a mark or an image.
+Flags = list[tuple[int, int, bool]]
+
+
+def _joined(
+    pieces: Iterator[Piece], render: Callable[[int, int, float], str]
+) -> Iterator[tuple[str, Any, Flags]]:
+    """Join the text between two marks or cuts, with coordinates rendered by `render(image, axis, value)`."""
+    text, flags = "", Flags()
     for kind, value, supervised in pieces:
         if kind == "coordinates":
             numbers = [render(value["image"], axis % 2, number) for axis, number in enumerate(value["values"])]
             kind, value = "text", f"[{', '.join(numbers)}]"
-        if kind == "text" and supervised == text_supervised:
+        if kind == "text":
+            if flags and flags[-1][2] == supervised:
+                flags[-1] = (flags[-1][0], len(text) + len(value), supervised)
+            elif value:
+                flags.append((len(text), len(text) + len(value), supervised))
             text += value
             continue
         if text:
-            yield "text", text, text_supervised
-        text, text_supervised = (value, supervised) if kind == "text" else ("", False)
-        if kind not in ("text", "cut"):
-            yield kind, value, supervised
+            yield "text", text, flags
+        text, flags = "", []
+        if kind != "cut":
+            yield kind, value, [(0, 1, supervised)]
     if text:
-        yield "text", text, text_supervised
+        yield "text", text, flags
+
+
+def _token_flags(flags: Flags, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+    """bool [T]: which tokens of a joined text are targets, each by the character that it begins with."""
+    starts = np.asarray([start for start, _, _ in flags])
+    runs = np.searchsorted(starts, [start for start, _ in offsets], side="right") - 1
+    return np.asarray([flag for _, _, flag in flags])[runs]
 
 
 def _encode(
-    sample: Sample,
-    sizes: Sequence[Size],
-    tokenizer: TextTokenizer,
-    pixels: tuple[int, int],
-    pieces: Iterator[Piece],
-    tokens_per_second: float,
+    sample: Sample, sizes: Sequence[Size], tokenizer: TextTokenizer, family: Family, pixels: Bounds, pieces: Iterator[Piece]
 ) -> Encoded:
     _check_references(sample, len(sizes))
-    resized = [smart_resize(height, width, *pixels) for width, height in sizes]
+    marks = tokenizer.marks(family)
+    all_views = [family.view(width, height, pixels) for width, height in sizes]
 
-    def in_resized_pixels(image: int, axis: int, value: float) -> str:
-        return str(resized_coordinate(value, sizes[image][axis], resized[image][1 - axis]))
+    def at_this_resolution(image: int, axis: int, value: float) -> str:
+        return family.coordinate_text(family.coordinate(value, axis, sizes[image], all_views[image]))
 
     ids: list[int] = []
-    supervised_runs: list[tuple[int, bool]] = []
+    supervised: list[np.ndarray] = []
     visuals: list[Visual] = []
+    views: list[View] = []
     images: list[tuple[int, ...]] = []
-    for kind, value, supervised in _joined(pieces, in_resized_pixels):
+    for kind, value, flags in _joined(_known_tokens(pieces, tokenizer, family), at_this_resolution):
+        if kind == "text" and len(flags) > 1:
+            tokens, offsets = tokenizer.encode_with_offsets(value)
+            ids += tokens
+            supervised.append(_token_flags(flags, offsets))
+            continue
         before = len(ids)
         if kind == "text":
             ids += tokenizer.encode(value)
         elif kind == "mark":
-            ids.append(getattr(tokenizer.special, value))
+            ids.append(marks[value])
+        elif kind == "token":
+            ids.append(tokenizer.token_id(value))
         else:
-            frames, stamps = value["frames"], value["timestamps"]
-            height, width = resized[frames[0]]
-            grid = (1 if stamps is None else temporal_patches(len(frames)), height // PATCH_SIZE, width // PATCH_SIZE)
-            visual = Visual(len(ids), grid, None if stamps is None else temporal_seconds(stamps))
-            ids += [tokenizer.special.image_pad if stamps is None else tokenizer.special.video_pad] * visual.tokens
+            visual, view = _visual(len(ids), value, all_views, family)
+            ids += [marks[kind]] * visual.tokens
             visuals.append(visual)
-            images.append(tuple(frames))
-        supervised_runs.append((len(ids) - before, supervised))
-    counts, flags = zip(*supervised_runs)
+            views.append(view)
+            images.append(tuple(value["frames"]))
+        supervised.append(np.full(len(ids) - before, flags[0][2]))
+    if not ids:
+        raise InputError(f"sample {sample.id}: there is nothing to read in it")
     return Encoded(
         input_ids=np.asarray(ids, dtype=np.int32),
-        supervised=np.repeat(np.asarray(flags, dtype=bool), counts),
-        grids=np.asarray([visual.grid for visual in visuals], dtype=np.int32).reshape(-1, 3),
-        positions=rope_positions(len(ids), visuals, tokens_per_second),
+        supervised=np.concatenate(supervised),
+        positions=family.positions(len(ids), visuals),
+        visuals=tuple(visuals),
+        views=tuple(views),
         images=tuple(images),
     )
+
+
+def _visual(start: int, value: dict[str, Any], views: Sequence[View], family: Family) -> tuple[Visual, View]:
+    """The placeholders of an image, or of a video at the resolution of its first frame."""
+    frames, stamps = value["frames"], value["timestamps"]
+    view = views[frames[0]]
+    if stamps is None:
+        return Visual(start, view.tokens, view.facts), view
+    pairs = int(family.frame_pairs(len(frames)))
+    seconds = tuple(float(second) - float(stamps[0]) for second in stamps[:: -(-len(stamps) // pairs)])
+    return Visual(start, pairs * view.tokens, family.video_facts(view, len(frames)), seconds), view
 
 
 def _check_references(sample: Sample, image_count: int) -> None:

@@ -1,19 +1,15 @@
 """The plain values that travel between the layers: sample, pack specification, packed example. Imports numpy only.
 
-Shape letters: L tokens of a pack, S segments (samples) of a pack, I images of a pack, P 14x14 patches of a pack.
+Shape letters: L tokens of a pack, S segments (samples) of a pack, I images of a pack, R rows of pixels of a pack.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-
-PATCH_SIZE = 14
-MERGE_SIZE = 2
-GRID_PIXELS = PATCH_SIZE * MERGE_SIZE  # sides of a resized image are multiples of this
-PATCH_VALUES = 3 * PATCH_SIZE * PATCH_SIZE  # uint8 values of one patch, channel-major (3, 14, 14)
 
 
 @dataclass(frozen=True)
@@ -54,8 +50,8 @@ class PackSpec:
     pack: int  # position in the stage's sequence of packs; packs [step * batch, (step + 1) * batch) form a step
     samples: tuple[SampleRef, ...]  # empty for the padding packs that complete the last step of a `samples` or `epochs` budget
     lengths: tuple[int, ...]  # tokens of each sample, known from the index
-    visual_tokens: tuple[int, ...]  # of which image tokens, after the 2x2 merge
-    patches: int  # 14x14 patches over all images
+    visual_tokens: tuple[int, ...]  # of which placeholders of images and videos
+    pixel_rows: int  # over all images, in the family's form; the two frames of a video's patch count once
     window: int  # packing window this pack came from
     pixels_max: tuple[int, ...] = ()  # per sample, when `too_long: reduce_resolution` lowered it below the stage's limit
     spans: tuple[tuple[int, int] | None, ...] = ()  # per sample, the token range kept (`split`, `truncate_text`)
@@ -71,15 +67,16 @@ class PackedExample:
     pack: int
     input_ids: np.ndarray  # int32 [L]
     targets: np.ndarray  # int32 [L]: the token to predict at each place (already shifted within its segment), -100 where none
-    position_ids: np.ndarray  # int32 [4, L]: row 0 text positions restarting per segment, rows 1-3 M-RoPE t, h, w
+    position_ids: np.ndarray  # int32 [P, L], as many rows as the family has; row 0 counts tokens and restarts per segment
     segment_ends: np.ndarray  # int32 [S]: exclusive end of each segment; the segments cover [0, L)
-    patches: np.ndarray  # uint8 [P, 3 * 14 * 14] channel-major, in Qwen's merge order, no temporal duplication
-    image_grids: np.ndarray  # int32 [I, 3]: (t, h, w) in patches, one row per image in token order
+    pixels: np.ndarray  # uint8 [R, values of a row]: patches or tiles, as the family cuts them
+    image_facts: np.ndarray  # int32 [I, k]: what the device must know of each image, in token order
+    image_tokens: np.ndarray  # int32 [I]: placeholders of each image
+    image_rows: np.ndarray  # int32 [I]: its rows of `pixels`
     sample_ids: list[str]
     sources: list[str]  # source name of each segment
     kinds: list[str]  # sample kind of each segment
     sequence_length: int  # the stage's length, for the fill
-    video_grids: tuple[int, ...] = ()  # rows of `image_grids` that are videos: two rows of `patches` per patch, one per frame
     damaged: tuple[str, ...] = ()  # samples that could not be read, of sources with `on_damage: skip`, as "source/id"
     replaced: int = 0  # of them, those in whose place another sample stands; the others left a gap
 
@@ -88,5 +85,55 @@ class PackedExample:
         return int(self.input_ids.shape[0])
 
     @property
+    def visual_tokens(self) -> int:
+        return int(self.image_tokens.sum())
+
+    @property
     def supervised_tokens(self) -> int:
         return int((self.targets >= 0).sum())
+
+
+@dataclass(frozen=True)
+class PromptInputs:
+    """Numpy on the host: L tokens, I images, R rows of pixels."""
+
+    input_ids: np.ndarray  # int32 [L]
+    positions: np.ndarray  # int32 [P, L]
+    pixels: np.ndarray  # uint8 [R, values of a row]
+    image_facts: np.ndarray  # int32 [I, k]
+    image_tokens: np.ndarray  # int32 [I]
+    image_rows: np.ndarray  # int32 [I]
+
+    @property
+    def next_positions(self) -> np.ndarray:
+        """int64 [P]: the positions of the first token of an answer; each further one is 1 more."""
+        return next_positions(self.positions)
+
+
+def no_pixels(row_values: int, fact_count: int) -> dict[str, np.ndarray]:
+    """The image fields of a `PackedExample` without images."""
+    return {
+        "pixels": np.zeros((0, row_values), np.uint8), "image_facts": np.zeros((0, fact_count), np.int32),
+        "image_tokens": np.zeros(0, np.int32), "image_rows": np.zeros(0, np.int32),
+    }  # fmt: skip
+
+
+def joined_pixels(parts: Sequence[Any]) -> dict[str, np.ndarray]:
+    """The image fields of a `PackedExample` from those of several, in order: prompts, segments (at least one)."""
+    return {
+        name: np.ascontiguousarray(np.concatenate([getattr(part, name) for part in parts]), np.uint8 if name == "pixels" else np.int32)
+        for name in ("pixels", "image_facts", "image_tokens", "image_rows")
+    }  # fmt: skip
+
+
+def next_positions(positions: np.ndarray) -> np.ndarray:
+    """int64 [P]: where a text goes on behind tokens with these positions [P, L]: row 0 counts tokens, the others go on
+    behind the furthest of them all."""
+    following = np.full(len(positions), int(positions[1:].max(initial=-1)) + 1, np.int64)
+    following[0] = int(positions[0, -1]) + 1
+    return following
+
+
+def following_positions(positions: np.ndarray, count: int) -> np.ndarray:
+    """int64 [P, count]: positions of `count` tokens behind these."""
+    return next_positions(positions)[:, None] + np.arange(count)

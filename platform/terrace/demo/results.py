@@ -15,7 +15,6 @@ from PIL import Image
 
 from terrace.data.images import decode_image, image_size
 from terrace.data.prepare import load_prepared
-from terrace.data.resize import smart_resize
 from terrace.data.stream.read import read_sample
 from terrace.evaluate.answers import Question, is_right, numbers_in_brackets, questions_of
 from terrace.evaluate.generate import Speaker, answer, load_speaker
@@ -168,7 +167,7 @@ def _questions(kind: str, indexes: list[Any], speaker: Speaker, limit: int) -> l
     for index, row in _spread(rows, limit):
         sample, files = read_sample(index, row)
         sizes = [image_size(data) for data in files]
-        questions = questions_of(sample, sizes, speaker.pixels)
+        questions = questions_of(sample, sizes, speaker.sight)
         per_sample.append([(kind, q, [files[k] for k in q.images]) for q in questions if len(q.images) <= 4])
     turns = [turn for place in range(8) for turn in (found[place] for found in per_sample if len(found) > place)]
     return turns[:limit]
@@ -188,7 +187,7 @@ def _ask(kind: str, question: Question, files: list[bytes], speaker: Speaker, ju
         right = is_right(said, question, 1.0, whole) if judged else None
         return Shown(kind, None, question.text, said, question.expected, right, None, None)
     width, height = image_size(files[question.image])
-    new_height, new_width = smart_resize(height, width, *speaker.pixels)
+    new_width, new_height = speaker.sight.scale((width, height))
     diagonal = (new_width**2 + new_height**2) ** 0.5
     found = numbers_in_brackets(said, len(question.box)) if question.box else None
     return Shown(

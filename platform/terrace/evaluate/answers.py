@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from terrace.data.resize import resized_coordinate, smart_resize
 from terrace.data.types import Sample
+from terrace.families.interface import Sight
 
 RIGHT_IOU = 0.5  # a box counts as right from this overlap on (the usual threshold of RefCOCO)
 RIGHT_POINT_SHARE = 0.08  # a point counts as right within this share of the image's diagonal
@@ -79,7 +79,7 @@ def _words(text: str) -> list[str]:
 # ---------------------------------------------------------------- questions of a sample
 
 
-def questions_of(sample: Sample, sizes: Sequence[tuple[int, int]], pixels: tuple[int, int]) -> list[Question]:
+def questions_of(sample: Sample, sizes: Sequence[tuple[int, int]], sight: Sight) -> list[Question]:
     """Every (user, assistant) turn of a conversation as a question of its own, with all images of the turns so far.
 
     A caption or document is one question without words, whose answer is the paragraph after its last image. `sizes` are
@@ -89,7 +89,7 @@ def questions_of(sample: Sample, sizes: Sequence[tuple[int, int]], pixels: tuple
         content = sample.messages[0]["content"]
         last = max((place for place, item in enumerate(content) if item["type"] == "image"), default=-1)
         beginning = [{"role": "text", "content": content[: last + 1]}]
-        expected, _, _ = _read(content[last + 1 :], sizes, pixels)
+        expected, _, _ = _read(content[last + 1 :], sizes, sight)
         expected = expected.strip().split("\n\n")[0]
         if not expected.strip():
             return []
@@ -111,15 +111,15 @@ def questions_of(sample: Sample, sizes: Sequence[tuple[int, int]], pixels: tuple
         shown = [{"type": "image", "image": place} for place in range(len(numbers))]
         asked = [{**item, "image": numbers.index(item["image"])} if "image" in item else item for item in words]
         prompt = Sample(sample.id, "prompt", [*system, {"role": "user", "content": [*shown, *asked]}], sample.metadata)
-        text, _, _ = _read(words, sizes, pixels)
-        expected, box, image = _read(following["content"], sizes, pixels)
+        text, _, _ = _read(words, sizes, sight)
+        expected, box, image = _read(following["content"], sizes, sight)
         box_image = numbers.index(image) if box is not None and image in numbers else 0
         found.append(Question(prompt, numbers, text.strip(), expected.strip(), box, box_image))
     return found
 
 
 def _read(
-    content: list[dict[str, Any]], sizes: Sequence[tuple[int, int]], pixels: tuple[int, int]
+    content: list[dict[str, Any]], sizes: Sequence[tuple[int, int]], sight: Sight
 ) -> tuple[str, tuple[int, ...] | None, int]:
     """(text, the only box or point if there is exactly one, its image) of content items, as the model would write them."""
     parts, boxes, image = [], [], 0
@@ -128,12 +128,7 @@ def _read(
             parts.append(item["text"])
         elif item["type"] in ("box", "point"):
             image = item["image"]
-            width, height = sizes[image]
-            new_height, new_width = smart_resize(height, width, *pixels)
-            values = tuple(
-                resized_coordinate(value, (width, height)[axis % 2], (new_width, new_height)[axis % 2])
-                for axis, value in enumerate(item[item["type"]])
-            )
+            values = sight.coordinates(item[item["type"]], sizes[image])
             boxes.append(values)
-            parts.append(f"[{', '.join(map(str, values))}]")
+            parts.append(f"[{', '.join(map(sight.family.coordinate_text, values))}]")
     return "".join(parts), boxes[0] if len(boxes) == 1 else None, image

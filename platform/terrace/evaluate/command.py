@@ -74,7 +74,8 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
         raise InputError(
             "name a model directory and at least one suite, for example: terrace evaluate MODEL mmbench:FILE.tsv"
         )
-    from terrace.evaluate.run import Settings, evaluate_model, read_results
+    from terrace.evaluate.replies import Settings
+    from terrace.evaluate.run import evaluate_model, read_results
 
     settings = Settings(
         arguments.limit, arguments.images_root, arguments.max_new_tokens, arguments.batch_size, arguments.workers,

@@ -14,29 +14,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AutoConfig
 
-from terrace.data.images import load_patches
-from terrace.data.template import encode_prompt
+from terrace.data.family import directory_family
+from terrace.data.prompt import read_prompt
 from terrace.data.tokenizer import TextTokenizer, load_tokenizer
-from terrace.data.types import PATCH_SIZE, PATCH_VALUES, PackedExample
+from terrace.data.types import PackedExample
 from terrace.errors import InputError, TerraceError
 from terrace.evaluate.cases import Case
-from terrace.evaluate.model_files import model_pixels_of
-from terrace.evaluate.run import Reply, Settings
-from terrace.generation.engines import forbidden_tokens, stop_tokens
+from terrace.evaluate.model_files import model_sight
+from terrace.evaluate.replies import Reply, Settings
+from terrace.families.interface import Sight
 from terrace.generation.interface import Prompt, Sampling
 from terrace.generation.native import NativeEngine
+from terrace.generation.tokens import forbidden_tokens, stop_tokens
 from terrace.models.attention import choose_backend
 from terrace.models.batch import to_device
 from terrace.models.build import materialise, meta_model
 from terrace.models.forward import pack_hidden
+from terrace.models.precision import DTYPES, compute_context
 from terrace.models.shared_prompt import use_shared_prompt_attention
 from terrace.models.weights import initial_weights
 from terrace.recipe.schema import Model as ModelSection
-from terrace.train.precision import DTYPES, compute_context
 
 READ_THREADS = 4
 LOSS_CHUNK_TOKENS = 1024
@@ -49,7 +49,7 @@ class Model:
     directory: Path
     network: Any  # the transformers class
     tokenizer: TextTokenizer
-    pixels: tuple[int, int]
+    sight: Sight
     engine: NativeEngine
     device: str
     precision: str
@@ -57,7 +57,7 @@ class Model:
     def reply(self, cases: Sequence[Case], max_new_tokens: int) -> list[Reply]:
         """Greedy answers of one batch, in order."""
         with ThreadPoolExecutor(READ_THREADS) as pool:
-            prompts = list(pool.map(lambda case: make_prompt(case, self.tokenizer, self.pixels), cases))
+            prompts = list(pool.map(lambda case: make_prompt(case, self.tokenizer, self.sight), cases))
         groups = self.engine.generate(prompts, Sampling(samples=1, max_tokens=max_new_tokens, temperature=0.0))
         replies = []
         for [response] in groups:
@@ -93,10 +93,10 @@ def load_model(
     """Load onto `device` (default: a GPU where there is one) in `precision` (default: bf16 on a GPU, else fp32)."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     precision = precision or ("bf16" if device.startswith("cuda") else "fp32")
-    pixels = pixels or model_pixels_of(directory)
+    sight = Sight(directory_family(directory), pixels) if pixels else model_sight(directory)
     tokenizer = load_tokenizer(directory)
     config = AutoConfig.from_pretrained(directory)
-    if config.image_token_id != tokenizer.special.image_pad:
+    if config.image_token_id != tokenizer.marks(sight.family)["image"]:
         raise InputError(f"{directory}: config.json and tokenizer.json disagree on the image token")
     section = ModelSection(architecture=config.model_type, pretrained=str(directory))
     skeleton = meta_model(config)
@@ -106,26 +106,15 @@ def load_model(
     use_shared_prompt_attention(network, backend)
     network.eval()
     engine = NativeEngine(
-        network, forbidden_tokens(tokenizer, config), stop_tokens(tokenizer), device, precision, max_rows=batch_size
+        network, forbidden_tokens(tokenizer, config), stop_tokens(tokenizer, config), device, precision, max_rows=batch_size
     )
-    return Model(directory, network, tokenizer, pixels, engine, device, precision)
+    return Model(directory, network, tokenizer, sight, engine, device, precision)
 
 
-def make_prompt(case: Case, tokenizer: TextTokenizer, pixels: tuple[int, int]) -> Prompt:
-    """A case as the model reads it, through the template and the patches of training."""
+def make_prompt(case: Case, tokenizer: TextTokenizer, sight: Sight) -> Prompt:
+    """A case as the model reads it, through the template and the pixels of training."""
     try:
-        encoded = encode_prompt(case.prompt, case.sizes, tokenizer, pixels)
-        if any(len(numbers) != 1 for numbers in encoded.images):
-            raise InputError("videos are not asked about here")
-        images = case.read_images()
-        patches = [
-            load_patches(images[numbers[0]], rows * PATCH_SIZE, columns * PATCH_SIZE)
-            for numbers, (_, rows, columns) in zip(encoded.images, encoded.grids.tolist())
-        ]
+        read = read_prompt(case.prompt, case.read_images(), case.sizes, tokenizer, sight.family, sight.pixels)
     except TerraceError as error:
         raise InputError(f"case {case.id}: {error}") from error
-    return Prompt(
-        key=(case.id, case.rotation), id=case.id, task="", input_ids=encoded.input_ids, positions=encoded.positions,
-        patches=np.concatenate(patches) if patches else np.zeros((0, PATCH_VALUES), np.uint8), grids=encoded.grids,
-        text=case.text,
-    )  # fmt: skip
+    return Prompt(**vars(read.inputs), key=(case.id, case.rotation), id=case.id, text=case.text)

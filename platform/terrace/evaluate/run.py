@@ -13,43 +13,21 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from terrace.errors import InputError, TerraceError
 from terrace.evaluate.cases import Case
+from terrace.evaluate.replies import Reply, Settings
 from terrace.evaluate.suites import Reading, Row, Suite, load_suites
+from terrace.families.interface import Sight
 
 SCORES_VERSION = 1
 Progress = Callable[[str, int, int], None]  # (suite, cases done, cases of this worker)
 
 
-@dataclass(frozen=True)
-class Reply:
-    """What a model says to one case; or, of a loss suite, what was measured."""
-
-    text: str
-    tokens: int = 0
-    finished: bool = True
-    measured: dict[str, float] = field(default_factory=dict)
-
-
 Answerer = Callable[[Suite, Sequence[Case]], list[Reply]]  # one batch
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to run. Nothing here changes a suite's fingerprint except what `Reading` takes."""
-
-    limit: int | None = None
-    images_root: Path | None = None
-    max_new_tokens: int | None = None
-    batch_size: int = 16
-    workers: int = 1
-    device: str | None = None
-    precision: str | None = None
-    pixels: tuple[int, int] | None = None  # (min, max) of a resized image, instead of the model's own
 
 
 # ---------------------------------------------------------------- replies, in parts and together
@@ -96,12 +74,12 @@ def merge_replies(suite: Suite, parts: Sequence[Mapping[int, Reply]]) -> list[Re
     return [together[place] for place in range(len(suite.cases))]
 
 
-def judged_rows(suite: Suite, replies: Sequence[Reply], pixels: tuple[int, int]) -> list[Row]:
+def judged_rows(suite: Suite, replies: Sequence[Reply], sight: Sight) -> list[Row]:
     """Every case with its answer and verdict."""
     if suite.kind.judge is None:
         verdicts = [(reply.measured, "", None) for reply in replies]
     else:
-        judged = suite.kind.judge(suite.cases, [reply.text for reply in replies], pixels)
+        judged = suite.kind.judge(suite.cases, [reply.text for reply in replies], sight)
         verdicts = [(verdict.values, verdict.read, verdict.failure) for verdict in judged]
     return [
         Row(
@@ -143,52 +121,54 @@ def _scores(suite: Suite, rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 
 
 def evaluate_model(
-    model: Path, suites: Sequence[str], out_dir: Path, settings: Settings = Settings(), progress: Progress | None = None
+    model: Path, suites: Sequence[str], out_dir: Path, settings: Settings | None = None, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Score a model directory on suites (`kind:path`), write `out_dir` and return what scores.json holds.
 
     Raises InputError for a directory that is no model, and for a suite that cannot be read, before any weight is loaded.
     """
+    settings = settings or Settings()
     started = time.monotonic()
-    loaded, pixels = open_suites(model, suites, settings)
+    loaded, sight = open_suites(model, suites, settings)
     if settings.workers == 1:
         parts = [worker_replies(model, suites, settings, 0, progress, loaded)]
     else:
         parts = _in_processes(model, suites, settings)
-    return judge_and_write(model, loaded, parts, pixels, out_dir, started)
+    return judge_and_write(model, loaded, parts, sight, out_dir, started)
 
 
 def judge_and_write(
     model: Path,
     suites: Sequence[Suite],
     parts: Sequence[Mapping[str, Mapping[int, Reply]]],
-    pixels: tuple[int, int],
+    sight: Sight,
     out_dir: Path,
     started: float,
 ) -> dict[str, Any]:
     """Scores from the replies of all workers, written to `out_dir` with every answer. `started`: time.monotonic() seconds."""
     rows = {
-        suite.label: judged_rows(suite, merge_replies(suite, [part[suite.label] for part in parts]), pixels) for suite in suites
+        suite.label: judged_rows(suite, merge_replies(suite, [part[suite.label] for part in parts]), sight) for suite in suites
     }
     scores = {
         "version": SCORES_VERSION,
         "model": str(model),
-        "pixels": list(pixels),
+        "pixels": list(sight.pixels),
         "seconds": round(time.monotonic() - started, 3),
-        "suites": {suite.label: suite_scores(suite, rows[suite.label], pixels) for suite in suites},
+        "suites": {suite.label: suite_scores(suite, rows[suite.label], sight.pixels) for suite in suites},
     }
     write_results(out_dir, scores, [row for suite in suites for row in rows[suite.label]])
     return scores
 
 
-def open_suites(model: Path, suites: Sequence[str], settings: Settings) -> tuple[list[Suite], tuple[int, int]]:
-    """The suites as this model is asked them, and its (min, max) pixels."""
-    from terrace.evaluate.model_files import model_pixels_of
+def open_suites(model: Path, suites: Sequence[str], settings: Settings) -> tuple[list[Suite], Sight]:
+    """The suites as this model is asked them, and how it sees images."""
+    from terrace.evaluate.model_files import model_sight
 
-    own = model_pixels_of(model)
-    pixels = settings.pixels or own
-    reading = Reading(pixels, settings.images_root, settings.limit, settings.max_new_tokens)
-    return load_suites(suites, reading), pixels
+    sight = model_sight(model)
+    if settings.pixels:
+        sight = replace(sight, pixels=settings.pixels)
+    reading = Reading(sight, settings.images_root, settings.limit, settings.max_new_tokens)
+    return load_suites(suites, reading), sight
 
 
 def worker_replies(

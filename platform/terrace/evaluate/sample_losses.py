@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from terrace.data.positions import TOKENS_PER_SECOND
 from terrace.data.prepare import PreparedData, load_prepared
 from terrace.data.stream.collate import CollateSettings, LoadedSample, collate
 from terrace.data.stream.read import read_located
@@ -28,13 +27,16 @@ MAX_IMAGE_PIXELS = 64_000_000
 
 
 def held_out_cases(path: Path, pixels: tuple[int, int], limit: int | None) -> list[Case]:
-    """The held-out samples of every source, at most `limit` of each. `path`: a run's folder, or its `data` folder."""
+    """The held-out samples of every source, at most `limit` of each. `path`: a run's folder, or its `data` folder.
+
+    Prompts of reinforcement learning have no answer, so there is no loss of them.
+    """
     prepared = _prepared(path)
     mark = [prepared.tokenizer().fingerprint, list(pixels)]
     cases = []
     for name, index in sorted(prepared.indexes.items()):
         lengths = index.lengths(pixels)
-        rows = [int(row) for row in index.holdout_rows if lengths[row] <= MAX_SAMPLE_TOKENS]
+        rows = [int(row) for row in index.holdout_rows if lengths[row] <= MAX_SAMPLE_TOKENS and index.kind_of(row) != "prompt"]
         for row in rows[:limit]:
             location = index.location(row)
             members = [[suffix, size, crc] for suffix, _, size, crc in location.members]
@@ -64,12 +66,12 @@ def loss_measure(path: Path, model: Model) -> Callable[[Sequence[Case]], list[di
         )
     settings = CollateSettings(
         str(prepared.tokenizer_dir),
-        model.pixels,
+        model.sight.family,
+        model.sight.pixels,
         MAX_SAMPLE_TOKENS,
         MAX_IMAGE_PIXELS,
         {},
         frozenset(),
-        TOKENS_PER_SECOND,
     )
     return lambda cases: [_measured(case, prepared, settings, model) for case in cases]
 
@@ -82,6 +84,6 @@ def _measured(case: Case, prepared: PreparedData, settings: CollateSettings, mod
         raise read
     ref = SampleRef(index.name, row, location.id)
     length, visual = int(index.lengths(settings.pixels)[row]), int(index.visual_tokens(settings.pixels)[row])
-    spec = PackSpec(0, (ref,), (length,), (visual,), 4 * visual, 0)
+    spec = PackSpec(0, (ref,), (length,), (visual,), int(index.pixel_rows(settings.pixels)[row]), 0)
     example = collate(spec, [LoadedSample(*read, location.sizes)], model.tokenizer, settings)
     return {"loss_sum": model.loss(example), "tokens": float(example.supervised_tokens)}

@@ -14,10 +14,11 @@ from pathlib import Path
 import torch
 
 from terrace.errors import TerraceError
-from terrace.evaluate.run import Settings, flat_metrics, judge_and_write, open_suites, worker_replies
+from terrace.evaluate.replies import Settings
+from terrace.evaluate.run import flat_metrics, judge_and_write, open_suites, worker_replies
 from terrace.recipe.schema import Stage
-from terrace.train.collectives import from_rank_zero, gather_objects
-from terrace.train.context import WorkerContext
+from terrace.worker.collectives import from_rank_zero, gather_objects
+from terrace.worker.context import WorkerContext
 
 log = logging.getLogger(__name__)
 Scores = dict[str, dict[str, float]]  # suite label -> score -> value
@@ -34,14 +35,14 @@ def evaluate_final(stage: Stage, stage_dir: Path, context: WorkerContext) -> Sco
         torch.cuda.empty_cache()
     started, final = time.monotonic(), stage_dir / "final"
     settings = Settings(limit=stage.evaluate.limit, workers=context.world_size, device=context.device)
-    suites, pixels = open_suites(final, stage.evaluate.suites, settings)
+    suites, sight = open_suites(final, stage.evaluate.suites, settings)
     threads = torch.get_num_threads()
     parts = gather_objects(worker_replies(final, stage.evaluate.suites, settings, context.rank, None, suites), context)
     torch.set_num_threads(threads)
     scores: Scores | str = {}
     if context.rank == 0:
         try:
-            scores = _by_suite(flat_metrics(judge_and_write(final, suites, parts, pixels, stage_dir / "evaluation", started)))
+            scores = _by_suite(flat_metrics(judge_and_write(final, suites, parts, sight, stage_dir / "evaluation", started)))
         except TerraceError as error:
             scores = str(error)
     scores = from_rank_zero(scores, context)

@@ -14,29 +14,21 @@ from typing import Any, Protocol
 import numpy as np
 
 from terrace.data.order.permutation import seed_of
+from terrace.data.types import PromptInputs
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """One prompt as the model reads it. Numpy on the host; L tokens, I images, P patches."""
+class Prompt(PromptInputs):
+    """One prompt as the model reads it: its inputs, whose tokens end with the header of an answer, and what it is about."""
 
-    key: tuple[str, int]  # (source, row)
-    id: str
-    task: str
-    input_ids: np.ndarray  # int32 [L], ends with the assistant's header; image tokens expanded
-    positions: np.ndarray  # int32 [4, L]
-    patches: np.ndarray  # uint8 [P, 588]
-    grids: np.ndarray  # int32 [I, 3]
-    text: str  # for rewards and logs, images as a placeholder
+    key: tuple[str, int] = ("", -1)  # (source, row)
+    id: str = ""
+    task: str = ""
+    text: str = ""  # for rewards and logs, images as a placeholder
     solution: Any = None
     metadata: dict[str, Any] = field(default_factory=dict)
     images: tuple[bytes, ...] = ()  # encoded files, for engines that do their own vision preprocessing
     occurrence: int = 0  # how often this prompt was drawn before in the same iteration
-
-    @property
-    def next_position(self) -> int:
-        """M-RoPE position of the first response token."""
-        return int(self.positions[1:].max()) + 1
 
     @property
     def reward_metadata(self) -> dict[str, Any]:

@@ -1,10 +1,8 @@
 """The native rollout engine: batched decoding on the training model, any device, live weights.
 
-1. *Prefill*: the prompts of a wave run once as one pack through the training forward; their keys and values are kept,
-one
+1. *Prefill*: the prompts of a wave run once as one pack through the training forward; their keys and values are kept, one
    copy per prompt for all of its G samples.
-2. *Decode*: every step feeds one token of each unfinished sequence through the language layers as one row of tokens.
-The
+2. *Decode*: every step feeds one token of each unfinished sequence through the language layers as one row of tokens. The
    cache (`cache.py`) attends to the shared prompt and to the sequence's own tokens.
 3. Sequences that reach a stop token leave the batch as soon as a quarter of it has finished.
 
@@ -21,13 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from terrace.data.types import PackedExample
+from terrace.data.types import PackedExample, joined_pixels
 from terrace.generation.cache import SharedPromptCache
 from terrace.generation.interface import GroupReady, Prompt, Response, Sampling, uniforms
 from terrace.models.batch import to_device
-from terrace.models.shared_prompt import Unit, units_hidden
+from terrace.models.precision import DTYPES, compute_context
+from terrace.models.shared_prompt import Unit, decode_logits, units_hidden
 from terrace.objectives.grpo import token_logprobs
-from terrace.train.precision import DTYPES, compute_context
 
 COMPACT_SHARE = 0.25  # rows leave the batch when this share of them has finished
 
@@ -91,7 +89,7 @@ class NativeEngine:
         noise = np.stack([uniforms(sampling.seed, p, s, sampling.max_tokens) for p in prompts for s in range(samples)])
         wave = _Wave(count, samples, sampling.max_tokens, ready)
         logits = self._model.lm_head(hidden).float().repeat_interleave(samples, dim=0)
-        next_positions = torch.tensor([[p.next_position, len(p.input_ids)] for p in prompts], device=self._device)
+        next_positions = torch.from_numpy(np.stack([prompt.next_positions for prompt in prompts])).to(self._device)  # [B, P]
         rows = torch.arange(count * samples, device=self._device)  # the sequence that each row of the batch decodes
         live = np.ones(count * samples, bool)  # by row
         for step in range(sampling.max_tokens):
@@ -108,8 +106,7 @@ class NativeEngine:
                 rows, tokens, live = rows[keep], tokens[keep], live[live]
                 cache.keep_rows(keep)
             prompt_of_row = rows // samples
-            mrope, text = next_positions[prompt_of_row, 0] + step, next_positions[prompt_of_row, 1] + step
-            logits = self._decode(tokens, torch.stack([text, mrope, mrope, mrope]).unsqueeze(1), cache)
+            logits = self._decode(tokens, next_positions[prompt_of_row].T + step, cache)
         return wave.finish()
 
     def _prefill(self, prompts: Sequence[Prompt], sampling: Sampling) -> tuple[torch.Tensor, SharedPromptCache]:
@@ -124,17 +121,10 @@ class NativeEngine:
         return hidden[torch.from_numpy(example.segment_ends.astype(np.int64) - 1).to(self._device)], cache
 
     def _decode(self, tokens: torch.Tensor, positions: torch.Tensor, cache: SharedPromptCache) -> torch.Tensor:
-        """Logits float32 [A, V] after one more token of each of the A rows."""
-        language = self._model.model.language_model
-        output = language(
-            inputs_embeds=language.embed_tokens(tokens.unsqueeze(0)),
-            position_ids=positions,
-            attention_mask=None,
-            use_cache=False,
-            decode=cache,
-        )
+        """Logits float32 [A, V] after one more token of each of the A rows; positions [P, A]."""
+        logits = decode_logits(self._model, tokens, positions, cache)
         cache.advance()
-        return self._model.lm_head(output.last_hidden_state[0]).float()
+        return logits
 
 
 def sample_tokens(
@@ -171,8 +161,7 @@ def prompts_as_pack(prompts: Sequence[Prompt]) -> PackedExample:
         targets=np.full(sum(lengths), -100, np.int32),
         position_ids=np.concatenate([prompt.positions for prompt in prompts], axis=1),
         segment_ends=np.cumsum(lengths).astype(np.int32),
-        patches=np.concatenate([prompt.patches for prompt in prompts]),
-        image_grids=np.concatenate([prompt.grids for prompt in prompts]),
+        **joined_pixels(prompts),
         sample_ids=[prompt.id for prompt in prompts],
         sources=[prompt.key[0] for prompt in prompts],
         kinds=["prompt"] * len(prompts),

@@ -25,10 +25,10 @@ from terrace.data.tokenizer import TextTokenizer
 from terrace.errors import InputError
 from terrace.generation.interface import GroupReady, Prompt, Response, Sampling
 from terrace.models.export import export_hf
+from terrace.models.precision import DTYPE_NAMES
 from terrace.recipe.schema import Stage
-from terrace.train.collectives import barrier
-from terrace.train.context import WorkerContext
-from terrace.train.finish import EXPORT_DTYPES
+from terrace.worker.collectives import barrier
+from terrace.worker.context import WorkerContext
 
 GPU_MEMORY_SHARE = 0.5  # the rest stays with the training engine
 GPU_MEMORY_SHARE_ALONE = 0.9  # a rollout worker of its own
@@ -74,7 +74,7 @@ class VllmEngine:
             if writes:
                 state[name] = tensor.detach().to("cpu", copy=True)
         pixels = (self._stage.pixels.min, self._stage.pixels.max)
-        dtype = EXPORT_DTYPES[self._stage.precision]
+        dtype = DTYPE_NAMES[self._stage.precision]
         if writes:
             export_hf(state, self._config, self._tokenizer.directory, self._folder, pixels, dtype)
         barrier(self._context)
@@ -133,7 +133,7 @@ class VllmEngine:
     def _collapsed(self, prompt: Prompt) -> list[int]:
         """Token ids with each run of image tokens as one placeholder, which vLLM expands."""
         ids = prompt.input_ids
-        pad = self._tokenizer.special.image_pad
+        pad = self._config.image_token_id
         keep = np.ones(len(ids), bool)
         keep[1:] = ~((ids[1:] == pad) & (ids[:-1] == pad))
         return ids[keep].tolist()

@@ -32,6 +32,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from terrace.errors import InputError
+from terrace.models.families.registry import family_of_model
 
 log = logging.getLogger(__name__)
 
@@ -95,8 +96,18 @@ def restore_flash_attention_2() -> None:
 def use_attention(model: Any, implementation: str) -> None:
     """Set the attention of a model and its parts: one of BACKENDS, or a name of transformers' own (`sdpa`, `eager`)."""
     name = registered_name(implementation) if implementation in BACKENDS else implementation
-    for config in (model.config, model.config.text_config, model.config.vision_config):
-        config._attn_implementation = name
+    model.config._attn_implementation = name  # this sets every part, so it comes first
+    model.config.text_config._attn_implementation = name
+    # A name that transformers has no mask function for gets no mask, silently: only towers without masks take ours.
+    segments = family_of_model(model).tower_attention == "segments"
+    model.config.vision_config._attn_implementation = name if segments or implementation not in BACKENDS else "sdpa"
+
+
+def give_language_attention(model: Any, name: str, plain_backend: str) -> None:
+    """Give the language layers an attention of ours that falls back on `plain_backend` where it has nothing to do."""
+    model.config.text_config._attn_implementation = name
+    for layer in family_of_model(model).blocks_of(model, "language"):
+        layer.self_attn.plain_backend = plain_backend
 
 
 @contextlib.contextmanager

@@ -11,22 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from terrace.errors import InputError
+from terrace.families.registry import family_class
 from terrace.models.head import install_loss_head
 from terrace.models.parts import part_parameters
 from terrace.models.tensor_files import local_config
 from terrace.models.weights import TensorSource, initial_weights
 from terrace.recipe.schema import Model, PartName, Recipe
-
-SPECIAL_TOKENS = {
-    "image_token_id": "image_pad",
-    "video_token_id": "video_pad",
-    "vision_start_token_id": "vision_start",
-    "vision_end_token_id": "vision_end",
-}
 
 
 def model_config(model: Model, tokenizer: Any | None = None) -> Any:
@@ -35,23 +29,22 @@ def model_config(model: Model, tokenizer: Any | None = None) -> Any:
 
     Raises InputError if the tokenizer has more tokens than the configuration's vocabulary.
     """
+    family = family_class(model.architecture)
     if model.pretrained is not None:
         config = AutoConfig.from_pretrained(local_config(model.pretrained))
-        if config.model_type != model.architecture:
-            raise InputError(
-                f"model.pretrained is a {config.model_type}, model.architecture says {model.architecture}"
-            )
+        if config.model_type != family.name:
+            raise InputError(f"model.pretrained is a {config.model_type}, model.architecture says {model.architecture}")
     else:
         values = dict(model.config or {})
         text = dict(values.get("text_config") or {})
         if tokenizer is not None:
             text.setdefault("vocab_size", tokenizer.vocabulary_size)
-            text.setdefault("bos_token_id", tokenizer.special.endoftext)
-            text.setdefault("eos_token_id", tokenizer.special.im_end)
-            for key, special in SPECIAL_TOKENS.items():
-                values[key] = getattr(tokenizer.special, special)
+            marks = tokenizer.marks(family)
+            text.setdefault("bos_token_id", marks[family.begin_of_text])
+            text.setdefault("eos_token_id", marks[family.end_of_turn])
+            values |= {field: marks[role] for field, role in family.token_fields.items()}
         values["text_config"] = text
-        config = AutoConfig.for_model(model.architecture, **values)
+        config = AutoConfig.for_model(family.name, **values)
     if tokenizer is not None and tokenizer.vocabulary_size > config.text_config.vocab_size:
         raise InputError(
             f"the tokenizer has {tokenizer.vocabulary_size} tokens, model.config.text_config.vocab_size is "
@@ -65,7 +58,7 @@ def model_config(model: Model, tokenizer: Any | None = None) -> Any:
 def meta_model(config: Any) -> Any:
     """The model's shape on the meta device: parameters have names and sizes and take no memory. `config` is copied."""
     config = copy.deepcopy(config)
-    for sub in (config, config.text_config, config.vision_config):
+    for sub in (config, config.text_config, config.vision_config):  # outermost first: it sets the others
         sub._attn_implementation = "sdpa"
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -80,15 +73,17 @@ def meta_model(config: Any) -> Any:
 
 
 def restore_buffers(model: Any) -> None:
-    """Compute the buffers that no checkpoint holds (rotary frequencies), in float32 whatever the weights are."""
+    """Compute the buffers that no checkpoint holds (rotary frequencies, numbers of positions): those with a fraction in
+    float32 whatever the weights are, whole numbers as they are."""
     owner = model
     for module in model.modules():
-        if hasattr(module, "_init_weights"):
+        if isinstance(module, PreTrainedModel):
             owner = module
         buffers = dict(module.named_buffers(recurse=False))
         if buffers:
             for name, buffer in buffers.items():
-                setattr(module, name, buffer.float())
+                if buffer.is_floating_point():
+                    setattr(module, name, buffer.float())
             owner._init_weights(module)
 
 

@@ -19,38 +19,14 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import GenerationConfig
 
-from terrace.data.types import MERGE_SIZE, PATCH_SIZE
-from terrace.models.batch import IMAGE_MEAN, IMAGE_STD, TEMPORAL_PATCH_SIZE
 from terrace.models.build import meta_model
-from terrace.models.parts import published_name
+from terrace.models.families.registry import family_of_model
 
 SHARD_SIZE = "4GB"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "vocab.json",
     "merges.txt", "added_tokens.json",
 )
-
-
-def preprocessor_config(pixels: tuple[int, int]) -> dict[str, Any]:
-    """What transformers' Qwen2VLImageProcessor must be told to produce the patches that training saw."""
-    return {
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": "Qwen2_5_VLProcessor",
-        "do_resize": True,
-        "do_rescale": True,
-        "do_normalize": True,
-        "do_convert_rgb": True,
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-        "image_mean": list(IMAGE_MEAN),
-        "image_std": list(IMAGE_STD),
-        "min_pixels": pixels[0],
-        "max_pixels": pixels[1],
-        "size": {"shortest_edge": pixels[0], "longest_edge": pixels[1]},
-        "patch_size": PATCH_SIZE,
-        "temporal_patch_size": TEMPORAL_PATCH_SIZE,
-        "merge_size": MERGE_SIZE,
-    }
 
 
 def export_hf(
@@ -72,7 +48,10 @@ def export_hf(
     config.save_pretrained(work)
     GenerationConfig(eos_token_id=config.text_config.eos_token_id, do_sample=False).save_pretrained(work)
     save_torch_state_dict(_published(model, state), work, max_shard_size=SHARD_SIZE)
-    (work / "preprocessor_config.json").write_text(json.dumps(preprocessor_config(pixels), indent=2) + "\n")
+    family = family_of_model(model)
+    _write_json(work / "preprocessor_config.json", family.family.preprocessor(pixels))
+    if processor := family.family.processor():
+        _write_json(work / "processor_config.json", processor)
     if tokenizer_dir is not None:
         for name in TOKENIZER_FILES:
             if (tokenizer_dir / name).is_file():
@@ -85,8 +64,12 @@ def export_hf(
 
 
 def _published(model: Any, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors under the names of Qwen's own checkpoints. Raises ValueError if they are not exactly the model's."""
-    expected = {name for name, _ in model.named_parameters()}
+    """The tensors under the names in which the family is published. Raises ValueError if they are not exactly the model's."""
+    family, expected = family_of_model(model), {name for name, _ in model.named_parameters()}
     if expected != set(state):
         raise ValueError(f"export: tensors differ from the model's: {sorted(expected ^ set(state))[:8]}")
-    return {published_name(name): tensor.contiguous() for name, tensor in state.items()}
+    return {family.published_name(name): tensor.contiguous() for name, tensor in state.items()}
+
+
+def _write_json(file: Path, values: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2) + "\n")

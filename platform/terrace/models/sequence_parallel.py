@@ -27,10 +27,11 @@ import torch.distributed as dist
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from terrace.data.types import MERGE_SIZE, PATCH_VALUES, PackedExample
+from terrace.data.types import PackedExample
 from terrace.errors import InputError
-from terrace.models.attention import registered_name
-from terrace.models.batch import TEMPORAL_PATCH_SIZE, DeviceBatch, to_device
+from terrace.models.attention import give_language_attention, registered_name
+from terrace.models.batch import MOST_POSITION_ROWS, DeviceBatch, to_device
+from terrace.models.families.interface import Features
 
 NAME = "terrace_flash_ulysses"  # "flash" as in models.attention: transformers then builds no mask
 
@@ -52,6 +53,23 @@ class SequenceShard:
     visual_before: int  # visual tokens of the pack before this rank's tokens
     visual_own: int  # among this rank's tokens
     visual_computed: tuple[int, ...]  # per rank: those whose features it computes
+
+    def own_features(self, embeddings: torch.Tensor, features: Features) -> tuple[torch.Tensor, Features, bool]:
+        """This rank's embeddings [1, t, hidden], the features of its own tokens, and whether the pack has any.
+
+        `features` are those of the images that this rank computed, or of the blank one.
+        """
+        # Empty slices: no number changes, but every rank's graph holds the tower and the gathering, as collectives need.
+        for tensor in (features.pooled, *features.deep):
+            embeddings = embeddings + tensor[:0].sum().to(embeddings.dtype)
+        if not sum(self.visual_computed):
+            return embeddings, features, False
+        gathered = features.map(
+            lambda tensor: _GatherRows.apply(tensor[: self.visual_computed[self.group.rank]], self.visual_computed, self.group)
+        )
+        for tensor in (gathered.pooled, *gathered.deep):
+            embeddings = embeddings + tensor[:0].sum().to(embeddings.dtype)
+        return embeddings, gathered.map(lambda tensor: tensor[self.visual_before : self.visual_before + self.visual_own]), True
 
 
 def open_sequence_group(size: int, rank: int, world_size: int) -> SequenceGroup | None:
@@ -80,9 +98,7 @@ def check_heads(text_config: Any, size: int) -> None:
 def use_sequence_parallel(model: Any, backend: str, size: int) -> None:
     """Give the language layers this attention around `backend`, which goes on serving the vision tower."""
     check_heads(model.config.text_config, size)
-    model.config.text_config._attn_implementation = NAME
-    for layer in model.model.language_model.layers:
-        layer.self_attn.plain_backend = backend
+    give_language_attention(model, NAME, backend)
 
 
 # ---------------------------------------------------------------- the pack
@@ -93,44 +109,39 @@ def padded_length(tokens: int, size: int) -> int:
     return max(1, -(-tokens // size)) * size
 
 
-def image_shares(patches: list[int], size: int) -> list[int]:
-    """Where to cut the images of a pack: rank r computes images [cuts[r], cuts[r + 1]), about equal in patches."""
-    ends = np.cumsum([0, *patches])
+def image_shares(rows: list[int], size: int) -> list[int]:
+    """Where to cut the images of a pack: rank r computes images [cuts[r], cuts[r + 1]), about equal in rows of pixels."""
+    ends = np.cumsum([0, *rows])
     cuts = [int(np.abs(ends - ends[-1] * place / size).argmin()) for place in range(size + 1)]
-    return [0, *cuts[1:-1], len(patches)]
+    return [0, *cuts[1:-1], len(rows)]
 
 
-def own_images(example: PackedExample, first: int, last: int) -> tuple[np.ndarray, np.ndarray, tuple[int, ...]]:
-    """Patches, grids and the rows of them that are videos, of images [first, last) of a pack."""
-    rows = [
-        int(grid.prod()) * (TEMPORAL_PATCH_SIZE if number in example.video_grids else 1)
-        for number, grid in enumerate(example.image_grids)
-    ]
-    start, end = sum(rows[:first]), sum(rows[:last])
-    videos = tuple(number - first for number in example.video_grids if first <= number < last)
-    return example.patches[start:end], example.image_grids[first:last], videos
+def own_images(example: PackedExample, first: int, last: int) -> dict[str, np.ndarray]:
+    """The image fields of images [first, last) of a pack."""
+    start, end = (int(example.image_rows[:place].sum()) for place in (first, last))
+    fields = {name: getattr(example, name)[first:last] for name in ("image_facts", "image_tokens", "image_rows")}
+    return {"pixels": example.pixels[start:end], **fields}
 
 
 def shard_to_device(
-    example: PackedExample, visual_ids: tuple[int, int], device: torch.device | str, dtype: torch.dtype,
+    example: PackedExample, visual_ids: tuple[int, ...], device: torch.device | str, dtype: torch.dtype,
     group: SequenceGroup,
 ) -> DeviceBatch:
-    """This rank's part of a pack, on the device. `visual_ids` are the ids of image and video tokens."""
+    """This rank's part of a pack, on the device. `visual_ids` are the ids of placeholders."""
     length = padded_length(example.tokens, group.size)
     spare = length - example.tokens
     own = slice(group.rank * length // group.size, (group.rank + 1) * length // group.size)
     ids = np.pad(example.input_ids, (0, spare))
     if spare:  # an id that is no image token
-        ids[-spare:] = next(number for number in range(3) if number not in visual_ids)
+        ids[-spare:] = next(number for number in range(len(visual_ids) + 1) if number not in visual_ids)
     visual = np.isin(ids, visual_ids)
-    patches = [int(grid.prod()) for grid in example.image_grids]
-    cuts = image_shares(patches, group.size)
-    pixels, grids, videos = own_images(example, cuts[group.rank], cuts[group.rank + 1])
+    positions = example.position_ids if example.tokens else np.zeros((MOST_POSITION_ROWS, 0), np.int32)
+    cuts = image_shares(example.image_rows.tolist(), group.size)
     local = dataclasses.replace(
         example, input_ids=ids[own], targets=np.pad(example.targets, (0, spare), constant_values=-100)[own],
-        position_ids=np.pad(example.position_ids, ((0, 0), (0, spare)))[:, own],
-        segment_ends=np.asarray([length // group.size], np.int32), patches=pixels.reshape(-1, PATCH_VALUES),
-        image_grids=grids.reshape(-1, 3), video_grids=videos,
+        position_ids=np.pad(positions, ((0, 0), (0, spare)))[:, own],
+        segment_ends=np.asarray([length // group.size], np.int32),
+        **own_images(example, cuts[group.rank], cuts[group.rank + 1]),
     )  # fmt: skip
     batch = to_device(local, device, dtype)
     boundaries = [0, *(int(end) for end in example.segment_ends), *([length] if spare else [])]
@@ -138,7 +149,7 @@ def shard_to_device(
         group=group,
         visual_before=int(visual[: own.start].sum()),
         visual_own=int(visual[own].sum()),
-        visual_computed=tuple(sum(patches[first:last]) // MERGE_SIZE**2 for first, last in itertools.pairwise(cuts)),
+        visual_computed=tuple(int(example.image_tokens[first:last].sum()) for first, last in itertools.pairwise(cuts)),
     )
     return dataclasses.replace(
         batch, example=example, boundaries=boundaries, longest=int(np.diff(boundaries).max()), sequence=shard,
@@ -190,25 +201,6 @@ class _GatherRows(torch.autograd.Function):
 
 
 # ---------------------------------------------------------------- in the model
-
-
-def with_features(embeddings: torch.Tensor, features: torch.Tensor, batch: DeviceBatch, config: Any) -> torch.Tensor:
-    """This rank's embeddings [1, t, hidden] with image features in their places.
-
-    `features` are those of the images that this rank computed, or of the blank one.
-    """
-    shard = batch.sequence
-    assert shard is not None
-    # Empty slices: no number changes, but every rank's graph holds the tower and the gathering, as collectives need.
-    embeddings = embeddings + features[:0].sum().to(embeddings.dtype)
-    if not sum(shard.visual_computed):
-        return embeddings
-    computed = features[: shard.visual_computed[shard.group.rank]]
-    gathered = _GatherRows.apply(computed, shard.visual_computed, shard.group)
-    embeddings = embeddings + gathered[:0].sum().to(embeddings.dtype)
-    own = gathered[shard.visual_before : shard.visual_before + shard.visual_own]
-    places = (batch.input_ids == config.image_token_id) | (batch.input_ids == config.video_token_id)
-    return embeddings.masked_scatter(places.unsqueeze(-1), own.to(embeddings.dtype))
 
 
 def gather_tokens(tensors: list[torch.Tensor], group: SequenceGroup) -> list[torch.Tensor]:

@@ -19,10 +19,10 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from terrace.models.attention import registered_name, use_attention
+from terrace.models.attention import give_language_attention, registered_name, use_attention
 from terrace.models.batch import DeviceBatch
-from terrace.models.forward import check_placeholders, image_features
-from terrace.models.guard import blank_image, count_as_zero
+from terrace.models.families.registry import family_of_model
+from terrace.models.forward import hidden_states
 
 NAME = "terrace_flash_shared_prompt"  # "flash" as in models.attention: transformers then builds no mask
 
@@ -52,9 +52,7 @@ class DecodeAttention(Protocol):
 def use_shared_prompt_attention(model: Any, backend: str) -> None:
     """Give the language layers this attention; `backend` still serves vision and packs without units."""
     use_attention(model, backend)
-    model.config.text_config._attn_implementation = NAME
-    for layer in model.model.language_model.layers:
-        layer.self_attn.plain_backend = backend
+    give_language_attention(model, NAME, backend)
 
 
 def unit_attention(
@@ -137,22 +135,12 @@ def units_hidden(
     model: Any, batch: DeviceBatch, units: list[Unit], keep: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
 ) -> torch.Tensor:
     """Hidden states [T, hidden] of a pack of units after the final norm, prompts computed once."""
-    config = model.config
-    check_placeholders(batch, config)
-    embeddings = model.model.language_model.embed_tokens(batch.input_ids)
-    if batch.pixel_values is not None and batch.image_grids is not None:
-        features = image_features(model, batch.pixel_values, batch.image_grids)
-        places = (batch.input_ids == config.image_token_id) | (batch.input_ids == config.video_token_id)
-        embeddings = embeddings.masked_scatter(places.unsqueeze(-1), features.to(embeddings.dtype))
-    else:
-        dtype = next(model.model.visual.patch_embed.parameters()).dtype
-        embeddings = count_as_zero(embeddings, image_features(model, *blank_image(batch.device, dtype)))
-    output = model.model.language_model(
-        inputs_embeds=embeddings,
-        position_ids=batch.position_ids,
-        attention_mask=None,
-        use_cache=False,
-        prompt_units=units,
-        keep=keep,
-    )
-    return output.last_hidden_state[0]
+    return hidden_states(model, batch, prompt_units=units, keep=keep)
+
+
+def decode_logits(model: Any, tokens: torch.Tensor, positions: torch.Tensor, cache: DecodeAttention) -> torch.Tensor:
+    """Logits float32 [A, V] after one more token of each of A sequences. tokens int64 [A], positions int64 [P, A]."""
+    family = family_of_model(model)
+    embeddings = family.language(model).embed_tokens(tokens.unsqueeze(0))
+    hidden = family.run_language(model, embeddings, positions.unsqueeze(1), {"decode": cache})
+    return model.lm_head(hidden).float()

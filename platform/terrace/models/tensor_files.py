@@ -18,7 +18,8 @@ import torch
 from safetensors import safe_open
 
 from terrace.errors import InputError
-from terrace.models.parts import canonical_name
+from terrace.models.families.interface import FamilyModel
+from terrace.models.families.registry import family_model_named
 from terrace.recipe.schema import Storage
 from terrace.storage.files import DEFAULT_STORAGE, is_remote, join, list_files, read_file, read_ranges
 
@@ -90,7 +91,8 @@ class StoredFile:
 class Directory:
     """The tensors of a Hugging Face directory (a folder or an s3:// URI) by canonical name."""
 
-    def __init__(self, path: str | Path, storage: Storage = DEFAULT_STORAGE) -> None:
+    def __init__(self, path: str | Path, family: FamilyModel | None = None, storage: Storage = DEFAULT_STORAGE) -> None:
+        """`family` says how names are spelt; without one it is that of the directory's own config.json, if there is one."""
         self.path, self._storage = str(path).rstrip("/"), storage
         names = {file.uri.rsplit("/", 1)[-1] for file in list_files(self.path, storage)} if self._remote else _names(Path(self.path))
         files = sorted(name for name in names if name.endswith(".safetensors"))
@@ -104,8 +106,10 @@ class Directory:
             files = sorted(named)
         with ThreadPoolExecutor(PARALLEL_FILES) as pool:
             opened = list(pool.map(self._open, files))
+        if family is None and "model_type" in self.config:
+            family = family_model_named(self.config["model_type"])
         self._places: dict[str, tuple[TensorFile, str]] = {
-            canonical_name(name): (file, name) for file in opened for name in file.shapes
+            (family.canonical_name(name) if family else name): (file, name) for file in opened for name in file.shapes
         }  # fmt: skip
 
     @property

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from terrace.errors import InputError
-from terrace.models.parts import part_of
+from terrace.models.families.interface import FamilyModel
+from terrace.models.families.registry import family_of_model
 from terrace.models.tensor_files import Directory
 from terrace.recipe.schema import PARTS, Model, PartName
 
@@ -44,7 +46,7 @@ def random_source(skeleton: Any, seed: int) -> TensorSource:
     owners: dict[str, Any] = {}
     for name, module in skeleton.named_modules():
         parent = name.rpartition(".")[0]
-        owners[name] = module if hasattr(module, "_init_weights") else owners.get(parent, skeleton)
+        owners[name] = module if isinstance(module, PreTrainedModel) else owners.get(parent, skeleton)
 
     def read(name: str) -> torch.Tensor:
         module_name, _, leaf = name.rpartition(".")
@@ -68,18 +70,18 @@ def initial_weights(
     output) are allowed: the rows that the directory lacks are random. Another RoPE base is allowed and said. s3:// is
     reached as the environment says (AWS_ENDPOINT_URL, AWS_REGION).
     """
-    random = random_source(skeleton, model.seed)
+    random, family = random_source(skeleton, model.seed), family_of_model(skeleton)
     report = LoadReport()
     by_part: dict[PartName, Directory | None] = dict.fromkeys(PARTS)
     if start is not None or model.pretrained is not None:
-        directory = Directory(start if start is not None else str(model.pretrained))
+        directory = Directory(start if start is not None else str(model.pretrained), family)
         by_part = dict.fromkeys(PARTS, directory)
     elif model.init is not None:
         for part in PARTS:
             place = getattr(model.init, part)
-            by_part[part] = None if place == "random" else Directory(place)
+            by_part[part] = None if place == "random" else Directory(place, family)
     shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
-    grown = _compare(shapes, by_part, report)
+    grown = _compare(shapes, by_part, report, family)
     _compare_positions(skeleton.config, by_part["language"], report)
     if report.missing or report.reshaped:
         raise InputError("initial weights do not fit the model: " + "; ".join(report.missing + report.reshaped))
@@ -87,7 +89,7 @@ def initial_weights(
         log.warning("initial weights: %s", line)
 
     def read(name: str) -> torch.Tensor:
-        directory = by_part[part_of(name)]
+        directory = by_part[family.part_of(name)]
         if directory is None:
             return random(name)
         tensor = directory.read(name)
@@ -101,12 +103,12 @@ def initial_weights(
 
 
 def _compare(
-    shapes: dict[str, tuple[int, ...]], by_part: dict[PartName, Directory | None], report: LoadReport
+    shapes: dict[str, tuple[int, ...]], by_part: dict[PartName, Directory | None], report: LoadReport, family: FamilyModel
 ) -> set[str]:
     """Fill the report; returns the names of vocabulary tensors that grow."""
     grown = set()
     for name, shape in shapes.items():
-        directory = by_part[part_of(name)]
+        directory = by_part[family.part_of(name)]
         if directory is None:
             continue
         if name not in directory.names:
@@ -115,7 +117,7 @@ def _compare(
         found = directory.shape(name)
         if found == shape:
             continue
-        vocabulary = name in ("lm_head.weight", "model.language_model.embed_tokens.weight")
+        vocabulary = name in (family.head, family.embedding)
         if vocabulary and found[1:] == shape[1:] and found[0] < shape[0]:
             grown.add(name)
             report.notes.append(f"{name} grows from {found[0]} to {shape[0]} rows; the new rows are random")
@@ -123,7 +125,7 @@ def _compare(
             report.reshaped.append(f"{name} has shape {list(found)} in {directory.path}, the model has {list(shape)}")
     for part, directory in by_part.items():
         if directory is not None:
-            report.unexpected.extend(_unexpected(directory, part, shapes))
+            report.unexpected.extend(_unexpected(directory, part, shapes, family))
     return grown
 
 
@@ -138,15 +140,15 @@ def _compare_positions(config: Any, directory: Directory | None, report: LoadRep
         report.notes.append(f"the language weights of {directory.path} have RoPE base {trained:g}, the model has {wanted:g}")
 
 
-def _unexpected(directory: Directory, part: PartName, known: Iterable[str]) -> list[str]:
+def _unexpected(directory: Directory, part: PartName, known: Iterable[str], family: FamilyModel) -> list[str]:
     names = set(known)
     lines = []
     for name in sorted(directory.names - names):
         try:
-            belongs = part_of(name) == part
+            belongs = family.part_of(name) == part
         except InputError:
             belongs = part == "language"  # tensors of no part are named once
-        tied = name == "lm_head.weight"
+        tied = name == family.head
         if belongs and not tied:
             lines.append(f"{name} in {directory.path} is not part of the model and is left out")
     return lines

@@ -2,9 +2,9 @@
 
 Per token t of response i, with advantage A_i (rl.advantages):
 
-    ratio = exp(logp - logp_old)                  MORL: one update per rollout, logp_old = stop_gradient(logp), ratio =
-    1 J_t   = min(ratio A_i, clip(ratio, 1 - clip_low, 1 + clip_high) A_i)          (no clip: ratio A_i) loss  = sum_t [
-    -J_t + kl (exp(ref - logp) - (ref - logp) - 1) - entropy_coefficient H_t ]
+    ratio = exp(logp - logp_old)          MORL: one update per rollout, logp_old = stop_gradient(logp), so the ratio is 1
+    J_t   = min(ratio A_i, clip(ratio, 1 - clip_low, 1 + clip_high) A_i)                       (without a clip: ratio A_i)
+    loss  = sum_t [ -J_t + kl (exp(ref - logp) - (ref - logp) - 1) - entropy_coefficient H_t ]
 
 The sum is divided by the response tokens of the whole global batch (token mean, as in MORL eq. 1 and DAPO), which the
 loop does through the strategy's `scale`, so neither packing nor ranks can change it. Log-probabilities are those of the
@@ -14,7 +14,7 @@ a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -128,15 +128,6 @@ def summed_policy_loss(model: Any, batch: PolicyBatch, options: PolicyOptions) -
     )
     batch.results = {"logprobs": joined.detach(), "entropies": entropy.detach(), **sums}
     return losses.sum()
-
-
-def grpo_objective(options: PolicyOptions) -> Callable[[Any, PolicyBatch], torch.Tensor]:
-    """`loss(model, batch)` for a strategy."""
-
-    def loss(model: Any, batch: PolicyBatch) -> torch.Tensor:
-        return summed_policy_loss(model, batch, options)
-
-    return loss
 
 
 def response_rows(units: Sequence[Unit], lengths: Sequence[Sequence[int]]) -> list[int]:

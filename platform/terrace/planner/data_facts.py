@@ -8,8 +8,6 @@ from typing import Any
 
 from terrace.recipe.schema import Recipe, Stage
 
-IMAGE_AREA = 28 * 28
-
 
 @dataclass(frozen=True)
 class SampleMeans:
@@ -19,7 +17,7 @@ class SampleMeans:
     supervised_tokens: float
     token_squares: float
     visual_tokens: float
-    image_squares: float  # of patches
+    image_squares: float  # of visual tokens
     bytes: float
 
     def scaled(self, factor: float) -> SampleMeans:
@@ -38,13 +36,13 @@ def source_facts(index: Any, stage: Stage, max_visual_tokens_per_image: int | No
 
     most = stage.pixels.max
     if max_visual_tokens_per_image is not None:
-        most = max(stage.pixels.min, min(most, max_visual_tokens_per_image * IMAGE_AREA))
+        most = max(stage.pixels.min, min(most, max_visual_tokens_per_image * index.family.unit))
     pixels = (stage.pixels.min, most)
     rows = index.train_rows
     lengths = index.lengths(pixels)[rows].astype(np.float64)
     fitting = lengths <= stage.sequence_length  # longer ones are refused, split or reduced: none meets attention whole
     lengths = np.minimum(lengths, stage.sequence_length)
-    patches = index.patches(pixels)[rows].astype(np.float64)
+    visual = index.visual_tokens(pixels)[rows].astype(np.float64)
     images = np.maximum(1, np.diff(index.starts["image"])[rows])
     sizes = np.concatenate([[0], np.cumsum(index.columns["member_size"], dtype=np.int64)])
     starts = index.starts["member"]
@@ -57,8 +55,8 @@ def source_facts(index: Any, stage: Stage, max_visual_tokens_per_image: int | No
             tokens=float(lengths.mean()),
             supervised_tokens=float(index.supervised_tokens[rows].mean()),
             token_squares=float((lengths**2).mean()),
-            visual_tokens=float(patches.mean()) / 4,
-            image_squares=float((patches**2 / images).mean()),
+            visual_tokens=float(visual.mean()),
+            image_squares=float((visual**2 / images).mean()),
             bytes=float(payload[rows].mean()),
         ),
     )

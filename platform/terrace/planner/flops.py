@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from terrace.planner.shapes import MERGE, PATCH_VALUES, ModelShape
+from terrace.families.shapes import ModelShape
 from terrace.recipe.schema import PARTS, PartName
 
 
@@ -25,41 +25,45 @@ class PackLoad:
     supervised_tokens: float  # rows that meet the output layer
     token_squares: float  # sum of segment length squared
     patches: float
-    image_squares: float  # sum of patches of an image squared
+    visual_tokens: float
+    pictures: float  # that the tower sees: images, or tiles of them
+    image_squares: float  # sum of patches of a picture squared, its class token among them
     window_squares: float  # sum of patches of a window squared
 
-    @property
-    def visual_tokens(self) -> float:
-        return self.patches / MERGE
 
+def exact_load(shape: ModelShape, segments: Sequence[int], pictures: Iterable[tuple[int, int]], supervised_tokens: int) -> PackLoad:
+    """The load of a known pack: token counts of its segments, (rows, columns) in patches of the pictures its tower sees.
 
-def exact_load(shape: ModelShape, segments: Sequence[int], grids: Iterable[tuple[int, int]], supervised_tokens: int) -> PackLoad:
-    """The load of a known pack: token counts of its segments, (height, width) in patches of its images.
-
-    A pack without an image runs one blank image of 2 x 2 patches (the text-only guard).
+    A pack without an image runs a blank one (the text-only guard): the caller names its pictures.
     """
-    grids = list(grids) or [(2, 2)]
+    grids = list(pictures)
     areas = [height * width for height, width in grids]
+    seen = [area + shape.vision.extra_tokens for area in areas]
     return PackLoad(
         tokens=sum(segments),
         supervised_tokens=supervised_tokens,
         token_squares=sum(length * length for length in segments),
         patches=sum(areas),
-        image_squares=sum(area * area for area in areas),
+        visual_tokens=sum(areas) / shape.vision.patches_per_token,
+        pictures=len(grids),
+        image_squares=sum(area * area for area in seen),
         window_squares=sum(_window_squares(height, width, shape.vision.window) for height, width in grids),
     )
 
 
 def assumed_load(shape: ModelShape, tokens: float, visual_tokens: float, segment_tokens: float, image_tokens: float) -> PackLoad:
     """The load of a pack of equal segments and equal images; every token that is not visual is supervised."""
-    patches = max(visual_tokens, 1.0) * MERGE
-    image = max(1.0, min(image_tokens, visual_tokens)) * MERGE
+    merge = shape.vision.patches_per_token
+    patches = max(visual_tokens, 1.0) * merge
+    image = max(1.0, min(image_tokens, visual_tokens)) * merge
     window = image if shape.vision.window is None else min(image, shape.vision.window**2)
     return PackLoad(
         tokens=tokens,
         supervised_tokens=tokens - visual_tokens,
         token_squares=tokens * min(segment_tokens, tokens),
         patches=patches,
+        visual_tokens=patches / merge,
+        pictures=patches / image,
         image_squares=patches * image,
         window_squares=patches * window,
     )
@@ -89,16 +93,19 @@ def _forward(shape: ModelShape, load: PackLoad) -> dict[PartName, dict[str, floa
     vision, language = shape.vision, shape.language
     products = 3 if vision.gated else 2
     windowed = vision.depth - vision.full_blocks
+    rows = load.patches + load.pictures * vision.extra_tokens
     squares = vision.full_blocks * load.image_squares + windowed * load.window_squares
     layer = language.width * (2 * language.query_width + 2 * language.key_width + 3 * language.intermediate)
-    merged = shape.merged_width
+    matrices = vision.width * (4 * vision.width + products * vision.intermediate)
+    idle = vision.idle_blocks / vision.depth
     return {
         "vision": {
-            "embed": 2 * load.patches * PATCH_VALUES * vision.width,
-            "linear": 2 * load.patches * vision.depth * vision.width * (4 * vision.width + products * vision.intermediate),
-            "attention": 4 * vision.width * squares,
+            "embed": 2 * load.patches * vision.patch_values * vision.width,
+            "linear": 2 * rows * (vision.depth - vision.idle_blocks) * matrices,
+            "attention": 4 * vision.width * squares * (1 - idle),
+            "idle": 2 * rows * vision.idle_blocks * matrices + 4 * vision.width * squares * idle,  # forward only
         },
-        "projector": {"linear": 2 * load.visual_tokens * merged * (merged + language.width)},
+        "projector": {"linear": 2 * load.visual_tokens * shape.projector.times * shape.projector.products},
         "language": {
             "linear": 2 * load.tokens * language.layers * layer,
             "attention": 4 * language.query_width * language.layers * load.token_squares,

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import re
 
-from terrace.errors import InputError
-from terrace.recipe.errors import nearest
+from terrace.errors import InputError, nearest
 from terrace.recipe.schema import Gpu, Planning
 
 

@@ -15,8 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from math import gcd
 
+from terrace.families.shapes import ModelShape
 from terrace.planner.parameters import part_sizes, trained_parts
-from terrace.planner.shapes import MERGE, PATCH_VALUES, ModelShape
 from terrace.recipe.schema import PARTS, PartName, Stage
 
 FP32 = 4
@@ -124,7 +124,7 @@ def _state(shape: ModelShape, stage: Stage, workers: int, compute: int, on_gpu: 
     """Bytes of weights, gradients and optimizer per GPU, and of what the strategy needs to work on them."""
     sizes = part_sizes(shape)
     everything = sum(size.total for size in sizes.values())
-    trained = sum(sizes[part].total for part in trained_parts(stage))
+    trained = sum(sizes[part].total - sizes[part].unused for part in trained_parts(stage))
     largest_block = max(size.block for size in sizes.values())
     outer = shape.language.vocabulary * shape.language.width * (1 if shape.language.tied else 2)
     parallel, shards = stage.parallel, workers
@@ -236,12 +236,12 @@ def _language_layer(shape: ModelShape, stage: Stage, compute: int, on_gpu: bool)
 def _vision_activations(shape: ModelShape, stage: Stage, pack: PackSize, compute: int, on_gpu: bool) -> _Activations:
     """Vision tower and projector."""
     vision, train = shape.vision, stage.train.vision
-    patches = pack.visual_tokens * MERGE
+    patches = pack.visual_tokens * vision.patches_per_token
     residual = FP32 if stage.parallel.strategy == "ddp" else compute
     block = _vision_block(shape, stage, compute, on_gpu)
     products = 3 if vision.gated else 2
     working = patches * (products * vision.intermediate * compute + 2 * vision.width * residual)
-    merged = shape.merged_width
+    merged = shape.projector.inner * shape.projector.times
     kept = 0.0
     if gradients_reach(stage, "projector"):
         trained = stage.train.projector is not None
@@ -250,7 +250,7 @@ def _vision_activations(shape: ModelShape, stage: Stage, pack: PackSize, compute
         kept += pack.visual_tokens * shape.language.width * residual
     if train is None:
         return _Activations(kept, working)
-    kept += patches * PATCH_VALUES * compute  # the pixels, for the patch embedding's gradient
+    kept += patches * vision.patch_values * compute  # the pixels, for the patch embedding's gradient
     if train.activation_checkpointing:
         return _Activations(kept + patches * vision.depth * vision.width * residual, patches * block + working)
     return _Activations(kept + patches * vision.depth * block, working)

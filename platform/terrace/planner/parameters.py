@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from terrace.planner.shapes import PATCH_VALUES, ModelShape
+from terrace.families.shapes import ModelShape
 from terrace.recipe.schema import PARTS, PartName, Stage
 
 
@@ -15,37 +15,30 @@ class PartSizes:
     total: int
     block: int
     blocks: int
+    unused: int = 0  # of all, those that never train
 
 
 def part_sizes(shape: ModelShape) -> dict[PartName, PartSizes]:
-    vision, language = shape.vision, shape.language
-    block = vision_block(shape)
+    vision, language, projector = shape.vision, shape.language, shape.projector
     layer = language_layer(shape)
     embeddings = language.vocabulary * language.width * (1 if language.tied else 2)
-    norm = vision.width if vision.gated else 2 * vision.width
-    merged = shape.merged_width
-    projector = norm + merged * merged + merged + merged * language.width + language.width
     return {
-        "vision": PartSizes(vision.depth * block + PATCH_VALUES * vision.width, block, vision.depth),
-        "projector": PartSizes(projector, projector, 1),
+        "vision": PartSizes(
+            vision.depth * vision.block_parameters + vision.other_parameters, vision.block_parameters, vision.depth,
+            vision.unused_parameters,
+        ),
+        "projector": PartSizes(projector.parameters, projector.parameters, 1),
         "language": PartSizes(language.layers * layer + language.width + embeddings, layer, language.layers),
-    }
-
-
-def vision_block(shape: ModelShape) -> int:
-    """Attention (qkv and output, with biases), feed-forward and two norms of one vision block."""
-    width, inner = shape.vision.width, shape.vision.intermediate
-    attention = 4 * width * width + 4 * width
-    if shape.vision.gated:
-        return attention + 3 * width * inner + 2 * inner + width + 2 * width
-    return attention + 2 * width * inner + inner + width + 4 * width
+    }  # fmt: skip
 
 
 def language_layer(shape: ModelShape) -> int:
-    """Attention (biases on query, key and value only), feed-forward without biases and two norms of one layer."""
+    """Attention, feed-forward without biases and two norms of one layer."""
     language = shape.language
     query, key = language.query_width, language.key_width
-    attention = language.width * (query + 2 * key) + query + 2 * key + query * language.width
+    attention = language.width * (query + 2 * key) + query * language.width
+    attention += query + 2 * key if language.attention_biases else 0
+    attention += 2 * language.head_size if language.head_norms else 0
     return attention + 3 * language.width * language.intermediate + 2 * language.width
 
 
@@ -61,4 +54,4 @@ def trained_parts(stage: Stage) -> list[PartName]:
 def trainable_counts(shape: ModelShape, stage: Stage) -> dict[PartName, int]:
     """Parameters that the stage trains, 0 for frozen parts."""
     trained = trained_parts(stage)
-    return {part: count if part in trained else 0 for part, count in parameter_counts(shape).items()}
+    return {part: sizes.total - sizes.unused if part in trained else 0 for part, sizes in part_sizes(shape).items()}

@@ -6,12 +6,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from terrace.data.family import family_of
+from terrace.families.shapes import ModelShape
 from terrace.planner.data_facts import SampleMeans, SourceFacts
 from terrace.planner.flops import PackLoad, assumed_load
-from terrace.planner.shapes import MERGE, ModelShape
 from terrace.recipe.schema import Recipe, Stage
 
-PIXELS_OF_TOKEN = 28 * 28
 TEXT_BYTES_PER_TOKEN = 4.0
 FILL = 0.997  # share of a pack that packing fills
 
@@ -102,14 +102,17 @@ def _mixed(means: Mapping[str, SampleMeans], shares: Mapping[str, float]) -> Sam
 
 
 def _load(mean: SampleMeans, shape: ModelShape) -> PackLoad:
-    patches = max(mean.visual_tokens, 1.0) * MERGE
-    image = max(mean.image_squares / patches, float(MERGE))  # mean patches that a patch sees in its image
+    merge = shape.vision.patches_per_token
+    patches = max(mean.visual_tokens, 1.0) * merge
+    image = max(mean.image_squares * merge**2 / patches, float(merge))  # mean patches that a patch sees in its image
     window = image if shape.vision.window is None else min(image, float(shape.vision.window**2))
     return PackLoad(
         tokens=mean.tokens,
         supervised_tokens=mean.supervised_tokens,
         token_squares=mean.token_squares,
         patches=patches,
+        visual_tokens=patches / merge,
+        pictures=patches / image,
         image_squares=patches * image,
         window_squares=patches * window,
     )
@@ -128,5 +131,5 @@ def _assumed(recipe: Recipe, stage: Stage, shape: ModelShape, shares: Mapping[st
     limit = stage.data_loading.max_visual_tokens_per_pack
     visual = visual if limit is None else min(visual, limit)
     segment = _assumed_sample_tokens(recipe, stage, shares)
-    image = min(stage.pixels.max / PIXELS_OF_TOKEN, planning.visual_token_share * segment)
+    image = min(family_of(recipe.model).largest_image_tokens(stage.pixels.max), planning.visual_token_share * segment)
     return assumed_load(shape, stage.sequence_length, visual, segment, image)

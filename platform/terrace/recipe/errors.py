@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from terrace.errors import InputError
@@ -51,15 +50,3 @@ class RecipeError(InputError):
 def dotted(path: Path) -> str:
     """`("stages", 0, "budget")` -> `stages.0.budget`, as one would write it in an override."""
     return ".".join(str(step) for step in path)
-
-
-def nearest(word: str, choices: Iterable[str], limit: int = 8) -> str:
-    """A hint that names the nearest valid word, or all of them when none is near and they are few. May be empty."""
-    choices = list(choices)
-    by_lower = {choice.lower(): choice for choice in choices}
-    close = difflib.get_close_matches(word.lower(), by_lower, n=1, cutoff=0.55)
-    if close:
-        return f"; did you mean `{by_lower[close[0]]}`?"
-    if choices and len(choices) <= limit:
-        return f"; valid: {', '.join(choices)}"
-    return ""

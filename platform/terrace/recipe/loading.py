@@ -20,9 +20,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from terrace.errors import nearest
 from terrace.recipe import document
 from terrace.recipe.document import Entry
-from terrace.recipe.errors import Path, Place, Problem, RecipeError, nearest
+from terrace.recipe.errors import Path, Place, Problem, RecipeError
 from terrace.recipe.schema import PARTS, Recipe
 
 FREE_FORM = {"config", "options"}  # maps whose values are passed on as they are

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import PurePath
 
+from terrace.errors import InputError, nearest
+from terrace.families.interface import Family
+from terrace.families.registry import make_family
 from terrace.recipe import rules_model, rules_rl
-from terrace.recipe.errors import Path, Problem, nearest
+from terrace.recipe.errors import Path, Problem
+from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import PARTS, Recipe, Stage
 
-GRID_AREA = 28 * 28  # one visual token: 2x2 patches of 14x14 pixels
-IMAGE_MARKERS = 2  # <|vision_start|> and <|vision_end|>
 TEXT_KINDS = {"text"}
 SUITE_KINDS = ("mmbench", "grounding", "gui", "counting", "ocr", "chart", "caption", "reasoning", "loss")  # as in terrace.evaluate
 TRAIN_METRICS = (
@@ -48,9 +50,15 @@ def allowed_worker_counts(stage: Stage) -> list[int]:
     return [count for count in range(low, high + 1) if count % ring == 0 and stage.batch.packs % (count // ring) == 0]
 
 
-def visual_tokens_of_largest_image(stage: Stage, source_limit: int | None = None) -> int:
-    """Visual tokens (after the 2x2 merge) of an image resized to `pixels.max`, or to the source's own lower limit."""
-    tokens = stage.pixels.max // GRID_AREA
+def nominal_family(recipe: Recipe) -> Family:
+    """The family with the numbers of `model.config`, or with its usual ones where that has mistakes or a directory brings them."""
+    sound = not any(rules_model.check(recipe))
+    return make_family(recipe.model.architecture, (recipe.model.config or {}) if sound else {})
+
+
+def visual_tokens_of_largest_image(family: Family, stage: Stage, source_limit: int | None = None) -> int:
+    """Visual tokens of an image resized to `pixels.max`, or to the source's own lower limit."""
+    tokens = family.largest_image_tokens(stage.pixels.max)
     return tokens if source_limit is None else min(tokens, source_limit)
 
 
@@ -164,30 +172,34 @@ def _budget(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
 
 def _resolution(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
     low, high = stage.pixels.min, stage.pixels.max
-    if high < GRID_AREA:
-        yield Problem((*at, "pixels", "max"), f"{high} pixels hold no image: the smallest grid is 28 x 28 = {GRID_AREA} pixels")
+    try:
+        family = nominal_family(recipe)
+    except InputError:
+        return  # an unknown family, which is said already
+    for path, message in family.check_pixels(low, high):
+        yield Problem((*at, "pixels", *path), message)
         return
-    if low > high:
-        yield Problem((*at, "pixels", "min"), f"{low} is more than pixels.max {high}")
-        return
-    if -(-low // GRID_AREA) > high // GRID_AREA:
-        below, above = low // GRID_AREA * GRID_AREA, (high // GRID_AREA + 1) * GRID_AREA
-        yield Problem(
-            (*at, "pixels"),
-            f"no grid of 28 x 28 pixels has between {low} and {high} pixels; the nearest have {below} and {above}",
-        )
-        return
+    markers = len(family.before) + len(family.after)
     for name in stage.mixture.weights:
         source = recipe.data.sources.get(name)
-        if source is None or source.kind in TEXT_KINDS or source.too_long == "reduce_resolution":
+        if source is None or source.kind in TEXT_KINDS:
             continue
-        tokens = visual_tokens_of_largest_image(stage, source.max_visual_tokens_per_image)
-        if tokens + IMAGE_MARKERS >= stage.sequence_length:
+        fewest = family.view(1, 1, (1, 1)).tokens
+        if source.max_visual_tokens_per_image is not None and source.max_visual_tokens_per_image < fewest:
+            yield Problem(
+                ("data", "sources", name, "max_visual_tokens_per_image"),
+                f"{source.max_visual_tokens_per_image} is less than the {fewest} tokens that {family.name} gives the smallest image",
+            )
+            break
+        if source.too_long == "reduce_resolution":
+            continue
+        tokens = visual_tokens_of_largest_image(family, stage, source.max_visual_tokens_per_image)
+        if tokens + markers >= stage.sequence_length:
             yield Problem(
                 (*at, "sequence_length"),
                 f"{stage.sequence_length} tokens do not hold one image of `{name}` at pixels.max {high}: {tokens} "
-                f"visual tokens and {IMAGE_MARKERS} markers leave no room for text; raise it or lower pixels.max below "
-                f"{(stage.sequence_length - IMAGE_MARKERS) * GRID_AREA}",
+                f"visual tokens and {markers} markers leave no room for text; raise it or lower pixels.max below "
+                f"{(stage.sequence_length - markers) * family.unit}",
             )
             break
         limit = stage.data_loading.max_visual_tokens_per_pack
@@ -258,7 +270,7 @@ def _parallel(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
 def _sequence_parallel(recipe: Recipe, stage: Stage, key: Path) -> Iterator[Problem]:
     """All-to-all deals whole attention heads, so their number decides how many ranks may share a pack."""
     size = stage.parallel.sequence_parallel
-    if stage.objective != "lm":
+    if not OBJECTIVES[stage.objective].shares_packs:
         yield Problem(key, f"{size} ranks may share a pack under the objective lm only, not under {stage.objective}")
     text = (recipe.model.config or {}).get("text_config") or {}
     heads, key_heads = text.get("num_attention_heads"), text.get("num_key_value_heads")
@@ -348,7 +360,7 @@ def _evaluation(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
             yield Problem(key, f"name its file as {kind}:PATH")
         elif suite_label(suite) in labels:
             yield Problem(key, f"another suite is {suite_label(suite)} too; rename one of the files")
-        elif stage.objective == "reward_model":
+        elif not OBJECTIVES[stage.objective].answers:
             yield Problem(key, "a reward model answers no questions; leave the suites to the other stages")
         labels.append(suite_label(suite))
     measured = any(metric.startswith("eval/") for metric in produced_metrics(recipe, stage))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from terrace.recipe.errors import Path, Problem, nearest
+from terrace.errors import nearest
+from terrace.recipe.errors import Path, Problem
+from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import Recipe, Stage
 
 REWARD_NAME = re.compile(r"[a-z][a-z0-9_]*|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
@@ -14,13 +16,16 @@ ADDRESS_OPTIONS = ("url", "endpoint", "service")
 
 def check(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
     sources = {name: recipe.data.sources[name] for name in stage.mixture.weights if name in recipe.data.sources}
+    entry = OBJECTIVES[stage.objective]
     for name, source in sources.items():
         key: Path = (*at, "mixture", "weights", name)
-        if stage.objective == "lm" and source.kind in ("preference", "prompt"):
-            use = "reward_model" if source.kind == "preference" else "grpo"
-            yield Problem(key, f"`{name}` holds {source.kind}s, which objective lm has no answer to learn from; use {use}")
-        if stage.objective == "reward_model" and source.kind != "preference":
-            yield Problem(key, f"a reward model learns from pairs of kind preference; `{name}` is of kind {source.kind}")
+        if (use := entry.refused_kinds.get(source.kind)) is not None:
+            yield Problem(
+                key, f"`{name}` holds {source.kind}s, which objective {stage.objective} has no answer to learn from; use {use}"
+            )
+        if entry.only_kind is not None and source.kind != entry.only_kind:
+            what = stage.objective.replace("_", " ")
+            yield Problem(key, f"a {what} learns from pairs of kind {entry.only_kind}; `{name}` is of kind {source.kind}")
     if stage.objective == "grpo":
         yield from _grpo(recipe, stage, at)
         return

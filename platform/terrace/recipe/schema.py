@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from terrace.recipe.objectives import ObjectiveName
 from terrace.recipe.schema_inputs import (
     PARTS,
     Data,
@@ -58,7 +59,7 @@ class TrainedParts(Strict):
 
 
 class Pixels(Strict):
-    """Bounds on the pixels of a resized image. Sides are multiples of 28 (14-pixel patches merged 2x2)."""
+    """Bounds on the pixels of a resized image; what sizes there are between them, the model family says."""
 
     min: int = Field(3136, ge=1, description="Smaller images are enlarged to this many pixels.")
     max: int = Field(1_003_520, ge=1, description="Larger images are reduced to this many pixels.")
@@ -214,7 +215,7 @@ class RewardRule(Strict):
 
 class Stage(Strict):
     name: Name = Field(description="Name of the stage, unique in the recipe.")
-    objective: Literal["lm", "grpo", "reward_model"] = Field("lm", description="What a step optimises.")
+    objective: ObjectiveName = Field("lm", description="What a step optimises.")
     start_from: Name | None = Field(None, description="The stage whose final weights this one starts from; default: the previous.")
     train: TrainedParts = Field(description="The parts that train and how; every other part is frozen.")
     mixture: Mixture = Field(description="The sources and their shares.")

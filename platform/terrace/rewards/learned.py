@@ -27,8 +27,7 @@ from terrace.rewards.types import RewardItem
 class _Group:
     """One prompt, and the answers to it that are judged."""
 
-    prompt: Any  # data.template.Encoded
-    patches: np.ndarray  # uint8 [P, 588]
+    prompt: Any  # data.prompt.PromptInputs
     answers: list[list[int]] = field(default_factory=list)
     places: list[int] = field(default_factory=list)  # of the answers among the items
 
@@ -37,6 +36,7 @@ class _Group:
 class _Judge:
     model: Any
     tokenizer: Any
+    family: Any  # families.interface.Family
     pixels: tuple[int, int]  # (min, max) of a resized image, as in the stage that trained the model
 
 
@@ -61,6 +61,8 @@ def reward_model(
 
 def _grouped(items: Sequence[RewardItem], judge: _Judge, max_tokens: int) -> list[_Group]:
     """Neighbouring items of one prompt together; items that cannot be judged are left out."""
+    from terrace.data.template import encode_answer
+
     groups: list[_Group] = []
     last: RewardItem | None = None
     group: _Group | None = None
@@ -70,7 +72,7 @@ def _grouped(items: Sequence[RewardItem], judge: _Judge, max_tokens: int) -> lis
             groups += [group] if group else []
         if group is None:
             continue
-        answer = [*judge.tokenizer.encode(item.response), judge.tokenizer.special.im_end]
+        answer = encode_answer(item.response, judge.tokenizer, judge.family)
         if len(group.prompt.input_ids) + len(answer) <= max_tokens:
             group.answers.append(answer)
             group.places.append(place)
@@ -79,9 +81,9 @@ def _grouped(items: Sequence[RewardItem], judge: _Judge, max_tokens: int) -> lis
 
 def _read_prompt(item: RewardItem, judge: _Judge) -> _Group | None:
     """The conversation as training encodes it, with its images. Without `messages`: the prompt's text as one turn."""
-    from terrace.data.images import image_size, load_patches
-    from terrace.data.template import encode_prompt
-    from terrace.data.types import PATCH_SIZE, PATCH_VALUES, Sample
+    from terrace.data.images import image_size
+    from terrace.data.prompt import read_prompt
+    from terrace.data.types import Sample
 
     images = item.metadata.get("images", ())
     if len(images) != len(item.metadata.get("image_sizes") or images):
@@ -89,14 +91,10 @@ def _read_prompt(item: RewardItem, judge: _Judge) -> _Group | None:
     messages = item.metadata.get("messages") or [{"role": "user", "content": [{"type": "text", "text": item.prompt}]}]
     try:
         sizes = [image_size(data) for data in images]
-        encoded = encode_prompt(Sample("prompt", "prompt", messages), sizes, judge.tokenizer, judge.pixels)
-        patches = [
-            load_patches(images[number], int(rows) * PATCH_SIZE, int(columns) * PATCH_SIZE)
-            for (_, rows, columns), (number,) in zip(encoded.grids, encoded.images)
-        ]
+        read = read_prompt(Sample("prompt", "prompt", messages), images, sizes, judge.tokenizer, judge.family, judge.pixels)
     except (InputError, DamagedData, ValueError, IndexError):
         return None
-    return _Group(encoded, np.concatenate(patches) if patches else np.zeros((0, PATCH_VALUES), np.uint8))
+    return _Group(read.inputs)
 
 
 def _batches(groups: Sequence[_Group], items_per_batch: int) -> list[list[_Group]]:
@@ -116,7 +114,7 @@ def _pair_batch(groups: Sequence[_Group], device: str) -> Any:
     """The groups as units of one pack on the device."""
     import torch
 
-    from terrace.data.types import PackedExample
+    from terrace.data.types import PackedExample, following_positions, joined_pixels
     from terrace.models.batch import to_device
     from terrace.models.shared_prompt import Unit
     from terrace.objectives.reward_model import PairBatch, answer_rows
@@ -127,10 +125,8 @@ def _pair_batch(groups: Sequence[_Group], device: str) -> Any:
         ids.append(prompt.input_ids)
         positions.append(prompt.positions)
         for answer in group.answers:
-            place = np.arange(len(answer))
-            mrope = int(prompt.positions[1:].max()) + 1 + place
             ids.append(np.asarray(answer, np.int32))
-            positions.append(np.stack([length + place, mrope, mrope, mrope]))
+            positions.append(following_positions(prompt.positions, len(answer)))
         units.append(Unit(start, length, tuple(len(answer) for answer in group.answers)))
         start = units[-1].end
     example = PackedExample(
@@ -139,8 +135,7 @@ def _pair_batch(groups: Sequence[_Group], device: str) -> Any:
         targets=np.full(start, -100, np.int32),
         position_ids=np.concatenate(positions, axis=1).astype(np.int32),
         segment_ends=np.asarray([unit.end for unit in units], np.int32),
-        patches=np.concatenate([group.patches for group in groups]),
-        image_grids=np.concatenate([group.prompt.grids for group in groups]),
+        **joined_pixels([group.prompt for group in groups]),
         sample_ids=[""] * len(units),
         sources=[""] * len(units),
         kinds=["prompt"] * len(units),
@@ -154,6 +149,7 @@ def _opened(path: str, device: str) -> _Judge:
     """The model with shared-prompt attention, its tokenizer and image bounds, loaded once per process."""
     import torch
 
+    from terrace.data.family import directory_family
     from terrace.data.tokenizer import load_tokenizer
     from terrace.models.build import build_model, model_config
     from terrace.models.shared_prompt import use_shared_prompt_attention
@@ -166,5 +162,6 @@ def _opened(path: str, device: str) -> _Judge:
     model = Model(architecture=json.loads((folder / "config.json").read_text())["model_type"], pretrained=path)
     built = build_model(model, model_config(model, tokenizer), device, torch.float32).eval()
     use_shared_prompt_attention(built, "sdpa_segments")
+    family = directory_family(path)
     preprocessing = json.loads((folder / "preprocessor_config.json").read_text())
-    return _Judge(built, tokenizer, (int(preprocessing["min_pixels"]), int(preprocessing["max_pixels"])))
+    return _Judge(built, tokenizer, family, family.exported_pixels(preprocessing))

@@ -27,8 +27,8 @@ from terrace.rewards.types import RewardItem, Score
 from terrace.rl.dynamic_sampling import Selection, prompts_to_draw, select_groups
 from terrace.rl.prompts import Drawn, PromptOrder, PromptReader
 from terrace.rl.stored import load_rewards, load_rollout, save_rewards, save_rollout
-from terrace.train.collectives import gather_objects
-from terrace.train.context import WorkerContext
+from terrace.worker.collectives import gather_objects
+from terrace.worker.context import WorkerContext
 
 
 class RewardFailures(TerraceError):
@@ -43,7 +43,7 @@ class Group:
     id: str
     task: str
     prompt_tokens: int
-    patches: int
+    visual_tokens: int
     responses: tuple[Response, ...]
     rewards: np.ndarray  # float64 [G], NaN where the reward failed
     failures: tuple[str, ...]
@@ -66,6 +66,7 @@ class Collected:
     rollout_seconds: float
     reward_seconds: float  # waited for rewards after decoding
     prompts: dict[Drawn, Prompt] = field(default_factory=dict)  # those that this rank has read
+    damaged: list[str] = field(default_factory=list)  # `source/sample` that some rank could not read and left out
 
     @property
     def kept(self) -> list[Group]:
@@ -108,13 +109,13 @@ class Collector:
 
     def score_once(self, drawn: Sequence[Drawn], sampling: Sampling) -> list[Group]:
         """One response set for each prompt, scored: for held-out prompts. This rank's share is gathered from all."""
-        mine = drawn[self.context.rank :: self.context.world_size]
-        prompts = self.reader.read(mine) if mine else []
+        usable, _ = self.reader.read_usable(drawn[self.context.rank :: self.context.world_size])
+        prompts = [prompt for _, prompt in usable]
         groups = self.engine.generate(prompts, sampling) if prompts else []
         futures = [self._submit(prompt, group) for prompt, group in zip(prompts, groups)]
         rewards = [_values(future.result()) for future in futures]
-        own = [self._group(*four) for four in zip(mine, prompts, groups, rewards)]
-        return self._exchange(own, len(drawn))
+        own = [self._group(*four) for four in zip([one for one, _ in usable], prompts, groups, rewards)]
+        return self._exchange(own, drawn)[0]
 
     def _round(
         self,
@@ -126,17 +127,17 @@ class Collector:
         doing: Callable[[str], None],
     ) -> list[Group]:
         context = self.context
-        mine = drawn[context.rank :: context.world_size]
+        started = time.perf_counter()
+        doing("reading the prompts of")
+        usable, damaged = self.reader.read_usable(drawn[context.rank :: context.world_size])
+        mine, prompts = [one for one, _ in usable], [prompt for _, prompt in usable]
+        collected.prompts.update(usable)
         identity = {
             "stage": self.stage_hash, "iteration": iteration, "round": number, "rank": context.rank,
             "world_size": context.world_size, "prompts": [[*one.key, one.occurrence] for one in mine],
         }  # fmt: skip
         rollout_file = folder / f"rollout-{number}-{context.rank}.npz"
         reward_file = folder / f"rewards-{number}-{context.rank}.json"
-        started = time.perf_counter()
-        doing("reading the prompts of")
-        prompts = self.reader.read(mine) if mine else []
-        collected.prompts.update(zip(mine, prompts))
         rewards = load_rewards(reward_file, identity)
         futures: dict[int, Future[list[Score]]] = {}
 
@@ -170,7 +171,10 @@ class Collector:
         collected.rollout_seconds += decoded - started
         collected.reward_seconds += time.perf_counter() - decoded
         doing("exchanging the groups of all ranks of")
-        return self._exchange([self._group(*four) for four in zip(mine, prompts, groups, rewards)], len(drawn))
+        own = [self._group(*four) for four in zip(mine, prompts, groups, rewards)]
+        found, left_out = self._exchange(own, drawn, damaged)
+        collected.damaged += left_out
+        return found
 
     def _submit(self, prompt: Prompt, group: Sequence[Response]) -> Future[list[Score]]:
         metadata = prompt.reward_metadata
@@ -195,7 +199,7 @@ class Collector:
             id=prompt.id,
             task=prompt.task,
             prompt_tokens=len(prompt.input_ids),
-            patches=len(prompt.patches),
+            visual_tokens=int(prompt.image_tokens.sum()),
             responses=tuple(responses),
             rewards=np.asarray([np.nan if value is None else value for value, _ in rewards], np.float64),
             failures=tuple(reason or "" for value, reason in rewards if value is None),
@@ -204,10 +208,13 @@ class Collector:
             solution=str(prompt.solution),
         )
 
-    def _exchange(self, own: list[Group], count: int) -> list[Group]:
-        """All ranks' groups in the order they were drawn: rank r has numbers r, r + world_size, ..."""
-        hands: list[list[Any]] = gather_objects(own, self.context)
-        return [hands[number % len(hands)][number // len(hands)] for number in range(count)]
+    def _exchange(
+        self, own: list[Group], drawn: Sequence[Drawn], damaged: Sequence[str] = ()
+    ) -> tuple[list[Group], list[str]]:
+        """All ranks' groups in the order they were drawn, and what was left out of them as damaged."""
+        hands: list[Any] = gather_objects((own, list(damaged)), self.context)
+        groups = {group.drawn: group for hand, _ in hands for group in hand}
+        return [groups[one] for one in drawn if one in groups], [name for _, names in hands for name in names]
 
     def _check_failures(self, groups: Sequence[Group], iteration: int) -> None:
         total = sum(len(group.rewards) for group in groups)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
+from terrace.data.template import encode_answer
 from terrace.data.tokenizer import TextTokenizer
 from terrace.errors import InputError
+from terrace.families.interface import Family
 from terrace.generation.interface import Prompt, Response
-from terrace.models.batch import to_device
-from terrace.objectives.reward_model import PairBatch, answer_rows
+from terrace.objectives.reward_model import PairPack, answer_rows
 from terrace.rl.units import TrainGroup, unit_pack
 
 
@@ -29,9 +29,9 @@ class Pair:
         return len(self.prompt.input_ids) + sum(len(answer) for answer in self.answers)
 
 
-def answer_tokens(text: str, tokenizer: TextTokenizer) -> np.ndarray:
+def answer_tokens(text: str, tokenizer: TextTokenizer, family: Family) -> np.ndarray:
     """int32 [T]: an answer as the assistant's turn has it, with its end mark."""
-    return np.asarray([*tokenizer.encode(text), tokenizer.special.im_end], np.int32)
+    return np.asarray(encode_answer(text, tokenizer, family), np.int32)
 
 
 def text_of_items(items: Sequence[dict[str, Any]], sample_id: str) -> str:
@@ -54,8 +54,8 @@ def pack_pairs(pairs: Sequence[Pair], sequence_length: int) -> list[list[Pair]]:
     return packs
 
 
-def pair_batch(pairs: Sequence[Pair], device: torch.device | str, dtype: torch.dtype) -> PairBatch:
-    """One pack on the device. Answers are fed whole, because the score stands at their last token."""
+def lay_out(pairs: Sequence[Pair]) -> PairPack:
+    """Pairs as one pack. Answers are fed whole, because the score stands at their last token."""
     nothing = np.zeros(0, np.float32)
     # unit_pack leaves out the last token of a response, so one that is never read is put behind each answer.
     groups = [
@@ -67,5 +67,11 @@ def pair_batch(pairs: Sequence[Pair], device: torch.device | str, dtype: torch.d
         for pair in pairs
     ]
     example, units = unit_pack(groups)
-    rows = answer_rows(units) if pairs else []
-    return PairBatch(to_device(example, device, dtype), units, torch.tensor(rows, dtype=torch.int64, device=device))
+    return PairPack(
+        pack=example,
+        units=units,
+        answers=answer_rows(units) if pairs else [],
+        rows=sum(pair.rows for pair in pairs),
+        visual_tokens=sum(int(pair.prompt.image_tokens.sum()) for pair in pairs),
+        sources=[pair.prompt.key[0] for pair in pairs],
+    )

@@ -6,27 +6,29 @@ integer) and the pool are the whole state, so the order is the same after a rest
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from terrace.data.images import load_patches
 from terrace.data.order.eligible import source_pixels
 from terrace.data.order.permutation import source_rows
 from terrace.data.order.plan import StagePlan
+from terrace.data.prompt import read_prompt
 from terrace.data.stream.read import read_located
-from terrace.data.template import encode_prompt
 from terrace.data.tokenizer import TextTokenizer
-from terrace.data.types import PATCH_SIZE, PATCH_VALUES, Sample
+from terrace.data.types import Sample
 from terrace.errors import DamagedData, InputError
 from terrace.generation.interface import Prompt
 from terrace.recipe.schema import GrpoOptions, Recipe
 from terrace.rl.pairs import Pair, answer_tokens, text_of_items
 from terrace.rl.pools import EasyPool
+
+log = logging.getLogger(__name__)
 
 DRAWN_AT_ONCE = 64
 READ_THREADS = 4
@@ -146,18 +148,47 @@ class PromptReader:
         self._recipe, self._stage, self._prepared = recipe, recipe.stages[stage_index], prepared
         self._tokenizer = tokenizer
 
-    def read(self, drawn: Sequence[Drawn]) -> list[Prompt]:
+    def read(self, drawn: Sequence[Drawn]) -> list[Any]:
         """Prompts in the order of the references. Raises DamagedData or InputError naming source and sample."""
-        return self._read(drawn, self._prompt)
+        return [self._whole(one) for one in self._read(drawn)]
 
-    def _read(self, drawn: Sequence[Drawn], make: Callable[[Drawn, Sample, list[bytes]], Any]) -> list[Any]:
-        locations = [self._prepared.indexes[one.key[0]].location(one.key[1]) for one in drawn]
-        results = read_located(locations)
-        for result in results:
+    def read_usable(self, drawn: Sequence[Drawn]) -> tuple[list[tuple[Drawn, Any]], list[str]]:
+        """(reference, prompt) of those that can be read, and which could not: `source/sample`. Raises DamagedData for a
+        damaged sample of a source that does not say `on_damage: skip`."""
+        usable, damaged = [], []
+        for one, found in zip(drawn, self._read(drawn)):
+            if isinstance(found, DamagedData) and self._recipe.data.sources[one.key[0]].on_damage == "skip":
+                log.warning("%s; it is left out (`on_damage: skip`)", found)
+                damaged.append(f"{one.key[0]}/{self._prepared.indexes[one.key[0]].location(one.key[1]).id}")
+            else:
+                usable.append((one, self._whole(found)))
+        return usable, damaged
+
+    @staticmethod
+    def _whole(found: Any) -> Any:
+        if isinstance(found, DamagedData):
+            raise found
+        return found
+
+    def _read(self, drawn: Sequence[Drawn]) -> list[Any]:
+        """For each reference what `_made` makes of its sample, or the damage."""
+        if not drawn:
+            return []
+        results = read_located([self._prepared.indexes[one.key[0]].location(one.key[1]) for one in drawn])
+
+        def made(one: Drawn, result: Any) -> Any:
             if isinstance(result, DamagedData):
-                raise result
+                return result
+            try:
+                return self._made(one, *result)
+            except DamagedData as damage:
+                return DamagedData(f"source {one.key[0]}, sample {result[0].id}: {damage}")
+
         with ThreadPoolExecutor(READ_THREADS) as pool:
-            return list(pool.map(lambda pair: make(pair[0], *pair[1]), zip(drawn, results)))
+            return list(pool.map(made, drawn, results))
+
+    def _made(self, drawn: Drawn, sample: Sample, images: list[bytes]) -> Any:
+        return self._prompt(drawn, sample, images)
 
     def _prompt(self, drawn: Drawn, sample: Sample, images: list[bytes]) -> Prompt:
         task = sample.metadata.get("task") or self._recipe.data.sources[drawn.key[0]].task
@@ -172,29 +203,23 @@ class PromptReader:
         name, row = drawn.key
         source = self._recipe.data.sources[name]
         sizes = self._prepared.indexes[name].sizes(row)
-        pixels = source_pixels(source, (self._stage.pixels.min, self._stage.pixels.max))
-        encoded = encode_prompt(sample, sizes, self._tokenizer, pixels)
-        if any(len(numbers) != 1 for numbers in encoded.images):
-            raise InputError(f"source {name}, sample {sample.id}: rollouts take images, not videos")
-        patches, model_sizes = [], {}
-        for (_, rows, columns), (number,) in zip(encoded.grids.tolist(), encoded.images):
-            height, width = rows * PATCH_SIZE, columns * PATCH_SIZE
-            patches.append(load_patches(images[number], height, width, self._recipe.data.max_image_pixels))
-            model_sizes[number] = [width, height]
+        pixels = source_pixels(source, (self._stage.pixels.min, self._stage.pixels.max), self._prepared.family)
+        most = self._recipe.data.max_image_pixels
+        try:
+            read = read_prompt(sample, images, sizes, self._tokenizer, self._prepared.family, pixels, most)
+        except InputError as error:
+            raise InputError(f"source {name}, {error}") from error
         metadata = {
             **sample.metadata,
             "messages": sample.messages,
             "image_sizes": [list(size) for size in sizes],
-            "model_sizes": [model_sizes[number] for number in sorted(model_sizes)],
+            "model_sizes": [list(read.scales[number]) for number in sorted(read.scales)],
         }
         return Prompt(
+            **vars(read.inputs),
             key=drawn.key,
             id=sample.id,
             task=task,
-            input_ids=encoded.input_ids,
-            positions=encoded.positions,
-            patches=np.concatenate(patches) if patches else np.zeros((0, PATCH_VALUES), np.uint8),
-            grids=encoded.grids,
             text=prompt_text(sample),
             solution=sample.metadata.get("solution"),
             metadata=metadata,
@@ -206,9 +231,8 @@ class PromptReader:
 class PairReader(PromptReader):
     """References to preference pairs: the prompt, the chosen answer and `metadata.rejected`."""
 
-    def read(self, drawn: Sequence[Drawn]) -> list[Pair]:  # type: ignore[override]
-        """Pairs in the order of the references."""
-        return self._read(drawn, self._pair) if drawn else []
+    def _made(self, drawn: Drawn, sample: Sample, images: list[bytes]) -> Pair:
+        return self._pair(drawn, sample, images)
 
     def _pair(self, drawn: Drawn, sample: Sample, images: list[bytes]) -> Pair:
         rejected, chosen = sample.metadata.get("rejected"), sample.messages[-1]
@@ -217,7 +241,7 @@ class PairReader(PromptReader):
                 f"source {drawn.key[0]}, sample {sample.id}: a preference row needs an assistant's answer and a rejected one"
             )
         texts = (text_of_items(chosen["content"], sample.id), text_of_items(rejected, sample.id))
-        answers = tuple(answer_tokens(text, self._tokenizer) for text in texts)
+        answers = tuple(answer_tokens(text, self._tokenizer, self._prepared.family) for text in texts)
         return Pair(self._encoded(drawn, sample, images, "preference"), answers)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from terrace.generation.interface import Response
-from terrace.train.checkpoint import json_bytes, write_durably
+from terrace.storage.durable import json_bytes, write_durably
 
 
 def iteration_folder(stage_dir: Path, iteration: int) -> Path:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from terrace.data.order.balance import deal
-from terrace.data.types import PATCH_VALUES, PackedExample
+from terrace.data.types import PackedExample, following_positions, joined_pixels, no_pixels
 from terrace.generation.interface import Prompt, Response
 from terrace.models.batch import to_device
 from terrace.models.shared_prompt import Unit
@@ -71,10 +71,10 @@ def split_group(group: TrainGroup, sequence_length: int) -> list[TrainGroup]:
     ]
 
 
-def group_cost(prompt_tokens: int, patches: int, response_tokens: int) -> float:
-    """Relative work of a group: rows, attention of the responses to the prompt, and patches."""
+def group_cost(prompt_tokens: int, visual_tokens: int, response_tokens: int) -> float:
+    """Relative work of a group: rows, attention of the responses to the prompt, and images."""
     rows = prompt_tokens + response_tokens
-    return rows + prompt_tokens * (rows + response_tokens) / 16_384 + 0.25 * patches
+    return rows + prompt_tokens * (rows + response_tokens) / 16_384 + visual_tokens
 
 
 def deal_groups(costs: Sequence[float], world_size: int, rank: int) -> list[int]:
@@ -94,22 +94,17 @@ def unit_pack(groups: Sequence[TrainGroup], number: int = 0) -> tuple[PackedExam
         ids.append(prompt.input_ids)
         positions.append(prompt.positions)
         for response in group.responses:
-            place = np.arange(len(response.tokens) - 1)
-            mrope = prompt.next_position + place
             ids.append(response.tokens[:-1])
-            positions.append(np.stack([length + place, mrope, mrope, mrope]))
+            positions.append(following_positions(prompt.positions, len(response.tokens) - 1))
         units.append(unit)
         start = unit.end
     example = PackedExample(
         pack=number,
         input_ids=np.concatenate(ids).astype(np.int32) if ids else np.zeros(0, np.int32),
         targets=np.full(start, -100, np.int32),
-        position_ids=np.concatenate(positions, axis=1).astype(np.int32) if ids else np.zeros((4, 0), np.int32),
+        position_ids=np.concatenate(positions, axis=1).astype(np.int32) if ids else np.zeros((0, 0), np.int32),
         segment_ends=np.asarray([unit.end for unit in units], np.int32),
-        patches=np.concatenate([group.prompt.patches for group in groups])
-        if ids
-        else np.zeros((0, PATCH_VALUES), np.uint8),
-        image_grids=np.concatenate([group.prompt.grids for group in groups]) if ids else np.zeros((0, 3), np.int32),
+        **(joined_pixels([group.prompt for group in groups]) if ids else no_pixels(0, 0)),
         sample_ids=[group.prompt.id for group in groups],
         sources=[group.prompt.key[0] for group in groups],
         kinds=["prompt"] * len(groups),

@@ -6,6 +6,7 @@
       weights-00000.safetensors …      one file per kind and writing rank, keyed by parameter name
       exp_avg-00000.safetensors …
       exp_avg_sq-00000.safetensors …
+      objective-00000.safetensors      the objective's own tensors, where it has any
 
 Neither the strategy nor the number of ranks leaves a trace in the format, so any may load what any other saved. Each
 rank copies the tensors it owns to host memory (training waits for that alone), then writes in a thread. Threads use
@@ -19,15 +20,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import logging
-import math
 import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +35,19 @@ from safetensors.torch import save_file
 
 from terrace.errors import TerraceError
 from terrace.recipe.schema import Checkpoint
-from terrace.storage import mirror
-from terrace.track.follow import last_row
+from terrace.storage.durable import file_digest, json_bytes, sync_folder, write_durably
+from terrace.storage.run_storage import RunStorage
 from terrace.train.checkpoint_storage import FENCE, MANIFEST, Superseded, folder_name, stored_checkpoints
-from terrace.train.context import WorkerContext
+from terrace.train.retention import superfluous
 from terrace.train.strategies.interface import OPTIMIZER_KINDS, Kind, Strategy
+from terrace.worker.context import WorkerContext
 
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 KINDS: tuple[Kind, ...] = ("weights", *OPTIMIZER_KINDS)
+OBJECTIVE = "objective"  # the objective's own tensors, beside those kinds
+Tensors = Iterable[tuple[str, torch.Tensor]]
 REPORT_TIMEOUT_S = 1800.0
 
 
@@ -53,45 +55,17 @@ class CheckpointFailed(TerraceError):
     """A checkpoint could not be written; the previous one is still there."""
 
 
-def write_durably(path: Path, content: bytes) -> None:
-    """Write and fsync a file under a temporary name, then rename it, so that it is whole or absent."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Make renames in a folder survive a power cut; file systems that cannot sync folders are left as they are."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def file_digest(path: Path) -> str:
-    """sha256 of a file, hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def json_bytes(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
-
-
 class CheckpointWriter:
     """Writes the checkpoints of one attempt at one stage. `save` and `finish` are called by every rank."""
 
-    def __init__(self, folder: Path, options: Checkpoint, context: WorkerContext, attempt: int) -> None:
+    def __init__(
+        self, folder: Path, options: Checkpoint, context: WorkerContext, attempt: int, storage: RunStorage
+    ) -> None:
+        self._storage = storage
         self._folder, self._options, self._context, self._attempt = folder, options, context, attempt
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._stored = stored_checkpoints(folder)
+        self._stored = stored_checkpoints(folder, self._storage)
         if context.rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
             if self._stored is not None:
@@ -102,27 +76,25 @@ class CheckpointWriter:
             for stale in folder.glob(".writing-*"):
                 shutil.rmtree(stale, ignore_errors=True)
 
-    def save(self, strategy: Strategy, state: dict[str, Any]) -> Path:
-        """Copy this rank's tensors and write them, in the background where the recipe allows. Returns the final
-        folder."""
+    def save(
+        self, strategy: Strategy, state: dict[str, Any], metrics: Mapping[str, float], objective: Tensors = ()
+    ) -> Path:
+        """Copy this rank's tensors and write them, in the background where the recipe allows. Returns the final folder.
+
+        `metrics` are what was measured at the step: they decide which checkpoint is the best. `objective` is its own state.
+        """
         self.wait()
-        held = _owned_tensors(strategy, self._context)
+        held = _owned_tensors(strategy, objective, self._context)
         step = int(state["step"])
         state = {"format_version": FORMAT_VERSION, "attempt": self._attempt, **state}
         state["optimizer_steps"] = strategy.optimizer_steps()
-        metrics = self._measured_at(step)
         self._thread = threading.Thread(
-            target=self._guarded, args=(step, held, state, metrics), name=f"checkpoint-{step}", daemon=True
+            target=self._guarded, args=(step, held, state, dict(metrics)), name=f"checkpoint-{step}", daemon=True
         )
         self._thread.start()
         if not self._options.asynchronous:
             self.wait()
         return self._folder / folder_name(step)
-
-    def _measured_at(self, step: int) -> dict[str, float]:
-        """What the stage's newest metrics line says of this step: it decides which checkpoint is the best."""
-        line = last_row(self._folder.parent / "metrics.jsonl") if self._context.rank == 0 else None
-        return measured(line) if line is not None and line["step"] == step else {}
 
     def wait(self) -> None:
         """Wait for the write in progress; raises what went wrong in it."""
@@ -134,7 +106,7 @@ class CheckpointWriter:
             raise error
 
     def _guarded(
-        self, step: int, held: dict[Kind, dict[str, torch.Tensor]], state: dict[str, Any], metrics: dict[str, float]
+        self, step: int, held: dict[str, dict[str, torch.Tensor]], state: dict[str, Any], metrics: dict[str, float]
     ) -> None:
         try:
             self._write(step, held, state, metrics)
@@ -142,7 +114,7 @@ class CheckpointWriter:
             self._error = error
 
     def _write(
-        self, step: int, held: dict[Kind, dict[str, torch.Tensor]], state: dict[str, Any], metrics: dict[str, float]
+        self, step: int, held: dict[str, dict[str, torch.Tensor]], state: dict[str, Any], metrics: dict[str, float]
     ) -> None:
         rank = self._context.rank
         work = self._folder / f".writing-{folder_name(step)}-attempt-{self._attempt}"
@@ -214,7 +186,7 @@ class CheckpointWriter:
         stored = self._stored
         assert stored is not None
         stored.upload(work / MANIFEST, step, self._attempt)
-        mirror.flush(self._folder)
+        self._storage.flush(self._folder)
         stored.commit(step, self._attempt, (work / MANIFEST).read_bytes(), metrics)
         complete = {number: entry.metrics for number, entry in stored.complete().items()}
         stored.drop(superfluous(complete, self._options, step), self._attempt)
@@ -223,37 +195,10 @@ class CheckpointWriter:
             shutil.rmtree(copy, ignore_errors=True)
 
 
-def superfluous(metrics: Mapping[int, Mapping[str, float]], options: Checkpoint, newest: int) -> list[int]:
-    """Steps of the complete checkpoints (given with what was measured at each) that need not stay.
-
-    Those that stay: the newest, the last `keep_last`, multiples of `keep_every_steps`, and the one with the best
-    `best_metric` (of equals the later one).
-    """
-    steps = sorted(metrics)
-    kept = {newest, *steps[-options.keep_last :]}
-    if options.keep_every_steps:
-        kept |= {step for step in steps if step % options.keep_every_steps == 0}
-    values = {step: metrics[step][options.best_metric] for step in steps if options.best_metric in metrics[step]}
-    if values:
-        best = min(values.values()) if options.best_is == "lowest" else max(values.values())
-        kept.add(max(step for step, value in values.items() if value == best))
-    return [step for step in steps if step not in kept]
-
-
-def measured(line: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers of a metrics line under the names that gates use: `train/loss`, `eval/caption/loss`, `eval/loss`;
-    `eval/reward/counting` in an RL stage."""
-    found = {f"train/{key}": value for key, value in line.items() if isinstance(value, int | float) and not isinstance(value, bool)}
-    losses = line.get("evaluation") or {}
-    found |= {f"eval/{kind}" if "/" in kind else f"eval/{kind}/loss": value for kind, value in losses.items()}
-    if losses:
-        found["eval/loss"] = sum(losses.values()) / len(losses)
-    return {key: float(value) for key, value in found.items() if math.isfinite(value) and key != "train/step"}
-
-
-def _owned_tensors(strategy: Strategy, context: WorkerContext) -> dict[Kind, dict[str, torch.Tensor]]:
-    """Host copies of the tensors that this rank writes: each goes to the rank with the fewest bytes so far."""
-    held: dict[Kind, dict[str, torch.Tensor]] = {}
+def _owned_tensors(strategy: Strategy, objective: Tensors, context: WorkerContext) -> dict[str, dict[str, torch.Tensor]]:
+    """Host copies of the tensors that this rank writes: each of the strategy's goes to the rank with the fewest bytes so
+    far, the objective's (whole on every rank) to rank 0."""
+    held: dict[str, dict[str, torch.Tensor]] = {}
     load = [0] * context.world_size
     for kind in KINDS:
         held[kind] = {}
@@ -263,6 +208,8 @@ def _owned_tensors(strategy: Strategy, context: WorkerContext) -> dict[Kind, dic
             if owner == context.rank:
                 # clone, because training goes on changing the original while the thread writes
                 held[kind][name] = tensor.detach().to("cpu", copy=True).contiguous()
+    own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in objective}
+    held[OBJECTIVE] = own if context.rank == 0 else {}
     return held
 
 

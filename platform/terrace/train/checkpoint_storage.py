@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from terrace.errors import TerraceError
-from terrace.storage import conditional, mirror
+from terrace.storage import conditional
 from terrace.storage.files import join
+from terrace.storage.run_storage import RunStorage
 
 log = logging.getLogger(__name__)
 FENCE = "attempt.json"
@@ -174,9 +175,9 @@ class StoredCheckpoints:
         return None
 
 
-def stored_checkpoints(folder: Path) -> StoredCheckpoints | None:
+def stored_checkpoints(folder: Path, storage: RunStorage) -> StoredCheckpoints | None:
     """Where a stage's folder `checkpoints` lies on S3; None for a run on this disk."""
-    uri = mirror.uri_of(folder)
+    uri = storage.uri_of(folder)
     return StoredCheckpoints(uri) if uri is not None else None
 
 

@@ -1,22 +1,53 @@
-"""The end of a stage: its final weights as a Hugging Face directory, and the suites that the recipe asks of them."""
+"""The end of a stage: its final weights as a Hugging Face directory, and its result, whose file says that it is complete."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 from terrace.models.export import export_hf
+from terrace.models.precision import DTYPE_NAMES
 from terrace.recipe.schema import Stage
-from terrace.storage import mirror
-from terrace.train.collectives import barrier
-from terrace.train.context import WorkerContext
+from terrace.storage.durable import json_bytes, write_durably
+from terrace.storage.run_storage import RunStorage
 from terrace.train.strategies.interface import Strategy
+from terrace.worker.collectives import barrier
+from terrace.worker.context import WorkerContext
 
-EXPORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+@dataclasses.dataclass(frozen=True)
+class StageResult:
+    """What `result.json` says: the file's presence means that the stage is complete."""
+
+    steps: int
+    loss: float | None  # of the last step
+    evaluation: dict[str, dict[str, float]]  # before and after: held-out loss per kind
+    tokens: int
+    samples: int
+    per_source: dict[str, int]
+    seconds: float
+    skipped_steps: int = 0
+    suites: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # scores by suite of evaluate.suites
+
+
+def read_result(stage_dir: Path) -> StageResult | None:
+    """The result of a complete stage, or None."""
+    file = stage_dir / "result.json"
+    return StageResult(**json.loads(file.read_text())) if file.is_file() else None
+
+
+def write_result(stage_dir: Path, result: StageResult, context: WorkerContext) -> None:
+    """Make the stage complete. All ranks call it; none returns before the file is there."""
+    if context.rank == 0:
+        write_durably(stage_dir / "result.json", json_bytes(dataclasses.asdict(result)))
+    barrier(context)
 
 
 def export_final(
-    strategy: Strategy, stage: Stage, config: Any, tokenizer_dir: Path | None, out_dir: Path, context: WorkerContext
+    strategy: Strategy, stage: Stage, config: Any, tokenizer_dir: Path | None, out_dir: Path, context: WorkerContext,
+    storage: RunStorage,
 ) -> None:
     """Gather the whole weights on rank 0 (host memory: 4 bytes per parameter) and write them. All ranks call it."""
     state = {}
@@ -25,24 +56,6 @@ def export_final(
             state[name] = tensor.detach().to("cpu", copy=True)
     if context.rank == 0:
         pixels = (stage.pixels.min, stage.pixels.max)
-        export_hf(state, config, tokenizer_dir, out_dir, pixels, EXPORT_DTYPES[stage.precision])
-        mirror.store_folder(out_dir, mirror.FINAL_LAST)
+        export_hf(state, config, tokenizer_dir, out_dir, pixels, DTYPE_NAMES[stage.precision])
+        storage.publish_final(out_dir)
     barrier(context)
-
-
-def check_suites(stage: Stage) -> None:
-    """Raises InputError for a suite that cannot be asked, before the stage spends anything."""
-    if stage.evaluate.suites:
-        from terrace.evaluate.suites import parse_suite
-
-        for text in stage.evaluate.suites:
-            parse_suite(text)
-
-
-def ask_suites(stage: Stage, stage_dir: Path, context: WorkerContext) -> dict[str, dict[str, float]]:
-    """Scores by suite of `stage_dir/final`. All ranks call it, without holding on to what they trained with."""
-    if not stage.evaluate.suites:
-        return {}
-    from terrace.evaluate.stage import evaluate_final  # a loop without suites needs none of the judges' libraries
-
-    return evaluate_final(stage, stage_dir, context)

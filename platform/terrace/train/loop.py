@@ -1,204 +1,236 @@
-"""One stage from its first step to its result: open, resume or start, train, save, evaluate, export. Read it top to
-bottom.
+"""One stage from its first step to its exported weights: open, resume or start, train, save, evaluate, export. Read it top
+to bottom.
 
-It knows nothing of Ray: the worker context says which rank this is and how to report. Every rank runs the same lines;
-rank 0 alone writes metrics, results and calls the observers (`observer(event, values)` with the events `started`,
-`step`, `evaluation`, `checkpoint`, `finished`).
+It runs a stage of any objective (objectives.interface) and knows nothing of Ray: the worker context says which rank this is
+and how to report. Every rank runs the same lines; rank 0 alone writes metrics and calls the observers
+(`observer(event, values)` with the events `started`, `step`, `evaluation`, `checkpoint`, and an objective's own).
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import functools
-import json
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from terrace.data.order.balance import cost_model
 from terrace.errors import Preempted
 from terrace.models.sequence_parallel import open_sequence_group
-from terrace.objectives.lm import lm_objective
+from terrace.objectives.interface import Objective, Opening, OpenObjective, StageFeed, StageRun, StepExamples
 from terrace.recipe.loading import recipe_hash, stage_hash
-from terrace.recipe.schema import Recipe
-from terrace.train.checkpoint import CheckpointWriter, json_bytes, write_durably
-from terrace.train.collectives import barrier
-from terrace.train.context import WorkerContext
-from terrace.train.feed import StageFeed
-from terrace.train.finish import ask_suites, check_suites, export_final
-from terrace.train.held_out_loss import held_out_loss
+from terrace.recipe.schema import Recipe, Stage
+from terrace.storage.run_storage import OnThisDisk, RunStorage
+from terrace.train.checkpoint import CheckpointWriter
+from terrace.train.finish import StageResult, export_final
 from terrace.train.measure import Meter
-from terrace.train.metrics import MetricsLog, step_line
-from terrace.train.optimizer import parameter_groups, schedule_factor
+from terrace.train.metrics import MetricsLog, measured, step_line
+from terrace.train.optimizer import ParameterGroup, parameter_groups, schedule_factor
 from terrace.train.profiling import StepProfiler
 from terrace.train.progress import Progress, next_attempt, resume_or_hand_over
 from terrace.train.setup import prepare_strategy
-from terrace.train.step import NonFinite, StepOutcome, count_batch, run_step, seed_step
+from terrace.train.step import BatchCounts, NonFinite, StepOutcome, count_batch, filled_up, nothing_done, run_step, seed_step
+from terrace.train.strategies.interface import Strategy
 from terrace.train.watchdog import Watchdog, hang_folder, hang_timeout_seconds
+from terrace.worker.collectives import barrier
+from terrace.worker.context import WorkerContext
 
 log = logging.getLogger(__name__)
 
 Observer = Callable[[str, dict[str, Any]], None]
 
 
-@dataclasses.dataclass(frozen=True)
-class StageResult:
-    """What `result.json` says: the file's presence means that the stage is complete."""
+@dataclass
+class StageInProgress:
+    """What a stage consists of while it trains: what the steps, the checkpoints and the end of it share."""
 
-    steps: int
-    loss: float | None  # of the last step
-    evaluation: dict[str, dict[str, float]]  # before and after: held-out loss per kind
-    tokens: int
-    samples: int
-    per_source: dict[str, int]
-    seconds: float
-    skipped_steps: int = 0
-    suites: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # scores by suite of evaluate.suites
+    recipe: Recipe
+    stage: Stage
+    identity: str  # the stage's hash
+    feed: StageFeed
+    objective: Objective
+    strategy: Strategy
+    groups: list[ParameterGroup]
+    progress: Progress
+    writer: CheckpointWriter
+    metrics: MetricsLog | None  # rank 0
+    context: WorkerContext
+    watchdog: Watchdog
+    notify: Observer
+    stage_dir: Path
+
+    def evaluate(self) -> dict[str, float]:
+        self.watchdog.rest()  # an objective whose evaluation may hang says where it is
+        return self.objective.evaluate(
+            lambda: self.watchdog.mark(self.progress.step, "evaluating held-out samples after")
+        )
+
+    def save(self, line: dict[str, Any]) -> None:
+        """Write a checkpoint of the last step, whose line of metrics is given."""
+        progress, strategy, context = self.progress, self.strategy, self.context
+        if self.metrics:
+            self.metrics.sync()
+        self.watchdog.rest()  # writing may be slow, and has time limits of its own
+        self.writer.wait()
+        if self.stage.checkpoint.asynchronous:
+            self.watchdog.mark(progress.step, "copying a checkpoint of")
+        state = {
+            **progress.state(),
+            "total_steps": self.feed.total_steps,
+            "data": self.feed.state(progress.step),
+            "recipe_hash": recipe_hash(self.recipe),
+            "stage_hash": self.identity,
+            "loss_scale": strategy.loss_scale.state() if strategy.loss_scale else None,
+            "random": {"rule": self.objective.random_rule, "seed": self.stage.seed},
+            "saved_by": {"strategy": self.stage.parallel.strategy, "world_size": context.world_size},
+        }
+        path = self.writer.save(strategy, state, measured(line), self.objective.state())
+        context.report({"step": progress.step, "loss": progress.loss}, path)
+        self.notify("checkpoint", {"step": progress.step, "path": str(path)})
+        self.objective.saved(progress.step)
 
 
 def train_stage(
     recipe: Recipe, stage_index: int, feed: StageFeed, stage_dir: Path, start_weights: Path | None,
-    context: WorkerContext, observers: Sequence[Observer] = (), attempt: int | None = None,
+    context: WorkerContext, open_objective: OpenObjective, observers: Sequence[Observer] = (), attempt: int | None = None,
+    storage: RunStorage | None = None,
 ) -> StageResult:
-    """Train a stage to its end, or go on where its newest complete checkpoint stopped. Done already: return its result.
+    """Train a stage to its end, or go on where its newest complete checkpoint stopped, and export its weights. The result is
+    returned, not written: what it still lacks (the suites' scores) is asked for by those above (curriculum.attempt_worker).
 
     Raises Preempted after saving when told to stop, NonFinite when a loss or gradient is not a number and the recipe
-    says stop.
+    says stop, NothingLearned when steps make no optimizer step.
     """
-    stage = recipe.stages[stage_index]
-    result_file = stage_dir / "result.json"
-    if result_file.is_file():
-        return StageResult(**json.loads(result_file.read_text()))
-    check_suites(stage)
+    stage, storage = recipe.stages[stage_index], storage or OnThisDisk()
     notify = notifier(observers, context)
     attempt = next_attempt(stage_dir / "checkpoints", context) if attempt is None else attempt
-    with Watchdog(hang_folder(stage_dir, attempt), hang_timeout_seconds(stage), context, stage.name) as watchdog:
-        progress, after = _train_and_export(
-            recipe, stage_index, feed, stage_dir, start_weights, context, notify, attempt, watchdog
-        )
-    # What the stage trained with is gone from memory by now: the suites ask the model that was written.
-    result = progress.result(after, ask_suites(stage, stage_dir, context))
-    if context.rank == 0:
-        write_durably(result_file, json_bytes(result))
-    barrier(context)
-    notify("finished", result)
-    return StageResult(**result)
-
-
-def _train_and_export(
-    recipe: Recipe, stage_index: int, feed: StageFeed, stage_dir: Path, start_weights: Path | None,
-    context: WorkerContext, notify: Observer, attempt: int, watchdog: Watchdog,
-) -> tuple[Progress, dict[str, float]]:
-    """The stage up to its Hugging Face directory: how far it came, and the held-out loss per kind at its end."""
-    stage = recipe.stages[stage_index]
-
-    # Open: model, optimizer, checkpoint folder.
     sequence = open_sequence_group(stage.parallel.sequence_parallel, context.rank, context.world_size)
-    objective = lm_objective(stage.loss_chunk_tokens)
-    strategy = prepare_strategy(recipe, stage, feed.config, context, objective, start_weights)
-    groups = parameter_groups([name for name, _ in strategy.model.named_parameters()], stage)
-    writer = CheckpointWriter(stage_dir / "checkpoints", stage.checkpoint, context, attempt)
-    barrier(context)
+    opening = Opening(recipe, stage, feed, context, stage_dir, start_weights, sequence)
+    objective = open_objective(opening)
+    with (
+        Watchdog(hang_folder(stage_dir, attempt), hang_timeout_seconds(stage), context, stage.name) as watchdog,
+        contextlib.closing(objective),
+    ):
+        # Open: model, optimizer, checkpoint folder.
+        strategy = prepare_strategy(recipe.model, stage, feed.config, context, objective.loss, start_weights)
+        groups = parameter_groups(strategy.model, stage)
+        writer = CheckpointWriter(stage_dir / "checkpoints", stage.checkpoint, context, attempt, storage)
+        barrier(context)
+        objective.begin(StageRun(strategy, notify, watchdog.mark))
 
-    # Resume from the newest complete checkpoint, or start from the previous stage's weights.
-    identity = stage_hash(recipe, stage_index)
-    progress = resume_or_hand_over(strategy, feed, stage, identity, stage_dir, start_weights, context)
+        # Resume from the newest complete checkpoint, or start from the previous stage's weights.
+        identity = stage_hash(recipe, stage_index)
+        progress = resume_or_hand_over(
+            strategy, objective, feed, stage, identity, stage_dir, start_weights, context, storage
+        )
+        run = StageInProgress(
+            recipe, stage, identity, feed, objective, strategy, groups, progress, writer, None, context, watchdog, notify, stage_dir
+        )
+        if progress.evaluation_before is None:
+            progress.evaluation_before = run.evaluate()
+        if context.rank == 0:
+            run.metrics = MetricsLog(stage_dir / "metrics.jsonl", progress.step)
+        notify("started", {"stage": stage.name, "step": progress.step, "total_steps": feed.total_steps, "attempt": attempt})
+        notify("evaluation", {"when": "before", "loss": progress.evaluation_before})
 
-    def held_out() -> dict[str, float]:
-        def alive() -> None:
-            watchdog.mark(progress.step, "evaluating held-out samples after")
+        _train(run, opening)
 
-        alive()
-        return held_out_loss(strategy, feed.held_out, stage.precision, context, sequence, alive)
-
-    if progress.evaluation_before is None:
-        progress.evaluation_before = held_out()
-    metrics = MetricsLog(stage_dir / "metrics.jsonl", progress.step) if context.rank == 0 else None
-    notify("started", {"stage": stage.name, "step": progress.step, "total_steps": feed.total_steps, "attempt": attempt})
-    notify("evaluation", {"when": "before", "loss": progress.evaluation_before})
-
-    def save() -> None:
-        if metrics:
-            metrics.sync()
-        watchdog.rest()  # writing may be slow, and has time limits of its own
+        # Finish: the last checkpoint on disk, evaluation, the Hugging Face directory.
+        watchdog.rest()
         writer.wait()
-        if stage.checkpoint.asynchronous:
-            watchdog.mark(progress.step, "copying a checkpoint of")
-        state = {
-            **progress.state(),
-            "total_steps": feed.total_steps,
-            "data": feed.state(progress.step),
-            "recipe_hash": recipe_hash(recipe),
-            "stage_hash": identity,
-            "loss_scale": strategy.loss_scale.state() if strategy.loss_scale else None,
-            "random": {"rule": "seeded per step", "seed": stage.seed},
-            "saved_by": {"strategy": stage.parallel.strategy, "world_size": context.world_size},
-        }
-        path = writer.save(strategy, state)
-        context.report({"step": progress.step, "loss": progress.loss}, path)
-        notify("checkpoint", {"step": progress.step, "path": str(path)})
+        progress.check_learned(stage)
+        barrier(context)
+        after = run.evaluate()
+        notify("evaluation", {"when": "after", "loss": after})
+        watchdog.rest()
+        objective.close()
+        export_final(strategy, stage, feed.config, feed.tokenizer_dir, stage_dir / "final", context, storage)
+        objective.finished()
+        if run.metrics:
+            run.metrics.close()
+    return progress.result(after)
 
-    # Train.
-    sources, cost = sorted(stage.mixture.weights), cost_model(recipe.model.config)
-    meter = Meter(feed.config, stage, recipe.planning, context)
-    profiler = StepProfiler(stage.profile.steps, stage_dir / "profile", context)
-    watchdog.mark(progress.step + 1, "waiting for the data of")
+
+def _train(run: StageInProgress, opening: Opening) -> None:
+    """The steps from where the stage stands to its last one."""
+    stage, progress, objective, feed, context = run.stage, run.progress, run.objective, run.feed, run.context
+    sources = sorted(stage.mixture.weights)
+    meter = Meter(feed.config, stage, run.recipe.planning, context) if objective.measured else None
+    profiler = StepProfiler(stage.profile.steps, run.stage_dir / "profile", context)
+    saved = boundary = progress.step  # the last step with a checkpoint, and the last that might have had one
+    line: dict[str, Any] = {}
+    stop = False
+    run.watchdog.mark(progress.step + 1, "waiting for the data of")
     step_started = time.perf_counter()
-    for step_input in feed.stream(progress.step):
-        number = step_input.step + 1
-        doing = functools.partial(watchdog.mark, number)
+    for taken in objective.steps(progress.step):
+        number = taken.step + 1
+        doing = functools.partial(run.watchdog.mark, number)
         doing("counting the batch of all ranks of")
-        stop = context.should_stop() is not None
-        counts = count_batch(step_input.packs, sources, stop, cost, context, meter, sequence)
-        factor = schedule_factor(stage.schedule, step_input.step, feed.total_steps)
-        rates = [group.peak_lr * factor for group in groups]
-        seed_step(stage.seed, step_input.step, context.rank)
-        try:
-            if number in progress.left_out:
-                raise NonFinite(f"step {number} is left out after a rewind", number, [])
-            with profiler.step(number) as profiled:
-                outcome = run_step(strategy, step_input.packs, counts, rates, stage, number, context, sequence, doing)
-        except NonFinite as error:
-            if number not in progress.left_out:
-                progress.record_nonfinite(error, stage.failure.on_nonfinite, stage_dir, context)  # raises unless `skip`
-            outcome, profiled = StepOutcome(math.nan, math.nan, None, skipped=True), {}
+        told = context.should_stop() is not None
+        counts = count_batch(objective, taken, sources, told, context, meter, opening.sequence)
+        stop = stop or counts.stop
+        if objective.ends_with_its_samples and not counts.samples and not counts.damaged_samples:
+            break  # of a capped mixture: what follows is as empty as this
+        factor = schedule_factor(stage.schedule, taken.step, feed.total_steps)
+        seed_step(stage.seed, taken.step, context.rank)
+        with profiler.step(number) as profiled:
+            outcome, ran = _step(run, taken, counts, [group.peak_lr * factor for group in run.groups], number, doing)
 
         seconds = time.perf_counter() - step_started
         step_started = time.perf_counter()
         progress.advance(number, counts, outcome.loss, seconds, outcome.skipped)
-        line = step_line(number, counts, outcome, stage, factor, seconds, step_input.wait_seconds)
-        line |= meter.values(counts.model_flops, seconds) | profiled
-        every = stage.evaluate.every_steps
-        if every and number % every == 0 and number < feed.total_steps:
-            line["evaluation"] = held_out()
-            notify("evaluation", {"when": number, "loss": line["evaluation"]})
-        if metrics:
-            metrics.append(line)
-        notify("step", line)
+        line = step_line(number, counts, outcome, stage, factor, seconds, taken.wait_seconds, objective.measured)
+        line |= (meter.values(counts.model_flops, seconds) if meter else {}) | profiled | objective.values(ran)
+        last = number >= feed.total_steps
+        if taken.boundary and not last and _crossed(stage.evaluate.every_steps, boundary, number):
+            line["evaluation"] = run.evaluate()
+            run.notify("evaluation", {"when": number, "loss": line["evaluation"]})
+        if run.metrics:
+            run.metrics.append(line)
+        run.notify("step", line)
+        objective.after_step(number)
 
-        due = stage.checkpoint.every_steps and number % stage.checkpoint.every_steps == 0
-        if counts.stop or due or number == feed.total_steps:
-            save()
-        if counts.stop and number < feed.total_steps:
-            watchdog.rest()
-            writer.wait()
-            raise Preempted(f"stage {stage.name}: told to stop, saved at step {number}; run again to go on from there")
-        watchdog.mark(number + 1, "waiting for the data of")
+        if taken.boundary:
+            if stop or last or _crossed(stage.checkpoint.every_steps, boundary, number):
+                run.save(line)
+                saved = number
+            boundary = number
+            if stop and not last:
+                run.watchdog.rest()
+                run.writer.wait()
+                raise Preempted(f"stage {stage.name}: told to stop, saved at step {number}; run again to go on from there")
+        progress.check_learns(stage, objective.skipped_in_a_row, outcome.reason)
+        run.watchdog.mark(number + 1, "waiting for the data of")
+    if progress.step < feed.total_steps:
+        log.warning(
+            "stage %s ends at step %d of %d: its samples are used up", stage.name, progress.step, feed.total_steps
+        )
+        if progress.step > saved:
+            run.save(line)
 
-    # Finish: the last checkpoint on disk, evaluation, the Hugging Face directory.
-    watchdog.rest()
-    writer.wait()
-    barrier(context)
-    after = held_out()
-    notify("evaluation", {"when": "after", "loss": after})
-    watchdog.rest()
-    export_final(strategy, stage, feed.config, feed.tokenizer_dir, stage_dir / "final", context)
-    if metrics:
-        metrics.close()
-    return progress, after
+
+def _crossed(every: int | None, before: int, now: int) -> bool:
+    """Whether a multiple of `every` lies in the steps after `before`, up to `now`."""
+    return bool(every) and now // every > before // every
+
+
+def _step(
+    run: StageInProgress, taken: StepExamples, counts: BatchCounts, rates: list[float], number: int, doing: Callable[[str], None]
+) -> tuple[StepOutcome, bool]:
+    """The step's outcome, and whether it came as far as its optimizer step. Raises NonFinite unless the recipe says skip."""
+    stage, progress, objective = run.stage, run.progress, run.objective
+    if number in progress.left_out:
+        return nothing_done("left out after a rewind"), False
+    if not counts.divisor:
+        return nothing_done(objective.why_nothing_trains(taken)), False
+    examples = filled_up(objective, taken.examples, counts)
+    try:
+        return run_step(run.strategy, objective, examples, counts.divisor, rates, stage, number, run.context, doing), True
+    except NonFinite as error:
+        progress.record_nonfinite(error, stage.failure.on_nonfinite, run.stage_dir, run.context)  # raises unless `skip`
+        return nothing_done(str(error)), False
 
 
 def notifier(observers: Sequence[Observer], context: WorkerContext) -> Observer:

@@ -20,12 +20,15 @@ from typing import Any
 import torch
 
 from terrace.data.types import PackedExample
+from terrace.families.interface import Family
+from terrace.families.registry import make_family
+from terrace.families.shapes import ModelShape
 from terrace.planner.flops import exact_load, training_flops
 from terrace.planner.gpus import find_gpu, gpu_of_device
 from terrace.planner.parameters import trained_parts
-from terrace.planner.shapes import ModelShape, shape_of_config
+from terrace.planner.shapes import shape_of_config
 from terrace.recipe.schema import Planning, Stage
-from terrace.train.context import WorkerContext
+from terrace.worker.context import WorkerContext
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +38,7 @@ class Meter:
 
     def __init__(self, config: Any, stage: Stage, planning: Planning, context: WorkerContext) -> None:
         self._shape = shape_of_config(config.to_dict(), config.model_type)
+        self._family = make_family(config.model_type, config.to_dict())
         self._trained = trained_parts(stage)
         self._workers = context.world_size
         self.peak_flops, reason = device_peak(stage, planning, context)
@@ -43,7 +47,7 @@ class Meter:
 
     def pack_flops(self, pack: PackedExample) -> float:
         """Model FLOPs of the pack's forward and backward."""
-        return pack_model_flops(self._shape, pack, self._trained)
+        return pack_model_flops(self._shape, self._family, pack, self._trained)
 
     def values(self, model_flops: float, seconds: float) -> dict[str, float]:
         """Metrics of a step whose global batch needs `model_flops`."""
@@ -53,11 +57,11 @@ class Meter:
         return values
 
 
-def pack_model_flops(shape: ModelShape, pack: PackedExample, trained: Sequence[Any]) -> float:
+def pack_model_flops(shape: ModelShape, family: Family, pack: PackedExample, trained: Sequence[Any]) -> float:
     segments = [end - start for start, end in itertools.pairwise([0, *(int(end) for end in pack.segment_ends)])]
-    # The frames of a video attend within themselves: each temporal patch is an image of its own here.
-    grids = [(int(h), int(w)) for t, h, w in pack.image_grids for _ in range(int(t))]
-    return training_flops(shape, exact_load(shape, segments, grids, pack.supervised_tokens), trained).model
+    images = pack.image_facts.tolist() or [family.view(1, 1, (1, 1)).facts]  # the text-only guard's blank image
+    pictures = [picture for facts in images for picture in family.tower_pictures(facts)]
+    return training_flops(shape, exact_load(shape, segments, pictures, pack.supervised_tokens), trained).model
 
 
 def device_peak(stage: Stage, planning: Planning, context: WorkerContext) -> tuple[float | None, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from terrace.train.step import BatchCounts, StepOutcome
 
 def step_line(
     step: int, counts: BatchCounts, outcome: StepOutcome, stage: Stage, rate_factor: float, seconds: float,
-    wait_seconds: float,
+    wait_seconds: float, measured_step: bool = True,
 ) -> dict[str, Any]:
-    """The metrics of a step (from 1). `rate_factor` is the schedule's share of the peak learning rates."""
+    """The metrics of a step (from 1). `rate_factor` is the schedule's share of the peak learning rates; `measured_step`: the
+    step was training alone, so its speed and memory say something."""
     line: dict[str, Any] = {
         "step": step,
         "loss": outcome.loss if math.isfinite(outcome.loss) else None,
@@ -32,19 +34,31 @@ def step_line(
         "step_seconds": seconds,
         "data_wait_seconds": wait_seconds,
         "tokens_per_second": counts.tokens / seconds,
-        "samples_per_second": counts.samples / seconds,
-        "pack_fill": counts.tokens / (counts.packs * stage.sequence_length),
+        "pack_fill": counts.rows / (counts.packs * stage.sequence_length),
         "samples_per_source": counts.samples_per_source,
         "max_over_mean_cost": counts.max_over_mean_cost,
         "visual_tokens": counts.visual_tokens,
     }
-    if outcome.memory_peak_bytes is not None:
-        line["memory_peak_bytes"] = outcome.memory_peak_bytes
+    if measured_step:
+        line["samples_per_second"] = counts.samples / seconds
+        if outcome.memory_peak_bytes is not None:
+            line["memory_peak_bytes"] = outcome.memory_peak_bytes
     if counts.damaged_samples:
         line |= {"damaged_samples": counts.damaged_samples, "replaced_samples": counts.replaced_samples}
     if outcome.skipped:
         line["skipped"] = True
     return line
+
+
+def measured(line: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers of a metrics line under the names that gates use: `train/loss`, `eval/caption/loss`, `eval/loss`;
+    `eval/reward/counting` in an RL stage."""
+    found = {f"train/{key}": value for key, value in line.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+    losses = line.get("evaluation") or {}
+    found |= {f"eval/{kind}" if "/" in kind else f"eval/{kind}/loss": value for kind, value in losses.items()}
+    if losses:
+        found["eval/loss"] = sum(losses.values()) / len(losses)
+    return {key: float(value) for key, value in found.items() if math.isfinite(value) and key != "train/step"}
 
 
 class MetricsLog:

@@ -7,10 +7,11 @@ A group is the parameters of one part and one layer that are decayed alike. Its 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
-from terrace.models.parts import has_weight_decay, last_layers, layer_number, part_of
+from terrace.models.families.registry import family_of_model
+from terrace.models.parts import has_weight_decay, last_layers, layer_number
 from terrace.recipe.schema import PARTS, PartName, Schedule, Stage
 
 
@@ -25,17 +26,18 @@ class ParameterGroup:
     names: tuple[str, ...]
 
 
-def parameter_groups(names: Iterable[str], stage: Stage) -> list[ParameterGroup]:
-    """The groups of the stage's trainable parameters, in the order of parts and layers; frozen parts have none."""
-    names = list(names)
-    depths = last_layers(names)
+def parameter_groups(model: Any, stage: Stage) -> list[ParameterGroup]:
+    """The groups of the stage's trainable parameters, in the order of parts and layers; frozen parts have none, nor have
+    tensors that the family never trains."""
+    family, names = family_of_model(model), [name for name, _ in model.named_parameters()]
+    depths, unused = last_layers(names, family), set(family.unused(model.config, names))
     collected: dict[tuple[int, int, bool], list[str]] = {}
     for name in names:
-        part = part_of(name)
+        part = family.part_of(name)
         training = getattr(stage.train, part)
-        if training is None:
+        if training is None or name in unused:
             continue
-        layer = layer_number(name, depths) if training.layer_decay < 1 else depths[part]
+        layer = layer_number(name, depths, family) if training.layer_decay < 1 else depths[part]
         collected.setdefault((PARTS.index(part), layer, has_weight_decay(name)), []).append(name)
     groups = []
     for (part_index, layer, decayed), members in sorted(collected.items()):

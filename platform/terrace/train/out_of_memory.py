@@ -16,11 +16,12 @@ import torch
 
 from terrace.data.types import PackedExample
 from terrace.errors import TerraceError
+from terrace.families.shapes import ModelShape
 from terrace.planner.changes import nearest_changes
 from terrace.planner.memory import PackSize, stage_memory
-from terrace.planner.shapes import ModelShape, shape_of_config
+from terrace.planner.shapes import shape_of_config
 from terrace.recipe.schema import PARTS, Stage
-from terrace.train.context import WorkerContext
+from terrace.worker.context import WorkerContext
 
 GIB = 2**30
 ROOM = 0.9  # of what the present settings need, by the plan
@@ -77,9 +78,8 @@ def composition(pack: PackedExample) -> str:
     if len(lengths):
         longest = int(lengths.argmax())
         text += f", the longest {int(lengths[longest])} tokens ({pack.sample_ids[longest]})"
-    areas = [int(grid.prod()) for grid in pack.image_grids]
-    if areas:
-        text += f"; {sum(areas)} patches in {len(areas)} images, the largest {max(areas)}"
+    if len(pack.image_tokens):
+        text += f"; {pack.visual_tokens} visual tokens of {len(pack.image_tokens)} images, the largest {pack.image_tokens.max()}"
     return text
 
 
@@ -90,8 +90,7 @@ def advice(stage: Stage, config: Any, context: WorkerContext, pack: PackedExampl
     if pack is None:
         size = PackSize(stage.sequence_length / ring, stage.sequence_length / ring, stage.sequence_length / ring)
     else:
-        visual = sum(int(grid.prod()) for grid in pack.image_grids) / 4
-        size = PackSize(pack.tokens / ring, max(1.0, visual / ring), max(1.0, pack.supervised_tokens / ring))
+        size = PackSize(pack.tokens / ring, max(1.0, pack.visual_tokens / ring), max(1.0, pack.supervised_tokens / ring))
     on_gpu = context.device.startswith("cuda")
     before = stage_memory(shape, stage, context.world_size, size, on_gpu)
     changes = nearest_changes(stage, shape, context.world_size, size, ROOM * before.total)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from terrace.train.context import WorkerContext
+from terrace.worker.context import WorkerContext
 
 Span = tuple[float, float]  # microseconds from, to
 

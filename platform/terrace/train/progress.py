@@ -8,20 +8,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from terrace.errors import InputError
+from terrace.errors import InputError, TerraceError
+from terrace.objectives.interface import Objective, StageFeed
 from terrace.recipe.schema import Stage
-from terrace.train.checkpoint import FENCE, json_bytes, write_durably
-from terrace.train.collectives import barrier, from_rank_zero
-from terrace.train.context import WorkerContext
-from terrace.train.feed import StageFeed
+from terrace.storage.durable import json_bytes, write_durably
+from terrace.storage.run_storage import RunStorage
+from terrace.train.checkpoint import FENCE, OBJECTIVE
+from terrace.train.finish import StageResult
 from terrace.train.restore import CheckpointReader, keep_optimizer_state, newest_complete, previous_checkpoint, resume
 from terrace.train.setup import names_of_kept_parts
 from terrace.train.step import BatchCounts, NonFinite
 from terrace.train.strategies.interface import Strategy
+from terrace.worker.collectives import barrier, from_rank_zero
+from terrace.worker.context import WorkerContext
 
 log = logging.getLogger(__name__)
 
 LEFT_OUT = "left_out_steps.json"
+
+
+class NothingLearned(TerraceError):
+    """A stage runs, or ends, without optimizer steps."""
 
 
 @dataclass
@@ -37,6 +44,7 @@ class Progress:
     per_source: dict[str, int] = field(default_factory=dict)
     evaluation_before: dict[str, float] | None = None
     left_out: set[int] = field(default_factory=set)
+    skipped_in_a_row: int = 0  # up to this step, since this attempt began
 
     def advance(self, step: int, counts: BatchCounts, loss: float, seconds: float, skipped: bool) -> None:
         self.step, self.seconds = step, self.seconds + seconds
@@ -46,23 +54,41 @@ class Progress:
             self.per_source[source] = self.per_source.get(source, 0) + number
         if skipped:
             self.skipped_steps += 1
+            self.skipped_in_a_row += 1
         else:
             self.loss = loss
+            self.skipped_in_a_row = 0
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
         totals = {key: getattr(self, key) for key in ("tokens", "samples", "seconds", "skipped_steps", "per_source")}
         return {"step": self.step, "loss": self.loss, "totals": totals, "evaluation_before": self.evaluation_before}
 
-    def result(self, after: dict[str, float], suites: dict[str, dict[str, float]] | None = None) -> dict[str, Any]:
-        """The content of result.json. `after`: held-out loss per kind; `suites`: scores by suite."""
-        return {
-            "steps": self.step,
-            "loss": self.loss,
-            "evaluation": {"before": self.evaluation_before or {}, "after": after},
-            "suites": suites or {},
+    def result(self, after: dict[str, float]) -> StageResult:
+        """What the stage came to. `after`: its evaluation at the end."""
+        return StageResult(
+            steps=self.step,
+            loss=self.loss,
+            evaluation={"before": self.evaluation_before or {}, "after": after},
             **self.state()["totals"],
-        }
+        )
+
+    def check_learns(self, stage: Stage, most: int, reason: str) -> None:
+        """Raise NothingLearned after `most` steps in a row that made no optimizer step; `reason` is the last one's."""
+        if self.skipped_in_a_row >= most:
+            raise NothingLearned(
+                f"stage {stage.name}: {most} steps in a row, up to step {self.step}, made no optimizer step: {reason}. The weights are "
+                "those of before; repair the data, the rewards or the learning rate, then resume"
+            )
+
+    def check_learned(self, stage: Stage) -> None:
+        """Raise NothingLearned at the end of a stage none of whose steps was an optimizer step."""
+        if self.skipped_steps >= self.step:
+            what = f"all of its {self.step} steps were skipped" if self.step else "there was no sample for a single step"
+            raise NothingLearned(
+                f"stage {stage.name} made no optimizer step: {what}. It is not complete: its weights are those it "
+                f"began with. Repair the data, the rewards or the learning rate, then `terrace resume RUN --from {stage.name}`"
+            )
 
     def record_nonfinite(self, error: NonFinite, policy: str, stage_dir: Path, context: WorkerContext) -> None:
         """`stop`: raise. `skip`: go on. `rewind`: raise, and leave this step out when the restarted stage comes to
@@ -86,26 +112,25 @@ def next_attempt(checkpoints: Path, context: WorkerContext) -> int:
 
 
 def resume_or_hand_over(
-    strategy: Strategy, feed: StageFeed, stage: Stage, identity: str, stage_dir: Path, start_weights: Path | None,
-    context: WorkerContext,
+    strategy: Strategy, objective: Objective, feed: StageFeed, stage: Stage, identity: str, stage_dir: Path,
+    start_weights: Path | None, context: WorkerContext, storage: RunStorage,
 ) -> Progress:
     """Load the newest complete checkpoint of the stage, else carry over the optimizer state that the recipe keeps.
 
     `identity` is the stage's hash. Raises InputError if the checkpoint was made under another one, or if its place in
     the data is not this feed's: what would be continued is then another stage.
     """
-    found = newest_complete(stage_dir / "checkpoints") if context.rank == 0 else None
+    found = newest_complete(stage_dir / "checkpoints", storage) if context.rank == 0 else None
     path = from_rank_zero(found.path if found else None, context)
     left_out = set(json.loads((stage_dir / LEFT_OUT).read_text())) if (stage_dir / LEFT_OUT).is_file() else set()
     if path is None:
-        names = [name for name, p in strategy.model.named_parameters() if p.requires_grad]
-        kept = names_of_kept_parts(names, stage)
+        kept = names_of_kept_parts(strategy.model, stage)
         if kept and start_weights is not None:
-            fresh = keep_optimizer_state(strategy, previous_checkpoint(start_weights), kept)
+            fresh = keep_optimizer_state(strategy, previous_checkpoint(start_weights, storage), kept)
             if fresh and context.rank == 0:
                 log.warning("optimizer_state: keep: %d tensors start fresh, they did not train before", len(fresh))
         return Progress(left_out=left_out)
-    reader = CheckpointReader(path)
+    reader = CheckpointReader(path, storage)
     state = reader.state
     if state["stage_hash"] != identity:
         raise InputError(
@@ -115,6 +140,7 @@ def resume_or_hand_over(
         )
     feed.restore(state["data"])
     resume(strategy, reader)
+    objective.load(lambda name: reader.read(OBJECTIVE, name))
     log.info("resumed from %s (step %d, saved by %s)", path, state["step"], state["saved_by"])
     return Progress(
         step=int(state["step"]),

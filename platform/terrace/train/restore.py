@@ -13,9 +13,11 @@ import torch
 from safetensors import safe_open
 
 from terrace.errors import InputError, TerraceError
-from terrace.train.checkpoint import FORMAT_VERSION, KINDS, file_digest
+from terrace.storage.durable import file_digest
+from terrace.storage.run_storage import RunStorage
+from terrace.train.checkpoint import FORMAT_VERSION, KINDS, OBJECTIVE
 from terrace.train.checkpoint_storage import StoredCheckpoints, folder_name, stored_checkpoints
-from terrace.train.strategies.interface import OPTIMIZER_KINDS, Kind, Strategy
+from terrace.train.strategies.interface import OPTIMIZER_KINDS, Strategy
 
 log = logging.getLogger(__name__)
 
@@ -29,12 +31,12 @@ class FoundCheckpoint:
     passed_over: tuple[tuple[Path, str], ...] = ()
 
 
-def newest_complete(folder: Path, verify: bool = True) -> FoundCheckpoint:
+def newest_complete(folder: Path, storage: RunStorage, verify: bool = True) -> FoundCheckpoint:
     """Look from the highest step down. `verify` compares every file's sha256 with the manifest, else only sizes.
 
     Of a run on S3 the checkpoint is copied here first; its path is that of the copy.
     """
-    if (stored := stored_checkpoints(folder)) is not None:
+    if (stored := stored_checkpoints(folder, storage)) is not None:
         return _newest_stored(stored, folder, verify)
     passed: list[tuple[Path, str]] = []
     candidates = sorted((p for p in folder.glob("step-*") if p.is_dir() and p.name[5:].isdigit()), reverse=True)
@@ -91,21 +93,22 @@ def find_fault(path: Path, verify: bool = True) -> str | None:
 class CheckpointReader:
     """The tensors and the state of one complete checkpoint."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, storage: RunStorage) -> None:
         self.path = path
-        if (stored := stored_checkpoints(path.parent)) is not None and (fault := stored.fetch(int(path.name[5:]), path)):
+        stored = stored_checkpoints(path.parent, storage)
+        if stored is not None and (fault := stored.fetch(int(path.name[5:]), path)):
             raise TerraceError(f"checkpoint {stored.uri}/{path.name} cannot be read: {fault}")
         self.state: dict[str, Any] = json.loads((path / "state.json").read_text())
-        self._places: dict[Kind, dict[str, Path]] = {kind: {} for kind in KINDS}
-        for kind in KINDS:
+        self._places: dict[str, dict[str, Path]] = {kind: {} for kind in (*KINDS, OBJECTIVE)}
+        for kind in self._places:
             for file in sorted(path.glob(f"{kind}-[0-9]*.safetensors")):
                 with safe_open(file, framework="pt") as opened:
                     self._places[kind].update(dict.fromkeys(opened.keys(), file))
 
-    def names(self, kind: Kind) -> set[str]:
+    def names(self, kind: str) -> set[str]:
         return set(self._places[kind])
 
-    def read(self, kind: Kind, name: str) -> torch.Tensor:
+    def read(self, kind: str, name: str) -> torch.Tensor:
         """One whole tensor on the CPU. Raises TerraceError if the checkpoint lacks it."""
         file = self._places[kind].get(name)
         if file is None:
@@ -131,12 +134,12 @@ def keep_optimizer_state(strategy: Strategy, reader: CheckpointReader, names: li
     return [name for name in names if name not in steps]
 
 
-def previous_checkpoint(start_weights: Path) -> CheckpointReader:
+def previous_checkpoint(start_weights: Path, storage: RunStorage) -> CheckpointReader:
     """The last checkpoint of the stage whose `final/` directory is given. Raises InputError if it is gone."""
-    found = newest_complete(start_weights.parent / "checkpoints")
+    found = newest_complete(start_weights.parent / "checkpoints", storage)
     if found.path is None:
         raise InputError(
             "optimizer_state: keep needs the last checkpoint of the previous stage, but "
             f"{start_weights.parent}/checkpoints has no complete one; set optimizer_state: reset"
         )
-    return CheckpointReader(found.path)
+    return CheckpointReader(found.path, storage)

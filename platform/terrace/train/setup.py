@@ -17,23 +17,29 @@ import torch
 from terrace.errors import InputError
 from terrace.models.attention import activate_flash_attention_3, choose_backend, use_attention
 from terrace.models.build import meta_model
+from terrace.models.families.registry import family_of_model
 from terrace.models.kernels import choose_kernels, use_liger
-from terrace.models.parts import language_layers, part_of, part_parameters, vision_blocks
+from terrace.models.parts import part_parameters
 from terrace.models.sequence_parallel import use_sequence_parallel
 from terrace.models.weights import initial_weights
-from terrace.recipe.schema import PARTS, Recipe, Stage
-from terrace.train.context import WorkerContext
+from terrace.recipe.schema import PARTS, Model, Stage
 from terrace.train.optimizer import parameter_groups
-from terrace.train.strategies.interface import Loss, Setup, Strategy, open_strategy
+from terrace.train.strategies.interface import Loss, Setup, Strategy
+from terrace.train.strategies.open import open_strategy
+from terrace.worker.context import WorkerContext
 
 log = logging.getLogger(__name__)
 
 
 def freeze_parts(model: Any, stage: Stage) -> None:
-    """Only the parts that the stage names take gradients."""
+    """Only the parts that the stage names take gradients, without the tensors that the family never trains: they would
+    never get one, and DDP waits for every gradient."""
+    unused = set(family_of_model(model).unused(model.config, [name for name, _ in model.named_parameters()]))
     for part, pairs in part_parameters(model).items():
-        for _, parameter in pairs:
-            parameter.requires_grad_(getattr(stage.train, part) is not None)
+        for name, parameter in pairs:
+            parameter.requires_grad_(getattr(stage.train, part) is not None and name not in unused)
+    if unused:
+        log.info("never trained by this family: %d tensors, %s ...", len(unused), min(unused))
 
 
 def checkpoint_activations(model: Any, stage: Stage) -> None:
@@ -43,16 +49,17 @@ def checkpoint_activations(model: Any, stage: Stage) -> None:
     their way to the projector, so its blocks keep activations like trained ones.
     """
     wrapped = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
-    for part, blocks in (("vision", vision_blocks(model)), ("language", language_layers(model))):
+    family = family_of_model(model)
+    for part in ("vision", "language"):
         training = getattr(stage.train, part)
         recompute = training.activation_checkpointing if training else stage.frozen_activation_checkpointing
-        for block in blocks:
+        for block in family.blocks_of(model, part):
             block.gradient_checkpointing = recompute
             block._gradient_checkpointing_func = wrapped
 
 
 def prepare_strategy(
-    recipe: Recipe, stage: Stage, config: Any, context: WorkerContext, loss: Loss, start_weights: Path | None = None
+    model: Model, stage: Stage, config: Any, context: WorkerContext, loss: Loss, start_weights: Path | None = None
 ) -> Strategy:
     """A strategy with the stage's initial weights (of `start_weights`, or the recipe's own), frozen parts and
     optimizer."""
@@ -61,20 +68,20 @@ def prepare_strategy(
     freeze_parts(skeleton, stage)
     checkpoint_activations(skeleton, stage)
     skeleton.train()
-    backend, reason = choose_backend(recipe.model.attention, torch.device(context.device).type, stage.precision)
+    backend, reason = choose_backend(model.attention, torch.device(context.device).type, stage.precision)
     use_attention(skeleton, backend)
     if backend == "varlen":
         reason = f"{reason}; {activate_flash_attention_3()[1]}"
     if stage.parallel.sequence_parallel > 1:
         use_sequence_parallel(skeleton, backend, stage.parallel.sequence_parallel)
-    kernels, kernels_reason = choose_kernels(recipe.model.kernels, torch.device(context.device).type)
+    kernels, kernels_reason = choose_kernels(model.kernels, torch.device(context.device).type)
     if context.rank == 0:
         log.info("attention: %s (%s)", backend, reason)
         log.info("norms and gates: %s (%s)", kernels, kernels_reason)
-    source, _ = initial_weights(recipe.model, skeleton, start_weights)
+    source, _ = initial_weights(model, skeleton, start_weights)
     if kernels == "liger":
         use_liger(skeleton)
-    groups = parameter_groups([name for name, _ in skeleton.named_parameters()], stage)
+    groups = parameter_groups(skeleton, stage)
     if not groups:
         raise InputError(f"stage {stage.name}: no part trains; name at least one of {', '.join(PARTS)} under `train`")
     return open_strategy(
@@ -82,7 +89,8 @@ def prepare_strategy(
     )
 
 
-def names_of_kept_parts(names: list[str], stage: Stage) -> list[str]:
-    """Parameters of the parts whose optimizer state the stage keeps."""
+def names_of_kept_parts(model: Any, stage: Stage) -> list[str]:
+    """Trained parameters of the parts whose optimizer state the stage keeps."""
+    family, names = family_of_model(model), [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     kept = {part for part in PARTS if (training := getattr(stage.train, part)) and training.optimizer_state == "keep"}
-    return [name for name in names if part_of(name) in kept]
+    return [name for name in names if family.part_of(name) in kept]

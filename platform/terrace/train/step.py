@@ -1,8 +1,7 @@
-"""One optimizer step over this rank's packs: the arithmetic of training, and nothing else.
+"""One optimizer step over this rank's examples: the arithmetic of training, and nothing else.
 
-The loss of a step is `sum over all packs of all ranks of -log p(target)` divided by the supervised tokens of the
-whole global batch, which ranks agree on before the first backward. Packing, accumulation and the number of ranks
-therefore cannot change it.
+The loss of a step is the sum of the losses of all examples of all ranks, divided by the sum of their weights, which ranks
+agree on before the first backward. Packing, accumulation and the number of ranks therefore cannot change it.
 """
 
 from __future__ import annotations
@@ -15,18 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from terrace.data.order.balance import CostModel
-from terrace.data.types import PackedExample
 from terrace.errors import TerraceError
-from terrace.models.batch import DeviceBatch, to_device
-from terrace.models.sequence_parallel import SequenceGroup, shard_to_device
+from terrace.models.sequence_parallel import SequenceGroup
+from terrace.objectives.interface import Counts, Objective, StepExamples
 from terrace.recipe.schema import Stage
-from terrace.train.collectives import gather_objects, gather_rows
-from terrace.train.context import WorkerContext
 from terrace.train.measure import Meter, take_memory_peak
 from terrace.train.out_of_memory import OutOfMemory, memory_explained
-from terrace.train.precision import DTYPES
 from terrace.train.strategies.interface import Strategy
+from terrace.worker.collectives import gather_objects, gather_rows
+from terrace.worker.context import WorkerContext
 
 __all__ = ["BatchCounts", "NonFinite", "OutOfMemory", "StepOutcome", "count_batch", "run_step", "seed_step"]
 
@@ -43,11 +39,14 @@ class NonFinite(TerraceError):
 class BatchCounts:
     """What a global batch holds, the same on every rank."""
 
+    divisor: float  # of the loss: the weights of all examples
     supervised_tokens: int
     tokens: int
     samples: int
     visual_tokens: int
-    packs: int
+    rows: int  # of the packs that are filled
+    packs: int  # of all ranks
+    packs_of_a_rank: int  # the most that any has
     samples_per_source: dict[str, int]
     max_over_mean_cost: float  # of the ranks' attention and matrix work, from lengths alone
     model_flops: float  # forward and backward of the whole batch (train.measure)
@@ -58,67 +57,74 @@ class BatchCounts:
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """`loss` and `grad_norm` are those of the global batch; `skipped` says that the optimizer did not step."""
+    """`loss` and `grad_norm` are those of the global batch; `skipped` says that the optimizer did not step, and `reason` why."""
 
     loss: float
     grad_norm: float
     memory_peak_bytes: float | None  # of the fullest rank, since its previous step's backward (train.measure)
     skipped: bool = False
+    reason: str = ""
 
 
-def pack_cost(pack: PackedExample, model: CostModel) -> float:
-    """Multiply-adds of a pack's forward pass, as the dealing of packs to ranks estimates them."""
-    lengths = np.diff(np.asarray(pack.segment_ends, np.float64), prepend=0.0)
-    text = model.per_token * lengths.sum() + model.per_token_pair * (lengths**2).sum()
-    return float(text + model.per_patch * len(pack.patches))
+def nothing_done(reason: str) -> StepOutcome:
+    """The outcome of a step that ended before its optimizer step, or was left out."""
+    return StepOutcome(math.nan, math.nan, None, skipped=True, reason=reason)
 
 
 def count_batch(
-    packs: Sequence[PackedExample], sources: Sequence[str], stop: bool, cost: CostModel, context: WorkerContext,
+    objective: Objective, taken: StepExamples, sources: Sequence[str], stop: bool, context: WorkerContext,
     meter: Meter | None = None, sequence: SequenceGroup | None = None,
 ) -> BatchCounts:
     """One collective: every rank's counts, added up. Packs that a group shares are counted by its first rank."""
-    if sequence is not None and sequence.rank:
-        packs = ()
-    own = [
-        float(sum(pack.supervised_tokens for pack in packs)),
-        float(sum(pack.tokens for pack in packs)),
-        float(sum(len(pack.sample_ids) for pack in packs)),
-        float(sum(int(pack.image_grids.prod(axis=1).sum()) // 4 for pack in packs if len(pack.image_grids))),
-        float(len(packs)),
-        sum(pack_cost(pack, cost) for pack in packs),
-        float(stop),
-        sum(meter.pack_flops(pack) for pack in packs) if meter else 0.0,
-        float(sum(len(pack.damaged) for pack in packs)),
-        float(sum(pack.replaced for pack in packs)),
-        *(float(sum(pack.sources.count(source) for pack in packs)) for source in sources),
-    ]
-    rows = gather_rows(own, context)
-    total = rows.sum(axis=0)
-    costs = rows[:: sequence.size if sequence else 1, 5]
+    shared = sequence is not None and sequence.rank > 0
+    examples = [] if shared else taken.examples
+    own = Counts() if shared else objective.count(taken)
+    flops = sum(_flops(objective, example, meter) for example in examples) if meter and objective.measured else 0.0
+    row = [
+        float(sum(objective.weight(example) for example in examples)), own.supervised_tokens, own.tokens, own.samples,
+        own.visual_tokens, own.rows, own.cost, float(stop), flops, own.damaged_samples, own.replaced_samples,
+        *(own.samples_per_source.get(source, math.nan) for source in sources),
+    ]  # fmt: skip
+    rows = gather_rows([float(len(taken.examples)), *map(float, row)], context)
+    most = max(int(rows[:, 0].max()), 1)
+    total = rows[:, :12].sum(axis=0)
+    per_source = rows[:, 12:]
+    size = sequence.size if sequence else 1
+    costs = rows[::size, 7]
     return BatchCounts(
-        supervised_tokens=int(total[0]),
-        tokens=int(total[1]),
-        samples=int(total[2]),
-        visual_tokens=int(total[3]),
-        packs=int(total[4]),
-        samples_per_source={source: int(n) for source, n in zip(sources, total[10:])},
+        divisor=float(total[1]),
+        supervised_tokens=int(total[2]),
+        tokens=int(total[3]),
+        samples=int(total[4]),
+        visual_tokens=int(total[5]),
+        rows=int(total[6]),
+        packs=most * (context.world_size // size),
+        packs_of_a_rank=most,
+        samples_per_source={
+            source: int(np.nansum(column)) for source, column in zip(sources, per_source.T) if not np.isnan(column).all()
+        },
         max_over_mean_cost=float(costs.max() / costs.mean()) if costs.sum() else 1.0,
-        model_flops=float(total[7]),
-        stop=bool(total[6]),
-        damaged_samples=int(total[8]),
-        replaced_samples=int(total[9]),
+        model_flops=float(total[9]),
+        stop=bool(total[8]),
+        damaged_samples=int(total[10]),
+        replaced_samples=int(total[11]),
     )
 
 
-def pack_to_device(
-    pack: PackedExample, precision: str, config: Any, context: WorkerContext, sequence: SequenceGroup | None = None
-) -> DeviceBatch:
-    """A pack on this rank's device: the whole of it, or this rank's part in its group."""
-    if sequence is None:
-        return to_device(pack, context.device, DTYPES[precision])
-    visual_ids = (config.image_token_id, config.video_token_id)
-    return shard_to_device(pack, visual_ids, context.device, DTYPES[precision], sequence)
+def _flops(objective: Objective, example: Any, meter: Meter) -> float:
+    pack = objective.pack_of(example)
+    return meter.pack_flops(pack) if pack is not None else 0.0
+
+
+def filled_up(objective: Objective, examples: Sequence[Any], counts: BatchCounts) -> list[Any]:
+    """This rank's examples and empty ones, as many as any rank has: ranks run the same collectives."""
+    missing = counts.packs_of_a_rank - len(examples)
+    if missing and objective.coupled:
+        raise TerraceError(
+            f"this rank holds {len(examples)} examples of a step and another {counts.packs_of_a_rank}: under an objective whose "
+            "examples meet, batch.packs must be a multiple of the workers"
+        )
+    return [*examples, *(objective.empty() for _ in range(missing))]
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
@@ -128,21 +134,24 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def run_step(
-    strategy: Strategy, packs: Sequence[PackedExample], counts: BatchCounts, learning_rates: list[float], stage: Stage,
-    step: int, context: WorkerContext, sequence: SequenceGroup | None = None, doing: Callable[[str], None] = lambda _: None,
+    strategy: Strategy, objective: Objective, examples: Sequence[Any], divisor: float, learning_rates: list[float], stage: Stage,
+    step: int, context: WorkerContext, doing: Callable[[str], None] = lambda _: None,
 ) -> StepOutcome:
-    """Forward and backward of every pack, clip, optimizer step. `step` counts from 1 (in messages); `doing` hears what
+    """Forward and backward of every example, clip, optimizer step. `step` counts from 1 (in messages); `doing` hears what
     comes next.
 
     Raises NonFinite before the optimizer steps; under fp16 a gradient overflow instead skips the step on every rank.
     """
-    scale = 1.0 / max(1, counts.supervised_tokens)
+    scale = 1.0 / max(1.0, divisor)
     config, losses = strategy.model.config, []
-    for number, pack in enumerate(packs):
-        doing(f"in forward and backward of pack {pack.pack} of")
+    objective.before(examples, scale)
+    for number, example in enumerate(examples):
+        pack = objective.pack_of(example)
+        doing(f"in forward and backward of pack {pack.pack if pack is not None else number} of")
         with memory_explained("forward and backward", step, stage, config, context, pack):
-            batch = pack_to_device(pack, stage.precision, config, context, sequence)
-            losses.append(strategy.accumulate(batch, scale, last=number == len(packs) - 1))
+            batch = objective.batch(example)
+            losses.append(strategy.accumulate(batch, scale, last=number == len(examples) - 1))
+        objective.seen(example, batch)
     doing("waiting for the losses of all ranks of")
     values = torch.stack(losses).double().cpu().numpy()
     bad = ~np.isfinite(values)
@@ -150,19 +159,20 @@ def run_step(
     rows = gather_rows(own, context)
     peak = float(rows[:, 2].max())
     if rows[:, 1].sum():
-        ids = [pack.sample_ids for pack, wrong in zip(packs, bad) if wrong]
+        ids = [objective.names(example) for example, wrong in zip(examples, bad) if wrong]
         strategy.discard()
         raise _nonfinite("loss", ids, step, context)
     doing("in clipping and the optimizer of")
     with memory_explained("the optimizer step", step, stage, config, context):
         norm = strategy.clip(stage.optimizer.clip)
-        loss = float(rows[:, 0].sum()) * scale
+        loss = objective.mean(float(rows[:, 0].sum()), divisor)
         if not math.isfinite(norm):
             strategy.discard()
             if strategy.loss_scale is not None and strategy.loss_scale.value > 1.0:
                 strategy.loss_scale.after_overflow()
-                return StepOutcome(loss, norm, peak, skipped=True)
-            raise _nonfinite("gradient", [pack.sample_ids for pack in packs], step, context)
+                reason = f"fp16 gradients overflowed; the loss scale is {strategy.loss_scale.value:g} now"
+                return StepOutcome(loss, norm, peak, skipped=True, reason=reason)
+            raise _nonfinite("gradient", [objective.names(example) for example in examples], step, context)
         strategy.step(learning_rates)
     if strategy.loss_scale is not None:
         strategy.loss_scale.after_step()

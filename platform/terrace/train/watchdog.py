@@ -26,7 +26,7 @@ from types import TracebackType
 from typing import Any
 
 from terrace.recipe.schema import Stage
-from terrace.train.context import WorkerContext
+from terrace.worker.context import WorkerContext
 
 log = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from terrace.data.index.build import load_summary
-from terrace.data.resize import pixel_bounds, resized_coordinate_many, smart_resize_many
+from terrace.data.index.content import content_hashes
 from terrace.data.sources.ingest import shard_uri
-from terrace.data.template import Measure, count_digits
-from terrace.data.types import GRID_PIXELS
+from terrace.data.template import Measure
 from terrace.errors import InputError
+from terrace.families.interface import Bounds, Costs, Family
 from terrace.recipe.schema import Storage
 from terrace.storage.files import DEFAULT_STORAGE, join, open_sequential, read_file
 
@@ -37,6 +37,10 @@ class SampleLocation:
     members: tuple[tuple[str, int, int, int], ...]  # (suffix, offset, size, crc)
     sizes: tuple[tuple[int, int], ...]  # (width, height) of each image
     storage: Storage = DEFAULT_STORAGE
+    ignore: tuple[str, ...] = ()  # the source's settings of reading, for samples in tars that Terrace did not write
+    placeholders: str = "read"
+    special_tokens: str = "text"
+    exif: str = "apply"
 
     @property
     def bytes(self) -> int:
@@ -51,6 +55,7 @@ class SourceIndex:
     folder: str
     shards: list[str]
     storage: Storage
+    family: Family
     columns: dict[str, np.ndarray]  # int columns [N], and flat list columns
     starts: dict[str, np.ndarray]  # list column group -> int64 [N + 1]
     ids: np.ndarray  # StringDType [N]
@@ -58,10 +63,13 @@ class SourceIndex:
     kind_codes: np.ndarray  # int8 [N], into `kinds`
     suffixes: list[str]
     refused: dict[str, int] = field(default_factory=dict)  # reason -> samples that ingest or the index left out
+    reading: dict[str, Any] = field(default_factory=dict)  # of `SampleLocation`: its settings of reading
     seed: int = 0
     holdout_samples: int = 0
     max_samples: int | None = None
-    _lengths: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
+    left_out: dict[str, int] = field(default_factory=dict)  # why -> rows that would train and do not
+    _left_out: np.ndarray | None = field(default=None, repr=False)
+    _lengths: dict[Bounds, tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return int(self.columns["shard"].shape[0])
@@ -70,8 +78,13 @@ class SourceIndex:
 
     @cached_property
     def _in_seeded_order(self) -> np.ndarray:
-        """Rows by a seeded hash of their ids: a choice that does not move when samples are added elsewhere."""
-        return np.argsort(_mixed(self.columns["id_hash"], self.seed), kind="stable")
+        """Rows by a seeded hash of what they hold: a choice that does not move when samples are added, renamed or moved elsewhere."""
+        return np.argsort(_mixed(self.content_hash, self.seed), kind="stable")
+
+    @cached_property
+    def content_hash(self) -> np.ndarray:
+        """uint64 [N]: of text and pictures."""
+        return content_hashes(self.columns, self.starts["image"])
 
     @property
     def holdout_rows(self) -> np.ndarray:
@@ -80,22 +93,33 @@ class SourceIndex:
 
     @property
     def train_rows(self) -> np.ndarray:
-        """int64, ascending: rows that train. With `max_samples`, that many samples take part, the held-out ones among them."""
-        return np.sort(self._in_seeded_order[self.holdout_samples : self.max_samples])
+        """int64, ascending: rows that train. With `max_samples`, that many samples take part, the held-out ones among them.
+
+        Without the rows that `leave_out` named: what is held out is not trained through another row or source.
+        """
+        rows = np.sort(self._in_seeded_order[self.holdout_samples : self.max_samples])
+        return rows if self._left_out is None else rows[~self._left_out[rows]]
+
+    def leave_out(self, why: str, rows: np.ndarray) -> None:
+        """Take rows (bool [N]) out of training, and count those that would have trained."""
+        count = int(rows[self.train_rows].sum())
+        if count:
+            self.left_out[why] = count
+            self._left_out = rows if self._left_out is None else self._left_out | rows
 
     # ------------------------------------------------------------ lengths
 
-    def lengths(self, pixels: Any) -> np.ndarray:
+    def lengths(self, pixels: Bounds) -> np.ndarray:
         """int32 [N]: tokens of each sample when its images are resized within `pixels`."""
         return self._measure(pixels)[0]
 
-    def visual_tokens(self, pixels: Any) -> np.ndarray:
-        """int32 [N]: image and video tokens of each sample (without vision_start and vision_end)."""
+    def visual_tokens(self, pixels: Bounds) -> np.ndarray:
+        """int32 [N]: image and video tokens of each sample (without the marks around them)."""
         return self._measure(pixels)[1]
 
-    def patches(self, pixels: Any) -> np.ndarray:
-        """int32 [N]: 14x14 patches of each sample's images, frames of a pair counted once."""
-        return self._measure(pixels)[1] * 4
+    def pixel_rows(self, pixels: Bounds) -> np.ndarray:
+        """int32 [N]: rows of pixels of each sample's images, frames of a pair counted once."""
+        return self._measure(pixels)[2]
 
     @property
     def fixed_tokens(self) -> np.ndarray:
@@ -107,23 +131,22 @@ class SourceIndex:
         """int32 [N]: targets of each sample under `supervise: auto`, without the digits of coordinates beyond the first."""
         return self.columns["supervised_tokens"]
 
-    def _measure(self, pixels: Any) -> tuple[np.ndarray, np.ndarray]:
-        bounds = pixel_bounds(pixels)
+    def _measure(self, pixels: Bounds) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        bounds = (int(pixels[0]), int(pixels[1]))
         if bounds not in self._lengths:
-            columns, starts = self.columns, self.starts
-            heights, widths = smart_resize_many(columns["height"], columns["width"], bounds)
-            tokens_of_image = (heights // GRID_PIXELS).astype(np.int64) * (widths // GRID_PIXELS)
-            frames = columns["visual_frames"]
-            temporal = np.maximum(1, (frames + 1) // 2)
+            columns, starts, family = self.columns, self.starts, self.family
+            widths, heights = columns["width"], columns["height"]
+            costs = family.costs(widths, heights, bounds)
+            pairs = family.frame_pairs(columns["visual_frames"])
             image = np.repeat(starts["image"][:-1], np.diff(starts["visual"])) + columns["visual_image"]
-            visual = _sums(tokens_of_image[image] * temporal, starts["visual"])
+            visual, rows = (_sums(of_image[image] * pairs, starts["visual"]) for of_image in (costs.tokens, costs.rows))
             owner = np.repeat(starts["image"][:-1], np.diff(starts["coordinate"])) + columns["coordinate_image"]
-            axis = columns["coordinate_axis"]
-            old = np.where(axis == 0, columns["width"][owner], columns["height"][owner])
-            new = np.where(axis == 0, widths[owner], heights[owner])
-            digits = _sums(count_digits(resized_coordinate_many(columns["coordinate_value"], old, new)), starts["coordinate"])
-            total = columns["fixed_tokens"] + visual + digits
-            self._lengths[bounds] = (total.astype(np.int32), visual.astype(np.int32))
+            of_owner = Costs(*(getattr(costs, name)[owner] for name in Costs.__dataclass_fields__))
+            numbers = family.coordinates(
+                columns["coordinate_value"], columns["coordinate_axis"], widths[owner], heights[owner], of_owner
+            )
+            total = columns["fixed_tokens"] + visual + _sums(family.coordinate_tokens(numbers), starts["coordinate"])
+            self._lengths[bounds] = (total.astype(np.int32), visual.astype(np.int32), rows.astype(np.int32))
         return self._lengths[bounds]
 
     # ------------------------------------------------------------ one row
@@ -140,13 +163,14 @@ class SourceIndex:
         """The sample's `Measure`, as `template.measure_sample` gave it."""
         columns = self.columns
         visual, coordinate, cut = self._part("visual", row), self._part("coordinate", row), self._part("cut", row)
-        triple = lambda part, *names: tuple(zip(*(columns[name][part].tolist() for name in names)))  # noqa: E731
+        several = lambda part, *names: tuple(zip(*(columns[name][part].tolist() for name in names)))  # noqa: E731
         return Measure(
             int(columns["fixed_tokens"][row]),
             int(columns["supervised_tokens"][row]),
-            triple(visual, "visual_image", "visual_frames", "visual_place"),
-            triple(coordinate, "coordinate_image", "coordinate_axis", "coordinate_value"),
+            several(visual, "visual_image", "visual_frames", "visual_place", "visual_coordinates"),
+            several(coordinate, "coordinate_image", "coordinate_axis", "coordinate_value"),
             tuple(columns["cuts"][cut].tolist()),
+            tuple(int(columns[name][row]) for name in _TARGET),
         )
 
     def location(self, row: int) -> SampleLocation:
@@ -156,7 +180,7 @@ class SourceIndex:
         places = (columns[name][part].tolist() for name in ("member_offset", "member_size", "member_crc"))
         return SampleLocation(
             self.name, int(row), str(self.ids[row]), self.kind_of(row), self.shards[int(columns["shard"][row])],
-            tuple(zip(suffixes, *places)), tuple(self.sizes(row)), self.storage,
+            tuple(zip(suffixes, *places)), tuple(self.sizes(row)), self.storage, **self.reading,
         )  # fmt: skip
 
     def _part(self, group: str, row: int) -> slice:
@@ -165,7 +189,7 @@ class SourceIndex:
 
 
 def load_index(
-    folder: str, seed: int = 0, holdout_samples: int = 0, max_samples: int | None = None, storage: Storage = DEFAULT_STORAGE
+    folder: str, family: Family, seed: int = 0, holdout_samples: int = 0, max_samples: int | None = None, storage: Storage = DEFAULT_STORAGE
 ) -> SourceIndex:
     """Load the index that `build_index` left in `folder`. Raises InputError where there is none, or holdout leaves nothing."""
     summary = load_summary(folder, storage)
@@ -178,7 +202,7 @@ def load_index(
             f"source {summary['source']}: holdout_samples {holdout_samples} leaves none of {min(count, max_samples or count)}"
             " samples for training"
         )
-    scalar = ("id_hash", "shard", "fixed_tokens", "supervised_tokens")
+    scalar = ("id_hash", "shard", "fixed_tokens", "supervised_tokens", *_TARGET, "text_hash")
     columns = {name: _numpy(table[name]) for name in scalar}
     starts: dict[str, np.ndarray] = {}
     for group, names in _LISTS.items():
@@ -195,6 +219,8 @@ def load_index(
         folder=folder,
         shards=[_shard_uri(folder, shard["uri"]) for shard in summary["shards"]],
         storage=Storage(**summary["storage"]),
+        reading=_reading(summary),
+        family=family,
         columns=columns,
         starts=starts,
         ids=np.array(table["id"].to_pylist(), dtype=np.dtypes.StringDType()),
@@ -224,8 +250,13 @@ def locate(folder: str, row: int, storage: Storage = DEFAULT_STORAGE) -> SampleL
     return SampleLocation(
         summary["source"], row, values["id"], values["kind"],
         _shard_uri(folder, summary["shards"][values["shard"]]["uri"]),
-        tuple(members), tuple(zip(values["width"], values["height"])), Storage(**summary["storage"]),
+        tuple(members), tuple(zip(values["width"], values["height"])), Storage(**summary["storage"]), **_reading(summary),
     )  # fmt: skip
+
+
+def _reading(summary: dict[str, Any]) -> dict[str, Any]:
+    reading = summary["reading"]
+    return {**reading, "ignore": tuple(reading["ignore"])}
 
 
 @lru_cache(maxsize=64)
@@ -236,14 +267,15 @@ def _summary(folder: str, storage_json: str) -> dict[str, Any]:
     return summary
 
 
+_TARGET = ("target_place", "target_visuals", "target_coordinates")
 _LISTS = {
     "member": ("member_suffix", "member_offset", "member_size", "member_crc"),
-    "image": ("width", "height"),
-    "visual": ("visual_image", "visual_frames", "visual_place"),
+    "image": ("width", "height", "image_hash"),
+    "visual": ("visual_image", "visual_frames", "visual_place", "visual_coordinates"),
     "coordinate": ("coordinate_image", "coordinate_axis", "coordinate_value"),
     "cut": ("cuts",),
 }
-_LOCATION_COLUMNS = ["id", "kind", "shard", *_LISTS["member"], *_LISTS["image"]]
+_LOCATION_COLUMNS = ["id", "kind", "shard", *_LISTS["member"], "width", "height"]
 
 
 def _shard_uri(folder: str, stored: str) -> str:

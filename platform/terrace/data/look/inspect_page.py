@@ -15,8 +15,8 @@ from PIL import Image
 
 from terrace.data.look.samples import Inspection, Mark, Picture, Run, ShownPack, ShownSegment, SourceFacts
 from terrace.data.sources.refusals import REASONS
-from terrace.data.types import GRID_PIXELS
 from terrace.page import document, facts, picture_address
+from terrace.recipe.objectives import OBJECTIVES
 
 SOURCE_COLOURS = ("#3f6fd8", "#c2630a", "#0f8b8d", "#8b4fc8", "#b8336a", "#6b7f1e", "#a5702a", "#5a6b86")
 BINS = 44
@@ -257,7 +257,7 @@ def _legend() -> str:
 
 
 def _packs(found: Inspection, colours: dict[str, str]) -> str:
-    if found.objective != "lm":
+    if not OBJECTIVES[found.objective].reads_packs:
         return f'<p class="note">A stage of objective {escape(found.objective)} has no packs that are known before it runs.</p>'
     if not found.packs:
         return ""
@@ -335,8 +335,8 @@ def _run(run: Run) -> str:
 def _figure(picture: Picture) -> str:
     height, width, _ = picture.pixels.shape
     size = max(12, round(width / 34))
-    cells = "".join(f"M{x} 0V{height}" for x in range(GRID_PIXELS, width, GRID_PIXELS))
-    cells += "".join(f"M0 {y}H{width}" for y in range(GRID_PIXELS, height, GRID_PIXELS))
+    cells = "".join(f"M{x} 0V{height}" for x in range(picture.grid, width, picture.grid or 1))
+    cells += "".join(f"M0 {y}H{width}" for y in range(picture.grid, height, picture.grid or 1))
     numbered = len(picture.marks) > 1
     marks = "".join(_mark(mark, place if numbered else None, size) for place, mark in enumerate(picture.marks, start=1))
     told = f"image {picture.number + 1} · {width}×{height} of {picture.original[0]}×{picture.original[1]} pixels"

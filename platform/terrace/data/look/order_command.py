@@ -99,7 +99,7 @@ def pack_facts(pack: PackSpec, sequence_length: int, batch: int) -> dict[str, An
         "window": pack.window,
         "tokens": tokens,
         "visual_tokens": sum(pack.visual_tokens),
-        "patches": pack.patches,
+        "pixel_rows": pack.pixel_rows,
         "fill": tokens / sequence_length,
         "samples": samples,
     }

@@ -14,21 +14,21 @@ from typing import Any
 
 import numpy as np
 
-from terrace.data.images import image_of, load_patches
 from terrace.data.index.source_index import SourceIndex
 from terrace.data.order.eligible import source_pixels
 from terrace.data.order.permutation import permute, seed_of
 from terrace.data.order.plan import PADDING_WINDOW, StagePlan
-from terrace.data.resize import resized_coordinate
 from terrace.data.sources.ingest import iter_refused
 from terrace.data.sources.refusals import RefusedSample
-from terrace.data.stream.collate import NO_TARGET, CollateSettings, LoadedSample, Segment, make_segment
+from terrace.data.stream.collate import NO_TARGET, CollateSettings, LoadedSample, Segment, image_pixels, make_segment
 from terrace.data.stream.read import read_located
 from terrace.data.stream.tasks import TaskSettings
 from terrace.data.template import RUNNING_TEXT, encode_prompt
 from terrace.data.tokenizer import TextTokenizer
-from terrace.data.types import MERGE_SIZE, PATCH_SIZE, PATCH_VALUES, PackSpec, Sample, SampleRef
+from terrace.data.types import PackSpec, Sample, SampleRef
 from terrace.errors import DamagedData
+from terrace.families.interface import Family, View
+from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import Recipe
 
 PLANNED_PACKS = 256  # packs whose fill and shares are counted: planned, not decoded
@@ -38,7 +38,7 @@ REFUSALS_PER_REASON = 3
 
 @dataclass(frozen=True)
 class Mark:
-    """A box (x1, y1, x2, y2) or point (x, y) as the text says it: whole pixels of the resized picture."""
+    """A box (x1, y1, x2, y2) or point (x, y) in whole pixels of the resized picture."""
 
     values: tuple[int, ...]
     answer: bool  # in what the model is to say, not in the question
@@ -52,6 +52,7 @@ class Picture:
     pixels: np.ndarray  # uint8 [H, W, 3]
     original: tuple[int, int]  # (width, height)
     marks: tuple[Mark, ...]
+    grid: int = 0  # pixels between the lines that show its tokens or tiles; 0: none
 
 
 @dataclass(frozen=True)
@@ -133,13 +134,13 @@ class Inspection:
 def inspect_stage(recipe: Recipe, stage_index: int, prepared: Any, samples: int, packs: int, seed: int = 0) -> Inspection:
     """Read `samples` samples (spread over the sources) and the first `packs` packs of a stage over its prepared data.
 
-    Stages of other objectives than `lm` pack by other rules: they have samples here, grpo's up to the answer's first token, and no
+    Objectives that read no packs of the data path have samples here, grpo's up to the answer's first token, and no
     packs. A damaged sample is shown with its damage.
     """
     stage = recipe.stages[stage_index]
     settings = TaskSettings.of(recipe, stage_index, prepared)
     tokenizer = prepared.tokenizer()
-    plan = StagePlan.build(recipe, stage_index, prepared) if stage.objective == "lm" else None
+    plan = StagePlan.build(recipe, stage_index, prepared) if OBJECTIVES[stage.objective].reads_packs else None
     planned = _planned_packs(plan)
     facts = plan.explain()["sources"] if plan else {}
     taken = Counter(ref.source for spec in planned for ref in spec.samples)
@@ -150,7 +151,7 @@ def inspect_stage(recipe: Recipe, stage_index: int, prepared: Any, samples: int,
     sources, shown = [], []
     for name in stage.mixture.weights:
         index, source = prepared.indexes[name], recipe.data.sources[name]
-        bounds = source_pixels(source, (stage.pixels.min, stage.pixels.max))
+        bounds = source_pixels(source, (stage.pixels.min, stage.pixels.max), prepared.family)
         sources.append(
             SourceFacts(
                 name=name,
@@ -230,7 +231,7 @@ def _alone(index: SourceIndex, row: int, bounds: tuple[int, int], limit: int) ->
         samples=(SampleRef(index.name, row, str(index.ids[row])),),
         lengths=(int(index.lengths(bounds)[row]),),
         visual_tokens=(int(index.visual_tokens(bounds)[row]),),
-        patches=int(index.patches(bounds)[row]),
+        pixel_rows=int(index.pixel_rows(bounds)[row]),
         window=0,
         pixels_max=(limit,) if limit else (),
     )
@@ -271,8 +272,8 @@ def _segments(
         yield ShownSegment(
             **facts,
             supervised_tokens=int((segment.targets >= 0).sum()),
-            runs=tuple(token_runs(segment, tokenizer)),
-            pictures=tuple(_pictures(segment, loaded, supervise)),
+            runs=tuple(token_runs(segment, tokenizer, settings.collate.family)),
+            pictures=tuple(_pictures(segment, loaded, supervise, settings.collate.family)),
         )
 
 
@@ -280,30 +281,27 @@ def _prompt(spec: PackSpec, number: int, loaded: LoadedSample, tokenizer: TextTo
     """A sample up to its answer, as a rollout reads it."""
     limit = spec.pixels_max[number] if spec.pixels_max else 0
     pixels = (min(settings.pixels[0], limit), limit) if limit else settings.pixels
-    encoded = encode_prompt(loaded.sample, loaded.sizes, tokenizer, pixels)
-    patches = [
-        load_patches(loaded.images[image], rows * PATCH_SIZE, columns * PATCH_SIZE, settings.max_image_pixels)
-        for (_, rows, columns), (image, *_) in zip(encoded.grids.tolist(), encoded.images)
+    encoded = encode_prompt(loaded.sample, loaded.sizes, tokenizer, settings.family, pixels)
+    rows = [
+        image_pixels(loaded, images, view, settings, spec.samples[number]) for images, view in zip(encoded.images, encoded.views)
     ]
-    return Segment(encoded, np.full(len(encoded.input_ids), NO_TARGET, np.int32), patches, [False] * len(patches))
+    return Segment(encoded, np.full(len(encoded.input_ids), NO_TARGET, np.int32), rows)
 
 
-def token_runs(segment: Segment, tokenizer: TextTokenizer) -> Iterator[Run]:
+def token_runs(segment: Segment, tokenizer: TextTokenizer, family: Family) -> Iterator[Run]:
     """The segment's tokens in order, cut where their sort or their supervision changes."""
-    special = tokenizer.special
-    names = {getattr(special, name): name for name in ("endoftext", "im_start", "im_end", "vision_start", "vision_end")}
-    pads = {special.image_pad: "image", special.video_pad: "video"}
+    marks = {token: role for role, token in tokenizer.marks(family).items()}
     ids = segment.encoded.input_ids.tolist()
     supervised = [False, *(segment.targets[:-1] >= 0).tolist()]
-    kinds = [pads.get(token) or ("mark" if token in names else "text") for token in ids]
-    visuals = zip(segment.encoded.grids.tolist(), segment.encoded.images)
+    kinds = [role if (role := marks.get(token)) in ("image", "video") else ("mark" if role else "text") for token in ids]
+    visuals = zip(segment.encoded.visuals, segment.encoded.images)
     place = 0
     while place < len(ids):
         kind, flag, end = kinds[place], supervised[place], place + 1
         if kind in ("image", "video"):
-            (time, rows, columns), images = next(visuals)
-            end = place + time * rows * columns // MERGE_SIZE**2
-            yield Run(kind, (), False, end - place, (time, rows // MERGE_SIZE, columns // MERGE_SIZE), images)
+            visual, images = next(visuals)
+            end = place + visual.tokens
+            yield Run(kind, (), False, end - place, family.token_grid(visual.facts), images)
         elif kind == "mark":
             yield Run(kind, (tokenizer.decode([ids[place]]),), flag, 1)
         else:
@@ -331,29 +329,29 @@ def token_pieces(ids: Sequence[int], tokenizer: TextTokenizer) -> list[str]:
     return pieces if "".join(pieces) == whole else [whole]  # tokenizers whose decoder looks at neighbours
 
 
-def _pictures(segment: Segment, loaded: LoadedSample, supervise: str) -> Iterator[Picture]:
-    """The images and frames that the segment keeps, from its patches."""
-    grids = segment.encoded.grids.tolist()
-    for (time, rows, columns), numbers, patches, video in zip(grids, segment.encoded.images, segment.patches, segment.videos):
-        height, width = rows * PATCH_SIZE, columns * PATCH_SIZE
-        # A video's rows of patches are pairs, one of each frame.
-        frames = patches.reshape(time, rows * columns, 2 if video else 1, PATCH_VALUES).transpose(0, 2, 1, 3)
-        for number, frame in zip(numbers, frames.reshape(-1, rows * columns, PATCH_VALUES)):
-            marks = tuple(_marks(loaded.sample, number, loaded.sizes[number], (width, height), supervise))
-            yield Picture(number, image_of(frame, height, width), tuple(loaded.sizes[number]), marks)
+def _pictures(segment: Segment, loaded: LoadedSample, supervise: str, family: Family) -> Iterator[Picture]:
+    """The images and frames that the segment keeps, from its rows of pixels."""
+    encoded = segment.encoded
+    for visual, view, numbers, rows in zip(encoded.visuals, encoded.views, encoded.images, segment.pixels):
+        for number, picture in zip(numbers, family.pictures_of(rows, visual.facts)):
+            marks = tuple(_marks(loaded.sample, number, loaded.sizes[number], view, family, supervise))
+            yield Picture(number, picture, tuple(loaded.sizes[number]), marks, family.shown_grid)
 
 
-def _marks(sample: Sample, image: int, original: tuple[int, int], resized: tuple[int, int], supervise: str) -> Iterator[Mark]:
-    """Boxes and points that the sample's text says of an image, each once; in the numbers that the text says."""
+def _marks(
+    sample: Sample, image: int, original: tuple[int, int], view: View, family: Family, supervise: str
+) -> Iterator[Mark]:
+    """Boxes and points that the sample's text says of an image, each once; in pixels of the shown picture."""
     found: dict[tuple[int, ...], bool] = {}
+    shown = view.size[::-1]  # (width, height)
     for message in sample.messages:
         for item in message["content"]:
             if item["type"] not in ("box", "point") or item["image"] != image:
                 continue
             values = tuple(
-                resized_coordinate(value, original[axis % 2], resized[axis % 2]) for axis, value in enumerate(item[item["type"]])
+                family.shown_coordinate(value, axis % 2, original, shown) for axis, value in enumerate(item[item["type"]])
             )
-            answer = supervise == "all_text" or message["role"] == "assistant" or (
+            answer = message.get("train", supervise == "all_text" or message["role"] == "assistant") or (
                 message["role"] == RUNNING_TEXT and supervise == "auto"
             )  # fmt: skip
             found[values] = found.get(values, False) or answer

@@ -9,43 +9,54 @@ forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from terrace.data.family import configuration, family_of, shape_of
 from terrace.data.types import PackSpec
+from terrace.families.shapes import ModelShape
+from terrace.recipe.schema import Model
+
+TYPICAL_PATCHES = 1024  # that a patch attends to, of an image whose tower has no windows
 
 
 @dataclass(frozen=True)
 class CostModel:
-    """Multiply-adds per token, per squared token of a segment, and per patch; defaults: the 7B shape of Qwen2.5-VL."""
+    """Multiply-adds of a forward pass per token, per squared token of a segment, and per row of pixels.
+
+    The defaults, for data that is looked at without a model, are those of Qwen2.5-VL-7B.
+    """
 
     per_token: float = 7.07e9
     per_token_pair: float = 28 * 3584.0  # causal: half of 2 * layers * width
-    per_patch: float = 0.66e9
+    per_row: float = 0.66e9
 
     def cost(self, pack: PackSpec) -> float:
         pairs = sum(length * length for length in pack.lengths)
-        return self.per_token * sum(pack.lengths) + self.per_token_pair * pairs + self.per_patch * pack.patches
+        return self.per_token * sum(pack.lengths) + self.per_token_pair * pairs + self.per_row * pack.pixel_rows
 
 
-def cost_model(config: Mapping[str, Any] | None) -> CostModel:
-    """The cost model of a transformers configuration; the 7B shape where the recipe gives none."""
-    text = (config or {}).get("text_config") or {}
-    vision = (config or {}).get("vision_config") or {}
-    if "hidden_size" not in text or "num_hidden_layers" not in text:
+def cost_model(shape: ModelShape, patches_per_row: int = 1) -> CostModel:
+    """The cost model of a shape. A row of pixels holds `patches_per_row` patches: one, or all of a tile."""
+    text, vision = shape.language, shape.vision
+    per_layer = 2 * text.width * (text.query_width + text.key_width) + 3 * text.width * text.intermediate
+    per_token = text.layers * per_layer + text.width * text.vocabulary
+    seen = vision.window**2 if vision.window else patches_per_row if patches_per_row > 1 else TYPICAL_PATCHES
+    products = 3 if vision.gated else 2
+    per_patch = vision.depth * (4 * vision.width**2 + products * vision.width * vision.intermediate + 2 * seen * vision.width)
+    return CostModel(float(per_token), float(text.layers * text.query_width), float(patches_per_row * per_patch))
+
+
+def cost_of(model: Model) -> CostModel:
+    """What packs cost the recipe's model; the nominal costs where it has an empty configuration, as when data is only looked at."""
+    if not configuration(model):
         return CostModel()
-    width, layers = text["hidden_size"], text["num_hidden_layers"]
-    heads = text.get("num_attention_heads", 1)
-    key_value_width = width // heads * text.get("num_key_value_heads", heads)
-    per_layer = 2 * width * width + 2 * width * key_value_width + 3 * width * text.get("intermediate_size", 4 * width)
-    per_token = layers * per_layer + width * text.get("vocab_size", 0)
-    vision_width, depth = vision.get("hidden_size", 0), vision.get("depth", 0)
-    window = 64  # patches that see each other in a window of 112 pixels
-    vision_layer = 4 * vision_width**2 + 3 * vision_width * vision.get("intermediate_size", 4 * vision_width)
-    return CostModel(float(per_token), float(layers * width), float(depth * (vision_layer + 2 * window * vision_width)))
+    family = family_of(model)
+    smallest = family.view(1, 1, (1, 1))
+    patches = sum(rows * columns for rows, columns in family.tower_pictures(smallest.facts))
+    return cost_model(shape_of(model), patches // smallest.rows)
 
 
 def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:

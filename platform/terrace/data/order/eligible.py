@@ -16,12 +16,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from terrace.data.resize import smart_resize
-from terrace.data.template import Measure, temporal_patches
-from terrace.data.types import GRID_PIXELS, MERGE_SIZE
+from terrace.data.template import Measure
+from terrace.families.interface import Family
 from terrace.recipe.schema import Source
-
-LOWEST_PIXELS = 4 * GRID_PIXELS * GRID_PIXELS  # `reduce_resolution` stops at four image tokens
 
 
 @dataclass(frozen=True)
@@ -31,7 +28,7 @@ class Items:
     rows: np.ndarray  # rows of the source's index
     lengths: np.ndarray  # tokens
     visual_tokens: np.ndarray
-    patches: np.ndarray
+    pixel_rows: np.ndarray
     pixels_max: np.ndarray  # the sample's own limit of pixels per image, 0: the stage's
     starts: np.ndarray  # token range kept; stop -1: the whole sample
     stops: np.ndarray
@@ -87,11 +84,11 @@ class EligibleSource:
         return self.items.lengths[self.by_length]
 
 
-def source_pixels(source: Source, pixels: tuple[int, int]) -> tuple[int, int]:
+def source_pixels(source: Source, pixels: tuple[int, int], family: Family) -> tuple[int, int]:
     """The stage's (min, max) pixels per image under the source's limit of visual tokens per image."""
     if source.max_visual_tokens_per_image is None:
         return pixels
-    largest = min(pixels[1], source.max_visual_tokens_per_image * GRID_PIXELS**2)
+    largest = min(pixels[1], source.max_visual_tokens_per_image * family.unit)
     return min(pixels[0], largest), largest
 
 
@@ -103,16 +100,26 @@ def eligible_source(
     pixels: tuple[int, int],
     sequence_length: int,
     max_visual_tokens_per_pack: int | None,
+    needs_targets: bool = False,
 ) -> EligibleSource:
     """The training items of `rows` (int [n]) of an index at the stage's resolution, `source.too_long` applied.
+
+    `needs_targets`: a sample that has nothing to learn from, or whose every target `truncate_text` would cut off, is left out and
+    counted as `no_target`.
 
     `index` is a SourceIndex: its columns give every length, and `measure(row)` and `sizes(row)` the details of
     the few samples that are too long.
     """
-    bounds = source_pixels(source, pixels)
+    family = index.family
+    changes: Counter[str] = Counter()
+    if needs_targets and source.supervise != "all_text":
+        learnt = np.asarray(index.supervised_tokens)[rows] > 0
+        changes["no_target"] = int((~learnt).sum())
+        rows = rows[learnt]
+    bounds = source_pixels(source, pixels, family)
     lengths = np.asarray(index.lengths(bounds))[rows]
     visual = np.asarray(index.visual_tokens(bounds))[rows]
-    patches = np.asarray(index.patches(bounds))[rows]
+    pixel_rows = np.asarray(index.pixel_rows(bounds))[rows]
     own_limit = 0 if bounds == pixels else bounds[1]
     visual_limit = max_visual_tokens_per_pack or sequence_length
     too_long = (lengths > sequence_length) | (visual > visual_limit)
@@ -121,19 +128,23 @@ def eligible_source(
         rows=rows[fits].astype(np.int64),
         lengths=lengths[fits].astype(np.int32),
         visual_tokens=visual[fits].astype(np.int32),
-        patches=patches[fits].astype(np.int32),
+        pixel_rows=pixel_rows[fits].astype(np.int32),
         pixels_max=np.full(len(fits), own_limit, dtype=np.int32),
         starts=np.zeros(len(fits), dtype=np.int32),
         stops=np.full(len(fits), -1, dtype=np.int32),
     )
-    changes: Counter[str] = Counter()
     extra: list[tuple[int, ...]] = []
     for row in rows[too_long].tolist():
         if source.too_long == "refuse":
             changes["refused"] += 1
             continue
         measure, sizes = index.measure(row), index.sizes(row)
-        made = _fitted(source.too_long, measure, sizes, bounds, sequence_length, visual_limit)
+        images = Sized(sizes, family)
+        made = _fitted(source.too_long, measure, images, bounds, sequence_length, visual_limit)
+        may_lose = made and needs_targets and source.too_long == "truncate_text" and source.supervise != "all_text"
+        if may_lose and _first_target(measure, images, bounds) >= made[0][-1]:
+            changes["no_target"] += 1
+            continue
         changes[source.too_long if made else "refused"] += 1
         extra += [(row, *item[:3], item[3] or own_limit, *item[4:]) for item in made]
     items = whole
@@ -144,67 +155,96 @@ def eligible_source(
     digest = hashlib.sha256(np.ascontiguousarray(index.columns["id_hash"]).tobytes())
     for column in _columns(items):
         digest.update(np.ascontiguousarray(column).tobytes())
-    return EligibleSource(name, items, lambda row: str(index.ids[row]), dict(changes), digest.hexdigest())
+    return EligibleSource(name, items, lambda row: str(index.ids[row]), dict(+changes), digest.hexdigest())
 
 
 def _columns(items: Items) -> list[np.ndarray]:
     return [getattr(items, name) for name in Items.__dataclass_fields__]
 
 
-Fitted = tuple[int, int, int, int, int, int]  # tokens, visual tokens, patches, pixels_max (0: unchanged), start, stop
+Fitted = tuple[int, int, int, int, int, int]  # tokens, visual tokens, rows of pixels, pixels_max (0: unchanged), start, stop
+
+
+@dataclass(frozen=True)
+class Sized:
+    """The images of one sample, and the family that says what they become."""
+
+    sizes: Sequence[tuple[int, int]]
+    family: Family
+
+
+@dataclass(frozen=True)
+class VisualRange:
+    """Where an image or video stands at a resolution: tokens [start, stop) with the marks around it."""
+
+    start: int
+    stop: int
+    tokens: int  # of them, placeholders
+    rows: int  # of pixels
 
 
 def _fitted(
-    policy: str,
-    measure: Measure,
-    sizes: Sequence[tuple[int, int]],
-    bounds: tuple[int, int],
-    sequence_length: int,
-    visual_limit: int,
+    policy: str, measure: Measure, images: Sized, bounds: tuple[int, int], sequence_length: int, visual_limit: int
 ) -> list[Fitted]:
     """The items that a too long sample becomes; empty: it cannot be helped by this policy."""
     if policy == "reduce_resolution":
-        return _reduced(measure, sizes, bounds, sequence_length, visual_limit)
-    images = visual_ranges(measure, sizes, bounds)
-    total = measure.length(sizes, bounds)
+        return _reduced(measure, images, bounds, sequence_length, visual_limit)
+    ranges = visual_ranges(measure, images, bounds)
+    total = measure.length(images.sizes, bounds, images.family)
     if policy == "truncate_text":
-        stop = _outside_images(min(sequence_length, total), images, 0)
-        kept = _piece(0, stop, images)
+        stop = _outside_images(min(sequence_length, total), ranges, 0)
+        kept = _piece(0, stop, ranges)
         return [kept] if stop > 1 and kept[1] <= visual_limit else []
     if measure.coordinates or not measure.cuts:
         return []  # conversations are never split; a document with coordinates has no fixed places to cut
-    pieces = split_points(total, images, _cut_tokens(measure, images), sequence_length)
-    made = [_piece(start, stop, images) for start, stop in pairwise(pieces)]
+    pieces = split_points(total, ranges, _cut_tokens(measure, ranges), sequence_length)
+    made = [_piece(start, stop, ranges) for start, stop in pairwise(pieces)]
     return made if all(piece[0] <= sequence_length and piece[1] <= visual_limit for piece in made) else []
 
 
-def visual_ranges(
-    measure: Measure, sizes: Sequence[tuple[int, int]], bounds: tuple[int, int]
-) -> list[tuple[int, int]]:
-    """Token ranges of the images with their vision_start and vision_end, in order, at a resolution."""
-    ranges, shown = [], 0
-    for image, frames, fixed_before in measure.visuals:
-        width, height = sizes[image]
-        new_height, new_width = smart_resize(height, width, *bounds)
-        tokens = temporal_patches(frames) * (new_height // GRID_PIXELS) * (new_width // GRID_PIXELS)
-        start = fixed_before + shown
-        ranges.append((start - 1, start + tokens + 1))
+def visual_ranges(measure: Measure, images: Sized, bounds: tuple[int, int]) -> list[VisualRange]:
+    """The images with the marks around them, in order, at a resolution."""
+    family, ranges, shown = images.family, [], 0
+    longer = _longer_coordinates(measure, images, bounds)
+    for image, frames, place, coordinates in measure.visuals:
+        view, pairs = family.view(*images.sizes[image], bounds), int(family.frame_pairs(frames))
+        tokens, start = pairs * view.tokens, place + shown + sum(longer[:coordinates])
+        ranges.append(VisualRange(start - len(family.before), start + tokens + len(family.after), tokens, pairs * view.rows))
         shown += tokens
     return ranges
 
 
-def _cut_tokens(measure: Measure, images: list[tuple[int, int]]) -> list[int]:
+def _longer_coordinates(measure: Measure, images: Sized, bounds: tuple[int, int]) -> list[int]:
+    """Of each coordinate the tokens that it has beyond the one that a measure's places count."""
+    family, longer = images.family, []
+    for image, axis, value in measure.coordinates:
+        size = images.sizes[image]
+        number = family.coordinate(value, axis, size, family.view(*size, bounds))
+        longer.append(int(family.coordinate_tokens(np.asarray([number]))[0]) - 1)
+    return longer
+
+
+def _first_target(measure: Measure, images: Sized, bounds: tuple[int, int]) -> int:
+    """The token of a sample that is its first target; a large number where it has none."""
+    place, visuals, coordinates = measure.first_target
+    if place < 0:
+        return 2**31
+    shown = sum(visual.tokens for visual in visual_ranges(measure, images, bounds)[:visuals])
+    return max(1, place + shown + sum(_longer_coordinates(measure, images, bounds)[:coordinates]))
+
+
+def _cut_tokens(measure: Measure, ranges: list[VisualRange]) -> list[int]:
     """`measure.cuts` in tokens at this resolution."""
     cuts, shown, number = [], 0, 0
     for cut in measure.cuts:
-        while number < len(images) and measure.visuals[number][2] < cut:
-            shown += images[number][1] - images[number][0] - 2
+        while number < len(ranges) and measure.visuals[number][2] < cut:
+            shown += ranges[number].tokens
             number += 1
         cuts.append(cut + shown)
     return cuts
 
 
-def split_points(total: int, images: list[tuple[int, int]], cuts: list[int], limit: int) -> list[int]:
+def split_points(total: int, ranges: list[VisualRange], cuts: list[int], limit: int) -> list[int]:
     """Where a document of `total` tokens is cut into pieces of at most `limit`: [0, ..., total].
 
     At the last line end or image end that fits; where none lies in the second half of the piece, between two tokens;
@@ -214,48 +254,43 @@ def split_points(total: int, images: list[tuple[int, int]], cuts: list[int], lim
     while total - points[-1] > limit:
         furthest = points[-1] + limit
         good = [cut for cut in cuts if points[-1] + limit // 2 < cut <= furthest]
-        point = good[-1] if good else _outside_images(furthest, images, points[-1])
+        point = good[-1] if good else _outside_images(furthest, ranges, points[-1])
         if point <= points[-1]:
-            point = next(end for start, end in images if start <= points[-1] < end)
+            point = next(image.stop for image in ranges if image.start <= points[-1] < image.stop)
         points.append(point)
     return [*points, total]
 
 
-def _outside_images(token: int, images: list[tuple[int, int]], lowest: int) -> int:
-    for start, end in images:
-        if start < token < end:
-            return max(start, lowest)
+def _outside_images(token: int, ranges: list[VisualRange], lowest: int) -> int:
+    for image in ranges:
+        if image.start < token < image.stop:
+            return max(image.start, lowest)
     return token
 
 
-def _piece(start: int, stop: int, images: list[tuple[int, int]]) -> Fitted:
-    visual = sum(end - begin - 2 for begin, end in images if start <= begin and end <= stop)
-    return stop - start, visual, visual * MERGE_SIZE**2, 0, start, stop
+def _piece(start: int, stop: int, ranges: list[VisualRange]) -> Fitted:
+    inside = [image for image in ranges if start <= image.start and image.stop <= stop]
+    return stop - start, sum(image.tokens for image in inside), sum(image.rows for image in inside), 0, start, stop
 
 
-def _reduced(
-    measure: Measure,
-    sizes: Sequence[tuple[int, int]],
-    bounds: tuple[int, int],
-    sequence_length: int,
-    visual_limit: int,
-) -> list[Fitted]:
+def _reduced(measure: Measure, images: Sized, bounds: tuple[int, int], sequence_length: int, visual_limit: int) -> list[Fitted]:
     """The highest resolution, by halving intervals of the pixel limit, at which the sample fits."""
-    lowest, highest = LOWEST_PIXELS, bounds[1]
+    family = images.family
+    lowest, highest = family.fewest_pixels, bounds[1]
 
-    def size_at(limit: int) -> tuple[int, int]:
+    def size_at(limit: int) -> tuple[int, int, int]:
         limits = (min(bounds[0], limit), limit)
-        visual = sum(end - start - 2 for start, end in visual_ranges(measure, sizes, limits))
-        return measure.length(sizes, limits), visual
+        ranges = visual_ranges(measure, images, limits)
+        length = measure.length(images.sizes, limits, family)
+        return length, sum(image.tokens for image in ranges), sum(image.rows for image in ranges)
 
     def fits(limit: int) -> bool:
-        length, visual = size_at(limit)
+        length, visual, _ = size_at(limit)
         return length <= sequence_length and visual <= visual_limit
 
     if not measure.visuals or not fits(lowest):
         return []
-    while highest - lowest > GRID_PIXELS**2:
+    while highest - lowest > family.unit:
         middle = (lowest + highest) // 2
         lowest, highest = (middle, highest) if fits(middle) else (lowest, middle)
-    length, visual = size_at(lowest)
-    return [(length, visual, visual * MERGE_SIZE**2, lowest, 0, -1)]
+    return [(*size_at(lowest), lowest, 0, -1)]

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from terrace.data.order.balance import CostModel, cost_model, deal, deal_in_order, max_over_mean
+from terrace.data.order.balance import CostModel, cost_of, deal, deal_in_order, max_over_mean
 from terrace.data.order.eligible import EligibleSource, StageSource, eligible_source
 from terrace.data.order.mixture import Interleave, rounded_weights, whole_weights
 from terrace.data.order.packing import default_window, lookahead, pack_window
@@ -108,9 +108,11 @@ class StagePlan:
                 pixels,
                 stage.sequence_length,
                 stage.data_loading.max_visual_tokens_per_pack,
+                needs_targets=stage.objective == "lm",
             )
+            sources[name].changes.update(index.left_out)
         basis = "|".join(source.mark for source in sources.values())
-        plan = cls(stage, sources, recipe.data.seed, cost_model(recipe.model.config), basis)
+        plan = cls(stage, sources, recipe.data.seed, cost_of(recipe.model), basis)
         plan.recipe, plan.stage_index = recipe, stage_index
         return plan
 
@@ -352,14 +354,14 @@ class StagePlan:
             samples=tuple(refs),
             lengths=tuple(chosen["lengths"]),
             visual_tokens=tuple(chosen["visual_tokens"]),
-            patches=sum(chosen["patches"]),
+            pixel_rows=sum(chosen["pixel_rows"]),
             window=window,
             pixels_max=tuple(chosen["pixels_max"]) if any(chosen["pixels_max"]) else (),
             spans=spans if any(spans) else (),
         )
 
 
-_COLUMNS = ("rows", "lengths", "visual_tokens", "patches", "pixels_max", "starts", "stops")
+_COLUMNS = ("rows", "lengths", "visual_tokens", "pixel_rows", "pixels_max", "starts", "stops")
 
 
 def _sample_weights(stage: Stage, sources: list[StageSource]) -> dict[str, int]:

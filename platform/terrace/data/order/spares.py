@@ -28,7 +28,7 @@ class Spare:
     row: int
     length: int  # tokens
     visual_tokens: int
-    patches: int
+    pixel_rows: int
     pixels_max: int  # 0: the stage's
     start: int
     stop: int  # -1: the whole sample
@@ -40,7 +40,7 @@ class Spare:
             samples=(),
             lengths=(self.length,),
             visual_tokens=(self.visual_tokens,),
-            patches=self.patches,
+            pixel_rows=self.pixel_rows,
             window=spec.window,
             pixels_max=(self.pixels_max,) if self.pixels_max else (),
             spans=((self.start, self.stop),) if self.stop >= 0 else (),
@@ -72,7 +72,7 @@ def _candidates(source: EligibleSource, length: int, visual_tokens: int, seed: i
         band = source.by_length[max(0, end - width) : end]
         steps = np.arange(min(len(band), 2 * SPARES))
         items = source.items[band[permute(steps, len(band), seed_of(seed, turn))]]
-        columns = (items.rows, items.lengths, items.visual_tokens, items.patches, items.pixels_max, items.starts, items.stops)
+        columns = (items.rows, items.lengths, items.visual_tokens, items.pixel_rows, items.pixels_max, items.starts, items.stops)
         good = (Spare(*values) for values in zip(*(column.tolist() for column in columns)))
         found += [spare for spare in good if spare.visual_tokens <= visual_tokens and spare.row not in taken]
         end, turn = end - width, turn + 1

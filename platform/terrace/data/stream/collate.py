@@ -7,16 +7,16 @@ changed since, and stops the stage by name rather than shifting every later toke
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from terrace.data.images import ImageDamage, load_patches
-from terrace.data.positions import TEMPORAL_PATCH_SIZE, Visual, rope_positions, temporal_seconds
+from terrace.data.images import ImageDamage, load_pixels
 from terrace.data.template import Encoded, encode_sample
 from terrace.data.tokenizer import TextTokenizer
-from terrace.data.types import MERGE_SIZE, PATCH_SIZE, PATCH_VALUES, PackedExample, PackSpec, Sample, SampleRef
+from terrace.data.types import PackedExample, PackSpec, Sample, SampleRef
 from terrace.errors import DamagedData, InputError
+from terrace.families.interface import Family, View
 
 NO_TARGET = -100
 
@@ -26,12 +26,12 @@ class CollateSettings:
     """What a stage says about reading a sample; small, travels with every task."""
 
     tokenizer_dir: str
+    family: Family
     pixels: tuple[int, int]
     sequence_length: int
     max_image_pixels: int
     supervise: Mapping[str, str]  # per source
     skip_damaged: frozenset[str]  # sources with `on_damage: skip`
-    tokens_per_second: float
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ class Segment:
 
     encoded: Encoded
     targets: np.ndarray  # int32 [L]
-    patches: list[np.ndarray]  # uint8 [P_i, 588] each
-    videos: list[bool]  # per grid
+    pixels: list[np.ndarray]  # uint8 [R_i, values of a row], one of each image or video
 
 
 def collate(
@@ -69,7 +68,8 @@ def collate(
     pack names the sample in `damaged` instead, and the first of `replacements(place)` that can be read stands there; a
     place without any is left out.
     """
-    room = PatchRoom(spec.patches)
+    family = settings.family
+    room = PixelRoom(spec.pixel_rows, family.row_values)
     segments: list[Segment] = []
     refs: list[SampleRef] = []
     kinds: list[str] = []
@@ -95,20 +95,22 @@ def collate(
         refs.append(ref)
         kinds.append(kind)
     lengths = [len(segment.encoded.input_ids) for segment in segments]
-    videos = [flag for segment in segments for flag in segment.videos]
+    pixels = [part for segment in segments for part in segment.pixels]
+    visuals = [visual for segment in segments for visual in segment.encoded.visuals]
     return PackedExample(
         pack=spec.pack,
         input_ids=_joined([segment.encoded.input_ids for segment in segments], (0,), np.int32),
         targets=_joined([segment.targets for segment in segments], (0,), np.int32),
-        position_ids=_joined([segment.encoded.positions for segment in segments], (4, 0), np.int32, axis=1),
+        position_ids=_joined([segment.encoded.positions for segment in segments], (family.position_rows, 0), np.int32, axis=1),
         segment_ends=np.cumsum(lengths, dtype=np.int32) if lengths else np.empty(0, dtype=np.int32),
-        patches=room.joined([part for segment in segments for part in segment.patches]),
-        image_grids=_joined([segment.encoded.grids for segment in segments], (0, 3), np.int32),
+        pixels=room.joined(pixels),
+        image_facts=np.asarray([visual.facts for visual in visuals], np.int32).reshape(-1, family.fact_count),
+        image_tokens=np.asarray([visual.tokens for visual in visuals], np.int32),
+        image_rows=np.asarray([len(part) for part in pixels], np.int32),
         sample_ids=[ref.id for ref in refs],
         sources=[ref.source for ref in refs],
         kinds=kinds,
         sequence_length=settings.sequence_length,
-        video_grids=tuple(place for place, flag in enumerate(videos) if flag),
         damaged=tuple(damaged),
         replaced=replaced,
     )
@@ -119,7 +121,7 @@ def _first_readable(
     taken: list[SampleRef],
     tokenizer: TextTokenizer,
     settings: CollateSettings,
-    room: PatchRoom,
+    room: PixelRoom,
 ) -> tuple[SampleRef, Segment, str] | None:
     """(reference, segment, kind) of the first candidate that can be decoded and is not in the pack yet."""
     used = room.used
@@ -139,20 +141,20 @@ def make_segment(
     loaded: LoadedSample,
     tokenizer: TextTokenizer,
     settings: CollateSettings,
-    room: PatchRoom | None = None,
+    room: PixelRoom | None = None,
 ) -> Segment:
-    """Encode, decode and cut one sample of a pack as its specification says; patches go straight into `room`."""
+    """Encode, decode and cut one sample of a pack as its specification says; pixels go straight into `room`."""
     ref = spec.samples[number]
     limit = spec.pixels_max[number] if spec.pixels_max else 0
-    pixels = (min(settings.pixels[0], limit), limit) if limit else settings.pixels
+    bounds = (min(settings.pixels[0], limit), limit) if limit else settings.pixels
     supervise = settings.supervise.get(ref.source, "auto")
     try:
-        encoded = encode_sample(loaded.sample, loaded.sizes, tokenizer, pixels, supervise, settings.tokens_per_second)
+        encoded = encode_sample(loaded.sample, loaded.sizes, tokenizer, settings.family, bounds, supervise)
     except InputError as error:
         raise DamagedData(f"source {ref.source}, sample {ref.id}: {error}") from error
     span = spec.spans[number] if spec.spans else None
     if span is not None:
-        encoded = cut_encoded(encoded, span, loaded.sample, tokenizer, settings.tokens_per_second)
+        encoded = cut_encoded(encoded, span, settings.family)
     if len(encoded.input_ids) != spec.lengths[number]:
         raise DamagedData(
             f"source {ref.source}, sample {ref.id}: it has {len(encoded.input_ids)} tokens where the index says"
@@ -160,27 +162,30 @@ def make_segment(
         )
     targets = np.full(len(encoded.input_ids), NO_TARGET, dtype=np.int32)
     targets[:-1] = np.where(encoded.supervised[1:], encoded.input_ids[1:], NO_TARGET)
-    patches = []
-    for grid, images in zip(encoded.grids.tolist(), encoded.images):
-        height, width = grid[1] * PATCH_SIZE, grid[2] * PATCH_SIZE
-        video = _is_video(grid, images)
-        frames = []
-        for image in images:
-            try:
-                place = room.take(grid[1] * grid[2]) if room and not video else None
-                frames.append(load_patches(loaded.images[image], height, width, settings.max_image_pixels, place))
-            except ImageDamage as error:
-                raise DamagedData(f"source {ref.source}, sample {ref.id}, image {image}: {error}") from error
-        patches += [_paired(frames)] if video else frames
-    videos = [_is_video(grid, images) for grid, images in zip(encoded.grids.tolist(), encoded.images)]
-    return Segment(encoded, targets, patches, videos)
+    pixels = [image_pixels(loaded, images, view, settings, ref, room) for images, view in zip(encoded.images, encoded.views)]
+    return Segment(encoded, targets, pixels)
 
 
-class PatchRoom:
-    """The patches of a pack in one array, which decoding writes into: joining them later would copy every pixel once more."""
+def image_pixels(
+    loaded: LoadedSample, images: Sequence[int], view: View, settings: CollateSettings, ref: SampleRef,
+    room: PixelRoom | None = None,
+) -> np.ndarray:
+    """Rows of one image, or of a video whose frames are `images`. DamagedData, naming the image, where it cannot be decoded."""
+    video, frames = len(images) > 1, []
+    for image in images:
+        try:
+            place = room.take(view.rows) if room and not video else None
+            frames.append(load_pixels(loaded.images[image], settings.family, view, settings.max_image_pixels, place))
+        except ImageDamage as error:
+            raise DamagedData(f"source {ref.source}, sample {ref.id}, image {image}: {error}") from error
+    return settings.family.video_pixels(frames) if video else frames[0]
 
-    def __init__(self, rows: int):
-        self._rows = np.empty((rows, PATCH_VALUES), np.uint8)
+
+class PixelRoom:
+    """The pixels of a pack in one array, which decoding writes into: joining them later would copy every one once more."""
+
+    def __init__(self, rows: int, row_values: int):
+        self._rows = np.empty((rows, row_values), np.uint8)
         self.used = 0
 
     def take(self, rows: int) -> np.ndarray | None:
@@ -191,50 +196,29 @@ class PatchRoom:
         return self._rows[self.used - rows : self.used]
 
     def joined(self, parts: list[np.ndarray]) -> np.ndarray:
-        """uint8 [P, 588] of all parts in order. They are copied only where one lies elsewhere (a video's pairs of frames)."""
+        """uint8 [R, values] of all parts in order. They are copied only where one lies elsewhere (a video's pairs of frames)."""
         if all(part.base is self._rows for part in parts) and self.used == sum(map(len, parts)):
             return self._rows[: self.used]
-        return _joined(parts, (0, PATCH_VALUES), np.uint8)
+        return _joined(parts, (0, self._rows.shape[1]), np.uint8)
 
 
-def cut_encoded(
-    encoded: Encoded, span: tuple[int, int], sample: Sample, tokenizer: TextTokenizer, tokens_per_second: float
-) -> Encoded:
+def cut_encoded(encoded: Encoded, span: tuple[int, int], family: Family) -> Encoded:
     """The token range of an encoded sample as a segment of its own: positions restart, other images are dropped."""
     start, stop = span
-    pads = (encoded.input_ids == tokenizer.special.image_pad) | (encoded.input_ids == tokenizer.special.video_pad)
-    pad_places = np.flatnonzero(pads)
-    items = [item for message in sample.messages for item in message["content"]]
-    stamps = [item["timestamps"] for item in items if item["type"] == "video"]
-    visuals, grids, images, seen = [], [], [], 0
-    for grid, numbers in zip(encoded.grids.tolist(), encoded.images):
-        tokens = grid[0] * grid[1] * grid[2] // MERGE_SIZE**2
-        first = int(pad_places[seen])
-        seconds = temporal_seconds(stamps.pop(0)) if encoded.input_ids[first] == tokenizer.special.video_pad else None
-        seen += tokens
-        if start <= first and first + tokens <= stop:
-            visuals.append(Visual(first - start, tuple(grid), seconds))
-            grids.append(grid)
-            images.append(numbers)
+    kept = [
+        (replace(visual, start=visual.start - start), view, images)
+        for visual, view, images in zip(encoded.visuals, encoded.views, encoded.images)
+        if start <= visual.start and visual.start + visual.tokens <= stop
+    ]
+    visuals, views, images = zip(*kept) if kept else ((), (), ())
     return Encoded(
         input_ids=encoded.input_ids[start:stop],
         supervised=encoded.supervised[start:stop],
-        grids=np.asarray(grids, dtype=np.int32).reshape(-1, 3),
-        positions=rope_positions(stop - start, visuals, tokens_per_second),
-        images=tuple(images),
+        positions=family.positions(stop - start, visuals),
+        visuals=visuals,
+        views=views,
+        images=images,
     )
-
-
-def _is_video(grid: Sequence[int], images: Sequence[int]) -> bool:
-    return len(images) > 1 or grid[0] > 1
-
-
-def _paired(frames: list[np.ndarray]) -> np.ndarray:
-    """Frames of a video (uint8 [P, 588] each) as temporal patches: rows 2k and 2k + 1 are the two frames of patch k."""
-    if len(frames) % TEMPORAL_PATCH_SIZE:
-        frames = [*frames, frames[-1]]
-    pairs = [np.stack(frames[at : at + 2], axis=1) for at in range(0, len(frames), TEMPORAL_PATCH_SIZE)]
-    return np.concatenate(pairs).reshape(-1, PATCH_VALUES)
 
 
 def _joined(parts: list[np.ndarray], empty_shape: tuple[int, ...], dtype: type, axis: int = 0) -> np.ndarray:

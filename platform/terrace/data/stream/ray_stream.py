@@ -27,8 +27,9 @@ from ray.data.datasource import ReadTask
 
 from terrace.data.stream.allocator import keep_freed_memory
 from terrace.data.stream.tasks import PackTask, TaskSettings, run_task
-from terrace.data.types import PATCH_VALUES, PackedExample
+from terrace.data.types import PackedExample
 from terrace.errors import DamagedData, TerraceError
+from terrace.families.interface import Family
 from terrace.recipe.schema import Stage
 
 LOOP_PAUSE_SECONDS = 0.01
@@ -38,30 +39,25 @@ STORE_SHARE = 0.75  # of the object store, for all ranks together
 AHEAD = "terrace.ahead"  # key of an execution's `Ahead`
 
 # Field, dtype, shape behind the ragged axis. All arrays are C-contiguous.
-_ARRAYS: tuple[tuple[str, Any, tuple[int, ...]], ...] = (
-    ("input_ids", np.int32, (-1,)),
-    ("targets", np.int32, (-1,)),
-    ("position_ids", np.int32, (4, -1)),
-    ("segment_ends", np.int32, (-1,)),
-    ("patches", np.uint8, (-1, PATCH_VALUES)),
-    ("image_grids", np.int32, (-1, 3)),
-)
+_ARRAYS = (
+    ("input_ids", np.int32), ("targets", np.int32), ("position_ids", np.int32), ("segment_ends", np.int32), ("pixels", np.uint8),
+    ("image_facts", np.int32), ("image_tokens", np.int32), ("image_rows", np.int32),
+)  # fmt: skip
 _NUMBERS = ("pack", "sequence_length", "replaced")
 _LISTS = ("sample_ids", "sources", "kinds", "damaged")
 SCHEMA = pa.schema(
     [(name, pa.int64()) for name in _NUMBERS]
-    + [(name, pa.large_binary()) for name, _, _ in _ARRAYS]
+    + [(name, pa.large_binary()) for name, _ in _ARRAYS]
     + [(name, pa.list_(pa.string())) for name in _LISTS]
-    + [("video_grids", pa.list_(pa.int32()))]
 )
 
 
 def to_table(pack: PackedExample) -> pa.Table:
     """One pack as a row of bytes; the arrays are not copied (a tenth of a decode worker's time with pixels of 16 MB a pack)."""
     columns: dict[str, Any] = {name: [getattr(pack, name)] for name in _NUMBERS}
-    for name, dtype, _ in _ARRAYS:
+    for name, dtype in _ARRAYS:
         columns[name] = _bytes_column(np.ascontiguousarray(getattr(pack, name), dtype=dtype))
-    for name in (*_LISTS, "video_grids"):
+    for name in _LISTS:
         columns[name] = [list(getattr(pack, name))]
     return pa.table(columns, schema=SCHEMA)
 
@@ -72,16 +68,19 @@ def _bytes_column(array: np.ndarray) -> pa.Array:
     return pa.Array.from_buffers(pa.large_binary(), 1, [None, pa.py_buffer(ends), pa.py_buffer(array.reshape(-1))])
 
 
-def from_table(table: pa.Table) -> Iterator[PackedExample]:
+def from_table(table: pa.Table, family: Family) -> Iterator[PackedExample]:
     """The packs of a block, in order. Arrays are copies: the block's memory is free once they are made."""
+    columns = {"pixels": family.row_values, "image_facts": family.fact_count}
     for row in range(table.num_rows):
         values: dict[str, Any] = {}
-        for name, dtype, shape in _ARRAYS:
-            values[name] = np.frombuffer(table[name][row].as_buffer(), dtype=dtype).reshape(shape).copy()
+        for name, dtype in _ARRAYS:
+            flat = np.frombuffer(table[name][row].as_buffer(), dtype=dtype)
+            shape = (-1, columns[name]) if name in columns else (family.position_rows, -1) if name == "position_ids" else (-1,)
+            values[name] = flat.reshape(shape).copy()
         for name in (*_NUMBERS, *_LISTS):
             values[name] = table[name][row].as_py()
         values["damaged"] = tuple(values["damaged"])
-        yield PackedExample(video_grids=tuple(table["video_grids"][row].as_py()), **values)
+        yield PackedExample(**values)
 
 
 class CalmLoop(ExecutionCallback):
@@ -155,13 +154,14 @@ def _read_task(task: PackTask, settings: TaskSettings) -> ReadTask:
         for pack in run_task(task, settings):
             yield to_table(pack)
 
-    metadata = BlockMetadata(num_rows=len(task.parts), size_bytes=task_bytes(task), input_files=None, exec_stats=None)
+    size = task_bytes(task, settings.collate.family.row_values)
+    metadata = BlockMetadata(num_rows=len(task.parts), size_bytes=size, input_files=None, exec_stats=None)
     return ReadTask(read, metadata, schema=SCHEMA)
 
 
-def task_bytes(task: PackTask) -> int:
+def task_bytes(task: PackTask, row_values: int) -> int:
     """Bytes of the task's packs: pixels, and 28 for a token's values."""
-    return sum(part.spec.patches * PATCH_VALUES + sum(part.spec.lengths) * 28 for part in task.parts)
+    return sum(part.spec.pixel_rows * row_values + sum(part.spec.lengths) * 28 for part in task.parts)
 
 
 def ray_packs(
@@ -180,7 +180,7 @@ def ray_packs(
             blocks = _blocks(some, settings, stage, world_size)
             try:
                 for table in blocks:
-                    yield from from_table(table)
+                    yield from from_table(table, settings.collate.family)
             except TerraceError:
                 raise
             except Exception as error:
@@ -195,7 +195,7 @@ def ray_packs(
 
 def _blocks(tasks: list[PackTask], settings: TaskSettings, stage: Stage, world_size: int) -> Iterator[pa.Table]:
     logging.getLogger("ray.data").setLevel(logging.WARNING)  # otherwise six lines per execution, over the progress bars
-    ahead = ahead_of(tasks, stage, world_size)
+    ahead = ahead_of(tasks, stage, world_size, settings.collate.family.row_values)
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -221,11 +221,11 @@ def _blocks(tasks: list[PackTask], settings: TaskSettings, stage: Stage, world_s
         batches.close()
 
 
-def ahead_of(tasks: list[PackTask], stage: Stage, world_size: int) -> Ahead:
+def ahead_of(tasks: list[PackTask], stage: Stage, world_size: int, row_values: int) -> Ahead:
     """Limits of one execution. A task that claims no CPU is never queued: nothing but the number of tasks would hold it back."""
     cpus, at_once = decode_share(stage, world_size)
     store = ray.cluster_resources().get("object_store_memory", 2**30) * STORE_SHARE / world_size
-    return Ahead(cpus, at_once, int(cpus > 0), max(map(task_bytes, tasks)), int(store))
+    return Ahead(cpus, at_once, int(cpus > 0), max(task_bytes(task, row_values) for task in tasks), int(store))
 
 
 def decode_share(stage: Stage, world_size: int) -> tuple[float, int]:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
+from terrace.data.family import family_of
 from terrace.data.index.source_index import SampleLocation, locate
 from terrace.data.order.spares import PackSpares, SparesOf
-from terrace.data.positions import TOKENS_PER_SECOND
 from terrace.data.sources.placeholders import resolve_coordinates
 from terrace.data.stream.collate import CollateSettings, LoadedSample, collate
 from terrace.data.stream.read import read_located
@@ -50,17 +50,16 @@ class TaskSettings:
     @classmethod
     def of(cls, recipe: Recipe, stage_index: int, prepared: Any) -> TaskSettings:
         stage, data = recipe.stages[stage_index], recipe.data
-        vision = (recipe.model.config or {}).get("vision_config") or {}
         names = list(stage.mixture.weights)
         return cls(
             CollateSettings(
                 tokenizer_dir=str(prepared.tokenizer_dir),
+                family=family_of(recipe.model),
                 pixels=(stage.pixels.min, stage.pixels.max),
                 sequence_length=stage.sequence_length,
                 max_image_pixels=data.max_image_pixels,
                 supervise={name: data.sources[name].supervise for name in names},
                 skip_damaged=frozenset(name for name in names if data.sources[name].on_damage == "skip"),
-                tokens_per_second=float(vision.get("tokens_per_second", TOKENS_PER_SECOND)),
             ),
             prepared.indexes,
             {name: prepared.indexes[name].folder for name in names if data.sources[name].on_damage == "skip"},

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from terrace.cluster.attempt_files import stage_directory
 from terrace.errors import InputError
 from terrace.recipe.schema import Recipe, Stage
+from terrace.storage.run_layout import stage_directory
 from terrace.track.report.answers import Answer, read_gallery
 
 Event = Mapping[str, Any]

@@ -15,8 +15,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from terrace.models.build import materialise
+from terrace.models.precision import compute_context
 from terrace.models.weights import TensorSource
-from terrace.train.precision import LossScale, compute_context
+from terrace.train.loss_scale import LossScale
 from terrace.train.strategies.interface import (
     OPTIMIZER_KINDS,
     Kind,

@@ -21,11 +21,11 @@ import torch.distributed as dist
 
 from terrace.errors import InputError, TerraceError
 from terrace.models.build import materialise, restore_buffers
-from terrace.models.parts import language_layers, vision_blocks
+from terrace.models.parts import transformer_blocks
+from terrace.models.precision import DTYPES
 from terrace.models.weights import TensorSource
 from terrace.recipe.schema import Stage
-from terrace.train.context import WorkerContext, data_place
-from terrace.train.precision import DTYPES, LossScale
+from terrace.train.loss_scale import LossScale
 from terrace.train.strategies.interface import (
     OPTIMIZER_KINDS,
     Kind,
@@ -34,6 +34,7 @@ from terrace.train.strategies.interface import (
     optimizer_arguments,
     torch_groups,
 )
+from terrace.worker.context import WorkerContext, data_place
 
 BUCKET = 500_000_000  # gradients that are reduced at once, DeepSpeed's default
 
@@ -187,8 +188,7 @@ class Zero:
             self._optimizer._lazy_init_hp_params_optimizer_state()
 
 
-# DeepSpeed has three optimizers around ours, told apart by their attributes: ZeRO-3's, that of ZeRO-1 and 2, and
-# another for
+# DeepSpeed has three optimizers around ours, told apart by their attributes: ZeRO-3's, that of ZeRO-1 and 2, and another for
 # ZeRO-1 in bf16. What they lack in common is here.
 
 
@@ -303,9 +303,10 @@ def _partitioned(setup: Setup, configuration: dict[str, Any]) -> Any:
 
     model, dtype = setup.skeleton, DTYPES[setup.stage.precision]
     names = {id(module): name for name, module in model.named_modules()}
-    blocks = [*vision_blocks(model), *language_layers(model)]
+    blocks = transformer_blocks(model)
     inside = {id(module) for block in blocks for module in block.modules()}
-    rest = [module for module in model.modules() if id(module) not in inside and _own_tensors(module)]
+    # Children before their parents: what holds a parameter of its own beside its children is partitioned with them.
+    rest = [module for module in reversed(list(model.modules())) if id(module) not in inside and _own_tensors(module)]
     for whole in (*blocks, *rest):
         for module in whole.modules() if whole in blocks else (whole,):
             _fill_module(module, names[id(module)], setup.source, setup.context.device, dtype)

@@ -22,11 +22,11 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from terrace.errors import InputError
 from terrace.models.build import restore_buffers
-from terrace.models.parts import language_layers, vision_blocks
+from terrace.models.parts import transformer_blocks
+from terrace.models.precision import DTYPES
 from terrace.models.weights import TensorSource
 from terrace.recipe.schema import Stage
-from terrace.train.context import WorkerContext
-from terrace.train.precision import DTYPES, LossScale
+from terrace.train.loss_scale import LossScale
 from terrace.train.strategies.interface import (
     OPTIMIZER_KINDS,
     Kind,
@@ -35,6 +35,7 @@ from terrace.train.strategies.interface import (
     optimizer_arguments,
     torch_groups,
 )
+from terrace.worker.context import WorkerContext
 
 
 class FullyShard:
@@ -144,7 +145,7 @@ def _shard(module: Any, model: Any, stage: Stage, context: WorkerContext, on_hos
         "mp_policy": policy,
         "offload_policy": CPUOffloadPolicy(pin_memory=context.device.startswith("cuda")) if on_host else OffloadPolicy(),
     }
-    for block in (*vision_blocks(model), *language_layers(model)):
+    for block in transformer_blocks(model):
         fully_shard(block, reshard_after_forward=stage.parallel.reshard_after_forward, **options)
     fully_shard(module, reshard_after_forward=False, **options)
 

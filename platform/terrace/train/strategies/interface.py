@@ -14,12 +14,11 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
-from terrace.errors import InputError
 from terrace.models.weights import TensorSource
 from terrace.recipe.schema import Stage
-from terrace.train.context import WorkerContext
+from terrace.train.loss_scale import LossScale
 from terrace.train.optimizer import ParameterGroup
-from terrace.train.precision import LossScale
+from terrace.worker.context import WorkerContext
 
 Kind = Literal["weights", "exp_avg", "exp_avg_sq"]
 OPTIMIZER_KINDS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
@@ -83,24 +82,6 @@ class StepModule(nn.Module):
 
     def forward(self, batch: Any) -> torch.Tensor:
         return self._loss(self.model, batch)
-
-
-def open_strategy(setup: Setup) -> Strategy:
-    """The strategy that the stage names. Raises InputError for one whose library is not installed."""
-    name = setup.stage.parallel.strategy
-    if name == "ddp":
-        from terrace.train.strategies.ddp import DataParallel
-
-        return DataParallel(setup)
-    if name == "fsdp":
-        from terrace.train.strategies.fsdp import FullyShard
-
-        return FullyShard(setup)
-    if name in ("zero1", "zero2", "zero3"):
-        from terrace.train.strategies.deepspeed import Zero
-
-        return Zero(setup)
-    raise InputError(f"parallel.strategy {name} is unknown")
 
 
 def optimizer_arguments(stage: Stage) -> dict[str, Any]:

@@ -1,0 +1,89 @@
+"""Held-out samples of a stage, packed per kind: what its loss is measured on before and after.
+
+The samples are those that `holdout_samples` keeps out of training, of every source in the stage's mixture. The same
+packs come out for any number of workers and at any time of the run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from terrace.data.order.eligible import EligibleSource, Items, eligible_source
+from terrace.data.order.packing import pack_best_fit
+from terrace.data.order.permutation import permute, seed_of
+from terrace.data.stream.tasks import TaskSettings, make_pack, pack_task
+from terrace.data.types import PackedExample, PackSpec, SampleRef
+from terrace.recipe.schema import Recipe
+
+
+def held_out_packs(
+    recipe: Recipe, stage_index: int, prepared: Any, max_samples_per_kind: int | None = None
+) -> dict[str, list[PackedExample]]:
+    """Packs of held-out samples by kind, at the stage's sequence length and resolution; kinds without any are left out.
+
+    `max_samples_per_kind` (default: the stage's `evaluate.max_samples_per_kind`) is shared between a kind's sources.
+    """
+    specs = held_out_specs(recipe, stage_index, prepared, max_samples_per_kind)
+    settings = TaskSettings.of(recipe, stage_index, prepared)
+    return {
+        kind: [make_pack(part, settings) for part in pack_task(kind_specs, settings).parts]
+        for kind, kind_specs in specs.items()
+    }
+
+
+def held_out_specs(
+    recipe: Recipe, stage_index: int, prepared: Any, max_samples_per_kind: int | None = None
+) -> dict[str, list[PackSpec]]:
+    """The packs of `held_out_packs`, by reference."""
+    stage = recipe.stages[stage_index]
+    most = max_samples_per_kind or stage.evaluate.max_samples_per_kind
+    by_kind: dict[str, list[EligibleSource]] = {}
+    for name in stage.mixture.weights:
+        rows = np.asarray(prepared.indexes[name].holdout_rows)
+        if len(rows):
+            source = recipe.data.sources[name]
+            if source.too_long == "split":  # one item per held-out sample
+                source = source.model_copy(update={"too_long": "truncate_text"})
+            kept = eligible_source(
+                name,
+                source,
+                prepared.indexes[name],
+                rows,
+                (stage.pixels.min, stage.pixels.max),
+                stage.sequence_length,
+                stage.data_loading.max_visual_tokens_per_pack,
+                needs_targets=stage.objective == "lm",
+            )
+            if kept.count:
+                by_kind.setdefault(source.kind, []).append(kept)
+    return {kind: _pack_kind(sources, most, recipe.data.seed, stage) for kind, sources in sorted(by_kind.items())}
+
+
+def _pack_kind(sources: list[EligibleSource], most: int, seed: int, stage: Any) -> list[PackSpec]:
+    """At most `most` samples, in turn from each source, in a seeded order."""
+    chosen: list[tuple[EligibleSource, Items]] = []
+    orders = [permute(np.arange(s.count), s.count, seed_of(seed, "held out", s.name)) for s in sources]
+    for turn in range(max(s.count for s in sources)):
+        for source, order in zip(sources, orders):
+            if turn < source.count and len(chosen) < most:
+                chosen.append((source, source.take(order[turn : turn + 1])))
+    column = {name: [int(getattr(items, name)[0]) for _, items in chosen] for name in Items.__dataclass_fields__}
+    lengths, visual = np.asarray(column["lengths"]), np.asarray(column["visual_tokens"])
+    packs = pack_best_fit(lengths, stage.sequence_length, visual, stage.data_loading.max_visual_tokens_per_pack)
+    return [
+        PackSpec(
+            pack=number,
+            samples=tuple(
+                SampleRef(chosen[m][0].name, column["rows"][m], chosen[m][0].id_of(column["rows"][m])) for m in members
+            ),
+            lengths=tuple(column["lengths"][m] for m in members),
+            visual_tokens=tuple(column["visual_tokens"][m] for m in members),
+            pixel_rows=sum(column["pixel_rows"][m] for m in members),
+            window=0,
+            pixels_max=tuple(column["pixels_max"][m] for m in members),
+            spans=tuple(None if column["stops"][m] < 0 else (column["starts"][m], column["stops"][m]) for m in members),
+        )
+        for number, members in enumerate(packs)
+    ]

@@ -1,0 +1,301 @@
+"""What a model family answers without torch: the one place where training, index, planner, rollouts and evaluation ask.
+
+A family is a small frozen value made from a transformers configuration map, so it travels with every decode task. It
+says four things of an image: how many placeholder tokens stand for it, how many rows of uint8 pixels it brings, what
+the device must know of it (`facts`), and in which units coordinates of it are written. It says how a conversation
+reads (pieces: marks, text, images), which positions tokens have, and what the planner counts. Every method below has
+a default; a family overrides what is different. A file here has its counterpart under the same name in
+`models/families`; together they are all that the platform knows of a model.
+
+Shape letters: I images, L tokens of a sample, R rows of position ids, C coordinates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from terrace.errors import InputError
+from terrace.families.shapes import ModelShape
+from terrace.families.tools import refuse_tools
+
+# A piece of a sample is (kind, value, supervised): text (str), mark (role of a special token), image or video
+# ({"frames", "timestamps"}), coordinates ({"image", "values"}), which become text once the resolution is known, or
+# cut: the text before it and after it are encoded separately.
+Piece = tuple[str, Any, bool]
+Bounds = tuple[int, int]  # (min, max) pixels of a resized image
+Finding = tuple[tuple[str, ...], str]  # where in the configuration, and what is wrong with it
+
+MAX_ASPECT_RATIO = 200  # of any image: the published processors refuse longer ones
+
+
+@dataclass(frozen=True)
+class View:
+    """One image at one resolution."""
+
+    tokens: int  # placeholders in the text = features that the model gives for it
+    rows: int  # rows of uint8 pixels
+    facts: tuple[int, ...]  # for the device side; the same number of them for every image of a family
+    size: tuple[int, int]  # (height, width) of the resized picture, all tiles together
+    scale: tuple[int, int]  # (height, width) of the units in which coordinates are written
+
+
+@dataclass(frozen=True)
+class Sight:
+    """How a model sees images: its family, and (min, max) pixels of a resized one."""
+
+    family: Family
+    pixels: Bounds
+
+    def view(self, size: tuple[int, int]) -> View:
+        """`size` is (width, height)."""
+        return self.family.view(*size, self.pixels)
+
+    def scale(self, size: tuple[int, int]) -> tuple[int, int]:
+        """(width, height) of the units in which coordinates of an image of this (width, height) are written."""
+        height, width = self.view(size).scale
+        return width, height
+
+    def coordinates(self, values: Sequence[float], size: tuple[int, int]) -> tuple[int, ...]:
+        """x and y in turn, in those units."""
+        view = self.view(size)
+        return tuple(self.family.coordinate(value, axis % 2, size, view) for axis, value in enumerate(values))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """`View`s of many images as columns, int64 [I] each."""
+
+    tokens: np.ndarray
+    rows: np.ndarray
+    scale_heights: np.ndarray
+    scale_widths: np.ndarray
+
+
+@dataclass(frozen=True)
+class Visual:
+    """The placeholder tokens of one image or video of a sample: where they start, how many, and its facts.
+
+    `seconds` is None for an image; for a video it is the time of each temporal patch, from the first one.
+    """
+
+    start: int
+    tokens: int
+    facts: tuple[int, ...]
+    seconds: tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """Defaults: one image, one or more equal tiles; text positions; no videos. Made by `of`."""
+
+    name: ClassVar[str] = ""
+    version: ClassVar[int] = 1  # part of every index: raise it when a sample's length changes
+    marks: ClassVar[Mapping[str, str]] = {}  # role -> special token; `image` is the placeholder
+    before: ClassVar[tuple[str, ...]] = ()  # roles of the marks in front of an image's placeholders, and behind them
+    after: ClassVar[tuple[str, ...]] = ()
+    beginning: ClassVar[tuple[str, ...]] = ()  # with which every sample begins
+    begin_of_text: ClassVar[str] = "end_of_text"  # roles: bos_token_id, what ends an answer, and what ends a running text
+    end_of_turn: ClassVar[str] = "end_of_turn"
+    end_of_text: ClassVar[str] = "end_of_text"
+    never: ClassVar[tuple[str, ...]] = ()  # roles of marks that are never sampled
+    answer_prefix: ClassVar[str] = ""  # text that an answer begins with in its turn
+    position_rows: ClassVar[int] = 1
+    fact_count: ClassVar[int] = 1
+    videos: ClassVar[bool] = False
+    chat_template: ClassVar[str] = ""  # Jinja, the same tokens as `conversation`: for tokenizers trained here
+    token_fields: ClassVar[Mapping[str, str]] = {"image_token_id": "image"}  # configuration field -> role
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Family:
+        """The family for a transformers configuration map."""
+        return cls()
+
+    # ------------------------------------------------------------ an image
+
+    @property
+    def row_values(self) -> int:
+        """uint8 values of one row of pixels, channel-major: 3 colours of a patch or of a tile."""
+        raise NotImplementedError
+
+    @property
+    def unit(self) -> int:
+        """Pixels that one more visual token takes: what limits in visual tokens mean in pixels."""
+        raise NotImplementedError
+
+    @property
+    def shown_grid(self) -> int:
+        """Pixels between the lines of the grid that a shown picture gets: a token's or a tile's side; 0: none."""
+        return 0
+
+    @property
+    def fewest_pixels(self) -> int:
+        """`reduce_resolution` stops here."""
+        return 4 * self.unit
+
+    def view(self, width: int, height: int, pixels: Bounds) -> View:
+        """What an image of this size becomes when it is resized within `pixels`. Raises ValueError for an empty one."""
+        raise NotImplementedError
+
+    def costs(self, widths: np.ndarray, heights: np.ndarray, pixels: Bounds) -> Costs:
+        """`view` of many images. This default asks once for each size that occurs."""
+        sizes, back = np.unique(np.stack([widths, heights]), axis=1, return_inverse=True)
+        views = [self.view(int(width), int(height), pixels) for width, height in sizes.T]
+        columns = np.asarray([(v.tokens, v.rows, *v.scale) for v in views], np.int64).reshape(-1, 4)
+        return Costs(*columns[back.reshape(-1)].T)
+
+    def largest_image_tokens(self, most_pixels: int) -> int:
+        """Placeholders of the largest image that `pixels.max` allows."""
+        return most_pixels // self.unit
+
+    def pixels(self, picture: Picture, view: View, out: np.ndarray | None = None) -> np.ndarray:
+        """uint8 [rows, row_values] of a picture, written into `out` if that is given."""
+        raise NotImplementedError
+
+    def pictures_of(self, rows: np.ndarray, facts: Sequence[int]) -> np.ndarray:
+        """The inverse, for looking at what the model sees: uint8 [frames, H, W, 3] of an image's (or video's) rows."""
+        raise NotImplementedError
+
+    def tower_pictures(self, facts: Sequence[int]) -> list[tuple[int, int]]:
+        """(rows, columns) in patches of every picture that the tower sees of an image: what attention there costs."""
+        raise NotImplementedError
+
+    def token_grid(self, facts: Sequence[int]) -> tuple[int, int, int]:
+        """(frames, rows, columns) of an image's placeholders, for people."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------ videos
+
+    def frame_pairs(self, frames: Any) -> Any:
+        """Temporal patches of a video of `frames` frames, elementwise; 1 for an image, whose `frames` is 0."""
+        return np.maximum(1, np.asarray(frames))
+
+    def video_facts(self, view: View, frames: int) -> tuple[int, ...]:
+        raise InputError(f"{self.name} reads no videos here: give single frames as images, or leave video samples out")
+
+    def video_pixels(self, frames: Sequence[np.ndarray]) -> np.ndarray:
+        raise InputError(f"{self.name} reads no videos here")
+
+    # ------------------------------------------------------------ coordinates
+
+    def coordinate(self, value: float, axis: int, size: tuple[int, int], view: View) -> int:
+        """A coordinate of the original image (axis 0 is x; `size` is (width, height)) in whole units of `view.scale`."""
+        return scaled_coordinate(value, size[axis], view.scale[1 - axis])
+
+    def coordinates(
+        self, values: np.ndarray, axes: np.ndarray, widths: np.ndarray, heights: np.ndarray, costs: Costs
+    ) -> np.ndarray:
+        """`coordinate` of many, each with its image's size and costs: int64 [C]."""
+        new = np.where(axes == 0, costs.scale_widths, costs.scale_heights)
+        return scaled_coordinates(values, np.where(axes == 0, widths, heights), new)
+
+    def shown_coordinate(self, value: float, axis: int, size: tuple[int, int], shown: tuple[int, int]) -> int:
+        """Where a coordinate lies in the picture that `pictures_of` shows, (width, height) `shown`."""
+        return scaled_coordinate(value, size[axis], shown[axis])
+
+    def coordinate_text(self, number: int) -> str:
+        return str(number)
+
+    def coordinate_tokens(self, numbers: np.ndarray) -> np.ndarray:
+        """Tokens of each coordinate where a digit is one token, int64 [C]; 1 counts what the shortest form has."""
+        return count_digits(numbers)
+
+    # ------------------------------------------------------------ text
+
+    def plain_turns(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """A conversation as turns that `turn` writes: tools, calls and results as text. ValueError for what has no form."""
+        return refuse_tools(messages, self.name)
+
+    def opening(self, messages: Sequence[Mapping[str, Any]]) -> Iterator[Piece]:
+        """What stands before the first turn."""
+        return iter(())
+
+    def turn(self, role: str, content: Iterable[Piece], supervised: bool) -> Iterator[Piece]:
+        """One turn: its header, its content, and its end."""
+        raise NotImplementedError
+
+    def generation(self) -> Iterator[Piece]:
+        """The header after which an answer is generated."""
+        raise NotImplementedError
+
+    def positions(self, length: int, visuals: Sequence[Visual]) -> np.ndarray:
+        """int32 [R, length]; row 0 counts tokens, from which attention derives segments."""
+        return np.arange(length, dtype=np.int32)[None]
+
+    # ------------------------------------------------------------ configuration
+
+    @classmethod
+    def shape(cls, config: Mapping[str, Any], vocabulary: int | None = None) -> ModelShape:
+        """What the planner counts. `vocabulary` is used where the configuration has none."""
+        raise NotImplementedError
+
+    @classmethod
+    def check(cls, config: Mapping[str, Any], trained_tokenizer: bool) -> Iterator[Finding]:
+        """What is wrong with a configuration that a recipe writes out."""
+        return iter(())
+
+    def check_pixels(self, low: int, high: int) -> Iterator[Finding]:
+        """What is wrong with a stage's `pixels`, whose configuration has nothing wrong."""
+        if low > high:
+            yield ("min",), f"{low} is more than pixels.max {high}"
+
+    def preprocessor(self, pixels: Bounds) -> dict[str, Any]:
+        """preprocessor_config.json of an export: what transformers' processor must be told to give these pixels."""
+        raise NotImplementedError
+
+    def exported_pixels(self, values: Mapping[str, Any]) -> Bounds:
+        """(min, max) pixels that a preprocessor_config.json says; KeyError or TypeError where it does not."""
+        raise NotImplementedError
+
+    def processor(self) -> dict[str, Any]:
+        """processor_config.json of an export; empty: none is written."""
+        return {}
+
+
+class Picture:
+    """A decoded image that knows how to resize itself; `data.images.DecodedPicture` is the one that reads files."""
+
+    height: int
+    width: int
+
+    def planes(self, height: int, width: int) -> np.ndarray:
+        """uint8 [3, height, width], antialiased bicubic."""
+        raise NotImplementedError
+
+    def padded_square(self, colour: tuple[int, int, int]) -> Picture:
+        """The picture in the middle of a square of its longer side."""
+        raise NotImplementedError
+
+    def on_canvas(self, height: int, width: int, canvas: tuple[int, int]) -> np.ndarray:
+        """uint8 [3, H, W]: resized to height x width in the middle of a black canvas."""
+        planes = np.zeros((3, *canvas), np.uint8)
+        top, left = (canvas[0] - height) // 2, (canvas[1] - width) // 2
+        planes[:, top : top + height, left : left + width] = self.planes(height, width)
+        return planes
+
+
+def scaled_coordinate(value: float, original: int, scale: int) -> int:
+    """round(value * scale / original), halves to even, clamped to [0, scale - 1]: Qwen2.5-VL's own data preparation."""
+    return max(0, min(round(value * (scale / original)), scale - 1))
+
+
+def scaled_coordinates(values: np.ndarray, originals: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """`scaled_coordinate` of many: int64 [C]."""
+    scaled = np.rint(np.asarray(values, np.float64) * (np.asarray(scales, np.float64) / originals))
+    return np.clip(scaled, 0, np.asarray(scales, np.float64) - 1).astype(np.int64)
+
+
+def count_digits(values: np.ndarray) -> np.ndarray:
+    """Decimal digits of non-negative whole numbers below a million. Elementwise; int64."""
+    values = np.asarray(values)
+    return 1 + sum((values >= 10**power).astype(np.int64) for power in range(1, 6))
+
+
+def cut_tiles(planes: np.ndarray, side: int) -> np.ndarray:
+    """uint8 [3, H, W], sides multiples of `side`, to uint8 [tiles, 3 * side * side] in reading order."""
+    rows, columns = planes.shape[1] // side, planes.shape[2] // side
+    tiles = planes.reshape(3, rows, side, columns, side).transpose(1, 3, 0, 2, 4)
+    return np.ascontiguousarray(tiles).reshape(rows * columns, 3 * side * side)

@@ -1,0 +1,76 @@
+"""Engines with weights of their own, for a model that no rank holds whole or that trains elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from terrace.data.tokenizer import TextTokenizer
+from terrace.generation.interface import GroupReady, Prompt, Response, RolloutEngine, Sampling
+from terrace.generation.native import NativeEngine
+from terrace.generation.tokens import forbidden_tokens, stop_tokens
+from terrace.models.attention import choose_backend
+from terrace.models.build import materialise, meta_model
+from terrace.models.shared_prompt import use_shared_prompt_attention
+from terrace.recipe.schema import GrpoOptions, Stage
+from terrace.recipe.schema import Model as ModelSection
+from terrace.worker.context import WorkerContext
+
+
+def open_copy_engine(
+    section: ModelSection,
+    stage: Stage,
+    config: Any,
+    tokenizer: TextTokenizer,
+    stage_dir: Path,
+    context: WorkerContext,
+    alone: bool = False,
+) -> RolloutEngine:
+    """An engine with weights of its own, which `update_weights` brings. `alone`: no training engine shares its device."""
+    options = stage.grpo or GrpoOptions()
+    forbidden, stop = forbidden_tokens(tokenizer, config), stop_tokens(tokenizer, config)
+    if options.engine == "vllm":
+        from terrace.generation.vllm import VllmEngine
+
+        return VllmEngine(stage, config, tokenizer, forbidden, stop, stage_dir, context, alone)
+    copy = meta_model(config)
+    backend, _ = choose_backend(section.attention, torch.device(context.device).type, stage.precision)
+    copy = materialise(copy, _zeros_like(copy), context.device, torch.float32)
+    use_shared_prompt_attention(copy, backend)
+    return EngineOnCopy(copy, NativeEngine(copy, forbidden, stop, context.device, stage.precision))
+
+
+def _zeros_like(model: Any) -> Callable[[str], torch.Tensor]:
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    return lambda name: torch.zeros(shapes[name])
+
+
+class EngineOnCopy:
+    """The native engine on a whole copy of a sharded model (4 bytes per parameter and rank), renewed every
+    iteration."""
+
+    def __init__(self, model: Any, engine: NativeEngine) -> None:
+        self._model, self._engine = model, engine
+
+    def generate(
+        self, prompts: list[Prompt], sampling: Sampling, ready: GroupReady | None = None
+    ) -> list[list[Response]]:
+        return self._engine.generate(prompts, sampling, ready)
+
+    def update_weights(self, tensors: Callable[[], Iterator[tuple[str, Any]]]) -> None:
+        own = dict(self._model.named_parameters())
+        with torch.no_grad():
+            for name, tensor in tensors():
+                own[name].copy_(tensor)
+
+    def sleep(self) -> None:
+        """The copy stays."""
+
+    def wake(self) -> None:
+        """Nothing to prepare."""
+
+    def close(self) -> None:
+        """Nothing is held outside this process."""

@@ -1,0 +1,47 @@
+"""The objectives that a stage may name, and the two files behind each: one entry adds one. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import WrapValidator
+
+PACKS = "terrace.train.feed"  # packs of the data path
+
+
+@dataclass(frozen=True)
+class ObjectiveEntry:
+    """`module` has `open_objective(opening)` (objectives.interface), `feed` has `open_feed(recipe, stage_index, prepared,
+    context)`. Both are imported by the worker that trains a stage, and by nobody else."""
+
+    module: str
+    feed: str = PACKS
+    refused_kinds: dict[str, str] = field(default_factory=dict)  # kinds of sources that it cannot learn from -> what can
+    only_kind: str | None = None  # the one kind of source that it reads
+    shares_packs: bool = False  # parallel.sequence_parallel is offered
+    answers: bool = True  # its model answers questions: evaluate.suites are offered
+
+    @property
+    def reads_packs(self) -> bool:
+        """Whether its batches are packs that the plan knows before the stage runs."""
+        return self.feed == PACKS
+
+
+OBJECTIVES: dict[str, ObjectiveEntry] = {
+    "lm": ObjectiveEntry(
+        "terrace.objectives.lm", refused_kinds={"preference": "reward_model", "prompt": "grpo"}, shares_packs=True
+    ),
+    "grpo": ObjectiveEntry("terrace.rl.objective", "terrace.rl.prompt_feed"),
+    "reward_model": ObjectiveEntry(
+        "terrace.objectives.reward_model", "terrace.rl.pair_feed", only_kind="preference", answers=False
+    ),
+}
+
+
+def _known(value: Any, validate: Any) -> Any:
+    """One of the list below, or one that was added to the table since it was made (an extension, a test)."""
+    return value if isinstance(value, str) and value in OBJECTIVES else validate(value)
+
+
+ObjectiveName = Annotated[Literal[tuple(OBJECTIVES)], WrapValidator(_known)]  # type: ignore[valid-type]

@@ -1,0 +1,319 @@
+"""The objective `grpo`: draw, decode, score, choose; then `updates_per_rollout` optimizer steps on what was chosen.
+
+The loop (train.loop) opens, resumes, steps, saves and ends the stage as it does for every objective. An iteration happens
+in `steps`, when its first step is asked for: the engine gets the weights, rollouts and rewards are collected and kept on
+disk (`stored.py`), and each optimizer step takes its part of the groups. Checkpoints lie between iterations, so a run
+that is killed anywhere repeats at most one decoding round and the update.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from terrace.data.order.permutation import seed_of
+from terrace.generation.engines import open_engine
+from terrace.generation.interface import Sampling
+from terrace.generation.tokens import forbidden_tokens
+from terrace.models.attention import choose_backend
+from terrace.models.build import build_model
+from terrace.models.precision import compute_context
+from terrace.models.shared_prompt import use_shared_prompt_attention
+from terrace.objectives.grpo import PolicyBatch, PolicyOptions, summed_policy_loss
+from terrace.objectives.interface import Counts, Objective, Opening, StageRun, StepExamples
+from terrace.recipe.schema import GrpoOptions, Stage
+from terrace.rewards.alarm import hacking_alarms
+from terrace.rewards.router import Router
+from terrace.rewards.sandbox import SandboxPool
+from terrace.rl.collect import Collected, Collector, Group
+from terrace.rl.figures import examples, form_of, past_forms, task_figures
+from terrace.rl.iteration import iteration_figures, own_groups, part_counts, pass_rate
+from terrace.rl.stored import forget_iterations, iteration_folder
+from terrace.rl.units import TrainGroup, pack_groups, policy_batch
+from terrace.rl.update import UpdateFigures
+
+log = logging.getLogger(__name__)
+
+SANDBOX_WORKERS = 2
+ITERATIONS_WITHOUT_AN_UPDATE = 8  # in a row, after which the stage stops
+
+
+@dataclass(frozen=True)
+class PolicyPack:
+    """Groups that run as one pack. `old`: log-probabilities before the first of several updates, on the host."""
+
+    groups: Sequence[TrainGroup]
+    old: torch.Tensor | None = None
+
+
+@dataclass
+class Update:
+    """One optimizer step of an iteration: `number` of `of`, from 0."""
+
+    iteration: int
+    number: int
+    of: int
+    part: list[Group]
+    collected: Collected
+    figures: dict[str, dict[str, float]]  # per task, of the whole iteration
+    shared: dict[str, Any]  # the iteration's own fields of metrics.jsonl
+
+    @property
+    def last(self) -> bool:
+        return self.number == self.of - 1
+
+
+class Grpo(Objective):
+    """`feed` is a rl.prompt_feed.PromptFeed: the order of prompts and how they are read."""
+
+    ends_with_its_samples = False
+    random_rule = "seeded per iteration and prompt"
+
+    def __init__(self, opening: Opening) -> None:
+        super().__init__(opening)
+        self._options = opening.stage.grpo or GrpoOptions()
+        self._updates = self._options.updates_per_rollout
+        self.skipped_in_a_row = ITERATIONS_WITHOUT_AN_UPDATE * self._updates
+        forbidden = forbidden_tokens(opening.feed.tokenizer, opening.feed.config)
+        self._policy = policy_options(opening.stage, self._options, forbidden)
+        self._figures = UpdateFigures()
+        self._held = ExitStack()
+        self._reference: Any = None
+        self._history: dict[str, list[Any]] = {}
+        self._update: Update | None = None
+        self._mismatch = 0.0
+
+    # ------------------------------------------------------------ a stage
+
+    def begin(self, run: StageRun) -> None:
+        super().begin(run)
+        opening, stage, feed = self.opening, self.opening.stage, self.opening.feed
+        recipe, context = opening.recipe, opening.context
+        backend, _ = choose_backend(recipe.model.attention, torch.device(context.device).type, stage.precision)
+        use_shared_prompt_attention(run.strategy.model, backend)
+        if self._options.kl_coefficient > 0:
+            reference = build_model(recipe.model, feed.config, context.device, start=opening.start_weights)
+            self._reference = reference.eval().requires_grad_(False)
+            use_shared_prompt_attention(self._reference, backend)
+        engine = open_engine(recipe.model, stage, run.strategy.model, feed.config, feed.tokenizer, opening.stage_dir, context)
+        self._engine = self._held.enter_context(closing(engine))
+        sandbox = self._held.enter_context(SandboxPool(SANDBOX_WORKERS))
+        self._collector = Collector(
+            order=feed.order,
+            reader=feed.reader,
+            engine=self._engine,
+            router=Router(stage.rewards, sandbox),
+            tokenizer=feed.tokenizer,
+            options=self._options,
+            seed=stage.seed,
+            stage_hash=feed.stage_hash,
+            context=context,
+        )
+
+    def evaluate(self, alive: Callable[[], None]) -> dict[str, float]:
+        """Mean reward of held-out prompts per task: of answers sampled as in training, and of the greedy one."""
+        held_out = self.opening.feed.held_out
+        if not held_out:
+            return {}
+        self._wake_engine()
+        longest = self._options.max_response_tokens
+        seed = seed_of(self.opening.stage.seed, "evaluation")  # the same random numbers every time
+        sampled = Sampling(self._options.evaluation_samples, longest, self._options.temperature, self._options.top_p, seed)
+        found = {}
+        for name, how in (("reward", sampled), ("greedy_reward", Sampling(1, longest, temperature=0))):
+            figures = task_figures(self._collector.score_once(held_out, how))
+            found |= {f"{name}/{task}": values["reward"] for task, values in figures.items()}
+        self._engine.sleep()
+        return found
+
+    def _wake_engine(self) -> None:
+        self._engine.update_weights(lambda: self.strategy.tensors("weights"))
+        self._engine.wake()
+
+    def steps(self, start: int) -> Iterator[StepExamples]:
+        if self.opening.context.rank == 0:
+            self._history = past_forms(self.opening.stage_dir / "metrics.jsonl")
+        for iteration in range(start // self._updates, self.opening.feed.order.iterations):
+            yield from self._iteration(iteration)
+
+    def _iteration(self, iteration: int) -> Iterator[StepExamples]:
+        """One batch of rollouts, in as many parts as it has optimizer steps. All parts' old log-probabilities come before
+        the first step."""
+        assert self.run is not None
+        opening, order = self.opening, self.opening.feed.order
+        doing = functools.partial(self.run.mark, iteration * self._updates + 1)
+        started = time.perf_counter()
+        doing("giving the engine the weights of")
+        self._wake_engine()
+        synced = time.perf_counter()
+        collected = self._collector.collect(iteration, iteration_folder(opening.stage_dir, iteration), doing)
+        self._engine.sleep()
+        if not collected.groups and not collected.damaged:
+            return  # the order has ended
+        for group in collected.groups:
+            order.pool.record(group.drawn.key, pass_rate(group))
+        figures = task_figures(collected.groups)
+        shared = iteration_figures(iteration, collected, figures, len(order.pool.members), synced - started)
+        parts = [collected.kept[number :: self._updates] for number in range(self._updates)]
+        packs = [
+            self._packs(own_groups(part, self._options, collected, self._collector, opening.context)) for part in parts
+        ]
+        if self._updates > 1:
+            packs = [[PolicyPack(pack.groups, self._logprobs(pack, doing)) for pack in own] for own in packs]
+        for number, (part, own) in enumerate(zip(parts, packs)):
+            self._update = Update(iteration, number, self._updates, part, collected, figures, shared if number == 0 else {})
+            yield StepExamples(
+                iteration * self._updates + number, list(own), boundary=self._update.last,
+                damaged_samples=len(collected.damaged) if number == 0 and opening.context.rank == 0 else 0,
+            )  # fmt: skip
+
+    def _packs(self, groups: Sequence[TrainGroup]) -> list[PolicyPack]:
+        """This rank's packs, filled up with empty ones to the most that any rank has."""
+        packs = [PolicyPack(groups) for groups in pack_groups(groups, self.opening.stage.sequence_length)]
+        most = int(self.opening.gather([float(len(packs))]).max())
+        return packs + [self.empty()] * (max(most, 1) - len(packs))
+
+    def _logprobs(self, pack: PolicyPack, doing: Callable[[str], None]) -> torch.Tensor:
+        """Log-probabilities of a pack's tokens under the current weights (before the first of several updates)."""
+        batch = self._plain_batch(pack)
+        doing("computing log-probabilities of")
+        self.strategy.loss(batch)
+        return batch.results.get("logprobs", torch.zeros(0)).cpu()
+
+    # ------------------------------------------------------------ a step
+
+    def weight(self, example: PolicyPack) -> float:
+        """Response tokens that train: those of responses without a reward are not among them."""
+        return sum(group.response_tokens for group in example.groups)
+
+    def count(self, taken: StepExamples) -> Counts:
+        assert self._update is not None
+        counts = Counts()
+        if self.opening.context.rank == 0:  # every rank knows all groups
+            counts = part_counts(self._update.part, self.opening.stage)
+        counts.supervised_tokens = int(sum(self.weight(pack) for pack in taken.examples))
+        counts.rows = sum(group.rows for pack in taken.examples for group in pack.groups)
+        counts.damaged_samples = taken.damaged_samples
+        return counts
+
+    def empty(self) -> PolicyPack:
+        return PolicyPack(())
+
+    def before(self, examples: Sequence[PolicyPack], scale: float) -> None:
+        self._figures = UpdateFigures()
+
+    def batch(self, example: PolicyPack) -> PolicyBatch:
+        batch = self._plain_batch(example)
+        if example.old is not None:
+            batch.old_logprobs = example.old.to(batch.tokens.device)
+        if self._reference is not None:
+            batch.reference_logprobs = self._reference_logprobs(example)
+        return batch
+
+    def _plain_batch(self, example: PolicyPack) -> PolicyBatch:
+        return policy_batch(example.groups, self.opening.context.device, self.opening.dtype)
+
+    def _reference_logprobs(self, example: PolicyPack) -> torch.Tensor:
+        batch, device = self._plain_batch(example), self.opening.context.device
+        with torch.no_grad(), compute_context(self.opening.stage.precision, device):
+            summed_policy_loss(self._reference, batch, self._policy)
+        return batch.results.get("logprobs", torch.zeros(0, device=device))
+
+    def loss(self, model: Any, batch: PolicyBatch) -> torch.Tensor:
+        return summed_policy_loss(model, batch, self._policy)
+
+    def seen(self, example: PolicyPack, batch: PolicyBatch) -> None:
+        self._figures.add(example.groups, batch.results)
+
+    def names(self, example: PolicyPack) -> list[str]:
+        return [group.prompt.id for group in example.groups]
+
+    # ------------------------------------------------------------ figures
+
+    def values(self, ran: bool) -> dict[str, Any]:
+        update = self._update
+        assert update is not None
+        if not ran:
+            self._mismatch = 0.0
+            return {"pack_fill": 0.0, **update.shared}
+        found = self._figures.outcome(self.opening.context)
+        if update.number == 0:
+            for task, entropy in found.entropy.items():
+                update.figures[task]["entropy"] = entropy
+        self._mismatch = found.fields["logprob_mismatch_mean"]
+        return {**found.fields, **update.shared}
+
+    def why_nothing_trains(self, taken: StepExamples) -> str:
+        assert self._update is not None
+        chosen = self._update.collected.selection
+        return (
+            f"no group of the iteration teaches: of {len(self._update.collected.groups)}, {chosen.without_difference} without a "
+            f"difference between rewards, {chosen.unjudged} with fewer than two rewards; {len(self._update.collected.damaged)} prompts "
+            "could not be read"
+        )
+
+    def after_step(self, step: int) -> None:
+        update, context = self._update, self.opening.context
+        assert update is not None
+        if update.number == 0 and self._mismatch > self._options.max_logprob_mismatch:
+            self._alarm(
+                f"iteration {update.iteration + 1}: log-probabilities of the rollout engine and the trainer differ by "
+                f"{self._mismatch:.3f} on average, more than max_logprob_mismatch"
+            )
+        if not update.last or context.rank != 0:
+            return
+        for task, values in update.figures.items():
+            self._history.setdefault(task, []).append(form_of(values))
+            messages = hacking_alarms(task, self._history[task])
+            if messages and not hacking_alarms(task, self._history[task][:-1]):  # once, not in every iteration after
+                self._alarm("; ".join(messages))
+        with open(self.opening.stage_dir / "examples.jsonl", "a", encoding="utf-8") as file:
+            file.writelines(
+                json.dumps(one, ensure_ascii=False) + "\n" for one in examples(update.collected.groups, update.iteration + 1)
+            )
+
+    def _alarm(self, message: str) -> None:
+        assert self.run is not None
+        log.warning("%s", message)
+        self.run.notify("alarm", {"message": message})
+
+    # ------------------------------------------------------------ files
+
+    def saved(self, step: int) -> None:
+        if self.opening.context.rank == 0 and self._update is not None:
+            forget_iterations(self.opening.stage_dir, self._update.iteration)
+
+    def finished(self) -> None:
+        if self.opening.context.rank == 0:
+            forget_iterations(self.opening.stage_dir, self.opening.feed.order.iterations)
+
+    def close(self) -> None:
+        super().close()
+        self._held.close()
+        self._reference = None
+
+
+open_objective = Grpo
+
+
+def policy_options(stage: Stage, options: GrpoOptions, forbidden: tuple[int, ...]) -> PolicyOptions:
+    """The loss's part of the recipe. With several updates per rollout the ratio is clipped only if the recipe says
+    so."""
+    return PolicyOptions(
+        temperature=options.temperature,
+        clip_low=options.clip_low,
+        clip_high=options.clip_high,
+        kl_coefficient=options.kl_coefficient,
+        entropy_coefficient=options.entropy_coefficient,
+        forbidden=forbidden,
+        chunk_tokens=stage.loss_chunk_tokens,
+        one_head_call=stage.parallel.strategy == "zero3",
+    )

@@ -1,0 +1,417 @@
+"""The family contract: what every family must hold, on tiny models and random samples. One module for all of them."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from families import (
+    CONFIGS,
+    NAMES,
+    case_of,
+    conversation,
+    middle_case,
+    model_of,
+    pack_of,
+    picture,
+    random_samples,
+    recipe_model,
+    reference_inputs,
+)
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForImageTextToText
+
+from terrace.data.images import image_size, load_pixels
+from terrace.data.template import encode_sample, measure_sample
+from terrace.families.registry import built_in
+from terrace.generation.engines import forbidden_tokens, stop_tokens
+from terrace.generation.native import NativeEngine
+from terrace.models.attention import use_attention
+from terrace.models.batch import image_facts, to_device
+from terrace.models.build import build_model, meta_model
+from terrace.models.export import export_hf
+from terrace.models.families.registry import family_of_model
+from terrace.models.forward import hidden_states, pack_hidden, pack_logits_hidden
+from terrace.models.parts import part_parameters
+from terrace.models.shared_prompt import use_shared_prompt_attention
+from terrace.objectives.lm import summed_loss
+from terrace.planner.flops import exact_load, forward_flops, training_flops
+from terrace.planner.parameters import parameter_counts, part_sizes
+from terrace.planner.shapes import shape_of_config
+from terrace.recipe.schema import PARTS
+
+pytestmark = pytest.mark.parametrize("name", NAMES)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.set_num_threads(1)
+    return tmp_path_factory.mktemp("tokenizers")
+
+
+@pytest.fixture
+def case(name, folder):
+    return case_of(name, folder)
+
+
+def test_every_family_is_checked_here(name):
+    assert set(built_in()) == set(NAMES)
+
+
+def test_length_by_arithmetic_is_what_is_written_and_what_the_model_gives(case):
+    """200 random pictures: the index's columns, the single view, the tokens of the text and the model's features agree."""
+    rng = np.random.default_rng(5)
+    sizes = [(int(w), int(h)) for w, h in np.exp(rng.uniform(np.log(20), np.log(900), (200, 2))) if max(w, h) <= 12 * min(w, h)]
+    while len(sizes) < 200:
+        sizes.append((int(rng.integers(20, 300)), int(rng.integers(20, 300))))
+    costs = case.family.costs(*(np.asarray(column) for column in zip(*sizes)), case.pixels)
+    views = [case.family.view(*size, case.pixels) for size in sizes]
+    assert costs.tokens.tolist() == [view.tokens for view in views]
+    assert costs.rows.tolist() == [view.rows for view in views]
+    assert list(zip(costs.scale_heights.tolist(), costs.scale_widths.tolist())) == [view.scale for view in views]
+    for number, size in enumerate(sizes):
+        sample = conversation(number % 10, [size]).sample
+        encoded = encode_sample(sample, [size], case.tokenizer, case.family, case.pixels)
+        measure = measure_sample(sample, [size], case.tokenizer, case.family)
+        assert measure.length([size], case.pixels, case.family) == len(encoded.input_ids)
+        assert (encoded.input_ids == case.tokenizer.marks(case.family)["image"]).sum() == views[number].tokens
+    model = model_of(case)
+    family = family_of_model(model)
+    for start in range(0, 200, 40):
+        some = [picture(*size) for size in sizes[start : start + 40]]
+        rows = [load_pixels(data, case.family, view) for data, view in zip(some, views[start : start + 40])]
+        assert [len(part) for part in rows] == [view.rows for view in views[start : start + 40]]
+        example = pack_of(case, [conversation(1, [size]) for size in sizes[start : start + 40]])
+        with torch.no_grad():
+            values = family.normalised(torch.from_numpy(np.concatenate(rows)), torch.float32)
+            features = family.features(model, values, image_facts(example))
+        assert len(features.pooled) == sum(view.tokens for view in views[start : start + 40])
+
+
+def _published_pixels(case, data):
+    """The picture as transformers' own processor cuts it, before rescaling: uint8 rows in the family's form."""
+    import io
+
+    import transformers
+    from PIL import Image
+
+    picture_ = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    plain = {"do_rescale": False, "do_normalize": False, "return_tensors": "np"}
+    if case.name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+        patch = case.family.patch
+        processor = transformers.Qwen2VLImageProcessorPil(
+            patch_size=patch, merge_size=2, temporal_patch_size=2,
+            size={"shortest_edge": case.pixels[0], "longest_edge": case.pixels[1]}, min_pixels=case.pixels[0], max_pixels=case.pixels[1],
+        )  # fmt: skip
+        return processor([picture_], **plain)["pixel_values"].reshape(-1, 3, 2, patch, patch)[:, :, 0].reshape(-1, 3 * patch * patch)
+    side = case.family.side
+    if case.name == "llava":
+        processor = transformers.LlavaImageProcessorPil(
+            do_pad=True, size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+        )  # fmt: skip
+    else:
+        from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+
+        processor = GotOcr2ImageProcessorPil(
+            size={"height": side, "width": side}, crop_to_patches=True, min_patches=1, max_patches=case.family.most_tiles(case.pixels[1])
+        )  # fmt: skip
+    return processor([picture_], **plain)["pixel_values"].reshape(-1, 3 * side * side)
+
+
+@pytest.mark.parametrize("size", [(150, 60), (61, 190), (200, 200), (33, 47), (700, 520)])
+def test_pixels_are_those_of_the_published_processor(case, size):
+    data = picture(*size)
+    ours = load_pixels(data, case.family, case.family.view(*image_size(data), case.pixels))
+    theirs = _published_pixels(case, data)
+    assert ours.shape == theirs.shape
+    difference = np.abs(ours.astype(int) - theirs.astype(int))
+    if case.name == "internvl":  # where one side shrinks and the other grows, torch's kernel and Pillow's differ by more on noise
+        assert (difference > 2).mean() < 0.02
+        assert difference.mean() < 0.5
+        return
+    assert difference.max() <= 2  # torch's kernel against Pillow's
+    assert difference.mean() < 0.1
+
+
+def test_packed_equals_alone_and_a_leak_would_show(case):
+    model = model_of(case)
+    use_attention(model, "sdpa_segments")
+    samples = random_samples(6, seed=2)
+    assert any(not sample.images for sample in samples)
+    alone = []
+    with torch.no_grad():
+        for sample in samples:
+            alone.append(pack_logits_hidden(model, to_device(pack_of(case, [sample]), "cpu", torch.float32))[0])
+        packed, _ = pack_logits_hidden(model, to_device(pack_of(case, samples), "cpu", torch.float32))
+        together = pack_of(case, samples)
+        together.segment_ends = together.segment_ends[-1:]  # the control: one segment
+        leaking, _ = pack_logits_hidden(model, to_device(together, "cpu", torch.float32))
+    scale = float(torch.cat(alone).abs().max())
+    assert float((packed - torch.cat(alone)).abs().max()) <= 1e-6 * max(1.0, scale)
+    assert float((leaking - torch.cat(alone)).abs().max()) > 0.01 * scale
+
+
+def test_one_sample_equals_the_class_s_own_forward(case):
+    model = model_of(case)
+    reference = AutoModelForImageTextToText.from_config(case.config, dtype=torch.float32, attn_implementation="sdpa").eval()
+    reference.load_state_dict(model.state_dict())
+    use_attention(model, "sdpa_segments")
+    for sample in random_samples(4, seed=3):
+        example = pack_of(case, [sample])
+        with torch.no_grad():
+            ours, _ = pack_logits_hidden(model, to_device(example, "cpu", torch.float32))
+            theirs = reference(**reference_inputs(case, example, reference), use_cache=False).logits[0]
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
+
+
+def test_parts_are_complete_and_disjoint_and_freezing_holds(case):
+    model = meta_model(case.config)
+    parts = part_parameters(model)
+    names = [name for part in PARTS for name, _ in parts[part]]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    assert all(parts[part] for part in PARTS)
+    family = family_of_model(model)
+    for part in ("vision", "language"):
+        blocks = family.blocks_of(model, part)
+        numbers = {family.block_number(name) for name, _ in parts[part]} - {None}
+        assert numbers == set(range(len(blocks)))
+    assert set(family.unused(case.config, names)) <= {name for name, _ in parts["vision"]}
+
+
+def test_a_text_only_pack_gives_every_trained_tensor_a_gradient(case):
+    """What a picture's pack leaves without one is what the family calls unused, and the guard leaves out the same."""
+    missing = {}
+    for kind, samples in (("text", [conversation(1, [])]), ("image", [conversation(2, [(90, 60)])])):
+        model = model_of(case).train()
+        use_attention(model, "sdpa_segments")
+        summed_loss(model, to_device(pack_of(case, samples), "cpu", torch.float32), 64).backward()
+        missing[kind] = {name for name, parameter in model.named_parameters() if parameter.grad is None}
+        if kind == "text":
+            outside = [name for part in ("vision", "projector") for name, _ in part_parameters(model)[part]]
+            gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+            assert all(not gradients[name].any() for name in outside if gradients[name] is not None)
+    family = family_of_model(model)
+    assert missing["text"] == missing["image"] == set(family.unused(case.config, [n for n, _ in model.named_parameters()]))
+
+
+def test_the_planner_counts_what_the_class_has(case):
+    model = build_model(case.section, case.config)
+    shape = shape_of_config(case.config.to_dict(), case.name)
+    counted = {part: sum(p.numel() for _, p in pairs) for part, pairs in part_parameters(model).items()}
+    assert parameter_counts(shape) == counted
+    family, sizes = family_of_model(model), part_sizes(shape)
+    for part in ("vision", "language"):
+        block = family.blocks_of(model, part)[0]
+        assert sizes[part].block == sum(p.numel() for p in block.parameters())
+    names = [name for name, _ in model.named_parameters()]
+    unused = sum(p.numel() for name, p in model.named_parameters() if name in set(family.unused(case.config, names)))
+    assert sizes["vision"].unused == unused
+
+
+@pytest.mark.parametrize("trained", [("projector",), ("vision", "projector", "language")], ids="+".join)
+def test_the_planner_s_flops_are_those_of_the_flop_counter(case, trained):
+    model = build_model(case.section, case.config)
+    use_attention(model, "sdpa_segments")
+    unused = set(family_of_model(model).unused(case.config, [name for name, _ in model.named_parameters()]))
+    for part, pairs in part_parameters(model).items():
+        for name, parameter in pairs:
+            parameter.requires_grad_(part in trained and name not in unused)
+    example = pack_of(case, [conversation(1, [(150, 100)]), conversation(2, []), conversation(3, [(60, 160)])])
+    shape = shape_of_config(case.config.to_dict(), case.name)
+    pictures = [one for facts in example.image_facts.tolist() for one in case.family.tower_pictures(facts)]
+    lengths = np.diff(example.segment_ends, prepend=0).tolist()
+    load = exact_load(shape, lengths, pictures, example.supervised_tokens)
+    assert load.visual_tokens == example.visual_tokens
+    batch = to_device(example, "cpu", torch.float32)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        summed_loss(model, batch, 64).backward()
+    assert counter.get_total_flops() == pytest.approx(training_flops(shape, load, trained).model, rel=0.01)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        summed_loss(model, batch, 64)
+    assert counter.get_total_flops() == pytest.approx(sum(forward_flops(shape, load).values()), rel=0.01)
+
+
+def test_the_export_loads_in_transformers_with_equal_logits(case, tmp_path):
+    model = model_of(case, 0.05)
+    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    final = export_hf(state, case.config, case.tokenizer.directory, tmp_path / "final", pixels=case.pixels)
+    loaded, told = AutoModelForImageTextToText.from_pretrained(final, output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["unexpected_keys"]
+    example = pack_of(case, [conversation(1, [(120, 80)])])
+    use_attention(model, "sdpa_segments")
+    with torch.no_grad():
+        ours, _ = pack_logits_hidden(model, to_device(example, "cpu", torch.float32))
+        theirs = loaded.eval()(**reference_inputs(case, example, loaded), use_cache=False).logits[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    preprocessor = json.loads((final / "preprocessor_config.json").read_text())
+    assert case.family.exported_pixels(preprocessor)[1] == case.family.exported_pixels(case.family.preprocessor(case.pixels))[1]
+    if case.family.processor():
+        assert json.loads((final / "processor_config.json").read_text())["processor_class"] == preprocessor["processor_class"]
+
+
+def test_greedy_decoding_equals_generate(case):
+    """The rollout engine, three prompts of different shapes at once, against transformers' own decoding one by one."""
+    from terrace.data.prompt import read_prompt
+    from terrace.generation.interface import Prompt, Sampling
+
+    model = model_of(case)
+    reference = AutoModelForImageTextToText.from_config(case.config, dtype=torch.float32, attn_implementation="sdpa").eval()
+    reference.load_state_dict(model.state_dict())
+    use_shared_prompt_attention(model, "sdpa_segments")
+    never, stop = forbidden_tokens(case.tokenizer, case.config), stop_tokens(case.tokenizer, case.config)
+    prompts = []
+    for number, sizes in enumerate(([(90, 60)], [], [(60, 120), (100, 100)])):
+        loaded = conversation(number, sizes)
+        read = read_prompt(loaded.sample, loaded.images, loaded.sizes, case.tokenizer, case.family, case.pixels)
+        prompts.append(Prompt(**vars(read.inputs), key=("s", number), id=str(number)))
+    engine = NativeEngine(model, never, stop, "cpu", "fp32")
+    groups = engine.generate(prompts, Sampling(samples=2, max_tokens=8, temperature=0.0))
+    for prompt, group in zip(prompts, groups):
+        inputs = reference_inputs(case, prompt, reference)
+        out = reference.generate(
+            **inputs, max_new_tokens=8, do_sample=False, suppress_tokens=list(never), eos_token_id=list(stop), pad_token_id=stop[0]
+        )
+        expected = out[0, inputs["input_ids"].shape[1] :].tolist()
+        for response in group:
+            assert response.tokens.tolist() == expected[: len(response.tokens)]
+            assert len(response.tokens) == len(expected)
+
+
+def test_a_shared_prompt_gives_the_logits_of_separate_sequences(case):
+    """Units, which GRPO and reward models train on: a prompt with two answers against each pair alone."""
+    from terrace.data.types import following_positions
+    from terrace.models.shared_prompt import Unit, units_hidden
+
+    model = model_of(case)
+    use_shared_prompt_attention(model, "sdpa_segments")
+    example = pack_of(case, [conversation(1, [(90, 60)])])
+    answers = [np.asarray([40, 41, 42], np.int32), np.asarray([50, 51], np.int32)]
+
+    def with_answers(chosen):
+        from dataclasses import replace
+
+        ids = np.concatenate([example.input_ids, *chosen])
+        places = [following_positions(example.position_ids, len(answer)).astype(np.int32) for answer in chosen]
+        return replace(
+            example, input_ids=ids, position_ids=np.concatenate([example.position_ids, *places], axis=1),
+            targets=np.full(len(ids), -100, np.int32), segment_ends=np.asarray([len(ids)], np.int32),
+        )  # fmt: skip
+
+    length = example.tokens
+    with torch.no_grad():
+        shared = units_hidden(model, to_device(with_answers(answers), "cpu", torch.float32), [Unit(0, length, (3, 2))])
+        first = pack_hidden(model, to_device(with_answers(answers[:1]), "cpu", torch.float32))
+        second = pack_hidden(model, to_device(with_answers(answers[1:]), "cpu", torch.float32))
+    expected = torch.cat([first, second[length:]])
+    torch.testing.assert_close(shared, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_keywords_reach_every_language_layer(case):
+    model = model_of(case)
+    use_shared_prompt_attention(model, "sdpa_segments")
+    from terrace.models.shared_prompt import Unit
+
+    kept = {}
+    example = pack_of(case, [conversation(1, [])])
+    with torch.no_grad():
+        hidden_states(model, to_device(example, "cpu", torch.float32), prompt_units=[Unit(0, example.tokens)], keep=kept)
+    assert sorted(kept) == list(range(CONFIGS[case.name]["text_config"]["num_hidden_layers"]))
+
+
+def test_a_recipe_of_the_family_validates_and_its_mistakes_are_named(name):
+    from terrace.recipe.rules import check
+    from terrace.recipe.schema import Recipe
+
+    def problems(model):
+        recipe = Recipe.model_validate({
+            "name": "r", "model": model, "tokenizer": {"train_vocabulary_size": 400}, "data": {"sources": {"a": {"uri": "x"}}},
+            "stages": [{"name": "s", "train": {"projector": {"lr": 1e-3}}, "mixture": {"weights": {"a": 1.0}}, "budget": {"steps": 1},
+                        "sequence_length": 4096, "precision": "fp32"}],
+        })  # fmt: skip
+        return [str(problem) for problem in check(recipe)]
+
+    assert problems(recipe_model(name)) == []
+    broken = json.loads(json.dumps(recipe_model(name)))
+    del broken["config"]["text_config"]["num_hidden_layers"]
+    del broken["config"]["vision_config"]
+    told = problems(broken)
+    assert any("needs `num_hidden_layers`" in line for line in told)
+    assert any("needs `vision_config`" in line for line in told)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("trained", [("projector",), ("vision", "projector"), tuple(PARTS)], ids="+".join)
+def test_the_planner_s_activations_are_what_autograd_saves(name, folder, trained, checkpointing):
+    """ddp on a CPU: everything saved for backward, without the weights themselves, within 10 %."""
+    from terrace.planner.memory import PackSize, stage_memory
+    from terrace.recipe.schema import Recipe
+    from terrace.train.setup import checkpoint_activations, freeze_parts
+
+    case = middle_case(name, folder)
+    training = {part: {"lr": 1e-3, "activation_checkpointing": checkpointing} for part in trained}
+    [stage] = Recipe.model_validate({
+        "name": "r", "model": case.section.model_dump(), "tokenizer": {"train_vocabulary_size": 400},
+        "data": {"sources": {"a": {"uri": "x"}}},
+        "stages": [{"name": "s", "train": training, "mixture": {"weights": {"a": 1.0}}, "budget": {"steps": 1}, "precision": "fp32",
+                    "sequence_length": 1024, "loss_chunk_tokens": 64}],
+    }).stages  # fmt: skip
+    model = build_model(case.section, case.config)
+    use_attention(model, "sdpa_segments")
+    model.train()
+    freeze_parts(model, stage)
+    checkpoint_activations(model, stage)
+    example = pack_of(case, [conversation(number, [(200, 150)]) for number in range(5)])
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, torch.Tensor] = {}  # held, so that no storage is freed and its address used again
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in weights:
+            saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        summed_loss(model, to_device(example, "cpu", torch.float32), 64)
+    measured = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
+    size = PackSize(example.tokens, example.visual_tokens, example.supervised_tokens)
+    memory = stage_memory(shape_of_config(case.config.to_dict(), name), stage, 1, size, on_gpu=False)
+    width, vocabulary = case.config.text_config.hidden_size, case.config.text_config.vocab_size
+    head = 4 * example.supervised_tokens * width + (4 * vocabulary * width if "language" in trained else 0)  # gradients, made forward
+    assert measured == pytest.approx(memory.vision_activations + memory.language_activations + head, rel=0.1)
+
+
+def test_the_export_s_image_processor_and_tokenizer_need_nothing_of_terrace(case, tmp_path):
+    """Auto classes read `final/` and give the pixels and ids of training; LLaVA's whole processor too.
+
+    The processors of the Qwen models and of InternVL hold a video processor that transformers makes with torchvision alone.
+    """
+    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+    model = model_of(case, 0.05)
+    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    final = export_hf(state, case.config, case.tokenizer.directory, tmp_path / "final", pixels=case.pixels)
+    sample = conversation(1, [(120, 80)])
+    example = pack_of(case, [sample])
+    image = _decoded(sample.images[0])
+    given = AutoImageProcessor.from_pretrained(final)([image], return_tensors="pt")["pixel_values"]
+    ours = reference_inputs(case, example, model)["pixel_values"]
+    assert given.numel() == ours.numel()
+    assert float((given.reshape(ours.shape) - ours).abs().mean()) < 0.02
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    assert tokenizer.convert_tokens_to_ids(case.family.marks["image"]) == case.config.image_token_id
+    assert tokenizer.decode(example.input_ids) == case.tokenizer.decode(example.input_ids)
+    if case.name == "llava":
+        processor = AutoProcessor.from_pretrained(final)
+        read = processor(text="USER: <image>What?", images=[image], return_tensors="pt")
+        assert int((read["input_ids"] == case.config.image_token_id).sum()) == example.visual_tokens
+
+
+def _decoded(data):
+    import io
+
+    from PIL import Image
+
+    return Image.open(io.BytesIO(data)).convert("RGB")

@@ -1,0 +1,189 @@
+"""Tiny models of every family, and samples written for them: what the family contract is checked on."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from terrace.data.stream.collate import CollateSettings, LoadedSample, collate
+from terrace.data.template import measure_sample
+from terrace.data.tokenizer import TextTokenizer, train_tokenizer
+from terrace.data.types import PackedExample, PackSpec, PromptInputs, Sample, SampleRef
+from terrace.families.interface import Bounds, Family
+from terrace.families.registry import make_family
+from terrace.models.build import build_model, model_config
+from terrace.models.families.registry import family_of_model
+from terrace.recipe.schema import Model
+
+VOCABULARY = 448
+TEXT = {
+    "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 4096,
+}  # fmt: skip
+MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
+PATCHES = {"depth": 2, "num_heads": 2, "spatial_merge_size": 2, "temporal_patch_size": 2}
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen2_vl": {
+        "text_config": TEXT | MROPE,
+        "vision_config": PATCHES | {"embed_dim": 32, "mlp_ratio": 2, "hidden_size": 64, "patch_size": 14},
+    },
+    "qwen2_5_vl": {
+        "text_config": TEXT | MROPE,
+        "vision_config": PATCHES | {
+            "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64, "window_size": 112, "fullatt_block_indexes": [1],
+            "patch_size": 14,
+        },
+    },
+    "qwen3_vl": {
+        "text_config": TEXT | {"head_dim": 32, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True}},
+        "vision_config": PATCHES | {
+            "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64, "patch_size": 16, "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0],
+        },
+        "tie_word_embeddings": False,
+    },
+    "llava": {
+        "text_config": TEXT, "vision_config": TOWER | {"image_size": 56, "patch_size": 14}, "image_seq_length": 16,
+    },
+    "internvl": {
+        "text_config": TEXT | {"model_type": "qwen2"},
+        "vision_config": TOWER | {"image_size": [56, 56], "patch_size": [14, 14]},
+        "tie_word_embeddings": False, "image_seq_length": 4,
+    },
+}  # fmt: skip
+NAMES = tuple(CONFIGS)
+PIXELS: dict[str, Bounds] = {"qwen3_vl": (4_096, 40_000), "internvl": (3_136, 6 * 56 * 56)}
+WORDS = ["How many circles are there? A red circle and 3 blue squares.\n", "USER: ASSISTANT: You are a helpful assistant. user system"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family with everything that its checks need."""
+
+    name: str
+    section: Model
+    family: Family
+    tokenizer: TextTokenizer
+    config: Any  # transformers'
+    pixels: Bounds
+
+
+def recipe_model(name: str) -> dict[str, Any]:
+    """`model:` of a recipe."""
+    return {"architecture": name, "config": CONFIGS[name]}
+
+
+@lru_cache(maxsize=len(NAMES))
+def case_of(name: str, folder: Path) -> Case:
+    section = Model.model_validate(recipe_model(name))
+    family = make_family(name, CONFIGS[name])
+    tokenizer = train_tokenizer(WORDS * 40, 400, folder / name, family)
+    return Case(name, section, family, tokenizer, model_config(section, tokenizer), PIXELS.get(name, (784, 12_544)))
+
+
+def model_of(case: Case, deviation: float = 0.15) -> Any:
+    """The tiny model with weights large enough for a leak between segments to show."""
+    model = build_model(case.section, case.config).eval()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, parameter in sorted(model.named_parameters()):
+            if parameter.dim() > 1:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * deviation)
+    family_of_model(model)
+    return model
+
+
+def picture(width: int, height: int, seed: int = 0) -> bytes:
+    pixels = np.random.default_rng([seed, width, height]).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def conversation(number: int, sizes: Sequence[tuple[int, int]]) -> LoadedSample:
+    """A question about some pictures, with a box in the answer, and an answer without pictures where there are none."""
+    content = [{"type": "image", "image": place} for place in range(len(sizes))]
+    answer: list[dict[str, Any]] = [{"type": "text", "text": f"A red circle and {number} squares"}]
+    if sizes:
+        answer += [{"type": "text", "text": " at "}, {"type": "box", "image": 0, "box": [1, 2, sizes[0][0] - 1, sizes[0][1] - 2]}]
+    messages = [
+        {"role": "user", "content": [*content, {"type": "text", "text": "How many circles?" * (1 + number % 3)}]},
+        {"role": "assistant", "content": answer},
+    ]
+    images = [picture(*size, seed=number) for size in sizes]
+    return LoadedSample(Sample(f"s{number}", "qa", messages), images, list(sizes))
+
+
+def random_samples(count: int, seed: int = 0, most_images: int = 3) -> list[LoadedSample]:
+    rng = np.random.default_rng(seed)
+    made = []
+    for number in range(count):
+        sizes = [(int(rng.integers(20, 200)), int(rng.integers(20, 200))) for _ in range(int(rng.integers(0, most_images + 1)))]
+        made.append(conversation(number, sizes))
+    return made
+
+
+def settings_of(case: Case) -> CollateSettings:
+    return CollateSettings(str(case.tokenizer.directory), case.family, case.pixels, 4096, 10**7, {}, frozenset())
+
+
+def pack_of(case: Case, samples: Sequence[LoadedSample], number: int = 0) -> PackedExample:
+    """The samples as one pack, through the data path's own collation; lengths come from arithmetic alone."""
+    lengths, visual, rows = [], [], 0
+    for loaded in samples:
+        measure = measure_sample(loaded.sample, loaded.sizes, case.tokenizer, case.family)
+        lengths.append(measure.length(loaded.sizes, case.pixels, case.family))
+        views = [case.family.view(*size, case.pixels) for size in loaded.sizes]
+        visual.append(sum(view.tokens for view in views))
+        rows += sum(view.rows for view in views)
+    refs = tuple(SampleRef("src", place, loaded.sample.id) for place, loaded in enumerate(samples))
+    spec = PackSpec(number, refs, tuple(lengths), tuple(visual), rows, 0)
+    return collate(spec, samples, case.tokenizer, settings_of(case))
+
+
+def reference_inputs(case: Case, example: PackedExample | PromptInputs, model: Any) -> dict[str, Any]:
+    """Arguments of transformers' own forward for one sample."""
+    from terrace.models.batch import image_facts
+
+    ids = torch.from_numpy(example.input_ids.astype(np.int64))[None]
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    family = family_of_model(model)
+    if len(example.image_rows):
+        pixels = family.normalised(torch.from_numpy(example.pixels), torch.float32)
+        inputs |= family.inputs(pixels, image_facts(example))
+    if case.family.position_rows > 1:
+        inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
+    return inputs
+
+
+def middle_case(name: str, folder: Path) -> Case:
+    """A shape at which activations outweigh what a plan rounds away: four layers, widths 128 and 256."""
+    text = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4}
+    rope = {"qwen3_vl": [12, 10, 10], "qwen2_vl": [8, 12, 12], "qwen2_5_vl": [8, 12, 12]}
+    vision: dict[str, Any] = {
+        "qwen2_vl": {"embed_dim": 128, "mlp_ratio": 3, "depth": 4, "num_heads": 4, "hidden_size": 256},
+        "llava": {"image_size": 112}, "internvl": {"image_size": [112, 112]},
+    }.get(name, {"hidden_size": 128, "intermediate_size": 344, "depth": 4, "num_heads": 4, "out_hidden_size": 256})  # fmt: skip
+    if name in ("llava", "internvl"):
+        vision |= {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4}
+    config = {**CONFIGS[name], "text_config": {**CONFIGS[name]["text_config"], **text}}
+    config["vision_config"] = {**CONFIGS[name]["vision_config"], **vision}
+    if name in rope:
+        config["text_config"]["rope_parameters"] = {**config["text_config"]["rope_parameters"], "mrope_section": rope[name]}
+    if name == "qwen3_vl":
+        config["text_config"]["head_dim"] = 64
+    section = Model.model_validate({"architecture": name, "config": config})
+    small = case_of(name, folder)
+    pixels = (16_384, 100_000) if name == "qwen3_vl" else (12_544, 100_352)
+    return Case(name, section, make_family(name, config), small.tokenizer, model_config(section, small.tokenizer), pixels)
