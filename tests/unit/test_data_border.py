@@ -252,6 +252,8 @@ def test_unwanted_answers_are_never_learnt_as_wanted() -> None:
         ({"image": "a.png", "text": ["line 1", "line 2"]}, "<0>line 1\nline 2"),
         ({"image": "a.png", "text": "", "caption": "A square."}, "<0>A square."),
         ({"text": "\ufeffA text"}, "A text"),
+        ({"messages": [HI[0], {"role": "assistant", "content": "\ufeffHello"}]}, "user: Hi| assistant: Hello"),
+        ({"content": [{"type": "text", "text": "\ufeffA text"}]}, "A text"),
     ],
 )  # fmt: skip
 def test_forms(row: dict, expected: str) -> None:

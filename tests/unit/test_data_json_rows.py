@@ -79,6 +79,7 @@ def test_a_row_that_never_ends_is_not_read_for_ever(pieces, monkeypatch: pytest.
     stream = io.BytesIO(b'[{"a": "' + b"x" * 100_000)
     [(fault, _)] = array_rows(stream)
     assert isinstance(fault, Refusal)
+    assert fault.reason == "too_large"
     assert stream.tell() < 5_000
 
 

@@ -254,7 +254,7 @@ def index_group(
     row = {
         "id": sample.id,
         "id_hash": id_hash(sample.id),
-        **hashes_of(sample, [group.data[suffix] for suffix in images]),
+        **hashes_of(sample, [(group.data[suffix], members[suffix].crc) for suffix in images]),
         "kind": sample.kind,
         "shard": shard_number,
         "member_suffix": [member.suffix for member in used],
