@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from stored_run import BUCKET, Machines
 
-from terrace.cluster.attempt import newest_checkpoint_step
+from terrace.cluster.attempt_outcome import newest_checkpoint_step
 from terrace.errors import TerraceError
 from terrace.recipe.schema import Checkpoint
 from terrace.storage import conditional, mirror

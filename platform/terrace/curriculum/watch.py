@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from terrace.cluster.attempt import newest_checkpoint_step, read_json
+from terrace.cluster.attempt_files import read_json
+from terrace.cluster.attempt_outcome import newest_checkpoint_step
 from terrace.curriculum.state import RunState, StageState
 from terrace.recipe.schema import Recipe, Stage
 from terrace.storage.run_layout import stage_directory

@@ -12,18 +12,21 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from terrace.data.family import family_of
 from terrace.data.index.build import build_index
+from terrace.data.index.content import leaking_rows, repeated_rows
 from terrace.data.index.source_index import SourceIndex, load_index
 from terrace.data.parallel import Progress
+from terrace.data.sources.conventions import Rules
 from terrace.data.sources.ingest import IngestReport, ingest_source
 from terrace.data.sources.refusals import Refusal
-from terrace.data.sources.shards import sample_of_members, scan_shard
+from terrace.data.sources.shard_walk import scan_shard
+from terrace.data.sources.shards import sample_of_members
 from terrace.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from terrace.errors import InputError
 from terrace.families.interface import Family
@@ -32,7 +35,7 @@ from terrace.recipe.schema import Recipe, Storage
 from terrace.storage.files import absolute, is_remote, join, list_files, read_file, write_file
 
 TOKENIZER_TEXT_CHARACTERS = 4_000_000  # per source, from its first shards: enough for the small vocabularies trained here
-PREPARED_VERSION = 2
+PREPARED_VERSION = 3
 
 
 @dataclass
@@ -78,7 +81,7 @@ def prepare_data(
     manifest = {
         "version": PREPARED_VERSION, "mark": mark, "seed": recipe.data.seed, "sources": entries,
         "tokenizer_dir": _relative(str(tokenizer.directory), str(root)), "storage": recipe.data.storage.model_dump(),
-        "family": family_values(family),
+        "family": family_values(family), "deduplicate": recipe.data.deduplicate,
     }  # fmt: skip
     write_file(str(root / "prepared.json"), json.dumps(manifest, indent=1).encode())
     return load_prepared(root)
@@ -102,7 +105,17 @@ def load_prepared(root: str | Path) -> PreparedData:
         what = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be understood ({error})"
         raise _broken(root, what) from error
     indexes = {name: load_index(place[0], family, *place[1:], storage) for name, place in places.items()}
+    leave_out_repeats(indexes, manifest["deduplicate"] == "drop")
     return PreparedData(indexes, tokenizer_dir, root, family)
+
+
+def leave_out_repeats(indexes: Mapping[str, SourceIndex], drop: bool) -> None:
+    """Nothing that any source holds out is trained through another row; with `drop`, nothing is trained through two."""
+    for name, rows in leaking_rows(indexes).items():
+        indexes[name].leave_out("held_out_elsewhere", rows)
+    if drop:
+        for name, rows in repeated_rows(indexes).items():
+            indexes[name].leave_out("duplicate", rows)
 
 
 def used_sources(recipe: Recipe) -> list[str]:
@@ -196,11 +209,15 @@ def _texts(recipe: Recipe, reports: dict[str, IngestReport], progress: Progress 
 
 
 def _source_texts(recipe: Recipe, name: str, report: IngestReport) -> Iterator[str]:
+    source = recipe.data.sources[name]
+    rules = Rules.of(source)
     for shard in report.shards:
         try:
             for group in scan_shard(shard.uri, recipe.data.storage):
+                if group.refusal is not None:
+                    continue  # listed by the index
                 try:
-                    sample, _ = sample_of_members(group.key, group.data, group.key, recipe.data.sources[name].kind)
+                    sample, _ = sample_of_members(group.key, group.data, group.key, source.kind, rules)
                 except Refusal:
                     continue  # listed by the index
                 for message in sample.messages:

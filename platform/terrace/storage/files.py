@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import glob
 import io
+import logging
 import os
 import random
 import tempfile
@@ -24,21 +25,23 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
-from terrace.errors import InputError, TerraceError
+from terrace.errors import InputError
 from terrace.recipe.schema import Storage
+from terrace.storage.faults import StorageError, is_no_bucket, is_passing, refusal
 
 MERGE_GAP_BYTES = 64 * 1024
 MAX_REQUEST_BYTES = 16 * 2**20
 PARALLEL_REQUESTS = 8
 BACKOFF_BASE_SECONDS = 0.2
 BACKOFF_CAP_SECONDS = 20.0
+OPEN_ANEW_SECONDS = 5.0
+TELL_AT_ATTEMPT = 3  # the first two cost half a second; from here on somebody may wonder
 DEFAULT_STORAGE = Storage()
 Result = TypeVar("Result")
 Range = tuple[int, int]  # (offset, size) in bytes
-
-
-class StorageError(TerraceError):
-    """An object could not be read or written after every allowed try."""
+log = logging.getLogger(__name__)
+_opened = 0.0  # when file systems were last dropped, by the monotonic clock
+_served: set[tuple[Any, ...]] = set()  # process, endpoint, bucket, first folder, whether it was a write: what was allowed once
 
 
 @dataclass(frozen=True)
@@ -79,20 +82,49 @@ def relative_name(uri: str, root: str) -> str:
 
 
 def list_files(uri: str, storage: Storage = DEFAULT_STORAGE) -> list[StoredFile]:
-    """Files below a folder, of a glob, or the one file named, sorted by URI. Hidden files are left out. Empty if nothing is there."""
+    """Files below a folder, of a glob, or the one file named, sorted by URI. Hidden files are left out. Empty if nothing is there.
+
+    Links are followed, but not in a circle. A link into nothing is listed with the version `dangling`: whoever needs it will say so.
+    """
     if is_remote(uri):
+        if not uri.startswith("s3://"):
+            raise InputError(f"{uri}: files are read from folders and from s3://, not from {uri.partition('://')[0]}://; fetch them first")
         return _list_remote(uri, storage)
     path = local_path(uri)
     if os.path.isdir(path):
-        found = [os.path.join(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names]
+        found = list(_walk(path, frozenset()))
     elif os.path.isfile(path):
         found = [path]
     else:
         found = [name for name in glob.glob(path, recursive=True) if os.path.isfile(name)]
     root = path.rstrip("/") + "/" if os.path.isdir(path) else ""
     visible = [name for name in found if not any(part.startswith(".") for part in name.removeprefix(root).split("/") if part != "..")]
-    stats = [(name, os.stat(name)) for name in sorted(visible)]
-    return [StoredFile(name, stat.st_size, str(stat.st_mtime_ns)) for name, stat in stats]
+    return [_stored(name) for name in sorted(visible)]
+
+
+def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+    """Files below a folder; a folder that is one of those above it (a link in a circle) is not entered again."""
+    facts = os.stat(folder)
+    place = (facts.st_dev, facts.st_ino)
+    if place in above:
+        return
+    for entry in os.scandir(folder):
+        try:
+            is_folder = entry.is_dir()
+        except OSError:  # a link to itself
+            is_folder = False
+        if is_folder:
+            yield from _walk(entry.path, above | {place})
+        else:
+            yield entry.path
+
+
+def _stored(name: str) -> StoredFile:
+    try:
+        facts = os.stat(name)
+    except OSError:
+        return StoredFile(name, 0, "dangling")
+    return StoredFile(name, facts.st_size, str(facts.st_mtime_ns))
 
 
 def file_size(uri: str, storage: Storage = DEFAULT_STORAGE) -> int | None:
@@ -100,12 +132,13 @@ def file_size(uri: str, storage: Storage = DEFAULT_STORAGE) -> int | None:
     if not is_remote(uri):
         path = uri.removeprefix("file://")
         return os.path.getsize(path) if os.path.isfile(path) else None
-    filesystem = s3(storage)
 
     def size() -> int | None:
         try:
-            return int(filesystem.info(uri)["size"])
-        except FileNotFoundError:
+            return int(s3(storage).info(uri)["size"])
+        except FileNotFoundError as error:
+            if is_no_bucket(error):
+                raise
             return None
 
     return retried(size, uri, storage)
@@ -115,15 +148,13 @@ def read_file(uri: str, storage: Storage = DEFAULT_STORAGE) -> bytes:
     """All bytes of a file. FileNotFoundError where there is none, StorageError when the storage fails for good."""
     if not is_remote(uri):
         return Path(uri.removeprefix("file://")).read_bytes()
-    filesystem = s3(storage)
-    return retried(lambda: filesystem.cat_file(uri), uri, storage)
+    return retried(lambda: s3(storage).cat_file(uri), uri, storage)
 
 
 def write_file(uri: str, data: bytes, storage: Storage = DEFAULT_STORAGE) -> None:
     """Write a whole file atomically: readers see the old content or the new, never a part."""
     if is_remote(uri):
-        filesystem = s3(storage)
-        retried(lambda: filesystem.pipe_file(uri, data), uri, storage)  # one PUT: S3 shows it only when complete
+        retried(lambda: s3(storage).pipe_file(uri, data), uri, storage, writes=True)  # one PUT: S3 shows it only when complete
         return
     with atomic_path(Path(uri.removeprefix("file://"))) as temporary:
         temporary.write_bytes(data)
@@ -132,8 +163,7 @@ def write_file(uri: str, data: bytes, storage: Storage = DEFAULT_STORAGE) -> Non
 def upload(local: Path, uri: str, storage: Storage = DEFAULT_STORAGE) -> None:
     """Move a finished local file to `uri`, atomically."""
     if is_remote(uri):
-        filesystem = s3(storage)
-        retried(lambda: filesystem.put_file(str(local), uri), uri, storage)
+        retried(lambda: s3(storage).put_file(str(local), uri), uri, storage, writes=True)
         local.unlink()
         return
     target = Path(uri.removeprefix("file://"))
@@ -239,11 +269,10 @@ def _read_remote(uri: str, spans: list[Range], storage: Storage) -> list[bytes]:
 
 
 def _get_range(uri: str, offset: int, size: int, storage: Storage) -> bytes:
-    filesystem = s3(storage)
 
     def get() -> bytes:
         try:
-            return filesystem.cat_file(uri, start=offset, end=offset + size)
+            return s3(storage).cat_file(uri, start=offset, end=offset + size)
         except OSError as error:
             if "InvalidRange" in str(error) or "not satisfiable" in str(error):
                 return b""  # the object ends before this range
@@ -283,13 +312,22 @@ def s3(storage: Storage = DEFAULT_STORAGE) -> Any:
     return filesystem
 
 
+def _open_anew() -> None:
+    """Have the chain of credentials asked again, at most every few seconds: a client takes a quarter of a second to make."""
+    global _opened
+    if time.monotonic() >= _opened + OPEN_ANEW_SECONDS:
+        _filesystem.cache_clear()
+        _opened = time.monotonic()
+
+
 def _list_remote(uri: str, storage: Storage) -> list[StoredFile]:
-    filesystem = s3(storage)
 
     def listing() -> dict[str, dict[str, Any]]:
-        if any(mark in uri for mark in "*?["):
+        filesystem = s3(storage)
+        found = filesystem.find(uri, detail=True)
+        if not found and any(mark in uri for mark in "*?["):  # as on disk: what has that very name comes before what a glob means
             return filesystem.glob(uri, detail=True)
-        return filesystem.find(uri, detail=True)
+        return found
 
     try:
         found = retried(listing, uri, storage)
@@ -333,52 +371,37 @@ class _RangeFile(io.RawIOBase):
         return len(block)
 
 
-def retried(action: Callable[[], Result], uri: str, storage: Storage = DEFAULT_STORAGE) -> Result:
-    """Run `action`, again while the storage has a passing fault, at most `storage.max_attempts` times."""
+def retried(action: Callable[[], Result], uri: str, storage: Storage = DEFAULT_STORAGE, writes: bool = False) -> Result:
+    """Run `action`, again while the storage has a passing fault, at most `storage.max_attempts` times.
+
+    A refusal (no credentials, access denied, no such bucket) is the user's mistake and said at once, except where the same place has
+    served this process before: then a token has run out or a gateway starts, and each try reads the credentials anew. `action` must
+    therefore ask `s3` for its file system itself. Raises InputError, StorageError, FileNotFoundError.
+    """
+    place = (os.getpid(), storage.endpoint_url, *uri.removeprefix("s3://").split("/")[:2], writes)
     for attempt in range(1, storage.max_attempts + 1):
         try:
-            return action()
-        except FileNotFoundError:
-            raise
-        except PermissionError as error:
-            raise InputError(f"{uri}: access denied ({error}); check the credentials and the bucket's policy") from error
+            result = action()
         except Exception as error:
-            if not is_passing(error):
+            refused = refusal(error, uri, storage.endpoint_url)
+            if refused is None and isinstance(error, FileNotFoundError):
+                raise
+            if refused is not None and place not in _served:
+                raise InputError(f"{uri}: {refused}") from error
+            if refused is None and not is_passing(error):
                 raise StorageError(f"{uri}: {type(error).__name__}: {error}") from error
+            why = refused or f"{type(error).__name__}: {error}"
             if attempt == storage.max_attempts:
                 raise StorageError(
-                    f"{uri}: still failing after {attempt} tries ({type(error).__name__}: {error}); check the storage, then run"
-                    " the same command again"
+                    f"{uri}: still failing after {attempt} tries ({why}); check the storage, then run the same command again"
                 ) from error
+            if refused is not None:
+                _open_anew()
+            if attempt == TELL_AT_ATTEMPT:
+                log.warning("%s: tried %d times, going on up to %d (%s)", uri, attempt, storage.max_attempts, why)
             ceiling = min(BACKOFF_CAP_SECONDS, BACKOFF_BASE_SECONDS * 2 ** (attempt - 1))
             time.sleep(ceiling / 2 + random.uniform(0, ceiling / 2))
+        else:
+            _served.add(place)
+            return result
     raise AssertionError("max_attempts is at least 1")
-
-
-_PASSING_CODES = {
-    "InternalError", "ServiceUnavailable", "SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestTimeTooSkewed",
-    "RequestLimitExceeded", "BandwidthLimitExceeded", "ConditionalRequestConflict", "OperationAborted", "500", "502", "503", "504", "429",
-}  # fmt: skip
-_PASSING_TYPES = (
-    "EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError", "ClientPayloadError",
-    "ServerDisconnectedError", "ClientConnectorError", "ClientOSError", "ResponseStreamingError", "IncompleteReadError",
-    "HTTPClientError", "FSTimeoutError", "ContentLengthError",
-)  # fmt: skip
-
-
-def is_passing(error: BaseException | None) -> bool:
-    """Whether trying again may help: 5xx, throttling, timeouts, broken connections, in the error or in what caused it."""
-    while error is not None:
-        response = getattr(error, "response", None)
-        if isinstance(response, dict):
-            code = str(response.get("Error", {}).get("Code", ""))
-            status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) or 0)
-            if code in _PASSING_CODES or status >= 500 or status == 429:
-                return True
-        names = {kind.__name__ for kind in type(error).__mro__}
-        if isinstance(error, (TimeoutError, ConnectionError)) or names & set(_PASSING_TYPES):
-            return True
-        if isinstance(error, OSError) and error.errno in (5, 16, 110, 104, 111):  # EIO and EBUSY are s3fs's words for 5xx
-            return True
-        error = error.__cause__ or error.__context__
-    return False

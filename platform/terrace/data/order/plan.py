@@ -108,7 +108,9 @@ class StagePlan:
                 pixels,
                 stage.sequence_length,
                 stage.data_loading.max_visual_tokens_per_pack,
+                needs_targets=stage.objective == "lm",
             )
+            sources[name].changes.update(index.left_out)
         basis = "|".join(source.mark for source in sources.values())
         plan = cls(stage, sources, recipe.data.seed, cost_of(recipe.model), basis)
         plan.recipe, plan.stage_index = recipe, stage_index
