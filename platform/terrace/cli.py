@@ -36,6 +36,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "order": ("terrace.data.command", "list the first packs of a stage without running it"),
     "evaluate": ("terrace.evaluate.command", "score a model on suites"),
     "report": ("terrace.curriculum.report_command", "write a run's report"),
+    "track": ("terrace.curriculum.track_command", "fill an MLflow server from a run directory"),
     "render": ("terrace.cluster.command", "print the Kubernetes resource of a recipe"),
     "judge": ("terrace.rewards.judge_command", "score given responses with a reward and say why"),
     "serve-rewards": ("terrace.rewards.command", "serve rewards over HTTP"),
@@ -46,7 +47,7 @@ GROUPS = {
     "Runs": ("run", "status", "logs", "pause", "suspend", "resume", "cancel"),
     "Recipes": ("validate", "plan", "schema", "render"),
     "Data": ("ingest", "index", "inspect", "order"),
-    "Models": ("evaluate", "report", "judge", "serve-rewards", "demo"),
+    "Models": ("evaluate", "report", "track", "judge", "serve-rewards", "demo"),
 }
 
 
