@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ def open_copy_engine(
     stage: Stage,
     config: Any,
     tokenizer: TextTokenizer,
-    stage_dir: Path,
     context: WorkerContext,
     alone: bool = False,
 ) -> RolloutEngine:
@@ -32,9 +30,9 @@ def open_copy_engine(
     options = stage.grpo or GrpoOptions()
     forbidden, stop = forbidden_tokens(tokenizer, config), stop_tokens(tokenizer, config)
     if options.engine == "vllm":
-        from terrace.generation.vllm import VllmEngine
+        from terrace.generation.vllm_policy import VllmEngine
 
-        return VllmEngine(stage, config, tokenizer, forbidden, stop, stage_dir, context, alone)
+        return VllmEngine(stage, config, tokenizer, forbidden, stop, context, alone)
     copy = meta_model(config)
     backend, _ = choose_backend(recipe.model.attention, torch.device(context.device).type, stage.precision)
     copy = materialise(copy, _zeros_like(copy), context.device, torch.float32)
