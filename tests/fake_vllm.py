@@ -106,7 +106,7 @@ class FakeEngine:
                 continue
             picture = next(pictures)
             self._encode(picture.tobytes())
-            assert picture.width % UNIT == 0 and picture.height % UNIT == 0, "vLLM would resize it once more"
+            assert (picture.width % UNIT, picture.height % UNIT) == (0, 0), "vLLM would resize it once more"
             ids += [token] * (picture.width * picture.height // UNIT**2 + self.seen.expands_by)
         assert next(pictures, None) is None, "a picture without a placeholder"
         return ids
@@ -167,7 +167,8 @@ def llm_class(seen: Seen) -> type:
 def install(monkeypatch: Any) -> Seen:
     """Put the stand-in in vllm's place for one test."""
     seen = Seen()
-    modules = {name: types.ModuleType(name) for name in ("vllm", "vllm.platforms", "vllm.v1", "vllm.v1.engine", "vllm.v1.engine.exceptions")}
+    names = ("vllm", "vllm.platforms", "vllm.v1", "vllm.v1.engine", "vllm.v1.engine.exceptions")
+    modules = {name: types.ModuleType(name) for name in names}
     modules["vllm"].__spec__ = importlib.machinery.ModuleSpec("vllm", None)
     modules["vllm"].LLM, modules["vllm"].SamplingParams = llm_class(seen), SamplingParams
     type_of = type("Platform", (), {"device_type": property(lambda _: seen.device_type)})

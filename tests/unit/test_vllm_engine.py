@@ -1,6 +1,6 @@
 """The vLLM engine's calls against a stand-in (`fake_vllm`): what Terrace asks of vLLM, in which order, and what it makes of answers.
 
-That vLLM itself answers so is shown by tests/vllm, in an environment that has it.
+That vLLM itself answers so is shown by tests/vllm_engine, in an environment that has it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def seen(monkeypatch, tmp_path) -> fake_vllm.Seen:
         folder.mkdir(exist_ok=True)
 
     monkeypatch.setattr(adapter, "export_hf", export)
-    monkeypatch.setattr(adapter, "cut_to", lambda state, config: state)
+    monkeypatch.setattr(adapter, "first_rows", lambda config: {"a": 1})
     return found
 
 
@@ -57,13 +57,13 @@ def engine_of(seen, tmp_path):
     })  # fmt: skip
     made = []
 
-    def engine(device: str = "cuda:0", alone: bool = False, forbidden=(PAD, START, END), vocabulary: int = VOCABULARY):
+    def engine(device="cuda:0", alone=False, forbidden=(PAD, START, END), vocabulary=VOCABULARY, known=VOCABULARY):
         seen.device_type = device.partition(":")[0]
         text = SimpleNamespace(
             vocab_size=vocabulary, num_hidden_layers=2, num_key_value_heads=1, hidden_size=64, num_attention_heads=2, head_dim=None
         )
         config = SimpleNamespace(image_token_id=PAD, model_type="qwen2_5_vl", text_config=text, to_dict=dict)
-        tokenizer = SimpleNamespace(directory=tmp_path, vocabulary_size=VOCABULARY)
+        tokenizer = SimpleNamespace(directory=tmp_path, vocabulary_size=known)
         made.append(adapter.VllmEngine(stage, config, tokenizer, forbidden, (STOP,), WorkerContext(device=device), alone))
         return made[-1]
 
@@ -101,6 +101,7 @@ def test_weights_go_through_a_folder_and_the_engine_sleeps_during_the_update(eng
     engine.update_weights(weights)
     (_, exported), (_, options) = seen.calls
     assert exported.names == ["a", "b"]
+    assert [len(tensor) for tensor in exported.state.values()] == [1, 1], "the rows of the model that is written"
     assert options["logprobs_mode"] == "processed_logprobs", "of the tempered distribution without banned tokens"
     assert (options["dtype"], options["max_model_len"], options["generation_config"]) == ("bfloat16", 512, "vllm")
     assert options["limit_mm_per_prompt"]["video"] == 0
@@ -216,9 +217,8 @@ def test_ids_that_the_tokenizer_lacks_are_cut_off_and_too_many_others_refused(en
     assert dict(seen.calls)["export"].config.text_config.vocab_size == VOCABULARY
     engine.generate(PROMPTS, SAMPLING)
     assert dict(seen.calls)["generate"][0][1].logit_bias == {PAD: -100.0}
-    engine = engine_of(forbidden=tuple(range(2000)))
+    engine = engine_of(vocabulary=3000, forbidden=tuple(range(2000)), known=3000)
     with pytest.raises(InputError, match=r"2000 tokens may not be sampled"):
-        engine._tokens = engine._tokens.__class__(PAD, tuple(range(2000)), (STOP,))
         engine.update_weights(weights)
 
 

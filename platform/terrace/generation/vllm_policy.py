@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from terrace.data.tokenizer import TextTokenizer
 from terrace.errors import InputError
@@ -46,6 +43,7 @@ class VllmEngine:
         self._tokens = Tokens(config.image_token_id, known, tuple(stop))
         self._sleeps = not alone and context.device.startswith("cuda")
         self._memory_share = GPU_MEMORY_SHARE_ALONE if alone else GPU_MEMORY_SHARE
+        self._rows = first_rows(self._config)
         self._dtype = DTYPE_NAMES[stage.precision]
         self._private = PrivateFolder() if context.local_rank == 0 else None
         paths = gather_objects(self._private.path if self._private else None, context)
@@ -60,10 +58,10 @@ class VllmEngine:
         state = {}
         for name, tensor in tensors():  # collective where the parameters are sharded: every rank goes through
             if self._private is not None:
-                state[name] = tensor.detach().to("cpu", copy=True)
+                known = tensor[: self._rows[name]] if name in self._rows else tensor
+                state[name] = known.detach().to("cpu", copy=True)
         if self._private is not None:
             bounds = settled_bounds(self._family, self._stage.pixels.max)
-            state = cut_to(state, self._config)
             export_hf(state, self._config, self._tokenizer.directory, self._folder, bounds, self._dtype)
         barrier(self._context)
         if self._loaded is not None:
@@ -106,7 +104,6 @@ def with_vocabulary(config: Any, count: int) -> Any:
     return config
 
 
-def cut_to(state: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
-    """The tensors with as many rows as the model of `config` has: embedding and head of a smaller vocabulary."""
-    rows = {name: parameter.shape[0] for name, parameter in meta_model(config).named_parameters() if parameter.dim()}
-    return {name: tensor[: rows[name]] if name in rows else tensor for name, tensor in state.items()}
+def first_rows(config: Any) -> dict[str, int]:
+    """How many rows each parameter of the model of `config` has: fewer in embedding and head where its vocabulary is cut."""
+    return {name: parameter.shape[0] for name, parameter in meta_model(config).named_parameters() if parameter.dim()}
