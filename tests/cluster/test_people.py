@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 
 import pytest
-from cluster_world import condition, tiny_curriculum, tiny_stage
+from cluster_world import ROOT, condition, tiny_curriculum, tiny_stage
 from fake.server import Server
+from kustomize import kubectl
 
 from terrace import cli
 from terrace.cluster.kubernetes import Reference, request
@@ -92,8 +96,6 @@ def test_the_command_line_says_what_is_missing(served, capsys):
 def test_a_run_on_kubernetes_draws_nothing_here(monkeypatch, tmp_path):
     import argparse
 
-    from cluster_world import ROOT
-
     drawn = []
     monkeypatch.setattr("terrace.demo.corpus.draw_missing", lambda *values: drawn.append(values))
     parsed = argparse.Namespace(recipe=ROOT / "jobs/recipes/demo.yaml", overrides=[], launcher="kubernetes")
@@ -157,3 +159,27 @@ def test_times_are_read_back_as_they_were_and_from_older_operators():
     assert decode(stored, ["a"]) == (state, memory)
     stored["machine"]["started_at"], stored["operator"]["admitted_at"] = 1_795_890_600.0, {"x-s0-2": 1_795_890_700.5}
     assert decode(stored, ["a"]) == (state, memory)
+
+
+def test_kubectl_plugin(served, tmp_path):
+    """`kubectl terrace WORD NAME`, with a real kubectl against the fake API server."""
+    if kubectl() is None:
+        pytest.skip("kubectl is not installed")
+    served.store.create(tiny_curriculum())
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "kubectl-terrace").symlink_to(ROOT / "k8s/kubectl-terrace")
+    (folder / "terrace").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m terrace.cli "$@"\n')
+    (folder / "terrace").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": f"{ROOT}/platform"}
+
+    def run(*words):
+        done = subprocess.run(["kubectl", "terrace", *words], env=environment, capture_output=True, text=True, timeout=60)
+        return done.returncode, done.stdout + done.stderr
+
+    assert run("status", "tiny") == (0, "k8s://default/tiny  Pending  stages 0\n")
+    assert run("suspend", "tiny")[0] == 0
+    assert served.store.objects["Curriculum"]["tiny"]["spec"]["suspend"] is True
+    code, text = run("status", "tiny", "-n", "elsewhere")
+    assert (code, "k8s://elsewhere/tiny" in text) == (2, True)
+    assert run("status")[0] == 2

@@ -23,7 +23,7 @@ from terrace.curriculum.journal import Journal, LeaseHeld, LeaseLost, acquire_le
 from terrace.curriculum.run import move_aside
 from terrace.errors import InputError
 from terrace.storage import conditional, follower, mirror, synchronise
-from terrace.storage import files as storage_module
+from terrace.storage import s3 as storage_module
 from terrace.storage.conditional import Changed, read_versioned, write_if
 
 # ---------------------------------------------------------------- conditional writes

@@ -38,7 +38,8 @@ from terrace.data.types import Sample
 from terrace.errors import InputError
 from terrace.families.interface import Family
 from terrace.recipe.schema import Source, Storage
-from terrace.storage.files import DEFAULT_STORAGE, absolute, join, read_file, relative_name, write_file
+from terrace.storage.files import absolute, join, read_file, relative_name, write_file
+from terrace.storage.s3 import DEFAULT_STORAGE
 
 INDEX_VERSION = 2
 

@@ -21,7 +21,8 @@ from terrace.data.sources.running_text import alternatives
 from terrace.data.sources.shard_writing import ShardWriter
 from terrace.data.types import Sample
 from terrace.recipe.schema import Storage
-from terrace.storage.files import StorageError, is_remote, join, read_file, upload, write_file
+from terrace.storage.faults import StorageError
+from terrace.storage.files import is_remote, join, read_file, upload, write_file
 
 
 @dataclass(frozen=True)
