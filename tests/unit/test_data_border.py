@@ -261,6 +261,7 @@ def test_unwanted_answers_are_never_learnt_as_wanted() -> None:
          "user: <0>?| assistant: x"),
         ({"messages": [{"role": "user", "content": [{"text": "a"}, "b", {"type": "input_text", "text": "c"},
                                                      {"type": "text", "value": "d"}]}, HI[1]]}, "user: abcd| assistant: Hello"),
+        (HI, "user: Hi| assistant: Hello"),
         ({"texts": ["One", "Two"]}, "One\n\nTwo"),
         ({"image": "a.png", "text": ["line 1", "line 2"]}, "<0>line 1\nline 2"),
         ({"image": "a.png", "text": "", "caption": "A square."}, "<0>A square."),
@@ -269,7 +270,7 @@ def test_unwanted_answers_are_never_learnt_as_wanted() -> None:
         ({"content": [{"type": "text", "text": "\ufeffA text"}]}, "A text"),
     ],
 )  # fmt: skip
-def test_forms(row: dict, expected: str) -> None:
+def test_forms(row: Any, expected: str) -> None:
     assert read(row) == expected
 
 
