@@ -214,7 +214,7 @@ def test_rows_with_answers_and_rows_with_solutions_expect_the_same(tmp_path):
         ("caption", {"text": "no image"}, "without an image"),
         ("ocr", [1, 2], "not a JSON object"),
         ("ocr", box_row(solution={"text": "x"}), "is no text and no list of texts"),
-        ("ocr", box_row(solution=[]), "is no list of accepted texts"),
+        ("ocr", box_row(solution=[]), "neither `solution` nor an assistant's turn"),
         ("ocr", box_row(solution=["x", {"y": 1}]), "is no list of accepted texts"),
         ("counting", box_row(solution=["3", "many"]), "'many' is no number"),
     ],
