@@ -30,7 +30,7 @@ _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _PR_SET_CHILD_SUBREAPE
     24,
     47,
 )
-_CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH = 1, 2
+_CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH, _CAP_SETUID = 1, 2, 7
 _SANDBOX_USER = 2_000_000  # plus the process id: a user of its own, so that its processes can be counted
 # socket, ptrace, process_vm_readv and _writev, mount, umount, pivot_root, unshare, setns, keyctl, userfaultfd, bpf, io_uring_setup
 _REFUSED_CALLS = {
@@ -44,10 +44,12 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def unshared() -> list[str]:
     """Move this process into namespaces of its own and return their names. Its children see them whole (a process id namespace
-    begins with the next fork). Without the right to do so as it is, a user namespace is tried, then fewer namespaces."""
+    begins with the next fork). Without the right to do so as it is, a user namespace is tried, then fewer namespaces; not by root that
+    can become a user of its own, whose processes are counted (those of root in a user namespace are not)."""
     wanted = ["mount", "pid", "network", "ipc"]
     tries = [wanted] if os.geteuid() == 0 else []
-    tries += [["user", *wanted], ["user", "pid", "network"], ["user", "network"]]
+    if os.geteuid() != 0 or not (_permitted(_CAP_SETUID) and _reading_right() is not None):
+        tries += [["user", *wanted], ["user", "pid", "network"], ["user", "network"]]
     user, group = os.geteuid(), os.getegid()
     for names in tries:
         if _libc.unshare(sum(_CLONE[name] for name in names)) == 0:
@@ -112,7 +114,7 @@ def drop_rights(in_user_namespace: bool, number: int) -> list[str]:
     user = _SANDBOX_USER + number % 1_000_000
     # Without a right to read what is root's, a user of its own could not even import its rule. The second one also writes, as root
     # does anyway; Landlock and read-only file systems hold against both.
-    reading = next((one for one in (_CAP_DAC_READ_SEARCH, _CAP_DAC_OVERRIDE) if _permitted(one)), None)
+    reading = _reading_right()
     as_root = os.geteuid() == 0 and not in_user_namespace and reading is not None
     processes = PROCESSES if as_root or in_user_namespace else PROCESSES + _tasks_of_user()
     if as_root:
@@ -209,6 +211,10 @@ def _tasks_of_user() -> int:
             except OSError:
                 continue
     return total
+
+
+def _reading_right() -> int | None:
+    return next((one for one in (_CAP_DAC_READ_SEARCH, _CAP_DAC_OVERRIDE) if _permitted(one)), None)
 
 
 def _permitted(capability: int) -> bool:
