@@ -39,6 +39,7 @@ _REFUSED_CALLS = {
 }
 _MOUNT_SETATTR, _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 442, 444, 445, 446  # the same numbers on both
 _LANDLOCK_WRITES = sum(1 << bit for bit in (1, 4, 5, 6, 7, 8, 9, 10, 11, 12))  # write, remove, make of every kind
+_STARTED_AS_ROOT = os.geteuid() == 0
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -130,8 +131,8 @@ def drop_rights(in_user_namespace: bool, number: int) -> list[str]:
     if _set_capabilities(keep) or (keep and _set_capabilities(0)):
         held.append("no capabilities")
     resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
-    if os.geteuid() != 0:
-        held.append("processes")  # the kernel does not count those of root
+    if as_root or not _STARTED_AS_ROOT:
+        held.append("processes")  # the kernel does not count those of root, in a user namespace neither
     if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0:
         held.append("no new privileges")
     return held
