@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,9 @@ def evaluate_model(
     settings = settings or Settings()
     started = time.monotonic()
     loaded, sight = open_suites(model, suites, settings)
+    measured = [suite.label for suite in loaded if suite.kind.judge is None]
+    if settings.engine == "vllm" and measured:
+        raise InputError(f"--engine vllm: {', '.join(measured)} measures losses, for which the model itself is needed; use native")
     if settings.workers == 1:
         parts = [worker_replies(model, suites, settings, 0, progress, loaded)]
     else:
@@ -185,7 +189,7 @@ def worker_replies(
 
     device = use_threads_of_worker(worker, settings)
     suites = suites if suites is not None else open_suites(model, texts, settings)[0]
-    speaker = load_model(model, device, settings.precision, settings.batch_size, settings.pixels)
+    speaker = load_model(model, device, settings.precision, settings.batch_size, settings.pixels, settings.engine)
     measures = {suite.label: loss_measure(suite.path, speaker) for suite in suites if suite.kind.judge is None}
 
     def answerer(suite: Suite, cases: Sequence[Case]) -> list[Reply]:
@@ -193,10 +197,11 @@ def worker_replies(
             return [Reply("", measured=measured) for measured in measures[suite.label](cases)]
         return speaker.reply(cases, suite.max_new_tokens)
 
-    return {
-        suite.label: replies_of_worker(suite, answerer, settings.batch_size, worker, settings.workers, progress)
-        for suite in suites
-    }
+    with closing(speaker.engine):
+        return {
+            suite.label: replies_of_worker(suite, answerer, settings.batch_size, worker, settings.workers, progress)
+            for suite in suites
+        }
 
 
 def _in_processes(model: Path, suites: Sequence[str], settings: Settings) -> list[dict[str, dict[int, Reply]]]:
