@@ -19,7 +19,17 @@ from stored_run import Machines
 
 from terrace import cli
 from terrace.cluster.attempt import Fenced, claim_attempt, stop_requested
-from terrace.curriculum.journal import Journal, LeaseHeld, LeaseLost, acquire_lease, leave_request, pending_requests, read_journal
+from terrace.curriculum.journal import (
+    Journal,
+    LeaseHeld,
+    LeaseLost,
+    acquire_lease,
+    lease_holder,
+    leave_request,
+    pending_requests,
+    read_journal,
+    renew_lease,
+)
 from terrace.curriculum.run import move_aside
 from terrace.errors import InputError
 from terrace.storage import conditional, follower, mirror, synchronise
@@ -349,9 +359,15 @@ def test_a_second_controller_on_another_machine_is_refused_until_the_lease_expir
         first = acquire_lease(mirror.open_run(run), 60, clock=lambda: now)
     with machines.on("b"):
         there = mirror.open_run(run)
-        with pytest.raises(LeaseHeld, match="on a since"):
-            acquire_lease(there, 60, clock=lambda: now + 59)
-        assert acquire_lease(there, 60, clock=lambda: now + 61).token == first.token + 1
+        for later in (0, 59, 5000):  # how long this machine's clock says; 5000 is the first look after a renewal
+            if later == 5000:
+                with machines.on("a"):
+                    renew_lease(first, clock=lambda: now + 59)
+            with pytest.raises(LeaseHeld, match="on a since"):
+                acquire_lease(there, 60, clock=lambda: now + later)  # noqa: B023
+        assert acquire_lease(there, 60, clock=lambda: now + 5061).token == first.token + 1
+        with machines.on("a"), pytest.raises(LeaseLost, match=re.escape(f"{run} was taken over by process")):
+            renew_lease(first)
 
 
 def test_of_controllers_that_come_at_once_one_is_let_in(machines: Machines, run: str, monkeypatch: pytest.MonkeyPatch):
@@ -378,9 +394,10 @@ def test_the_journal_is_on_the_storage_and_an_overtaken_controller_adds_nothing(
         old.__enter__()
         old.append({"event": "run_started"})
         old.append({"event": "data_prepared"})
-    time.sleep(0.3)
     with machines.on("b"):
         there = mirror.open_run(run)
+        assert lease_holder(there)["host"] == "a"
+        time.sleep(0.3)
         with Journal(there) as young:
             assert [event["event"] for event in young.events] == ["run_started", "data_prepared"]
             with machines.on("a"), pytest.raises(LeaseLost):
