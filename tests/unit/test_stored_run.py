@@ -339,6 +339,13 @@ def test_a_storage_that_ignores_conditions_is_refused_or_accepted_by_name(
     assert conditional.list_objects(run) == [], "the probe leaves nothing"
 
 
+def test_a_run_is_not_named_with_credentials(capsys: pytest.CaptureFixture):
+    assert cli.main(["status", "s3://KEY:hunter2@bucket/x"]) == 2
+    line = capsys.readouterr().err
+    assert "AWS_PROFILE" in line
+    assert "hunter2" not in line
+
+
 @pytest.mark.usefixtures("hurried")
 def test_messages_name_the_run_as_the_user_does(machines: Machines, run: str, capsys: pytest.CaptureFixture):
     with machines.on("a"):
