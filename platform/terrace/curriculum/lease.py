@@ -27,6 +27,7 @@ import psutil
 from terrace.cluster.attempt import read_json, write_atomic
 from terrace.errors import TerraceError
 from terrace.storage import mirror
+from terrace.storage.follower import patiently
 
 LEASE_SECONDS = 60.0
 LEASE_NAME = "controller.lease"
@@ -109,7 +110,7 @@ def lease_holder(run_dir: Path, clock: Callable[[], float] = time.time) -> Conte
 def holding(lease: Lease) -> Iterator[None]:
     """A block that only the lease's holder enters, while nobody else can take it (on one disk). Raises LeaseLost."""
     if mirror.root_of(lease.path) is not None:
-        _checked(lease, _read_stored(lease.path))
+        _checked(lease, patiently(lambda: _read_stored(lease.path)))
         yield
         return
     with _guarded(lease.path):
