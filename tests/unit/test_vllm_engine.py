@@ -5,11 +5,15 @@ That vLLM itself answers so is shown by tests/vllm_engine, in an environment tha
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import queue
 import stat
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,6 +29,7 @@ from terrace.generation import vllm_policy as adapter
 from terrace.generation.interface import Prompt, Sampling
 from terrace.generation.vllm import VllmLost
 from terrace.generation.vllm_folder import PREFIX, PrivateFolder, settled_bounds, with_bounds
+from terrace.generation.vllm_process import watch
 from terrace.recipe.schema import Stage
 from terrace.rl.units import TrainGroup
 from terrace.rl.update import UpdateFigures
@@ -209,6 +214,24 @@ def test_the_end_of_its_process_is_named(engine_of, seen):
     seen.dies_at_step = 2
     with pytest.raises(VllmLost, match="its process ended"):
         engine.generate(PROMPTS, SAMPLING)
+
+
+def test_who_waits_for_a_killed_process_hears_of_its_end():
+    process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(600,))
+    process.start()
+    answer: Future = Future()
+    resources = SimpleNamespace(engine_manager=SimpleNamespace(processes=[process]), engine_dead=False)
+    core = SimpleNamespace(resources=resources, outputs_queue=queue.Queue(), utility_results={1: answer})
+    watch(core, lambda: RuntimeError("gone"))
+    with pytest.raises(queue.Empty):
+        core.outputs_queue.get(timeout=0.2)
+    process.kill()
+    assert str(core.outputs_queue.get(timeout=30)) == "gone"
+    with pytest.raises(RuntimeError, match="gone"):
+        answer.result(timeout=30)
+    assert resources.engine_dead
+    process.join()
+    watch(SimpleNamespace(), lambda: RuntimeError("gone"))  # one that decodes in this process
 
 
 def test_ids_that_the_tokenizer_lacks_are_cut_off_and_too_many_others_refused(engine_of, seen):

@@ -12,6 +12,7 @@ from terrace.curriculum.run_directory import require_run
 from terrace.curriculum.state import RunState, fold
 from terrace.curriculum.tracked import TrackedRun
 from terrace.errors import InputError, TerraceError
+from terrace.recipe.credentials import credentials_problem
 from terrace.recipe.schema import Recipe
 from terrace.storage import mirror
 from terrace.track.tracking import open_tracking
@@ -33,6 +34,8 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 
 def track_command(arguments: argparse.Namespace) -> int:
+    if problem := credentials_problem(arguments.uri or ""):
+        raise InputError(f"--uri {problem}")
     run_dir = mirror.open_run(arguments.run_dir)
     recipe = require_run(run_dir)
     uri, place = arguments.uri or recipe.tracking.uri, mirror.place_of(run_dir)

@@ -19,6 +19,7 @@ from typing import Any
 from terrace.errors import InputError, TerraceError
 from terrace.families.interface import Family
 from terrace.generation.interface import GroupReady, Prompt, Response, Sampling
+from terrace.generation.vllm_process import watch
 from terrace.generation.vllm_requests import MOST_IMAGES, checked_prompt, request_of, response_of, sampling_values
 
 MOST_BIASES = 1024  # tokens with a bias that vLLM's GPU runner takes
@@ -83,10 +84,12 @@ class Vllm:
                 "choose native"
             )
         from vllm import LLM
+        from vllm.v1.engine.exceptions import EngineDeadError
 
         self._loading, self._family, self._tokens = loading, family, tokens
         with _one_device(loading.device):
             self._llm: Any = LLM(**_arguments(loading, family, config))
+        watch(self._llm.llm_engine.engine_core, EngineDeadError)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, ready: GroupReady | None = None) -> list[list[Response]]:
         """One request per sample, each with its own seed from (seed, prompt, sample). Raises VllmLost, InputError."""
