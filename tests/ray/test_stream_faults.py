@@ -22,7 +22,7 @@ from terrace.data.order.plan import StagePlan
 from terrace.data.stream.rank_stream import open_stream
 from terrace.errors import DamagedData
 from terrace.recipe.schema import Storage
-from terrace.storage.files import s3
+from terrace.storage.s3 import s3
 
 pytestmark = pytest.mark.ray
 

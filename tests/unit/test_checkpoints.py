@@ -270,7 +270,7 @@ def test_ranks_of_one_machine_fetch_a_checkpoint_once(machines: Machines, run: s
 
 
 def test_a_storage_that_fails_now_and_then_costs_nothing_but_time(machines: Machines, run: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("terrace.storage.files.BACKOFF_BASE_SECONDS", 0.01)
+    monkeypatch.setattr("terrace.storage.s3.BACKOFF_BASE_SECONDS", 0.01)
     writer = writer_in(stage_on(machines, "a", run))
     machines.server.fault = lambda number, method: 503 if number % 4 == 0 else None
     try:

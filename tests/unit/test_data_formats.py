@@ -28,7 +28,8 @@ from terrace.data.tokenizer import train_tokenizer
 from terrace.errors import InputError
 from terrace.families.qwen2_5_vl import Qwen25VL
 from terrace.recipe.schema import Data, Source
-from terrace.storage.files import DEFAULT_STORAGE, list_files
+from terrace.storage.files import list_files
+from terrace.storage.s3 import DEFAULT_STORAGE
 
 FAMILY = Qwen25VL()
 

@@ -20,7 +20,8 @@ from terrace.data.sources import readers, shard_walk
 from terrace.data.tokenizer import train_tokenizer
 from terrace.errors import InputError
 from terrace.recipe.schema import Source
-from terrace.storage.files import DEFAULT_STORAGE, list_files
+from terrace.storage.files import list_files
+from terrace.storage.s3 import DEFAULT_STORAGE
 
 HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 

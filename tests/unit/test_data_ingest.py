@@ -21,7 +21,7 @@ from terrace.data.tokenizer import train_tokenizer
 from terrace.errors import DamagedData, InputError
 from terrace.families.qwen2_5_vl import Qwen25VL
 from terrace.recipe.schema import Data, Source
-from terrace.storage.files import DEFAULT_STORAGE
+from terrace.storage.s3 import DEFAULT_STORAGE
 
 FAMILY = Qwen25VL()
 

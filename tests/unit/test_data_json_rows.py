@@ -17,7 +17,8 @@ from terrace.data.sources.listing import Listing
 from terrace.data.sources.planning import plan_units
 from terrace.data.sources.readers import read_rows
 from terrace.data.sources.refusals import Refusal
-from terrace.storage.files import DEFAULT_STORAGE, list_files
+from terrace.storage.files import list_files
+from terrace.storage.s3 import DEFAULT_STORAGE
 
 text = st.text(st.sampled_from('aé🙂"\\[]{},: \n\u2028'), max_size=12)
 plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | text
@@ -78,6 +79,7 @@ def test_a_row_that_never_ends_is_not_read_for_ever(pieces, monkeypatch: pytest.
     stream = io.BytesIO(b'[{"a": "' + b"x" * 100_000)
     [(fault, _)] = array_rows(stream)
     assert isinstance(fault, Refusal)
+    assert fault.reason == "too_large"
     assert stream.tell() < 5_000
 
 

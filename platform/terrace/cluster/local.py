@@ -22,7 +22,7 @@ from terrace.cluster.start_ray import ray_lives, start_ray
 from terrace.errors import InputError
 from terrace.recipe.schema import Recipe
 from terrace.storage import mirror
-from terrace.storage.files import StorageError
+from terrace.storage.faults import StorageError
 from terrace.storage.run_layout import stage_directory
 from terrace.track.follow import last_row
 
@@ -182,6 +182,6 @@ def _ray_storage(run_dir: Path) -> dict[str, Any]:
         return {"storage_path": str(Path(run_dir).absolute() / "ray")}
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-    from terrace.storage.files import s3
+    from terrace.storage.s3 import s3
 
     return {"storage_path": f"{uri.removeprefix('s3://')}/ray", "storage_filesystem": PyFileSystem(FSSpecHandler(s3()))}

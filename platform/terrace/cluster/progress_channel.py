@@ -199,6 +199,7 @@ def _newest_checkpoint(stage_directory: str) -> dict[str, Any] | None:
     """The highest complete step (of a run on S3: by its fence; else its folder has a manifest). The trainer checks it in full."""
     from terrace.cluster.attempt_outcome import newest_checkpoint_step
     from terrace.storage import files as storage
+    from terrace.storage.faults import StorageError
     from terrace.storage.mirror import uri_of
 
     folder = storage.join(stage_directory, "checkpoints")
@@ -207,7 +208,7 @@ def _newest_checkpoint(stage_directory: str) -> dict[str, Any] | None:
         return None if step is None else {"uri": f"{uri}/checkpoints/step-{step:06d}", "step": step}
     try:
         files = storage.list_files(folder)
-    except (OSError, storage.StorageError):
+    except (OSError, StorageError):
         return None
     steps = []
     for file in files:

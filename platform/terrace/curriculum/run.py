@@ -208,7 +208,7 @@ def _follow(controller: _Controller, stage: StageState) -> None:
         controller.watch = Watch(
             controller.recipe, controller.run_dir, controller.state, controller.display, lambda event: _record(controller, event)
         )
-        controller.watch.start(_parameters(controller.recipe))
+        controller.watch.start()
     if not controller.watch.follows(stage):
         controller.watch.begin_stage(stage)
     controller.watch.poll()
@@ -284,11 +284,6 @@ def move_aside(folder: Path, rerun: int) -> None:
     if folder.exists() and not aside.exists():
         folder.rename(aside)
     mirror.move_folder(folder, aside)
-
-
-def _parameters(recipe: Recipe) -> dict[str, Any]:
-    parameters = recipe.model_dump(mode="json", exclude_none=True, exclude={"stages", "notes"})
-    return {**parameters, "recipe_hash": recipe_hash(recipe), "stages": [stage.name for stage in recipe.stages]}
 
 
 def prepare_run_data(recipe: Recipe, run_dir: Path, display: Display) -> dict[str, Any]:

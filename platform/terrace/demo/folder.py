@@ -69,6 +69,9 @@ def find_sources(folder: Path) -> tuple[list[Found], list[str]]:
         raise InputError(f"{folder}: there is no such folder; name one that holds .jsonl files")
     found, left_out = [], []
     for path in sorted(folder.glob("*.jsonl")):
+        if not path.is_file():
+            left_out.append(f"{path.name}: it is a folder, or a link to nothing")
+            continue
         lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
         rows = [row for row in map(_parse, lines[:SNIFFED_ROWS]) if row is not None]
         kind = kind_of_rows(rows, path.stem)

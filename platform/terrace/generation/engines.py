@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from terrace.data.tokenizer import TextTokenizer
@@ -23,7 +22,6 @@ def open_engine(
     model: Any,
     config: Any,
     tokenizer: TextTokenizer,
-    stage_dir: Path,
     context: WorkerContext,
 ) -> RolloutEngine:
     """The engine that the recipe names. `model` is the one that trains, whole or in shards."""
@@ -31,8 +29,8 @@ def open_engine(
     if options.placement == "separate":
         from terrace.generation.separate import SeparateEngine
 
-        return SeparateEngine(section, stage, tokenizer.directory, stage_dir, context)
+        return SeparateEngine(section, stage, tokenizer.directory, context)
     if options.engine == "native" and stage.parallel.strategy not in SHARDING:
         forbidden, stop = forbidden_tokens(tokenizer, config), stop_tokens(tokenizer, config)
         return NativeEngine(model, forbidden, stop, context.device, stage.precision)
-    return open_copy_engine(section, stage, config, tokenizer, stage_dir, context)
+    return open_copy_engine(section, stage, config, tokenizer, context)

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from terrace.storage.faults import StorageError
 from terrace.storage.synchronise import synchronise
@@ -30,6 +30,7 @@ LARGEST_WAIT_SECONDS = 30.0  # between two tries while the storage is away
 LOST_SECONDS = 600.0
 FOLLOWER = ".mirror.follower"
 TellsLost = Callable[[StorageError], None]
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -75,6 +76,20 @@ class Follower:
         log.error("%s", self.lost)
         if self.tell is not None:
             self.tell(self.lost)
+
+
+def patiently(action: Callable[[], Result]) -> Result:
+    """What a run cannot go on without: tried again for as long as the follower does. Raises StorageError after ten minutes."""
+    end, wait = time.monotonic() + LOST_SECONDS, SYNC_SECONDS
+    while True:
+        try:
+            return action()
+        except StorageError as error:
+            if time.monotonic() >= end:
+                raise
+            log.warning("the run waits for its storage (%s)", error)
+        time.sleep(wait)
+        wait = min(LARGEST_WAIT_SECONDS, wait * 2)
 
 
 def _words(error: Exception) -> str:

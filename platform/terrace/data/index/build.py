@@ -38,7 +38,8 @@ from terrace.data.types import Sample
 from terrace.errors import InputError
 from terrace.families.interface import Family
 from terrace.recipe.schema import Source, Storage
-from terrace.storage.files import DEFAULT_STORAGE, absolute, join, read_file, relative_name, write_file
+from terrace.storage.files import absolute, join, read_file, relative_name, write_file
+from terrace.storage.s3 import DEFAULT_STORAGE
 
 INDEX_VERSION = 2
 
@@ -253,7 +254,7 @@ def index_group(
     row = {
         "id": sample.id,
         "id_hash": id_hash(sample.id),
-        **hashes_of(sample, [group.data[suffix] for suffix in images]),
+        **hashes_of(sample, [(group.data[suffix], members[suffix].crc) for suffix in images]),
         "kind": sample.kind,
         "shard": shard_number,
         "member_suffix": [member.suffix for member in used],

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from terrace.data.types import Sample
+
+ENDS_BYTES = 4_096
 
 
 class Contents(Protocol):
@@ -110,6 +113,14 @@ def overlaps(indexes: Mapping[str, Contents]) -> Counter[tuple[str, str]]:
     return counts
 
 
-def hashes_of(sample: Sample, images: list[bytes]) -> dict[str, Any]:
-    """A sample's columns in the index."""
-    return {"text_hash": text_hash(sample), "image_hash": [hash_bytes(image) for image in images]}
+def picture_hash(data: bytes, crc: int) -> int:
+    """64 bits of a picture's file, whose checksum is known: of that, its size, and its first and last 4 KiB.
+
+    A tenth of the time that a hash over all of it takes, of a file that is read and checked anyway.
+    """
+    return hash_bytes(data[:ENDS_BYTES] + data[-ENDS_BYTES:] + struct.pack("<QI", len(data), crc))
+
+
+def hashes_of(sample: Sample, images: Sequence[tuple[bytes, int]]) -> dict[str, Any]:
+    """A sample's columns in the index; `images` are (bytes, CRC-32)."""
+    return {"text_hash": text_hash(sample), "image_hash": [picture_hash(*image) for image in images]}

@@ -22,7 +22,8 @@ from terrace.data.template import Measure
 from terrace.errors import InputError
 from terrace.families.interface import Bounds, Costs, Family
 from terrace.recipe.schema import Storage
-from terrace.storage.files import DEFAULT_STORAGE, join, open_sequential, read_file
+from terrace.storage.files import join, open_sequential, read_file
+from terrace.storage.s3 import DEFAULT_STORAGE
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from terrace.data.sources.json_rows import array_spans, starts_array
 from terrace.data.sources.listing import PACKED
 from terrace.data.sources.unpack import opened
 from terrace.recipe.schema import Storage
-from terrace.storage.files import StoredFile, is_remote, open_sequential, relative_name, s3
+from terrace.storage.files import StoredFile, is_remote, open_sequential, relative_name
+from terrace.storage.s3 import s3
 
 UNIT_BYTES = 32 * 2**20
 _FIRST_LINE_BYTES = 64 * 2**20

@@ -75,6 +75,10 @@ def _rows(stream: IO[bytes], start: int, end: int | None) -> Iterator[tuple[Any,
         except ValueError as error:
             if _may_go_on(error, len(reader.text)) and len(reader.text) - reader.at < MAX_ROW_CHARACTERS and reader.more():
                 continue
+            if len(reader.text) - reader.at >= MAX_ROW_CHARACTERS:
+                told = f"the row at byte {reader.place} has more than {MAX_ROW_CHARACTERS:,} characters; what lies behind it is not read"
+                yield Refusal("too_large", told), reader.place
+                return
             yield Refusal("bad_row", f"not readable as JSON in the row at byte {reader.place} ({error})"), reader.place
             return
         except RecursionError as error:

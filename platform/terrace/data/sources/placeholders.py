@@ -19,6 +19,7 @@ from terrace.data.sources.media import ImageReference, VideoReference
 from terrace.data.sources.refusals import Refusal
 
 Item = dict[str, Any]
+BYTE_ORDER_MARK = "\ufeff"  # where a file began; no text
 _MEDIA = ("<image>", "<video>", "<audio>")
 _MEDIA_TAGS = re.compile(r"(<image>|<video>|<audio>)")
 _ALL_TAGS = re.compile(r"(<image>|<video>|<audio>|<bbox>|<point>|<ref-object>)")
@@ -58,7 +59,7 @@ class PlaceholderReader:
 
     def read(self, text: str, media: bool = True) -> list[Item]:
         """Content items of one text. `media`: `<image>` and its like are placeholders."""
-        media = media and self.tags
+        media, text = media and self.tags, text.removeprefix(BYTE_ORDER_MARK)
         if media and _QWEN_1_IMAGE.search(text):
             told = "`<img>file</img>` of Qwen-VL 1 in the text: write `<image>` and name the file in `images`"
             raise Refusal("unsupported", f"{told}; {_AS_TEXT}")

@@ -10,12 +10,11 @@ from typing import Any
 from terrace.data.sources.conversation import has_text, read_part
 from terrace.data.sources.fields import Fields
 from terrace.data.sources.media import KINDS_WITH_PICTURES
-from terrace.data.sources.placeholders import Item, PlaceholderReader
+from terrace.data.sources.placeholders import BYTE_ORDER_MARK, Item, PlaceholderReader
 from terrace.data.sources.refusals import Refusal
 
 TEXT_KEYS = ("text", "caption", "captions", "description", "alt_text", "ocr", "sentences", "content", "texts")
 ALTERNATIVE_KEYS = ("captions", "caption", "sentences", "description", "alt_text")  # a list in them is several captions, not lines
-BYTE_ORDER_MARK = "\ufeff"
 
 
 def caption_or_text(fields: Fields, reader: PlaceholderReader, kind: str) -> list[Item]:
@@ -70,7 +69,7 @@ def paired_document(texts: list[Any], pictures: list[Any], reader: PlaceholderRe
         if text is not None and not isinstance(text, str):
             raise Refusal("bad_row", f"`texts` holds a {type(text).__name__}, not text")
         if text is not None:
-            items.append({"type": "text", "text": text})
+            items.append({"type": "text", "text": text.removeprefix(BYTE_ORDER_MARK)})
     reader.finish()
     return _with_paragraphs(items)
 

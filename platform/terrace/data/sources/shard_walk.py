@@ -19,7 +19,8 @@ from typing import Any
 from terrace.data.sources.refusals import Refusal
 from terrace.data.sources.unpack import compression
 from terrace.recipe.schema import Storage
-from terrace.storage.files import DEFAULT_STORAGE, open_sequential
+from terrace.storage.files import open_sequential
+from terrace.storage.s3 import DEFAULT_STORAGE
 
 MAX_MEMBER_BYTES = 512 * 2**20  # a larger one is refused unread: a sample's files are held in memory
 _BLOCK = 512
