@@ -34,19 +34,21 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "index": ("terrace.data.command", "index shards where they lie"),
     "inspect": ("terrace.data.look.inspect_command", "show a source or a stage as the model sees it, on a page"),
     "order": ("terrace.data.command", "list the first packs of a stage without running it"),
+    "duplicates": ("terrace.evaluate.duplicates_command", "find samples and pictures that stand in several sources or suites"),
     "evaluate": ("terrace.evaluate.command", "score a model on suites"),
     "report": ("terrace.curriculum.report_command", "write a run's report"),
     "track": ("terrace.curriculum.track_command", "fill an MLflow server from a run directory"),
     "render": ("terrace.cluster.command", "print the Kubernetes resource of a recipe"),
+    "judge": ("terrace.rewards.judge_command", "score given responses with a reward and say why"),
     "serve-rewards": ("terrace.rewards.command", "serve rewards over HTTP"),
     "demo": ("terrace.demo.command", "train a tiny model through a whole curriculum on this machine"),
 }
-READ_SAMPLES = ("run", "ingest", "order", "inspect")
+READ_SAMPLES = ("run", "ingest", "order", "inspect", "duplicates")
 GROUPS = {
     "Runs": ("run", "status", "logs", "pause", "suspend", "resume", "cancel"),
     "Recipes": ("validate", "plan", "schema", "render"),
-    "Data": ("ingest", "index", "inspect", "order"),
-    "Models": ("evaluate", "report", "track", "serve-rewards", "demo"),
+    "Data": ("ingest", "index", "inspect", "order", "duplicates"),
+    "Models": ("evaluate", "report", "track", "judge", "serve-rewards", "demo"),
 }
 
 
@@ -115,6 +117,8 @@ def _draw_demo_scenes(parsed: argparse.Namespace) -> None:
     path = getattr(parsed, "recipe", None)
     if path is None or not Path(path).is_file():
         return  # the subcommand says what is wrong
+    if getattr(parsed, "launcher", None) == "kubernetes":
+        return  # nothing on this machine is read: the pods see their own volumes
     from terrace.recipe.loading import load_recipe
 
     sources = load_recipe(path, getattr(parsed, "overrides", ())).data.sources

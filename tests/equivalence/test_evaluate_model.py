@@ -138,6 +138,8 @@ def test_held_out_loss_is_that_of_the_whole_sample(shared_data, tmp_path):
     )  # fmt: skip
     prepared = prepare_data(recipe, tmp_path / "run", use_ray=False)
     directory = make_model(tmp_path / "model", prepared.tokenizer_dir)
+    with pytest.raises(InputError, match=r"--engine vllm: .* measures losses"):
+        evaluate_model(directory, [f"loss:{tmp_path / 'run'}"], tmp_path / "out", Settings(device="cpu", engine="vllm"))
     scores = evaluate_model(directory, [f"loss:{tmp_path / 'run'}"], tmp_path / "out", Settings(device="cpu"))
     [suite] = scores["suites"].values()
     assert suite["cases"] == 3
@@ -174,3 +176,26 @@ def test_held_out_loss_is_that_of_the_whole_sample(shared_data, tmp_path):
     other = make_model(tmp_path / "other")
     with pytest.raises(InputError, match="another tokenizer"):
         evaluate_model(other, [f"loss:{tmp_path / 'run'}"], tmp_path / "out2", Settings(device="cpu"))
+
+
+def test_vllm_answers_in_place_of_the_native_engine(model_dir, tmp_path, monkeypatch):
+    import fake_vllm
+
+    rows = [{"messages": [{"role": "user", "content": f"How many? {number}"}], "solution": "3"} for number in range(3)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    counting = f"counting:{tmp_path}/c.jsonl"
+    out = ["--out", str(tmp_path / "out"), "--engine", "vllm", "--device", "cpu", "--max-new-tokens", "3"]
+    seen = fake_vllm.install(monkeypatch)
+    seen.pad = -1  # no pictures here
+    with pytest.raises(InputError, match="computes on cuda"):
+        evaluate_model(model_dir, [counting], tmp_path / "out", Settings(engine="vllm", device="cpu"))
+    seen.device_type = "cpu"
+    assert main(["evaluate", str(model_dir), counting, *out]) == 0
+    assert (seen.names.count("open"), seen.alive) == (1, 0), "opened once, and ended"
+    options = dict(seen.calls)["open"]
+    assert (options["dtype"], options["enable_sleep_mode"]) == ("float32", False)
+    assert not Path(options["model"]).exists(), "its view of the directory is gone"
+    assert [row.answer_tokens for row in read_results(tmp_path / "out")[1]] == [2, 3, 2]
+    with pytest.raises(InputError, match=r"case .* tokens and an answer of up to 40000 are more than engine vllm is opened for"):
+        evaluate_model(model_dir, [counting], tmp_path / "out", Settings(engine="vllm", device="cpu", max_new_tokens=40_000))
+    assert seen.alive == 0

@@ -25,7 +25,10 @@ from terrace.errors import DamagedData, InputError
 from terrace.families.qwen2_5_vl import Qwen25VL
 from terrace.recipe.schema import Data, Source, Storage
 from terrace.storage import files as module
-from terrace.storage.files import StorageError, is_passing, list_files, merge_ranges, read_file, read_ranges, s3, write_file
+from terrace.storage import s3 as s3_module
+from terrace.storage.faults import StorageError, is_passing
+from terrace.storage.files import list_files, merge_ranges, read_file, read_ranges, write_file
+from terrace.storage.s3 import s3
 
 FAMILY = Qwen25VL()
 
@@ -41,8 +44,8 @@ def server():
 @pytest.fixture
 def storage(server, monkeypatch: pytest.MonkeyPatch) -> Storage:
     """Settings of an empty bucket, with a quick backoff."""
-    monkeypatch.setattr(module, "BACKOFF_BASE_SECONDS", 0.01)
-    monkeypatch.setattr(module, "BACKOFF_CAP_SECONDS", 0.05)
+    monkeypatch.setattr(s3_module, "BACKOFF_BASE_SECONDS", 0.01)
+    monkeypatch.setattr(s3_module, "BACKOFF_CAP_SECONDS", 0.05)
     server.fault = None
     settings = Storage(endpoint_url=server.url, max_attempts=8, timeout_seconds=10)
     filesystem = s3(settings)
@@ -147,7 +150,7 @@ def test_what_the_storage_refuses_is_said_at_once_or_waited_for_once_it_was_allo
     for request in (lambda: read_ranges("s3://bucket/a.bin", [(0, 3)], storage), lambda: write_file("s3://bucket/a.bin", b"x", storage)):
         server.fault = refuse
         server.requests.clear()
-        module._served.clear()
+        s3_module._served.clear()
         with pytest.raises(InputError, match=f"s3://bucket/a.bin: {words}"):
             request()
         assert len(server.requests) <= 2
@@ -166,7 +169,7 @@ def test_what_the_storage_refuses_is_said_at_once_or_waited_for_once_it_was_allo
 def test_new_credentials_are_read_when_the_old_ones_are_refused(storage: Storage, server, monkeypatch: pytest.MonkeyPatch) -> None:
     write_file("s3://bucket/a.bin", b"abc", storage)
     old = s3(storage)
-    monkeypatch.setattr(module, "OPEN_ANEW_SECONDS", 0.0)
+    monkeypatch.setattr(s3_module, "OPEN_ANEW_SECONDS", 0.0)
     server.fault = lambda number, method: (403, "AccessDenied")
     with pytest.raises(StorageError):
         write_file("s3://bucket/a.bin", b"abc", storage)
@@ -179,12 +182,12 @@ def test_without_credentials_the_error_says_where_they_may_stand(storage: Storag
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
         monkeypatch.setenv(name, "/dev/null")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    module._filesystem.cache_clear()
-    module._served.clear()
+    s3_module._filesystem.cache_clear()
+    s3_module._served.clear()
     with pytest.raises(InputError, match=r"s3://bucket/a.bin: no credentials for S3 .*AWS_ACCESS_KEY_ID") as raised:
         read_file("s3://bucket/a.bin", storage)
     assert raised.value.exit_status == 2
-    module._filesystem.cache_clear()
+    s3_module._filesystem.cache_clear()
 
 
 def test_a_storage_that_does_not_answer_is_named_before_the_last_try(storage: Storage, server, caplog: pytest.LogCaptureFixture) -> None:

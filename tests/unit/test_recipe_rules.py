@@ -114,7 +114,6 @@ REFUSED = [
     ([*GRPO, "stages.3.rewards={countin: [{name: counting}]}"], "data.sources.prompts.task", "did you mean `countin`"),
     ([*GRPO, REWARDS, "data.sources.prompts.task=null"], "data.sources.prompts.task", "needs the reward task"),
     ([*GRPO, REWARDS, "stages.3.grpo.max_response_tokens=512"], "stages.3.grpo.max_response_tokens", "no room"),
-    ([*GRPO, REWARDS, "stages.3.grpo={engine: vllm, max_response_tokens: 9}"], "stages.3.grpo.engine", "needs a GPU"),
     ([*GRPO, REWARDS, "stages.3.grpo={rollout_workers: 2, max_response_tokens: 9}"], "stages.3.grpo.rollout_workers", "separate"),
     ([*GRPO, REWARDS, "stages.3.grpo={clip_high: 0.2, max_response_tokens: 9}"], "stages.3.grpo.clip_high", "always 1"),
     ([*GRPO, REWARDS, "stages.3.gates=[{metric: eval/prompt/loss, above: 1}]"], "stages.3.gates.0.metric", "not measured"),

@@ -24,7 +24,7 @@ from fakes import tiny_recipe
 from stored_run import Machines
 
 from terrace import cli
-from terrace.cluster.attempt import Fenced, claim_attempt, stop_requested
+from terrace.cluster.attempt_files import Fenced, claim_attempt, stop_requested
 from terrace.curriculum import run as run_module
 from terrace.curriculum.journal import (
     Journal,
@@ -40,7 +40,7 @@ from terrace.curriculum.journal import (
 from terrace.curriculum.run import move_aside
 from terrace.errors import InputError
 from terrace.storage import conditional, follower, mirror, synchronise
-from terrace.storage import files as storage_module
+from terrace.storage import s3 as storage_module
 from terrace.storage.conditional import Changed, read_versioned, write_if
 from terrace.storage.faults import StorageError
 from terrace.track.progress import Display

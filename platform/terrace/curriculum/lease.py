@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from terrace.cluster.attempt import read_json, write_atomic
+from terrace.cluster.attempt_files import read_json, write_atomic
 from terrace.errors import TerraceError
 from terrace.storage import mirror
 from terrace.storage.follower import patiently

@@ -13,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from terrace.cluster.attempt import write_atomic
+from terrace.cluster.attempt_files import write_atomic
 from terrace.curriculum.state import RunState
 from terrace.errors import InputError
 from terrace.recipe.loading import LAYOUT_KEYS, dump_recipe, load_recipe, stage_hash

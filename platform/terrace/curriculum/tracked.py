@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from terrace.cluster.attempt import read_json
+from terrace.cluster.attempt_files import read_json
 from terrace.curriculum.state import RunState, StageState
 from terrace.recipe.loading import recipe_hash
 from terrace.recipe.schema import Recipe

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from terrace.cluster.attempt import newest_checkpoint_step, read_json
+from terrace.cluster.attempt_files import read_json
+from terrace.cluster.attempt_outcome import newest_checkpoint_step
 from terrace.curriculum.state import RunState, StageState
 from terrace.curriculum.tracked import TrackedRun
 from terrace.recipe.schema import Recipe, Stage

@@ -52,6 +52,12 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     evaluate.add_argument("--device", help="cpu, cuda or cuda:N (default: a GPU where there is one)")
     evaluate.add_argument("--precision", choices=("fp32", "bf16"), help="default: bf16 on a GPU, fp32 on a CPU")
     evaluate.add_argument(
+        "--engine",
+        choices=("native", "vllm"),
+        default="native",
+        help="what decodes (native); vllm, where it is installed, is for large models and tells no losses",
+    )
+    evaluate.add_argument(
         "--pixels",
         nargs=2,
         type=_count,
@@ -79,7 +85,7 @@ def evaluate_command(arguments: argparse.Namespace) -> int:
 
     settings = Settings(
         arguments.limit, arguments.images_root, arguments.max_new_tokens, arguments.batch_size, arguments.workers,
-        arguments.device, arguments.precision, tuple(arguments.pixels) if arguments.pixels else None,
+        arguments.device, arguments.precision, tuple(arguments.pixels) if arguments.pixels else None, arguments.engine,
     )  # fmt: skip
     out_dir = arguments.out or arguments.model.resolve().parent / "evaluation"
     scores = evaluate_model(

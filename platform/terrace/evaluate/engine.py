@@ -1,4 +1,4 @@
-"""A model directory that answers: batched greedy decoding with the native rollout engine, and the loss of a pack.
+"""A model directory that answers: batched greedy decoding with a rollout engine, and the loss of a pack.
 
 Any Hugging Face directory of a supported architecture will do: a stage's `final`, or a published model. A batch of
 prompts is prefilled as one pack and decoded together; which cases share a batch depends on the suite alone, so the
@@ -29,6 +29,7 @@ from terrace.families.interface import Sight
 from terrace.generation.interface import Prompt, Sampling
 from terrace.generation.native import NativeEngine
 from terrace.generation.tokens import forbidden_tokens, stop_tokens
+from terrace.generation.vllm_directory import DirectoryEngine
 from terrace.models.attention import choose_backend
 from terrace.models.batch import to_device
 from terrace.models.build import materialise, meta_model
@@ -47,10 +48,10 @@ class Model:
     """A loaded model with everything that turns cases into answers."""
 
     directory: Path
-    network: Any  # the transformers class
+    network: Any  # the transformers class; None where vLLM holds the weights
     tokenizer: TextTokenizer
     sight: Sight
-    engine: NativeEngine
+    engine: NativeEngine | DirectoryEngine
     device: str
     precision: str
 
@@ -89,8 +90,12 @@ def load_model(
     precision: str | None = None,
     batch_size: int = 16,
     pixels: tuple[int, int] | None = None,
+    engine: str = "native",
 ) -> Model:
-    """Load onto `device` (default: a GPU where there is one) in `precision` (default: bf16 on a GPU, else fp32)."""
+    """Load onto `device` (default: a GPU where there is one) in `precision` (default: bf16 on a GPU, else fp32).
+
+    With `engine` vllm the model answers, but tells no losses.
+    """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     precision = precision or ("bf16" if device.startswith("cuda") else "fp32")
     sight = Sight(directory_family(directory), pixels) if pixels else model_sight(directory)
@@ -98,6 +103,9 @@ def load_model(
     config = AutoConfig.from_pretrained(directory)
     if config.image_token_id != tokenizer.marks(sight.family)["image"]:
         raise InputError(f"{directory}: config.json and tokenizer.json disagree on the image token")
+    if engine == "vllm":
+        loaded = DirectoryEngine(directory, config, tokenizer, sight, device, precision)
+        return Model(directory, None, tokenizer, sight, loaded, device, precision)
     section = ModelSection(architecture=config.model_type, pretrained=str(directory))
     skeleton = meta_model(config)
     source, _ = initial_weights(section, skeleton, directory)
@@ -105,10 +113,10 @@ def load_model(
     backend, _ = choose_backend("auto", torch.device(device).type, precision)
     use_shared_prompt_attention(network, backend)
     network.eval()
-    engine = NativeEngine(
+    native = NativeEngine(
         network, forbidden_tokens(tokenizer, config), stop_tokens(tokenizer, config), device, precision, max_rows=batch_size
     )
-    return Model(directory, network, tokenizer, sight, engine, device, precision)
+    return Model(directory, network, tokenizer, sight, native, device, precision)
 
 
 def make_prompt(case: Case, tokenizer: TextTokenizer, sight: Sight) -> Prompt:

@@ -28,3 +28,4 @@ class Settings:
     device: str | None = None
     precision: str | None = None
     pixels: tuple[int, int] | None = None  # (min, max) of a resized image, instead of the model's own
+    engine: str = "native"  # or vllm

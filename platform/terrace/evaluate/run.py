@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 from terrace.errors import InputError, TerraceError
 from terrace.evaluate.cases import Case
 from terrace.evaluate.replies import Reply, Settings
-from terrace.evaluate.suites import Reading, Row, Suite, load_suites
+from terrace.evaluate.suites import Reading, Row, Suite, load_suites, tracked_name
 from terrace.families.interface import Sight
 
 SCORES_VERSION = 1
@@ -130,6 +131,9 @@ def evaluate_model(
     settings = settings or Settings()
     started = time.monotonic()
     loaded, sight = open_suites(model, suites, settings)
+    measured = [suite.label for suite in loaded if suite.kind.judge is None]
+    if settings.engine == "vllm" and measured:
+        raise InputError(f"--engine vllm: {', '.join(measured)} measures losses, for which the model itself is needed; use native")
     if settings.workers == 1:
         parts = [worker_replies(model, suites, settings, 0, progress, loaded)]
     else:
@@ -185,7 +189,7 @@ def worker_replies(
 
     device = use_threads_of_worker(worker, settings)
     suites = suites if suites is not None else open_suites(model, texts, settings)[0]
-    speaker = load_model(model, device, settings.precision, settings.batch_size, settings.pixels)
+    speaker = load_model(model, device, settings.precision, settings.batch_size, settings.pixels, settings.engine)
     measures = {suite.label: loss_measure(suite.path, speaker) for suite in suites if suite.kind.judge is None}
 
     def answerer(suite: Suite, cases: Sequence[Case]) -> list[Reply]:
@@ -193,10 +197,11 @@ def worker_replies(
             return [Reply("", measured=measured) for measured in measures[suite.label](cases)]
         return speaker.reply(cases, suite.max_new_tokens)
 
-    return {
-        suite.label: replies_of_worker(suite, answerer, settings.batch_size, worker, settings.workers, progress)
-        for suite in suites
-    }
+    with closing(speaker.engine):
+        return {
+            suite.label: replies_of_worker(suite, answerer, settings.batch_size, worker, settings.workers, progress)
+            for suite in suites
+        }
 
 
 def _in_processes(model: Path, suites: Sequence[str], settings: Settings) -> list[dict[str, dict[int, Reply]]]:
@@ -248,10 +253,14 @@ def read_results(out_dir: Path) -> tuple[dict[str, Any], list[Row]]:
 
 
 def flat_metrics(scores: Mapping[str, Any]) -> dict[str, float]:
-    """`suite/metric` (and `suite/category/metric`) -> value, for gates and MLflow."""
-    flat = {}
+    """`suite/metric` (and `suite/category/metric`) -> value, for gates and MLflow. Categories get names that a metric may have;
+    one whose name is taken by then has a `_` more."""
+    flat: dict[str, float] = {}
     for label, suite in scores["suites"].items():
         flat.update({f"{label}/{name}": score["value"] for name, score in suite["scores"].items()})
         for category, named in suite["categories"].items():
-            flat.update({f"{label}/{category}/{name}": score["value"] for name, score in named.items()})
+            head = f"{label}/{tracked_name(category)}"
+            while any(f"{head}/{name}" in flat for name in named):
+                head += "_"
+            flat.update({f"{head}/{name}": score["value"] for name, score in named.items()})
     return flat

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,16 +14,16 @@ from terrace.generation.tokens import forbidden_tokens, stop_tokens
 from terrace.models.attention import choose_backend
 from terrace.models.build import materialise, meta_model
 from terrace.models.shared_prompt import use_shared_prompt_attention
-from terrace.recipe.schema import GrpoOptions, Recipe, Stage
+from terrace.recipe.schema import GrpoOptions, Stage
+from terrace.recipe.schema import Model as ModelSection
 from terrace.worker.context import WorkerContext
 
 
 def open_copy_engine(
-    recipe: Recipe,
+    section: ModelSection,
     stage: Stage,
     config: Any,
     tokenizer: TextTokenizer,
-    stage_dir: Path,
     context: WorkerContext,
     alone: bool = False,
 ) -> RolloutEngine:
@@ -32,11 +31,11 @@ def open_copy_engine(
     options = stage.grpo or GrpoOptions()
     forbidden, stop = forbidden_tokens(tokenizer, config), stop_tokens(tokenizer, config)
     if options.engine == "vllm":
-        from terrace.generation.vllm import VllmEngine
+        from terrace.generation.vllm_policy import VllmEngine
 
-        return VllmEngine(stage, config, tokenizer, forbidden, stop, stage_dir, context, alone)
+        return VllmEngine(stage, config, tokenizer, forbidden, stop, context, alone)
     copy = meta_model(config)
-    backend, _ = choose_backend(recipe.model.attention, torch.device(context.device).type, stage.precision)
+    backend, _ = choose_backend(section.attention, torch.device(context.device).type, stage.precision)
     copy = materialise(copy, _zeros_like(copy), context.device, torch.float32)
     use_shared_prompt_attention(copy, backend)
     return EngineOnCopy(copy, NativeEngine(copy, forbidden, stop, context.device, stage.precision))
@@ -48,8 +47,7 @@ def _zeros_like(model: Any) -> Callable[[str], torch.Tensor]:
 
 
 class EngineOnCopy:
-    """The native engine on a whole copy of a sharded model (4 bytes per parameter and rank), renewed every
-    iteration."""
+    """The native engine on a whole copy of a sharded model (4 bytes per parameter and rank), renewed every iteration."""
 
     def __init__(self, model: Any, engine: NativeEngine) -> None:
         self._model, self._engine = model, engine

@@ -54,7 +54,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Response:
-    """One sampled response: tokens int32 [T] with the stop token if it came, log-probabilities float32 [T]."""
+    """One sampled response: tokens int32 [T] with the stop token if it came, log-probabilities float32 [T] under the
+    distribution above; NaN where the engine knows only those of another one."""
 
     tokens: np.ndarray
     logprobs: np.ndarray

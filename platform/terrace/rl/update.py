@@ -18,7 +18,7 @@ from terrace.worker.context import WorkerContext
 class UpdateOutcome:
     """Means over the response tokens of the global batch: `fields` of metrics.jsonl, and entropy per task."""
 
-    fields: dict[str, float]  # logprob_mismatch_*: |log-probability of the engine - of the trainer|
+    fields: dict[str, float]  # logprob_mismatch_*: |log-probability of the engine - of the trainer|, where there is one of both
     entropy: dict[str, float]
 
 
@@ -27,7 +27,7 @@ class UpdateFigures:
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
-        self._sums = {"mismatch": 0.0, "clipped": 0.0, "kl": 0.0, "tokens": 0.0}
+        self._sums = {"mismatch": 0.0, "compared": 0.0, "clipped": 0.0, "kl": 0.0, "tokens": 0.0}
         self._largest = 0.0
         self._entropy: dict[str, list[float]] = {}
 
@@ -37,12 +37,14 @@ class UpdateFigures:
             return
         responses = [(group.prompt.task, response) for group in pack for response in group.responses]
         engine = np.concatenate([response.logprobs for _, response in responses])
-        difference = np.abs(results["logprobs"].float().cpu().numpy() - engine)
+        known = ~np.isnan(engine)
+        difference = np.abs(results["logprobs"].float().cpu().numpy() - engine)[known]
         self._sums["mismatch"] += float(difference.sum())
+        self._sums["compared"] += len(difference)
         self._sums["clipped"] += float(results["clipped"])
         self._sums["kl"] += float(results["kl"])
         self._sums["tokens"] += len(engine)
-        self._largest = max(self._largest, float(difference.max()))
+        self._largest = max(self._largest, float(difference.max(initial=0.0)))
         entropies, start = results["entropies"].float().cpu().numpy(), 0
         for task, response in responses:
             end = start + len(response.tokens)
@@ -63,9 +65,11 @@ class UpdateFigures:
                 sums[0], sums[1] = sums[0] + value, sums[1] + count
         fields = {
             "update_seconds": time.perf_counter() - self._started,
-            "logprob_mismatch_mean": total["mismatch"] / tokens,
-            "logprob_mismatch_max": max(rank[1] for rank in ranks),
+            "logprobs_compared": total["compared"] / tokens,
             "clipped": total["clipped"] / tokens,
             "kl": total["kl"] / tokens,
         }
+        if total["compared"]:
+            fields["logprob_mismatch_mean"] = total["mismatch"] / total["compared"]
+            fields["logprob_mismatch_max"] = max(rank[1] for rank in ranks)
         return UpdateOutcome(fields, {task: value / count for task, (value, count) in entropy.items()})

@@ -16,7 +16,8 @@ from typing import Any
 from terrace.errors import TerraceError
 from terrace.recipe.schema import Storage
 from terrace.storage.faults import StorageError, condition_refused, is_no_bucket, not_implemented
-from terrace.storage.files import DEFAULT_STORAGE, MAX_REQUEST_BYTES, read_ranges, retried, s3
+from terrace.storage.files import MAX_REQUEST_BYTES, read_ranges
+from terrace.storage.s3 import DEFAULT_STORAGE, retried, s3
 
 DOWNLOAD_BYTES = 8 * MAX_REQUEST_BYTES
 

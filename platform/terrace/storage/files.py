@@ -1,47 +1,31 @@
-"""Files on local disk and on S3 behind one small set of functions, with retries where a network is in between.
+"""Files on local disk and on S3 behind one small set of functions; every request to S3 goes through `s3.retried`.
 
-`read_ranges` is what streaming lives on: neighbouring ranges become one request (a gap of 64 KiB costs less than another round
-trip), larger requests are cut at 16 MiB and run in parallel, and 5xx answers, throttling, timeouts and broken connections are tried
-again with exponential backoff and full jitter before they become a StorageError that names the object. A range that ends behind
-the object's end comes back short: the caller knows sample and shard and says so.
-
-S3 goes through s3fs, credentials through the usual AWS chain (environment, files, instance role), never through a recipe.
+`read_ranges` is what streaming lives on: neighbouring ranges become one request (a gap of 64 KiB costs less than another round trip),
+and larger requests are cut at 16 MiB and run in parallel. A range that ends behind the object's end comes back short: the caller knows
+sample and shard and says so.
 """
 
 from __future__ import annotations
 
 import glob
 import io
-import logging
 import os
-import random
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
 from terrace.errors import InputError
 from terrace.recipe.schema import Storage
-from terrace.storage.faults import StorageError, is_no_bucket, is_passing, refusal
+from terrace.storage.faults import is_no_bucket
+from terrace.storage.s3 import DEFAULT_STORAGE, PARALLEL_REQUESTS, retried, s3
 
 MERGE_GAP_BYTES = 64 * 1024
 MAX_REQUEST_BYTES = 16 * 2**20
-PARALLEL_REQUESTS = 8
-BACKOFF_BASE_SECONDS = 0.2
-BACKOFF_CAP_SECONDS = 20.0
-OPEN_ANEW_SECONDS = 5.0
-TELL_AT_ATTEMPT = 3  # the first two cost half a second; from here on somebody may wonder
-DEFAULT_STORAGE = Storage()
-Result = TypeVar("Result")
 Range = tuple[int, int]  # (offset, size) in bytes
-log = logging.getLogger(__name__)
-_opened = 0.0  # when file systems were last dropped, by the monotonic clock
-_served: set[tuple[Any, ...]] = set()  # process, endpoint, bucket, first folder, whether it was a write: what was allowed once
 
 
 @dataclass(frozen=True)
@@ -82,20 +66,49 @@ def relative_name(uri: str, root: str) -> str:
 
 
 def list_files(uri: str, storage: Storage = DEFAULT_STORAGE) -> list[StoredFile]:
-    """Files below a folder, of a glob, or the one file named, sorted by URI. Hidden files are left out. Empty if nothing is there."""
+    """Files below a folder, of a glob, or the one file named, sorted by URI. Hidden files are left out. Empty if nothing is there.
+
+    Links are followed, but not in a circle. A link into nothing is listed with the version `dangling`: whoever needs it will say so.
+    """
     if is_remote(uri):
+        if not uri.startswith("s3://"):
+            raise InputError(f"{uri}: files are read from folders and from s3://, not from {uri.partition('://')[0]}://; fetch them first")
         return _list_remote(uri, storage)
     path = local_path(uri)
     if os.path.isdir(path):
-        found = [os.path.join(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names]
+        found = list(_walk(path, frozenset()))
     elif os.path.isfile(path):
         found = [path]
     else:
         found = [name for name in glob.glob(path, recursive=True) if os.path.isfile(name)]
     root = path.rstrip("/") + "/" if os.path.isdir(path) else ""
     visible = [name for name in found if not any(part.startswith(".") for part in name.removeprefix(root).split("/") if part != "..")]
-    stats = [(name, os.stat(name)) for name in sorted(visible)]
-    return [StoredFile(name, stat.st_size, str(stat.st_mtime_ns)) for name, stat in stats]
+    return [_stored(name) for name in sorted(visible)]
+
+
+def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+    """Files below a folder; a folder that is one of those above it (a link in a circle) is not entered again."""
+    facts = os.stat(folder)
+    place = (facts.st_dev, facts.st_ino)
+    if place in above:
+        return
+    for entry in os.scandir(folder):
+        try:
+            is_folder = entry.is_dir()
+        except OSError:  # a link to itself
+            is_folder = False
+        if is_folder:
+            yield from _walk(entry.path, above | {place})
+        else:
+            yield entry.path
+
+
+def _stored(name: str) -> StoredFile:
+    try:
+        facts = os.stat(name)
+    except OSError:
+        return StoredFile(name, 0, "dangling")
+    return StoredFile(name, facts.st_size, str(facts.st_mtime_ns))
 
 
 def file_size(uri: str, storage: Storage = DEFAULT_STORAGE) -> int | None:
@@ -255,42 +268,6 @@ def _get_range(uri: str, offset: int, size: int, storage: Storage) -> bytes:
 # ---------------------------------------------------------------- S3
 
 
-@lru_cache(maxsize=8)
-def _filesystem(storage_json: str, process: int) -> Any:
-    import s3fs
-
-    storage = Storage.model_validate_json(storage_json)
-    client: dict[str, Any] = {"region_name": storage.region} if storage.region else {}
-    return s3fs.S3FileSystem(
-        endpoint_url=storage.endpoint_url,
-        client_kwargs=client,
-        # Our own loop retries (with jitter, and a message that names the object): the layers below try once.
-        config_kwargs={
-            "retries": {"total_max_attempts": 1},
-            "connect_timeout": min(storage.timeout_seconds, 20),
-            "read_timeout": storage.timeout_seconds,
-            "max_pool_connections": 4 * PARALLEL_REQUESTS,
-        },
-        use_listings_cache=False,
-        skip_instance_cache=True,
-    )
-
-
-def s3(storage: Storage = DEFAULT_STORAGE) -> Any:
-    """The s3fs file system of these settings, one per process (its event loop does not survive a fork)."""
-    filesystem = _filesystem(storage.model_dump_json(), os.getpid())
-    filesystem.retries = 1
-    return filesystem
-
-
-def _open_anew() -> None:
-    """Have the chain of credentials asked again, at most every few seconds: a client takes a quarter of a second to make."""
-    global _opened
-    if time.monotonic() >= _opened + OPEN_ANEW_SECONDS:
-        _filesystem.cache_clear()
-        _opened = time.monotonic()
-
-
 def _list_remote(uri: str, storage: Storage) -> list[StoredFile]:
 
     def listing() -> dict[str, dict[str, Any]]:
@@ -340,39 +317,3 @@ class _RangeFile(io.RawIOBase):
         buffer[: len(block)] = block
         self._at += len(block)
         return len(block)
-
-
-def retried(action: Callable[[], Result], uri: str, storage: Storage = DEFAULT_STORAGE, writes: bool = False) -> Result:
-    """Run `action`, again while the storage has a passing fault, at most `storage.max_attempts` times.
-
-    A refusal (no credentials, access denied, no such bucket) is the user's mistake and said at once, except where the same place has
-    served this process before: then a token has run out or a gateway starts, and each try reads the credentials anew. `action` must
-    therefore ask `s3` for its file system itself. Raises InputError, StorageError, FileNotFoundError.
-    """
-    place = (os.getpid(), storage.endpoint_url, *uri.removeprefix("s3://").split("/")[:2], writes)
-    for attempt in range(1, storage.max_attempts + 1):
-        try:
-            result = action()
-        except Exception as error:
-            refused = refusal(error, uri, storage.endpoint_url)
-            if refused is None and isinstance(error, FileNotFoundError):
-                raise
-            if refused is not None and place not in _served:
-                raise InputError(f"{uri}: {refused}") from error
-            if refused is None and not is_passing(error):
-                raise StorageError(f"{uri}: {type(error).__name__}: {error}") from error
-            why = refused or f"{type(error).__name__}: {error}"
-            if attempt == storage.max_attempts:
-                raise StorageError(
-                    f"{uri}: still failing after {attempt} tries ({why}); check the storage, then run the same command again"
-                ) from error
-            if refused is not None:
-                _open_anew()
-            if attempt == TELL_AT_ATTEMPT:
-                log.warning("%s: tried %d times, going on up to %d (%s)", uri, attempt, storage.max_attempts, why)
-            ceiling = min(BACKOFF_CAP_SECONDS, BACKOFF_BASE_SECONDS * 2 ** (attempt - 1))
-            time.sleep(ceiling / 2 + random.uniform(0, ceiling / 2))
-        else:
-            _served.add(place)
-            return result
-    raise AssertionError("max_attempts is at least 1")
