@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import json
+import os
 import re
 import sys
 import threading
@@ -291,6 +293,26 @@ def test_the_follower_outlives_every_fault_and_catches_up(machines: Machines, ru
             assert eventually(lambda: read_versioned(f"{run}/metrics.jsonl")[0] == b"1\n2\n")
             write_if(f"{run}/requests/1.json", b"{}", None)
             assert eventually(lambda: (here / "requests/1.json").exists()), "it still hears of others"
+
+
+@pytest.mark.usefixtures("hurried")
+def test_another_process_takes_over_from_a_follower_that_ends_or_hangs(machines: Machines, run: str):
+    with machines.on("a"):
+        here = mirror.open_run(run)
+        with contextlib.ExitStack() as both:
+            other = both.enter_context(open(here / follower.FOLLOWER, "a"))
+            fcntl.flock(other, fcntl.LOCK_EX)
+            os.utime(here / follower.FOLLOWER)
+            both.enter_context(mirror.following(here))
+            (here / "metrics.jsonl").write_text("1\n")
+            time.sleep(0.5)
+            assert read_versioned(f"{run}/metrics.jsonl") is None
+            os.utime(here / follower.FOLLOWER, (time.time() - 100, time.time() - 100))  # it hangs
+            assert eventually(lambda: read_versioned(f"{run}/metrics.jsonl") is not None)
+            os.utime(here / follower.FOLLOWER)
+            (here / "metrics.jsonl").write_text("1\n2\n")
+            fcntl.flock(other, fcntl.LOCK_UN)  # it ended
+            assert eventually(lambda: read_versioned(f"{run}/metrics.jsonl")[0] == b"1\n2\n")
 
 
 @pytest.mark.usefixtures("hurried")

@@ -51,7 +51,8 @@ def track_command(arguments: argparse.Namespace) -> int:
 
 def send_run(recipe: Recipe, run_dir: Path, state: RunState, uri: str | None, experiment: str) -> None:
     """Everything the run directory has. Raises TerraceError where the server is not reached or left something out."""
-    tracking = open_tracking(run_dir, uri, experiment, lambda line: print(line, file=sys.stderr))
+    said: list[str] = []
+    tracking = open_tracking(run_dir, uri, experiment, said.append)
     run = TrackedRun(tracking, recipe, run_dir, state)
     run.start(lambda run_id: None)
     for stage in state.stages:
@@ -60,8 +61,10 @@ def send_run(recipe: Recipe, run_dir: Path, state: RunState, uri: str | None, ex
             run.end_stage(stage, STAGE_STATUS.get(stage.phase, "SCHEDULED"))
     run.end(RUN_STATUS.get(state.phase, "SCHEDULED"))
     sent = tracking.flush(float("inf"))
-    tracking.close()
     if not sent:
-        raise TerraceError(f"the tracking server {uri} is not reached; the same command sends the rest when it is back")
+        tracking.close()
+        raise TerraceError(f"the tracking server {uri} is not reached: {tracking.why}; the same command sends the rest when it is back")
+    tracking.close()
+    print(*said, sep="\n", end="\n" * bool(said), file=sys.stderr)
     if tracking.failed:
         raise TerraceError(f"{tracking.failed} calls were left out, as said above; the rest is at {uri}")
