@@ -15,7 +15,7 @@ export RAY_DEDUP_LOGS := 0
 export DS_ACCELERATOR ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-vllm lint bench-data bench-rl docs site clean
+.PHONY: help install demo test test-all test-cluster test-vllm lint bench-data bench-rl bench-rewards bench-train docs site clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 22
@@ -37,6 +37,12 @@ test: $(STAMP)  ## All tests but the slow ones
 
 test-all: $(STAMP)  ## All tests that need no GPU and no Kubernetes cluster
 	$(BIN)/python -m pytest $(TESTS) -m "not gpu and not cluster" $(ARGS)
+
+test-cluster: $(STAMP)  ## The operator's suite on the cluster of KUBECONFIG (KubeRay and Kueue installed); its table goes to build/cluster.md
+	@test -n "$$KUBECONFIG" || { echo "make: KUBECONFIG must name a cluster that has KubeRay's and Kueue's kinds" >&2; exit 1; }
+	@mkdir -p build
+	$(BIN)/python -m pytest -m cluster tests/cluster/test_end_to_end.py --timeout 3600 --junitxml build/cluster.xml $(ARGS); \
+	  ended=$$?; $(BIN)/python tests/cluster/cluster_table.py build/cluster.xml build/cluster.md; exit $$ended
 
 # vLLM pins torch and transformers, so it has an environment of its own (3.5 GB).
 VLLM_VENV ?= .venv-vllm
@@ -62,6 +68,9 @@ bench-data: $(STAMP)  ## Samples a second, CPU and memory of the data path besid
 
 bench-rl: $(STAMP)  ## Seconds per RL iteration
 	$(BIN)/python tests/bench/bench_rl.py $(ARGS)
+
+bench-rewards: $(STAMP)  ## CPU per judgement of the rule rewards
+	$(BIN)/python tests/bench/bench_rewards.py $(ARGS)
 
 bench-train: $(STAMP)  ## A training step beside a bare PyTorch loop, transformers.Trainer and other strategies
 	$(BIN)/python tests/bench/bench_train.py $(ARGS)

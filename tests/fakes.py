@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from terrace.cluster.attempt import write_atomic
+from terrace.cluster.attempt_files import write_atomic
 from terrace.errors import InputError, Preempted
 from terrace.recipe.loading import parse_recipe
 from terrace.recipe.schema import Recipe

@@ -18,16 +18,18 @@ ACCESS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEF
 
 @dataclass
 class S3Server:
-    """`fault(request number, method) -> status or None` decides which requests fail.
+    """`fault(request number, method) -> status, (status, S3's error code) or None` decides which requests fail.
 
-    Between `stop()` and `start()` nobody listens at `url`; what is stored stays.
+    `ignored` names conditional headers that the server overlooks, as some do. Between `stop()` and `start()` nobody listens at `url`;
+    what is stored stays.
     """
 
     url: str
     stop: Callable[[], None] = lambda: None
     start: Callable[[], None] = lambda: None
     requests: list[tuple[str, str, str]] = field(default_factory=list)  # (method, path, range)
-    fault: Callable[[int, str], int | None] | None = None
+    fault: Callable[[int, str], int | tuple[int, str] | None] | None = None
+    ignored: tuple[str, ...] = ()
     failed: int = 0
 
 
@@ -47,9 +49,13 @@ def serve_s3() -> Iterator[S3Server]:
             state.failed += status is not None
         if status is not None:
             environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-            body = b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
-            start_response(f"{status} Slow Down", [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
+            status, code = status if isinstance(status, tuple) else (status, "SlowDown")
+            body = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>asked for by a test</Message></Error>".encode()
+            body = b"" if method == "HEAD" else body
+            start_response(f"{status} {code}", [("Content-Type", "application/xml"), ("Content-Length", str(len(body)))])
             return [body]
+        for header in state.ignored:
+            environ.pop(f"HTTP_{header.upper().replace('-', '_')}", None)
         if "HTTP_IF_MATCH" in environ or "HTTP_IF_NONE_MATCH" in environ:
             with conditional:  # moto looks first and writes then; on S3 nothing comes in between
                 return backend(environ, start_response)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import s3_server
 
-from terrace.storage import files as storage
+from terrace.storage import s3 as storage
 
 BUCKET = "terrace-runs"
 

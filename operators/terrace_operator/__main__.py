@@ -16,13 +16,17 @@ from datetime import UTC, datetime
 
 import kopf
 
-from terrace.cluster.api import Api, connect
+from terrace.cluster.api import Api
+from terrace.cluster.credentials import connect
 from terrace.errors import TerraceError
+from terrace_operator.cache import CHILD_KINDS
 from terrace_operator.controller import Controller
 from terrace_operator.handlers import register
 from terrace_operator.leader import Leader
 from terrace_operator.metrics import Metrics
 from terrace_operator.runtime import Runtime, serve_health
+
+WATCHED = ("Curriculum", *CHILD_KINDS)
 
 
 class JsonFormatter(logging.Formatter):
@@ -47,15 +51,6 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def has_kueue(api: Api) -> bool:
-    """Whether Workloads can be watched: Kueue is installed and the Role allows it."""
-    try:
-        api.probe("Workload")
-    except TerraceError:
-        return False
-    return True
-
-
 def main(argv: list[str] | None = None) -> int:
     options = arguments(argv)
     handler = logging.StreamHandler()
@@ -68,25 +63,23 @@ def main(argv: list[str] | None = None) -> int:
         print(f"terrace_operator: {error}", file=sys.stderr)
         return error.exit_status
     controller = Controller(api, metrics=metrics)
+    metrics.show(lambda: [controller.cache.curriculum(name) or {"metadata": {}} for name in controller.cache.names()])
     leader = Leader(api, f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}", options.lease_seconds)
     runtime = Runtime(controller, leader, metrics, options.workers)
     server = serve_health(runtime, options.port)
-    registry = kopf.OperatorRegistry()
-    with_kueue = has_kueue(api)
-    register(registry, runtime, with_kueue)
-    logging.getLogger("terrace.operator").info(
-        "operator starts in namespace %s, port %s, Kueue %s",
-        api.namespace,
-        server.server_port,
-        "found" if with_kueue else "absent",
-    )
+    logging.getLogger("terrace.operator").info("operator starts in namespace %s, port %s", api.namespace, server.server_port)
     stop = threading.Event()
+
+    def end(*_: object) -> None:
+        stop.set()
+        runtime.renew.set()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, end)
     runtime.start()
     try:
         # kopf's own signal handlers are off outside the main thread; the flag stops it, and the workers end after it.
-        watching = threading.Thread(target=_watch, args=(registry, api.namespace, stop), daemon=True)
+        watching = threading.Thread(target=_watch, args=(runtime, api, stop), daemon=True)
         watching.start()
         while watching.is_alive() and not stop.wait(0.5):
             pass
@@ -100,10 +93,20 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _watch(registry: kopf.OperatorRegistry, namespace: str, stop: threading.Event) -> None:
-    loop = asyncio.new_event_loop()
-    asyncio.set_event_loop(loop)
-    loop.run_until_complete(kopf.operator(registry=registry, namespaces=[namespace], standalone=True, clusterwide=False, stop_flag=stop))
+def _watch(runtime: Runtime, api: Api, stop: threading.Event) -> None:
+    """kopf's watches until `stop`; begun anew when a kind that was absent has come, as kopf looks for kinds only at its start."""
+    while not stop.is_set():
+        runtime.renew.clear()
+        registry = kopf.OperatorRegistry()
+        register(registry, runtime, frozenset(kind for kind in WATCHED if not api.knows(kind)))
+        loop = asyncio.new_event_loop()
+        asyncio.set_event_loop(loop)
+        loop.run_until_complete(
+            kopf.operator(registry=registry, namespaces=[api.namespace], standalone=True, clusterwide=False, stop_flag=runtime.renew)
+        )
+        loop.close()
+        if not runtime.renew.is_set():
+            return  # the watches ended by themselves
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ class Cache:
         self._since: dict[tuple[str, str], tuple[Any, float]] = {}
         self._refused: dict[str, dict[str, str]] = {}
         self._made: dict[str, dict[str, float]] = {}
+        self.absent: set[str] = set()  # kinds that the cluster does not know
 
     def names(self) -> list[str]:
         with self._lock:
@@ -141,7 +142,7 @@ class Cache:
                 workloads=dict(self._children["Workload"].get(name, {})),
                 recipes={key: body["data"]["recipe.yaml"] for key, body in maps.items() if "recipe.yaml" in (body.get("data") or {})},
                 refused=dict(self._refused.get(name, {})),
-                objects=frozenset(made | {f"ConfigMap/{key}" for key in maps}),
+                objects=frozenset(made | {f"ConfigMap/{key}" for key in maps}), absent=frozenset(self.absent),
             )  # fmt: skip
 
     def _seconds(self, name: str, what: str, value: Any) -> float:

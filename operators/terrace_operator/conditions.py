@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +42,28 @@ def quota_message(job: Manifest | None, workload: Manifest | None) -> Finding:
     conditions = {c["type"]: c for c in ((workload or {}).get("status") or {}).get("conditions") or []}
     reserved, evicted = conditions.get("QuotaReserved"), conditions.get("Evicted")
     if reserved is not None and reserved.get("status") == "True":
-        return Finding("QuotaReserved", "True", reserved.get("reason") or "QuotaReserved", reserved.get("message", ""))
+        return Finding("QuotaReserved", "True", _word(reserved, "QuotaReserved"), reserved.get("message", ""))
     if not job["spec"].get("suspend"):
         return Finding("QuotaReserved", "True", "Admitted", "the queue has admitted the RayJob")
+    if workload is not None and (workload.get("spec") or {}).get("active") is False:
+        text = (evicted or {}).get("message") or "the Workload was deactivated"
+        name = workload["metadata"]["name"]
+        wakes = f"it comes back with: kubectl patch workload {name} --type merge -p '{{\"spec\":{{\"active\":true}}}}'"
+        return Finding("QuotaReserved", "False", "EvictedDeactivated", f"{text}; {wakes}")
     if evicted is not None and evicted.get("status") == "True":
         text = "; ".join(c.get("message", "") for c in (evicted, reserved) if c and c.get("message"))
-        return Finding("QuotaReserved", "False", f"Evicted{evicted.get('reason', '')}"[:64], text)
+        return Finding("QuotaReserved", "False", _eviction(_word(evicted, "")), text)
     if reserved is not None:
-        return Finding("QuotaReserved", "False", reserved.get("reason") or "Pending", reserved.get("message", ""))
+        return Finding("QuotaReserved", "False", _word(reserved, "Pending"), reserved.get("message", ""))
     return Finding("QuotaReserved", "False", "NoWorkload", "Kueue has made no Workload yet: is it installed, is the queue right?")
+
+
+def _eviction(reason: str) -> str:
+    """`EvictedDeactivated` for every way in which Kueue switches a Workload off (DeactivatedDueToRequeuingLimitExceeded, ...)."""
+    return "EvictedDeactivated" if reason.startswith("Deactivated") else f"Evicted{reason}"[:64]
+
+
+def _word(condition: Manifest, other: str) -> str:
+    """Kueue's reason, where it is one word in CamelCase, as conditions have it."""
+    found = str(condition.get("reason") or "")
+    return found[:56] if re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", found) else other

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from terrace.cluster import manifests
-from terrace.cluster.api import AlreadyExists, ApiError, Conflict, Refused
+from terrace.cluster.api import AlreadyExists, ApiError, Conflict, KindAbsent, Refused
 from terrace_operator.cache import CHILD_KINDS, Cache
 from terrace_operator.metrics import NoMetrics
-from terrace_operator.reconcile import Create, Delete, Direct, Effect, Event, reconcile
-from terrace_operator.status import rfc3339
+from terrace_operator.reconcile import Create, Delete, Direct, Effect, reconcile
+from terrace_operator.status import Event, rfc3339
 
 Manifest = dict[str, Any]
 logger = logging.getLogger("terrace.operator")
@@ -35,6 +35,7 @@ class ApiCalls(Protocol):
 
     def get(self, kind: str, name: str) -> Manifest | None: ...
     def list(self, kind: str, selector: str = "") -> list[Manifest]: ...
+    def knows(self, kind: str) -> bool: ...
     def create(self, body: Manifest) -> Manifest: ...
     def replace_status(self, body: Manifest) -> Manifest: ...
     def patch(self, kind: str, name: str, change: Manifest) -> Manifest: ...
@@ -59,8 +60,21 @@ class Controller:
         """
         for kind in ("Curriculum", *CHILD_KINDS):
             selector = "app.kubernetes.io/managed-by=terrace-operator" if kind in ("RayJob", "ConfigMap") else ""
-            self.cache.replace_all(kind, self.api.list(kind, selector))
+            try:
+                self.cache.replace_all(kind, self.api.list(kind, selector))
+                self.cache.absent.discard(kind)
+            except KindAbsent:
+                self._lack(kind)
         return [name for name in self.cache.names() if not self._at_rest(name)]
+
+    def look_for_absent(self) -> list[str]:
+        """Kinds that were absent and are there now: their watches and a new list are the caller's affair."""
+        return [kind for kind in sorted(self.cache.absent) if self.api.knows(kind)]
+
+    def _lack(self, kind: str) -> None:
+        if kind not in self.cache.absent:
+            self.cache.absent.add(kind)
+            logger.warning("the cluster does not know the kind %s: its CustomResourceDefinition is not installed", kind)
 
     def _at_rest(self, name: str) -> bool:
         curriculum = self.cache.curriculum(name) or {}
@@ -78,6 +92,10 @@ class Controller:
                 return None  # the garbage collector removes what it owns
             try:
                 return self._once(name, curriculum)
+            except KindAbsent as error:  # gone since the last list: nothing may be concluded from what is not seen
+                if error.kind == "Curriculum":
+                    return None
+                self._lack(error.kind)
             except Conflict:
                 self.metrics.conflict()
                 fresh = self.api.get("Curriculum", name)
@@ -100,6 +118,8 @@ class Controller:
             written = self.api.replace_status({**curriculum, "status": plan.status})
             self.cache.store("Curriculum", written)
             curriculum = written
+        elif plan.effects:
+            self._confirm_current(name, curriculum)
         self.metrics.planned(plan)
         for event in plan.events:
             logger.info(event.message, extra={"curriculum": name, "reason": event.reason})
@@ -111,9 +131,16 @@ class Controller:
             return 1.0
         return None if self._at_rest(name) else plan.requeue_seconds
 
+    def _confirm_current(self, name: str, curriculum: Manifest) -> None:
+        """Conflict if the view is old. A status that stays as it is is not written, so nothing else would tell: an attempt that a late
+        watch event has not heard of would be taken for a stranger's, and deleted."""
+        fresh = self.api.get("Curriculum", name)
+        if fresh is None or fresh["metadata"].get("resourceVersion") != curriculum["metadata"].get("resourceVersion"):
+            raise Conflict(f"Curriculum {name} changed since it was read", 409)
+
     def _confirm_absent(self, name: str, curriculum: Manifest) -> None:
         """A RayJob that the cache does not know may only be late: ask before its attempt is called lost."""
-        for job in jobs_in_flight(curriculum):
+        for job in () if "RayJob" in self.cache.absent else jobs_in_flight(curriculum):
             if not self.cache.has_rayjob(name, job) and (found := self.api.get("RayJob", job)) is not None:
                 self.cache.store("RayJob", found)
 

@@ -12,27 +12,31 @@ from typing import Any
 
 import kopf
 
+from terrace.cluster.api import KINDS
 from terrace_operator.runtime import Runtime
 
 MANAGED = {"app.kubernetes.io/managed-by": "terrace-operator"}
 
 
-def register(registry: kopf.OperatorRegistry, runtime: Runtime, with_kueue: bool) -> None:
-    """Watch curricula and what belongs to them."""
+def register(registry: kopf.OperatorRegistry, runtime: Runtime, absent: frozenset[str]) -> None:
+    """Watch curricula and what belongs to them, but for kinds that the cluster does not know (kopf would never look again)."""
 
-    def watch(kind: str, group: str, version: str, plural: str, labels: dict[str, str] | None) -> None:
+    def watch(kind: str, labels: dict[str, str] | None = None) -> None:
+        if kind in absent:
+            return
+        group_version, plural = KINDS[kind].group_version, KINDS[kind].plural
+        group, _, version = group_version.rpartition("/")
         resource = (group, version, plural) if group else (version, plural)
 
         @kopf.on.event(*resource, registry=registry, labels=labels, id=f"watch-{plural}")
         async def handler(event: dict[str, Any], **_: Any) -> None:
-            body = {"apiVersion": f"{group}/{version}" if group else version, "kind": kind, **event["object"]}
+            body = {"apiVersion": group_version, "kind": kind, **event["object"]}
             runtime.seen(kind, body, deleted=event["type"] == "DELETED")
 
-    watch("Curriculum", "terrace.dev", "v1alpha1", "curricula", None)
-    watch("RayJob", "ray.io", "v1", "rayjobs", MANAGED)
-    watch("ConfigMap", "", "v1", "configmaps", MANAGED)
-    if with_kueue:
-        watch("Workload", "kueue.x-k8s.io", "v1beta2", "workloads", None)
+    watch("Curriculum")
+    watch("RayJob", MANAGED)
+    watch("ConfigMap", MANAGED)
+    watch("Workload")
 
     @kopf.on.login(registry=registry, id="login")
     def login(**kwargs: Any) -> kopf.ConnectionInfo | None:

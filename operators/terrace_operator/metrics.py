@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
+from terrace_operator.gauges import HELP, samples
 from terrace_operator.reconcile import Create, Plan
 
 
@@ -32,6 +36,10 @@ class Metrics:
         self.queue = Gauge("terrace_queue_length", "Curricula waiting for a reconcile.", registry=self.registry)
         self.leader = Gauge("terrace_leader", "1 where this replica acts.", registry=self.registry)
 
+    def show(self, curricula: Callable[[], list[dict[str, Any]]]) -> None:
+        """Let every scrape read the gauges of these curricula."""
+        self.registry.register(_Gauges(curricula))
+
     def planned(self, plan: Plan) -> None:
         for event in plan.events:
             self.happened.labels(event.reason).inc()
@@ -57,3 +65,22 @@ class Metrics:
         from prometheus_client import generate_latest
 
         return generate_latest(self.registry)
+
+
+@dataclass(eq=False)
+class _Gauges:
+    """A collector in prometheus_client's sense."""
+
+    curricula: Callable[[], list[dict[str, Any]]]
+
+    def collect(self) -> Iterator[Any]:
+        from prometheus_client.core import GaugeMetricFamily
+
+        families: dict[str, Any] = {}
+        for name, labels, value in samples(self.curricula(), time.time()):
+            family = families.setdefault(name, GaugeMetricFamily(name, HELP[name], labels=list(labels)))
+            family.add_metric(list(labels.values()), value)
+        yield from families.values()
+
+    def describe(self) -> list[Any]:
+        return []

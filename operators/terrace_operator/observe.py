@@ -1,8 +1,10 @@
 """What the cluster shows of a curriculum's attempts, in the words of the state machine. Pure.
 
-KubeRay's words are not enough by themselves: `Complete` only says that Ray ended, a dead node leaves a RayJob `Running` for ever,
-and a RayJob that Kueue preempted starts again under the same name. So the program's own report (the progress ConfigMap) decides
-where it can, and it counts only if it is of this attempt and, for how it ended, of this RayCluster.
+The program's own report (the progress ConfigMap) decides first, what Ray says of the job second, KubeRay's reason third. KubeRay
+looks at the submitter's Job before it asks Ray, so a program that said exit 1, or one that had finished, may end as
+`SubmissionFailed`; a replaced head arrives as `AppFailed`; `Complete` only says that Ray ended; a dead node leaves a RayJob `Running`
+for ever; and a RayJob that Kueue preempted starts again under the same name. A report counts only if it is of this attempt; its
+result ends the stage whatever else is seen, and its exit status counts if it is of this RayCluster.
 """
 
 from __future__ import annotations
@@ -21,9 +23,12 @@ from terrace_operator.codec import Memory
 Manifest = dict[str, Any]
 ENDED = ("Complete", "Failed")
 EXIT_CODE = re.compile(r"exit code:? (\d+)")
-HEAD_DIED = re.compile(r"supervisor actor|node (has )?died|JobSupervisor|Unable to schedule", re.IGNORECASE)
+HEAD_DIED = re.compile(r"supervisor actor|node (has )?died|JobSupervisor|Unable to schedule|Ray job not found", re.IGNORECASE)
 PROGRAM_REASONS = ("", "AppFailed")
+PROGRAM_EXITS = range(1, 128)  # what a program says itself; above, a signal ended it
+HOLDS_PODS = ("Initializing", "Running", "Suspending")
 REPORT_GRACE_SECONDS = 60.0  # between the end of a program and its last report being seen
+CLOSE_GRACE_SECONDS = 60.0  # between a program's last report and KubeRay closing its RayJob; then it is deleted
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,7 @@ class World:
     recipes: dict[str, str] = field(default_factory=dict)  # recipe ConfigMap -> YAML
     refused: dict[str, str] = field(default_factory=dict)  # RayJob -> why the API server refused to create it
     objects: frozenset[str] = frozenset()  # "<kind>/<name>" of the other objects that exist
+    absent: frozenset[str] = frozenset()  # kinds that the cluster does not know
 
 
 def report_of(world: World, stage: str, attempt: int) -> Manifest | None:
@@ -97,31 +103,61 @@ def _attempt(curriculum: str, spec: CurriculumSpec, stage: StageState, memory: M
     def seen(status: Any, **values: Any) -> AttemptObservation:
         return AttemptObservation(stage.name, stage.attempt, status, step=(report or {}).get("step"), **values)
 
-    done = report is not None and report.get("result") is not None and (report.get("exit") or {}).get("status") == 0
-    if done and (job is None or job["metadata"].get("deletionTimestamp")):
-        # Its RayJob was deleted between its end and this look: the stage is done all the same, and must not run again.
-        return seen("succeeded", result=report["result"])
-    if job is None:
-        if not stage.launched and name in world.refused:
-            return seen("failed", failure="infrastructure", reason="CreateRefused", message=world.refused[name])
-        return seen("absent")
-    if job["metadata"].get("deletionTimestamp"):
-        if stage.stop_deadline is not None:
-            return seen("preempted", live=True, message="stopped on request")
-        return seen("absent", live=not is_fenced(spec, world, name))
+    leaving = job is None or bool(job["metadata"].get("deletionTimestamp"))
+    if is_done(report):
+        # Whatever KubeRay makes of it, and even if its RayJob is gone: the stage is done and must not run again.
+        closed = leaving or status_of(job or {}).get("jobDeploymentStatus") in ENDED
+        return seen("succeeded", live=not closed and world.quiet_seconds < CLOSE_GRACE_SECONDS, result=(report or {})["result"])
+    if job is None or leaving:
+        return _leaving(spec, stage, name, job, report, world, seen)
     status = status_of(job)
     if status.get("jobDeploymentStatus", "") in (*ENDED, "ValidationFailed"):
-        return _ended(stage, status, report, world.ended_seconds.get(name, 0.0), seen)
+        return _ended(status, report, world.ended_seconds.get(name, 0.0), now, seen)
     if is_queued(job) or name not in memory.admitted_at:
-        return seen("starting", live=True, progress_at=now)  # waiting for quota is not stalling, however long
+        return _queued(spec, job, world, now, seen)
+    if exit_code(status, report)[0] in PROGRAM_EXITS or status.get("jobStatus") in ("FAILED", "STOPPED"):
+        # The program has ended and KubeRay still waits for its submitter: no reason to hold the GPUs meanwhile.
+        return _ended(status, report, 0.0, now, seen)
     # The wall clock may jump and the operator may have been away: only seconds it watched itself count as waiting or silence.
-    if not program_runs(report, job):
-        limit = spec.failure_policy.pre_running_timeout_seconds
-        if world.quiet_seconds > limit:
-            message = f"admitted {world.quiet_seconds:.0f} s ago and the program has not started (preRunningTimeoutSeconds: {limit})"
-            return seen("failed", live=True, failure="infrastructure", reason="PreRunningDeadlineExceeded", message=message)
-        return seen("starting", live=True, progress_at=now)
-    return seen("running", live=True, progress_at=now - world.quiet_seconds)
+    if program_runs(report, job):
+        return seen("running", live=True, progress_at=now - world.quiet_seconds)
+    limit = spec.failure_policy.pre_running_timeout_seconds
+    if world.quiet_seconds > limit:
+        message = f"admitted {world.quiet_seconds:.0f} s ago and the program has not started (preRunningTimeoutSeconds: {limit})"
+        return seen("failed", live=True, failure="infrastructure", reason="PreRunningDeadlineExceeded", message=message)
+    return seen("starting", live=True, progress_at=now)
+
+
+def _leaving(
+    spec: CurriculumSpec, stage: StageState, name: str, job: Manifest | None, report: Manifest | None, world: World, seen: Any
+) -> AttemptObservation:
+    """Its RayJob is gone, or going."""
+    live = job is not None and not is_fenced(spec, world, name)
+    ended = (report or {}).get("exit") or {}
+    if ended.get("status") in PROGRAM_EXITS:
+        # It had ended before its RayJob went: the failure is its own, whoever deleted the RayJob.
+        kind, reason = classify({}, ended["status"])
+        return seen("failed", live=live, failure=kind, reason=reason, message=str(ended.get("message") or "")[:1000])
+    if job is None and not stage.launched and name in world.refused:
+        return seen("failed", failure="infrastructure", reason="CreateRefused", message=world.refused[name])
+    if job is not None and stage.stop_deadline is not None:
+        return seen("preempted", live=True, message="stopped on request")
+    return seen("absent", live=live)
+
+
+def _queued(spec: CurriculumSpec, job: Manifest, world: World, now: float, seen: Any) -> AttemptObservation:
+    """It waits for quota, which is not stalling, however long; unless its own pods keep it from getting there."""
+    holds_pods = is_suspended(job) and status_of(job).get("jobDeploymentStatus") in HOLDS_PODS
+    if holds_pods and world.quiet_seconds > spec.failure_policy.fence_timeout_seconds + CLOSE_GRACE_SECONDS:
+        # A queue that takes its quota back from pods of a dead node never gets it: they stay, and the RayJob is never Suspended.
+        message = f"the queue took the quota back {world.quiet_seconds:.0f} s ago and its pods do not end: their node is probably dead"
+        return seen("failed", live=True, failure="infrastructure", reason="OldPodsTerminating", message=message)
+    return seen("starting", live=True, progress_at=now)
+
+
+def is_done(report: Manifest | None) -> bool:
+    """Whether the program has reported the stage's result and a good end."""
+    return report is not None and report.get("result") is not None and (report.get("exit") or {}).get("status") == 0
 
 
 def program_runs(report: Manifest | None, job: Manifest) -> bool:
@@ -134,12 +170,15 @@ def silence_limit(curriculum: str, spec: CurriculumSpec, stage: StageState, worl
     job = world.rayjobs.get(rayjob_name(curriculum, stage.index, stage.attempt))
     if job is None or job["metadata"].get("deletionTimestamp") or is_queued(job) or status_of(job).get("jobDeploymentStatus") in ENDED:
         return None
-    if program_runs(report_of(world, stage.name, stage.attempt), job):
+    report = report_of(world, stage.name, stage.attempt)
+    if is_done(report):
+        return CLOSE_GRACE_SECONDS
+    if program_runs(report, job):
         return spec.recipe.stages[stage.index].failure.stall_timeout_seconds
     return float(spec.failure_policy.pre_running_timeout_seconds)
 
 
-def _ended(stage: StageState, status: Manifest, report: Manifest | None, ended_seconds: float, seen: Any) -> AttemptObservation:
+def _ended(status: Manifest, report: Manifest | None, ended_seconds: float, now: float, seen: Any) -> AttemptObservation:
     deployment, ended = status.get("jobDeploymentStatus", ""), status.get("jobStatus", "")
     message = str(status.get("message") or "")[:1000]
     if deployment == "Complete" and ended == "SUCCEEDED":
@@ -147,6 +186,9 @@ def _ended(stage: StageState, status: Manifest, report: Manifest | None, ended_s
         # The last report and the RayJob's status are seen through different watches: wait a little for the later one.
         waiting = result is None and ended_seconds < REPORT_GRACE_SECONDS
         return seen("succeeded", live=waiting, result=result, message=message)
+    if ended == "SUCCEEDED" and ended_seconds < REPORT_GRACE_SECONDS:
+        # The program ended well, KubeRay did not: its last report may still be on its way.
+        return seen("running", live=True, progress_at=now)
     code, told = exit_code(status, report)
     if code == 143:
         return seen("preempted", live=True, reason="Preempted", message=told or "stopped after a checkpoint")
@@ -157,11 +199,13 @@ def _ended(stage: StageState, status: Manifest, report: Manifest | None, ended_s
 
 
 def exit_code(status: Manifest, report: Manifest | None) -> tuple[int | None, str]:
-    """Exit status and last words of the program, from its report if that is of this RayCluster, else from Ray's message."""
+    """Exit status and last words of the program, from its report if that is of this RayCluster, else from what Ray said of it."""
     ended = (report or {}).get("exit")
     cluster = (report or {}).get("cluster")
     if ended and (not cluster or cluster == status.get("rayClusterName")):
         return ended.get("status"), str(ended.get("message") or "")[:1000]
+    if (status.get("reason") or "") not in PROGRAM_REASONS:
+        return None, ""  # an exit status in KubeRay's words on other reasons is that of its submitter
     found = EXIT_CODE.search(str(status.get("message") or ""))
     return (int(found.group(1)) if found else None), ""
 
@@ -171,11 +215,10 @@ def classify(status: Manifest, code: int | None) -> tuple[FailureKind, str]:
     reason, message = status.get("reason") or "", str(status.get("message") or "")
     if code == 2:
         return "input", "InputWrong"
-    if code is not None and 128 < code < 192 and code != 134 and code != 139:
-        return (
-            "infrastructure",
-            "Killed",
-        )  # SIGKILL (out of memory on the node, eviction); abort and segfault are the program's
+    if code in PROGRAM_EXITS:
+        return "program", "AppFailed"
+    if code is not None and 128 < code < 192 and code not in (134, 139):
+        return "infrastructure", "Killed"  # SIGKILL (out of memory on the node, eviction); abort and segfault are the program's
     if code is None and HEAD_DIED.search(message):
         return "infrastructure", "HeadLost"
     if reason in PROGRAM_REASONS and status.get("jobStatus") != "STOPPED":

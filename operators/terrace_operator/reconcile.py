@@ -16,9 +16,10 @@ from terrace.cluster import manifests
 from terrace.cluster.cluster_schema import CurriculumSpec
 from terrace.curriculum.machine import Action, Clear, Finish, Launch, Prepare, Record, Stop, Wait, next_actions
 from terrace.curriculum.state import TERMINAL, RunState, apply
-from terrace_operator import observe, recipes, status
+from terrace_operator import absent, observe, recipes, status, usage
 from terrace_operator.codec import Memory, decode, encode
 from terrace_operator.observe import World
+from terrace_operator.status import Event
 
 Manifest = dict[str, Any]
 MAX_ROUNDS = 24  # a round ends in an effect or a wait; a curriculum of 32 stages with gates needs a few
@@ -54,13 +55,6 @@ Effect = Create | Delete | Direct
 
 
 @dataclass(frozen=True)
-class Event:
-    reason: str
-    message: str
-    warning: bool = False
-
-
-@dataclass(frozen=True)
 class Plan:
     status: Manifest
     effects: list[Effect] = field(default_factory=list)
@@ -81,14 +75,28 @@ def reconcile(curriculum: Manifest, world: World, now: float) -> Plan:
     events = [Event(reason, message) for reason, message in _follow(curriculum, state, memory, world, now)]
     effects: list[Effect] = []
     waiting: Wait | None = None
+    usage.follow(spec, memory, world, now)
+    used = usage.used(state, memory, now)
+    full, near = usage.reached(spec.limits, used), usage.near(spec.limits, used)
+    if near and not memory.near_limit and not full:
+        events.append(Event("LimitNear", near, True))
+    memory.near_limit = near is not None
+    if full and not spec.suspend:
+        spec = spec.model_copy(update={"suspend": True})  # what a person would have asked for
+        if state.phase == "running" and state.request is None:
+            events.append(Event("LimitReached", full, True))
     _requests(spec, state, memory, now, events)
     effects, waiting = _decide(curriculum, spec, state, memory, world, now, events)
     progress = manifests.progress_config_map(curriculum)
     if state.attempts_in_flight and not effects and f"ConfigMap/{progress['metadata']['name']}" not in world.objects:
         effects.append(Create(progress))  # somebody deleted the channel: without it, a running attempt would look stalled
     new_status = status.derive(curriculum, old_status, accepted, state, memory, world, waiting, now)
+    status.show_limits(new_status, usage.shown(spec.limits, state, memory, now), full, state)
+    events += status.news(old_status, new_status)
     new_status["controller"] = encode(state, memory)
-    return Plan(new_status, effects, events, _requeue(curriculum["metadata"]["name"], spec, state, world, waiting, now))
+    requeue = _requeue(curriculum["metadata"]["name"], spec, state, world, waiting, now)
+    left = usage.seconds_left(spec.limits, used) if state.phase == "running" else None
+    return Plan(new_status, effects, events, min(requeue, max(left + 0.5, 0.5)) if left is not None else requeue)
 
 
 def _follow(curriculum: Manifest, state: RunState, memory: Memory, world: World, now: float) -> list[tuple[str, str]]:
@@ -105,9 +113,10 @@ def _clamp_times(state: RunState, now: float) -> None:
 def _requests(spec: CurriculumSpec, state: RunState, memory: Memory, now: float, events: list[Event]) -> None:
     """What the spec wishes, as the state machine's requests. Level-triggered: the wish is compared with the state each time."""
 
-    def request(kind: str, **values: Any) -> None:
+    def request(kind: str, told: bool = True, **values: Any) -> None:
         apply(state, {"event": f"{kind}_requested", "time": now, **values})
-        events.append(Event(f"{kind.capitalize()}Requested", f"{kind} was asked for in the spec"))
+        if told:
+            events.append(Event(f"{kind.capitalize()}Requested", f"{kind} was asked for in the spec"))
 
     if state.phase == "new":
         memory.resume_token = spec.resume_token  # a token that was there from the start asks for nothing
@@ -124,8 +133,8 @@ def _requests(spec: CurriculumSpec, state: RunState, memory: Memory, now: float,
         return
     if state.phase == "suspended" and not spec.suspend:
         request("resume")
-    if state.phase == "paused" and state.reason == "PauseRequested" and not spec.paused:
-        request("resume")
+    if state.phase == "paused" and state.reason == "PauseRequested" and (spec.suspend or not spec.paused):
+        request("resume", told=not spec.suspend)  # a pause that is to become a suspension goes on for a moment
     if state.phase == "running" and state.request == "pause" and not spec.paused:
         request("resume")
     if state.phase == "running" and spec.suspend and state.request not in ("suspend", "cancel"):
@@ -146,14 +155,22 @@ def _decide(
     """Run the state machine until it waits, finishes, or wants something done in the cluster."""
     effects: list[Effect] = []
     name = curriculum["metadata"]["name"]
+    lacking = absent.lacking(spec, world.absent)
+    held = Wait(now + QUEUE_CHECK_SECONDS, absent.message(lacking)) if lacking else None
     for _ in range(MAX_ROUNDS):
+        if held and state.attempts_in_flight:
+            return effects, held  # what cannot be seen has not failed
         observation = observe.observe(name, spec, state, memory, world, now)
         records_only = True
         for action in next_actions(spec.recipe, state, observation, now):
+            if held and (isinstance(action, Launch) or starts_attempt(action)):
+                return effects, held
             match action:
                 case Record():
                     apply(state, {**action.event, "time": now})
                     _remember(spec, state, memory, action.event)
+                    if action.event["event"] == "run_started":
+                        _requests(spec, state, memory, now, events)  # it may be made suspended or paused
                     if event := status.event_of(action.event):
                         events.append(Event(*event))
                 case Prepare():
@@ -171,6 +188,10 @@ def _decide(
         if not records_only:
             return effects, None
     return effects, Wait(now + 1.0, "more to record")
+
+
+def starts_attempt(action: Action) -> bool:
+    return isinstance(action, Record) and action.event["event"] == "stage_attempt_started"
 
 
 def _remember(spec: CurriculumSpec, state: RunState, memory: Memory, event: Manifest) -> None:

@@ -18,6 +18,7 @@ Manifest = dict[str, Any]
 logger = logging.getLogger("terrace.operator")
 RESYNC_SECONDS = 300.0
 ERROR_SECONDS = 5.0
+ABSENT_SECONDS = 15.0  # between looks for a kind that the cluster does not know yet
 
 
 class Runtime:
@@ -28,6 +29,7 @@ class Runtime:
         self._queue = WorkQueue()
         self._stop = threading.Event()
         self._synced = threading.Event()
+        self.renew = threading.Event()  # the watches are to begin anew: a kind that was absent has come, or all ends
         self._beats = {number: time.monotonic() for number in range(workers)}
         self._threads = [threading.Thread(target=self._work, args=(number,), daemon=True) for number in range(workers)]
         self._threads.append(threading.Thread(target=self._resync, daemon=True))
@@ -62,19 +64,30 @@ class Runtime:
         return self._synced.is_set()
 
     def _resync(self) -> None:
-        """The first list before anything is decided; later ones repair what a watch lost."""
-        wait = 0.0
+        """The first list before anything is decided; later ones repair what a watch lost, or follow a kind that has come."""
+        wait, due = 0.0, time.monotonic()
         while not self._stop.wait(wait):
             try:
-                for name in self.controller.resync():
-                    self._queue.add(name)
-                self._synced.set()
-                wait = RESYNC_SECONDS
-                known = [self.controller.cache.curriculum(name) or {} for name in self.controller.cache.names()]
-                self.metrics.count_phases(known)
+                come = self.controller.look_for_absent()
+                if come or time.monotonic() >= due:
+                    self._list_all()
+                    due = time.monotonic() + RESYNC_SECONDS
+                if come:
+                    logger.info("the cluster knows %s now", ", ".join(come))
+                    self.renew.set()
+                wait = ABSENT_SECONDS if self.controller.cache.absent else max(due - time.monotonic(), 0.0)
             except ApiError as error:
                 logger.warning("resync failed: %s", error)
                 wait = ERROR_SECONDS
+
+    def _list_all(self) -> None:
+        for name in self.controller.resync():
+            self._queue.add(name)
+        if "Curriculum" in self.controller.cache.absent:
+            logger.error("the cluster does not know the kind Curriculum: kubectl apply -k k8s/crds installs it")
+            return
+        self._synced.set()
+        self.metrics.count_phases([self.controller.cache.curriculum(name) or {} for name in self.controller.cache.names()])
 
     def _work(self, number: int) -> None:
         while not self._stop.is_set():

@@ -7,13 +7,14 @@ here has an entry in docs/kubernetes.md (a test compares the two).
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from terrace.cluster import manifests
 from terrace.curriculum.machine import Wait
 from terrace.curriculum.state import RunState, StageState
-from terrace_operator import observe
+from terrace_operator import absent, observe
 from terrace_operator.codec import Memory
 from terrace_operator.conditions import Finding, merge, quota_message
 from terrace_operator.observe import World
@@ -25,6 +26,13 @@ PHASES = {"new": "Pending", "paused": "Paused", "suspended": "Suspended", "succe
 MAX_METRICS, MAX_TEXT = 32, 1000
 
 # What of the state machine's journal is worth an event on the resource: reason, and whether it is a warning.
+@dataclass(frozen=True)
+class Event:
+    reason: str
+    message: str
+    warning: bool = False
+
+
 EVENTS: dict[str, tuple[str, bool]] = {
     "run_started": ("Started", False), "stage_attempt_started": ("StageStarted", False),
     "stage_attempt_launched": ("AttemptCreated", False), "stage_attempt_failed": ("AttemptFailed", True),
@@ -52,6 +60,19 @@ def event_of(event: Manifest) -> tuple[str, str, bool] | None:
     attempt = f", attempt {event['attempt']}" if event.get("attempt") else ""
     why = ": ".join(part for part in (event.get("reason", ""), event.get("message", "")) if part)
     return reason, ": ".join(part for part in (where + attempt, why) if part)[:MAX_TEXT], warning
+
+
+# Reasons of conditions that are news to whoever looks at the events: told once, when they come.
+NEWS = ("KubeRayAbsent", "KueueAbsent", "KubeRaySilent", "Inadmissible", "EvictedDeactivated", "NoWorkload")
+SILENT_SECONDS = 60.0  # without a word of KubeRay on a RayJob
+
+
+def news(old: Manifest, new: Manifest) -> list[Event]:
+    """Events for reasons that have newly come up in Progressing or Degraded."""
+    before = {condition["reason"] for condition in old.get("conditions") or []}
+    found = [condition for condition in new["conditions"] if condition["type"] in ("Progressing", "Degraded")]
+    fresh = {condition["reason"]: condition["message"] for condition in found if condition["reason"] in NEWS}
+    return [Event(reason, message[:MAX_TEXT], True) for reason, message in fresh.items() if reason not in before]
 
 
 def refused(curriculum: Manifest, old: Manifest, reason: str, problem: str, now: float) -> Manifest:
@@ -98,6 +119,16 @@ def derive(
     findings = _findings(name, accepted, state, current, shown, job, world, waiting)
     status["conditions"] = merge(old.get("conditions") or [], findings, generation, rfc3339(now) or "")
     return {key: value for key, value in status.items() if value is not None}
+
+
+def show_limits(status: Manifest, usage: Manifest | None, reached: str | None, state: RunState) -> None:
+    """What was used, and that a limit holds it: in place of a suspension that nobody asked for."""
+    if usage is not None:
+        status["usage"] = usage
+    if reached and state.phase in ("running", "suspended"):
+        for condition in status["conditions"]:
+            if condition["type"] == "Progressing" and condition["reason"] in ("Suspended", "Stopping"):
+                condition["reason"], condition["message"] = "LimitReached", reached[:MAX_TEXT]
 
 
 def _job(name: str, stage: StageState | None, world: World) -> Manifest | None:
@@ -161,7 +192,7 @@ def _stage(name: str, state: StageState, old: Manifest, memory: Memory, world: W
         "step": int(report.get("step", 0 if fresh else old.get("step", 0))),
         "totalSteps": int(report.get("total_steps", 0 if fresh else old.get("totalSteps", 0))),
         "lastReportTime": _report_time(report, old, world, now),
-        "checkpoint": _checkpoint(state.name, report) or (None if fresh else old.get("checkpoint")),
+        "checkpoint": _checkpoint(state.name, report, old.get("checkpoint") or {}, now) or (None if fresh else old.get("checkpoint")),
         "mlflowRunId": (report.get("mlflow") or {}).get("runId") or (None if fresh else old.get("mlflowRunId")),
         "metrics": _metrics(report) or ({} if fresh else old.get("metrics", {})),
         "reason": state.reason or None,
@@ -178,12 +209,14 @@ def _report_time(report: Manifest, old: Manifest, world: World, now: float) -> s
     return old["lastReportTime"] if same else rfc3339(now)
 
 
-def _checkpoint(stage: str, report: Manifest) -> Manifest | None:
+def _checkpoint(stage: str, report: Manifest, old: Manifest, now: float) -> Manifest | None:
+    """The newest checkpoint, with when it was complete: by the report, else when it was first seen here."""
     found = report.get("checkpoint")
     if not found:
         return None
     values = {"uri": str(found.get("uri", ""))[:MAX_TEXT], "stage": stage, "step": int(found.get("step", 0))}
-    return values | ({"time": str(found["time"])} if found.get("time") else {})
+    known = old.get("time") if (old.get("uri"), old.get("step")) == (values["uri"], values["step"]) else None
+    return values | {"time": str(found.get("time") or known or rfc3339(now))[:32]}
 
 
 def _newest_checkpoint(stages: list[Manifest]) -> Manifest | None:
@@ -199,14 +232,21 @@ def _findings(
     name: str, accepted: Accepted, state: RunState, current: StageState | None, shown: Manifest, job: Manifest | None,
     world: World, waiting: Wait | None,
 ) -> list[Finding]:  # fmt: skip
+    assert accepted.spec is not None
+    waits = state.phase == "running" and (current is None or current.phase != "completed")
+    lacking = absent.lacking(accepted.spec, world.absent) if waits else []
     problem = accepted.problem or "the spec is in force"
     findings = [Finding("Accepted", "True" if accepted.reason == "Valid" else "False",
                         accepted.reason, problem)]  # fmt: skip
-    findings.append(quota_message(job, world.workloads.get(job["metadata"]["name"]) if job else None))
-    findings.append(_progressing(state, current, shown, waiting, findings[-1]))
-    findings.append(_degraded(name, current, world))
-    for kind, phase in (("Suspended", "suspended"), ("Succeeded", "succeeded")):
-        holds = state.phase == phase
+    quota = quota_message(job, world.workloads.get(job["metadata"]["name"]) if job else None)
+    if lacking:
+        why = (absent.reason(lacking), absent.message(lacking))
+        findings += [quota, Finding("Progressing", "False", *why), Finding("Degraded", "True", *why)]
+    else:
+        findings += [quota, _progressing(state, current, shown, waiting, quota), _degraded(name, current, world)]
+    # At a missed gate nothing runs and nothing is held either, and suspend must not answer the gate.
+    at_rest = state.phase == "suspended" or (state.phase == "paused" and accepted.spec.suspend)
+    for kind, holds in (("Suspended", at_rest), ("Succeeded", state.phase == "succeeded")):
         findings.append(Finding(kind, "True" if holds else "False", kind if holds else f"Not{kind}", state.message if holds else ""))
     failed = state.phase in ("failed", "cancelled")
     reason = ("Cancelled" if state.phase == "cancelled" else state.reason or "Failed") if failed else "NotFailed"
@@ -229,6 +269,8 @@ def _progressing(state: RunState, current: StageState | None, shown: Manifest, w
     reasons = {"Queued": "WaitingForQuota", "Starting": "Starting", "Running": "Running", "Stopping": "Stopping",
                "BackingOff": "BackingOff", "Stopped": "Preempted", "Pending": "Pending"}  # fmt: skip
     reason = reasons.get(shown["phase"], "Pending")
+    if reason == "WaitingForQuota" and quota.reason in ("Inadmissible", "EvictedDeactivated"):
+        return Finding("Progressing", "False", quota.reason, quota.message)  # waiting alone does not help
     if reason == "WaitingForQuota":
         preempted = int(shown.get("preemptions", 0)) > 0
         return Finding("Progressing", "True", "Preempted" if preempted else reason, quota.message or "waiting for the queue")
@@ -246,6 +288,9 @@ def _degraded(name: str, current: StageState | None, world: World) -> Finding:
     if current is not None and current.phase == "waiting" and current.reason in ("Stalled", "HeadLost", "AttemptLost"):
         return Finding("Degraded", "True", current.reason, current.message)
     job = _job(name, current, world)
+    if job is not None and not observe.is_queued(job) and not observe.status_of(job) and world.quiet_seconds > SILENT_SECONDS:
+        text = f"KubeRay has not looked at RayJob {job['metadata']['name']}: is its operator running, and does it watch this namespace?"
+        return Finding("Degraded", "True", "KubeRaySilent", text)
     if job is not None:
         for condition in (observe.status_of(job).get("rayClusterStatus") or {}).get("conditions") or []:
             if condition.get("type") == "ReplicaFailure" and condition.get("status") == "True":

@@ -36,7 +36,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "order": ("terrace.data.command", "list the first packs of a stage without running it"),
     "evaluate": ("terrace.evaluate.command", "score a model on suites"),
     "report": ("terrace.curriculum.report_command", "write a run's report"),
+    "track": ("terrace.curriculum.track_command", "fill an MLflow server from a run directory"),
     "render": ("terrace.cluster.command", "print the Kubernetes resource of a recipe"),
+    "judge": ("terrace.rewards.judge_command", "score given responses with a reward and say why"),
     "serve-rewards": ("terrace.rewards.command", "serve rewards over HTTP"),
     "demo": ("terrace.demo.command", "train a tiny model through a whole curriculum on this machine"),
 }
@@ -45,7 +47,7 @@ GROUPS = {
     "Runs": ("run", "status", "logs", "pause", "suspend", "resume", "cancel"),
     "Recipes": ("validate", "plan", "schema", "render"),
     "Data": ("ingest", "index", "inspect", "order"),
-    "Models": ("evaluate", "report", "serve-rewards", "demo"),
+    "Models": ("evaluate", "report", "track", "judge", "serve-rewards", "demo"),
 }
 
 
@@ -114,6 +116,8 @@ def _draw_demo_scenes(parsed: argparse.Namespace) -> None:
     path = getattr(parsed, "recipe", None)
     if path is None or not Path(path).is_file():
         return  # the subcommand says what is wrong
+    if getattr(parsed, "launcher", None) == "kubernetes":
+        return  # nothing on this machine is read: the pods see their own volumes
     from terrace.recipe.loading import load_recipe
 
     sources = load_recipe(path, getattr(parsed, "overrides", ())).data.sources

@@ -281,7 +281,7 @@ def strategy_memory(rank: int, world_size: int, args: argparse.Namespace, name: 
     config, stage = model_config(recipe.model), recipe.stages[0]
     context = WorkerContext(rank=rank, world_size=world_size, local_rank=rank)
     before = held_bytes()
-    strategy = prepare_strategy(recipe, stage, config, context, partial(summed_loss, chunk_tokens=64))
+    strategy = prepare_strategy(recipe.model, stage, config, context, partial(summed_loss, chunk_tokens=64))
     sizes = {n: int(np.prod(getattr(p, "ds_shape", p.shape))) for n, p in strategy.model.named_parameters()}
     rates = [group.peak_lr for group in parameter_groups(strategy.model, stage)]
     held = 0

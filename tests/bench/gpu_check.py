@@ -265,7 +265,7 @@ def train_variant(args: argparse.Namespace, settings: dict[str, Any]) -> dict[st
     with mock.patch("terrace.train.setup.initial_weights", fast_source(args.device)):
         feed = StageFeed(config, 0, lambda start: iter(()), lambda step: {}, lambda state: None)
         objective = LanguageModelling(Opening(recipe, stage, feed, context, Path()))
-        strategy = prepare_strategy(recipe, stage, config, context, objective.loss)
+        strategy = prepare_strategy(recipe.model, stage, config, context, objective.loss)
     groups = parameter_groups(strategy.model, stage)
     rates = [group.peak_lr for group in groups]
     meter = Meter(config, stage, recipe.planning, context)

@@ -38,8 +38,8 @@ import s3_server  # noqa: E402
 from e2e_runs import SOURCES  # noqa: E402
 
 from terrace.storage.conditional import list_objects, read_versioned  # noqa: E402
-from terrace.storage.files import s3  # noqa: E402
 from terrace.storage.mirror import local_folder  # noqa: E402
+from terrace.storage.s3 import s3  # noqa: E402
 
 STEPS = 24
 STAGE = "stages/01-projector-warmup"

@@ -54,6 +54,24 @@ def tiny_curriculum(name: str = "tiny", stages: list[Manifest] | None = None, be
     }  # fmt: skip
 
 
+def operator_objects(namespace: str) -> list[Manifest]:
+    """ServiceAccount, Role and RoleBinding of the operator, and the ClusterRoles for people, from the very files under k8s/."""
+    found = []
+    for file in ("rbac.yaml", "access.yaml"):
+        for body in yaml.safe_load_all((ROOT / "k8s/operator" / file).read_text()):
+            if body["kind"] != "ClusterRole":
+                body["metadata"]["namespace"] = namespace
+            for subject in body.get("subjects", ()):
+                subject["namespace"] = namespace
+            found.append(body)
+    return found
+
+
+def install_operator(store: Store) -> None:
+    for body in operator_objects(store.namespace):
+        store.create(body)
+
+
 @pytest.fixture(scope="session")
 def crd() -> Manifest:
     return yaml.safe_load((ROOT / "k8s/crds/curricula.yaml").read_text())
@@ -147,3 +165,14 @@ def summary(status: Manifest) -> Manifest:
 @pytest.fixture
 def bench(crd: Manifest) -> Bench:
     return Bench(crd)
+
+
+def build_template() -> Manifest:
+    """A worker's pod template of a Curriculum that is right."""
+    from terrace.cluster.cluster_schema import CurriculumSpec
+    from terrace.cluster.manifests import build_rayjob
+
+    body = tiny_curriculum()
+    owner = {**body, "metadata": {**body["metadata"], "namespace": "default", "uid": "u-1"}}
+    job = build_rayjob(owner, CurriculumSpec.model_validate(body["spec"]), 0, 1, "tiny-recipe-0")
+    return copy.deepcopy(job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"])

@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import yaml
-from cluster_world import ROOT, condition, summary, tiny_curriculum
+from cluster_world import ROOT, condition, install_operator, operator_objects, summary, tiny_curriculum
 
-from terrace.cluster.api import Api, ApiError, connect
+from terrace.cluster.api import KINDS, Api, ApiError, Refused
+from terrace.cluster.credentials import connect
 from terrace.cluster.manifests import LABEL_CURRICULUM
 
 Manifest = dict[str, Any]
@@ -27,12 +28,17 @@ class Harness:
     """An operator process on a cluster, and what tests do to both."""
 
     real = False
+    lease_seconds = 1.0  # so that a new operator need not wait for a killed one's
     patience = 30.0  # seconds until a test gives up
 
-    def __init__(self, api: Api, namespace: str, environment: dict[str, str], folder: Path) -> None:
-        self.api, self.namespace, self.environment, self.folder = api, namespace, environment, folder
+    def __init__(self, api: Api, namespace: str, admin: Path, operator: Path, folder: Path) -> None:
+        """`admin` and `operator` are kubeconfigs: the tests' own, and that of the operator's ServiceAccount."""
+        self.api, self.namespace, self.folder = api, namespace, folder
+        self.environment = {**os.environ, "KUBECONFIG": str(admin)}
+        self.operator_environment = {**os.environ, "KUBECONFIG": str(operator), "PYTHONPATH": f"{ROOT}/platform:{ROOT}/operators"}
         self.operator: subprocess.Popen | None = None
         self.queue = {"name": "training"}
+        self.silent = ""
         self.starts = 0
 
     # ------------------------------------------------------------ the operator
@@ -40,8 +46,9 @@ class Harness:
     def start(self) -> None:
         self.starts += 1
         log = (self.folder / f"operator-{self.starts}.log").open("w")
-        command = [sys.executable, "-m", "terrace_operator", "--namespace", self.namespace, "--port", "0", "--lease-seconds", "1"]
-        self.operator = subprocess.Popen(command, env=self.environment, stdout=log, stderr=log)
+        command = [sys.executable, "-m", "terrace_operator", "--namespace", self.namespace, "--port", "0"]
+        command += ["--lease-seconds", str(self.lease_seconds)]
+        self.operator = subprocess.Popen(command, env=self.operator_environment, stdout=log, stderr=log)
 
     def kill(self) -> None:
         """kill -9: no handler runs, no lease is given back."""
@@ -75,10 +82,11 @@ class Harness:
     def status(self, name: str) -> Manifest:
         return (self.api.get("Curriculum", name) or {}).get("status") or {}
 
-    def until(self, name: str, test: Any, what: str = "") -> Manifest:
+    def until(self, name: str, test: Any, what: str = "", patience: float = 0.0) -> Manifest:
         """Wait until `test(status)` holds; `test` may be the name of a phase."""
         wanted = (lambda status: status.get("phase") == test) if isinstance(test, str) else test
-        end = time.monotonic() + self.patience
+        patience = max(patience, self.patience)
+        end = time.monotonic() + patience
         status: Manifest = {}
         while time.monotonic() < end:
             assert self.operator is None or self.operator.poll() is None, "the operator has ended: " + self.log()
@@ -86,7 +94,7 @@ class Harness:
             if status and wanted(status):
                 return status
             time.sleep(0.05 if not self.real else 1.0)
-        pytest.fail(f"{name}: not {what or test} after {self.patience:g} s: {json.dumps(summary(status))}\n{self.log()}")
+        pytest.fail(f"{name}: not {what or test} after {patience:g} s: {json.dumps(summary(status))}\n{self.log()}")
 
     def log(self, characters: int = 3000) -> str:
         return (self.folder / f"operator-{self.starts}.log").read_text()[-characters:]
@@ -112,20 +120,46 @@ class Harness:
     def open_queue(self) -> None:
         raise NotImplementedError
 
+    def narrow_queue(self) -> None:
+        """Quota for one curriculum at a time; of two priority classes, the higher preempts the lower."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------ faults
+
+    def kill_node(self, name: str) -> None:
+        """The node of an attempt's worker pod dies hard: nothing of it moves any more."""
+        raise NotImplementedError
+
+    def dry_run(self, body: Manifest) -> None:
+        """Refused where the API server would refuse it, under strict field validation; nothing is written."""
+        kind = KINDS[body["kind"]]
+        url = kind.path(self.namespace) + "?dryRun=All&fieldValidation=Strict"
+        response = self.api._send("POST", url, body, "application/json", False)
+        if response.status >= 300:
+            raise Refused(json.loads(response.data).get("message", ""), response.status)
+
+
+def connected(kubeconfig: Path, namespace: str | None = None) -> Api:
+    """A connection under these credentials, whatever this process's own environment says."""
+    before = os.environ.get("KUBECONFIG")
+    os.environ["KUBECONFIG"] = str(kubeconfig)
+    try:
+        return connect(namespace)
+    finally:
+        os.environ.pop("KUBECONFIG")
+        if before is not None:
+            os.environ["KUBECONFIG"] = before
+
 
 class FakeHarness(Harness):
+    """The operator under the token of its ServiceAccount, whose rights are those of the files under k8s/operator."""
+
     def __init__(self, server: Any, folder: Path) -> None:
-        config = folder / "kubeconfig.yaml"
-        config.write_text(server.kubeconfig())
-        environment = {**os.environ, "KUBECONFIG": str(config), "PYTHONPATH": f"{ROOT}/platform:{ROOT}/operators"}
-        os.environ["KUBECONFIG"], before = str(config), os.environ.get("KUBECONFIG")
-        try:
-            api = connect()
-        finally:
-            os.environ.pop("KUBECONFIG")
-            if before is not None:
-                os.environ["KUBECONFIG"] = before
-        super().__init__(api, "default", environment, folder)
+        admin, operator = folder / "admin.yaml", folder / "operator.yaml"
+        admin.write_text(server.kubeconfig())
+        install_operator(server.store)
+        operator.write_text(server.kubeconfig(token=server.access.token_for(server.store.namespace, "terrace-operator")))
+        super().__init__(connected(admin), server.store.namespace, admin, operator, folder)
         self.server = server
 
     def hold_queue(self) -> None:
@@ -139,6 +173,13 @@ class FakeHarness(Harness):
     def open_queue(self) -> None:
         self.server.cluster.quota = None
 
+    def narrow_queue(self) -> None:
+        self.server.cluster.quota = 1
+        self.server.cluster.priorities = {f"{self.namespace}-low": 1, f"{self.namespace}-high": 2}
+
+    def kill_node(self, name: str) -> None:
+        self.server.cluster.dead.add(name)
+
 
 class RealHarness(Harness):
     """A namespace of its own on the cluster of KUBECONFIG, under PodSecurity `restricted`; removed afterwards."""
@@ -148,15 +189,25 @@ class RealHarness(Harness):
 
     def __init__(self, folder: Path) -> None:
         namespace = f"terrace-test-{uuid.uuid4().hex[:6]}"
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}/platform:{ROOT}/operators"}
-        super().__init__(connect(namespace), namespace, environment, folder)
+        operator = folder / "operator.yaml"
+        super().__init__(connect(namespace), namespace, Path(os.environ["KUBECONFIG"]), operator, folder)
         self.image = os.environ.get("TERRACE_TEST_IMAGE", "rayproject/ray:2.60.0-py311")
         self.ray_version = os.environ.get("TERRACE_TEST_RAY_VERSION", "2.60.0")
         self._apply(yaml.safe_load((ROOT / "k8s/crds/curricula.yaml").read_text()))
         self._apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace, "labels": {
             "pod-security.kubernetes.io/enforce": "restricted"}}})  # fmt: skip
         self.kubectl("wait", "--for=condition=Established", "crd/curricula.terrace.dev", "--timeout=60s")
+        self._apply(*operator_objects(namespace))
+        operator.write_text(yaml.safe_dump(self._operator_config()))
         self._queues("None")
+
+    def _operator_config(self) -> Manifest:
+        """This cluster under a token of the operator's ServiceAccount, good for a day."""
+        token = self.kubectl("create", "token", "terrace-operator", "--duration=24h").strip()
+        shown = yaml.safe_load(self.kubectl("config", "view", "--raw", "--minify", "--flatten"))
+        shown["users"] = [{"name": "operator", "user": {"token": token}}]
+        shown["contexts"][0]["context"] |= {"user": "operator", "namespace": self.namespace}
+        return shown
 
     def _apply(self, *bodies: Manifest) -> None:
         text = yaml.safe_dump_all(bodies)
@@ -164,14 +215,18 @@ class RealHarness(Harness):
             ["kubectl", "apply", "--server-side", "-f", "-"], input=text, text=True, check=True, timeout=60, env=self.environment
         )
 
-    def _queues(self, stop_policy: str) -> None:
+    def _queues(self, stop_policy: str, cpus: str = "64") -> None:
         """A flavor and a queue of the test's own; `stopPolicy` is how Kueue takes quota back from all of a queue."""
         name = self.namespace
-        quota = [{"name": "cpu", "nominalQuota": "64"}, {"name": "memory", "nominalQuota": "256Gi"}]
+        quota = [{"name": "cpu", "nominalQuota": cpus}, {"name": "memory", "nominalQuota": "256Gi"}]
+        for word, value in (("low", 1), ("high", 2)):
+            self._apply({"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "WorkloadPriorityClass", "value": value,
+                         "metadata": {"name": f"{name}-{word}"}})  # fmt: skip
         self._apply(
             {"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "ResourceFlavor", "metadata": {"name": name}},
             {"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "ClusterQueue", "metadata": {"name": name}, "spec": {
                 "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": name}}, "stopPolicy": stop_policy,
+                "preemption": {"withinClusterQueue": "LowerPriority"},
                 "resourceGroups": [{"coveredResources": ["cpu", "memory"], "flavors": [{"name": name, "resources": quota}]}]}},
             {"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "LocalQueue", "metadata": {"name": "training", "namespace": name},
              "spec": {"clusterQueue": name}},
@@ -194,9 +249,23 @@ class RealHarness(Harness):
     def open_queue(self) -> None:
         self._queues("None")
 
+    def narrow_queue(self) -> None:
+        self._queues("None", cpus="4")  # head 1, worker 1, submitter 500m: once, not twice
+
+    def kill_node(self, name: str) -> None:
+        """By the command in TERRACE_TEST_KILL_NODE, called with the node's name: only who made the cluster knows how."""
+        command = os.environ.get("TERRACE_TEST_KILL_NODE")
+        if not command:
+            pytest.skip("TERRACE_TEST_KILL_NODE is not set: the command that takes a node down")
+        selector = f"ray.io/originated-from-cr-name={name},app.kubernetes.io/component=worker"
+        node = self.kubectl("get", "pods", "-l", selector, "-o", "jsonpath={.items[0].spec.nodeName}")
+        subprocess.run([*command.split(), node], check=True, timeout=300)
+
     def remove(self) -> None:
         words = ["kubectl", "delete", "--ignore-not-found", "--wait=false"]
-        for kind, name in (("namespace", self.namespace), ("clusterqueue", self.namespace), ("resourceflavor", self.namespace)):
+        kinds = [("namespace", self.namespace), ("clusterqueue", self.namespace), ("resourceflavor", self.namespace)]
+        kinds += [("workloadpriorityclass", f"{self.namespace}-{word}") for word in ("low", "high")]
+        for kind, name in kinds:
             subprocess.run([*words, kind, name], env=self.environment, timeout=120, check=False)
 
 

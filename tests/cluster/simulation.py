@@ -1,9 +1,11 @@
 """A thousand curricula and everything that goes wrong with them, in virtual time: the operator's controller, unchanged, on the fake
 API store with a simulated KubeRay and Kueue.
 
-What goes wrong, at random but repeatably: programs fail, are killed, hang; nodes die and their pods never end; the queue preempts;
-people suspend, pause and delete RayJobs; watches deliver late, twice or never; API calls fail before or after they took effect;
-the operator is killed and restarted; the wall clock jumps by up to an hour. After every start of a program the invariants are checked.
+What goes wrong, at random but repeatably: programs fail, are killed, hang; KubeRay ends their RayJobs with reasons of its own, or not
+at all; submitter pods are evicted and head pods replaced; nodes die and their pods never end; jobs of higher priority take the
+quota; people suspend, pause and delete RayJobs; kinds are absent for minutes; watches deliver late, twice or never; API calls
+fail before or after they took effect; the operator is killed and restarted; the wall clock jumps by up to an hour. After every start
+of a program the invariants are checked.
 
     python tests/cluster/simulation.py --curricula 1000 --write docs/reliability.md
 """
@@ -26,47 +28,24 @@ ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT / "operators"), str(ROOT / "platform")]
 
 from cluster_world import Clock, tiny_curriculum, tiny_stage  # noqa: E402
+from fake.flaky import Flaky  # noqa: E402
 from fake.kuberay import Cluster  # noqa: E402
 from fake.store import Change, Store  # noqa: E402
+from simulation_checks import LIMITS, STAGES, check_budgets, check_start  # noqa: E402
+from simulation_table import table, write_section  # noqa: E402
 
-from terrace.cluster.api import ApiError, Refused  # noqa: E402
+from terrace.cluster.api import ApiError  # noqa: E402
 from terrace_operator.controller import Controller  # noqa: E402
 
 Manifest = dict[str, Any]
 LINGER = "simulation/pods"
-STAGES = 8
 STEP_SECONDS, BOOT_SECONDS = 60.0, 40.0
-LIMITS = {"maxRestarts": 3, "maxInfraRestarts": 12, "backoffSeconds": 10, "backoffCapSeconds": 300, "stallTimeoutSeconds": 300,
-          "preRunningTimeoutSeconds": 900, "fenceTimeoutSeconds": 240}  # fmt: skip
-CHANCES = {"exit 1": 0.10, "exit 137": 0.03, "hang": 0.03, "node dies": 0.02, "preempted": 0.05, "deleted by hand": 0.02}
-WATCH_LOST, WATCH_TWICE, API_ERROR, REFUSED = 0.02, 0.03, 0.004, 0.01
-
-
-class Flaky:
-    """The store as the operator reaches it: some calls fail before they act, some after."""
-
-    namespace = "default"
-
-    def __init__(self, store: Store, numbers: random.Random, counts: Counter[str]) -> None:
-        self._store, self._numbers, self._counts = store, numbers, counts
-
-    def __getattr__(self, name: str) -> Any:
-        call = getattr(self._store, name)
-
-        def flaky(*args: Any, **kwargs: Any) -> Any:
-            kind = args[0]["kind"] if isinstance(args[0], dict) else args[0]
-            self._counts[f"{name} {kind}"] += 1
-            dice = self._numbers.random()
-            if dice < API_ERROR / 2:
-                raise ApiError("the API server is away", 503)
-            if name == "create" and kind == "RayJob" and self._numbers.random() < REFUSED:
-                raise Refused("webhook: try again later", 403)
-            result = call(*args, **kwargs)
-            if dice > 1 - API_ERROR / 2:
-                raise ApiError("the answer was lost", 504)
-            return result
-
-        return flaky
+CHANCES = {"exit 1": 0.10, "exit 137": 0.03, "hang": 0.03, "node dies": 0.02, "preempted": 0.03, "deleted by hand": 0.02,
+           "submitter lost": 0.05, "head replaced": 0.03}  # fmt: skip
+# How KubeRay closes the RayJob of a program that has ended, where it does not do it well.
+CLOSES = {"SubmissionFailed": 0.05, "JobStatusCheckTimeoutExceeded": 0.02, "waits": 0.03, "never": 0.02}
+PRIORITIES = {"experiment": 100, "pretraining": 1000}
+WATCH_LOST, WATCH_TWICE = 0.02, 0.03
 
 
 @dataclass
@@ -85,6 +64,12 @@ class Simulation:
         self.store = Store(clock=self.clock.wall, history=200)
         self.cluster = Cluster(self.store, boot_seconds=BOOT_SECONDS, pods=False, messages=False, behaviour=self._behaviour)
         self.cluster.numbers = random.Random(self.seed + 1)
+        self.cluster.ended = self._program_ended
+        self.cluster.priorities, self.cluster.quota = PRIORITIES, max(2, self.curricula * 2 // 3)
+        self.refused: Counter[str] = Counter()  # creations of a curriculum's RayJobs that were refused
+        self.stopped: Counter[str] = Counter()  # wishes to suspend, under which no failure counts
+        self.said: Counter[tuple[str, str]] = Counter()  # programs of a stage that said exit 1
+        self.struck: Counter[tuple[str, str]] = Counter()  # what befell a stage's attempts from outside
         self.heap: list[tuple[float, int, str, Any]] = []
         self.number = 0
         self.wakes: dict[str, float] = {}
@@ -135,13 +120,15 @@ class Simulation:
     def _behaviour(self, job: Manifest, stage: str, attempt: int) -> Manifest:
         """Called when a program starts: what will become of it, and whether it may start at all."""
         name = job["metadata"]["name"]
-        self._check_start(name.rsplit("-s", 1)[0], name, stage, attempt)
+        check_start(self, name.rsplit("-s", 1)[0], name, stage, attempt)
         behaviour: Manifest = {"steps": 3, "step_seconds": STEP_SECONDS}
         dice = self.numbers.random()
         for what, chance in CHANCES.items():
             dice -= chance
             if dice < 0:
                 self.counts[what] += 1
+                if what != "preempted":
+                    self.struck[name.rsplit("-s", 1)[0], stage] += what != "exit 1"
                 if what.startswith("exit"):
                     behaviour["exit"] = int(what.split()[1])
                 elif what == "hang":
@@ -149,7 +136,24 @@ class Simulation:
                 else:
                     self.at(self.numbers.uniform(1, 2.5 * STEP_SECONDS), what, name)
                 break
+        dice = self.numbers.random()
+        for closes, chance in CLOSES.items():
+            dice -= chance
+            if dice < 0:
+                self.counts[f"closed as {closes}"] += 1
+                behaviour["closes"] = closes
+                break
         return behaviour
+
+    def _program_ended(self, job: Manifest, stage: str, status: int) -> None:
+        """A program has said how it ended; what KubeRay makes of it is another matter."""
+        curriculum = job["metadata"]["name"].rsplit("-s", 1)[0]
+        if status == 0:
+            done = self.succeeded.setdefault(curriculum, [])
+            if stage not in done:
+                done.append(stage)
+        elif status == 1:
+            self.said[curriculum, stage] += 1
 
     # ------------------------------------------------------------ the run
 
@@ -160,6 +164,9 @@ class Simulation:
         self.at(600, "restart")
         self.at(3000, "clock")
         self.at(300, "resync")
+        self.store.absent |= {"RayJob"}  # KubeRay is installed after the first curricula were made
+        self.at(400, "present", "RayJob")
+        self.at(2000, "absent")
         while self.heap and len(self.finished) < self.curricula and self.clock.forward < self.wall_limit:
             due, _, kind, what = heapq.heappop(self.heap)
             self.clock.advance(max(due - self.clock.forward, 0.0))
@@ -167,7 +174,8 @@ class Simulation:
         for number in range(self.curricula):
             if (name := f"c{number}") not in self.finished:
                 self.broken.append(f"{name} is stuck: {self.status(name).get('phase')}")
-        self._check_budgets()
+        self.counts["preempted by priority"] = self.cluster.preemptions
+        check_budgets(self)
         return self
 
     def status(self, name: str) -> Manifest:
@@ -175,7 +183,7 @@ class Simulation:
 
     def restart(self) -> None:
         """kill -9: what the operator had in memory is gone; a new one reads everything anew."""
-        api = Flaky(self.store, self.numbers, self.calls)
+        api = Flaky(self.store, self.numbers, self.calls, self.refused)
         self.controller = Controller(api, clock=self.clock.wall, monotonic=self.clock.monotonic)
         while True:
             try:
@@ -189,7 +197,8 @@ class Simulation:
 
     def _on_submit(self, number: int) -> None:
         stages = [tiny_stage(f"stage{index}") for index in range(STAGES)]
-        body = tiny_curriculum(f"c{number}", stages=stages, queue={"name": "training"}, failurePolicy=LIMITS)
+        queue = {"name": "training", "priorityClass": self.numbers.choice(list(PRIORITIES))}
+        body = tiny_curriculum(f"c{number}", stages=stages, queue=queue, failurePolicy=LIMITS)
         body["status"] = {}
         self.store.create(body)
         if self.numbers.random() < 0.1:
@@ -205,6 +214,7 @@ class Simulation:
 
     def _wish(self, name: str, wish: str) -> None:
         self.counts[wish] += 1
+        self.stopped[name] += 1
         self.store.patch("Curriculum", name, {"spec": {wish: True}})
         self.at(self.numbers.uniform(100, 2000), "release", (name, wish))
 
@@ -220,6 +230,28 @@ class Simulation:
         self.counts["clock jumps"] += 1
         self.clock.now += self.numbers.uniform(-3600, 3600)
         self.at(self.numbers.uniform(600, 3000), "clock")
+
+    def _on_absent(self, _: Any) -> None:
+        """A kind is not served for a while, as when the API server restarts and has not read its CRDs yet; objects remain."""
+        kind = self.numbers.choice(["RayJob", "Workload"])
+        self.counts["kinds absent"] += 1
+        self.store.absent.add(kind)
+        self.at(self.numbers.uniform(60, 400), "present", kind)
+        self.at(self.numbers.uniform(1000, 4000), "absent")
+
+    def _on_present(self, kind: str) -> None:
+        self.store.absent.discard(kind)
+        self.at(self.numbers.uniform(0, 20), "found", kind)
+
+    def _on_found(self, _: Any) -> None:
+        """The operator looks for absent kinds every 15 seconds and lists everything anew when one has come."""
+        assert self.controller is not None
+        try:
+            if self.controller.look_for_absent():
+                for name in self.controller.resync():
+                    self.wake(name, 0.0)
+        except ApiError:
+            self.at(15.0, "found", None)
 
     def _on_resync(self, _: Any) -> None:
         assert self.controller is not None
@@ -272,14 +304,11 @@ class Simulation:
         state = status.get("jobDeploymentStatus", "")
         if state in ("Complete", "Failed"):
             self._ended(name)
-            if state == "Complete":
-                curriculum, stage = name.rsplit("-s", 1)[0], job["spec"]["entrypoint"].split("--stage ")[1].split()[0]
-                done = self.succeeded.setdefault(curriculum, [])
-                if stage not in done:
-                    done.append(stage)
             return
         if state in ("Suspending", "Suspended"):
             self._ended(name)
+            if self.cluster.quota is not None:  # the queue looks again when quota may be free
+                self.at(self.numbers.uniform(20, 40), "job", name)
         if state in ("Initializing", "Running") and name not in self.cluster.dead:
             self.at(BOOT_SECONDS if state == "Initializing" else STEP_SECONDS / 2, "job", name)
 
@@ -295,8 +324,20 @@ class Simulation:
         if name in self.cluster.programs and name in self.store.objects["RayJob"]:
             self.cluster.preempt(name)
 
+    def _on_submitter_lost(self, name: str) -> None:
+        if name in self.cluster.programs and name in self.store.objects["RayJob"]:
+            for _ in range(self.numbers.choice([1, 2, 9])):  # nine: more often than it is retried
+                if name in self.cluster.programs:
+                    self.cluster.evict_submitter(name)
+
+    def _on_head_replaced(self, name: str) -> None:
+        if name in self.cluster.programs and name in self.store.objects["RayJob"]:
+            self.cluster.submitters[name] = self.numbers.choice([0, 9])
+            self._ended(name)
+            self.cluster.replace_head(name, self.clock.forward)
+
     def _on_deleted_by_hand(self, name: str) -> None:
-        if name in self.cluster.programs:
+        if name in self.cluster.programs and "RayJob" not in self.store.absent:
             self.store.delete("RayJob", name, foreground=True)
 
     # ------------------------------------------------------------ invariants
@@ -305,41 +346,6 @@ class Simulation:
         curriculum = name.rsplit("-s", 1)[0]
         if self.running.get(curriculum) == name:
             del self.running[curriculum]
-
-    def _check_start(self, curriculum: str, job: str, stage: str, attempt: int) -> None:
-        """A program starts: alone, in order, after all before it, never after its own success, with a number never used before."""
-        other = self.running.get(curriculum)
-        lives = other is not None and other != job and other in self.store.objects.get("RayJob", {})
-        if lives and not (other in self.cluster.dead and self._deleted_for(other) > LIMITS["fenceTimeoutSeconds"]):
-            self.broken.append(f"{curriculum}: {job} starts while {other} lives")
-        done = self.succeeded.get(curriculum, [])
-        index = int(stage.removeprefix("stage"))
-        if stage in done:
-            self.broken.append(f"{curriculum}: {stage} starts again after its success")
-        if done != [f"stage{number}" for number in range(index)]:
-            self.broken.append(f"{curriculum}: {stage} starts after {done}")
-        if attempt < self.attempts.get(f"{curriculum} {stage}", 1):
-            self.broken.append(f"{curriculum}: attempt {attempt} of {stage} starts after a newer one")
-        self.attempts[f"{curriculum} {stage}"] = attempt
-        self.running[curriculum] = job
-
-    def _deleted_for(self, job: str) -> float:
-        return self.clock.forward - self.deleted_at.get(job, self.clock.forward)
-
-    def _check_budgets(self) -> None:
-        for name in self.finished:
-            status = self.status(name)
-            for stage in status["stages"]:
-                over = [stage["restarts"] - LIMITS["maxRestarts"], stage["infraRestarts"] - LIMITS["maxInfraRestarts"]]
-                allowed = 1 if status["phase"] == "Failed" and stage["phase"] not in ("Succeeded", "Pending") else 0
-                if max(over) > allowed:
-                    self.broken.append(f"{name}: budget overspent in {stage['name']}: {stage['restarts']}, {stage['infraRestarts']}")
-            if status["phase"] == "Failed" and not any(
-                s["restarts"] == LIMITS["maxRestarts"] + 1 or s["infraRestarts"] == LIMITS["maxInfraRestarts"] + 1 for s in status["stages"]
-            ):
-                self.broken.append(f"{name} failed without a spent budget")
-            if status["phase"] == "Succeeded" and len(self.succeeded.get(name, [])) != STAGES:
-                self.broken.append(f"{name} succeeded with {len(self.succeeded.get(name, []))} stages")
 
     # ------------------------------------------------------------ figures
 
@@ -359,40 +365,6 @@ class Simulation:
             "status writes per attempt": round(self.calls["replace_status Curriculum"] / max(self.started, 1), 1),
             "virtual hours": round(self.clock.forward / 3600, 1),
         }  # fmt: skip
-
-
-def table(runs: list[tuple[Simulation, float, float]]) -> str:
-    """Markdown: one column per run (with the wall and CPU seconds it took)."""
-    rows = [run.figures() | {"wall seconds of the simulation": round(wall, 1), "CPU seconds of the simulation": round(cpu, 1)}
-            for run, wall, cpu in runs]  # fmt: skip
-    lines = ["| | " + " | ".join(f"{run.curricula} curricula" for run, *_ in runs) + " |", "|---" * (len(runs) + 1) + "|"]
-    lines += [f"| {key} | " + " | ".join(f"{row[key]:,}" for row in rows) + " |" for key in rows[0] if key != "curricula"]
-    happened = ["exit 1", "exit 137", "hang", "node dies", "preempted", "deleted by hand", "suspend", "paused", "operator restarts",
-                "clock jumps", "watch events lost", "watch events doubled", "API errors met"]  # fmt: skip
-    lines += [f"| what went wrong: {key} | " + " | ".join(f"{run.counts[key]:,}" for run, *_ in runs) + " |" for key in happened]
-    return "\n".join(lines)
-
-
-SECTION = "## Operator simulation"
-TEXT = f"""{SECTION}
-
-The operator's controller, unchanged, runs curricula of {STAGES} stages in virtual time on the fake API server with a simulated KubeRay and
-Kueue (`python tests/cluster/simulation.py --curricula 100 1000 --write docs/reliability.md`). Programs fail, are killed, hang; nodes
-die and their pods never end; the queue preempts; people suspend, pause and delete RayJobs; watches deliver late, twice or never; API
-calls fail before or after they took effect; the operator is killed and restarted; the wall clock jumps by up to an hour. Checked at
-every start of a program and at the end: no two live attempts of a curriculum, stages in order, none again after its success, attempt
-numbers only grow, budgets respected, nothing stuck. Tests take the rules on live attempts and budgets out and see the checks fail.
-CPU seconds are of one core of a shared virtual machine; wall seconds are those of an idle one only if nothing else ran.
-"""
-
-
-def write_section(path: Path, text: str) -> None:
-    """Replace the section, or append it."""
-    before = path.read_text(encoding="utf-8") if path.exists() else "# Reliability\n"
-    head, _, rest = before.partition(SECTION)
-    after = rest.partition("\n## ")[2]
-    section = f"{TEXT}\n{text}\n"
-    path.write_text(head.rstrip() + "\n\n" + section + (f"\n## {after}" if after else ""), encoding="utf-8")
 
 
 def main() -> int:

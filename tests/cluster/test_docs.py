@@ -11,7 +11,7 @@ from terrace.cluster.reference import reference
 from terrace_operator import reasons
 
 WORDS = {  # words of Kubernetes, Ray and our own phases that look like reasons
-    "Accepted", "Complete", "ConfigMap", "Curriculum", "Degraded", "Evicted", "Failed", "False", "GatePassed",
+    "Accepted", "Complete", "ConfigMap", "Curriculum", "Deactivated", "Degraded", "Evicted", "Failed", "False", "GatePassed",
     "Initializing", "Not", "Progressing", "QueuePreempted", "Queued", "RayJob", "ReplicaFailure", "Restarting",
     "StageCleared", "Suspending", "True", "Unknown", "Workload",
 }  # fmt: skip
@@ -32,7 +32,7 @@ def test_every_reason_in_the_code_is_listed():
     from terrace_operator.status import EVENTS
 
     found = set()
-    for name in ("status", "conditions", "observe", "recipes"):
+    for name in ("absent", "status", "conditions", "observe", "recipes"):
         for node in ast.walk(ast.parse((ROOT / f"operators/terrace_operator/{name}.py").read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"([A-Z][a-z]+)+", node.value):
                 found.add(node.value)

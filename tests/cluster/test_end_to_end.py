@@ -1,14 +1,16 @@
-"""The operator as a process against an API server over HTTP: the fake one by default, a real cluster with `pytest -m cluster`.
+"""The operator as a process, under its ServiceAccount's token, against an API server: the fake one by default, or a real cluster.
 
-    pytest tests/cluster/test_end_to_end.py                                      # the fake API server, a simulated KubeRay and Kueue
-    KUBECONFIG=... pytest -m cluster tests/cluster/test_end_to_end.py            # needs KubeRay and Kueue; makes its own namespace
+    pytest tests/cluster/test_end_to_end.py         # the fake API server, a simulated KubeRay and Kueue
+    KUBECONFIG=... make test-cluster                # needs KubeRay's and Kueue's kinds; makes a namespace and a queue of its own
 
-On a real cluster TERRACE_TEST_IMAGE names an image with Python and Ray (default rayproject/ray), TERRACE_TEST_RAY_VERSION its version.
+On a real cluster TERRACE_TEST_IMAGE names an image with Python and Ray (default rayproject/ray), TERRACE_TEST_RAY_VERSION its version,
+and TERRACE_TEST_KILL_NODE a command that takes down the node it is given (without it the test of a dead node is skipped).
 """
 
 from __future__ import annotations
 
 import os
+import random
 import time
 
 import pytest
@@ -16,8 +18,10 @@ from cluster_world import condition, tiny_curriculum, tiny_stage
 from fake.podsecurity import enforce
 from fake.server import Server
 from harness import FakeHarness, RealHarness, is_gone
+from test_wrong_specs import RIGHT, WRONG
 
 from terrace.cluster.api import Refused
+from terrace_operator.recipes import check
 
 FIVE = [tiny_stage(name) for name in ("warmup", "align", "pretrain", "long-sft", "rl")]
 
@@ -31,16 +35,25 @@ def cluster(request, crd, tmp_path_factory):
             pytest.skip("a real cluster is used only with KUBECONFIG and `-m cluster`")
         harness = RealHarness(folder)
         harness.start()
+        harness.silent = silent_one(harness)
         yield harness
         harness.stop()
         harness.remove()
         return
-    with Server(crd) as server:
+    with Server(crd, namespace="terrace") as server:
         server.store.admission.append(enforce)  # the namespace is under PodSecurity `restricted`
         harness = FakeHarness(server, folder)
         harness.start()
+        harness.silent = silent_one(harness)
         yield harness
         harness.stop()
+
+
+def silent_one(harness):
+    """A curriculum whose first attempt falls silent; it is made first, so that its half minute passes while other tests run."""
+    behaviour = {"steps": 6, "stages": {"warmup": {"attempts": {"1": {"hang": True}}}}}
+    timeout = 120 if harness.real else 30
+    return harness.create("silent", behaviour=behaviour, failurePolicy={"stallTimeoutSeconds": timeout, "backoffSeconds": 0.2})
 
 
 def test_five_stages_to_succeeded_and_kubectl_shows_it(cluster):
@@ -112,14 +125,56 @@ def test_rayjob_deleted_by_hand_is_replaced(cluster):
 
 
 def test_silence_is_found_and_a_new_attempt_continues(cluster):
-    behaviour = {"steps": 6, "stages": {"warmup": {"attempts": {"1": {"hang": True}}}}}
-    timeout = 120 if cluster.real else 2
-    name = cluster.create("silent", behaviour=behaviour, failurePolicy={"stallTimeoutSeconds": timeout, "backoffSeconds": 0.2})
-    status = cluster.until(name, lambda s: s["stages"][0]["attempt"] == 2, "at a second attempt")
+    name = cluster.silent
+    status = cluster.until(name, lambda s: s["stages"][0]["attempt"] == 2, "at a second attempt", 60.0)
     status = cluster.until(name, "Succeeded")
     assert status["stages"][0]["infraRestarts"] == 1
     messages = [event["message"] for event in cluster.api.list("Event") if event["involvedObject"]["name"] == name]
     assert any("Stalled: no progress for" in message for message in messages)
+
+
+def test_wrong_specs_are_refused_by_the_server_or_never_started(cluster):
+    """All of test_wrong_specs.py against this cluster's own API server, and what passes it against the operator's checks."""
+    passed = []
+    for what, (change, _, _) in WRONG.items():
+        body = tiny_curriculum("wrong")
+        change(body)
+        try:
+            cluster.dry_run(body)
+        except Refused:
+            continue
+        if check(body["spec"])[1] == "":
+            passed.append(what)
+    assert passed == []
+    for change in RIGHT.values():
+        body = tiny_curriculum("right")
+        change(body)
+        cluster.dry_run(body)
+
+
+def test_a_higher_priority_takes_the_quota_and_gives_it_back(cluster):
+    cluster.narrow_queue()
+    try:
+        low = cluster.create("low", behaviour={"steps": 40}, queue={**cluster.queue, "priorityClass": f"{cluster.namespace}-low"})
+        cluster.until(low, lambda status: status["stages"][0]["step"] >= 3, "at step 3")
+        high = cluster.create("high", queue={**cluster.queue, "priorityClass": f"{cluster.namespace}-high"})
+        cluster.until(low, lambda status: condition(status, "Progressing")["reason"] == "Preempted", "preempted")
+        cluster.until(high, "Succeeded")
+        status = cluster.until(low, "Succeeded")
+        assert status["stages"][0]["preemptions"] >= 1
+        assert (status["restarts"], status["stages"][0]["attempt"]) == (0, 1)
+    finally:
+        cluster.open_queue()
+
+
+@pytest.mark.slow  # half a minute of silence; with time under control: test_operator.py
+def test_a_node_that_dies_is_replaced_and_fenced(cluster):
+    policy = {"stallTimeoutSeconds": 120 if cluster.real else 30, "fenceTimeoutSeconds": 60 if cluster.real else 1, "backoffSeconds": 0.2}
+    name = cluster.create("node", behaviour={"steps": 20, "step_seconds": 0.2}, failurePolicy=policy)
+    cluster.until(name, lambda status: status["stages"][0]["step"] >= 3, "at step 3")
+    cluster.kill_node(f"{name}-s0-1")
+    status = cluster.until(name, "Succeeded", patience=90.0)
+    assert (status["stages"][0]["attempt"], status["stages"][0]["infraRestarts"]) == (2, 1)
 
 
 def test_delete_leaves_nothing(cluster):
@@ -180,6 +235,24 @@ def test_operator_killed_in_every_phase(cluster):
     assert status["stages"][1]["attempt"] == 2
 
 
+@pytest.mark.slow  # a minute
+def test_operator_killed_at_random_again_and_again(cluster):
+    """22 times kill -9 and a restart while three curricula run: attempts and budgets come out as if nothing had been."""
+    slow = {"steps": 60, "step_seconds": 0.3}
+    broken = slow | {"stages": {"align": {"steps": 6, "attempts": {"1": {"exit": 1}}}}}
+    names = [cluster.create("k1", behaviour=slow), cluster.create("k2", behaviour=broken, failurePolicy={"backoffSeconds": 1}),
+             cluster.create("k3", behaviour=slow, queue=cluster.queue)]  # fmt: skip
+    numbers = random.Random(7)
+    for _ in range(22):
+        time.sleep(numbers.uniform(0.5, 3.0) * (1 if not cluster.real else 5))
+        cluster.kill()
+        cluster.start()
+    for name in names:
+        status = cluster.until(name, "Succeeded", patience=120.0)
+        expected = [(1, 0, 0), (2, 1, 0)] if name.startswith("k2") else [(1, 0, 0), (1, 0, 0)]
+        assert [(stage["attempt"], stage["restarts"], stage["infraRestarts"]) for stage in status["stages"]] == expected, name
+
+
 def test_lost_watches_and_forgotten_history_lose_nothing(cluster):
     """410 Gone on every watch, again and again, while a curriculum runs."""
     if cluster.real:
@@ -191,12 +264,21 @@ def test_lost_watches_and_forgotten_history_lose_nothing(cluster):
     cluster.until(name, "Succeeded")
 
 
+def test_the_operator_was_never_refused_a_right(cluster):
+    """The last of the shared cluster's tests: all of the above ran under the Role of k8s/operator/rbac.yaml."""
+    if cluster.real:
+        pytest.skip("a real API server tells this in its audit log only")
+    users = {user for user, *_ in cluster.server.requests}
+    assert "system:serviceaccount:terrace:terrace-operator" in users
+    assert cluster.server.access.denied == []
+
+
 def test_health_readiness_and_metrics(crd, tmp_path):
     import json
     import re
     import urllib.request
 
-    with Server(crd) as server:
+    with Server(crd, namespace="terrace") as server:
         harness = FakeHarness(server, tmp_path)
         harness.start()
         try:
@@ -227,20 +309,31 @@ def test_stand_in_program_speaks_the_same_as_the_simulated_one(crd, tmp_path):
 
     from cluster_world import HERE
 
-    from terrace.cluster.manifests import progress_config_map
+    from terrace.cluster.manifests import progress_config_map, trainer_access
 
     with Server(crd) as server:
-        server.store.create(progress_config_map(server.store.create(tiny_curriculum("tiny"))))
+        owner = server.store.create(tiny_curriculum("tiny"))
+        for body in (progress_config_map(owner), *trainer_access(owner)):
+            server.store.create(body)
+        (tmp_path / "token").write_text(server.access.token_for("default", "tiny-trainer"))
+        (tmp_path / "ca.crt").write_bytes(server.authority.file.read_bytes())
         environment = {**os.environ, "STAND_IN_API": server.url, "TERRACE_NAMESPACE": "default", "TERRACE_PROGRESS": "tiny-progress",
-                       "STAND_IN": json.dumps({"steps": 6, "step_seconds": 0.01})}  # fmt: skip
-        words = [sys.executable, str(HERE / "stand_in.py"), "recipe.yaml", "--run-dir", "s3://x", "--stage", "warmup", "--attempt"]
+                       "STAND_IN_ACCOUNT": str(tmp_path), "STAND_IN": json.dumps({"steps": 6, "step_seconds": 0.01})}  # fmt: skip
+
+        def run(attempt, **behaviour):
+            words = [sys.executable, str(HERE / "stand_in.py"), "recipe.yaml", "--run-dir", "s3://x", "--stage", "warmup", "--attempt"]
+            values = environment | ({"STAND_IN": json.dumps(behaviour)} if behaviour else {})
+            return subprocess.run([*words, str(attempt)], env=values, timeout=30).returncode
 
         def data(key):
             return json.loads(server.store.objects["ConfigMap"]["tiny-progress"]["data"][key])
 
         stop = {"stage": "warmup", "attempt": 1, "stop": "suspend"}
         server.store.patch("ConfigMap", "tiny-progress", {"data": {"directive.json": json.dumps(stop)}})
-        assert subprocess.run([*words, "1"], env=environment, timeout=30).returncode == 143
+        assert run(1) == 143
         assert data("progress.json")["exit"]["status"] == 143
-        assert subprocess.run([*words, "2"], env=environment, timeout=30).returncode == 0
+        failing = {"steps": 4, "step_seconds": 0.01, "exit": 1}
+        assert [run(attempt, **failing) for attempt in (2, 3, 4, 5)] == [1] * 4  # a failure stays one, however often it is tried
+        assert run(6) == 0
         assert data("progress.json")["result"]["steps"] == 6
+        assert server.access.denied == []

@@ -18,7 +18,6 @@ from terrace.errors import InputError
 from terrace.recipe.loading import load_recipe
 
 VERSION = "1.36"
-OVERLAYS = [".", "overlays/single-namespace", "overlays/mlflow", "overlays/s3", "overlays/kueue"]
 
 
 def owner(body):
@@ -45,7 +44,7 @@ def validate(body):
 def test_pods_of_an_attempt_are_valid_and_restricted():
     stages = [tiny_stage("warmup"), tiny_stage("align", resources={"workers": 4, "gpus_per_worker": 1})]
     storage = {
-        "uri": "s3://b/x",
+        "uri": "s3://bucket/x",
         "credentialsSecret": "s3-keys",
         "volumes": [{"claim": "corpus", "mountPath": "/corpus", "readOnly": True}],
     }
@@ -73,7 +72,7 @@ def test_rayjob_says_what_the_real_operators_need():
     assert job["metadata"]["labels"]["kueue.x-k8s.io/priority-class"] == "high"
     spec = job["spec"]
     assert (spec["suspend"], spec["shutdownAfterJobFinishes"], spec["backoffLimit"]) == (True, True, 0)
-    assert spec["submitterConfig"] == {"backoffLimit": 0}
+    assert spec["submitterConfig"]["backoffLimit"] > 0  # its eviction does not end the attempt
     assert "clusterSelector" not in spec
     assert spec["entrypoint"] == (
         "python jobs/pretrain.py /etc/terrace/recipe.yaml --run-dir s3://bucket/runs/tiny --stage align --attempt 3"
@@ -124,36 +123,8 @@ def test_objects_beside_the_rayjob_are_valid_and_give_the_least_rights():
     ]
 
 
-def kustomized(folder):
-    done = subprocess.run(["kubectl", "kustomize", str(ROOT / "k8s" / folder)], capture_output=True, text=True, timeout=60)
-    if done.returncode:
-        pytest.fail(done.stderr)
-    return [body for body in yaml.safe_load_all(done.stdout) if body]
-
-
-def kubectl_or_skip():
-    import shutil
-
-    if shutil.which("kubectl") is None:
-        pytest.skip("kubectl is not installed")
-
-
-@pytest.mark.parametrize("folder", OVERLAYS)
-def test_kustomizations_are_valid_kubernetes(folder):
-    kubectl_or_skip()
-    bodies = kustomized(folder)
-    assert bodies
-    for body in bodies:
-        if body["apiVersion"].startswith("kueue") or body["kind"] == "CustomResourceDefinition":
-            continue  # no published schema here; the CRD has its own tests
-        validate(body)
-        template = body["spec"].get("template") if "spec" in body else None
-        if template and "containers" in template.get("spec", {}):
-            assert violations(template) == [], body["metadata"]["name"]
-
-
 def test_every_file_under_k8s_parses():
-    for path in sorted((ROOT / "k8s").rglob("*.yaml")):
+    for path in sorted(path for path in (ROOT / "k8s").rglob("*.yaml") if path.parent.name != "templates"):
         assert list(yaml.safe_load_all(path.read_text())), path
 
 
@@ -243,7 +214,7 @@ def test_examples_are_accepted_by_the_api_server_and_by_the_operator(crd, name):
 def test_operator_imports_neither_torch_nor_ray():
     code = (
         "import sys, terrace_operator.__main__, terrace.cluster.kubernetes; "
-        "print([m for m in ('torch', 'ray', 'numpy', 'mlflow') if m in sys.modules])"
+        "print([m for m in ('torch', 'ray', 'mlflow') if m in sys.modules])"
     )
     import sys
 

@@ -7,9 +7,8 @@ import json
 import pytest
 from fake.store import Store
 
-from terrace.cluster import stop_notice
 from terrace.cluster.api import ApiError
-from terrace.cluster.attempt import Fenced
+from terrace.cluster.attempt_files import Fenced
 from terrace.cluster.progress_channel import Follower, ProgressChannel, channel_from_environment, read_progress
 
 
@@ -143,12 +142,15 @@ def test_channel_that_is_gone_is_an_error(store):
         channel(store).claim()
 
 
-def test_stop_notice_waits_for_the_answer(monkeypatch, tmp_path):
-    monkeypatch.setenv("TERRACE_STOP_FILE", str(tmp_path / "stop"))
-    assert stop_notice.wait(5.0) is True  # nobody trains here: the hook does not wait
-    stop_notice.begin()
-    assert stop_notice.requested() is None
-    assert stop_notice.wait(0.1) is False  # asked, not answered in time
-    assert stop_notice.requested()
-    stop_notice.answer()
-    assert stop_notice.wait(5.0) is True
+def test_a_restart_of_an_attempt_that_had_finished_does_not_hide_its_result(store):
+    first = channel(store)
+    first.claim()
+    first.report({"step": 9, "result": {"loss": 0.5}, "exit": {"status": 0, "message": ""}})
+    again = channel(store, cluster="another")  # its quota was taken and given back before the operator had looked
+    again.claim()
+    assert "nothing left to do" in again.report({"step": 0})
+    assert data(store, "progress.json")["result"] == {"loss": 0.5}
+    newer = channel(store, attempt=2)  # a rerun has a number of its own
+    newer.claim()
+    assert newer.report({"step": 0}) is None
+    assert "result" not in data(store, "progress.json")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 
 import pytest
-from simulation import LIMITS, Simulation
+from simulation import Simulation
+from simulation_checks import LIMITS
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +21,9 @@ def test_curricula_with_everything_that_goes_wrong():
     assert run.broken == []
     assert len(run.finished) == 25
     assert run.started > 25 * 8  # there were failures to recover from
-    for what in ("exit 1", "node dies", "preempted", "deleted by hand", "operator restarts", "watch events lost", "API errors met"):
+    for what in ("exit 1", "node dies", "preempted", "deleted by hand", "operator restarts", "watch events lost", "API errors met",
+                 "closed as SubmissionFailed", "closed as waits", "closed as never", "submitter lost", "head replaced", "kinds absent",
+                 "preempted by priority"):  # fmt: skip
         assert run.counts[what] > 0, what
 
 
@@ -40,6 +43,23 @@ def test_simulation_notices_an_overspent_budget(monkeypatch):
     monkeypatch.setitem(LIMITS, "maxRestarts", 0)
     run = Simulation(10, seed=3, wall_limit=40_000).run()
     assert any("budget overspent" in text for text in run.broken)
+
+
+def test_simulation_notices_a_reason_that_is_believed_before_the_program(monkeypatch):
+    """Break the rule once: where KubeRay's reason decides first, programs' failures are counted as the infrastructure's."""
+    from terrace_operator import observe
+
+    monkeypatch.setattr(observe, "PROGRAM_EXITS", range(0))
+    run = Simulation(25, seed=3, wall_limit=40_000).run()
+    assert any("said exit 1, and" in text for text in run.broken)
+
+
+def test_simulation_notices_a_finished_stage_that_runs_again(monkeypatch):
+    from terrace_operator import observe
+
+    monkeypatch.setattr(observe, "is_done", lambda report: False)
+    run = Simulation(25, seed=3, wall_limit=40_000).run()
+    assert any("starts again after its success" in text for text in run.broken)
 
 
 @pytest.mark.slow

@@ -381,3 +381,37 @@ def test_the_planner_s_activations_are_what_autograd_saves(name, folder, trained
     width, vocabulary = case.config.text_config.hidden_size, case.config.text_config.vocab_size
     head = 4 * example.supervised_tokens * width + (4 * vocabulary * width if "language" in trained else 0)  # gradients, made forward
     assert measured == pytest.approx(memory.vision_activations + memory.language_activations + head, rel=0.1)
+
+
+def test_the_export_s_image_processor_and_tokenizer_need_nothing_of_terrace(case, tmp_path):
+    """Auto classes read `final/` and give the pixels and ids of training; LLaVA's whole processor too.
+
+    The processors of the Qwen models and of InternVL hold a video processor that transformers makes with torchvision alone.
+    """
+    from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer
+
+    model = model_of(case, 0.05)
+    state = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    final = export_hf(state, case.config, case.tokenizer.directory, tmp_path / "final", pixels=case.pixels)
+    sample = conversation(1, [(120, 80)])
+    example = pack_of(case, [sample])
+    image = _decoded(sample.images[0])
+    given = AutoImageProcessor.from_pretrained(final)([image], return_tensors="pt")["pixel_values"]
+    ours = reference_inputs(case, example, model)["pixel_values"]
+    assert given.numel() == ours.numel()
+    assert float((given.reshape(ours.shape) - ours).abs().mean()) < 0.02
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    assert tokenizer.convert_tokens_to_ids(case.family.marks["image"]) == case.config.image_token_id
+    assert tokenizer.decode(example.input_ids) == case.tokenizer.decode(example.input_ids)
+    if case.name == "llava":
+        processor = AutoProcessor.from_pretrained(final)
+        read = processor(text="USER: <image>What?", images=[image], return_tensors="pt")
+        assert int((read["input_ids"] == case.config.image_token_id).sum()) == example.visual_tokens
+
+
+def _decoded(data):
+    import io
+
+    from PIL import Image
+
+    return Image.open(io.BytesIO(data)).convert("RGB")

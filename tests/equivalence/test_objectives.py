@@ -21,8 +21,9 @@ from terrace.errors import Preempted
 from terrace.recipe.loading import dump_recipe
 from terrace.recipe.schema import Recipe
 from terrace.storage.durable import json_bytes
-from terrace.track.mlflow_store import open_tracking
+from terrace.track.mlflow_store import RunSpec, Series
 from terrace.track.report.page import write_page
+from terrace.track.tracking import open_tracking
 from terrace.train.watchdog import Watchdog
 from terrace.worker.context import WorkerContext
 
@@ -117,9 +118,9 @@ def test_the_report_and_mlflow_show_it(straight, tmp_path):
     warnings: list[str] = []
     ids: list[str] = []
     tracking = open_tracking(tmp_path, None, "terrace", warnings.append)
-    tracking.start_run("stage", None, None, {}, {}, ids.append)
+    tracking.open_run(RunSpec("stage", "stage", {}, {}, done=ids.append))
+    tracking.log_rows("stage", Series(stage / "metrics.jsonl"))
     assert tracking.flush(60)
-    tracking.log_steps(ids[0], [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()])
     tracking.close()
     from mlflow.tracking import MlflowClient
 

@@ -158,7 +158,7 @@ def largest_change_of_a_start_weight(rank: int, world_size: int, recipes: dict[s
         recipe = Recipe.model_validate(values)
         config = model_config(recipe.model)
         given = dict(build_model(recipe.model, config).named_parameters())
-        strategy = prepare_strategy(recipe, recipe.stages[0], config, context, partial(summed_loss, chunk_tokens=64))
+        strategy = prepare_strategy(recipe.model, recipe.stages[0], config, context, partial(summed_loss, chunk_tokens=64))
         changes[name] = max(float((tensor - given[key]).abs().max()) for key, tensor in strategy.tensors("weights"))
     return changes
 
@@ -194,7 +194,7 @@ def most_held_while_loading(rank: int, world_size: int, values: dict) -> float:
 
     context = WorkerContext(rank=rank, world_size=world_size, local_rank=rank)
     with mock.patch.object(setup, "initial_weights", watched):
-        setup.prepare_strategy(recipe, recipe.stages[0], model_config(recipe.model), context, partial(summed_loss, chunk_tokens=64))
+        setup.prepare_strategy(recipe.model, recipe.stages[0], model_config(recipe.model), context, partial(summed_loss, chunk_tokens=64))
     return max(shares)
 
 

@@ -12,7 +12,7 @@ import torch.multiprocessing as multiprocessing
 from packs import tiny_recipe
 from processes import free_port
 
-from terrace.cluster.attempt import outcome
+from terrace.cluster.attempt_outcome import outcome
 from terrace.train.watchdog import Watchdog, describe, hang_folder, hang_timeout_seconds
 from terrace.worker.context import WorkerContext
 

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fakes import fake_stage, tiny_recipe
 from ray_head import ray_head
 
-from terrace.cluster.attempt import LaunchRequest, write_atomic
+from terrace.cluster.attempt import LaunchRequest
+from terrace.cluster.attempt_files import write_atomic
 from terrace.cluster.heartbeat import live_processes
 from terrace.cluster.local import LocalLauncher
 from terrace.storage.run_layout import stage_directory

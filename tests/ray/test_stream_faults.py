@@ -22,7 +22,7 @@ from terrace.data.order.plan import StagePlan
 from terrace.data.stream.rank_stream import open_stream
 from terrace.errors import DamagedData
 from terrace.recipe.schema import Storage
-from terrace.storage.files import s3
+from terrace.storage.s3 import s3
 
 pytestmark = pytest.mark.ray
 
@@ -133,7 +133,6 @@ import hashlib, json, ray
 from pathlib import Path
 from ray.cluster_utils import Cluster
 from stream_rows import contents, open_all
-from terrace.data.stream.rank_stream import open_stream
 
 cluster = Cluster(initialize_head=True, head_node_args={{"num_cpus": 1, "object_store_memory": 200 * 2**20}})
 node = cluster.add_node(num_cpus=2, object_store_memory=200 * 2**20)

@@ -7,8 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from terrace.cluster import attempt as attempts
-from terrace.cluster.attempt import AttemptObservation, LaunchRequest, stage_result, write_atomic
+from terrace.cluster import attempt_files as files
+from terrace.cluster.attempt import AttemptObservation, LaunchRequest
+from terrace.cluster.attempt_files import write_atomic
+from terrace.cluster.attempt_outcome import stage_result
 from terrace.storage.run_layout import stage_directory
 
 
@@ -36,7 +38,7 @@ class CountingLauncher:
 
     def launch(self, request: LaunchRequest) -> None:
         self.hook("before launch")
-        attempts.claim_attempt(stage_directory(request.run_dir, request.stage_index, request.stage), request.attempt)
+        files.claim_attempt(stage_directory(request.run_dir, request.stage_index, request.stage), request.attempt)
         self.launched.append((request.stage, request.attempt))
         self.running[request.stage, request.attempt] = "running"
         self.hook("after launch")
@@ -48,9 +50,9 @@ class CountingLauncher:
             return AttemptObservation(stage, attempt, "succeeded", result=result)
         status = self.running.get((stage, attempt))
         if status is None:
-            claimed = attempts.read_json(folder / "attempt.json")
+            claimed = files.read_json(folder / "attempt.json")
             return AttemptObservation(stage, attempt, "interrupted" if claimed and claimed["attempt"] >= attempt else "absent")
-        if attempts.stop_requested(folder, attempt):
+        if files.stop_requested(folder, attempt):
             status = "preempted"
         status = self.outcomes.get((stage, attempt), status)
         if status in ("program", "infrastructure", "input"):
@@ -84,7 +86,7 @@ class CountingLauncher:
         if force:
             self.running.pop((stage, attempt), None)
         else:
-            attempts.request_stop(stage_directory(self.run_dir, stage_index, stage), attempt, reason)
+            files.request_stop(stage_directory(self.run_dir, stage_index, stage), attempt, reason)
 
     def close(self) -> None:
         self.hook("close")

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from stored_run import BUCKET, Machines
 
-from terrace.cluster.attempt import newest_checkpoint_step
+from terrace.cluster.attempt_outcome import newest_checkpoint_step
 from terrace.errors import TerraceError
 from terrace.recipe.schema import Checkpoint
 from terrace.storage import conditional, mirror
@@ -120,6 +120,29 @@ def test_on_disk_an_older_attempt_that_wakes_up_in_the_middle_of_a_write_complet
     with pytest.raises(Superseded, match="attempt 2 has taken over"):
         save(old, 4, loss=1.0)
     assert newest(tmp_path / "checkpoints").path.name == "step-000002"
+
+
+def test_what_is_written_in_the_background_is_what_was_there_when_it_was_saved(tmp_path: Path, monkeypatch):
+    """Training goes on with the same tensors while the thread writes: the optimizer's next step must not be in the files."""
+    weights, own = torch.ones(8), torch.ones(3)
+    strategy = Strategy(2)
+    strategy.tensors = lambda kind: iter([("a", weights)])
+    go_on, real = threading.Event(), module.save_file
+
+    def late(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        assert go_on.wait(30)
+        real(tensors, path)
+
+    monkeypatch.setattr(module, "save_file", late)
+    writer = writer_in(tmp_path, asynchronous=True)
+    writer.save(strategy, {"step": 2}, {}, [("running", own)])
+    weights.add_(1.0)
+    own.add_(1.0)
+    go_on.set()
+    writer.wait()
+    saved = tmp_path / "checkpoints" / "step-000002"
+    for kind, name in (("weights", "a"), ("exp_avg", "a"), ("exp_avg_sq", "a"), ("objective", "running")):
+        assert set(load_file(saved / f"{kind}-00000.safetensors")[name].tolist()) == {1.0}, kind
 
 
 # ---------------------------------------------------------------- on S3
@@ -247,7 +270,7 @@ def test_ranks_of_one_machine_fetch_a_checkpoint_once(machines: Machines, run: s
 
 
 def test_a_storage_that_fails_now_and_then_costs_nothing_but_time(machines: Machines, run: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("terrace.storage.files.BACKOFF_BASE_SECONDS", 0.01)
+    monkeypatch.setattr("terrace.storage.s3.BACKOFF_BASE_SECONDS", 0.01)
     writer = writer_in(stage_on(machines, "a", run))
     machines.server.fault = lambda number, method: 503 if number % 4 == 0 else None
     try:

@@ -30,7 +30,7 @@ from terrace.recipe.schema import Recipe
 
 FAMILY = Qwen25VL()
 
-STEPS, BATCH = 8, 6
+STEPS, BATCH = 12, 6
 
 
 def recipe_of(folder: Path, on_damage: str) -> Recipe:

@@ -25,7 +25,7 @@ import s3_server
 
 from terrace import cli
 from terrace.recipe.schema import Storage
-from terrace.storage.files import s3
+from terrace.storage.s3 import s3
 
 TINY = Path(__file__).resolve().parents[1] / "recipes" / "tiny.yaml"
 COUNT = 6

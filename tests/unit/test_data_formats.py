@@ -19,14 +19,17 @@ from PIL import Image
 from terrace.data.index.build import build_index
 from terrace.data.index.source_index import SourceIndex, load_index
 from terrace.data.sources import formats, unpack
-from terrace.data.sources.formats import plan_units, read_rows, source_files
 from terrace.data.sources.ingest import ingest_source
+from terrace.data.sources.listing import Listing, list_source
+from terrace.data.sources.planning import plan_units
+from terrace.data.sources.readers import read_rows
 from terrace.data.stream.read import read_sample
 from terrace.data.tokenizer import train_tokenizer
 from terrace.errors import InputError
 from terrace.families.qwen2_5_vl import Qwen25VL
 from terrace.recipe.schema import Data, Source
-from terrace.storage.files import DEFAULT_STORAGE, list_files
+from terrace.storage.files import list_files
+from terrace.storage.s3 import DEFAULT_STORAGE
 
 FAMILY = Qwen25VL()
 
@@ -111,10 +114,19 @@ def test_image_folders_with_captions(tmp_path: Path, load) -> None:
     index = load(folder)
     assert [words(index, row) for row in range(3)] == ["<image>|zero", "<image>|one", "<image>|two"]
     assert index.refused == {"empty_text": 1}
-    assert [str(name) for name in index.ids] == ["0", "1", "deep-2"]
-    (folder / "metadata.jsonl").write_text('{"file_name": "3.jpg", "text": "three"}\n{"file_name": "0.jpg", "text": "table"}\n')
+    assert [str(name) for name in index.ids] == ["0", "1", "deep/2"]
+    (folder / "deep" / "0.jpg").write_bytes(picture(8))
+    for place, rows in ((folder, ["3.jpg|three", "3.jpg|the same again"]), (folder / "deep", ["0.jpg|of the deep one"])):
+        lines = [json.dumps(dict(zip(("file_name", "text"), row.split("|")))) for row in rows]
+        (place / "metadata.jsonl").write_text("\n".join(lines))
     index = load(folder)
-    assert {words(index, row) for row in range(4)} == {"<image>|table", "<image>|one", "<image>|two", "<image>|three"}
+    assert [words(index, row) for row in range(6)] == [
+        "<image>|of the deep one", "<image>|three", "<image>|the same again", "<image>|zero", "<image>|one", "<image>|two",
+    ]  # fmt: skip
+    assert [read_sample(index, row)[1] for row in (0, 1)] == [[picture(8)], [picture(3)]]
+    assert index.refused == {}
+    (folder / "metadata.jsonl").write_text('{"file_name": "0.jpg", "text": "not what 0.txt says"}')
+    assert load(folder).refused == {"unknown_field": 1, "empty_text": 1}
 
 
 def test_text_files(tmp_path: Path, load) -> None:
@@ -131,7 +143,7 @@ def test_tars_as_they_are_found(tmp_path: Path, load) -> None:
     write_tar(
         folder / "000.tar",
         {
-            "000.jpg": picture(0), "000.txt": b"plain", "000.json": b'{"url": "http://x", "caption": "unused", "width": 3}',
+            "000.jpg": picture(0), "000.txt": b"plain", "000.json": b'{"url": "http://x", "caption": "plain", "width": 3}',
             "000.cls": b"7",
             "001.png": picture(1, "PNG"), "001.caption": b"from caption",
             "002.jpg": picture(2), "002.json": b'{"caption": "from json"}',
@@ -142,22 +154,28 @@ def test_tars_as_they_are_found(tmp_path: Path, load) -> None:
             "005.jpg": picture(8)[:500], "005.txt": b"cut image",
             "006.jpg": picture(9),
             "007.txt": b"text alone",
+            "008.jpg": picture(10), "008.seg.png": picture(11, "PNG"), "008.txt": b"with its mask",
+            "009.left.jpg": picture(12), "009.right.jpg": picture(13), "009.txt": b"in which order?",
         },
     )  # fmt: skip
     write_tar(folder / "001.tar", {"000.jpg": picture(20), "000.txt": b"same key, other shard"})
     (folder / "002.tar.gz").write_bytes(gzip.compress((folder / "001.tar").read_bytes()))
     (folder / "003.tar").write_bytes((folder / "000.tar").read_bytes()[:-12_000])
     (folder / "004.tar").write_bytes(b"not a tar at all" * 100)
-    index = load(folder)
-    assert [words(index, row) for row in range(8)] == [
+    index = load(folder, kind="document")
+    assert index.refused["unknown_field"] == 1 + 1  # the mask, in the whole archive and in the cut one
+    assert index.refused["unsupported"] >= 1  # left and right
+    index = load(folder, kind="document", ignore=["seg.png"])
+    assert [words(index, row) for row in range(9)] == [
         "<image>|plain", "<image>|from caption", "<image>|from json", "<image>|<image>|<image>|?|A cat.",
-        "<image>|<image>|swapped", "text alone", "<image>|same key, other shard",
+        "<image>|<image>|swapped", "text alone", "<image>|with its mask", "<image>|same key, other shard",
         "<image>|same key, other shard",
     ]  # fmt: skip
     assert read_sample(index, 3)[1] == [picture(3), picture(5), picture(4, "WEBP")]  # 0, 2, 10
     assert read_sample(index, 4)[1] == [picture(7), picture(6)]
-    assert [str(name) for name in index.ids[6:8]] == ["001-000", "002-000"]
-    assert index.refused["unreadable_shard"] == 2  # the cut one from its cut on, and the one that is no tar
+    assert read_sample(index, 6)[1] == [picture(10)]
+    assert [str(name) for name in index.ids[7:9]] == ["001-000", "002-000"]
+    assert index.refused["unreadable_shard"] == 3  # the cut one from its cut on, the sample in it, and the one that is no tar
     assert index.refused["truncated_image"] >= 1
     assert [Path(shard).parent == folder for shard in index.shards] == [True, True, False, True, True]  # indexed where they lie
 
@@ -192,7 +210,7 @@ def test_unpacking_goes_on_after_a_kill_and_stops_at_a_bomb(tmp_path: Path, load
     for number in range(3):
         write_tar(tmp_path / "plain.tar", {f"{number}.{kind}": content for kind, content in pair_of(number).items()})
         (folder / f"{number}.tar.gz").write_bytes(gzip.compress((tmp_path / "plain.tar").read_bytes()))
-    real, opened = unpack._opened, []
+    real, opened = unpack.opened, []
 
     def failing(packed, method):
         opened.append(packed.name)
@@ -200,12 +218,12 @@ def test_unpacking_goes_on_after_a_kill_and_stops_at_a_bomb(tmp_path: Path, load
             raise KeyboardInterrupt
         return real(packed, method)
 
-    monkeypatch.setattr(unpack, "_opened", failing)
+    monkeypatch.setattr(unpack, "opened", failing)
     with pytest.raises(KeyboardInterrupt):
         load(folder)
     assert [words(index, 0) for index in [load(folder)]] == ["<image>|caption 0"]
     assert [Path(name).name for name in opened] == ["0.tar.gz", "1.tar.gz", "1.tar.gz", "2.tar.gz"]
-    write_tar(tmp_path / "bomb.tar", {"0.txt": b"small", "1.txt": bytes(20 * 2**20)})
+    write_tar(tmp_path / "bomb.tar", {**{f"0.{kind}": content for kind, content in pair_of(9).items()}, "1.txt": bytes(20 * 2**20)})
     (folder / "3.tar.gz").write_bytes(gzip.compress((tmp_path / "bomb.tar").read_bytes()))
     index = load(folder)
     assert [str(name) for name in index.ids] == ["0-0", "1-1", "2-2", "3-0"]
@@ -228,7 +246,7 @@ def test_long_json_lines_are_cut_at_line_ends(tmp_path: Path, monkeypatch: pytes
     path = tmp_path / "long.jsonl"
     rows = [{"id": str(n), "text": "é\u2028" * (n % 50)} for n in range(60_000)]
     path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
-    units = plan_units("jsonl", list_files(str(path)), str(tmp_path), DEFAULT_STORAGE)
+    units = plan_units(Listing("jsonl", {"jsonl": list_files(str(path))}), str(tmp_path), DEFAULT_STORAGE)
     assert len(units) > 3
     found = [(origin, row["id"]) for unit in units for origin, _, row, _ in read_rows(unit, DEFAULT_STORAGE)]
     assert found == [(f"long.jsonl:{n + 1}", str(n)) for n in range(60_000)]
@@ -240,14 +258,14 @@ def test_what_lies_in_a_folder_decides_its_format(tmp_path: Path) -> None:
         for name in names:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(b"x")
-        return source_files("s", Source(uri=str(folder), **fields), DEFAULT_STORAGE)[0]
+        return list_source("s", Source(uri=str(folder), **fields), DEFAULT_STORAGE).name
 
     assert found("a.jsonl", "images/a.jpg") == "jsonl"
     assert found("a.json", "images/a.jpg") == "json"
     assert found("metadata.jsonl", "a.jpg") == "image_folder"
     assert found("a.json", "a.jpg") == "image_folder"
     assert found("a.jpg", "a.txt") == "image_folder"
-    assert found("a.tar", "a.json") == "webdataset"
+    assert found("a.tar", "a.jsonl", "b.parquet") == "webdataset+parquet+jsonl"
     assert found("a.txt", "b.txt") == "text"
     assert found("a.parquet", "README.md") == "parquet"
     with pytest.raises(InputError, match=r"nothing at .* has a known format"):

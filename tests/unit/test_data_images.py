@@ -105,14 +105,6 @@ def test_header_size_is_the_decoded_size() -> None:
         assert decode_image(data).shape == (33, 77, 3)
 
 
-def test_exif_orientation_is_not_applied() -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    data = encode(picture(30, 70), "JPEG", exif=exif)
-    assert image_size(data) == (70, 30)
-    assert decode_image(data).shape == (30, 70, 3)
-
-
 def test_large_jpegs_are_decoded_at_a_fraction_and_look_the_same() -> None:
     data = encode(picture(1200, 1600), "JPEG", quality=90)
     full = patches_of(resize_image(decode_image(data), 252, 336)).astype(int)

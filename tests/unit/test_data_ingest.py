@@ -21,7 +21,7 @@ from terrace.data.tokenizer import train_tokenizer
 from terrace.errors import DamagedData, InputError
 from terrace.families.qwen2_5_vl import Qwen25VL
 from terrace.recipe.schema import Data, Source
-from terrace.storage.files import DEFAULT_STORAGE
+from terrace.storage.s3 import DEFAULT_STORAGE
 
 FAMILY = Qwen25VL()
 
@@ -41,6 +41,7 @@ def write_rows(path: Path, rows: list) -> None:
 
 
 def data_of(path: Path, **fields) -> Data:
+    fields = {"kind": "document", **fields}  # rows with and without pictures
     sizes = {key: fields.pop(key) for key in ("shard_bytes", "max_image_pixels") if key in fields}
     return Data(sources={"s": Source(uri=str(path), **fields)}, **sizes)
 
@@ -86,7 +87,7 @@ def test_damaged_input_is_refused_by_name_and_the_rest_goes_through(folder: Path
         "placeholder_mismatch": [{"messages": turns, "images": ["images/0.jpg"]}],
         "empty_answer": [{"id": "silent", "messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": ""}]}],
         "empty_text": [{**good, "text": ""}],
-        "duplicate_id": [{**good, "id": "c3"}],
+        "duplicate_id": [{"id": "c3", "image": "images/3.jpg", "text": "caption 3\u2028still one line"}],
         "bad_row": ["{not json", '"text"', {**good, "text": "\ud800"}],
     }  # fmt: skip
     bad["bad_row"][2] = json.dumps(bad["bad_row"][2])
@@ -234,13 +235,20 @@ def test_bytes_that_changed_after_indexing_are_named(folder: Path, tokenizer) ->
     assert "the shard is gone" in str(read_located([index.location(0)])[0])
 
 
-def test_duplicate_ids_across_files_keep_the_first(folder: Path, tokenizer) -> None:
-    write_rows(folder / "zz.jsonl", [{"id": "c3", "text": "other"}, {"id": "c99", "text": "new"}])
+def test_one_id_for_several_samples_keeps_them_all_and_a_true_repeat_once(folder: Path, tokenizer) -> None:
+    again = {"id": "c3", "image": "images/3.jpg", "text": "caption 3\u2028still one line"}
+    others = [{"id": "c3", "text": "other"}, {"id": "c3", "text": "another"}, {"id": "c99", "text": "new"}, again]
+    write_rows(folder / "zz.jsonl", others)
     data = data_of(folder, format="jsonl")
     report = ingest_source("s", data.sources["s"], data, folder / "out")
+    assert report.renamed == 2  # within zz.jsonl
     index = load_index(build_index("s", data.sources["s"], report, tokenizer, FAMILY), FAMILY)
     assert index.refused == {"duplicate_id": 1}
-    assert sorted(map(str, index.ids)) == sorted([f"c{n}" for n in range(12)] + ["c99"])
+    names = list(map(str, index.ids))
+    assert len(set(names)) == len(names) == 15
+    texts = [read_sample(index, row)[0].messages[0]["content"][-1]["text"] for row, name in enumerate(names) if name.startswith("c3")]
+    assert sorted(texts) == ["another", "caption 3\u2028still one line", "other"]
+    assert all(read_sample(index, row)[0].id == name for row, name in enumerate(names))
 
 
 def test_shards_are_plain_webdataset(folder: Path) -> None:

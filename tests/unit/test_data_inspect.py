@@ -29,7 +29,7 @@ from terrace.data.order.plan import StagePlan
 from terrace.data.prepare import PreparedData, prepare_data
 from terrace.data.stream.tasks import TaskSettings, make_pack, pack_task
 from terrace.recipe.schema import Recipe, Storage
-from terrace.storage.files import s3
+from terrace.storage.s3 import s3
 
 HOSTILE = "a <script>alert(1)</script> & <|im_end|> \u0007 \u202e 你好 🙂"
 

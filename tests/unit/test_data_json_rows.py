@@ -11,11 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from terrace.data.sources import formats, json_rows
-from terrace.data.sources.formats import plan_units, read_rows
+from terrace.data.sources import formats, json_rows, readers
 from terrace.data.sources.json_rows import array_rows, array_spans, starts_array
+from terrace.data.sources.listing import Listing
+from terrace.data.sources.planning import plan_units
+from terrace.data.sources.readers import read_rows
 from terrace.data.sources.refusals import Refusal
-from terrace.storage.files import DEFAULT_STORAGE, list_files
+from terrace.storage.files import list_files
+from terrace.storage.s3 import DEFAULT_STORAGE
 
 text = st.text(st.sampled_from('aé🙂"\\[]{},: \n\u2028'), max_size=12)
 plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | text
@@ -56,6 +59,7 @@ def test_rows_are_those_of_the_whole_file(rows, size, span, indent, ascii_only, 
         (b'[{"a": 1}, {"b": 2}', 2, "not closed: the file ends at byte 19"),
         (b'[{"a": 1}, {"b" 2}, {"c": 3}]' + b" " * 5_000, 1, "row at byte 11"),
         (b'[{"a": "\xff"}]', 0, "not UTF-8"),
+        (b'[{"a": 1}, {"b": 2}] {"c": 3}', 2, "stands behind it"),
         (b"[" * 100_000, 0, "nested too deeply"),
         (b"[", 0, "not closed"),
     ],
@@ -75,6 +79,7 @@ def test_a_row_that_never_ends_is_not_read_for_ever(pieces, monkeypatch: pytest.
     stream = io.BytesIO(b'[{"a": "' + b"x" * 100_000)
     [(fault, _)] = array_rows(stream)
     assert isinstance(fault, Refusal)
+    assert fault.reason == "too_large"
     assert stream.tell() < 5_000
 
 
@@ -86,7 +91,7 @@ def test_a_large_array_is_cut_into_units_and_never_held(tmp_path: Path, monkeypa
     files = list_files(str(tmp_path / "large.json"))
     del rows
     tracemalloc.start()
-    units = plan_units("json", files, str(tmp_path), DEFAULT_STORAGE)
+    units = plan_units(Listing("json", {"json": files}), str(tmp_path), DEFAULT_STORAGE)
     assert len(units) == files[0].size // 2**19 + 1 > 3
     assert sum(unit.cost for unit in units) == pytest.approx(files[0].size, abs=4)
     number, shares = 0, []
@@ -102,8 +107,8 @@ def test_a_large_array_is_cut_into_units_and_never_held(tmp_path: Path, monkeypa
 
 
 def test_a_large_object_is_refused_with_a_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "MAX_WHOLE_BYTES", 50)
+    monkeypatch.setattr(readers, "MAX_WHOLE_BYTES", 50)
     (tmp_path / "one.json").write_text(json.dumps({"data": [{"text": "words " * 30}]}))
-    [unit] = plan_units("json", list_files(str(tmp_path)), str(tmp_path), DEFAULT_STORAGE)
+    [unit] = plan_units(Listing("json", {"json": list_files(str(tmp_path))}), str(tmp_path), DEFAULT_STORAGE)
     [(_, _, refusal, _)] = read_rows(unit, DEFAULT_STORAGE)
     assert "as an array or as JSON Lines" in refusal.detail

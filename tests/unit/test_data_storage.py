@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from botocore.exceptions import ClientError
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -24,7 +25,10 @@ from terrace.errors import DamagedData, InputError
 from terrace.families.qwen2_5_vl import Qwen25VL
 from terrace.recipe.schema import Data, Source, Storage
 from terrace.storage import files as module
-from terrace.storage.files import StorageError, is_passing, list_files, merge_ranges, read_file, read_ranges, s3, write_file
+from terrace.storage import s3 as s3_module
+from terrace.storage.faults import StorageError, is_passing
+from terrace.storage.files import list_files, merge_ranges, read_file, read_ranges, write_file
+from terrace.storage.s3 import s3
 
 FAMILY = Qwen25VL()
 
@@ -40,8 +44,8 @@ def server():
 @pytest.fixture
 def storage(server, monkeypatch: pytest.MonkeyPatch) -> Storage:
     """Settings of an empty bucket, with a quick backoff."""
-    monkeypatch.setattr(module, "BACKOFF_BASE_SECONDS", 0.01)
-    monkeypatch.setattr(module, "BACKOFF_CAP_SECONDS", 0.05)
+    monkeypatch.setattr(s3_module, "BACKOFF_BASE_SECONDS", 0.01)
+    monkeypatch.setattr(s3_module, "BACKOFF_CAP_SECONDS", 0.05)
     server.fault = None
     settings = Storage(endpoint_url=server.url, max_attempts=8, timeout_seconds=10)
     filesystem = s3(settings)
@@ -113,14 +117,94 @@ def test_nobody_listening_is_a_passing_fault_until_it_is_not() -> None:
     gone = Storage(endpoint_url="http://127.0.0.1:9", max_attempts=2, timeout_seconds=1)
     with pytest.raises(StorageError, match="after 2 tries"):
         read_file("s3://bucket/a.bin", gone)
-    assert is_passing(TimeoutError())
-    assert not is_passing(ValueError())
 
 
-def test_denied_access_is_an_input_error(storage: Storage, server) -> None:
-    server.fault = lambda number, method: 403
-    with pytest.raises((InputError, StorageError)):
+def s3_error(code: str, status: int) -> ClientError:
+    return ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "GetObject")
+
+
+def test_faults_that_pass_and_faults_that_do_not() -> None:
+    for error in (
+        TimeoutError(), ConnectionResetError(), OSError(16, "busy"), s3_error("SlowDown", 200), s3_error("Unheard", 507),
+        s3_error("Unheard", 500), s3_error("Unheard", 429),
+    ):  # fmt: skip
+        assert is_passing(error), error
+        outer = RuntimeError("in between")
+        outer.__cause__ = error
+        assert is_passing(outer), error
+    for error in (ValueError(), OSError(2, "none"), s3_error("InvalidArgument", 400), s3_error("AccessDenied", 403), None):
+        assert not is_passing(error), error
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ((403, "AccessDenied"), "access denied .*check the credentials"),
+        ((400, "ExpiredToken"), "access denied .*check the credentials"),
+        ((403, "SignatureDoesNotMatch"), "access denied .*check the credentials"),
+        ((404, "NoSuchBucket"), "there is no bucket 'bucket' at .*make it first"),
+    ],
+)
+def test_what_the_storage_refuses_is_said_at_once_or_waited_for_once_it_was_allowed(storage: Storage, server, answer, words: str) -> None:
+    refuse = lambda number, method: answer  # noqa: E731
+    for request in (lambda: read_ranges("s3://bucket/a.bin", [(0, 3)], storage), lambda: write_file("s3://bucket/a.bin", b"x", storage)):
+        server.fault = refuse
+        server.requests.clear()
+        s3_module._served.clear()
+        with pytest.raises(InputError, match=f"s3://bucket/a.bin: {words}"):
+            request()
+        assert len(server.requests) <= 2
+        server.fault = None
+        write_file("s3://bucket/a.bin", b"abc", storage)
+        request()
+        # The same place has served this process: a token has run out, or a gateway starts.
+        server.requests.clear()
+        server.fault = lambda number, method: answer if len(server.requests) < 4 else None
+        request()
+        server.fault = refuse
+        with pytest.raises(StorageError, match=r"still failing after 8 tries"):
+            request()
+
+
+def test_new_credentials_are_read_when_the_old_ones_are_refused(storage: Storage, server, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_file("s3://bucket/a.bin", b"abc", storage)
+    old = s3(storage)
+    monkeypatch.setattr(s3_module, "OPEN_ANEW_SECONDS", 0.0)
+    server.fault = lambda number, method: (403, "AccessDenied")
+    with pytest.raises(StorageError):
+        write_file("s3://bucket/a.bin", b"abc", storage)
+    assert s3(storage) is not old, "the chain of credentials is asked anew"
+
+
+def test_without_credentials_the_error_says_where_they_may_stand(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in s3_server.ACCESS:
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
+        monkeypatch.setenv(name, "/dev/null")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    s3_module._filesystem.cache_clear()
+    s3_module._served.clear()
+    with pytest.raises(InputError, match=r"s3://bucket/a.bin: no credentials for S3 .*AWS_ACCESS_KEY_ID") as raised:
         read_file("s3://bucket/a.bin", storage)
+    assert raised.value.exit_status == 2
+    s3_module._filesystem.cache_clear()
+
+
+def test_a_storage_that_does_not_answer_is_named_before_the_last_try(storage: Storage, server, caplog: pytest.LogCaptureFixture) -> None:
+    server.fault = lambda number, method: 503
+    with pytest.raises(StorageError):
+        read_file("s3://bucket/a.bin", storage)
+    warned = [record.message.split(" (")[0] for record in caplog.records if record.levelname == "WARNING"]
+    assert warned == ["s3://bucket/a.bin: tried 3 times, going on up to 8"]
+
+
+def test_names_with_the_marks_of_a_glob_are_found_as_they_are(tmp_path: Path, storage: Storage) -> None:
+    for root in (str(tmp_path), "s3://bucket/odd"):
+        for folder in ("brackets[1]", "star*", "what?"):
+            write_file(f"{root}/{folder}/a b+é.txt", b"1", storage)
+            for name in (f"{root}/{folder}", f"{root}/{folder}/a b+é.txt"):
+                assert [file.uri for file in list_files(name, storage)] == [f"{root}/{folder}/a b+é.txt"]
+        assert len(list_files(f"{root}/*/*.txt", storage)) == 3
 
 
 def test_a_source_on_s3_from_rows_to_samples(tmp_path: Path, storage: Storage, server) -> None:

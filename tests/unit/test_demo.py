@@ -110,11 +110,22 @@ def test_files_are_recognised_by_rows_first_and_name_second():
     assert kind_of_rows([chat], "ocr_train") == "ocr"
     assert kind_of_rows([chat], "science-qa") == "qa"
     assert kind_of_rows([chat], "dialogues") == "instruction"
-    assert kind_of_rows([{**chat, "objects": {"bbox": [[1, 2, 3, 4]]}}], "qa") == "grounding"
-    assert kind_of_rows([{**chat, "objects": {"point": [[1, 2]]}}], "qa") == "gui"
+    where = [chat["messages"][0], {"role": "assistant", "content": "<bbox>"}]
+    assert kind_of_rows([{**chat, "messages": where, "objects": {"bbox": [[1, 2, 3, 4]]}}], "qa") == "grounding"
+    assert kind_of_rows([{**chat, "messages": where, "objects": '[{"caption": "a", "bbox": [1, 2, 3, 4]}]'}], "qa") == "grounding"
+    there = [chat["messages"][0], {"role": "assistant", "content": "<point>"}]
+    assert kind_of_rows([{**chat, "messages": there, "objects": {"point": [[1, 2]]}}], "qa") == "gui"
     assert kind_of_rows([{**chat, "rejected_response": "y"}], "qa") == "preference"
-    assert kind_of_rows([{"messages": chat["messages"][:1], "solution": "3", "task": "counting"}], "qa") == "prompt"
-    assert kind_of_rows([{"a": 1}], "qa") == "unknown"
+    assert kind_of_rows([{**chat, "messages": chat["messages"][:1], "solution": "3", "task": "counting"}], "qa") == "prompt"
+    assert kind_of_rows([{"a": 1}, {"messages": 7}, {"objects": [1], "messages": "x"}], "qa") == "unknown"
+
+
+def test_names_are_made_of_ascii_letters_and_differ(tmp_path):
+    row = json.dumps({"image": "a.png", "text": "x"})
+    for name in ("数据", "图片", "été photos", "rows"):
+        (tmp_path / f"{name}.jsonl").write_text(row + "\n")
+    found, _ = find_sources(tmp_path)
+    assert sorted(source.name for source in found) == ["rows", "rows-2", "rows-3", "t--photos"]
 
 
 def test_a_folder_without_pictures_is_refused_by_name(tmp_path):
@@ -124,7 +135,8 @@ def test_a_folder_without_pictures_is_refused_by_name(tmp_path):
 
 
 def test_a_stage_whose_kinds_are_missing_takes_what_has_pictures(tmp_path):
-    (tmp_path / "qa.jsonl").write_text('{"messages": [{"role": "user"}, {"role": "assistant"}], "images": ["a"]}\nnot json\n')
+    row = {"messages": [{"role": "user", "content": "<image>?"}, {"role": "assistant", "content": "x"}], "images": ["a"]}
+    (tmp_path / "qa.jsonl").write_text(json.dumps(row) + "\nnot json\n")
     (tmp_path / "text.jsonl").write_text('{"text": "words"}\n')
     found, left_out = find_sources(tmp_path)
     assert left_out == []

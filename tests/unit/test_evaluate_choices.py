@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,14 +15,13 @@ from PIL import Image
 
 from terrace.errors import InputError, TerraceError
 from terrace.evaluate.cases import Case
+from terrace.evaluate.choice_file import read_questions
+from terrace.evaluate.choice_question import ChoiceQuestion, rotations
 from terrace.evaluate.multiple_choice import (
-    ChoiceQuestion,
     chosen_letter,
     circular_right,
     plain_right,
     question_cases,
-    read_questions,
-    rotations,
 )
 from terrace.evaluate.replies import Reply
 from terrace.evaluate.run import (
@@ -51,7 +51,7 @@ def questions(count: int, choices: int = 4) -> list[ChoiceQuestion]:
     random = np.random.default_rng(0)
     texts = ["red apple", "green pear", "small plum", "ripe fig", "sour lime"]
     return [
-        ChoiceQuestion(i, f"What is fruit {i}?", tuple(texts[:choices]), int(random.integers(choices)), None)
+        ChoiceQuestion(i, f"What is fruit {i}?", tuple(texts[:choices]), int(random.integers(choices)))
         for i in range(count)
     ]
 
@@ -127,7 +127,11 @@ def test_plain_and_circular_on_a_table():
     ("answer", "letter"),
     [
         ("B", "B"), ("(b)", "B"), ("B. green pear", "B"), ("The answer is C", "C"), ("green pear", "B"), ("A or B", None),
-        ("A circle", None), ("", None), ("<think>A or B?</think>D", "D"), ("\\boxed{C}", "C"), ("Z", None),
+        ("A circle", None), ("A. red apple, because it is red", "A"), ("B\n\nA and C are wrong.", "B"),
+        ("not B", None), ("", None),
+        ("B is wrong, so C", "C"), ("I can't tell, B has no support", None), ("A, B", None), ("(A) or (B)", None),
+        ("A is correct.", "A"), ("It is the small plum.", "C"),
+        ("<think>A or B?</think>D", "D"), ("\\boxed{C}", "C"), ("Z", None),
     ],
 )  # fmt: skip
 def test_the_letter_that_an_answer_names(answer, letter):
@@ -199,7 +203,7 @@ def test_a_file_with_rotations_of_its_own_is_rotated_once(tmp_path):
     assert [(one.index, one.right_letter, one.choices, one.hint) for one in found] == [
         (4, "B", ("x", "y"), ""), (5, "B", ("x", "y"), "")
     ]  # fmt: skip
-    assert found[1].image == found[0].image == picture()
+    assert found[1].images == found[0].images == (picture(),)
     assert [case.id for case in question_cases(found)] == ["4", "1000004", "5", "1000005"]
 
 
@@ -210,6 +214,10 @@ def test_a_file_with_rotations_of_its_own_is_rotated_once(tmp_path):
         ({"answer": ""}, "without answers there is nothing to score"),
         ({"B": ""}, "without a gap"),
         ({"image": "@@@@"}, "not base64"),
+        ({"image": "99"}, "known image format|not base64"),
+        ({"image": "5"}, "row 5, which has no picture of its own"),
+        ({"image": "[1, 2]"}, "list of images"),
+        ({"answer": "x"}, "the answer 'x' is none"),
         ({"image": base64.b64encode(b"hello there, no image").decode()}, "holds text or nothing"),
         ({"index": "4"}, "the index 4 was there before"),
         ({"index": "x"}, "no whole number"),
@@ -221,6 +229,42 @@ def test_a_damaged_row_is_named(tmp_path, change, message):
     with pytest.raises(InputError, match=message) as caught:
         read_questions(path)
     assert f"{path}, row 3" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("write", "pictures"),
+    [
+        (lambda data: base64.b64encode(data).decode(), 1),
+        (lambda data: base64.urlsafe_b64encode(data).decode().rstrip("="), 1),
+        (lambda data: "data:image/png;base64," + base64.b64encode(data).decode(), 1),
+        (lambda data: str([base64.b64encode(data).decode()] * 2), 2),
+        (lambda data: json.dumps([base64.b64encode(data).decode()]), 1),
+        (lambda data: "pictures/a.png", 1),
+        (lambda data: "nan", 0),
+        (lambda data: "", 0),
+        (lambda data: "[]", 0),
+    ],
+)
+def test_every_way_to_write_a_picture(tmp_path, write, pictures):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(picture())
+    [_, second] = read_questions(write_tsv(tmp_path / "a.tsv", image=write(picture())))
+    assert second.images == (picture(),) * pictures
+    assert [len(case.images) for case in question_cases([second])] == [pictures] * 2
+
+
+def test_image_path_is_read_or_refused_and_never_left_out(tmp_path):
+    head, row = ["index", "question", "A", "B", "answer", "image_path"], ["1.0", "Which?", "x", "y", "(b)", "['p/a.png', 'p/a.png']"]
+    path = tmp_path / "a.tsv"
+    path.write_text("\ufeff" + "\t".join(head) + "\n" + "\t".join(row) + "\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"row 2: image p/a\.png is in none of"):
+        read_questions(path)
+    (tmp_path / "root" / "p").mkdir(parents=True)
+    (tmp_path / "root" / "p" / "a.png").write_bytes(picture())
+    [question] = read_questions(path, images_root=tmp_path / "root")
+    assert (question.index, question.right_letter, len(question.images)) == (1, "B", 2)
+    [suite] = load_suites([f"mmbench:{path}"], Reading(SIGHT, images_root=tmp_path / "root"))
+    assert [len(case.images) for case in suite.cases] == [2, 2]
 
 
 def test_other_files_are_refused(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +26,10 @@ from terrace.evaluate.run import (
     suite_scores,
     write_results,
 )
-from terrace.evaluate.suites import Reading, load_suites
+from terrace.evaluate.suites import Reading, load_suites, tracked_name
 from terrace.families.interface import Sight
 from terrace.families.qwen2_5_vl import Qwen25VL
+from terrace.rewards.rules.text_distance import edit_distance
 
 SIGHT = Sight(Qwen25VL(), (3136, 50176))
 SEEN_TWICE_AS_LARGE = {"image_sizes": [[100, 50]], "model_sizes": [[200, 100]]}
@@ -77,7 +79,7 @@ def slow_distance(first: str, second: str) -> int:
 @settings(max_examples=150, deadline=None)
 @given(st.text("abc é漢", max_size=70), st.text("abc é漢", max_size=70))
 def test_edit_distance_equals_the_textbook(first, second):
-    assert metrics.edit_distance(first, second) == slow_distance(first, second)
+    assert edit_distance(first, second) == slow_distance(first, second)
 
 
 def test_text_in_pictures():
@@ -85,6 +87,45 @@ def test_text_in_pictures():
     assert metrics.edit_distance_share("kitten", "sitting") == pytest.approx(3 / 7)
     assert metrics.edit_distance_share("", "") == 0.0
     assert metrics.edit_distance_share("", "abc") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "value"),
+    [
+        ("Paris", "paris ", 1.0), ("kitten", "sitting", 4 / 7), ("abc", "xyz", 0.0), ("ab", "ax", 0.5), ("", "a", 0.0),
+        ("a  b", "A b", 1.0),        ("abcd", "abxy", 0.5), ("abcde", "abxyz", 0.0),
+    ],
+)  # fmt: skip
+def test_anls_as_published(answer, expected, value):
+    assert metrics.anls(answer, expected) == pytest.approx(value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "solution", "answers"),
+    [
+        ("ocr", ["Main St.", "Main Street"], {"Main Street": {"exact": 1.0, "anls": 1.0, "edit_distance": 0.0}, "x": {"anls": 0.0}}),
+        ("chart", ["12 %", "twelve"], {"12": {"relaxed_accuracy": 1.0}, "twelve": {"relaxed_accuracy": 1.0}}),
+        ("chart", ["12 %", "twelve"], {"30": {"relaxed_accuracy": 0.0}}),
+        ("counting", ["3", "4"], {"4": {"accuracy": 1.0}, "5": {"accuracy": 0.0}}),
+        ("reasoning", ["1/2", "x=1/2"], {"0.5": {"accuracy": 1.0}, "2": {"accuracy": 0.0}}),
+        ("caption", ["a red ball", "one ball that is red"], {"one ball that is red": {"chrf": 100.0}}),
+    ],
+)  # fmt: skip
+def test_several_accepted_answers_count_by_the_best(tmp_path, kind, solution, answers):
+    [suite] = load_suites([f"{kind}:{write_rows(tmp_path, [box_row(solution=solution)] * len(answers))}"], Reading(SIGHT))
+    verdicts = suite.kind.judge(suite.cases, list(answers), SIGHT)
+    for verdict, expected in zip(verdicts, answers.values()):
+        assert {name: verdict.values[name] for name in expected} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("stem", "name"),
+    [("dev", "dev"), ("dev (1)", "dev _1"), ("图表", "__"), ("a+b@v2", "a_b_v2"), ("a.b-c_d e", "a.b-c_d e"), ("...", "_"), ("50%", "50_")],
+)
+def test_names_of_suites_are_names_of_metrics(tmp_path, stem, name):
+    assert tracked_name(stem) in (name, name + "_")
+    [suite] = load_suites([f"counting:{write_rows(tmp_path, [box_row(solution='3')], stem + '.jsonl')}"], Reading(SIGHT))
+    assert re.fullmatch(r"[/\w.\- :]+", suite.label, re.ASCII)
 
 
 def test_captions_equal_sacrebleu_over_the_corpus():
@@ -172,6 +213,10 @@ def test_rows_with_answers_and_rows_with_solutions_expect_the_same(tmp_path):
         ("reasoning", {"messages": [{"role": "user", "content": "1+1?"}, {"role": "assistant", "content": "2"}]}, "boxed"),
         ("caption", {"text": "no image"}, "without an image"),
         ("ocr", [1, 2], "not a JSON object"),
+        ("ocr", box_row(solution={"text": "x"}), "is no text and no list of texts"),
+        ("ocr", box_row(solution=[]), "is no list of accepted texts"),
+        ("ocr", box_row(solution=["x", {"y": 1}]), "is no list of accepted texts"),
+        ("counting", box_row(solution=["3", "many"]), "'many' is no number"),
     ],
 )  # fmt: skip
 def test_a_damaged_row_stops_the_suite_by_name(tmp_path, kind, row, message):
@@ -179,6 +224,7 @@ def test_a_damaged_row_stops_the_suite_by_name(tmp_path, kind, row, message):
         "counting": box_row(solution="3"),
         "reasoning": box_row(solution="3"),
         "caption": {"image": "a.png", "text": "x"},
+        "ocr": box_row(solution="x"),
     }
     path = write_rows(tmp_path, [good.get(kind, box_row()), row])
     with pytest.raises(InputError, match=message) as caught:

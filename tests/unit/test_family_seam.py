@@ -44,3 +44,8 @@ def test_a_family_is_two_files_of_one_name() -> None:
     models = {file.stem for file in (PACKAGE / "models" / "families").glob("*.py")}
     assert set(built_in()) <= models
     assert models - set(built_in()) == {"__init__", "interface", "registry"}
+
+
+def test_no_file_is_longer_than_one_reading() -> None:
+    long = {file.relative_to(PACKAGE).as_posix(): len(file.read_text().splitlines()) for file in PACKAGE.rglob("*.py")}
+    assert {name: count for name, count in long.items() if count > 400} == {}

@@ -13,8 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fakes import tiny_recipe
 
 from terrace.cluster import ray_jobs
-from terrace.cluster.attempt import Fenced, LaunchRequest, claim_attempt, read_json
-from terrace.cluster.local import _reporter
+from terrace.cluster.attempt import LaunchRequest
+from terrace.cluster.attempt_files import Fenced, claim_attempt, read_json
+from terrace.cluster.local_worker import reporter
 from terrace.cluster.ray_jobs import ClusterUnreachable, RayJobsLauncher
 
 NOT_YET = "Request failed with status code 500: No available agent to submit job, please try again later.."
@@ -72,10 +73,10 @@ def test_a_job_that_is_refused_for_good_is_not_asked_again(launcher: RayJobsLaun
 
 def test_an_overtaken_attempt_does_not_overwrite_the_newer_ones_progress(tmp_path: Path):
     claim_attempt(tmp_path, 1)
-    old = _reporter(tmp_path, rank=0, attempt=1)
+    old = reporter(tmp_path, rank=0, attempt=1)
     old({"step": 2}, None)
     claim_attempt(tmp_path, 2)
-    _reporter(tmp_path, rank=0, attempt=2)({"step": 5}, None)
+    reporter(tmp_path, rank=0, attempt=2)({"step": 5}, None)
     with pytest.raises(Fenced, match="attempt 2"):
         old({"step": 4}, None)
     assert read_json(tmp_path / "progress.json")["step"] == 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -211,3 +212,21 @@ def test_activations_are_what_autograd_saves(trained: tuple[str, ...], checkpoin
         copies -= 2 * sum(4 * block for part, block in (("vision", shape.vision.block_parameters), ("language", language_layer(shape)))
                           if part in trained) if copies else 0  # fmt: skip
     assert measured == pytest.approx(memory.vision_activations + memory.language_activations + head + copies, rel=0.1)
+
+
+HUB = {  # the flat layout of Qwen2.5-VL's published config.json: no `text_config`
+    "model_type": "qwen2_5_vl", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 1024, "rope_theta": 1000000.0, "tie_word_embeddings": False,
+    "rope_scaling": {"type": "mrope", "mrope_section": [8, 12, 12]}, "image_token_id": 5, "video_token_id": 6, "bos_token_id": 1,
+    "eos_token_id": 2, "vision_start_token_id": 3, "vision_end_token_id": 4,
+    "vision_config": {"depth": 2, "hidden_size": 128, "intermediate_size": 344, "num_heads": 4, "out_hidden_size": 256,
+                      "patch_size": 14, "spatial_merge_size": 2, "window_size": 112, "fullatt_block_indexes": [1],
+                      "tokens_per_second": 2, "temporal_patch_size": 2},
+}  # fmt: skip
+
+
+def test_a_published_configuration_without_parts_is_planned_as_it_is_built(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(HUB))
+    recipe = load_recipe(TINY, ["model.config=null", f"model.pretrained={tmp_path}", "tokenizer=/none"])
+    counted = {part: sum(p.numel() for _, p in pairs) for part, pairs in part_parameters(meta_model(config_of(recipe))).items()}
+    assert parameter_counts(model_shape(recipe)) == counted

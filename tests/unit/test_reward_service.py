@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import runpy
+import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -121,6 +124,34 @@ def test_remote_errors_are_errors_and_never_zero(monkeypatch):
         _remote(lambda request: httpx.Response(401, text="no"), monkeypatch)
     with pytest.raises(RewardServiceError, match="1 scores for 3"):
         _remote(lambda request: httpx.Response(200, json={"scores": [{"value": 1.0}]}), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("html", "answers something else than .*<html>please log in</html>"), ("list", "answers something else than"),
+        ("other-key", "answers something else than"), ("empty", "answers something else than .*: nothing"),
+        ("numbers", "the score of item 0 is 0.5, not"), ("texts", "the score of item 0 is .*not"), ("no-value", "the score of item 0 is"),
+        ("few", "answered 1 scores for 3 items"), ("large", "answers more than 16384 bytes"), ("redirect", "status 302"),
+        ("drip-body", "not complete after 0.5 s"), ("drip-headers", "not complete after 0.5 s"), ("close", "did not answer in 2 attempts"),
+    ],
+)  # fmt: skip
+def test_a_service_that_misbehaves_is_named(monkeypatch, mode, message):
+    monkeypatch.delenv("TERRACE_REWARD_TOKEN", raising=False)
+    service = runpy.run_path(str(Path(__file__).with_name("remote_service.py")))["misbehaving_service"]
+    begun = time.monotonic()
+    with service() as url, pytest.raises((InputError, RewardServiceError), match=message) as caught:
+        remote(ITEMS, url=f"{url}/{mode}", task="t", timeout_seconds=0.5, attempts=2, pause_seconds=0.01)
+    assert f"{url}/{mode}/score" in str(caught.value)
+    assert time.monotonic() - begun < 10
+
+
+def test_wrong_urls_and_tokens_are_input_errors(monkeypatch):
+    with pytest.raises(InputError, match="http://"):
+        remote(ITEMS, url="localhost:8100", task="t")
+    monkeypatch.setenv("TERRACE_REWARD_TOKEN", "two\nlines")
+    with pytest.raises(InputError, match="TERRACE_REWARD_TOKEN holds white space"):
+        remote(ITEMS, url="http://localhost:8100", task="t")
 
 
 def test_alarm_needs_rising_reward_and_collapsing_form():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,11 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from stored_run import Machines
 
-from terrace.cluster.attempt import Fenced, claim_attempt, stop_requested
+from terrace import cli
+from terrace.cluster.attempt_files import Fenced, claim_attempt, stop_requested
 from terrace.curriculum.journal import Journal, LeaseHeld, LeaseLost, acquire_lease, leave_request, pending_requests, read_journal
 from terrace.curriculum.run import move_aside
-from terrace.storage import conditional, mirror
-from terrace.storage import files as storage_module
+from terrace.errors import InputError
+from terrace.storage import conditional, follower, mirror, synchronise
+from terrace.storage import s3 as storage_module
 from terrace.storage.conditional import Changed, read_versioned, write_if
 
 # ---------------------------------------------------------------- conditional writes
@@ -93,7 +98,7 @@ def test_small_files_go_both_ways_and_others_stay(machines: Machines, run: str):
 
 
 def test_a_file_too_large_to_keep_in_step_stays_where_it_is(machines: Machines, run: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(mirror, "LARGEST_BYTES", 100)
+    monkeypatch.setattr(synchronise, "LARGEST_BYTES", 100)
     with machines.on("a"):
         here = mirror.open_run(run)
         (here / "stages/01-warm/profile").mkdir(parents=True)
@@ -116,7 +121,7 @@ def test_what_a_killed_process_had_not_stored_did_not_happen(machines: Machines,
             mirror.open_run(run)  # another process of this machine looks at it: nothing is lost
             assert (here / "stages/01-warm/result.json").exists()
             conditional.remove([f"{run}/stages/01-warm/result.json"])
-            (here / mirror.STATE).write_text("{}")  # killed before it could note what it stored
+            (here / synchronise.STATE).write_text("{}")  # killed before it could note what it stored
             mirror.open_run(run)
             assert (here / "stages/01-warm/metrics.jsonl").read_text() == "1\n2\n", "a longer file of ours goes up again"
         (here / "stages/01-warm/metrics.jsonl").write_text("1\n2\n3\n")
@@ -215,6 +220,124 @@ def test_a_rerun_moves_what_was_stored_aside_once(machines: Machines, run: str):
         mirror.flush(stage)
         move_aside(stage, 1)
         assert read_versioned(f"{run}/stages/01-warm/result.json")[0] == b"2", "what the rerun wrote stays"
+
+
+def test_a_file_that_is_new_here_does_not_replace_what_another_machine_wrote(machines: Machines, run: str):
+    with machines.on("a"):
+        here = mirror.open_run(run)
+    with machines.on("b"):
+        there = mirror.open_run(run)
+    for root, content in ((here, "a"), (there, "b")):  # neither has seen the other's
+        (root / "stages/01-warm").mkdir(parents=True)
+        (root / "stages/01-warm/result.json").write_text(content)
+        mirror.flush(root)
+    assert read_versioned(f"{run}/stages/01-warm/result.json")[0] == b"a"
+
+
+# ---------------------------------------------------------------- the follower
+
+
+@pytest.fixture(autouse=True)
+def sound_server(machines: Machines) -> Iterator[None]:
+    yield
+    machines.server.fault, machines.server.ignored = None, ()
+
+
+@pytest.fixture
+def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A follower that turns 40 times faster."""
+    storage_module._served.clear()
+    for name in ("SYNC_SECONDS", "IDLE_SECONDS", "LARGEST_WAIT_SECONDS"):
+        monkeypatch.setattr(follower, name, getattr(follower, name) / 40)
+    monkeypatch.setattr(storage_module, "BACKOFF_BASE_SECONDS", 0.001)
+
+
+def eventually(what, seconds: float = 20.0) -> bool:
+    end = time.monotonic() + seconds
+    while not what() and time.monotonic() < end:
+        time.sleep(0.02)
+    return what()
+
+
+@pytest.mark.parametrize("answer", [(403, "AccessDenied"), (400, "ExpiredToken"), (404, "NoSuchBucket"), (503, "SlowDown"), (418, "Odd")])
+@pytest.mark.usefixtures("hurried")
+def test_the_follower_outlives_every_fault_and_catches_up(machines: Machines, run: str, answer, caplog: pytest.LogCaptureFixture):
+    with machines.on("a"):
+        here = mirror.open_run(run)
+        with mirror.following(here):
+            (here / "metrics.jsonl").write_text("1\n")
+            assert eventually(lambda: read_versioned(f"{run}/metrics.jsonl") is not None)
+            machines.server.fault = lambda number, method: answer
+            (here / "metrics.jsonl").write_text("1\n2\n")
+            assert eventually(lambda: sum("not reached" in record.message for record in caplog.records) >= 2)
+            machines.server.fault = None
+            assert eventually(lambda: read_versioned(f"{run}/metrics.jsonl")[0] == b"1\n2\n")
+            write_if(f"{run}/requests/1.json", b"{}", None)
+            assert eventually(lambda: (here / "requests/1.json").exists()), "it still hears of others"
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_storage_that_stays_away_stops_the_run_by_name(machines: Machines, run: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(follower, "LOST_SECONDS", 0.5)
+    told = []
+    with machines.on("a"):
+        here = mirror.open_run(run)
+        with mirror.following(here, lost=told.append) as follows:
+            (here / "metrics.jsonl").write_text("1\n")
+            machines.server.fault = lambda number, method: (403, "AccessDenied")
+            assert eventually(lambda: bool(told))
+            assert run in str(told[0])
+            assert "access denied" in str(told[0])
+            assert "the same command continues" in str(told[0])
+            machines.server.fault = None
+            assert eventually(lambda: read_versioned(f"{run}/metrics.jsonl") is not None), "it goes on trying"
+        assert follows.lost is told[0]
+    assert len(told) == 1
+
+
+def test_a_follower_asks_less_while_nothing_changes_and_one_process_of_a_machine_asks(
+    machines: Machines, run: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(follower, "SYNC_SECONDS", 0.1)
+    monkeypatch.setattr(follower, "IDLE_SECONDS", 0.5)
+    with machines.on("a"):
+        here = mirror.open_run(run)
+        with contextlib.ExitStack() as workers:
+            for _ in range(4):
+                workers.enter_context(mirror.following(here))
+            time.sleep(2)
+            machines.server.requests.clear()
+            time.sleep(3)
+            assert len(machines.server.requests) <= 3 * (3 / 0.4 + 1), "three listings each 0.5 s, of one follower"
+            workers.pop_all().close()
+
+
+@pytest.mark.parametrize(
+    ("ignored", "named"), [((), ""), (("If-Match",), "If-Match"), (("If-Match", "If-None-Match"), "If-None-Match and If-Match")]
+)
+def test_a_storage_that_ignores_conditions_is_refused_or_accepted_by_name(
+    machines: Machines, run: str, ignored, named: str, monkeypatch: pytest.MonkeyPatch
+):
+    with machines.on("a"):
+        here = mirror.open_run(run)
+    machines.server.ignored = ignored
+    if named:
+        with pytest.raises(InputError, match=f"{re.escape(run)}: this storage ignores {named}, .*{mirror.ACCEPT}=accept"):
+            mirror.require_conditions(here)
+        monkeypatch.setenv(mirror.ACCEPT, "accept")
+    mirror.require_conditions(here)
+    assert conditional.list_objects(run) == [], "the probe leaves nothing"
+
+
+@pytest.mark.usefixtures("hurried")
+def test_messages_name_the_run_as_the_user_does(machines: Machines, run: str, capsys: pytest.CaptureFixture):
+    with machines.on("a"):
+        for place, words in (("s3://nobucket1/x", "there is no bucket 'nobucket1'"), (run, f"{run} is no run directory")):
+            assert cli.main(["status", place]) == 2
+            line = capsys.readouterr().err
+            assert line.startswith(f"terrace: {place}")
+            assert words in line
+            assert str(machines.folder) not in line
 
 
 # ---------------------------------------------------------------- lease, journal, requests

@@ -21,7 +21,7 @@ from terrace.models.tensor_files import HEADER_BYTES, Directory
 from terrace.models.weights import initial_weights
 from terrace.recipe.schema import Model
 from terrace.storage.conditional import swap
-from terrace.storage.files import s3
+from terrace.storage.s3 import s3
 
 SHAPE = tiny_model()["config"]
 URI = f"s3://{BUCKET}/models/tiny"

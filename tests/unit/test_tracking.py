@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import math
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from terrace.track.follow import MetricsFollower, last_row
-from terrace.track.mlflow_store import flatten, open_tracking
+from terrace.track.mlflow_store import RunSpec, Series, Store
+from terrace.track.points import curriculum_points, flatten, metric_name, stage_points
 from terrace.track.progress import Display, duration
+from terrace.track.tracking import Tracking, open_tracking
 
 
 def row(step: int, **more: Any) -> dict[str, Any]:
@@ -83,64 +87,145 @@ def test_duration():
     assert [duration(seconds) for seconds in (-3, 0.4, 59, 75, 3700, 90000)] == ["0s", "0s", "59s", "1m15s", "1h01m", "1d01h"]
 
 
-def test_flatten():
+def test_points_of_rows_and_evaluations():
     assert flatten({"a": {"b": 1, "c": None}, "d": [1, 2], "e": [{"f": 3}]}) == [("a.b", 1), ("d", [1, 2]), ("e.0.f", 3)]
+    found = dict(stage_points(row(4, loss=None, tasks={"a?b": {"reward": 0.5}}, evaluation={"caption": 2.0, "reward/counting": 1})))
+    assert math.isnan(found.pop("loss")), "the step's place must be in the store"
+    assert {
+        "learning_rate/vision": 1e-4, "tasks/a_b/reward": 0.5, "eval/caption/loss": 2.0, "eval/reward/counting": 1.0,
+        "data_wait_share": 0.2,
+    }.items() <= found.items()  # fmt: skip
+    assert dict(curriculum_points(row(4, tasks={"counting": {"reward": 0.5}}), 2, "/rerun-1")) == {
+        "stage/rerun-1": 2.0, "loss/rerun-1": 0.25, "tokens_per_second/rerun-1": 1234.5, "reward/counting/rerun-1": 0.5,
+    }  # fmt: skip
+    names = {"a//b/../c": "a/b/c", "größe|x": "gr__e_x", "": "unnamed", "x" * 300: "x" * 250, "a b.c:d-e": "a b.c:d-e"}
+    for name, taken in names.items():
+        assert metric_name(name) == taken
+
+
+# ---------------------------------------------------------------- a store on this disk
+
+
+def store_of(folder: Path) -> Any:
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(f"sqlite:///{folder}/mlflow.db")
+
+
+def steps_of(client: Any, run: str, key: str) -> list[int]:
+    return sorted(point.step for point in client.get_metric_history(run, key))
+
+
+def spec(name: str, ids: dict[str, str], **more: Any) -> RunSpec:
+    return RunSpec(f"key-{name}", name, {"budget": {"steps": 6}}, {}, ids.get(name), done=lambda run: ids.update({name: run}), **more)
 
 
 def test_a_resume_adds_only_the_steps_that_are_not_there(tmp_path: Path):
     """Two processes, the second with steps the first had logged already: every step once, parent and stage continued."""
     warnings: list[str] = []
     ids: dict[str, str] = {}
+    path = tmp_path / "metrics.jsonl"
 
-    def session(rows: list[dict[str, Any]], status: str) -> None:
+    def session(status: str) -> None:
         tracking = open_tracking(tmp_path, None, "terrace", warnings.append)
-        tracking.start_run("run", ids.get("run"), None, {"model": {"seed": 0}}, {}, lambda run: ids.update(run=run))
+        tracking.open_run(spec("run", ids))
+        tracking.open_run(spec("stage", ids, parent="key-run"))
+        for series, key in ((Series(path), "key-stage"), (Series(path, 1, 3, 100), "key-run")):
+            tracking.log_rows(key, series)
+        tracking.log_evaluation("key-stage", [("eval/caption/loss", 1.5)], 0, 1000.0)
+        tracking.end_run("key-stage", status, {"terrace.final": "here"})
         assert tracking.flush(60)
-        tracking.start_run("stage", ids.get("stage"), ids["run"], {"budget": {"steps": 6}}, {}, lambda run: ids.update(stage=run))
-        assert tracking.flush(60)
-        tracking.log_steps(ids["stage"], rows)
-        tracking.log_result(ids["stage"], {"evaluation": {"after": {"caption": 1.5}}}, 6)
-        tracking.end_run(ids["stage"], status)
         tracking.close()
 
-    session([row(step) for step in range(1, 5)], "SCHEDULED")
+    write(path, [row(step) for step in range(1, 5)])
+    session("SCHEDULED")
     first = dict(ids)
-    session([row(step, time=5000.0 + step, tokens_per_second=9.0) for step in range(3, 7)], "FINISHED")
+    path.unlink()  # the resume cut it to the checkpoint and took other times
+    write(path, [row(step, time=5000.0 + step, tokens_per_second=9.0) for step in range(1, 7)])
+    session("FINISHED")
     assert warnings == []
     assert ids == first
-
-    from mlflow.tracking import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    client = store_of(tmp_path)
     for key in ("loss", "learning_rate/vision", "tokens_per_second", "data_wait_share"):
-        assert sorted(point.step for point in client.get_metric_history(ids["stage"], key)) == [1, 2, 3, 4, 5, 6]
+        assert steps_of(client, ids["stage"], key) == [1, 2, 3, 4, 5, 6]
+    assert steps_of(client, ids["run"], "loss") == [101, 102, 103, 104, 105, 106]
+    assert steps_of(client, ids["stage"], "eval/caption/loss") == [0]
     stage = client.get_run(ids["stage"])
     assert stage.data.tags["mlflow.parentRunId"] == ids["run"]
+    assert stage.data.tags["terrace.final"] == "here"
     assert stage.data.params["budget.steps"] == "6"
-    assert stage.data.metrics["result/evaluation/after/caption"] == 1.5
     assert stage.info.status == "FINISHED"
 
 
-def test_a_run_whose_id_was_lost_is_found_by_its_key(tmp_path: Path):
+def test_what_fails_is_named_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A run whose id was lost is found by its key, one that was deleted is made anew and full; a failing artifact ends nothing."""
+    monkeypatch.setattr("terrace.track.tracking.TRY_SECONDS", 0.01)
     warnings: list[str] = []
-    ids: list[str] = []
-    for _ in range(2):
-        tracking = open_tracking(tmp_path, None, "terrace", warnings.append)
-        tracking.start_run("run", None, None, {}, {"terrace.key": "abc"}, ids.append)
+    ids: dict[str, str] = {}
+    path = tmp_path / "metrics.jsonl"
+    write(path, [row(1), row(2)])
+
+    def session(forget: bool) -> str:
+        store = Store(f"sqlite:///{tmp_path}/mlflow.db", "odd", None, warnings.append)
+        store._connected()
+        if store._client.get_experiment_by_name("odd") is None:
+            store._client.create_experiment("odd", artifact_location="nosuch://place")
+        tracking = Tracking(store, warnings.append)
+        tracking.open_run(spec("run", {} if forget else ids))
+        tracking.log_artifacts("key-run", [path])
+        tracking.log_rows("key-run", Series(path))
+        tracking.flush(60)
+        deleted = store._ids["key-run"]
+        if forget:
+            store._client.delete_run(deleted)
+            write(path, [row(3)])
+            tracking.log_rows("key-run", Series(path))
+        tracking.end_run("key-run", "FINISHED")
         assert tracking.flush(60)
         tracking.close()
-    assert ids[0] == ids[1]
-    assert warnings == []
+        assert tracking.failed == 1
+        assert store._client.get_run(store._ids["key-run"]).info.status == "FINISHED"
+        assert (deleted == store._ids["key-run"]) is not forget
+        return store._ids["key-run"]
+
+    first = session(forget=False)
+    assert session(forget=False) == first
+    second = session(forget=True)
+    assert steps_of(store_of(tmp_path), second, "loss") == [1, 2, 3]
+    assert len(warnings) == 3
+    assert all("artifact metrics.jsonl was left out" in line and "\n" not in line for line in warnings)
 
 
-def test_a_dead_tracking_server_is_named_once_and_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_metrics_that_the_server_refuses_are_left_out_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("terrace.track.mlflow_store.stage_points", lambda row: [*stage_points(row), ("no|name", 1.0)])
+    warnings: list[str] = []
+    ids: dict[str, str] = {}
+    path = tmp_path / "metrics.jsonl"
+    write(path, [row(step) for step in range(1, 4)])
+    tracking = open_tracking(tmp_path, None, "terrace", warnings.append)
+    tracking.open_run(spec("run", ids))
+    tracking.log_rows("key-run", Series(path))
+    assert tracking.flush(60)
+    tracking.close()
+    assert steps_of(store_of(tmp_path), ids["run"], "grad") == []
+    assert steps_of(store_of(tmp_path), ids["run"], "loss") == [1, 2, 3]
+    [line] = warnings
+    assert "does not take no|name" in line
+
+
+def test_a_dead_tracking_server_is_named_once_and_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     warnings: list[str] = []
     tracking = open_tracking(tmp_path, "http://127.0.0.1:9", "terrace", warnings.append)
-    tracking.start_run("run", None, None, {}, {}, lambda run: None)
+    tracking.open_run(spec("run", {}))
     assert not tracking.flush(60)
-    tracking.log_steps("none", [row(1)])
+    for _ in range(1000):
+        tracking.log_rows("key-run", Series(tmp_path / "metrics.jsonl"))
+    assert len(tracking._works) < 5, "an outage of days costs no memory"
+    began = time.monotonic()
     tracking.close()
-    assert len(warnings) == 1
-    assert "http://127.0.0.1:9" in warnings[0]
-    assert "\n" not in warnings[0]
+    assert time.monotonic() - began < 10
+    assert len(warnings) == 2
+    assert "http://127.0.0.1:9 is not reached" in warnings[0]
+    assert "`terrace track RUN --uri URI` sends the rest" in warnings[1]
+    assert "\n" not in "".join(warnings)

@@ -1,21 +1,24 @@
-"""A small client of the Kubernetes API: the only file that imports the `kubernetes` package, and it only for credentials.
+"""Calls to the Kubernetes API: plain dictionaries in and out, errors with a meaning.
 
-Objects are plain dictionaries. Requests go through urllib3 directly: the generated client has a class per kind and changes
-its call signatures between versions, while the REST paths it would build are stable for years. Errors carry a meaning:
-`Conflict` (somebody wrote in between), `AlreadyExists`, `Refused` (a webhook, quota or schema said no), `ApiError` (try again).
+The maintained `kubernetes` client signs and sends every request (`credentials.py` builds it), so tokens, exec plugins, client
+certificates, proxies and rotating files are its affair; what this file adds is paths and meanings. The generated classes per
+kind are not used: they know no Curriculum and no RayJob, and change their signatures between versions, while the REST paths are
+stable for years. `Conflict`: somebody wrote in between; `AlreadyExists`; `Refused`: a schema, webhook, quota or missing right
+said no; `KindAbsent`: the cluster has no such kind; `ApiError`: trying again may help.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlencode
 
-from terrace.errors import InputError, TerraceError
+from terrace.errors import TerraceError
 
+logger = logging.getLogger("terrace.api")
 Manifest = dict[str, Any]
 
 
@@ -37,6 +40,14 @@ class AlreadyExists(ApiError):
 
 class Refused(ApiError):
     """The API server will not accept the object as it is: schema, admission webhook, quota or missing rights."""
+
+
+class KindAbsent(ApiError):
+    """The API server serves no such kind: its CustomResourceDefinition is not installed."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(f"the cluster does not know the kind {kind} ({KINDS[kind].group_version})", 404)
+        self.kind = kind
 
 
 @dataclass(frozen=True)
@@ -65,71 +76,76 @@ KINDS: dict[str, Kind] = {
     "Lease": Kind("coordination.k8s.io/v1", "leases"),
     "CustomResourceDefinition": Kind("apiextensions.k8s.io/v1", "customresourcedefinitions"),
 }
+CUSTOM = ("Curriculum", "RayJob", "Workload")  # served only where somebody has installed their CustomResourceDefinitions
+JSON = "application/json"
+# By default the API server drops what it does not know and answers 201 (kubernetes.io/docs/reference/using-api/api-concepts,
+# "Field validation"): a misspelt key would be lost in silence.
+STRICT = {"fieldValidation": "Strict"}
+
+
+class Sends(Protocol):
+    """One signed request; `terrace.cluster.credentials.Client`. Raises ApiError where no answer came."""
+
+    def __call__(self, method: str, url: str, body: Manifest | None, content_type: str, stream: bool) -> Any: ...
 
 
 class Api:
     """Calls in one namespace. Safe to use from several threads."""
 
-    def __init__(self, configuration: Any, namespace: str, on_call: Callable[[str, str, int], None] | None = None) -> None:
-        import urllib3
-
-        self.namespace, self._configuration, self._on_call = namespace, configuration, on_call
-        options: dict[str, Any] = {"maxsize": 16, "retries": False}
-        if configuration.host.startswith("https"):
-            options |= {
-                "cert_reqs": "CERT_REQUIRED" if configuration.verify_ssl else "CERT_NONE",
-                "ca_certs": configuration.ssl_ca_cert, "cert_file": configuration.cert_file, "key_file": configuration.key_file,
-            }  # fmt: skip
-        self._pool = urllib3.PoolManager(**options)
-        self._http_error = urllib3.exceptions.HTTPError
+    def __init__(self, send: Sends, namespace: str, on_call: Callable[[str, str, int], None] | None = None) -> None:
+        self.namespace, self._send, self._on_call = namespace, send, on_call
+        self._warned: set[str] = set()
 
     def get(self, kind: str, name: str) -> Manifest | None:
-        """The object, or None where there is none."""
+        """The object, or None where there is none. KindAbsent where there can be none."""
         try:
             return self._call("GET", kind, KINDS[kind].path(self.namespace, name))
+        except KindAbsent:
+            raise
         except ApiError as error:
             if error.code == 404:
                 return None
             raise
 
     def list(self, kind: str, selector: str = "") -> list[Manifest]:
-        """All objects of a kind in the namespace, in pages of 500. A kind whose CRD is absent has none."""
+        """All objects of a kind in the namespace, in pages of 500. KindAbsent where its CRD is not installed."""
         items: list[Manifest] = []
         token = ""
         while True:
             query = {"limit": "500"} | ({"labelSelector": selector} if selector else {}) | ({"continue": token} if token else {})
-            try:
-                page = self._call("GET", kind, KINDS[kind].path(self.namespace), query=query)
-            except ApiError as error:
-                if error.code == 404:
-                    return []
-                raise
+            page = self._call("GET", kind, KINDS[kind].path(self.namespace), query=query)
             identity = {"apiVersion": KINDS[kind].group_version, "kind": kind}
             items += [identity | item for item in page.get("items", ())]
             token = page.get("metadata", {}).get("continue", "")
             if not token:
                 return items
 
-    def probe(self, kind: str) -> None:
-        """ApiError unless objects of this kind can be listed here."""
-        self._call("GET", kind, KINDS[kind].path(self.namespace), query={"limit": "1"})
+    def knows(self, kind: str) -> bool:
+        """Whether the API server serves this kind. A kind that may not be listed here is known all the same."""
+        try:
+            self._call("GET", kind, KINDS[kind].path(self.namespace), query={"limit": "1"})
+        except KindAbsent:
+            return False
+        except Refused:
+            return True
+        return True
 
     def create(self, body: Manifest) -> Manifest:
         """AlreadyExists where the name is taken; Refused where the server will not have it."""
-        return self._call("POST", body["kind"], KINDS[body["kind"]].path(self.namespace), body)
+        return self._call("POST", body["kind"], KINDS[body["kind"]].path(self.namespace), body, STRICT)
 
     def replace_status(self, body: Manifest) -> Manifest:
-        """Write the status; Conflict if the object is no longer the one that was read."""
-        return self._put(body, "status")
+        """Write the status; Conflict if the object is no longer the one that was read. A field that an older CRD lacks is logged."""
+        return self._put(body, "status", {"fieldValidation": "Warn"})
 
     def replace(self, body: Manifest) -> Manifest:
         """Write the object (not its status); Conflict if it is no longer the one that was read."""
-        return self._put(body, "")
+        return self._put(body, "", STRICT)
 
     def patch(self, kind: str, name: str, change: Manifest) -> Manifest:
         """JSON merge patch. With `metadata.resourceVersion` in the change: Conflict if it is no longer that one."""
         path = KINDS[kind].path(self.namespace, name)
-        return self._call("PATCH", kind, path, change, content_type="application/merge-patch+json")
+        return self._call("PATCH", kind, path, change, STRICT, "application/merge-patch+json")
 
     def delete(self, kind: str, name: str, uid: str | None = None, foreground: bool = False) -> None:
         """Delete; nothing happens where there is none or it is another object than `uid`."""
@@ -145,91 +161,52 @@ class Api:
             if error.code != 404:
                 raise
 
-    def pod_log(self, name: str) -> Iterator[str]:
-        """Lines that the pod's container has written so far."""
-        response = self._request("GET", KINDS["Pod"].path(self.namespace, name, "log"), None, None, stream=True)
+    def pod_log(self, name: str, follow: bool = False) -> Iterator[str]:
+        """Lines that the pod's container has written so far; with `follow` also those that it writes from now on."""
+        path = KINDS["Pod"].path(self.namespace, name, "log") + ("?follow=true" if follow else "")
+        response = self._send("GET", path, None, JSON, True)
+        if response.status >= 300:
+            raise _error("GET", "Pod", path, response.status, response.data)
         for line in response:
             yield line.decode("utf-8", "replace").rstrip("\n")
 
-    def watch(self, kind: str, resource_version: str = "", timeout_seconds: int = 300) -> Iterator[Manifest]:
-        """Events of a kind until the server ends the watch (used by `terrace` to follow; the operator watches through kopf)."""
-        query = {"watch": "true", "timeoutSeconds": str(timeout_seconds), "allowWatchBookmarks": "true"}
-        if resource_version:
-            query["resourceVersion"] = resource_version
-        response = self._request("GET", KINDS[kind].path(self.namespace) + "?" + urlencode(query), None, None, stream=True)
-        buffer = b""
-        for chunk in response.stream(4096):
-            buffer += chunk
-            *lines, buffer = buffer.split(b"\n")
-            for line in lines:
-                if line.strip():
-                    yield json.loads(line)
-
-    def _put(self, body: Manifest, subresource: str) -> Manifest:
+    def _put(self, body: Manifest, subresource: str, query: dict[str, str]) -> Manifest:
         path = KINDS[body["kind"]].path(self.namespace, body["metadata"]["name"], subresource)
-        return self._call("PUT", body["kind"], path, body)
+        return self._call("PUT", body["kind"], path, body, query)
 
     def _call(
         self, method: str, kind: str, path: str, body: Manifest | None = None, query: dict[str, str] | None = None,
-        content_type: str = "application/json",
+        content_type: str = JSON,
     ) -> Manifest:  # fmt: skip
-        url = path + ("?" + urlencode(query) if query else "")
-        try:
-            response = self._request(method, url, body, content_type)
-            code, raw = response.status, response.data
-        except self._http_error as error:
-            raise ApiError(f"{method} {path}: {error}") from error
+        response = self._send(method, path + ("?" + urlencode(query) if query else ""), body, content_type, False)
+        code, raw = response.status, response.data
         if self._on_call:
             self._on_call(method, kind, code)
+        for warning in response.headers.getlist("Warning") if code < 300 else ():
+            if warning not in self._warned and len(self._warned) < 1000:
+                self._warned.add(warning)
+                logger.warning("%s %s: the API server warns: %s", method, path, warning)
         if code < 300:
             return json.loads(raw) if raw else {}
-        raise _error(method, path, code, raw)
-
-    def _request(self, method: str, url: str, body: Manifest | None, content_type: str | None, stream: bool = False) -> Any:
-        headers = {"Accept": "application/json", "User-Agent": "terrace"}
-        if token := self._configuration.get_api_key_with_prefix("authorization"):
-            headers["Authorization"] = token
-        data = None
-        if body is not None:
-            data, headers["Content-Type"] = json.dumps(body).encode(), content_type or "application/json"
-        return self._pool.request(
-            method, self._configuration.host + url, body=data, headers=headers, preload_content=not stream,
-            timeout=600.0 if stream else 30.0,
-        )  # fmt: skip
+        raise _error(method, kind, path, code, raw)
 
 
-def _error(method: str, path: str, code: int, raw: bytes) -> ApiError:
+def _error(method: str, kind: str, path: str, code: int, raw: bytes) -> ApiError:
     try:
         status = json.loads(raw)
         message, reason = str(status.get("message", "")), str(status.get("reason", ""))
+        named = bool((status.get("details") or {}).get("name"))
     except (ValueError, AttributeError):
-        message, reason = raw[:300].decode("utf-8", "replace"), ""
+        message, reason, named = raw[:300].decode("utf-8", "replace").strip(), "", False
+    if code == 404 and not named and kind in CUSTOM:
+        return KindAbsent(kind)  # a missing object is named in the answer; a missing kind is "404 page not found"
     text = f"{method} {path}: {code} {reason}: {message}"
+    if code == 401:
+        return ApiError(f"{method} {path}: the API server does not accept the credentials (401): log in again, or renew the token", code)
+    if code == 403 and "system:anonymous" in message:
+        message += " (no credentials were sent: the kubeconfig's user has none, or its exec plugin failed)"
     if code == 409:
         return (AlreadyExists if reason == "AlreadyExists" else Conflict)(text, code)
     if code in (400, 403, 413, 422):
         return Refused(message or text, code)
     return ApiError(text, code)
-
-
-def connect(namespace: str | None = None, on_call: Callable[[str, str, int], None] | None = None) -> Api:
-    """The API of the cluster this process runs in, else of the current kubeconfig context. InputError where there is neither."""
-    try:
-        from kubernetes import client, config
-    except ImportError as error:
-        raise InputError("the Kubernetes launcher needs the package `kubernetes`: pip install 'terrace[kubernetes]'") from error
-    configuration = client.Configuration()
-    try:
-        if os.environ.get("KUBERNETES_SERVICE_HOST") and not os.environ.get("KUBECONFIG"):
-            config.load_incluster_config(client_configuration=configuration)
-            with open("/var/run/secrets/kubernetes.io/serviceaccount/namespace", encoding="utf-8") as file:
-                found = file.read().strip()
-        else:
-            # Named here: the package reads KUBECONFIG only once, when it is imported.
-            file = os.environ.get("KUBECONFIG")
-            config.load_kube_config(config_file=file, client_configuration=configuration)
-            context = config.list_kube_config_contexts(config_file=file)[1]
-            found = context["context"].get("namespace", "default")
-    except config.ConfigException as error:
-        raise InputError(f"no Kubernetes cluster: {error}. Set KUBECONFIG or run inside a cluster") from error
-    return Api(configuration, namespace or found, on_call)

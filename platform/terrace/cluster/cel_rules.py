@@ -21,36 +21,81 @@ class Rule:
         return node | ({"fieldPath": self.field_path} if self.field_path else {})
 
 
+# `storage.uri` is a volume's folder or lies in it.
+INSIDE = "(self.storage.uri == {0}.mountPath || self.storage.uri.startsWith({0}.mountPath + '/'))"
+# Folders of each pod that a volume would break: the scratch folder, the recipe, the system's own.
+TAKEN = ("/bin", "/boot", "/etc", "/lib", "/lib64", "/root", "/sbin", "/usr", "/var")
+TAKEN_WITH_ALL_INSIDE = ("/dev", "/etc/terrace", "/proc", "/run", "/sys", "/tmp", "/var/run")
+# What Terrace and KubeRay set in every pod; an entry of `runtime.env` would win over it.
+OWN_VARIABLES = (
+    "AWS_ENDPOINT_URL", "AWS_REGION", "FQ_RAY_IP", "HOME", "KUBERAY_GEN_RAY_START_CMD", "KUBERNETES_SERVICE_HOST",
+    "KUBERNETES_SERVICE_PORT", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_TRACKING_URI", "PYTHONUNBUFFERED", "RAY_ADDRESS",
+    "RAY_CLOUD_INSTANCE_ID", "RAY_CLUSTER_NAME", "RAY_DASHBOARD_ADDRESS", "RAY_IP", "RAY_JOB_SUBMISSION_ID", "RAY_NODE_TYPE_NAME",
+    "RAY_PORT", "TMPDIR",
+)  # fmt: skip
+
+
+def listed(words: tuple[str, ...]) -> str:
+    return "[" + ", ".join(f"'{word}'" for word in words) + "]"
+
+
+def at_least(amount: str, least: str) -> str:
+    return f"quantity({amount}).compareTo(quantity({least})) >= 0"
+
+
 ROOT_RULES = [
     Rule(
         "size(self.metadata.name) <= 30",
         "metadata.name has at most 30 characters: RayJob names `<name>-s<stage>-<attempt>` are limited to 47",
+        ".metadata",
     ),
     Rule(
         "self.metadata.name.matches('^[a-z]([a-z0-9-]*[a-z0-9])?$')",
         "metadata.name begins with a letter and holds only a-z, 0-9 and '-': it becomes part of Service names",
+        ".metadata",
     ),
 ]
 
 MODEL_RULES: dict[str, list[Rule]] = {
     "CurriculumSpec": [
         Rule(
-            "self.storage.uri.startsWith('s3://') || "
-            "(has(self.storage.volumes) && self.storage.volumes.exists(v, self.storage.uri.startsWith(v.mountPath)))",
-            "storage.uri is a path, so one of storage.volumes must be mounted above it",
+            f"self.storage.uri.startsWith('s3://') || self.storage.volumes.exists(v, {INSIDE.format('v')})",
+            "storage.uri is a path, so one of storage.volumes must be mounted at it or above it",
+            ".storage.uri",
+        ),
+        Rule(
+            f"!self.storage.volumes.exists(v, {INSIDE.format('v')} && v.readOnly && !self.storage.volumes.exists(w, "
+            f"{INSIDE.format('w')} && size(w.mountPath) > size(v.mountPath)))",
+            "storage.uri lies on a volume with readOnly: the run must be able to write there",
+            ".storage.uri",
         ),
         Rule(
             "!has(self.rerunFrom) || self.recipe.stages.exists(s, s.name == self.rerunFrom)",
             "rerunFrom must name a stage of the recipe",
+            ".rerunFrom",
         ),
-        Rule("!has(self.rerunFrom) || has(self.resumeToken)", "rerunFrom needs a resumeToken, so that it acts once"),
+        Rule("!has(self.rerunFrom) || has(self.resumeToken)", "rerunFrom needs a resumeToken, so that it acts once", ".rerunFrom"),
+        Rule(
+            "!has(self.failurePolicy.backoffSeconds) || has(self.failurePolicy.backoffCapSeconds) || "
+            "self.recipe.stages.all(s, self.failurePolicy.backoffSeconds <= s.failure.backoff_cap_seconds)",
+            "failurePolicy.backoffSeconds exceeds a stage's failure.backoff_cap_seconds: set failurePolicy.backoffCapSeconds too",
+            ".failurePolicy.backoffSeconds",
+        ),
+        Rule(
+            "!has(self.failurePolicy.backoffCapSeconds) || has(self.failurePolicy.backoffSeconds) || "
+            "self.recipe.stages.all(s, s.failure.backoff_seconds <= self.failurePolicy.backoffCapSeconds)",
+            "failurePolicy.backoffCapSeconds is less than a stage's failure.backoff_seconds: set failurePolicy.backoffSeconds too",
+            ".failurePolicy.backoffCapSeconds",
+        ),
         Rule(
             "!has(oldSelf.cancelled) || !oldSelf.cancelled || (has(self.cancelled) && self.cancelled)",
             "a cancelled Curriculum stays cancelled: make a new one",
+            ".cancelled",
         ),
         Rule(
             "!has(self.queue) || !has(self.queue.topologyRequired) || !has(self.queue.topologyPreferred)",
             "queue.topologyRequired and queue.topologyPreferred exclude each other",
+            ".queue",
         ),
     ],
     "Recipe": [
@@ -88,7 +133,39 @@ MODEL_RULES: dict[str, list[Rule]] = {
         Rule(
             "[has(self.steps), has(self.tokens), has(self.samples), has(self.epochs)].filter(given, given).size() == 1",
             "budget needs exactly one of steps, tokens, samples, epochs",
-        )
+        ),
+        Rule(
+            "(!has(self.steps) || self.steps <= 1000000000) && (!has(self.tokens) || self.tokens <= 1e16) && "
+            "(!has(self.samples) || self.samples <= 10000000000000) && (!has(self.epochs) || self.epochs <= 1e6)",
+            "a budget has at most 1e9 steps, 1e16 tokens, 1e13 samples or 1e6 epochs: it would never end",
+        ),
+    ],
+    "PodSize": [
+        Rule(at_least("self.cpu", "'10m'"), "a pod needs at least 10m of CPU", ".cpu"),
+        Rule(at_least("self.memory", "'64Mi'"), "a pod needs at least 64Mi of memory", ".memory"),
+        Rule(
+            at_least("self.memory", "self.sharedMemory"),
+            "sharedMemory exceeds memory, of which it is a part: the pod would be killed before it is full",
+            ".sharedMemory",
+        ),
+    ],
+    # As ValidateTolerations of Kubernetes has it (pkg/apis/core/validation/validation.go).
+    "Toleration": [
+        Rule(
+            "!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')",
+            "tolerationSeconds needs effect NoExecute",
+            ".tolerationSeconds",
+        ),
+        Rule(
+            "self.operator != 'Exists' || !has(self.value) || self.value == ''",
+            "operator Exists (the default here) compares no value: set operator Equal, or leave the value out",
+            ".value",
+        ),
+        Rule("self.operator != 'Equal' || has(self.key)", "operator Equal needs a key", ".key"),
+    ],
+    "Limits": [
+        Rule("has(self.gpuHours) || has(self.wallHours) || has(self.cost)", "limits needs gpuHours, wallHours or cost"),
+        Rule("!has(self.cost) || has(self.pricePerGpuHour)", "limits.cost needs pricePerGpuHour", ".cost"),
     ],
     "Pixels": [Rule("self.min <= self.max", "pixels.min must not exceed pixels.max")],
     "Gate": [Rule("has(self.below) != has(self.above)", "a gate needs exactly one of below, above")],
@@ -124,5 +201,26 @@ FIELD_RULES: dict[str, list[Rule]] = {
     "Recipe.model": [Rule("self == oldSelf", "recipe.model cannot change: make a new Curriculum")],
     "Recipe.tokenizer": [Rule("self == oldSelf", "recipe.tokenizer cannot change: make a new Curriculum")],
     "Data.seed": [Rule("self == oldSelf", "data.seed cannot change: it is the order of the data")],
+    "ClusterStorage.scratch": [Rule(at_least("self", "'64Mi'"), "scratch needs at least 64Mi: Ray's own files lie there")],
+    "PodSize.sharedMemory": [Rule(at_least("self", "'1Mi'"), "sharedMemory needs at least 1Mi")],
+    "Runtime.gpuResource": [
+        Rule(
+            "!self.contains('kubernetes.io/')",
+            "gpuResource is an extended resource of a device plugin: its domain is not kubernetes.io",
+        )
+    ],
+    "Volume.mountPath": [
+        Rule(
+            f"!(self in {listed(TAKEN)}) && !{listed(tuple(f'{folder}/' for folder in TAKEN_WITH_ALL_INSIDE))}"
+            ".exists(taken, (self + '/').startsWith(taken))",
+            "this folder is the pod's own (scratch, recipe or system): mount the volume elsewhere, for example at /data",
+        )
+    ],
+    "EnvironmentVariable.name": [
+        Rule(
+            f"!self.startsWith('TERRACE_') && !(self in {listed(OWN_VARIABLES)})",
+            "this variable is set by Terrace or KubeRay; storage.endpointUrl, storage.region and tracking set those of S3 and MLflow",
+        )
+    ],
     "ClusterStorage.uri": [Rule("self == oldSelf", "storage.uri cannot change: the journal and checkpoints lie there")],
 }

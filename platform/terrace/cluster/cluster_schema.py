@@ -14,10 +14,20 @@ from pydantic.alias_generators import to_camel
 
 from terrace.recipe.schema import Recipe
 
-Quantity = Annotated[str, Field(min_length=1, max_length=32, pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|Ki|Mi|Gi|Ti)?$")]
-DnsName = Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$")]
-LabelKey = Annotated[str, Field(min_length=1, max_length=253)]
-LabelValue = Annotated[str, Field(max_length=63)]
+SUBDOMAIN = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
+QUALIFIED = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+# Folders as they are compared: no `//`, no `.` or `..`, no `/` at the end; Kubernetes forbids `:` in a mount path.
+FOLDER = r"(/\.?[^/:.\s][^/:\s]*)+"
+RUN_DIRECTORY = rf"^(s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9](/\S*)?|{FOLDER})$"
+IMAGE = (
+    r"^((([a-zA-Z0-9][a-zA-Z0-9.-]*)|\[[0-9a-fA-F:]+\])(:[0-9]+)?/)?[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*"
+    r"(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@[a-z0-9]+([+._-][a-z0-9]+)*:[0-9a-fA-F]{32,})?$"
+)
+Cores = Annotated[str, Field(min_length=1, max_length=16, pattern=r"^([0-9]{1,4}(\.[0-9]{1,3})?|[0-9]{1,7}m)$")]
+Bytes = Annotated[str, Field(min_length=2, max_length=16, pattern=r"^[0-9]{1,9}(\.[0-9]{1,3})?(M|G|T|Mi|Gi|Ti)$")]
+DnsName = Annotated[str, Field(min_length=1, max_length=63, pattern=rf"^{SUBDOMAIN}$")]
+LabelKey = Annotated[str, Field(min_length=1, max_length=253, pattern=rf"^({SUBDOMAIN}/)?{QUALIFIED}$")]
+LabelValue = Annotated[str, Field(max_length=63, pattern=r"^(([A-Za-z0-9][-A-Za-z0-9_.]*)?[A-Za-z0-9])?$")]
 
 
 class ClusterModel(BaseModel):
@@ -29,14 +39,14 @@ class ClusterModel(BaseModel):
 class PodSize(ClusterModel):
     """CPU and memory of one pod, used as request and as limit (no overcommit: a training pod that is throttled stalls all)."""
 
-    cpu: Quantity = Field("2", description="CPU request, and limit for memory-bound safety; for example `8` or `500m`.")
-    memory: Quantity = Field("8Gi", description="Memory request and limit.")
-    shared_memory: Quantity = Field("2Gi", description="Size of /dev/shm (Ray's object store and NCCL use it); part of memory.")
+    cpu: Cores = Field("2", description="CPU request, and limit for memory-bound safety; for example `8` or `500m`.")
+    memory: Bytes = Field("8Gi", description="Memory request and limit, with a unit: `64Gi`.")
+    shared_memory: Bytes = Field("2Gi", description="Size of /dev/shm (Ray's object store and NCCL use it); part of memory, so never more.")
 
 
 class EnvironmentVariable(ClusterModel):
     name: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] = Field(
-        description="Name of the variable."
+        description="Name of the variable; not one that Terrace or KubeRay sets."
     )
     value: Annotated[str, Field(max_length=4096)] = Field(description="Its value. Secrets belong in `storage.credentialsSecret`.")
 
@@ -44,9 +54,9 @@ class EnvironmentVariable(ClusterModel):
 class Toleration(ClusterModel):
     """A Kubernetes toleration, as in a pod spec."""
 
-    key: Annotated[str, Field(max_length=253)] | None = Field(None, description="Taint key; empty with operator Exists: all.")
+    key: LabelKey | None = Field(None, description="Taint key; unset with operator Exists: all.")
     operator: Literal["Exists", "Equal"] = Field("Exists", description="Whether the value is compared.")
-    value: Annotated[str, Field(max_length=63)] | None = Field(None, description="Taint value for operator Equal.")
+    value: LabelValue | None = Field(None, description="Taint value, with operator Equal only.")
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(None, description="Taint effect; empty: all.")
     toleration_seconds: Annotated[int, Field(ge=0)] | None = Field(None, description="Only with NoExecute: how long.")
 
@@ -54,12 +64,12 @@ class Toleration(ClusterModel):
 class Runtime(ClusterModel):
     """The pods a stage runs in: image, sizes, placement."""
 
-    image: Annotated[str, Field(min_length=1, max_length=512)] = Field(
+    image: Annotated[str, Field(min_length=1, max_length=512, pattern=IMAGE)] = Field(
         description="Training image, best with a digest (`repo@sha256:...`)."
     )
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field("IfNotPresent", description="As in a pod spec.")
     image_pull_secrets: Annotated[list[DnsName], Field(max_length=8)] = Field([], description="Names of registry Secrets.")
-    ray_version: Annotated[str, Field(max_length=32, pattern=r"^[0-9]+\.[0-9]+\.[0-9]+.*$")] = Field(
+    ray_version: Annotated[str, Field(max_length=32, pattern=r"^[0-9]+\.[0-9]+\.[0-9]+([-+.]?[0-9A-Za-z]+)*$")] = Field(
         "2.60.0", description="Ray version inside the image; KubeRay needs it to choose probes and commands."
     )
     service_account: DnsName | None = Field(
@@ -74,28 +84,36 @@ class Runtime(ClusterModel):
         description="Size of the small pod that submits the job.",
     )
     workers_per_pod: Annotated[int, Field(ge=1, le=16)] = Field(1, description="Training workers (ranks) that share a pod.")
-    gpu_resource: Annotated[str, Field(max_length=253)] = Field("nvidia.com/gpu", description="Extended resource of one GPU.")
-    node_selector: Annotated[dict[LabelKey, LabelValue], Field(max_length=16)] = Field({}, description="For worker pods.")
+    gpu_resource: Annotated[str, Field(max_length=253, pattern=rf"^{SUBDOMAIN}/{QUALIFIED}$")] = Field(
+        "nvidia.com/gpu", description="Extended resource of one GPU, as the device plugin names it: with a domain."
+    )
+    # Keys are checked with the pod template: the API server can bound neither their form nor the cost of a rule on them.
+    node_selector: Annotated[dict[str, LabelValue], Field(max_length=16)] = Field({}, description="For worker pods.")
     tolerations: Annotated[list[Toleration], Field(max_length=16)] = Field([], description="For head and worker pods.")
     env: Annotated[list[EnvironmentVariable], Field(max_length=64)] = Field([], description="For all pods of a stage.")
-    working_dir: Annotated[str, Field(min_length=1, max_length=256)] = Field(
+    working_dir: Annotated[str, Field(min_length=1, max_length=256, pattern=rf"^{FOLDER}$")] = Field(
         "/opt/terrace", description="Folder in the image that holds `jobs/pretrain.py`."
     )
-    entrypoint: Annotated[list[Annotated[str, Field(max_length=8192)]], Field(min_length=1, max_length=16)] = Field(
+    entrypoint: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=8192, pattern=r"\S")]], Field(min_length=1, max_length=16)
+    ] = Field(
         ["python", "jobs/pretrain.py"],
         description="Program of a stage and its first arguments. Terrace adds the recipe, --run-dir, --stage and --attempt.",
     )
-    run_as_user: Annotated[int, Field(ge=1)] = Field(1000, description="Numeric user id of the pods; never root.")
-    termination_grace_seconds: Annotated[int, Field(ge=1, le=3600)] | None = Field(
+    run_as_user: Annotated[int, Field(ge=1, le=2_147_483_647)] = Field(1000, description="Numeric user id of the pods; never root.")
+    termination_grace_seconds: Annotated[int, Field(ge=10, le=3600)] | None = Field(
         None,
-        description="Time a pod has to save a checkpoint when it must go. Unset: the stage's preemption grace plus 30.",
+        description="Time a pod has to save a checkpoint when it must go, longer than every stage's preemption grace. Unset: that "
+        "plus 30.",
     )
 
 
 class Queue(ClusterModel):
     """Kueue: who waits for quota, in which queue, at which priority, in which topology."""
 
-    name: DnsName = Field(description="LocalQueue in the namespace of the Curriculum.")
+    name: Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")] = Field(
+        description="LocalQueue in the namespace of the Curriculum; a name without dots."
+    )
     priority_class: DnsName | None = Field(None, description="WorkloadPriorityClass; decides who preempts whom.")
     topology_required: LabelKey | None = Field(
         None, description="Node label level that all workers must share, for example a rack. Pending until one is free."
@@ -111,33 +129,42 @@ class Volume(ClusterModel):
     """A PersistentVolumeClaim seen by all pods, for data or for the run directory where there is no object store."""
 
     claim: DnsName = Field(description="Name of the PersistentVolumeClaim in the same namespace.")
-    mount_path: Annotated[str, Field(min_length=1, max_length=256, pattern=r"^/.*$")] = Field(description="Where it is mounted.")
+    mount_path: Annotated[str, Field(min_length=1, max_length=256, pattern=rf"^{FOLDER}$")] = Field(
+        description="Where it is mounted: a folder of its own, not /tmp (each pod's scratch) or one of the system's."
+    )
     read_only: bool = Field(False, description="Mount without write access (training data).")
 
 
 class ClusterStorage(ClusterModel):
     """Where a curriculum keeps its journal, checkpoints and final weights."""
 
-    uri: Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^(s3://|/).+$")] = Field(
+    uri: Annotated[str, Field(min_length=1, max_length=1024, pattern=RUN_DIRECTORY)] = Field(
         description="Run directory: `s3://bucket/prefix`, or an absolute path inside one of `volumes`. Cannot change later."
     )
-    endpoint_url: Annotated[str, Field(max_length=512, pattern=r"^https?://.+$")] | None = Field(
+    endpoint_url: Annotated[str, Field(max_length=512, pattern=r"^https?://[^\s/?#]+\S*$")] | None = Field(
         None, description="S3-compatible endpoint; unset: AWS."
     )
-    region: Annotated[str, Field(max_length=64)] | None = Field(None, description="Region of the bucket.")
+    region: Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9-]+$")] | None = Field(None, description="Region of the bucket.")
     credentials_secret: DnsName | None = Field(
         None,
         description="Secret whose keys become environment variables of the pods (AWS_ACCESS_KEY_ID, ...). The operator "
         "never reads it. Unset: workload identity of the ServiceAccount.",
     )
     volumes: Annotated[list[Volume], Field(max_length=8)] = Field([], description="Claims mounted into every pod.")
-    scratch: Quantity = Field("20Gi", description="Size limit of the writable scratch folder of each pod (/tmp and caches).")
+    scratch: Bytes = Field("20Gi", description="Size limit of the writable scratch folder of each pod (/tmp and caches).")
 
 
 class ClusterTracking(ClusterModel):
     """MLflow as the pods reach it; overrides the recipe's `tracking`."""
 
-    mlflow_uri: Annotated[str, Field(min_length=1, max_length=512)] | None = Field(None, description="Tracking server URI.")
+    mlflow_uri: Annotated[
+        str,
+        Field(
+            min_length=1,
+            max_length=512,
+            pattern=r"^(https?://[^\s/?#]+\S*|databricks(://\S+)?|(file|sqlite|postgresql|mysql|mssql)(\+[a-z0-9]+)?:\S+)$",
+        ),
+    ] | None = Field(None, description="Tracking server URI, for example `http://mlflow:5000`.")
     experiment: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(None, description="Experiment name.")
     credentials_secret: DnsName | None = Field(None, description="Secret with MLFLOW_TRACKING_USERNAME and _PASSWORD.")
 
@@ -152,21 +179,31 @@ class FailurePolicy(ClusterModel):
     max_infra_restarts: Annotated[int, Field(ge=0, le=10000)] | None = Field(
         None, description="Restarts after infrastructure failures (stall, lost RayJob, node); unset: the stage's own."
     )
-    backoff_seconds: Annotated[float, Field(gt=0)] | None = Field(None, description="First delay; doubles with each failure.")
-    backoff_cap_seconds: Annotated[float, Field(gt=0)] | None = Field(None, description="Longest delay.")
-    stall_timeout_seconds: Annotated[float, Field(gt=0)] | None = Field(
+    backoff_seconds: Annotated[float, Field(gt=0, le=604_800)] | None = Field(None, description="First delay; doubles with each failure.")
+    backoff_cap_seconds: Annotated[float, Field(gt=0, le=604_800)] | None = Field(None, description="Longest delay.")
+    stall_timeout_seconds: Annotated[float, Field(ge=30, le=604_800)] | None = Field(
         None,
-        description="No new progress report for this long while running: the attempt is replaced (node death looks so).",
+        description="No new progress report for this long while running: the attempt is replaced (node death looks so). Reports come "
+        "every 10 seconds at most, so no less than 30.",
     )
-    pre_running_timeout_seconds: Annotated[int, Field(ge=60)] = Field(
+    pre_running_timeout_seconds: Annotated[int, Field(ge=60, le=604_800)] = Field(
         1800,
         description="From admission to the first line of the program: image pulls, GPUs, submitter. Then: replaced.",
     )
-    fence_timeout_seconds: Annotated[int, Field(ge=0)] = Field(
+    fence_timeout_seconds: Annotated[int, Field(ge=0, le=604_800)] = Field(
         300,
         description="How long a new attempt waits for the old one's pods to be gone. Pods of a dead node stay for ever; "
         "after this the new attempt starts, and the old attempt's number keeps it from writing checkpoints.",
     )
+
+
+class Limits(ClusterModel):
+    """What the curriculum may use in all. At a limit it is suspended with a checkpoint; a higher limit continues it."""
+
+    gpu_hours: Annotated[float, Field(gt=0, le=1e9)] | None = Field(None, description="GPU hours, from quota to release.")
+    wall_hours: Annotated[float, Field(gt=0, le=1e6)] | None = Field(None, description="Hours since its start, waiting included.")
+    cost: Annotated[float, Field(gt=0, le=1e12)] | None = Field(None, description="GPU hours times `pricePerGpuHour`.")
+    price_per_gpu_hour: Annotated[float, Field(gt=0, le=1e6)] | None = Field(None, description="In the currency of `cost`.")
 
 
 class ClusterSpec(ClusterModel):
@@ -177,6 +214,7 @@ class ClusterSpec(ClusterModel):
     queue: Queue | None = Field(None, description="Kueue queue; unset: pods are created at once.")
     tracking: ClusterTracking = Field(ClusterTracking(), description="MLflow.")
     failure_policy: FailurePolicy = Field(FailurePolicy(), description="Restarts, backoff, stall detection.")
+    limits: Limits | None = Field(None, description="What it may use in all; unset: no limit.")
     suspend: bool = Field(
         False,
         description="True: save a checkpoint, then release every pod and all quota. False again: continue from there.",

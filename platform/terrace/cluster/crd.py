@@ -34,7 +34,13 @@ KEPT = (
     "minProperties",
     "enum",
 )
-LIST_MAPS = {"CurriculumStatus.conditions": "type", "CurriculumStatus.stages": "name"}
+# Lists whose items have a name: the API server refuses two of one name, and server-side apply merges them.
+LIST_MAPS = {
+    "CurriculumStatus.conditions": "type",
+    "CurriculumStatus.stages": "name",
+    "Runtime.env": "name",
+    "ClusterStorage.volumes": "mountPath",
+}
 
 
 def structural(schema: dict[str, Any], definitions: dict[str, Any], path: str = "") -> dict[str, Any]:
@@ -117,7 +123,7 @@ def _finish(node: dict[str, Any], schema: dict[str, Any], path: str, nullable: b
     default = schema.get("default")
     if isinstance(default, dict):  # in full: the API server checks a default against the rules before it fills nested defaults
         default = {key: value for key, value in default.items() if value is not None}
-    if default is not None and not path.startswith(("CurriculumStatus", "StageStatus", "CheckpointStatus", "Condition")):
+    if default is not None and not path.startswith(("CurriculumStatus", "StageStatus", "CheckpointStatus", "Condition", "UsageStatus")):
         node["default"] = list(default) if isinstance(default, tuple) else default
     if nullable:
         node["nullable"] = True
@@ -163,7 +169,8 @@ def build_crd() -> dict[str, Any]:
         "properties": {
             "apiVersion": {"type": "string", "description": "Version of this schema."},
             "kind": {"type": "string", "description": "Always Curriculum."},
-            "metadata": {"type": "object", "description": "Standard object metadata."},
+            # Not even a description: the API server refuses anything but restrictions of name and generateName here.
+            "metadata": {"type": "object"},
             "spec": spec,
             "status": status,
         },

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 
-from terrace.cluster.attempt import read_json, write_atomic
+from terrace.cluster.attempt_files import read_json, write_atomic
 
 BEAT_SECONDS = 2.0
 DEAD_AFTER_SECONDS = 20.0

@@ -13,9 +13,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from terrace.cluster.api import AlreadyExists, Api, ApiError, Conflict, Refused, connect
+from terrace.cluster.api import AlreadyExists, Api, ApiError, Conflict, KindAbsent, Refused
 from terrace.cluster.crd import API_VERSION, KIND
-from terrace.cluster.manifests import LABEL_CURRICULUM
+from terrace.cluster.credentials import connect
+from terrace.cluster.manifests import LABEL_CURRICULUM, LABEL_STAGE
 from terrace.cluster.render import load_cluster, render_curriculum
 from terrace.errors import InputError, TerraceError
 from terrace.recipe.schema import Recipe
@@ -23,6 +24,7 @@ from terrace.recipe.schema import Recipe
 Manifest = dict[str, Any]
 REFERENCE = re.compile(r"^k8s://(?P<namespace>[a-z0-9-]+)/(?P<name>[a-z0-9-]+)$")
 POLL_SECONDS = 2.0
+NO_KIND = "the cluster does not know the kind Curriculum: kubectl apply -k k8s/ installs it"
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,11 @@ def apply(api: Api, body: Manifest) -> Manifest:
                 continue
     except Refused as error:
         raise InputError(f"the API server refused Curriculum {name}: {error}") from error
+    except KindAbsent as error:
+        raise InputError(NO_KIND) from error
     except ApiError as error:
         if error.code == 404:
-            raise InputError("the cluster does not know the kind Curriculum: kubectl apply -k k8s/ installs it") from error
+            raise InputError(f"there is no namespace {api.namespace}: kubectl create namespace {api.namespace}") from error
         raise
     raise TerraceError(f"Curriculum {name} keeps changing while it is applied: try again")
 
@@ -87,16 +91,33 @@ WISHES: dict[str, Callable[[str | None], Manifest]] = {
 
 
 def request(reference: Reference, wish: str, stage: str | None = None, api: Api | None = None) -> None:
-    """pause, suspend, cancel or resume (with `stage`: run again from it)."""
+    """pause, suspend, cancel or resume (with `stage`: run again from it). InputError where nothing could come of it."""
     api = api or connect(reference.namespace)
+    body = _read(reference, api)
+    if why := _in_vain(body, wish, stage):
+        raise InputError(f"{reference}: {why}")
     try:
         api.patch(KIND, reference.name, {"apiVersion": API_VERSION, "kind": KIND, "spec": WISHES[wish](stage)})
     except Refused as error:
         raise InputError(f"{reference}: {error}") from error
-    except ApiError as error:
-        if error.code == 404:
-            raise InputError(f"{reference}: there is no such Curriculum") from error
-        raise
+
+
+def _in_vain(body: Manifest, wish: str, stage: str | None) -> str | None:
+    """Why a wish would never come true; None where it can."""
+    spec, phase = body["spec"], (body.get("status") or {}).get("phase", "Pending")
+    if spec.get("cancelled"):
+        return f"it was cancelled, which is for good; there is nothing to {wish} (make a new Curriculum)"
+    names = [item["name"] for item in spec["recipe"]["stages"]]
+    if stage is not None and stage not in names:
+        return f"there is no stage {stage}; its stages are {', '.join(names)}"
+    if phase in ("Succeeded", "Failed") and wish != "resume":
+        return f"it has {phase.lower()}; there is nothing to {wish}"
+    if phase == "Succeeded" and stage is None:
+        return "all its stages are done; --from STAGE runs stages again"
+    waits = phase in ("Paused", "Suspended", "Failed") or spec.get("paused") or spec.get("suspend")
+    if wish == "resume" and stage is None and not waits:
+        return f"it is {phase.lower()} and waits for nobody; there is nothing to resume"
+    return None
 
 
 def read_status(reference: Reference, api: Api | None = None) -> Manifest:
@@ -106,7 +127,10 @@ def read_status(reference: Reference, api: Api | None = None) -> Manifest:
 
 
 def _read(reference: Reference, api: Api) -> Manifest:
-    body = api.get(KIND, reference.name)
+    try:
+        body = api.get(KIND, reference.name)
+    except KindAbsent as error:
+        raise InputError(NO_KIND) from error
     if body is None:
         raise InputError(f"{reference}: there is no such Curriculum")
     return body
@@ -163,11 +187,25 @@ def _changes(reference: Reference, api: Api, show: Callable[[str], None]) -> Ite
         time.sleep(POLL_SECONDS)
 
 
-def pod_logs(reference: Reference, stage_index: int | None = None, api: Api | None = None) -> Iterator[str]:
-    """Lines of the submitter pods (the program's output), newest attempt last. Needs the caller's own right to read logs."""
+def pod_logs(reference: Reference, stage: str | None = None, follow: bool = False, api: Api | None = None) -> Iterator[str]:
+    """Lines of the submitter pods (the program's output), newest attempt last. Needs the caller's own right to read logs.
+
+    InputError where there are none: it says where else to look.
+    """
     api = api or connect(reference.namespace)
+    body = _read(reference, api)
+    names = [item["name"] for item in body["spec"]["recipe"]["stages"]]
     selector = f"{LABEL_CURRICULUM}={reference.name},app.kubernetes.io/component=submitter"
-    if stage_index is not None:
-        selector += f",terrace.dev/stage-index={stage_index}"
-    for pod in sorted(api.list("Pod", selector), key=lambda pod: pod["metadata"].get("creationTimestamp", "")):
-        yield from api.pod_log(pod["metadata"]["name"])
+    if stage is not None:
+        if stage not in names:
+            raise InputError(f"{reference}: there is no stage {stage}; its stages are {', '.join(names)}")
+        selector += f",{LABEL_STAGE}={names.index(stage)}"
+    pods = sorted(api.list("Pod", selector), key=lambda pod: pod["metadata"].get("creationTimestamp", ""))
+    if not pods:
+        uri = body["spec"]["storage"]["uri"]
+        raise InputError(
+            f"{reference}: no pod{f' of stage {stage}' if stage else ''} is left to read from ({describe(body.get('status') or {})}); "
+            f"what the workers logged lies in {uri}/stages/*/attempts/ (`terrace logs {uri}` where that can be reached)"
+        )
+    for pod in pods:
+        yield from api.pod_log(pod["metadata"]["name"], follow=follow and pod is pods[-1])

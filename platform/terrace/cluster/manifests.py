@@ -4,7 +4,9 @@ One KubeRay `RayJob` with its own RayCluster per attempt, because Kueue refuses 
 program that hangs must not leave a poisoned cluster to the next attempt; the price is one cluster start (about a minute) per
 attempt. What the choices below answer to, as seen with the real KubeRay and Kueue:
 
-- `submitterConfig.backoffLimit: 0`: otherwise a failed program holds all GPUs for another minute while its submitter retries.
+- `submitterConfig.backoffLimit` above 0: the submitter pod only follows the job, and a new one finds it again (`ray job status ||
+  ray job submit`), so its eviction must not end the attempt while the GPUs train. The operator does not wait for a submitter that
+  retries after a failed program: it goes by the program's own report and by what Ray says of the job.
 - `submitterPodTemplate` with a full securityContext: KubeRay's own has none, and under PodSecurity `restricted` it is refused for
   ever while the cluster holds the GPUs.
 - tolerationSeconds 30 for not-ready and unreachable nodes: the default of 300 s is five minutes of idle GPUs.
@@ -30,6 +32,7 @@ RECIPE_FOLDER = "/etc/terrace"
 STOP_FILE = "/tmp/terrace-stop"
 NODE_TOLERATION_SECONDS = 30
 GRACE_MARGIN_SECONDS = 30
+SUBMITTER_RETRIES = 6  # evictions of the submitter pod that an attempt survives
 MAX_RAYJOB_NAME = 47
 
 
@@ -194,7 +197,7 @@ def build_rayjob(owner: Manifest, spec: CurriculumSpec, stage_index: int, attemp
             "entrypoint": entrypoint(spec, stage, attempt, rerun),
             "entrypointNumCpus": 0,
             "submissionMode": "K8sJobMode",
-            "submitterConfig": {"backoffLimit": 0},
+            "submitterConfig": {"backoffLimit": SUBMITTER_RETRIES},
             "backoffLimit": 0,
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 0,

@@ -22,8 +22,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from terrace.cluster.api import Api, ApiError, Conflict, connect
-from terrace.cluster.attempt import Fenced
+from terrace.cluster.api import Api, ApiError, Conflict
+from terrace.cluster.attempt_files import Fenced
+from terrace.cluster.credentials import connect
 
 logger = logging.getLogger("terrace.progress")
 TAIL_BYTES = 65_536
@@ -68,15 +69,25 @@ class ProgressChannel:
                 return {"holder.json": _text(self.holder), "progress.json": _text(report)}
             if holder != self.holder:
                 raise Fenced(f"attempt {self.attempt} of {self.stage} in {self.cluster} no longer owns the progress channel")
+            if self._done(data):
+                return {}  # an earlier start of this very attempt had finished: its word stands
             if {**self.last, "time": 0} == {**report, "time": 0}:
                 return {}  # nothing new: reading the directive is enough, and silence shows as silence
             return {"progress.json": _text(report)}
 
         data = self._write(change)
+        if self._done(data) and "result" not in values:
+            return "an earlier start of this attempt has reported the stage's result: there is nothing left to do"
         self.last = report
         directive = _parse(data.get("directive.json"))
         meant = directive.get("stage") == self.stage and directive.get("attempt") == self.attempt
         return str(directive["stop"]) if meant and directive.get("stop") else None
+
+    def _done(self, data: dict[str, Any]) -> bool:
+        """Whether a result with a good end is on record for this attempt (its pods were taken before anybody had read it)."""
+        report = _parse(data.get("progress.json"))
+        own = (report.get("stage"), report.get("attempt")) == (self.stage, self.attempt)
+        return own and report.get("result") is not None and (report.get("exit") or {}).get("status") == 0
 
     def _write(self, change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
         """Read, change, write if nobody wrote in between; returns the data as it was read."""
@@ -186,8 +197,9 @@ def read_progress(stage_directory: str) -> dict[str, Any]:
 
 def _newest_checkpoint(stage_directory: str) -> dict[str, Any] | None:
     """The highest complete step (of a run on S3: by its fence; else its folder has a manifest). The trainer checks it in full."""
-    from terrace.cluster.attempt import newest_checkpoint_step
+    from terrace.cluster.attempt_outcome import newest_checkpoint_step
     from terrace.storage import files as storage
+    from terrace.storage.faults import StorageError
     from terrace.storage.mirror import uri_of
 
     folder = storage.join(stage_directory, "checkpoints")
@@ -196,7 +208,7 @@ def _newest_checkpoint(stage_directory: str) -> dict[str, Any] | None:
         return None if step is None else {"uri": f"{uri}/checkpoints/step-{step:06d}", "step": step}
     try:
         files = storage.list_files(folder)
-    except (OSError, storage.StorageError):
+    except (OSError, StorageError):
         return None
     steps = []
     for file in files:

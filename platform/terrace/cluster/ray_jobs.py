@@ -19,8 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from terrace.cluster import attempt as attempts
-from terrace.cluster.attempt import AttemptObservation, LaunchRequest, stage_result
+from terrace.cluster import attempt_files as files
+from terrace.cluster import attempt_outcome as outcomes
+from terrace.cluster.attempt import AttemptObservation, LaunchRequest
+from terrace.cluster.attempt_outcome import stage_result
 from terrace.cluster.heartbeat import end_processes, live_processes
 from terrace.errors import InputError, TerraceError
 from terrace.storage import mirror
@@ -66,7 +68,7 @@ class RayJobsLauncher:
 
     def launch(self, request: LaunchRequest) -> None:
         job = self.job_id(request.stage_index, request.stage, request.attempt)
-        attempts.claim_attempt(stage_directory(request.run_dir, request.stage_index, request.stage), request.attempt)
+        files.claim_attempt(stage_directory(request.run_dir, request.stage_index, request.stage), request.attempt)
         place = mirror.place_of(request.run_dir)
         mirror.flush(request.run_dir)
         command = [*self._program, f"{place}/recipe.yaml", "--run-dir", place]
@@ -100,10 +102,10 @@ class RayJobsLauncher:
         if status is not None and status not in ENDED:
             row = last_row(folder / "metrics.jsonl")
             return AttemptObservation(stage, attempt, "running", live=True, step=row["step"] if row else None,
-                                      progress_at=attempts.progress_time(folder))  # fmt: skip
+                                      progress_at=outcomes.progress_time(folder))  # fmt: skip
         if result := stage_result(folder):
             return AttemptObservation(stage, attempt, "succeeded", live=live, result=result)
-        if seen := attempts.outcome(folder, stage, attempt):
+        if seen := outcomes.outcome(folder, stage, attempt):
             return seen
         if status is None:
             return AttemptObservation(stage, attempt, "absent")
@@ -123,7 +125,7 @@ class RayJobsLauncher:
 
     def stop(self, stage_index: int, stage: str, attempt: int, reason: str, force: bool) -> None:
         if not force:
-            attempts.request_stop(stage_directory(self._run_dir, stage_index, stage), attempt, reason)
+            files.request_stop(stage_directory(self._run_dir, stage_index, stage), attempt, reason)
             return
         job = self.job_id(stage_index, stage, attempt)
         try:

@@ -76,6 +76,12 @@ class StageStatus(StatusModel):
     message: Annotated[str, Field(max_length=2048)] | None = Field(None, description="The same in a sentence.")
 
 
+class UsageStatus(StatusModel):
+    gpu_hours: Annotated[str, Field(max_length=32)] = Field("0.0", description="GPU hours used.")
+    wall_hours: Annotated[str, Field(max_length=32)] = Field("0.0", description="Hours since its start.")
+    cost: Annotated[str, Field(max_length=32)] | None = Field(None, description="GPU hours times `limits.pricePerGpuHour`.")
+
+
 class CurriculumStatus(StatusModel):
     observed_generation: int = Field(0, description="Generation of the spec this status speaks of.")
     phase: Phase = Field("Pending", description="Where the curriculum stands.")
@@ -89,6 +95,7 @@ class CurriculumStatus(StatusModel):
     completion_time: Timestamp | None = Field(None, description="When the curriculum succeeded or failed.")
     last_checkpoint: CheckpointStatus | None = Field(None, description="Newest complete checkpoint of all.")
     mlflow: MlflowStatus | None = Field(None, description="Where the metrics are.")
+    usage: UsageStatus | None = Field(None, description="What was used of `spec.limits`; moves on every ten minutes.")
     controller: dict[str, Any] = Field(
         {},
         description="Values of the state machine. The rest of the status is derived from these and from what is seen.",

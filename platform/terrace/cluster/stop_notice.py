@@ -1,12 +1,18 @@
-"""The notice that a pod must go: a file beside the training process, left by the preStop hook, and waited for by it.
+"""The notice that a pod must go: a file beside the training processes, left by the preStop hook, and waited for by it.
 
 Kubernetes runs the hook of every pod of an attempt when Kueue takes the quota back, a node drains or the RayJob is deleted, and
-only then sends SIGTERM, which Ray would pass on by killing its workers. So the hook leaves the notice and keeps the pod alive until
-the trainer has answered (its checkpoint is written) or the grace is nearly over.
+only then sends SIGTERM, which Ray would pass on by killing its workers; hook and SIGTERM share `terminationGracePeriodSeconds`
+(kubernetes.io/docs/concepts/containers/container-lifecycle-hooks). So the hook leaves the notice and keeps the pod alive until
+*every* training process of the pod has answered (its part of the checkpoint is written) or the grace is nearly over.
+
+Each process announces itself by a file of its own, named by its process id; a process that died without an answer is not waited
+for. The notice is never taken back: a process that begins after it stops at its first look. It belongs to one run of the
+container (its first process), since the scratch folder outlives a container that is restarted in the same pod.
 
     python -m terrace.cluster.stop_notice --wait-seconds 85     # the hook
-    stop_notice.requested()                                     # the trainer, between steps
-    stop_notice.answer()                                        # the trainer, after its checkpoint
+    stop_notice.begin()                                         # a training process, at its start
+    stop_notice.requested()                                     # between steps
+    stop_notice.answer()                                        # after its checkpoint, or at its end
 """
 
 from __future__ import annotations
@@ -25,47 +31,74 @@ def notice_file() -> Path:
     return Path(os.environ.get("TERRACE_STOP_FILE", DEFAULT_FILE))
 
 
-def _answer_file() -> Path:
-    return notice_file().with_name(notice_file().name + "-answered")
-
-
-def _active_file() -> Path:
+def _active_folder() -> Path:
     return notice_file().with_name(notice_file().name + "-active")
 
 
+def _started(pid: int) -> str | None:
+    """When a process started, in clock ticks since the machine's boot; None where there is none (or only its remains)."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] == "Z" else fields[19]
+
+
 def begin() -> None:
-    """The trainer starts on this pod: the hook of an idle pod need not wait."""
-    for path in (notice_file(), _answer_file()):
-        path.unlink(missing_ok=True)
-    _active_file().touch()
+    """A training process starts on this pod: the hook waits for its answer. A notice that is there already stays."""
+    path = _active_folder() / str(os.getpid())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(str(_started(os.getpid())))
+    os.replace(temporary, path)  # never seen half written
 
 
 def requested() -> str | None:
-    """Why to stop, None to go on. Costs one stat."""
-    return "the pod was told to go" if notice_file().exists() else None
+    """Why to stop, None to go on. Costs one stat while there is no notice."""
+    try:
+        noticed = notice_file().read_text()
+    except FileNotFoundError:
+        return None
+    return "the pod was told to go" if noticed == str(_started(1)) else None
 
 
 def answer() -> None:
-    """The trainer has saved what it can, or has ended: the pod may go."""
-    _answer_file().touch()
-    _active_file().unlink(missing_ok=True)
+    """This process has saved what it can, or has ended: as far as it is concerned the pod may go."""
+    (_active_folder() / str(os.getpid())).unlink(missing_ok=True)
 
 
-def wait(seconds: float) -> bool:
-    """Leave the notice and wait for the answer; True when it came or nobody trains here."""
-    notice_file().touch()
+def unanswered() -> list[int]:
+    """Ids of the processes that train here and have not answered; those that have died are no longer among them."""
+    found = [(path.name, path.read_text()) for path in _active_folder().glob("[0-9]*")] if _active_folder().is_dir() else []
+    return sorted(int(name) for name, started in found if _started(int(name)) == started)
+
+
+def wait(seconds: float) -> list[int]:
+    """Leave the notice and wait until all have answered; the ids of those that had not after `seconds`."""
+    temporary = notice_file().with_name(f".{notice_file().name}-{os.getpid()}")
+    temporary.write_text(str(_started(1)))
+    os.replace(temporary, notice_file())
     end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if _answer_file().exists() or not _active_file().exists():
-            return True
+    while (left := _left()) and time.monotonic() < end:
         time.sleep(POLL_SECONDS)
-    return False
+    return left
+
+
+def _left() -> list[int]:
+    try:
+        return unanswered()
+    except FileNotFoundError:  # one answered between the listing and the reading
+        return _left()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Tell the trainer on this pod to checkpoint, and wait for it.")
+    parser = argparse.ArgumentParser(description="Tell the training processes on this pod to checkpoint, and wait for all of them.")
     parser.add_argument("--wait-seconds", type=float, default=60.0)
-    return 0 if wait(parser.parse_args().wait_seconds) else 1
+    options = parser.parse_args()
+    left = wait(options.wait_seconds)
+    if left:  # what a failed hook prints is shown in the pod's event FailedPreStopHook
+        print(f"processes {', '.join(map(str, left))} have not saved within {options.wait_seconds:g} s", file=sys.stderr)
+    return 1 if left else 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from terrace.cluster.attempt import write_atomic
+from terrace.cluster.attempt_files import write_atomic
 from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import Recipe, Stage
 from terrace.storage.run_layout import stage_directory

@@ -223,7 +223,7 @@ def logs_command(arguments: argparse.Namespace) -> int:
     from terrace.curriculum.run_directory import require_run
 
     if on_kubernetes.is_reference(arguments.run_dir):
-        return on_kubernetes.logs(arguments.run_dir)
+        return on_kubernetes.logs(arguments.run_dir, arguments.stage, arguments.rank, arguments.follow)
     arguments.run_dir = mirror.open_run(arguments.run_dir)
     require_run(arguments.run_dir)
     pattern = f"stages/*-{arguments.stage or '*'}/attempts/*/rank-{arguments.rank:04d}.log"

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from terrace.cluster.attempt import read_json, write_atomic
+from terrace.cluster.attempt_files import read_json, write_atomic
 from terrace.curriculum.lease import (
     LEASE_SECONDS,
     Lease,

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from terrace.cluster.attempt import read_json, write_atomic
+from terrace.cluster.attempt_files import read_json, write_atomic
 from terrace.errors import TerraceError
 from terrace.storage import mirror
 

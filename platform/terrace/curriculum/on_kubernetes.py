@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from terrace.errors import InputError
 from terrace.recipe.schema import Recipe
@@ -32,9 +33,7 @@ def wish(run_name: str, word: str, stage: str | None = None) -> int:
     """pause, suspend, cancel, resume."""
     from terrace.cluster import kubernetes
 
-    reference = kubernetes.parse_reference(run_name)
-    if reference is None:
-        raise InputError(f"{run_name}: a run on Kubernetes is named k8s://NAMESPACE/NAME")
+    reference = reference_of(run_name)
     kubernetes.request(reference, word, stage)
     print(f"{reference}: {word} asked of the operator; `terrace status {reference}` shows when it is done")
     return 0
@@ -43,20 +42,28 @@ def wish(run_name: str, word: str, stage: str | None = None) -> int:
 def status(run_name: str, as_json: bool) -> int:
     from terrace.cluster import kubernetes
 
-    reference = kubernetes.parse_reference(run_name)
-    if reference is None:
-        raise InputError(f"{run_name}: a run on Kubernetes is named k8s://NAMESPACE/NAME")
+    reference = reference_of(run_name)
     found = kubernetes.read_status(reference)
     print(json.dumps(found, indent=2) if as_json else f"{reference}  {kubernetes.describe(found)}")
     return 0
 
 
-def logs(run_name: str) -> int:
+def logs(run_name: str, stage: str | None = None, rank: int = 0, follow: bool = False) -> int:
+    """What the submitter pods of a stage, or of all, have printed: the driver's lines, with those of its workers."""
     from terrace.cluster import kubernetes
 
-    reference = kubernetes.parse_reference(run_name)
+    reference = reference_of(run_name)
+    if rank:
+        raise InputError(f"--rank {rank}: pods have the driver's log only; a rank's own lies in the run directory (`terrace logs DIR`)")
+    for line in kubernetes.pod_logs(reference, stage, follow):
+        print(line, flush=follow)
+    return 0
+
+
+def reference_of(run_name: str) -> Any:
+    from terrace.cluster.kubernetes import parse_reference
+
+    reference = parse_reference(run_name)
     if reference is None:
         raise InputError(f"{run_name}: a run on Kubernetes is named k8s://NAMESPACE/NAME")
-    for line in kubernetes.pod_logs(reference):
-        print(line.rstrip("\n"))
-    return 0
+    return reference

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +85,13 @@ def run_curriculum(
     state = fold(names, read_journal(run_dir).events)
     if state.phase == "succeeded" and request is None and not changed_keys(stored_recipe(run_dir) or recipe, recipe):
         return Outcome("succeeded", 0, f"{mirror.place_of(run_dir)}: this run is complete; nothing to do", state)
-    with mirror.following(run_dir), Journal(run_dir) as journal:
+    interrupted = threading.Event()
+    mirror.require_conditions(run_dir)
+    with mirror.following(run_dir, lost=lambda _: interrupted.set()) as follower, Journal(run_dir) as journal:
         state = fold(names, journal.events)
         if journal.torn:
             display.message(f"journal.jsonl ended in a torn line of {len(journal.torn)} characters, which was cut off")
-        controller = _Controller(recipe, run_dir, launcher, journal, display, state, prepare or prepare_run_data)
+        controller = _Controller(recipe, run_dir, launcher, journal, display, state, prepare or prepare_run_data, None, interrupted)
         _open_run(controller, request)
         if request is not None:
             _record(controller, request)
@@ -100,7 +102,10 @@ def run_curriculum(
             _record(controller, {"event": "controller_started", "launcher": launcher.name})
         launcher.attach(run_dir)
         with listen_for_signals(controller.interrupted):
-            return _run(controller)
+            outcome = _run(controller)
+        if follower and follower.lost and outcome.phase == "interrupted":
+            return replace(outcome, exit_status=follower.lost.exit_status, message=str(follower.lost))
+        return outcome
 
 
 def _open_run(controller: _Controller, request: dict[str, Any] | None) -> None:
@@ -203,7 +208,7 @@ def _follow(controller: _Controller, stage: StageState) -> None:
         controller.watch = Watch(
             controller.recipe, controller.run_dir, controller.state, controller.display, lambda event: _record(controller, event)
         )
-        controller.watch.start(_parameters(controller.recipe))
+        controller.watch.start()
     if not controller.watch.follows(stage):
         controller.watch.begin_stage(stage)
     controller.watch.poll()
@@ -279,11 +284,6 @@ def move_aside(folder: Path, rerun: int) -> None:
     if folder.exists() and not aside.exists():
         folder.rename(aside)
     mirror.move_folder(folder, aside)
-
-
-def _parameters(recipe: Recipe) -> dict[str, Any]:
-    parameters = recipe.model_dump(mode="json", exclude_none=True, exclude={"stages", "notes"})
-    return {**parameters, "recipe_hash": recipe_hash(recipe), "stages": [stage.name for stage in recipe.stages]}
 
 
 def prepare_run_data(recipe: Recipe, run_dir: Path, display: Display) -> dict[str, Any]:

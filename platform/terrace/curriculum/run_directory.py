@@ -13,11 +13,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from terrace.cluster.attempt import write_atomic
+from terrace.cluster.attempt_files import write_atomic
 from terrace.curriculum.state import RunState
 from terrace.errors import InputError
 from terrace.recipe.loading import LAYOUT_KEYS, dump_recipe, load_recipe, stage_hash
 from terrace.recipe.schema import Recipe
+from terrace.storage.mirror import place_of
 
 RECIPE_NAME = "recipe.yaml"
 _FREE = {"description", "notes", "tracking"}
@@ -35,7 +36,8 @@ def require_run(run_dir: Path) -> Recipe:
     """The stored recipe; InputError where there is no run."""
     recipe = stored_recipe(run_dir)
     if recipe is None:
-        raise InputError(f"{run_dir} is no run directory (no {RECIPE_NAME}); `terrace run RECIPE --run-dir {run_dir}` starts one")
+        place = place_of(run_dir)
+        raise InputError(f"{place} is no run directory (no {RECIPE_NAME}); `terrace run RECIPE --run-dir {place}` starts one")
     return recipe
 
 
@@ -68,7 +70,7 @@ def check_changes(old: Recipe, new: Recipe, state: RunState, run_dir: Path) -> l
     if refused:
         shown = ", ".join(refused[:12]) + (f" and {len(refused) - 12} more" if len(refused) > 12 else "")
         raise InputError(
-            f"{run_dir} was started with another recipe; what has started cannot change, but these keys did: {shown}. "
+            f"{place_of(run_dir)} was started with another recipe; what has started cannot change, but these keys did: {shown}. "
             "Use another --run-dir, or add `--from STAGE` to run from that stage's beginning again."
         )
     return changed_keys(old, new)

@@ -16,7 +16,7 @@ import threading
 import time
 from pathlib import Path
 
-from terrace.cluster import attempt as attempts
+from terrace.cluster import attempt_files as files
 from terrace.cluster import stop_notice
 from terrace.cluster.attempt import AttemptObservation, LaunchRequest
 from terrace.curriculum.run import PreparesData, listen_for_signals, move_aside, prepare_run_data
@@ -51,7 +51,7 @@ def run_single_attempt(
     folder = stage_directory(run_dir, index, stage)
     if rerun:
         move_aside(folder, rerun)
-    attempts.claim_attempt(folder, attempt)
+    files.claim_attempt(folder, attempt)
     stopping = threading.Event()
     launcher = launcher or LocalLauncher(recipe, run_in_worker)
     channel = _report_to_operator(stage, attempt, folder, stopping)
@@ -60,7 +60,7 @@ def run_single_attempt(
     if in_pod:
         stop_notice.begin()
     try:
-        with Display() as display, listen_for_signals(stopping), mirror.following(run_dir):
+        with Display() as display, listen_for_signals(stopping), mirror.following(run_dir, lost=lambda _: stopping.set()):
             (prepare or prepare_run_data)(recipe, run_dir, display)
             launcher.attach(run_dir)
             launcher.launch(LaunchRequest(index, stage, attempt, run_dir))
@@ -106,13 +106,13 @@ def _follow(
     while True:
         seen = launcher.observe(index, stage, attempt)
         for row in follower.rows():
-            if plan := attempts.read_json(folder / "plan.json"):
+            if plan := files.read_json(folder / "plan.json"):
                 display.total(plan["total_steps"])
             display.step(row)
         if not seen.live and seen.status not in ("running", "starting"):
             return seen
         notice = stop_notice.requested() if "TERRACE_STOP_FILE" in os.environ else None
-        asked = notice or attempts.stop_requested(folder, attempt)
+        asked = notice or files.stop_requested(folder, attempt)
         if deadline is None and (stopping.is_set() or asked):
             deadline = time.monotonic() + grace
             display.message(f"stage {stage}: saving a checkpoint to stop")

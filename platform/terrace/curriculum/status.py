@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from terrace.cluster.attempt import checkpoint_steps, read_json
+from terrace.cluster.attempt_files import read_json
+from terrace.cluster.attempt_outcome import checkpoint_steps
 from terrace.curriculum.journal import lease_holder, read_journal
 from terrace.curriculum.run_directory import require_run
 from terrace.curriculum.state import RunState, StageState, fold

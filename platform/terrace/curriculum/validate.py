@@ -11,10 +11,10 @@ from terrace.recipe.schema import PARTS, Recipe
 
 def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     """Plain values for people and programs. Builds the model on the meta device: seconds, no weights."""
-    from terrace.data.family import recipe_family
+    from terrace.data.family import family_of
     from terrace.models.build import parameter_counts
 
-    counts, family = parameter_counts(recipe), recipe_family(recipe)
+    counts, family = parameter_counts(recipe), family_of(recipe.model)
     stages = []
     for index, stage in enumerate(recipe.stages):
         trained = [part for part in PARTS if getattr(stage.train, part)]

@@ -13,7 +13,7 @@ from terrace.data.look import order_command
 from terrace.errors import InputError
 from terrace.recipe.schema import Data, Source
 
-SHOWN_REFUSALS = 5
+DETAIL_CHARACTERS = 160  # of a refusal's sentence in the table
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
@@ -47,6 +47,8 @@ def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kind", default="caption", help="with --uri: what the samples are (caption, document, qa, ...)")
     parser.add_argument("--format", default="auto", help="with --uri: format of the files (default: told from their names)")
     parser.add_argument("--images-root", help="with --uri: folder that image paths are relative to (default: beside the rows)")
+    parser.add_argument("--ignore", action="append", metavar="KEY", help="with --uri: leave this key or tar suffix out (repeatable)")
+    parser.add_argument("--exif", choices=("apply", "ignore"), help="with --uri: turn pictures upright, or leave them as stored")
     parser.add_argument("--endpoint-url", help="with --uri: S3 endpoint, for servers other than AWS")
     parser.add_argument("--run-dir", type=Path, help="put the data where this run looks for it")
     parser.add_argument("--out", help="folder or s3:// URI for shards and indexes")
@@ -64,7 +66,8 @@ def ingest_command(args: argparse.Namespace) -> int:
         return {
             "source": name, "format": report.format, "samples": None if report.in_place else report.samples,
             "shards": len(report.shards), "rewritten": report.rewritten, "refused": report.refused, "folder": report.folder,
-            "unchanged": report.reused,
+            "unchanged": report.reused, "ignored": report.ignored, "rotated": report.rotated, "renamed": report.renamed,
+            "spelled": report.spelled,
         }  # fmt: skip
 
     return _each(args, data, one)
@@ -72,7 +75,7 @@ def ingest_command(args: argparse.Namespace) -> int:
 
 def index_command(args: argparse.Namespace) -> int:
     """Index every chosen source, ingesting first what needs it."""
-    from terrace.data.family import recipe_family
+    from terrace.data.family import family_of
     from terrace.data.index.build import build_index, load_summary
     from terrace.data.prepare import prepare_tokenizer
     from terrace.data.sources.ingest import ingest_source
@@ -90,20 +93,41 @@ def index_command(args: argparse.Namespace) -> int:
         # A tokenizer that is trained needs the text of every source, whichever of them is to be indexed now.
         trained = recipe.tokenizer.path is None
         reports = {name: ingest_source(name, data.sources[name], data, out, progress) for name in data.sources if trained}
-        tokenizer, family = prepare_tokenizer(recipe, reports, out, progress), recipe_family(recipe)
+        tokenizer, family = prepare_tokenizer(recipe, reports, out, progress), family_of(recipe.model)
+
+    folders: dict[str, str] = {}
 
     def one(name: str) -> dict[str, Any]:
         source = data.sources[name]
         report = ingest_source(name, source, data, out, progress)
         folder = build_index(name, source, report, tokenizer, family, data.max_image_pixels, data.storage, progress)
+        folders[name] = folder
         summary = load_summary(folder, data.storage)
         assert summary is not None
         return {
             "source": name, "format": report.format, "samples": summary["samples"], "shards": len(report.shards),
             "rewritten": report.rewritten, "refused": summary["refused"], "folder": folder, "unchanged": False,
+            **{name: summary[name] for name in ("ignored", "rotated", "renamed", "spelled")},
         }  # fmt: skip
 
-    return _each(args, data, one)
+    code = _each(args, data, one)
+    if not args.json:
+        for line in _overlaps(folders, family, data):
+            print(line)
+    return code
+
+
+def _overlaps(folders: dict[str, str], family: Any, data: Data) -> list[str]:
+    """Which sources hold the same samples, by text and pictures."""
+    from terrace.data.index.content import overlaps
+    from terrace.data.index.source_index import load_index
+
+    told = "left out of training" if data.deduplicate == "drop" else "and are trained each time; `data.deduplicate: drop` leaves them out"
+    counts = overlaps({name: load_index(folder, family, storage=data.storage) for name, folder in folders.items()})
+    return [
+        f"{count:,} samples of {other} " + ("repeat others of it" if name == other else f"stand in {name} too") + f", {told}"
+        for (name, other), count in counts.items()
+    ]
 
 
 # ---------------------------------------------------------------- shared
@@ -120,7 +144,7 @@ def _chosen(args: argparse.Namespace) -> tuple[Data, str, Any]:
         if args.out is None:
             raise InputError("with --uri, name the folder for the result with --out")
         try:
-            source = Source(uri=args.uri, kind=args.kind, format=args.format, images_root=args.images_root)
+            source = source_of(args)
             data = Data(sources={args.name: source}, storage={"endpoint_url": args.endpoint_url})
         except ValueError as error:
             raise InputError(f"--uri: {error}") from error
@@ -131,6 +155,12 @@ def _chosen(args: argparse.Namespace) -> tuple[Data, str, Any]:
     if unknown:
         raise InputError(f"--source {unknown[0]}: the recipe's sources are {', '.join(recipe.data.sources)}")
     return recipe.data, out, recipe
+
+
+def source_of(args: argparse.Namespace) -> Source:
+    """The one source that a command line names. Raises ValueError for values that the schema does not know."""
+    given = {"kind": args.kind, "format": args.format, "images_root": args.images_root, "ignore": args.ignore, "exif": args.exif}
+    return Source(uri=args.uri, **{name: value for name, value in given.items() if value is not None})
 
 
 def _each(args: argparse.Namespace, data: Data, one: Any) -> int:
@@ -144,30 +174,52 @@ def _each(args: argparse.Namespace, data: Data, one: Any) -> int:
             if len(data.sources) > 1:
                 print(f"{name}: {error}", file=sys.stderr)
             continue
-        print(json.dumps(facts) if args.json else _sentence(facts))
-        if facts["refused"] and not args.json:
-            _show_refusals(facts["folder"], data)
+        print(json.dumps(facts) if args.json else "\n".join([_sentence(facts), *_table(facts, data)]))
     if failures:
         raise failures[0]
     return 0
 
 
 def _sentence(facts: dict[str, Any]) -> str:
-    refused = facts["refused"]
     samples = "indexed where it lies" if facts["samples"] is None else f"{facts['samples']:,} samples"
     told = f"{facts['source']}: {samples}, {facts['shards']} shard{'' if facts['shards'] == 1 else 's'} ({facts['format']})"
     if facts["rewritten"]:
         told += f", {facts['rewritten']} of them compressed and rewritten"
-    if refused:
-        told += f"; {sum(refused.values())} refused: " + ", ".join(f"{count} {reason}" for reason, count in refused.items())
     return told + (" [unchanged]" if facts["unchanged"] else "") + f" -> {facts['folder']}"
 
 
-def _show_refusals(folder: str, data: Data) -> None:
+def _table(facts: dict[str, Any], data: Data) -> list[str]:
+    """What became of the source's rows: read, refused by reason with an example of each, left out by `ignore`."""
+    refused = facts["refused"]
+    lines = [] if facts["samples"] is None else [_line("read", facts["samples"])]
+    if refused:
+        lines.append(_line("refused", sum(refused.values()), f"all of them in {facts['folder']}/refused.jsonl"))
+        examples = _examples(facts["folder"], data)
+        lines += [_line(f"  {reason}", count, examples.get(reason, "")) for reason, count in refused.items()]
+    lines += [_line(f"ignored: {entry}", count) for entry, count in facts["ignored"].items()]
+    if facts["renamed"]:
+        lines.append(_line("ids of several samples", facts["renamed"], "in the index the later ones have a suffix: id-2, id-3"))
+    if facts["spelled"]:
+        told = "letters" if data.sources[facts["source"]].special_tokens == "text" else "tokens"
+        lines.append(_line("texts with <|...|>", facts["spelled"], f"special tokens in them are {told} (special_tokens)"))
+    if facts["rotated"]:
+        exif = data.sources[facts["source"]].exif
+        told = "turned upright" if exif == "apply" else "left as stored (exif: ignore)"
+        lines.append(_line("pictures EXIF turns", facts["rotated"], told))
+    return lines
+
+
+def _line(what: str, count: int, told: str = "") -> str:
+    return f"  {what:<26}{count:>12,}  {told}".rstrip()
+
+
+def _examples(folder: str, data: Data) -> dict[str, str]:
+    """The first refused row of each reason."""
     from terrace.data.sources.ingest import iter_refused
 
-    lines = list(iter_refused(folder, data.storage))
-    for line in lines[:SHOWN_REFUSALS]:
-        print(f"  refused {line.origin} ({line.id}): {line.reason}: {line.detail}", file=sys.stderr)
-    if len(lines) > SHOWN_REFUSALS:
-        print(f"  ... and {len(lines) - SHOWN_REFUSALS} more in {folder}/refused.jsonl", file=sys.stderr)
+    examples: dict[str, str] = {}
+    for line in iter_refused(folder, data.storage):
+        if line.reason not in examples:
+            detail = line.detail if len(line.detail) <= DETAIL_CHARACTERS else line.detail[:DETAIL_CHARACTERS] + "..."
+            examples[line.reason] = f"{line.origin}: {detail}"
+    return examples

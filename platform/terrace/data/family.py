@@ -12,18 +12,18 @@ from terrace.errors import InputError
 from terrace.families.interface import Family
 from terrace.families.registry import family_class, make_family
 from terrace.families.shapes import ModelShape
-from terrace.recipe.schema import Model, Recipe
+from terrace.recipe.schema import Model
 from terrace.storage.files import absolute, join, read_file
 
 
-def recipe_family(recipe: Recipe) -> Family:
-    """The family of `model`. Raises InputError where `pretrained` holds no configuration."""
-    return make_family(recipe.model.architecture, configuration(recipe.model))
+def family_of(model: Model) -> Family:
+    """The family of a recipe's `model`. Raises InputError where `pretrained` holds no configuration."""
+    return make_family(model.architecture, configuration(model))
 
 
-def recipe_shape(recipe: Recipe, vocabulary: int | None = None) -> ModelShape:
+def shape_of(model: Model, vocabulary: int | None = None) -> ModelShape:
     """The shape of the recipe's model; `vocabulary` stands in where its configuration has none."""
-    return family_class(recipe.model.architecture).shape(configuration(recipe.model), vocabulary)
+    return family_class(model.architecture).shape(configuration(model), vocabulary)
 
 
 def configuration(model: Model) -> Mapping[str, Any]:

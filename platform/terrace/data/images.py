@@ -3,8 +3,9 @@
 What is decoded: the file's own bytes decide the format, never its name. JPEG goes through simplejpeg (libjpeg-turbo), everything
 else and every JPEG that simplejpeg refuses through Pillow; together with torch's antialiased uint8 bicubic this is three times as fast
 as Pillow alone, at a PSNR of 75 between them. Transparent pixels are laid on white, palettes and CMYK
-become RGB, 16-bit samples keep their upper 8 bits, of an animation the first frame counts. EXIF orientation is *not* applied:
-boxes in training data are given in the stored pixels, and width and height must be the same from the header and from the decoder.
+become RGB, 16-bit samples are scaled by the depth that they have, of an animation the first frame counts. Pictures stand upright: EXIF
+orientation is applied, to width and height as to pixels, as browsers, transformers and vLLM do (`exif: ignore` of a source takes the tag
+out of the bytes before they come here).
 
 A bomb is refused from its header, before anything is decoded, and Pillow's own guard stands behind that check.
 """
@@ -19,39 +20,43 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from terrace.errors import DamagedData
+from terrace.data.image_files import (
+    JPEG_HEAD,
+    PNG_HEAD,
+    SIDEWAYS,
+    ImageDamage,
+    deep_to_8_bits,
+    float_to_8_bits,
+    is_deep_colour,
+    orientation,
+    significant_bits,
+    upright,
+)
 from terrace.families.interface import MAX_ASPECT_RATIO, Family, Picture, View
 
 # No EPS, PSD or similar: formats whose decoders run programs or are rarely fuzzed have no place in training data.
 PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif")
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "avif", "jfif")
 DEFAULT_MAX_IMAGE_PIXELS = 64_000_000
 DRAFT_RATIO = 2  # a JPEG is decoded at 1/2, 1/4 or 1/8 while that still leaves at least this many times the wanted sides
 
 
-class ImageDamage(DamagedData):
-    """An image that cannot be used; `reason` is a word to count by."""
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(detail)
-        self.reason = reason
-        self.detail = detail
-
-    def __reduce__(self):
-        return ImageDamage, (self.reason, self.detail)
-
-
 def image_size(data: bytes, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS) -> tuple[int, int]:
-    """(width, height) from the header alone, without decoding. Raises ImageDamage for no image, a bomb or a hair-thin image."""
-    if data[:3] == b"\xff\xd8\xff":
+    """(width, height) of the upright picture from the header alone, without decoding.
+
+    Raises ImageDamage for no image, a bomb or a hair-thin image.
+    """
+    if data[:3] == JPEG_HEAD:
         try:
             height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=False)
         except (ValueError, KeyError):  # simplejpeg looks up an unknown colour space
             width, height = _pillow_size(data, max_pixels)
-    elif data[:8] == b"\x89PNG\r\n\x1a\n" and data[12:16] == b"IHDR":
+    elif data[:8] == PNG_HEAD and data[12:16] == b"IHDR":
         width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
     else:
         width, height = _pillow_size(data, max_pixels)
+    if orientation(data) in SIDEWAYS and not _is_tiff(data):
+        width, height = height, width
     if width < 1 or height < 1:
         raise ImageDamage("not_an_image", f"the header says {width}x{height} pixels")
     if width * height > max_pixels:
@@ -62,13 +67,12 @@ def image_size(data: bytes, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS) -> tuple
 
 
 def decode_image(data: bytes, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS) -> np.ndarray:
-    """uint8 [H, W, 3] of any image file. Raises ImageDamage: not_an_image, truncated_image, image_too_large, image_aspect_ratio."""
+    """uint8 [H, W, 3] of any image file, upright. Raises ImageDamage for what is no image, cut, too large or hair-thin."""
     image_size(data, max_pixels)
-    if data[:3] == b"\xff\xd8\xff":
-        decoded = _decode_jpeg(data)
-        if decoded is not None:
-            return decoded
-    return _decode_with_pillow(data)
+    decoded = _decode_jpeg(data) if data[:3] == JPEG_HEAD else None
+    if decoded is None:
+        decoded = _decode_with_pillow(data)
+    return decoded if _is_tiff(data) else upright(decoded, orientation(data))
 
 
 def load_pixels(
@@ -114,10 +118,12 @@ class FilePicture(Picture):
         return ArrayPicture(decode_image(self._data, self._max_pixels))
 
     def planes(self, height: int, width: int) -> np.ndarray:
-        if self._data[:3] == b"\xff\xd8\xff" and min(self.height / height, self.width / width) >= 2 * DRAFT_RATIO:
-            decoded = _decode_jpeg(self._data, DRAFT_RATIO * height, DRAFT_RATIO * width)
+        if self._data[:3] == JPEG_HEAD and min(self.height / height, self.width / width) >= 2 * DRAFT_RATIO:
+            turned = orientation(self._data)
+            stored = (width, height) if turned in SIDEWAYS else (height, width)
+            decoded = _decode_jpeg(self._data, DRAFT_RATIO * stored[0], DRAFT_RATIO * stored[1])
             if decoded is not None:
-                return _resized_planes(decoded, height, width)
+                return _resized_planes(upright(decoded, turned), height, width)
         return self._whole.planes(height, width)
 
     def padded_square(self, colour: tuple[int, int, int]) -> Picture:
@@ -191,23 +197,25 @@ def _decode_with_pillow(data: bytes) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image.load()
-            return _to_rgb(image)
+            return _to_rgb(image, data)
+    except ImageDamage:
+        raise
     except Image.DecompressionBombError as error:
         raise ImageDamage("image_too_large", str(error)) from error
     except Exception as error:
         raise ImageDamage("truncated_image", f"the image cannot be decoded to its end ({error})") from error
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def _to_rgb(image: Image.Image, data: bytes) -> np.ndarray:
     """uint8 [H, W, 3] of any Pillow mode."""
     if image.mode.startswith("I;16") or image.mode == "I":
         values = np.asarray(image).astype(np.int64)
-        if image.mode != "I" or values.max(initial=0) > 255:
-            values = values >> 8  # 16-bit samples: keep the upper byte
-        return np.repeat(np.clip(values, 0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
+        declared = 16 if image.format == "PPM" else significant_bits(data)  # Pillow scales by a PGM's own greatest value
+        return np.repeat(deep_to_8_bits(values, declared)[:, :, None], 3, axis=2)
     if image.mode == "F":
-        values = np.clip(np.nan_to_num(np.asarray(image)), 0, 255).astype(np.uint8)
-        return np.repeat(values[:, :, None], 3, axis=2)
+        return np.repeat(float_to_8_bits(np.asarray(image))[:, :, None], 3, axis=2)
+    if (is_deep_colour(data) or _is_deep_tiff(image)) and _brightest(image) < 16:
+        raise ImageDamage("not_an_image", "a 16-bit colour picture that uses the lowest bits alone would be black; convert it to 8 bits")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
@@ -215,12 +223,17 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     return np.asarray(image.convert("RGB"))
 
 
-def looks_complete(data: bytes) -> bool:
-    """Whether the file has its end mark, without decoding: catches a cut file, not a flipped bit inside."""
-    if data[:3] == b"\xff\xd8\xff":
-        return data.rfind(b"\xff\xd9", max(0, len(data) - 65_536)) >= 0
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        return data.rfind(b"IEND", max(0, len(data) - 65_536)) >= 0
-    if data[8:12] == b"WEBP":
-        return len(data) >= int.from_bytes(data[4:8], "little") + 8
-    return True
+def _brightest(image: Image.Image) -> int:
+    """The greatest value of any colour channel."""
+    return max(high for _, high in image.convert("RGB").getextrema())
+
+
+def _is_deep_tiff(image: Image.Image) -> bool:
+    """Whether the picture is a colour TIFF of more than 8 bits a sample."""
+    bits = image.tag_v2.get(258, (8,)) if image.format == "TIFF" else (8,)  # type: ignore[attr-defined]
+    return image.mode in ("RGB", "RGBA") and max(bits if isinstance(bits, tuple) else (bits,)) > 8
+
+
+def _is_tiff(data: bytes) -> bool:
+    """Whether Pillow turns the picture itself while it opens it."""
+    return data[:4] in (b"II*\0", b"MM\0*")

@@ -12,18 +12,21 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from terrace.data.family import recipe_family
+from terrace.data.family import family_of
 from terrace.data.index.build import build_index
+from terrace.data.index.content import leaking_rows, repeated_rows
 from terrace.data.index.source_index import SourceIndex, load_index
 from terrace.data.parallel import Progress
+from terrace.data.sources.conventions import Rules
 from terrace.data.sources.ingest import IngestReport, ingest_source
 from terrace.data.sources.refusals import Refusal
-from terrace.data.sources.shards import sample_of_members, scan_shard
+from terrace.data.sources.shard_walk import scan_shard
+from terrace.data.sources.shards import sample_of_members
 from terrace.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
 from terrace.errors import InputError
 from terrace.families.interface import Family
@@ -32,7 +35,7 @@ from terrace.recipe.schema import Recipe, Storage
 from terrace.storage.files import absolute, is_remote, join, list_files, read_file, write_file
 
 TOKENIZER_TEXT_CHARACTERS = 4_000_000  # per source, from its first shards: enough for the small vocabularies trained here
-PREPARED_VERSION = 2
+PREPARED_VERSION = 3
 
 
 @dataclass
@@ -64,7 +67,7 @@ def prepare_data(
         except (InputError, FileNotFoundError):
             pass  # its shards or indexes were deleted: made again below
     out_dir = absolute(recipe.data.cache_dir) if recipe.data.cache_dir else str(root)
-    names, family = used_sources(recipe), recipe_family(recipe)
+    names, family = used_sources(recipe), family_of(recipe.model)
     reports = {name: ingest_source(name, recipe.data.sources[name], recipe.data, out_dir, progress, use_ray) for name in names}
     tokenizer = prepare_tokenizer(recipe, reports, out_dir, progress)
     entries = {}
@@ -78,7 +81,7 @@ def prepare_data(
     manifest = {
         "version": PREPARED_VERSION, "mark": mark, "seed": recipe.data.seed, "sources": entries,
         "tokenizer_dir": _relative(str(tokenizer.directory), str(root)), "storage": recipe.data.storage.model_dump(),
-        "family": family_values(family),
+        "family": family_values(family), "deduplicate": recipe.data.deduplicate,
     }  # fmt: skip
     write_file(str(root / "prepared.json"), json.dumps(manifest, indent=1).encode())
     return load_prepared(root)
@@ -102,7 +105,17 @@ def load_prepared(root: str | Path) -> PreparedData:
         what = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be understood ({error})"
         raise _broken(root, what) from error
     indexes = {name: load_index(place[0], family, *place[1:], storage) for name, place in places.items()}
+    leave_out_repeats(indexes, manifest["deduplicate"] == "drop")
     return PreparedData(indexes, tokenizer_dir, root, family)
+
+
+def leave_out_repeats(indexes: Mapping[str, SourceIndex], drop: bool) -> None:
+    """Nothing that any source holds out is trained through another row; with `drop`, nothing is trained through two."""
+    for name, rows in leaking_rows(indexes).items():
+        indexes[name].leave_out("held_out_elsewhere", rows)
+    if drop:
+        for name, rows in repeated_rows(indexes).items():
+            indexes[name].leave_out("duplicate", rows)
 
 
 def used_sources(recipe: Recipe) -> list[str]:
@@ -123,7 +136,7 @@ def data_mark(recipe: Recipe) -> str:
     data = recipe.data.model_dump(exclude={"sources"}) | {"sources": sources}
     value = {
         "version": PREPARED_VERSION, "data": data, "tokenizer": recipe.tokenizer.model_dump(),
-        "family": family_values(recipe_family(recipe)),
+        "family": family_values(family_of(recipe.model)),
     }  # fmt: skip
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -133,7 +146,7 @@ def data_mark(recipe: Recipe) -> str:
 
 def prepare_tokenizer(recipe: Recipe, reports: dict[str, IngestReport], out_dir: str, progress: Progress | None = None) -> TextTokenizer:
     """The recipe's tokenizer: a local folder as it is, one on S3 copied here, or one trained on the sources' texts."""
-    family = recipe_family(recipe)
+    family = family_of(recipe.model)
     if recipe.tokenizer.path is not None:
         if is_remote(recipe.tokenizer.path):
             found = _made_once(_tokenizer_folder(out_dir, recipe.tokenizer.path), lambda folder: _download(recipe, folder))
@@ -196,11 +209,15 @@ def _texts(recipe: Recipe, reports: dict[str, IngestReport], progress: Progress 
 
 
 def _source_texts(recipe: Recipe, name: str, report: IngestReport) -> Iterator[str]:
+    source = recipe.data.sources[name]
+    rules = Rules.of(source)
     for shard in report.shards:
         try:
             for group in scan_shard(shard.uri, recipe.data.storage):
+                if group.refusal is not None:
+                    continue  # listed by the index
                 try:
-                    sample, _ = sample_of_members(group.key, group.data, group.key, recipe.data.sources[name].kind)
+                    sample, _ = sample_of_members(group.key, group.data, group.key, source.kind, rules)
                 except Refusal:
                     continue  # listed by the index
                 for message in sample.messages:

@@ -52,15 +52,18 @@ class Measure:
 
     fixed_tokens: int  # tokens that no resolution changes: text and marks
     supervised_tokens: int  # of them, targets
-    visuals: tuple[tuple[int, int, int], ...]  # (image number, frames: 0 for an image, fixed tokens before its placeholders)
+    # Of each visual: (image number, frames: 0 for an image, tokens before its placeholders, coordinates among them). Those tokens are
+    # text and marks, a coordinate counted as one; visuals before it and longer coordinates come on top.
+    visuals: tuple[tuple[int, int, int, int], ...]
     coordinates: tuple[tuple[int, int, float], ...]  # (image number, axis: 0 is x and 1 is y, pixels of the original)
     cuts: tuple[int, ...]  # running text: fixed tokens before each place where the text may be split well (line ends)
+    first_target: tuple[int, int, int] = (-1, 0, 0)  # tokens before the first target as for a visual, visuals and coordinates; -1: none
 
     def length(self, sizes: Sequence[Size], pixels: Bounds, family: Family) -> int:
         """Tokens of the sample when its images are resized within `pixels` = (min, max)."""
         views = [family.view(width, height, pixels) for width, height in sizes]
         tokens = self.fixed_tokens
-        for image, frames, _ in self.visuals:
+        for image, frames, _, _ in self.visuals:
             tokens += int(family.frame_pairs(frames)) * views[image].tokens
         if self.coordinates:
             numbers = [family.coordinate(value, axis, sizes[image], views[image]) for image, axis, value in self.coordinates]
@@ -118,7 +121,8 @@ def _measure(
     tokenizer.marks(family)
     ids = supervised_tokens = 0
     text_to_learn = False
-    visuals: list[tuple[int, int, int]] = []
+    visuals: list[tuple[int, int, int, int]] = []
+    first_target, coordinates_before = (-1, 0, 0), 0
     coordinates: list[tuple[int, int, float]] = []
     cuts: list[int] = []
 
@@ -126,9 +130,16 @@ def _measure(
         coordinates.append((image, axis, float(value)))
         return family.coordinate_text(0)
 
-    for kind, value, flags in _joined(pieces, shortest):
+    for kind, value, flags in _joined(_known_tokens(pieces, tokenizer, family), shortest):
+        before = coordinates_before  # `_joined` has rendered those of this piece already
+        coordinates_before = len(coordinates)
+        if first_target[0] < 0 and kind in ("mark", "token") and flags[0][2]:
+            first_target = (ids, len(visuals), before)
         if kind == "text":
             tokens, offsets = tokenizer.encode_with_offsets(value)
+            if first_target[0] < 0 and any(flag for _, _, flag in flags):
+                within = int(_token_flags(flags, offsets).argmax()) if len(flags) > 1 else 0
+                first_target = (ids + within, len(visuals), before)
             if running_text:
                 cuts += [ids + place + 1 for place, (_, end) in enumerate(offsets[:-1]) if value[end - 1] == "\n"]
             ids += len(tokens)
@@ -137,12 +148,12 @@ def _measure(
             elif flags[0][2]:
                 supervised_tokens += len(tokens)
             text_to_learn |= any(flag and value[start:stop].strip() for start, stop, flag in flags)
-        elif kind == "mark":
+        elif kind in ("mark", "token"):
             ids += 1
             supervised_tokens += 1 if flags[0][2] else 0
         else:
             frames = 0 if kind == "image" else len(value["frames"])
-            visuals.append((value["frames"][0], frames, ids))
+            visuals.append((value["frames"][0], frames, ids, len(coordinates)))
             cuts.append(ids + len(family.after))  # behind the marks that follow
     if coordinates and not tokenizer.splits_digits:
         raise InputError(
@@ -151,7 +162,7 @@ def _measure(
         )
     good_cuts = tuple(cut for cut in cuts if cut < ids) if running_text and not coordinates else ()
     fixed = ids - len(coordinates)
-    return Measure(fixed, supervised_tokens, tuple(visuals), tuple(coordinates), good_cuts), text_to_learn
+    return Measure(fixed, supervised_tokens, tuple(visuals), tuple(coordinates), good_cuts, first_target), text_to_learn
 
 
 # ---------------------------------------------------------------- how a sample reads
@@ -167,9 +178,13 @@ def _pieces(sample: Sample, supervise: str, family: Family) -> Iterator[Piece]:
         yield from _content(sample, messages[0]["content"], supervised, family)
         yield "mark", family.end_of_text, supervised
         return
+    try:
+        messages = list(family.plain_turns(messages))
+    except ValueError as error:
+        raise InputError(f"sample {sample.id}: {error}") from error
     yield from family.opening(messages)
     for message in messages:
-        supervised = message["role"] == "assistant" or supervise == "all_text"
+        supervised = message.get("train", message["role"] == "assistant" or supervise == "all_text")
         yield from _turn(sample, message["role"], message["content"], supervised, family)
 
 
@@ -199,6 +214,8 @@ def _content(sample: Sample, content: list[dict[str, Any]], supervised: bool, fa
             yield from (("mark", role, False) for role in family.before)
             yield "video", {"frames": list(item["frames"]), "timestamps": list(item["timestamps"])}, False
             yield from (("mark", role, False) for role in family.after)
+        elif kind == "token":
+            yield "token", item["token"], supervised
         elif kind in ("box", "point"):
             values, count = item[kind], 4 if kind == "box" else 2
             if len(values) != count:
@@ -217,6 +234,13 @@ def _prompt_pieces(sample: Sample, family: Family) -> Iterator[Piece]:
     messages = sample.messages[:-1] if sample.messages[-1]["role"] == "assistant" else sample.messages
     yield from _pieces(Sample(sample.id, sample.kind, messages, sample.metadata), "auto", family)
     yield from family.generation()
+
+
+def _known_tokens(pieces: Iterator[Piece], tokenizer: TextTokenizer, family: Family) -> Iterator[Piece]:
+    """The pieces, with a `token` that this tokenizer does not have, or that is a mark of the family's own, as its letters."""
+    for kind, value, supervised in pieces:
+        is_text = kind == "token" and (value in family.marks.values() or tokenizer.token_id(value) is None)
+        yield ("text" if is_text else kind), value, supervised
 
 
 # Characters [start, stop) of a joined text that are, or are not, targets; one such run for a mark or an image.
@@ -270,7 +294,7 @@ def _encode(
     visuals: list[Visual] = []
     views: list[View] = []
     images: list[tuple[int, ...]] = []
-    for kind, value, flags in _joined(pieces, at_this_resolution):
+    for kind, value, flags in _joined(_known_tokens(pieces, tokenizer, family), at_this_resolution):
         if kind == "text" and len(flags) > 1:
             tokens, offsets = tokenizer.encode_with_offsets(value)
             ids += tokens
@@ -281,6 +305,8 @@ def _encode(
             ids += tokenizer.encode(value)
         elif kind == "mark":
             ids.append(marks[value])
+        elif kind == "token":
+            ids.append(tokenizer.token_id(value))
         else:
             visual, view = _visual(len(ids), value, all_views, family)
             ids += [marks[kind]] * visual.tokens

@@ -60,6 +60,10 @@ class TextTokenizer:
             self._marks[family.name] = ids
         return self._marks[family.name]
 
+    def token_id(self, token: str) -> int | None:
+        """The id of a special token, or None where there is none of that spelling."""
+        return self._tokenizer.token_to_id(token)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text; marks of turns and images in it are text like any other."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids if text else []

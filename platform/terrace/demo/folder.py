@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from terrace.data.sources.conventions import RUNNING_TEXT, convert_row
+from terrace.data.sources.refusals import Refusal
 from terrace.errors import InputError
 
 SNIFFED_ROWS = 40
@@ -67,6 +69,9 @@ def find_sources(folder: Path) -> tuple[list[Found], list[str]]:
         raise InputError(f"{folder}: there is no such folder; name one that holds .jsonl files")
     found, left_out = [], []
     for path in sorted(folder.glob("*.jsonl")):
+        if not path.is_file():
+            left_out.append(f"{path.name}: it is a folder, or a link to nothing")
+            continue
         lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
         rows = [row for row in map(_parse, lines[:SNIFFED_ROWS]) if row is not None]
         kind = kind_of_rows(rows, path.stem)
@@ -74,7 +79,7 @@ def find_sources(folder: Path) -> tuple[list[Found], list[str]]:
             left_out.append(f"{path.name}: {_WHY[kind]}")
             continue
         with_images = any(_has_image(row) for row in rows)
-        found.append(Found(_source_name(path.stem), path.resolve(), kind, len(lines), with_images))
+        found.append(Found(_source_name(path.stem, [source.name for source in found]), path.resolve(), kind, len(lines), with_images))
     if not any(source.with_images for source in found):
         raise InputError(f"{folder}: no .jsonl file here holds rows with images; `docs/data.md` shows the conventions")
     return found, left_out
@@ -84,7 +89,7 @@ _WHY = {
     "empty": "it holds no readable row",
     "preference": "preference rows have no place in supervised stages",
     "prompt": "prompts with a solution are for an RL stage",
-    "unknown": "its rows follow no convention that is known",
+    "unknown": "its rows are refused, or follow no convention that is known; `terrace ingest` says why",
 }
 
 
@@ -96,36 +101,40 @@ def kind_of_rows(rows: list[Mapping[str, Any]], name: str) -> str:
 
 
 def _kind_of_row(row: Mapping[str, Any], name: str) -> str:
-    if "rejected_response" in row or ("chosen" in row and "rejected" in row):
+    """The kind of one row, as ingest itself reads it: what it refuses is of no kind."""
+    try:
+        sample, images = convert_row(dict(row), "row", "document")
+    except Refusal:
+        return _kind_of_prompt(row)
+    if "rejected" in sample.metadata:
         return "preference"
-    turns = row.get("messages") or row.get("conversations")
-    if turns:
-        roles = [turn.get("role") or turn.get("from") for turn in turns if isinstance(turn, dict)]
-        if "solution" in row and not any(role in ("assistant", "gpt") for role in roles):
+    items = [item["type"] for message in sample.messages for item in message["content"]]
+    if sample.messages[0]["role"] != RUNNING_TEXT:
+        if "solution" in sample.metadata and not any(message["role"] == "assistant" for message in sample.messages):
             return "prompt"
-        objects = row.get("objects") or {}
-        if objects.get("point"):
+        if "point" in items:
             return "gui"
-        if objects.get("bbox"):
+        if "box" in items:
             return "grounding"
         return next((kind for part, kind in CONVERSATION_NAMES.items() if part in name), "instruction")
     if isinstance(row.get("content"), list) or isinstance(row.get("texts"), list):
         return "document"
-    if _has_image(row) and ("text" in row or "caption" in row):
-        return "caption"
-    return "text" if isinstance(row.get("text"), str) else "unknown"
+    return "caption" if images else "text"
+
+
+def _kind_of_prompt(row: Mapping[str, Any]) -> str:
+    try:
+        convert_row(dict(row), "row", "prompt")
+    except Refusal:
+        return "unknown"
+    return "prompt"
 
 
 def _has_image(row: Mapping[str, Any]) -> bool:
-    if row.get("image") or row.get("images"):
-        return True
-    contents = [row.get("content"), *(turn.get("content") for turn in row.get("messages") or [])]
-    return any(
-        isinstance(item, dict) and item.get("type") in ("image", "image_url")
-        for content in contents
-        if isinstance(content, list)
-        for item in content
-    )
+    try:
+        return bool(convert_row(dict(row), "row", "document")[1])
+    except Refusal:
+        return False
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -136,9 +145,11 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def _source_name(stem: str) -> str:
-    name = "".join(character if character.isalnum() or character in "._-" else "-" for character in stem).strip("._-")
-    return name[:63] or "rows"
+def _source_name(stem: str, taken: Collection[str] = ()) -> str:
+    """A name in the letters that names may have; numbered where another file has it."""
+    letters = (letter if letter.isascii() and (letter.isalnum() or letter in "._-") else "-" for letter in stem)
+    name = "".join(letters).strip("._-")[:55].strip("._-") or "rows"
+    return next(name for name in (name, *(f"{name}-{number}" for number in range(2, len(taken) + 3))) if name not in taken)
 
 
 # ---------------------------------------------------------------- the recipe

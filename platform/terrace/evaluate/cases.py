@@ -20,7 +20,7 @@ from terrace.data.sources.refusals import Refusal
 from terrace.data.types import Sample
 from terrace.errors import InputError
 from terrace.rewards.rules.answers import boxed_contents
-from terrace.rewards.rules.math import plain_number
+from terrace.rewards.rules.counting import count_of
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Case:
     prompt: Sample  # without the answer; images numbered from 0
     images: tuple[ImageReference, ...]  # absolute paths, or bytes
     sizes: tuple[tuple[int, int], ...]  # (width, height) of each image
-    expected: Any  # a text, or {"bbox": [x1, y1, x2, y2] in pixels of the stored image, "image": number}
+    expected: Any  # a text, a list of accepted texts, or {"bbox": [x1, y1, x2, y2] in pixels of the stored image, "image": number}
     metadata: dict[str, Any] = field(default_factory=dict)  # tolerance, choices, category
     group: str = ""  # cases that are scored together (the rotations of one question)
     rotation: int = 0
@@ -149,10 +149,18 @@ def question_messages(sample: Sample) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- what a row expects
 
 
-def expected_text(sample: Sample) -> str:
-    """The row's `solution`, else its last answer, else the text behind its last image."""
-    if sample.metadata.get("solution") is not None:
-        return str(sample.metadata["solution"])
+def expected_text(sample: Sample) -> str | list[str]:
+    """The row's `solution` (a text, or a list of accepted texts), else its last answer, else the text behind its last image."""
+    solution = sample.metadata.get("solution")
+    if isinstance(solution, list | tuple):
+        texts = list(dict.fromkeys(str(text).strip() for text in solution if isinstance(text, str | int | float) and str(text).strip()))
+        if not texts or len(solution) != len([text for text in solution if isinstance(text, str | int | float)]):
+            raise Refusal("bad_row", f"`solution` {str(solution)[:60]} is no list of accepted texts")
+        return texts if len(texts) > 1 else texts[0]
+    if isinstance(solution, dict):
+        raise Refusal("bad_row", f"`solution` {str(solution)[:60]} is no text and no list of texts")
+    if solution is not None:
+        return str(solution)
     if sample.messages[0]["role"] == "text":
         content = sample.messages[0]["content"]
         shown = [place for place, item in enumerate(content) if item["type"] == "image"]
@@ -169,18 +177,19 @@ def expected_text(sample: Sample) -> str:
     return text
 
 
-def expected_count(sample: Sample) -> str:
-    """A number."""
-    text = expected_text(sample)
-    if plain_number(text) is None:
-        raise Refusal("bad_row", f"the expected count {text[:60]!r} is no number")
-    return text
+def expected_count(sample: Sample) -> str | list[str]:
+    """A whole number."""
+    expected = expected_text(sample)
+    for text in expected if isinstance(expected, list) else [expected]:
+        if count_of(text) is None:
+            raise Refusal("bad_row", f"the expected count {text[:60]!r} is no number")
+    return expected
 
 
-def expected_result(sample: Sample) -> str:
+def expected_result(sample: Sample) -> str | list[str]:
     """The `solution`, or what the answer puts in its last \\boxed{}."""
     text = expected_text(sample)
-    if sample.metadata.get("solution") is not None:
+    if sample.metadata.get("solution") is not None or isinstance(text, list):
         return text
     boxed = boxed_contents(text)
     if not boxed:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from terrace.evaluate import cases as rows_of
 from terrace.evaluate import metrics
 from terrace.evaluate.cases import Case
 from terrace.evaluate.metrics import Statistic
-from terrace.evaluate.multiple_choice import chosen_letter, circular_right, plain_right, question_cases, read_questions
+from terrace.evaluate.multiple_choice import chosen_letter, circular_right, plain_right, read_choice_cases
 from terrace.evaluate.sample_losses import held_out_cases
 from terrace.families.interface import Sight
 from terrace.rewards.sandbox import SandboxPool
@@ -77,7 +78,7 @@ class SuiteKind:
     judge: Judge | None  # None: nothing is generated, the loss is measured
     statistics: Callable[[Sequence[Row]], dict[str, Statistic]]
     max_new_tokens: int
-    version: int = 1
+    version: int = 2
 
 
 @dataclass(frozen=True)
@@ -126,15 +127,22 @@ def _judge_choice(cases: Sequence[Case], answers: Sequence[str], sight: Sight) -
     return [Verdict({"right": float(letter == case.expected)}, letter or "") for case, letter in zip(cases, letters)]
 
 
-def _judge_text(values: Callable[[str, str], dict[str, float]], read: Callable[[str], str] = str.strip) -> Judge:
+def _judge_text(values: Callable[[str, Any], dict[str, float]], read: Callable[[str], str] = str.strip) -> Judge:
+    """Verdicts of figures of (answer, expected text or accepted texts)."""
+
     def judge(cases: Sequence[Case], answers: Sequence[str], sight: Sight) -> list[Verdict]:
         return [Verdict(values(answer, case.expected), read(answer)) for case, answer in zip(cases, answers)]
 
     return judge
 
 
+def _judge_caption(cases: Sequence[Case], answers: Sequence[str], sight: Sight) -> list[Verdict]:
+    values = [metrics.caption_values(answer, case.expected) for case, answer in zip(cases, answers)]
+    return [Verdict(value, answer.strip()) for value, answer in zip(values, answers)]
+
+
 def _judge_reasoning(cases: Sequence[Case], answers: Sequence[str], sight: Sight) -> list[Verdict]:
-    """The rewards' rule (math-verify) in its killable processes: an expression may take for ever to simplify."""
+    """The rewards' rule in its killable processes: an expression may take for ever to simplify."""
     items = [RewardItem(case.text, answer, case.expected, case.metadata) for case, answer in zip(cases, answers)]
     with SandboxPool(workers=min(2, -(-len(items) // 16) or 1)) as pool:
         outcomes = pool.judge("text_reasoning", items)
@@ -144,10 +152,11 @@ def _judge_reasoning(cases: Sequence[Case], answers: Sequence[str], sight: Sight
     ]
 
 
-def _ocr_values(answer: str, expected: str) -> dict[str, float]:
+def _ocr_values(answer: str, expected: Any) -> dict[str, float]:
     return {
         "exact": metrics.exact_text(answer, expected),
         "edit_distance": metrics.edit_distance_share(answer, expected),
+        "anls": metrics.anls(answer, expected),
     }
 
 
@@ -165,7 +174,8 @@ def _box_statistics(rows: Sequence[Row]) -> dict[str, Statistic]:
 
 
 def _ocr_statistics(rows: Sequence[Row]) -> dict[str, Statistic]:
-    return {**_shares("exact")(rows), "edit_distance": metrics.mean([row.values["edit_distance"] for row in rows])}
+    means = {name: metrics.mean([row.values[name] for row in rows]) for name in ("edit_distance", "anls")}
+    return {**_shares("exact")(rows), **means}
 
 
 def _choice_statistics(rows: Sequence[Row]) -> dict[str, Statistic]:
@@ -197,7 +207,8 @@ KINDS: dict[str, SuiteKind] = {
     for kind in (
         SuiteKind(
             "mmbench", "multiple choice, MMBench's TSV: plain and CircularEval",
-            lambda path, reading: question_cases(read_questions(path, reading.limit)), _judge_choice, _choice_statistics, 32,
+            lambda path, reading: read_choice_cases(path, reading.limit, reading.images_root),
+            _judge_choice, _choice_statistics, 32,
         ),
         SuiteKind("grounding", "one box per question", _rows(rows_of.expected_box), _judge_box, _box_statistics, 64),
         SuiteKind("gui", "one point that must lie in a box", _rows(rows_of.expected_box), _judge_point, _shares("accuracy"), 64),
@@ -205,7 +216,9 @@ KINDS: dict[str, SuiteKind] = {
             "counting", "how many", _rows(rows_of.expected_count),
             _judge_text(lambda a, e: {"accuracy": metrics.exact_count(a, e)}, metrics.answer_read), _shares("accuracy"), 32,
         ),
-        SuiteKind("ocr", "the text in a picture", _rows(rows_of.expected_text), _judge_text(_ocr_values), _ocr_statistics, 512),
+        SuiteKind(
+            "ocr", "the text in a picture", _rows(rows_of.expected_text), _judge_text(_ocr_values), _ocr_statistics, 512,
+        ),
         SuiteKind(
             "chart", "charts and figures, numbers within 5 %", _rows(rows_of.expected_text),
             _judge_text(lambda a, e: {"relaxed_accuracy": metrics.relaxed_match(a, e)}, metrics.answer_read),
@@ -213,10 +226,10 @@ KINDS: dict[str, SuiteKind] = {
         ),
         SuiteKind(
             "caption", "captions, chrF and BLEU of sacrebleu", _rows(rows_of.expected_text),
-            _judge_text(metrics.caption_values), _caption_statistics, 128,
+            _judge_caption, _caption_statistics, 128,
         ),
         SuiteKind(
-            "reasoning", "mathematical answers, judged by math-verify", _rows(rows_of.expected_result), _judge_reasoning,
+            "reasoning", "mathematical answers, judged as RL rewards them", _rows(rows_of.expected_result), _judge_reasoning,
             _shares("accuracy"), 512,
         ),
         SuiteKind(
@@ -241,12 +254,18 @@ def parse_suite(text: str) -> tuple[SuiteKind, Path]:
     return KINDS[name], Path(path)
 
 
+def tracked_name(name: str) -> str:
+    """`name` as metrics may be called (letters, digits, `_`, `-`, `.`, space; MLflow refuses all else, and reads `/` and `:` as
+    parts of a path): other characters become `_`. Different names may become the same, which `load_suites` refuses."""
+    return re.sub(r"[^\w.\- ]", "_", name, flags=re.ASCII).strip(" .") or "_"
+
+
 def load_suites(texts: Sequence[str], reading: Reading) -> list[Suite]:
     """The suites with all their cases. Raises InputError naming file and row, before any model is loaded."""
     suites: list[Suite] = []
     for text in texts:
         kind, path = parse_suite(text)
-        label = f"{kind.name}:{path.resolve().stem}"
+        label = f"{kind.name}:{tracked_name(path.resolve().stem)}"
         if label in {suite.label for suite in suites}:
             raise InputError(f"suite {text}: another suite is {label} too; run it by itself, or rename the file")
         cases = kind.read(path, reading)

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from terrace.errors import InputError
-from terrace.evaluate.multiple_choice import ROTATION_STEP, ChoiceQuestion, read_questions, rotations
+from terrace.evaluate.choice_file import read_questions
+from terrace.evaluate.choice_question import ROTATION_STEP, ChoiceQuestion, rotations
 from terrace.evaluate.suites import Row
 
 MODEL_CLASS = "Qwen2VLChat"  # VLMEvalKit's name for both Qwen2-VL and Qwen2.5-VL directories
@@ -52,7 +53,8 @@ def question_rows(questions: Sequence[ChoiceQuestion]) -> list[dict[str, str]]:
     """Rows of the data set, the pictures with rotation 0."""
     found = []
     for question in questions:
-        picture = base64.b64encode(question.image).decode() if question.image is not None else ""
+        pictures = [base64.b64encode(data).decode() for data in question.images]
+        picture = str(pictures) if len(pictures) > 1 else "".join(pictures)
         for rotation, asked in enumerate(rotations(question)):
             image = picture if rotation == 0 or not picture else str(question.index)
             found.append({**_fields(asked, rotation), "image": image})

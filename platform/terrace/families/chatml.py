@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from terrace.families.interface import Family, Piece
+from terrace.families.tools import as_plain_turns, refuse_tools
 
 MARKS = {"end_of_text": "<|endoftext|>", "start_of_turn": "<|im_start|>", "end_of_turn": "<|im_end|>"}
 
@@ -18,6 +19,10 @@ class ChatML(Family):
     """
 
     default_system: ClassVar[str | None] = None  # stands before a conversation that has no system turn
+    writes_tools: ClassVar[bool] = False  # in the form of Qwen2.5
+
+    def plain_turns(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        return as_plain_turns(messages, self.default_system) if self.writes_tools else refuse_tools(messages, self.name)
 
     def opening(self, messages: Sequence[Mapping[str, Any]]) -> Iterator[Piece]:
         if self.default_system is not None and messages[0]["role"] != "system":

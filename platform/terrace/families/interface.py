@@ -20,6 +20,7 @@ import numpy as np
 
 from terrace.errors import InputError
 from terrace.families.shapes import ModelShape
+from terrace.families.tools import refuse_tools
 
 # A piece of a sample is (kind, value, supervised): text (str), mark (role of a special token), image or video
 # ({"frames", "timestamps"}), coordinates ({"image", "values"}), which become text once the resolution is known, or
@@ -203,6 +204,10 @@ class Family:
         return count_digits(numbers)
 
     # ------------------------------------------------------------ text
+
+    def plain_turns(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+        """A conversation as turns that `turn` writes: tools, calls and results as text. ValueError for what has no form."""
+        return refuse_tools(messages, self.name)
 
     def opening(self, messages: Sequence[Mapping[str, Any]]) -> Iterator[Piece]:
         """What stands before the first turn."""

@@ -38,6 +38,7 @@ class Qwen2VL(ChatML):
     before: ClassVar[tuple[str, ...]] = ("vision_start",)
     after: ClassVar[tuple[str, ...]] = ("vision_end",)
     never: ClassVar[tuple[str, ...]] = ("image", "video", "vision_start", "vision_end", "start_of_turn")
+    writes_tools: ClassVar[bool] = True
     default_system: ClassVar[str | None] = "You are a helpful assistant."
     position_rows: ClassVar[int] = 4
     fact_count: ClassVar[int] = 3

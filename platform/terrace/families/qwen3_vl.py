@@ -22,6 +22,7 @@ COORDINATE_SCALE = 1000
 class Qwen3VL(Qwen2VL):
     name: ClassVar[str] = "qwen3_vl"
     default_system: ClassVar[str | None] = None
+    writes_tools: ClassVar[bool] = False  # its template has another form of them
     videos: ClassVar[bool] = False
     chat_template: ClassVar[str] = chat_template("<|vision_start|><|image_pad|><|vision_end|>")
     patch: ClassVar[int] = 16

@@ -14,12 +14,13 @@ from terrace.generation.tokens import forbidden_tokens, stop_tokens
 from terrace.models.attention import choose_backend
 from terrace.models.build import materialise, meta_model
 from terrace.models.shared_prompt import use_shared_prompt_attention
-from terrace.recipe.schema import GrpoOptions, Recipe, Stage
+from terrace.recipe.schema import GrpoOptions, Stage
+from terrace.recipe.schema import Model as ModelSection
 from terrace.worker.context import WorkerContext
 
 
 def open_copy_engine(
-    recipe: Recipe,
+    section: ModelSection,
     stage: Stage,
     config: Any,
     tokenizer: TextTokenizer,
@@ -34,7 +35,7 @@ def open_copy_engine(
 
         return VllmEngine(stage, config, tokenizer, forbidden, stop, context, alone)
     copy = meta_model(config)
-    backend, _ = choose_backend(recipe.model.attention, torch.device(context.device).type, stage.precision)
+    backend, _ = choose_backend(section.attention, torch.device(context.device).type, stage.precision)
     copy = materialise(copy, _zeros_like(copy), context.device, torch.float32)
     use_shared_prompt_attention(copy, backend)
     return EngineOnCopy(copy, NativeEngine(copy, forbidden, stop, context.device, stage.precision))

@@ -9,14 +9,15 @@ from terrace.generation.copies import open_copy_engine
 from terrace.generation.interface import RolloutEngine
 from terrace.generation.native import NativeEngine
 from terrace.generation.tokens import forbidden_tokens, stop_tokens
-from terrace.recipe.schema import GrpoOptions, Recipe, Stage
+from terrace.recipe.schema import GrpoOptions, Stage
+from terrace.recipe.schema import Model as ModelSection
 from terrace.worker.context import WorkerContext
 
 SHARDING = ("zero3", "fsdp")  # no rank holds whole parameters: the native engine decodes with a copy
 
 
 def open_engine(
-    recipe: Recipe,
+    section: ModelSection,
     stage: Stage,
     model: Any,
     config: Any,
@@ -28,8 +29,8 @@ def open_engine(
     if options.placement == "separate":
         from terrace.generation.separate import SeparateEngine
 
-        return SeparateEngine(recipe, stage, tokenizer.directory, context)
+        return SeparateEngine(section, stage, tokenizer.directory, context)
     if options.engine == "native" and stage.parallel.strategy not in SHARDING:
         forbidden, stop = forbidden_tokens(tokenizer, config), stop_tokens(tokenizer, config)
         return NativeEngine(model, forbidden, stop, context.device, stage.precision)
-    return open_copy_engine(recipe, stage, config, tokenizer, context)
+    return open_copy_engine(section, stage, config, tokenizer, context)

@@ -20,7 +20,8 @@ import numpy as np
 
 from terrace.errors import InputError, TerraceError
 from terrace.generation.interface import GroupReady, Prompt, Response, Sampling
-from terrace.recipe.schema import GrpoOptions, Recipe, Stage
+from terrace.recipe.schema import GrpoOptions, Stage
+from terrace.recipe.schema import Model as ModelSection
 from terrace.worker.collectives import from_rank_zero
 from terrace.worker.context import WorkerContext
 
@@ -32,7 +33,7 @@ class RolloutWorkerLost(TerraceError):
 class RolloutWorker:
     """What runs in a rollout worker: an engine on a copy of the policy."""
 
-    def __init__(self, recipe: Recipe, stage: Stage, tokenizer_dir: str, number: int) -> None:
+    def __init__(self, section: ModelSection, stage: Stage, tokenizer_dir: str, number: int) -> None:
         from terrace.data.tokenizer import load_tokenizer
         from terrace.generation.copies import open_copy_engine
         from terrace.models.build import model_config
@@ -40,8 +41,8 @@ class RolloutWorker:
         tokenizer = load_tokenizer(tokenizer_dir)
         device = "cuda:0" if stage.resources.gpus_per_worker else "cpu"  # Ray shows the actor its own GPU only
         context = WorkerContext(rank=number, device=device)
-        config = model_config(recipe.model, tokenizer)
-        self._engine = open_copy_engine(recipe, stage, config, tokenizer, context, alone=True)
+        config = model_config(section, tokenizer)
+        self._engine = open_copy_engine(section, stage, config, tokenizer, context, alone=True)
 
     def load(self, weights: dict[str, np.ndarray]) -> None:
         """Take over the policy: whole float32 tensors by parameter name."""
@@ -73,7 +74,7 @@ class RolloutWorker:
 class SeparateEngine:
     """See rollout.RolloutEngine. Each training worker gives its prompts to rollout workers of its own share."""
 
-    def __init__(self, recipe: Recipe, stage: Stage, tokenizer_dir: Path, context: WorkerContext) -> None:
+    def __init__(self, section: ModelSection, stage: Stage, tokenizer_dir: Path, context: WorkerContext) -> None:
         import ray
 
         if not ray.is_initialized():
@@ -91,7 +92,7 @@ class SeparateEngine:
                 num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, scheduling_strategy="SPREAD"
             )(RolloutWorker)
             self._started = [
-                actor.options(name=name).remote(recipe, stage, str(tokenizer_dir), number)
+                actor.options(name=name).remote(section, stage, str(tokenizer_dir), number)
                 for number, name in enumerate(names)
             ]
             self._call([worker.__ray_ready__.remote() for worker in self._started])  # type: ignore[attr-defined]

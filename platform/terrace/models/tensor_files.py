@@ -21,7 +21,8 @@ from terrace.errors import InputError
 from terrace.models.families.interface import FamilyModel
 from terrace.models.families.registry import family_model_named
 from terrace.recipe.schema import Storage
-from terrace.storage.files import DEFAULT_STORAGE, is_remote, join, list_files, read_file, read_ranges
+from terrace.storage.files import is_remote, join, list_files, read_file, read_ranges
+from terrace.storage.s3 import DEFAULT_STORAGE
 
 PARALLEL_FILES = 8
 HEADER_BYTES = 2**20  # fetched at once; a longer header takes a second request

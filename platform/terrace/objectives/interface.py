@@ -146,6 +146,7 @@ class Objective:
 
     def close(self) -> None:
         """Let go of processes and memory; called more than once."""
+        self.run = None  # the strategy holds this objective's loss: the two would keep each other
 
     # ------------------------------------------------------------ a step
 

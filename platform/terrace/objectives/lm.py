@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from terrace.data.order.balance import CostModel, recipe_cost
+from terrace.data.order.balance import CostModel, cost_of
 from terrace.data.types import PackedExample, no_pixels
 from terrace.models.batch import DeviceBatch, to_device
 from terrace.models.families.registry import family_model
@@ -29,7 +29,7 @@ class LanguageModelling(Objective):
 
     def __init__(self, opening: Opening) -> None:
         super().__init__(opening)
-        self._cost = recipe_cost(opening.recipe)
+        self._cost = cost_of(opening.recipe.model)
 
     def loss(self, model: Any, batch: DeviceBatch) -> torch.Tensor:
         return summed_loss(model, batch, self.opening.stage.loss_chunk_tokens)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from terrace.data.family import recipe_shape
+from terrace.data.family import shape_of
 from terrace.errors import InputError, TerraceError
 from terrace.families.registry import family_class
 from terrace.families.shapes import ModelShape
@@ -18,7 +18,7 @@ from terrace.recipe.schema import Recipe
 def model_shape(recipe: Recipe) -> ModelShape:
     """The shape of the recipe's model. Raises InputError where its configuration cannot be read or lacks a field."""
     try:
-        return recipe_shape(recipe, recipe.tokenizer.train_vocabulary_size)
+        return shape_of(recipe.model, recipe.tokenizer.train_vocabulary_size)
     except KeyError as error:
         raise InputError(f"model: the configuration lacks {error}, which the plan needs") from error
     except TerraceError as error:

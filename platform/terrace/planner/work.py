@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from terrace.data.family import recipe_family
+from terrace.data.family import family_of
 from terrace.families.shapes import ModelShape
 from terrace.planner.data_facts import SampleMeans, SourceFacts
 from terrace.planner.flops import PackLoad, assumed_load
@@ -131,5 +131,5 @@ def _assumed(recipe: Recipe, stage: Stage, shape: ModelShape, shares: Mapping[st
     limit = stage.data_loading.max_visual_tokens_per_pack
     visual = visual if limit is None else min(visual, limit)
     segment = _assumed_sample_tokens(recipe, stage, shares)
-    image = min(recipe_family(recipe).largest_image_tokens(stage.pixels.max), planning.visual_token_share * segment)
+    image = min(family_of(recipe.model).largest_image_tokens(stage.pixels.max), planning.visual_token_share * segment)
     return assumed_load(shape, stage.sequence_length, visual, segment, image)

@@ -89,9 +89,26 @@ class Source(Strict):
 
     uri: str = Field(description="Folder, file, glob or s3:// URI of shards (tar), JSON Lines, Parquet, images or text.")
     kind: SampleKind = Field("caption", description="What the samples are; decides how they are read and which held-out group they join.")
-    format: Literal["auto", "webdataset", "jsonl", "json", "parquet", "image_folder", "text"] = Field(
-        "auto", description="Format of the raw rows; `auto` tells it from names and first bytes."
+    format: Literal["auto", "webdataset", "jsonl", "json", "csv", "parquet", "image_folder", "text"] = Field(
+        "auto", description="Format of the raw rows; `auto` tells it from names and first bytes, and reads all formats that lie there."
     )
+    ignore: list[str] = Field(
+        [],
+        description="Keys of rows and turns (`messages.name`), and suffixes of tar members (`seg.png`), that are left out and counted;"
+        " `*` stands for any letters. Any other key that nobody reads refuses its row.",
+    )
+    exif: Literal["apply", "ignore"] = Field(
+        "apply", description="Pictures stand as their EXIF orientation says, and boxes are given for them so; or they stay as stored."
+    )
+    placeholders: Literal["read", "text"] = Field(
+        "read", description="Whether `<image>` and `<video>` in the text of a turn stand for pictures, or are letters."
+    )
+    special_tokens: Literal["text", "tokens"] = Field(
+        "text",
+        description="Whether `<|box_start|>` and the like in a text are letters, or the tokenizer's tokens; marks of turns and images stay"
+        " letters.",
+    )
+    datasets: list[str] = Field([], description="Of a LLaMA-Factory `dataset_info.json`: only these entries (none named: all).")
     images_root: str | None = Field(None, description="Folder that image paths in rows are relative to; default: beside the rows.")
     supervise: Literal["auto", "all_text", "assistant"] = Field(
         "auto", description="`auto`: captions and documents on their text, conversations on assistant turns only."
@@ -114,6 +131,11 @@ class Data(Strict):
     seed: int = Field(0, ge=0, description="Seed of the data order.")
     shard_bytes: int = Field(256 * 2**20, ge=2**16, description="Target size of a shard that ingest writes.")
     max_image_pixels: int = Field(64_000_000, ge=1, description="Images with more pixels are refused at ingest (image bombs).")
+    deduplicate: Literal["report", "drop"] = Field(
+        "report",
+        description="Samples with the same text and pictures as an earlier one, over all sources: counted by `terrace index`, or also left"
+        " out of training. What is held out is never trained through another row, either way.",
+    )
     storage: Storage = Field(Storage(), description="How s3:// URIs of the data are reached.")
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Sequence
+from typing import Any
 
 from terrace.errors import InputError
 
@@ -24,15 +26,21 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.set_defaults(main=main)
 
 
-def main(args: argparse.Namespace) -> int:
-    """Start the service and wait until it is interrupted."""
+def stage_with_rewards(path: str, overrides: Sequence[str], name: str | None) -> Any:
+    """The stage `name` of a recipe, or its only stage with rewards. Raises InputError if there is none or several."""
     from terrace.recipe.loading import load_recipe
 
-    recipe = load_recipe(args.recipe, args.overrides)
-    stages = [stage for stage in recipe.stages if stage.rewards and args.stage in (None, stage.name)]
+    recipe = load_recipe(path, overrides)
+    stages = [stage for stage in recipe.stages if stage.rewards and name in (None, stage.name)]
     if len(stages) != 1:
         names = ", ".join(stage.name for stage in recipe.stages if stage.rewards) or "none"
-        raise InputError(f"{args.recipe}: name one stage with rewards by --stage (it has: {names})")
+        raise InputError(f"{path}: name one stage with rewards by --stage (it has: {names})")
+    return stages[0]
+
+
+def main(args: argparse.Namespace) -> int:
+    """Start the service and wait until it is interrupted."""
+    stage = stage_with_rewards(args.recipe, args.overrides, args.stage)
     token = None if args.no_token else os.environ.get(args.token_env)
     if token is None and not args.no_token:
         raise InputError(
@@ -46,11 +54,11 @@ def main(args: argparse.Namespace) -> int:
 
     serve.start(http_options={"host": args.host, "port": args.port})
     serve.run(
-        serve_application(stages[0].rewards, token, args.replicas, args.sandbox_workers, args.item_seconds),
+        serve_application(stage.rewards, token, args.replicas, args.sandbox_workers, args.item_seconds),
         name="rewards",
         route_prefix="/",
     )
-    print(f"rewards of stage {stages[0].name} at http://{args.host}:{args.port}/score (health: /health)", flush=True)
+    print(f"rewards of stage {stage.name} at http://{args.host}:{args.port}/score (health: /health)", flush=True)
     try:
         while True:
             time.sleep(3600)

@@ -79,7 +79,8 @@ class Router:
             parts = {rule.name: outcome.value for rule, outcome in zip(rules, mine)}
             failure = next((outcome.failure for outcome in mine if outcome.value is None), None)
             value = None if failure else sum(rule.weight * outcome.value for rule, outcome in zip(rules, mine)) / total
-            scores.append(Score(value, parts, failure))
+            reasons = {rule.name: f"{outcome.read!r}: {outcome.rule}" for rule, outcome in zip(rules, mine) if outcome.rule or outcome.read}
+            scores.append(Score(value, parts, failure, reasons, sum(outcome.seconds for outcome in mine)))
         count = self.counts[task]
         failures = [score.failure for score in scores if score.failure]
         count.scored += len(scores) - len(failures)
@@ -90,7 +91,7 @@ class Router:
     def _judge(self, rule: RewardRule, items: list[RewardItem]) -> list[Outcome]:
         if place_of(rule.name) == "sandbox":
             return self._pool.judge(rule.name, [without_images(item) for item in items], rule.options)
-        return outcomes_of(load_reward(rule.name)(items, **rule.options), rule.name)
+        return outcomes_of(load_reward(rule.name)(items, **rule.options), rule.name, len(items))
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -13,22 +13,27 @@ import logging
 import os
 import queue
 import select
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import terrace
 from terrace.errors import TerraceError
-from terrace.rewards.types import Outcome, RewardItem, outcomes_of
+from terrace.rewards.ready import stated_solution
+from terrace.rewards.registry import BUILT_IN
+from terrace.rewards.types import Judgement, Outcome, RewardItem, outcomes_of
 
 LOGGER = logging.getLogger(__name__)
 START_SECONDS = 120.0
+WORKER = ("-m", "terrace.rewards.sandbox_worker")
 
 
 class SandboxError(TerraceError):
@@ -45,14 +50,18 @@ class _Process:
     def __init__(self, memory_bytes: int, item_seconds: float) -> None:
         package_root = str(Path(terrace.__path__[0]).parent)
         search_path = os.pathsep.join([package_root, *(path for path in sys.path if path and path != package_root)])
+        self._scratch = tempfile.mkdtemp(prefix="terrace-sandbox-")
+        os.chmod(self._scratch, 0o777)  # root's rules run as a user of their own
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - as long as the process; a rule may write 16 MiB there
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "terrace.rewards.sandbox_worker", str(memory_bytes), str(item_seconds)],
+            [sys.executable, *WORKER, str(memory_bytes), str(item_seconds), self._scratch],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": search_path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            stderr=self._errors,
+            env=clean_environment(search_path, self._scratch),
             start_new_session=True,
         )
+        self.held: list[str] = []
         self._buffer = b""
 
     def send(self, request: dict) -> None:
@@ -80,17 +89,40 @@ class _Process:
     def _end_reason(self) -> str:
         self.kill()
         status = self._process.returncode
-        return f"process ended by signal {-status}" if status and status < 0 else f"process ended with status {status}"
+        if status and status < 0:
+            return f"process ended by signal {-status}"
+        said = self.last_words()
+        return f"process ended with status {status}" + (f": {said}" if status and said else "")
+
+    def last_words(self) -> str:
+        """The last line on the process' error output."""
+        self._errors.seek(0, os.SEEK_END)
+        self._errors.seek(max(0, self._errors.tell() - 2000))
+        lines = [line for line in self._errors.read().decode(errors="replace").split("\n") if line.strip()]
+        return lines[-1][:300] if lines else ""
 
     def kill(self) -> None:
+        """End the guard and everything below it, also what left its session (see sandbox_worker)."""
         if self._process.poll() is None:
             try:
                 self._process.wait(timeout=0.2)  # one that ends by itself keeps its own status
             except subprocess.TimeoutExpired:
-                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(timeout=5)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._process.stdin.close()
         self._process.stdout.close()
+        shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def clean_environment(search_path: str, scratch: str) -> dict[str, str]:
+    """The whole environment of a rule: what Python needs, and nothing of the stage's keys and tokens."""
+    kept = {name: os.environ[name] for name in ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH") if name in os.environ}
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    return {**kept, **threads, "PYTHONPATH": search_path, "PYTHONDONTWRITEBYTECODE": "1", "HOME": scratch, "TMPDIR": scratch}
 
 
 @dataclass
@@ -102,6 +134,7 @@ class _Job:
     items: Sequence[RewardItem]
     outcomes: list[Outcome | None]
     places: range
+    checks: bool = False  # whether this job only asks if the rule can judge at all
     done: threading.Event = field(default_factory=threading.Event)
     error: BaseException | None = None
 
@@ -118,6 +151,7 @@ class SandboxPool:
         self._jobs: queue.Queue[_Job | None] = queue.Queue()
         self._closing = threading.Lock()  # between putting jobs and closing: no job may end up behind the last one taken
         self._closed = False
+        self.held: tuple[str, ...] = ()  # the protections that hold, known with the first judgement
         self._threads = [
             threading.Thread(target=self._work, daemon=True, name=f"reward-sandbox-{i}") for i in range(workers)
         ]
@@ -185,23 +219,25 @@ class SandboxPool:
                 process.send(
                     {"rule": job.rule, "options": job.options, "items": [tuple(item) for item in job.items[place:]]}
                 )
-                process.receive(START_SECONDS)
+                process.held = process.receive(START_SECONDS).get("held", [])
                 begun = True
+                self._tell(process.held)
                 while place < len(job.items):
                     if self._closed:
                         process.kill()
                         raise SandboxError("the sandbox was closed before these items were judged")
                     answer = process.receive(self.item_seconds)
-                    self._record(job, place, answer)
-                    place += 1
                     if answer.get("restart"):
                         process.kill()
                         process = None
+                    self._record(job, place, answer, "restart" in answer)
+                    place += 1
+                    if process is None:
                         break
             except _Killed as reason:
                 process = None
                 if begun:
-                    self._record(job, place, {"failure": str(reason)})
+                    self._record(job, place, {"failure": str(reason)}, True)
                     place += 1
                     continue
                 starts_without_answer += 1
@@ -211,10 +247,31 @@ class SandboxPool:
                     ) from None
         return process
 
-    @staticmethod
-    def _record(job: _Job, place: int, answer: dict) -> None:
-        if "failure" in answer:
-            outcome = Outcome(None, f"{job.rule}: {answer['failure']}")
+    def _record(self, job: _Job, place: int, answer: dict, killed: bool = False) -> None:
+        if "failure" not in answer:
+            value = answer["value"]
+            (outcome,) = outcomes_of([None if value is None else Judgement(value, answer["read"], answer["rule"])], job.rule, 1)
+            outcome = replace(outcome, seconds=answer.get("seconds", 0.0))
+        elif not job.checks and (killed or job.rule in BUILT_IN) and self._judges_its_own(job, job.items[place]):
+            # The rule judges the solution itself: the response is what breaks it, and that is no right answer.
+            outcome = Outcome(0.0, None, "", f"the response breaks the judge: {answer['failure']}")
         else:
-            (outcome,) = outcomes_of([answer["value"]], job.rule)
+            outcome = Outcome(None, f"{job.rule}: {answer['failure']}")
         job.outcomes[job.places[place]] = outcome
+
+    def _judges_its_own(self, job: _Job, item: RewardItem) -> bool:
+        """Whether the rule gives full value to a response that states the solution, in a process of its own."""
+        response = stated_solution(job.rule, item, job.options)
+        if response is None:
+            return False
+        check = _Job(job.rule, job.options, [item._replace(response=response)], [None], range(1), checks=True)
+        process = self._do(check, None)
+        if process is not None:
+            process.kill()
+        return check.outcomes[0] is not None and check.outcomes[0].value is not None and check.outcomes[0].value > 1 - 1e-6
+
+    def _tell(self, held: list[str]) -> None:
+        """Say once what keeps the rules in, so that a reader of the log knows what held where it ran."""
+        if held and not self.held:
+            self.held = tuple(held)
+            LOGGER.info("reward sandbox holds: %s", ", ".join(held))

@@ -103,7 +103,7 @@ class Grpo(Objective):
             reference = build_model(recipe.model, feed.config, context.device, start=opening.start_weights)
             self._reference = reference.eval().requires_grad_(False)
             use_shared_prompt_attention(self._reference, backend)
-        engine = open_engine(recipe, stage, run.strategy.model, feed.config, feed.tokenizer, context)
+        engine = open_engine(recipe.model, stage, run.strategy.model, feed.config, feed.tokenizer, context)
         self._engine = self._held.enter_context(closing(engine))
         sandbox = self._held.enter_context(SandboxPool(SANDBOX_WORKERS))
         self._collector = Collector(
@@ -296,6 +296,7 @@ class Grpo(Objective):
             forget_iterations(self.opening.stage_dir, self.opening.feed.order.iterations)
 
     def close(self) -> None:
+        super().close()
         self._held.close()
         self._reference = None
 

@@ -1,11 +1,8 @@
-"""Files on local disk and on S3 behind one small set of functions, with retries where a network is in between.
+"""Files on local disk and on S3 behind one small set of functions; every request to S3 goes through `s3.retried`.
 
-`read_ranges` is what streaming lives on: neighbouring ranges become one request (a gap of 64 KiB costs less than another round
-trip), larger requests are cut at 16 MiB and run in parallel, and 5xx answers, throttling, timeouts and broken connections are tried
-again with exponential backoff and full jitter before they become a StorageError that names the object. A range that ends behind
-the object's end comes back short: the caller knows sample and shard and says so.
-
-S3 goes through s3fs, credentials through the usual AWS chain (environment, files, instance role), never through a recipe.
+`read_ranges` is what streaming lives on: neighbouring ranges become one request (a gap of 64 KiB costs less than another round trip),
+and larger requests are cut at 16 MiB and run in parallel. A range that ends behind the object's end comes back short: the caller knows
+sample and shard and says so.
 """
 
 from __future__ import annotations
@@ -13,32 +10,22 @@ from __future__ import annotations
 import glob
 import io
 import os
-import random
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any
 
-from terrace.errors import InputError, TerraceError
+from terrace.errors import InputError
 from terrace.recipe.schema import Storage
+from terrace.storage.faults import is_no_bucket
+from terrace.storage.s3 import DEFAULT_STORAGE, PARALLEL_REQUESTS, retried, s3
 
 MERGE_GAP_BYTES = 64 * 1024
 MAX_REQUEST_BYTES = 16 * 2**20
-PARALLEL_REQUESTS = 8
-BACKOFF_BASE_SECONDS = 0.2
-BACKOFF_CAP_SECONDS = 20.0
-DEFAULT_STORAGE = Storage()
-Result = TypeVar("Result")
 Range = tuple[int, int]  # (offset, size) in bytes
-
-
-class StorageError(TerraceError):
-    """An object could not be read or written after every allowed try."""
 
 
 @dataclass(frozen=True)
@@ -79,20 +66,49 @@ def relative_name(uri: str, root: str) -> str:
 
 
 def list_files(uri: str, storage: Storage = DEFAULT_STORAGE) -> list[StoredFile]:
-    """Files below a folder, of a glob, or the one file named, sorted by URI. Hidden files are left out. Empty if nothing is there."""
+    """Files below a folder, of a glob, or the one file named, sorted by URI. Hidden files are left out. Empty if nothing is there.
+
+    Links are followed, but not in a circle. A link into nothing is listed with the version `dangling`: whoever needs it will say so.
+    """
     if is_remote(uri):
+        if not uri.startswith("s3://"):
+            raise InputError(f"{uri}: files are read from folders and from s3://, not from {uri.partition('://')[0]}://; fetch them first")
         return _list_remote(uri, storage)
     path = local_path(uri)
     if os.path.isdir(path):
-        found = [os.path.join(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names]
+        found = list(_walk(path, frozenset()))
     elif os.path.isfile(path):
         found = [path]
     else:
         found = [name for name in glob.glob(path, recursive=True) if os.path.isfile(name)]
     root = path.rstrip("/") + "/" if os.path.isdir(path) else ""
     visible = [name for name in found if not any(part.startswith(".") for part in name.removeprefix(root).split("/") if part != "..")]
-    stats = [(name, os.stat(name)) for name in sorted(visible)]
-    return [StoredFile(name, stat.st_size, str(stat.st_mtime_ns)) for name, stat in stats]
+    return [_stored(name) for name in sorted(visible)]
+
+
+def _walk(folder: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+    """Files below a folder; a folder that is one of those above it (a link in a circle) is not entered again."""
+    facts = os.stat(folder)
+    place = (facts.st_dev, facts.st_ino)
+    if place in above:
+        return
+    for entry in os.scandir(folder):
+        try:
+            is_folder = entry.is_dir()
+        except OSError:  # a link to itself
+            is_folder = False
+        if is_folder:
+            yield from _walk(entry.path, above | {place})
+        else:
+            yield entry.path
+
+
+def _stored(name: str) -> StoredFile:
+    try:
+        facts = os.stat(name)
+    except OSError:
+        return StoredFile(name, 0, "dangling")
+    return StoredFile(name, facts.st_size, str(facts.st_mtime_ns))
 
 
 def file_size(uri: str, storage: Storage = DEFAULT_STORAGE) -> int | None:
@@ -100,12 +116,13 @@ def file_size(uri: str, storage: Storage = DEFAULT_STORAGE) -> int | None:
     if not is_remote(uri):
         path = uri.removeprefix("file://")
         return os.path.getsize(path) if os.path.isfile(path) else None
-    filesystem = s3(storage)
 
     def size() -> int | None:
         try:
-            return int(filesystem.info(uri)["size"])
-        except FileNotFoundError:
+            return int(s3(storage).info(uri)["size"])
+        except FileNotFoundError as error:
+            if is_no_bucket(error):
+                raise
             return None
 
     return retried(size, uri, storage)
@@ -115,15 +132,13 @@ def read_file(uri: str, storage: Storage = DEFAULT_STORAGE) -> bytes:
     """All bytes of a file. FileNotFoundError where there is none, StorageError when the storage fails for good."""
     if not is_remote(uri):
         return Path(uri.removeprefix("file://")).read_bytes()
-    filesystem = s3(storage)
-    return retried(lambda: filesystem.cat_file(uri), uri, storage)
+    return retried(lambda: s3(storage).cat_file(uri), uri, storage)
 
 
 def write_file(uri: str, data: bytes, storage: Storage = DEFAULT_STORAGE) -> None:
     """Write a whole file atomically: readers see the old content or the new, never a part."""
     if is_remote(uri):
-        filesystem = s3(storage)
-        retried(lambda: filesystem.pipe_file(uri, data), uri, storage)  # one PUT: S3 shows it only when complete
+        retried(lambda: s3(storage).pipe_file(uri, data), uri, storage, writes=True)  # one PUT: S3 shows it only when complete
         return
     with atomic_path(Path(uri.removeprefix("file://"))) as temporary:
         temporary.write_bytes(data)
@@ -132,8 +147,7 @@ def write_file(uri: str, data: bytes, storage: Storage = DEFAULT_STORAGE) -> Non
 def upload(local: Path, uri: str, storage: Storage = DEFAULT_STORAGE) -> None:
     """Move a finished local file to `uri`, atomically."""
     if is_remote(uri):
-        filesystem = s3(storage)
-        retried(lambda: filesystem.put_file(str(local), uri), uri, storage)
+        retried(lambda: s3(storage).put_file(str(local), uri), uri, storage, writes=True)
         local.unlink()
         return
     target = Path(uri.removeprefix("file://"))
@@ -239,11 +253,10 @@ def _read_remote(uri: str, spans: list[Range], storage: Storage) -> list[bytes]:
 
 
 def _get_range(uri: str, offset: int, size: int, storage: Storage) -> bytes:
-    filesystem = s3(storage)
 
     def get() -> bytes:
         try:
-            return filesystem.cat_file(uri, start=offset, end=offset + size)
+            return s3(storage).cat_file(uri, start=offset, end=offset + size)
         except OSError as error:
             if "InvalidRange" in str(error) or "not satisfiable" in str(error):
                 return b""  # the object ends before this range
@@ -255,41 +268,14 @@ def _get_range(uri: str, offset: int, size: int, storage: Storage) -> bytes:
 # ---------------------------------------------------------------- S3
 
 
-@lru_cache(maxsize=8)
-def _filesystem(storage_json: str, process: int) -> Any:
-    import s3fs
-
-    storage = Storage.model_validate_json(storage_json)
-    client: dict[str, Any] = {"region_name": storage.region} if storage.region else {}
-    return s3fs.S3FileSystem(
-        endpoint_url=storage.endpoint_url,
-        client_kwargs=client,
-        # Our own loop retries (with jitter, and a message that names the object): the layers below try once.
-        config_kwargs={
-            "retries": {"total_max_attempts": 1},
-            "connect_timeout": min(storage.timeout_seconds, 20),
-            "read_timeout": storage.timeout_seconds,
-            "max_pool_connections": 4 * PARALLEL_REQUESTS,
-        },
-        use_listings_cache=False,
-        skip_instance_cache=True,
-    )
-
-
-def s3(storage: Storage = DEFAULT_STORAGE) -> Any:
-    """The s3fs file system of these settings, one per process (its event loop does not survive a fork)."""
-    filesystem = _filesystem(storage.model_dump_json(), os.getpid())
-    filesystem.retries = 1
-    return filesystem
-
-
 def _list_remote(uri: str, storage: Storage) -> list[StoredFile]:
-    filesystem = s3(storage)
 
     def listing() -> dict[str, dict[str, Any]]:
-        if any(mark in uri for mark in "*?["):
+        filesystem = s3(storage)
+        found = filesystem.find(uri, detail=True)
+        if not found and any(mark in uri for mark in "*?["):  # as on disk: what has that very name comes before what a glob means
             return filesystem.glob(uri, detail=True)
-        return filesystem.find(uri, detail=True)
+        return found
 
     try:
         found = retried(listing, uri, storage)
@@ -331,54 +317,3 @@ class _RangeFile(io.RawIOBase):
         buffer[: len(block)] = block
         self._at += len(block)
         return len(block)
-
-
-def retried(action: Callable[[], Result], uri: str, storage: Storage = DEFAULT_STORAGE) -> Result:
-    """Run `action`, again while the storage has a passing fault, at most `storage.max_attempts` times."""
-    for attempt in range(1, storage.max_attempts + 1):
-        try:
-            return action()
-        except FileNotFoundError:
-            raise
-        except PermissionError as error:
-            raise InputError(f"{uri}: access denied ({error}); check the credentials and the bucket's policy") from error
-        except Exception as error:
-            if not is_passing(error):
-                raise StorageError(f"{uri}: {type(error).__name__}: {error}") from error
-            if attempt == storage.max_attempts:
-                raise StorageError(
-                    f"{uri}: still failing after {attempt} tries ({type(error).__name__}: {error}); check the storage, then run"
-                    " the same command again"
-                ) from error
-            ceiling = min(BACKOFF_CAP_SECONDS, BACKOFF_BASE_SECONDS * 2 ** (attempt - 1))
-            time.sleep(ceiling / 2 + random.uniform(0, ceiling / 2))
-    raise AssertionError("max_attempts is at least 1")
-
-
-_PASSING_CODES = {
-    "InternalError", "ServiceUnavailable", "SlowDown", "RequestTimeout", "Throttling", "ThrottlingException", "RequestTimeTooSkewed",
-    "RequestLimitExceeded", "BandwidthLimitExceeded", "ConditionalRequestConflict", "OperationAborted", "500", "502", "503", "504", "429",
-}  # fmt: skip
-_PASSING_TYPES = (
-    "EndpointConnectionError", "ConnectTimeoutError", "ReadTimeoutError", "ConnectionClosedError", "ClientPayloadError",
-    "ServerDisconnectedError", "ClientConnectorError", "ClientOSError", "ResponseStreamingError", "IncompleteReadError",
-    "HTTPClientError", "FSTimeoutError", "ContentLengthError",
-)  # fmt: skip
-
-
-def is_passing(error: BaseException | None) -> bool:
-    """Whether trying again may help: 5xx, throttling, timeouts, broken connections, in the error or in what caused it."""
-    while error is not None:
-        response = getattr(error, "response", None)
-        if isinstance(response, dict):
-            code = str(response.get("Error", {}).get("Code", ""))
-            status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) or 0)
-            if code in _PASSING_CODES or status >= 500 or status == 429:
-                return True
-        names = {kind.__name__ for kind in type(error).__mro__}
-        if isinstance(error, (TimeoutError, ConnectionError)) or names & set(_PASSING_TYPES):
-            return True
-        if isinstance(error, OSError) and error.errno in (5, 16, 110, 104, 111):  # EIO and EBUSY are s3fs's words for 5xx
-            return True
-        error = error.__cause__ or error.__context__
-    return False

@@ -1,216 +1,275 @@
-"""MLflow, the only file that imports it. One parent run per curriculum, a nested run per stage that a resume continues.
+"""MLflow, the only file that imports it: brings runs on a tracking server to what Terrace's files say, as often as asked.
 
-Everything happens in one thread of its own, fed by a queue: a slow or dead tracking server never holds up training.
-Steps are logged in order, in batches that are each one transaction and end at a step's border; on a resume the newest
-step in the store says where to go on. So no point is written twice and none is lost, and a run that is recomputed
-from its checkpoint (same losses) adds only what was not there. Nothing is sent anywhere but to the tracking URI;
-MLflow's own telemetry is switched off.
+Runs are found by their key (a tag), so each is made once; steps by the newest one that the server has, evaluations by their steps, so no
+point is written twice. Everything that is sent lies in files, so nothing is lost while the server is away: a call that fails may be made
+again, and goes on where the server is. Nothing is sent anywhere but to the tracking URI; MLflow's own telemetry is switched off.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import os
-import queue
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from terrace.track.follow import MetricsFollower
+from terrace.track.points import MARKER, STAGE_MARKER, Point, curriculum_points, flatten, metric_name, stage_points
+
 LOGGER = logging.getLogger(__name__)
-MARKER = "loss"  # in every step's points, so its newest step is the store's position
 BATCH_POINTS = 900  # MLflow takes at most 1,000 metrics in one call
+LONGEST_TEXT = 500
+_SETTINGS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # its lines would land in the middle of the progress display
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # trying again is done here, for as long as it takes
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
 
 
-class Tracking:
-    """The curriculum's view of MLflow. Calls return at once; a new run's id comes through a callback.
+@dataclass(frozen=True)
+class RunSpec:
+    """A run as it should be on the server. `key` names it for ever; `run_id` is the one it had, if any; times in seconds (epoch)."""
 
-    `run_id` of an earlier process continues that run. A failure is reported once through `warn` and drops tracking,
-    never the run: metrics.jsonl keeps every point, and the next resume logs what is missing.
+    key: str
+    name: str
+    parameters: dict[str, Any]
+    tags: dict[str, str]
+    run_id: str | None = None
+    parent: str | None = None  # the parent's key
+    started: float | None = None
+    datasets: tuple[dict[str, str], ...] = ()  # name, digest, source, source_type
+    done: Callable[[str], None] = lambda run_id: None
+
+
+@dataclass(frozen=True)
+class Series:
+    """The rows of one metrics.jsonl as a run shows them: a stage's own, or (`stage` from 1) its part of the curriculum's.
+
+    `every`: which steps; `offset`: steps of the stages before; `suffix` tells a rerun's lines from those before it.
     """
 
-    def __init__(self, uri: str, experiment: str, artifact_dir: Path | None, warn: Callable[[str], None]):
-        self._uri, self._experiment, self._artifact_dir = uri, experiment, artifact_dir
-        self._warn = warn
-        self._queue: queue.Queue[Callable[[], None] | threading.Event | None] = queue.Queue()
-        self._client: Any = None
-        self._experiment_id = ""
-        self._broken = False
-        self._logged: dict[str, int] = {}  # newest step in the store, per run
-        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
-        self._thread.start()
+    path: Path
+    every: int = 1
+    stage: int | None = None
+    offset: int = 0
+    suffix: str = ""
 
-    def start_run(
-        self,
-        name: str,
-        run_id: str | None,
-        parent: str | None,
-        parameters: dict[str, Any],
-        tags: dict[str, str],
-        done: Callable[[str], None],
-    ) -> None:
-        """Create a run, or continue `run_id` or the one tagged with this `terrace.key`; `done(run_id)` comes from the tracking thread."""
+    @property
+    def marker(self) -> str:
+        return MARKER if self.stage is None else STAGE_MARKER + self.suffix
 
-        def work() -> None:
-            if run_id is not None:
-                self._client.update_run(run_id, status="RUNNING")
-                done(run_id)
-                return
-            # A process killed between making the run and writing its id down left one behind: its key finds it.
-            if key := tags.get("terrace.key"):
-                found = self._client.search_runs([self._experiment_id], f"tags.`terrace.key` = '{key}'", max_results=1)
-                if found:
-                    self._client.update_run(found[0].info.run_id, status="RUNNING")
-                    done(found[0].info.run_id)
-                    return
-            all_tags = {"mlflow.runName": name, **tags, **({"mlflow.parentRunId": parent} if parent else {})}
-            run = self._client.create_run(self._experiment_id, tags=all_tags, run_name=name)
-            self._log_parameters(run.info.run_id, parameters)
-            done(run.info.run_id)
+    def points(self, row: dict[str, Any]) -> list[Point]:
+        return stage_points(row) if self.stage is None else curriculum_points(row, self.stage, self.suffix)
 
-        self._queue.put(work)
 
-    def log_steps(self, run_id: str, rows: list[dict[str, Any]]) -> None:
-        """Rows of metrics.jsonl, in order. Steps that the store has already are left out."""
-        self._queue.put(lambda: self._log_steps(run_id, rows))
+@dataclass
+class Store:
+    """One experiment of a tracking server. Every method may raise whatever MLflow raises, and may be called again."""
 
-    def log_result(self, run_id: str, result: dict[str, Any], step: int) -> None:
-        """A stage's result: every number in it becomes a metric `result/...`."""
-        points = [(f"result/{key}", value) for key, value in _numbers(result)]
-        self._queue.put(lambda: self._log_points(run_id, points, step, int(time.time() * 1000)))
+    uri: str
+    experiment: str
+    artifact_dir: Path | None = None
+    warn: Callable[[str], None] = LOGGER.warning
+    _client: Any = None
+    _experiment_id: str = ""
+    _specs: dict[str, RunSpec] = field(default_factory=dict)
+    _ids: dict[str, str] = field(default_factory=dict)
+    _positions: dict[tuple[str, str], int] = field(default_factory=dict)  # (run, marker) -> newest step on the server
+    _followers: dict[tuple[str, Series], MetricsFollower] = field(default_factory=dict)
+    _refused: set[str] = field(default_factory=set)  # names of metrics that the server does not take
 
-    def log_artifacts(self, run_id: str, paths: list[Path]) -> None:
-        def work() -> None:
-            for path in paths:
-                if path.is_file():
-                    self._client.log_artifact(run_id, str(path))
-
-        self._queue.put(work)
-
-    def end_run(self, run_id: str, status: str) -> None:
-        """`status` is MLflow's: FINISHED, FAILED, KILLED, or SCHEDULED for a run that will go on."""
-        self._queue.put(lambda: self._client.set_terminated(run_id, status=status))
-
-    def flush(self, timeout_seconds: float = 30.0) -> bool:
-        """Wait until everything so far is in the store; False if that took too long or tracking failed."""
-        reached = threading.Event()
-        self._queue.put(reached)
-        return reached.wait(timeout_seconds) and not self._broken
-
-    def close(self, timeout_seconds: float = 30.0) -> None:
-        self._queue.put(None)
-        self._thread.join(timeout_seconds)
-
-    # ------------------------------------------------------------ in the tracking thread
-
-    def _work(self) -> None:
+    def answers(self) -> bool:
+        """Whether the server is there, whatever it thinks of what was sent."""
         try:
-            self._connect()
+            self._connected().search_experiments(max_results=1)
         except Exception as error:
-            self._fail(error)
-        while (work := self._queue.get()) is not None:
-            if isinstance(work, threading.Event):
-                work.set()
-            elif not self._broken:
-                try:
-                    work()
-                except Exception as error:
-                    self._fail(error)
+            LOGGER.debug("the tracking server does not answer", exc_info=error)
+            return False
+        return True
 
-    def _fail(self, error: Exception) -> None:
-        # Any error of the tracking library or server must leave training alone; it is named, and tracking stops for
-        # this process.
-        self._broken = True
-        LOGGER.debug("tracking failed", exc_info=error)
-        self._warn(
-            f"tracking to {self._uri} stopped: {type(error).__name__}: {str(error).partition(chr(10))[0]}. "
-            "The run goes on; metrics.jsonl keeps every step, and the next start logs what is missing."
-        )
+    def forget(self) -> None:
+        """Look everything up again: the server may have lost or deleted what was known of it."""
+        self._experiment_id = ""
+        self._ids.clear()
+        self._positions.clear()
+        self._followers.clear()
 
-    def _connect(self) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("DO_NOT_TRACK", "true")
-        for name in ("mlflow", "alembic"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-        from mlflow.tracking import MlflowClient
+    def open_run(self, spec: RunSpec) -> str:
+        """Find or make the run, and have it running."""
+        self._specs[spec.key] = spec
+        return self._run_id(spec.key)
 
-        for name in ("mlflow", "alembic", "mlflow.store.db.utils"):
-            logging.getLogger(name).setLevel(logging.WARNING)
-        self._client = MlflowClient(self._uri)
-        found = self._client.get_experiment_by_name(self._experiment)
-        if found:
-            self._experiment_id = found.experiment_id
-        else:
-            location = self._artifact_dir.absolute().as_uri() if self._artifact_dir else None
-            self._experiment_id = self._client.create_experiment(self._experiment, artifact_location=location)
+    def log_rows(self, key: str, series: Series) -> None:
+        """What the file has and the server has not."""
+        run_id = self._run_id(key)
+        place = (run_id, series.marker)
+        if place not in self._positions:
+            history = self._client.get_metric_history(run_id, series.marker)
+            self._positions[place] = max((point.step for point in history), default=0)
+        follower = self._followers.setdefault((run_id, series), MetricsFollower(series.path))
+        try:
+            for batch, step in _batches(follower.rows(), series, self._positions[place]):
+                self._send(run_id, batch)
+                self._positions[place] = step
+        except BaseException:
+            self._followers.pop((run_id, series), None)  # its rows were read and not sent
+            self._positions.pop(place, None)
+            raise
 
-    def _log_parameters(self, run_id: str, parameters: dict[str, Any]) -> None:
+    def log_evaluation(self, key: str, points: Iterable[Point], step: int, at: float) -> None:
+        """Points of one step, those left out that the server has."""
+        run_id = self._run_id(key)
+        new = [
+            (name, value) for name, value in points if all(point.step != step for point in self._client.get_metric_history(run_id, name))
+        ]
+        self._send(run_id, [_metric(name, value, at, step) for name, value in new])
+
+    def log_artifact(self, key: str, path: Path) -> None:
+        if path.is_file():
+            self._client_of(key).log_artifact(self._run_id(key), str(path))
+
+    def end_run(self, key: str, status: str, tags: dict[str, str], ended: float | None = None) -> None:
+        """`status` is MLflow's: FINISHED, FAILED, KILLED, or SCHEDULED for a run that will go on."""
+        run_id = self._run_id(key)
+        for name, value in tags.items():
+            self._client.set_tag(run_id, name, value)
+        self._client.set_terminated(run_id, status=status, end_time=_milliseconds(ended))
+
+    # ------------------------------------------------------------ the connection and its runs
+
+    def _connected(self) -> Any:
+        if self._client is None:
+            for name, value in _SETTINGS.items():
+                os.environ.setdefault(name, value)
+            from mlflow.tracking import MlflowClient
+
+            for name in ("mlflow", "alembic", "mlflow.store.db.utils"):
+                logging.getLogger(name).setLevel(logging.WARNING)
+            self._client = MlflowClient(self.uri)
+        return self._client
+
+    def _experiment(self) -> str:
+        client = self._connected()
+        if not self._experiment_id:
+            found = client.get_experiment_by_name(self.experiment)
+            if found is None:
+                location = self.artifact_dir.absolute().as_uri() if self.artifact_dir else None
+                self._experiment_id = client.create_experiment(self.experiment, artifact_location=location)
+            else:
+                self._experiment_id = found.experiment_id
+        return self._experiment_id
+
+    def _client_of(self, key: str) -> Any:
+        self._run_id(key)
+        return self._client
+
+    def _run_id(self, key: str) -> str:
+        if key not in self._ids:
+            spec = self._specs[key]
+            parent = self._run_id(spec.parent) if spec.parent else None
+            run = self._found(spec) or self._made(spec, parent)
+            if run.info.status != "RUNNING":
+                self._client.update_run(run.info.run_id, status="RUNNING")
+            if parent and run.data.tags.get("mlflow.parentRunId") != parent:
+                self._client.set_tag(run.info.run_id, "mlflow.parentRunId", parent)
+            self._ids[key] = run.info.run_id
+            spec.done(run.info.run_id)
+        return self._ids[key]
+
+    def _found(self, spec: RunSpec) -> Any:
+        """The run that it had, or that a process made which was killed before it could write the id down."""
+        from mlflow.exceptions import MlflowException
+
+        experiment, client = self._experiment(), self._client
+        if spec.run_id is not None:
+            try:
+                run = client.get_run(spec.run_id)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+            else:
+                if run.info.lifecycle_stage == "active":
+                    return run
+        found = client.search_runs([experiment], f"tags.`terrace.key` = '{spec.key}'", max_results=1)
+        return found[0] if found else None
+
+    def _made(self, spec: RunSpec, parent: str | None) -> Any:
         from mlflow.entities import Param
 
-        flat = [Param(key, str(value)[:500]) for key, value in flatten(parameters)]
+        tags = {"mlflow.runName": spec.name, **spec.tags, "terrace.key": spec.key, **({"mlflow.parentRunId": parent} if parent else {})}
+        run = self._client.create_run(self._experiment_id, start_time=_milliseconds(spec.started), tags=tags, run_name=spec.name)
+        flat = [Param(metric_name(key), str(value)[:LONGEST_TEXT]) for key, value in flatten(spec.parameters)]
         for start in range(0, len(flat), 100):
-            self._client.log_batch(run_id, params=flat[start : start + 100])
+            self._client.log_batch(run.info.run_id, params=flat[start : start + 100])
+        self._log_datasets(run.info.run_id, spec.datasets)
+        return run
 
-    def _log_steps(self, run_id: str, rows: list[dict[str, Any]]) -> None:
-        if run_id not in self._logged:
-            history = self._client.get_metric_history(run_id, MARKER)
-            self._logged[run_id] = max((point.step for point in history), default=0)
-        batch: list[Any] = []
-        for row in rows:
-            if row["step"] <= self._logged[run_id]:
-                continue
-            points = _points(row)
-            if batch and len(batch) + len(points) > BATCH_POINTS:
-                self._client.log_batch(run_id, metrics=batch)
-                batch = []
-            batch += points
-            self._logged[run_id] = row["step"]
-        if batch:
-            self._client.log_batch(run_id, metrics=batch)
+    def _log_datasets(self, run_id: str, datasets: tuple[dict[str, str], ...]) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    def _log_points(self, run_id: str, points: list[tuple[str, float]], step: int, milliseconds: int) -> None:
-        from mlflow.entities import Metric
+        inputs = [DatasetInput(Dataset(**dataset), [InputTag("mlflow.data.context", "training")]) for dataset in datasets]
+        if inputs:
+            self._client.log_inputs(run_id, datasets=inputs)
 
-        metrics = [Metric(key, value, milliseconds, step) for key, value in points]
+    def _send(self, run_id: str, metrics: list[Any]) -> None:
+        """Metrics in one transaction; where the server refuses some for what they are, all others, and those are named once."""
+        from mlflow.exceptions import MlflowException
+
+        metrics = [metric for metric in metrics if metric.key not in self._refused]
         for start in range(0, len(metrics), BATCH_POINTS):
-            self._client.log_batch(run_id, metrics=metrics[start : start + BATCH_POINTS])
+            batch = metrics[start : start + BATCH_POINTS]
+            try:
+                self._client.log_batch(run_id, metrics=batch)
+            except MlflowException as error:
+                if error.error_code not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST") or not self._leave_out(run_id, batch):
+                    raise
+                self._send(run_id, batch)
+
+    def _leave_out(self, run_id: str, batch: list[Any]) -> bool:
+        """Find the names that the server refuses, one call for each; False where it takes none, so that the fault is another."""
+        from mlflow.exceptions import MlflowException
+
+        refused = {}
+        names = {metric.key: metric for metric in batch}
+        for name, metric in names.items():
+            try:
+                self._client.log_batch(run_id, metrics=[metric])
+            except MlflowException as error:
+                refused[name] = str(error).partition("\n")[0]
+        if len(refused) in (0, len(names)):
+            return False
+        self._refused |= set(refused)
+        self.warn(f"tracking at {self.uri} does not take {', '.join(refused)} ({next(iter(refused.values()))}); the rest is logged")
+        return True
 
 
-def open_tracking(run_dir: Path, uri: str | None, experiment: str, warn: Callable[[str], None]) -> Tracking:
-    """Tracking at `uri`, or in `RUN/mlflow.db` with artifacts under `RUN/mlartifacts`."""
-    if uri:
-        return Tracking(uri, experiment, None, warn)
-    return Tracking(f"sqlite:///{Path(run_dir).absolute()}/mlflow.db", experiment, Path(run_dir) / "mlartifacts", warn)
+def _batches(rows: Iterator[dict[str, Any]], series: Series, position: int) -> Iterator[tuple[list[Any], int]]:
+    """(metrics, their last step), each a few whole steps that the server has not."""
+    batch: list[Any] = []
+    step = position
+    for row in rows:
+        number = int(row["step"])
+        if series.offset + number <= position or not (number == 1 or number % series.every == 0):
+            continue
+        points = [_metric(name, value, row.get("time"), series.offset + number) for name, value in series.points(row)]
+        if batch and len(batch) + len(points) > BATCH_POINTS:
+            yield batch, step
+            batch = []
+        batch += points
+        step = series.offset + number
+    if batch:
+        yield batch, step
 
 
-def flatten(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    """`{"a": {"b": 1}}` -> `[("a.b", 1)]`; lists by index; nothing for None."""
-    if isinstance(value, dict):
-        return [pair for key, item in value.items() for pair in flatten(item, f"{prefix}.{key}" if prefix else str(key))]
-    if isinstance(value, list | tuple) and any(isinstance(item, dict) for item in value):
-        return [pair for index, item in enumerate(value) for pair in flatten(item, f"{prefix}.{index}")]
-    return [] if value is None else [(prefix, value)]
-
-
-def _numbers(value: dict[str, Any]) -> list[tuple[str, float]]:
-    return [
-        (key.replace(".", "/"), float(number))
-        for key, number in flatten(value)
-        if isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
-    ]
-
-
-def _points(row: dict[str, Any]) -> list[Any]:
-    """One step's numbers as MLflow points (`learning_rate/vision`); the time from the row where it has one."""
+def _metric(name: str, value: float, at: float | None, step: int) -> Any:
     from mlflow.entities import Metric
 
-    milliseconds = int(row.get("time", time.time()) * 1000)
-    numbers = _numbers({key: value for key, value in row.items() if key not in ("step", "time")})
-    seconds, waited = row.get("step_seconds"), row.get("data_wait_seconds")
-    if seconds and waited is not None:
-        numbers.append(("data_wait_share", waited / seconds))
-    if MARKER not in dict(numbers):  # a loss that is not finite: the step's place must still be in the store
-        numbers.append((MARKER, float("nan")))
-    return [Metric(key, value, milliseconds, row["step"]) for key, value in numbers]
+    return Metric(name, value, _milliseconds(at) or int(time.time() * 1000), step)
+
+
+def _milliseconds(seconds: float | None) -> int | None:
+    return None if seconds is None else int(seconds * 1000)

@@ -43,8 +43,8 @@ Observer = Callable[[str, dict[str, Any]], None]
 
 
 @dataclass
-class Trained:
-    """What a stage in progress consists of, beside its objective."""
+class StageInProgress:
+    """What a stage consists of while it trains: what the steps, the checkpoints and the end of it share."""
 
     recipe: Recipe
     stage: Stage
@@ -114,7 +114,7 @@ def train_stage(
         contextlib.closing(objective),
     ):
         # Open: model, optimizer, checkpoint folder.
-        strategy = prepare_strategy(recipe, stage, feed.config, context, objective.loss, start_weights)
+        strategy = prepare_strategy(recipe.model, stage, feed.config, context, objective.loss, start_weights)
         groups = parameter_groups(strategy.model, stage)
         writer = CheckpointWriter(stage_dir / "checkpoints", stage.checkpoint, context, attempt, storage)
         barrier(context)
@@ -125,7 +125,7 @@ def train_stage(
         progress = resume_or_hand_over(
             strategy, objective, feed, stage, identity, stage_dir, start_weights, context, storage
         )
-        run = Trained(
+        run = StageInProgress(
             recipe, stage, identity, feed, objective, strategy, groups, progress, writer, None, context, watchdog, notify, stage_dir
         )
         if progress.evaluation_before is None:
@@ -153,7 +153,7 @@ def train_stage(
     return progress.result(after)
 
 
-def _train(run: Trained, opening: Opening) -> None:
+def _train(run: StageInProgress, opening: Opening) -> None:
     """The steps from where the stage stands to its last one."""
     stage, progress, objective, feed, context = run.stage, run.progress, run.objective, run.feed, run.context
     sources = sorted(stage.mixture.weights)
@@ -183,9 +183,8 @@ def _train(run: Trained, opening: Opening) -> None:
         progress.advance(number, counts, outcome.loss, seconds, outcome.skipped)
         line = step_line(number, counts, outcome, stage, factor, seconds, taken.wait_seconds, objective.measured)
         line |= (meter.values(counts.model_flops, seconds) if meter else {}) | profiled | objective.values(ran)
-        every = stage.evaluate.every_steps
         last = number >= feed.total_steps
-        if taken.boundary and every and number // every > boundary // every and not last:
+        if taken.boundary and not last and _crossed(stage.evaluate.every_steps, boundary, number):
             line["evaluation"] = run.evaluate()
             run.notify("evaluation", {"when": number, "loss": line["evaluation"]})
         if run.metrics:
@@ -194,8 +193,7 @@ def _train(run: Trained, opening: Opening) -> None:
         objective.after_step(number)
 
         if taken.boundary:
-            every = stage.checkpoint.every_steps
-            if stop or last or (every and number // every > boundary // every):
+            if stop or last or _crossed(stage.checkpoint.every_steps, boundary, number):
                 run.save(line)
                 saved = number
             boundary = number
@@ -213,8 +211,13 @@ def _train(run: Trained, opening: Opening) -> None:
             run.save(line)
 
 
+def _crossed(every: int | None, before: int, now: int) -> bool:
+    """Whether a multiple of `every` lies in the steps after `before`, up to `now`."""
+    return bool(every) and now // every > before // every
+
+
 def _step(
-    run: Trained, taken: StepExamples, counts: BatchCounts, rates: list[float], number: int, doing: Callable[[str], None]
+    run: StageInProgress, taken: StepExamples, counts: BatchCounts, rates: list[float], number: int, doing: Callable[[str], None]
 ) -> tuple[StepOutcome, bool]:
     """The step's outcome, and whether it came as far as its optimizer step. Raises NonFinite unless the recipe says skip."""
     stage, progress, objective = run.stage, run.progress, run.objective

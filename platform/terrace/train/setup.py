@@ -22,7 +22,7 @@ from terrace.models.kernels import choose_kernels, use_liger
 from terrace.models.parts import part_parameters
 from terrace.models.sequence_parallel import use_sequence_parallel
 from terrace.models.weights import initial_weights
-from terrace.recipe.schema import PARTS, Recipe, Stage
+from terrace.recipe.schema import PARTS, Model, Stage
 from terrace.train.optimizer import parameter_groups
 from terrace.train.strategies.interface import Loss, Setup, Strategy
 from terrace.train.strategies.open import open_strategy
@@ -59,7 +59,7 @@ def checkpoint_activations(model: Any, stage: Stage) -> None:
 
 
 def prepare_strategy(
-    recipe: Recipe, stage: Stage, config: Any, context: WorkerContext, loss: Loss, start_weights: Path | None = None
+    model: Model, stage: Stage, config: Any, context: WorkerContext, loss: Loss, start_weights: Path | None = None
 ) -> Strategy:
     """A strategy with the stage's initial weights (of `start_weights`, or the recipe's own), frozen parts and
     optimizer."""
@@ -68,17 +68,17 @@ def prepare_strategy(
     freeze_parts(skeleton, stage)
     checkpoint_activations(skeleton, stage)
     skeleton.train()
-    backend, reason = choose_backend(recipe.model.attention, torch.device(context.device).type, stage.precision)
+    backend, reason = choose_backend(model.attention, torch.device(context.device).type, stage.precision)
     use_attention(skeleton, backend)
     if backend == "varlen":
         reason = f"{reason}; {activate_flash_attention_3()[1]}"
     if stage.parallel.sequence_parallel > 1:
         use_sequence_parallel(skeleton, backend, stage.parallel.sequence_parallel)
-    kernels, kernels_reason = choose_kernels(recipe.model.kernels, torch.device(context.device).type)
+    kernels, kernels_reason = choose_kernels(model.kernels, torch.device(context.device).type)
     if context.rank == 0:
         log.info("attention: %s (%s)", backend, reason)
         log.info("norms and gates: %s (%s)", kernels, kernels_reason)
-    source, _ = initial_weights(recipe.model, skeleton, start_weights)
+    source, _ = initial_weights(model, skeleton, start_weights)
     if kernels == "liger":
         use_liger(skeleton)
     groups = parameter_groups(skeleton, stage)

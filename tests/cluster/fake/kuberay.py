@@ -1,5 +1,10 @@
 """A stand-in for KubeRay, Kueue and the kubelet: moves RayJobs, RayClusters, Workloads and Pods through the states seen on real ones.
 
+KubeRay's reasons follow its source (ray-operator/controllers/ray/rayjob_controller.go, common/job.go): the submitter's Job is looked
+at before Ray is asked, a submitter that is retried finds its job again or submits it anew, and a job that Ray no longer knows
+once the submitter has ended is `AppFailed`. `closes` in a behaviour says how KubeRay ends the RayJob of a program that has
+ended: a reason (the order of its looks was unlucky), "waits" (for its submitter, with the job's status told) or "never".
+
 `Cluster.tick(now)` looks at what is in the store and does the next thing to each object, so tests decide how time passes. What a stage's
 program does comes from the environment variable STAND_IN of its pods (JSON), the same that the stand-in program reads on a real
 cluster (see `stand_in.py`). Faults are switched on from outside: dead nodes, preemption, a full queue.
@@ -31,7 +36,7 @@ class Program:
     total: int
     behaviour: Manifest
     next_at: float
-    ends_at: float | None = None
+    saved: int = 0  # step of its newest checkpoint; a step that fails is in none
 
 
 @dataclass
@@ -45,9 +50,14 @@ class Cluster:
     waits: dict[str, float] = field(default_factory=dict)
     launches: list[tuple[str, int, int]] = field(default_factory=list)  # (RayJob, step it started at, time order)
     reruns: set[tuple[str, str, str]] = field(default_factory=set)
+    submitters: dict[str, int] = field(default_factory=dict)  # RayJob -> submitter pods that it has lost
+    refusal: tuple[str, str] | None = None  # Kueue's reason and message while it admits nothing
+    preemptions: int = 0  # by priority
     messages: bool = True  # copy reasons into Workloads
     pods: bool = True  # make Pod objects (admission checks them); without: faster
     behaviour: Callable[[Manifest, str, int], Manifest] = field(default_factory=lambda: behaviour_of)
+    ended: Callable[[Manifest, str, int], None] = lambda job, stage, status: None  # told when a program reports its end
+    priorities: dict[str, int] = field(default_factory=dict)  # WorkloadPriorityClass -> value; the higher preempts
     numbers: random.Random = field(default_factory=lambda: random.Random(0))
 
     def tick(self, now: float) -> None:
@@ -89,7 +99,7 @@ class Cluster:
         elif state == "Initializing" and now >= self.waits.get(name, 0):
             self._set(job, jobDeploymentStatus="Running", jobStatus="RUNNING", message="")
             self._begin(job, now)
-        elif state == "Running":
+        elif state == "Running" and (job.get("status") or {}).get("jobStatus") == "RUNNING":
             self._advance(job, now)
 
     def _start(self, job: Manifest, now: float) -> None:
@@ -150,8 +160,12 @@ class Cluster:
     def _begin(self, job: Manifest, now: float) -> None:
         name, words = job["metadata"]["name"], job["spec"]["entrypoint"].split()
         stage, attempt = words[words.index("--stage") + 1], int(job["metadata"]["labels"][LABEL_ATTEMPT])
-        behaviour = self.behaviour(job, stage, attempt)
         report = self._report(job["metadata"]["labels"][LABEL_CURRICULUM])
+        if (report.get("stage"), report.get("attempt")) == (stage, attempt) and report.get("result"):
+            self._set(job, jobDeploymentStatus="Complete", jobStatus="SUCCEEDED", message="the stage had been done")
+            self._delete_cluster(job)
+            return
+        behaviour = self.behaviour(job, stage, attempt)
         checkpoint = (report.get("checkpoint") or {}) if report.get("stage") == stage else {}
         start = int(checkpoint.get("step", 0))
         rerun = (job["metadata"]["labels"][LABEL_CURRICULUM], stage, words[words.index("--rerun") + 1] if "--rerun" in words else "0")
@@ -159,7 +173,8 @@ class Cluster:
             self.reruns.add(rerun)
             start = 0
         cluster = self.store.objects["RayJob"][name]["status"]["rayClusterName"]
-        self.programs[name] = Program(stage, attempt, cluster, start, behaviour["steps"], behaviour, now + behaviour["step_seconds"])
+        self.programs[name] = Program(
+            stage, attempt, cluster, start, behaviour["steps"], behaviour, now + behaviour["step_seconds"], start)
         self.launches.append((name, start, len(self.launches)))
 
     def _report(self, curriculum: str) -> Manifest:
@@ -189,14 +204,18 @@ class Cluster:
                     program,
                     exit={"status": failing, "message": program.behaviour.get("message", "it broke")},
                 )
+                self.ended(job, program.stage, failing)
                 self._finish(job, "Failed", "FAILED", "AppFailed", message)
-            elif program.step >= program.total:
+                return
+            program.saved = program.step
+            if program.step >= program.total:
                 result = {
                     "steps": program.total,
                     "loss": 1.0,
                     "evaluation": {"after": program.behaviour.get("after", {})},
                 }
                 self._write(curriculum, program, result=result, exit={"status": 0, "message": ""})
+                self.ended(job, program.stage, 0)
                 self._finish(job, "Complete", "SUCCEEDED", "", "Job finished successfully")
             else:
                 self._write(curriculum, program)
@@ -210,7 +229,7 @@ class Cluster:
         report = {
             "stage": program.stage, "attempt": program.attempt, "cluster": program.cluster, "step": program.step,
             "total_steps": program.total, "metrics": {"loss": f"{2.0 / (program.step + 1):.4f}"},
-            "checkpoint": {"uri": f"s3://test/{curriculum}/{program.stage}/step-{program.step:06d}", "step": program.step},
+            "checkpoint": {"uri": f"s3://test/{curriculum}/{program.stage}/step-{program.saved:06d}", "step": program.saved},
             **values,
         }  # fmt: skip
         with self.store.lock:
@@ -218,8 +237,40 @@ class Cluster:
             if name in self.store.objects.get("ConfigMap", {}):
                 self.store.patch("ConfigMap", name, {"data": {"progress.json": json.dumps(report, sort_keys=True)}})
 
+    def evict_submitter(self, name: str) -> None:
+        """The submitter pod is evicted: its Job makes another, which finds the job running, until its backoffLimit is spent."""
+        job = self.store.objects["RayJob"][name]
+        self.submitters[name] = self.submitters.get(name, 0) + 1
+        if self.submitters[name] > job["spec"].get("submitterConfig", {}).get("backoffLimit", 2):
+            self.programs.pop(name, None)
+            self._set(job, jobDeploymentStatus="Failed", reason="SubmissionFailed",
+                      message="Job submission has failed. Reason: BackoffLimitExceeded.")  # fmt: skip
+            self._delete_cluster(job)
+
+    def replace_head(self, name: str, now: float) -> None:
+        """The head pod is replaced: Ray has forgotten the job, and the next submitter pod submits it anew, if there is one."""
+        job = self.store.objects["RayJob"][name]
+        self.programs.pop(name, None)
+        self.submitters[name] = self.submitters.get(name, 0) + 1
+        if self.submitters[name] > job["spec"].get("submitterConfig", {}).get("backoffLimit", 2):
+            self._finish(job, "Failed", "RUNNING", "AppFailed", "Submitter completed but Ray job not found in RayCluster.")
+        else:
+            self.waits[name] = now + self.boot_seconds
+            self._set(job, jobDeploymentStatus="Initializing", jobStatus="")
+
     def _finish(self, job: Manifest, deployment: str, ended: str, reason: str, message: str) -> None:
-        self.programs.pop(job["metadata"]["name"], None)
+        program = self.programs.pop(job["metadata"]["name"], None)
+        closes = program.behaviour.get("closes") if program else None
+        if closes == "never":  # nothing is told: the head, or KubeRay's way to it, is gone
+            self._set(job, jobStatus="RUNNING", message="")
+            self.programs[job["metadata"]["name"]] = Program(**{**vars(program), "behaviour": {**program.behaviour, "hang": True}})
+            return
+        if closes == "waits":
+            self._set(job, jobStatus=ended, message=message)
+            return
+        if closes:
+            deployment, reason, message = "Failed", closes, "Job submission has failed. Reason: BackoffLimitExceeded."
+            ended = "RUNNING" if closes == "SubmissionFailed" else ended
         self._set(job, jobDeploymentStatus=deployment, jobStatus=ended, reason=reason, message=message)
         self._delete_cluster(job)
 
@@ -231,17 +282,37 @@ class Cluster:
         if (job.get("status") or {}).get("jobDeploymentStatus") not in (None, "", "Suspended"):
             return  # still ending what it had
         admitted = self.quota is None or self._holding() < self.quota
+        if not admitted and (lower := self._lower_than(job)):
+            self.preemptions += 1
+            self.preempt(lower)  # its quota is free when KubeRay has deleted its cluster
         if self.messages:
             text = "Quota reserved" if admitted else "couldn't assign flavors to pod set workers: insufficient unused quota for gpu"
-            self._workload(job, "True" if admitted else "False", "QuotaReserved" if admitted else "Pending", text)
+            reason, text = ("QuotaReserved", text) if admitted else self.refusal or ("Pending", text)
+            if reason == "Deactivated":
+                self._workload(job, "False", "Pending", text, evicted=reason)
+            else:
+                self._workload(job, "True" if admitted else "False", reason, text)
         if admitted:
             self.set_suspend(job["metadata"]["name"], False)
 
     def _holding(self) -> int:
-        """RayJobs that have their quota."""
-        jobs = self.store.objects["RayJob"].values()
-        return sum(1 for other in jobs if not other["spec"].get("suspend")
-                   and (other.get("status") or {}).get("jobDeploymentStatus") not in ("Complete", "Failed"))  # fmt: skip
+        """RayJobs that have their quota, or whose pods still hold it."""
+        return sum(1 for other in self.store.objects["RayJob"].values() if self._holds(other)
+                   or (other.get("status") or {}).get("jobDeploymentStatus") == "Suspending")  # fmt: skip
+
+    def _lower_than(self, job: Manifest) -> str | None:
+        """The admitted RayJob of the lowest priority below this one's (Kueue: `withinClusterQueue: LowerPriority`)."""
+        mine = self._priority(job)
+        held = [(self._priority(other), name) for name, other in self.store.objects["RayJob"].items() if self._holds(other)]
+        lowest = min(held, default=None)
+        return lowest[1] if lowest is not None and lowest[0] < mine else None
+
+    def _priority(self, job: Manifest) -> int:
+        return self.priorities.get(job["metadata"]["labels"].get("kueue.x-k8s.io/priority-class", ""), 0)
+
+    def _holds(self, job: Manifest) -> bool:
+        ended = (job.get("status") or {}).get("jobDeploymentStatus") in ("Complete", "Failed")
+        return not job["spec"].get("suspend") and not ended and not job["metadata"].get("deletionTimestamp")
 
     def set_suspend(self, name: str, value: bool) -> None:
         with self.store.lock:
@@ -253,14 +324,14 @@ class Cluster:
         """What Kueue does to make room: suspend the job; KubeRay then deletes its cluster."""
         job = self.store.objects["RayJob"][name]
         if self.messages:
-            self._workload(job, "False", "Pending", "preempted to accommodate a workload of higher priority", evicted=True)
+            self._workload(job, "False", "Pending", "preempted to accommodate a workload of higher priority", evicted="Preempted")
         self.set_suspend(name, True)
 
-    def _workload(self, job: Manifest, reserved: str, reason: str, message: str, evicted: bool = False) -> None:
+    def _workload(self, job: Manifest, reserved: str, reason: str, message: str, evicted: str = "") -> None:
         name = f"rayjob-{job['metadata']['name']}"
         conditions = [{"type": "QuotaReserved", "status": reserved, "reason": reason, "message": message}]
         if evicted:
-            conditions.append({"type": "Evicted", "status": "True", "reason": "Preempted", "message": message})
+            conditions.append({"type": "Evicted", "status": "True", "reason": evicted, "message": message})
         known = self.store.objects.get("Workload", {}).get(name)
         if known is None:
             known = self.store.create({"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "Workload", "spec": {}, "metadata": {

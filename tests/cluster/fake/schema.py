@@ -58,6 +58,24 @@ def prepare(value: Any, schema: Schema) -> Any:
     return value
 
 
+def duplicates(value: Any, schema: Schema, path: str = "") -> list[str]:
+    """Items of one key in a list of type map (kubernetes.io/docs/reference/using-api/server-side-apply, "Merge strategy")."""
+    found: list[str] = []
+    if isinstance(value, dict):
+        for key, item in value.items():
+            found += duplicates(item, schema.get("properties", {}).get(key) or schema.get("additionalProperties") or {}, f"{path}.{key}")
+    elif isinstance(value, list):
+        keys = schema.get("x-kubernetes-list-map-keys") if schema.get("x-kubernetes-list-type") == "map" else None
+        seen = []
+        for number, item in enumerate(value):
+            found += duplicates(item, schema.get("items", {}), f"{path}[{number}]")
+            identity = [item.get(key) for key in keys] if keys else None
+            if identity is not None and identity in seen:
+                found.append(f"{path[1:]}[{number}]: Duplicate value: {dict(zip(keys or (), identity))}")
+            seen.append(identity)
+    return found
+
+
 def schema_errors(value: Any, schema: Schema) -> list[str]:
     """Violations of types and limits, in the API server's style."""
     validator = VALIDATORS.get(id(schema))
@@ -85,6 +103,25 @@ def _nullable(schema: Any) -> Any:
 # ---------------------------------------------------------------- CEL
 
 
+SUFFIXES = {"m": 1e-3, "": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "Ki": 2.0**10, "Mi": 2.0**20, "Gi": 2.0**30,
+            "Ti": 2.0**40, "Pi": 2.0**50}  # fmt: skip
+
+
+def quantity(text: celtypes.StringType) -> celtypes.DoubleType:
+    """Kubernetes' CEL function of that name (kubernetes.io/docs/reference/using-api/cel, "Kubernetes quantity library")."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([a-zA-Z]*)", str(text))
+    if found is None or found[2] not in SUFFIXES:
+        raise ValueError(f"{text} is no quantity")
+    return celtypes.DoubleType(float(found[1]) * SUFFIXES[found[2]])
+
+
+def compare_to(left: celtypes.DoubleType, right: celtypes.DoubleType) -> celtypes.IntType:
+    return celtypes.IntType((left > right) - (left < right))
+
+
+FUNCTIONS = {"quantity": quantity, "compareTo": compare_to}
+
+
 class Cel:
     """Compiled rules, each compiled once."""
 
@@ -94,7 +131,7 @@ class Cel:
 
     def run(self, rule: str, values: dict[str, Any]) -> bool:
         if rule not in self._programs:
-            self._programs[rule] = self._environment.program(self._environment.compile(rule))
+            self._programs[rule] = self._environment.program(self._environment.compile(rule), functions=FUNCTIONS)
         return bool(self._programs[rule].evaluate(values))
 
 
@@ -127,7 +164,8 @@ def cel_errors(value: Any, old: Any, schema: Schema, path: str = "") -> list[str
             continue
         values = {"self": to_cel(value, schema)} | ({"oldSelf": to_cel(old, schema)} if transition else {})
         if not CEL.run(rule["rule"], values):
-            errors.append(f"{path[1:] or '<root>'}: Invalid value: {rule['message']}")
+            where = (path + rule.get("fieldPath", ""))[1:]  # without a path the root is `<nil>`
+            errors.append(f"{where or '<nil>'}: Invalid value: {rule['message']}")
     if isinstance(value, dict):
         properties, rest = schema.get("properties", {}), schema.get("additionalProperties")
         before = old if isinstance(old, dict) else {}
@@ -138,46 +176,4 @@ def cel_errors(value: Any, old: Any, schema: Schema, path: str = "") -> list[str
     elif isinstance(value, list):
         for number, item in enumerate(value):
             errors += cel_errors(item, None, schema.get("items", {}), f"{path}[{number}]")
-    return errors
-
-
-def structural_errors(schema: Schema, path: str = "") -> list[str]:
-    """Why the API server would refuse the CRD itself: the rules of structural schemas that are easy to break in a generator."""
-    errors = []
-    if path and "type" not in schema and not schema.get(PRESERVE) and not schema.get("x-kubernetes-int-or-string"):
-        errors.append(f"{path}: type is required")
-    for word in (
-        "$ref",
-        "anyOf",
-        "const",
-        "prefixItems",
-        "propertyNames",
-        "patternProperties",
-        "title",
-        "definitions",
-        "$defs",
-    ):
-        if word in schema:
-            errors.append(f"{path}: {word} is not allowed")
-    if schema.get("additionalProperties") is False or ("properties" in schema and "additionalProperties" in schema):
-        errors.append(f"{path}: additionalProperties with properties")
-    if isinstance(schema.get("exclusiveMinimum"), (int, float)) and not isinstance(schema["exclusiveMinimum"], bool):
-        errors.append(f"{path}: exclusiveMinimum must be a boolean")
-    if schema.get("type") == "string" and "maxLength" not in schema and "enum" not in schema and path.startswith(".spec"):
-        errors.append(f"{path}: no maxLength")
-    if schema.get("type") == "array" and "maxItems" not in schema:
-        errors.append(f"{path}: no maxItems")
-    if "additionalProperties" in schema and "maxProperties" not in schema:
-        errors.append(f"{path}: no maxProperties")
-    if "default" in schema:
-        value = schema["default"]  # checked before nested defaults are filled in
-        errors += [f"{path}: default {text}" for text in schema_errors(value, schema) + cel_errors(value, None, schema)]
-    for key, inner in schema.get("properties", {}).items():
-        errors += structural_errors(inner, f"{path}.{key}")
-    if "items" in schema:
-        errors += structural_errors(schema["items"], f"{path}[]")
-        if schema.get("x-kubernetes-list-type") == "atomic" and "oldSelf" in str(schema["items"]):
-            errors.append(f"{path}: transition rule inside an atomic list")
-    if isinstance(schema.get("additionalProperties"), dict):
-        errors += structural_errors(schema["additionalProperties"], f"{path}{{}}")
     return errors

@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from fake import crd_rules
 from fake import schema as crd_schema
-from terrace.cluster.api import KINDS, AlreadyExists, ApiError, Conflict, Refused
+from terrace.cluster.api import KINDS, AlreadyExists, ApiError, Conflict, KindAbsent, Refused
 
 Manifest = dict[str, Any]
 FOREGROUND = "foregroundDeletion"
@@ -51,6 +52,7 @@ class Store:
     listeners: list[Callable[[str, Change], None]] = field(default_factory=list)
     by_owner: dict[str, set[tuple[str, str]]] = field(default_factory=dict)
     calls: dict[str, int] = field(default_factory=dict)
+    absent: set[str] = field(default_factory=set)  # kinds whose CustomResourceDefinition is not installed
 
     def __post_init__(self) -> None:
         self.lock = threading.RLock()
@@ -98,7 +100,7 @@ class Store:
         with self.lock:
             name = body["metadata"].get("name") or f"{body['metadata']['generateName']}{uuid.uuid4().hex[:5]}"
             if name in self.objects.get(kind, {}):
-                raise AlreadyExists(f'{KINDS[kind].plural} "{name}" already exists', 409)
+                raise AlreadyExists(f'{kind} "{name}" already exists', 409)
             metadata = {**body["metadata"], "name": name, "namespace": self.namespace, "uid": uuid.uuid4().hex, "generation": 1,
                         "creationTimestamp": stamp(self.clock())}  # fmt: skip
             fresh = {**body, "metadata": metadata}
@@ -113,6 +115,15 @@ class Store:
                     self._remove(kind, stored)
                     break
             return stored
+
+    def dry_run(self, body: Manifest, strict: bool = True) -> Manifest:
+        """Everything that `create` checks, and nothing written (kubernetes.io/docs/reference/using-api/api-concepts, "Dry-run")."""
+        with self.lock:
+            fresh = {**body, "metadata": {**body["metadata"], "namespace": self.namespace, "uid": uuid.uuid4().hex}}
+            return self._admit(body["kind"], fresh, None, strict)
+
+    def knows(self, kind: str) -> bool:
+        return kind not in self.absent
 
     def replace(self, body: Manifest, strict: bool = True) -> Manifest:
         self._count("update", body["kind"])
@@ -138,7 +149,7 @@ class Store:
                 return old
             return self._store("MODIFIED", kind, fresh)
 
-    def patch(self, kind: str, name: str, change: Manifest, subresource: str = "") -> Manifest:
+    def patch(self, kind: str, name: str, change: Manifest, subresource: str = "", strict: bool = True) -> Manifest:
         self._count("patch", kind)
         with self.lock:
             old = self.objects.get(kind, {}).get(name)
@@ -153,7 +164,7 @@ class Store:
             if "status" in old and kind in self.schemas:
                 merged["status"] = old["status"]
             merged["metadata"] = {**old["metadata"], **_editable(merged["metadata"])}
-            return self._update(old, merged, strict=True)
+            return self._update(old, merged, strict)
 
     def delete(self, kind: str, name: str, uid: str | None = None, foreground: bool = False) -> None:
         self._count("delete", kind)
@@ -180,6 +191,8 @@ class Store:
     # ------------------------------------------------------------ inside
 
     def _count(self, verb: str, kind: str) -> None:
+        if kind in self.absent:
+            raise KindAbsent(kind)
         self.calls[f"{verb} {kind}"] = self.calls.get(f"{verb} {kind}", 0) + 1
 
     def _current(self, body: Manifest) -> Manifest:
@@ -215,7 +228,7 @@ class Store:
         if strict and (unknown := crd_schema.unknown_fields(body, schema)):
             raise Refused("strict decoding error: " + ", ".join(f'unknown field "{path}"' for path in unknown), 400)
         prepared = {**crd_schema.prepare(body, schema), "metadata": body["metadata"]}
-        errors = crd_schema.schema_errors(prepared, schema)
+        errors = crd_schema.schema_errors(prepared, schema) + crd_schema.duplicates(prepared, schema)
         errors = errors or crd_schema.cel_errors(prepared, old, schema)
         if errors:
             raise Refused(f'{kind} "{body["metadata"]["name"]}" is invalid: ' + "; ".join(errors), 422)
@@ -272,11 +285,10 @@ class Store:
 
 
 def install_crd(store: Store, crd: Manifest) -> None:
-    """Register a CRD; Refused if its schema is not structural."""
-    version = crd["spec"]["versions"][0]
-    schema = version["schema"]["openAPIV3Schema"]
-    if errors := crd_schema.structural_errors(schema):
-        raise Refused("CustomResourceDefinition is invalid: " + "; ".join(errors[:10]), 422)
+    """Register a CRD; Refused where the API server would refuse it."""
+    if errors := crd_rules.errors(crd):
+        raise Refused(f'CustomResourceDefinition "{crd["metadata"].get("name")}" is invalid: ' + "; ".join(errors[:10]), 422)
+    schema = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
     store.schemas[crd["spec"]["names"]["kind"]] = copy.deepcopy(schema)
 
 

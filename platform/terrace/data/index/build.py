@@ -13,38 +13,41 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from terrace.data.images import ImageDamage, image_size, looks_complete
+from terrace.data.image_files import ImageDamage, check_file, orientation, without_orientation
+from terrace.data.images import image_size
+from terrace.data.index.content import hashes_of
+from terrace.data.index.merge import id_hash, merge_parts, write_parquet
 from terrace.data.parallel import Progress, run_units
+from terrace.data.sources.conventions import Rules
 from terrace.data.sources.ingest import IngestReport, Shard, iter_refused, require_samples, stored_uri
 from terrace.data.sources.placeholders import resolve_coordinates
 from terrace.data.sources.refusals import Refusal, RefusedSample
-from terrace.data.sources.shards import Group, sample_of_members, scan_shard, used_suffixes
-from terrace.data.template import Measure, measure_prompt, measure_sample
+from terrace.data.sources.shard_walk import Group, scan_shard
+from terrace.data.sources.shards import sample_of_members, used_suffixes
+from terrace.data.template import RUNNING_TEXT, Measure, measure_prompt, measure_sample
 from terrace.data.tokenizer import TextTokenizer, load_tokenizer
 from terrace.data.types import Sample
 from terrace.errors import InputError
 from terrace.families.interface import Family
 from terrace.recipe.schema import Source, Storage
-from terrace.storage.files import DEFAULT_STORAGE, absolute, join, read_file, relative_name, upload, write_file
+from terrace.storage.files import absolute, join, read_file, relative_name, write_file
+from terrace.storage.s3 import DEFAULT_STORAGE
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
-        ("id_hash", pa.uint64()),  # of the id; seeded choices (holdout, caps) order by a mix of it and the seed
+        ("id_hash", pa.uint64()),  # of the id
+        ("text_hash", pa.uint64()),  # of what it says and shows: which samples are the same, and which are held out
         ("kind", pa.string()),
         ("shard", pa.int32()),
         ("member_suffix", pa.list_(pa.string())),  # per file of the sample: name behind the key, place in the shard, checksum
@@ -53,15 +56,20 @@ SCHEMA = pa.schema(
         ("member_crc", pa.list_(pa.uint32())),
         ("width", pa.list_(pa.int32())),  # per image of the sample, in order
         ("height", pa.list_(pa.int32())),
+        ("image_hash", pa.list_(pa.uint64())),
         ("fixed_tokens", pa.int32()),  # the fields of `template.Measure`
         ("supervised_tokens", pa.int32()),
         ("visual_image", pa.list_(pa.int32())),
         ("visual_frames", pa.list_(pa.int32())),
         ("visual_place", pa.list_(pa.int32())),
+        ("visual_coordinates", pa.list_(pa.int32())),
         ("coordinate_image", pa.list_(pa.int32())),
         ("coordinate_axis", pa.list_(pa.int8())),
         ("coordinate_value", pa.list_(pa.float64())),
         ("cuts", pa.list_(pa.int32())),
+        ("target_place", pa.int32()),
+        ("target_visuals", pa.int32()),
+        ("target_coordinates", pa.int32()),
     ]
 )
 
@@ -78,8 +86,12 @@ class IndexSettings:
     tokenizer_dir: str
     family: Family
     max_image_pixels: int
-    check_ends: bool  # shards from elsewhere: look at the end of each image file for a cut
+    check_ends: bool  # shards from elsewhere: look at checksums and ends of each image file
     storage: Storage
+    ignore: tuple[str, ...] = ()
+    exif: str = "apply"
+    placeholders: str = "read"
+    special_tokens: str = "text"
 
 
 def build_index(
@@ -100,8 +112,8 @@ def build_index(
         root = absolute(source.uri) if report.in_place else join(report.folder, "shards")
         settings = IndexSettings(
             name, source.kind, source.task, root, folder, str(tokenizer.directory), family, max_image_pixels, report.in_place,
-            storage,
-        )
+            storage, tuple(source.ignore), source.exif, source.placeholders, source.special_tokens,
+        )  # fmt: skip
         done = _build(settings, report, progress, use_ray)
     require_samples(name, source.uri, done["samples"], done["refused"], folder)
     return folder
@@ -120,11 +132,6 @@ def load_summary(folder: str, storage: Storage = DEFAULT_STORAGE) -> dict[str, A
         return None
 
 
-def id_hash(sample_id: str) -> int:
-    """64 bits of an id, the same on every machine and in every version."""
-    return int.from_bytes(hashlib.blake2b(sample_id.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
-
-
 def _build(settings: IndexSettings, report: IngestReport, progress: Progress | None, use_ray: bool | None) -> dict[str, Any]:
     items = list(enumerate(report.shards))
     receipts: list[dict[str, Any]] = [{} for _ in items]
@@ -140,14 +147,20 @@ def _build(settings: IndexSettings, report: IngestReport, progress: Progress | N
             progress(what, done, total)
     refused = list(iter_refused(report.folder, settings.storage))
     refused += [RefusedSample(**line) for receipt in receipts for line in receipt["refused"]]
-    samples, duplicates = _merge(settings, len(items))
+    samples, renamed, duplicates = merge_parts(settings.folder, len(items), SCHEMA, settings.storage)
     refused += duplicates
+    ignored = Counter(report.ignored)
+    for receipt in receipts:
+        ignored.update(receipt["ignored"])
     lines = "".join(json.dumps(line.as_json(), ensure_ascii=False) + "\n" for line in refused)
     write_file(join(settings.folder, "refused.jsonl"), lines.encode("utf-8", "backslashreplace"), settings.storage)
     summary = {
         "version": INDEX_VERSION, "source": settings.source, "kind": settings.kind, "samples": samples,
         "refused": dict(Counter(line.reason for line in refused).most_common()),
-        "in_place": report.in_place,
+        "ignored": dict(ignored), "rotated": report.rotated + sum(receipt["rotated"] for receipt in receipts),
+        "spelled": report.spelled + sum(receipt["spelled"] for receipt in receipts), "renamed": renamed, "in_place": report.in_place,
+        "reading": {"ignore": list(settings.ignore), "placeholders": settings.placeholders, "special_tokens": settings.special_tokens,
+                    "exif": settings.exif},
         "shards": [
             {"uri": stored_uri(report.folder, shard.uri), "size": shard.size} for shard in report.shards
         ],
@@ -169,37 +182,66 @@ def index_shard(settings: IndexSettings, item: tuple[int, Shard], inside: Callab
     except FileNotFoundError:
         pass
     tokenizer = load_tokenizer(settings.tokenizer_dir)
-    rows: list[dict[str, Any]] = []
+    rules = Rules.of(settings)
+    rows: dict[str, list[dict[str, Any]]] = {}  # by key: members that come back take away what came before
     refused: list[RefusedSample] = []
+    rotated = 0
     shard_name = relative_name(shard.uri, settings.root)
+    stem = shard_name.removesuffix(".tar").replace("/", "-")
     try:
         for count, group in enumerate(scan_shard(shard.uri, settings.storage)):
-            stem = shard_name.removesuffix(".tar").replace("/", "-")
-            default_id = f"{stem}-{group.key.replace('/', '-')}"
+            origin, default_id = f"{shard_name}:{group.key}", f"{stem}-{group.key}"
             try:
-                rows.append(index_group(group, default_id, settings, tokenizer, number))
+                if group.again:
+                    refused += [RefusedSample(origin, row["id"], "split_sample", str(group.refusal)) for row in rows.pop(group.key, [])]
+                row, turned = _guarded(group, default_id, settings, tokenizer, number, rules)
+                rows.setdefault(group.key, []).append(row)
+                rotated += turned
             except Refusal as refusal:
-                refused.append(RefusedSample(f"{shard_name}:{group.key}", default_id, refusal.reason, refusal.detail[:500]))
-            if inside is not None and count % 200 == 199:
+                refused.append(RefusedSample(origin, default_id, refusal.reason, refusal.detail[:500]))
+            if inside is not None and count % 200 == 199 and group.members:
                 inside(min(shard.size, group.members[-1].offset))
     except Refusal as refusal:  # the shard from here on
         refused.append(RefusedSample(shard_name, shard_name, refusal.reason, refusal.detail))
-    table = pa.Table.from_pylist(rows, schema=SCHEMA)
-    _write_parquet(table, join(settings.folder, "parts", f"{number:06d}.parquet"), settings.storage)
-    receipt = {"samples": len(rows), "refused": [line.as_json() for line in refused]}
+    table = pa.Table.from_pylist([row for group_rows in rows.values() for row in group_rows], schema=SCHEMA)
+    write_parquet(table, join(settings.folder, "parts", f"{number:06d}.parquet"), settings.storage)
+    receipt = {
+        "samples": table.num_rows, "refused": [line.as_json() for line in refused], "ignored": dict(rules.ignored), "rotated": rotated,
+        "spelled": rules.spelled,
+    }  # fmt: skip
     write_file(receipt_uri, json.dumps(receipt).encode(), settings.storage)
     return receipt
 
 
-def index_group(group: Group, default_id: str, settings: IndexSettings, tokenizer: TextTokenizer, shard_number: int) -> dict[str, Any]:
-    """The index row of one sample. Raises Refusal."""
-    sample, images = sample_of_members(group.key, group.data, default_id, settings.kind)
-    sizes = []
+def _guarded(
+    group: Group, default_id: str, settings: IndexSettings, tokenizer: TextTokenizer, shard_number: int, rules: Rules
+) -> tuple[dict[str, Any], int]:
+    """The index row of one sample, and how many of its pictures EXIF turns. Raises Refusal, and nothing else."""
+    if group.refusal is not None:
+        raise group.refusal
+    try:
+        return index_group(group, default_id, settings, tokenizer, shard_number, rules)
+    except Refusal:
+        raise
+    except Exception as error:  # one sample ends nothing but itself
+        raise Refusal("bad_row", f"{group.key} cannot be understood ({type(error).__name__}: {error})") from error
+
+
+def index_group(
+    group: Group, default_id: str, settings: IndexSettings, tokenizer: TextTokenizer, shard_number: int, rules: Rules
+) -> tuple[dict[str, Any], int]:
+    """The index row of one sample, and how many of its pictures EXIF turns. Raises Refusal."""
+    sample, images = sample_of_members(group.key, group.data, default_id, settings.kind, rules)
+    sizes, turned = [], 0
     for suffix in images:
+        content = group.data[suffix]
         try:
-            sizes.append(image_size(group.data[suffix], settings.max_image_pixels))
-            if settings.check_ends and not looks_complete(group.data[suffix]):
-                raise ImageDamage("truncated_image", "the file ends before the image does")
+            if settings.check_ends and orientation(content) != 1:
+                turned += 1
+                content = without_orientation(content) if settings.exif == "ignore" else content
+            sizes.append(image_size(content, settings.max_image_pixels))
+            if settings.check_ends:
+                check_file(group.data[suffix])
         except ImageDamage as damage:
             raise Refusal(damage.reason, f"{group.key}.{suffix}: {damage.detail}") from damage
     resolve_coordinates(sample.messages, sizes)
@@ -208,10 +250,11 @@ def index_group(group: Group, default_id: str, settings: IndexSettings, tokenize
     except InputError as error:
         raise Refusal("empty_answer" if "no text to learn" in str(error) else "unsupported", str(error)) from error
     members = {member.suffix: member for member in group.members}
-    used = [members[suffix] for suffix in used_suffixes(group.data, images)]
-    return {
+    used = [members[suffix] for suffix in used_suffixes(group.data, images, rules.ignore)]
+    row = {
         "id": sample.id,
         "id_hash": id_hash(sample.id),
+        **hashes_of(sample, [(group.data[suffix], members[suffix].crc) for suffix in images]),
         "kind": sample.kind,
         "shard": shard_number,
         "member_suffix": [member.suffix for member in used],
@@ -222,71 +265,22 @@ def index_group(group: Group, default_id: str, settings: IndexSettings, tokenize
         "height": [height for _, height in sizes],
         "fixed_tokens": measure.fixed_tokens,
         "supervised_tokens": measure.supervised_tokens,
-        "visual_image": [image for image, _, _ in measure.visuals],
-        "visual_frames": [frames for _, frames, _ in measure.visuals],
-        "visual_place": [place for _, _, place in measure.visuals],
+        "visual_image": [image for image, _, _, _ in measure.visuals],
+        "visual_frames": [frames for _, frames, _, _ in measure.visuals],
+        "visual_place": [place for _, _, place, _ in measure.visuals],
+        "visual_coordinates": [coordinates for _, _, _, coordinates in measure.visuals],
         "coordinate_image": [image for image, _, _ in measure.coordinates],
         "coordinate_axis": [axis for _, axis, _ in measure.coordinates],
         "coordinate_value": [value for _, _, value in measure.coordinates],
         "cuts": list(measure.cuts),
+        **dict(zip(("target_place", "target_visuals", "target_coordinates"), measure.first_target)),
     }
+    return row, turned
 
 
 def measure_any(sample: Sample, sizes: list[tuple[int, int]], tokenizer: TextTokenizer, family: Family) -> Measure:
     """The measure of a sample; of a prompt without an answer, that of `encode_prompt`: up to the answer's first token."""
-    measure = measure_prompt if sample.messages[-1]["role"] in ("user", "system") else measure_sample
-    return measure(sample, sizes, tokenizer, family)
-
-
-# ---------------------------------------------------------------- merge
-
-
-def _merge(settings: IndexSettings, shards: int) -> tuple[int, list[RefusedSample]]:
-    """Join the part files in shard order, leaving out ids that came before. Returns (samples, refused duplicates)."""
-    parts = [join(settings.folder, "parts", f"{number:06d}.parquet") for number in range(shards)]
-    hashes = [_read_parquet(part, settings.storage, ["id_hash"])["id_hash"].to_numpy() for part in parts]
-    values, counts = np.unique(np.concatenate([np.empty(0, np.uint64), *hashes]), return_counts=True)
-    doubtful = set(values[counts > 1].tolist())  # small: only ids whose hash occurs more than once are compared as text
-    seen: set[str] = set()
-    refused: list[RefusedSample] = []
-    samples = 0
-    with tempfile.TemporaryDirectory(prefix="terrace-index-") as folder:
-        local = Path(folder) / "index.parquet"
-        with pq.ParquetWriter(local, SCHEMA, compression="zstd") as writer:
-            for part, part_hashes in zip(parts, hashes):
-                table = _read_parquet(part, settings.storage)
-                suspects = [row for row, value in enumerate(part_hashes.tolist()) if value in doubtful] if doubtful else []
-                drop = []
-                for row in suspects:
-                    sample_id = table["id"][row].as_py()
-                    if sample_id in seen:
-                        drop.append(row)
-                        refused.append(
-                            RefusedSample(f"shard {table['shard'][row].as_py()}", sample_id, "duplicate_id", "an earlier sample has it")
-                        )
-                    seen.add(sample_id)
-                if drop:
-                    keep = np.ones(table.num_rows, bool)
-                    keep[drop] = False
-                    table = table.filter(pa.array(keep))
-                writer.write_table(table)
-                samples += table.num_rows
-        _publish(local, join(settings.folder, "index.parquet"), settings.storage)
-    return samples, refused
-
-
-def _write_parquet(table: pa.Table, uri: str, storage: Storage) -> None:
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    write_file(uri, sink.getvalue().to_pybytes(), storage)
-
-
-def _read_parquet(uri: str, storage: Storage, columns: list[str] | None = None) -> pa.Table:
-    return pq.read_table(pa.BufferReader(read_file(uri, storage)), columns=columns)
-
-
-def _publish(local: Path, uri: str, storage: Storage) -> None:
-    if "://" in uri:
-        upload(local, uri, storage)
-    else:  # another disk perhaps: copied, then renamed
-        write_file(uri, local.read_bytes(), storage)
+    answered = any(message["role"] == "assistant" for message in sample.messages)
+    unanswered = sample.messages[-1]["role"] not in ("assistant", RUNNING_TEXT)
+    is_prompt = unanswered and (sample.kind == "prompt" or not answered)
+    return (measure_prompt if is_prompt else measure_sample)(sample, sizes, tokenizer, family)

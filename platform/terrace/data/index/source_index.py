@@ -16,12 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from terrace.data.index.build import load_summary
+from terrace.data.index.content import content_hashes
 from terrace.data.sources.ingest import shard_uri
 from terrace.data.template import Measure
 from terrace.errors import InputError
 from terrace.families.interface import Bounds, Costs, Family
 from terrace.recipe.schema import Storage
-from terrace.storage.files import DEFAULT_STORAGE, join, open_sequential, read_file
+from terrace.storage.files import join, open_sequential, read_file
+from terrace.storage.s3 import DEFAULT_STORAGE
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,10 @@ class SampleLocation:
     members: tuple[tuple[str, int, int, int], ...]  # (suffix, offset, size, crc)
     sizes: tuple[tuple[int, int], ...]  # (width, height) of each image
     storage: Storage = DEFAULT_STORAGE
+    ignore: tuple[str, ...] = ()  # the source's settings of reading, for samples in tars that Terrace did not write
+    placeholders: str = "read"
+    special_tokens: str = "text"
+    exif: str = "apply"
 
     @property
     def bytes(self) -> int:
@@ -58,9 +64,12 @@ class SourceIndex:
     kind_codes: np.ndarray  # int8 [N], into `kinds`
     suffixes: list[str]
     refused: dict[str, int] = field(default_factory=dict)  # reason -> samples that ingest or the index left out
+    reading: dict[str, Any] = field(default_factory=dict)  # of `SampleLocation`: its settings of reading
     seed: int = 0
     holdout_samples: int = 0
     max_samples: int | None = None
+    left_out: dict[str, int] = field(default_factory=dict)  # why -> rows that would train and do not
+    _left_out: np.ndarray | None = field(default=None, repr=False)
     _lengths: dict[Bounds, tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -70,8 +79,13 @@ class SourceIndex:
 
     @cached_property
     def _in_seeded_order(self) -> np.ndarray:
-        """Rows by a seeded hash of their ids: a choice that does not move when samples are added elsewhere."""
-        return np.argsort(_mixed(self.columns["id_hash"], self.seed), kind="stable")
+        """Rows by a seeded hash of what they hold: a choice that does not move when samples are added, renamed or moved elsewhere."""
+        return np.argsort(_mixed(self.content_hash, self.seed), kind="stable")
+
+    @cached_property
+    def content_hash(self) -> np.ndarray:
+        """uint64 [N]: of text and pictures."""
+        return content_hashes(self.columns, self.starts["image"])
 
     @property
     def holdout_rows(self) -> np.ndarray:
@@ -80,8 +94,19 @@ class SourceIndex:
 
     @property
     def train_rows(self) -> np.ndarray:
-        """int64, ascending: rows that train. With `max_samples`, that many samples take part, the held-out ones among them."""
-        return np.sort(self._in_seeded_order[self.holdout_samples : self.max_samples])
+        """int64, ascending: rows that train. With `max_samples`, that many samples take part, the held-out ones among them.
+
+        Without the rows that `leave_out` named: what is held out is not trained through another row or source.
+        """
+        rows = np.sort(self._in_seeded_order[self.holdout_samples : self.max_samples])
+        return rows if self._left_out is None else rows[~self._left_out[rows]]
+
+    def leave_out(self, why: str, rows: np.ndarray) -> None:
+        """Take rows (bool [N]) out of training, and count those that would have trained."""
+        count = int(rows[self.train_rows].sum())
+        if count:
+            self.left_out[why] = count
+            self._left_out = rows if self._left_out is None else self._left_out | rows
 
     # ------------------------------------------------------------ lengths
 
@@ -139,13 +164,14 @@ class SourceIndex:
         """The sample's `Measure`, as `template.measure_sample` gave it."""
         columns = self.columns
         visual, coordinate, cut = self._part("visual", row), self._part("coordinate", row), self._part("cut", row)
-        triple = lambda part, *names: tuple(zip(*(columns[name][part].tolist() for name in names)))  # noqa: E731
+        several = lambda part, *names: tuple(zip(*(columns[name][part].tolist() for name in names)))  # noqa: E731
         return Measure(
             int(columns["fixed_tokens"][row]),
             int(columns["supervised_tokens"][row]),
-            triple(visual, "visual_image", "visual_frames", "visual_place"),
-            triple(coordinate, "coordinate_image", "coordinate_axis", "coordinate_value"),
+            several(visual, "visual_image", "visual_frames", "visual_place", "visual_coordinates"),
+            several(coordinate, "coordinate_image", "coordinate_axis", "coordinate_value"),
             tuple(columns["cuts"][cut].tolist()),
+            tuple(int(columns[name][row]) for name in _TARGET),
         )
 
     def location(self, row: int) -> SampleLocation:
@@ -155,7 +181,7 @@ class SourceIndex:
         places = (columns[name][part].tolist() for name in ("member_offset", "member_size", "member_crc"))
         return SampleLocation(
             self.name, int(row), str(self.ids[row]), self.kind_of(row), self.shards[int(columns["shard"][row])],
-            tuple(zip(suffixes, *places)), tuple(self.sizes(row)), self.storage,
+            tuple(zip(suffixes, *places)), tuple(self.sizes(row)), self.storage, **self.reading,
         )  # fmt: skip
 
     def _part(self, group: str, row: int) -> slice:
@@ -177,7 +203,7 @@ def load_index(
             f"source {summary['source']}: holdout_samples {holdout_samples} leaves none of {min(count, max_samples or count)}"
             " samples for training"
         )
-    scalar = ("id_hash", "shard", "fixed_tokens", "supervised_tokens")
+    scalar = ("id_hash", "shard", "fixed_tokens", "supervised_tokens", *_TARGET, "text_hash")
     columns = {name: _numpy(table[name]) for name in scalar}
     starts: dict[str, np.ndarray] = {}
     for group, names in _LISTS.items():
@@ -194,6 +220,7 @@ def load_index(
         folder=folder,
         shards=[_shard_uri(folder, shard["uri"]) for shard in summary["shards"]],
         storage=Storage(**summary["storage"]),
+        reading=_reading(summary),
         family=family,
         columns=columns,
         starts=starts,
@@ -224,8 +251,13 @@ def locate(folder: str, row: int, storage: Storage = DEFAULT_STORAGE) -> SampleL
     return SampleLocation(
         summary["source"], row, values["id"], values["kind"],
         _shard_uri(folder, summary["shards"][values["shard"]]["uri"]),
-        tuple(members), tuple(zip(values["width"], values["height"])), Storage(**summary["storage"]),
+        tuple(members), tuple(zip(values["width"], values["height"])), Storage(**summary["storage"]), **_reading(summary),
     )  # fmt: skip
+
+
+def _reading(summary: dict[str, Any]) -> dict[str, Any]:
+    reading = summary["reading"]
+    return {**reading, "ignore": tuple(reading["ignore"])}
 
 
 @lru_cache(maxsize=64)
@@ -236,14 +268,15 @@ def _summary(folder: str, storage_json: str) -> dict[str, Any]:
     return summary
 
 
+_TARGET = ("target_place", "target_visuals", "target_coordinates")
 _LISTS = {
     "member": ("member_suffix", "member_offset", "member_size", "member_crc"),
-    "image": ("width", "height"),
-    "visual": ("visual_image", "visual_frames", "visual_place"),
+    "image": ("width", "height", "image_hash"),
+    "visual": ("visual_image", "visual_frames", "visual_place", "visual_coordinates"),
     "coordinate": ("coordinate_image", "coordinate_axis", "coordinate_value"),
     "cut": ("cuts",),
 }
-_LOCATION_COLUMNS = ["id", "kind", "shard", *_LISTS["member"], *_LISTS["image"]]
+_LOCATION_COLUMNS = ["id", "kind", "shard", *_LISTS["member"], "width", "height"]
 
 
 def _shard_uri(folder: str, stored: str) -> str:

@@ -13,7 +13,8 @@ from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import Recipe
 
 OWN_VOCABULARY = 8_192  # of the tokenizer that is trained where none is named
-SOURCE_ONLY = ("name", "kind", "format", "images_root", "endpoint_url", "tokenizer", "pixels", "sequence_length", "data_dir")
+SOURCE_FIELDS = ("kind", "format", "images_root", "ignore", "exif")
+SOURCE_ONLY = ("name", *SOURCE_FIELDS, "endpoint_url", "tokenizer", "pixels", "sequence_length", "data_dir")
 
 
 class Target(argparse.Action):
@@ -44,6 +45,8 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     source.add_argument("--kind", help="what the samples are: caption, document, qa, ... (default: caption)")
     source.add_argument("--format", help="format of the files (default: told from their names)")
     source.add_argument("--images-root", help="folder that image paths are relative to (default: beside the rows)")
+    source.add_argument("--ignore", action="append", metavar="KEY", help="leave this key or tar suffix out (repeatable)")
+    source.add_argument("--exif", choices=("apply", "ignore"), help="turn pictures upright (default), or leave them as stored")
     source.add_argument("--endpoint-url", help="S3 endpoint, for servers other than AWS")
     source.add_argument("--tokenizer", help="Hugging Face tokenizer folder (default: a small one, trained on the source)")
     source.add_argument("--pixels", metavar="[MIN,]MAX", help="bounds on the pixels of a resized image (default: 3136,401408)")
@@ -102,7 +105,7 @@ def _inspect_recipe(args: argparse.Namespace) -> int:
 
 def _inspect_source(args: argparse.Namespace, folder: str) -> int:
     """The source as the only one of a stage: what a recipe with it would read."""
-    from terrace.data.family import recipe_family
+    from terrace.data.family import family_of
     from terrace.data.index.build import build_index
     from terrace.data.index.source_index import load_index
     from terrace.data.look.samples import inspect_stage
@@ -116,7 +119,7 @@ def _inspect_source(args: argparse.Namespace, folder: str) -> int:
         prepare_tokenizer(recipe, {}, folder)  # a wrong one is told before a long ingest
     report = ingest_source(name, source, data, folder, progress)
     tokenizer = prepare_tokenizer(recipe, {name: report}, folder, progress)
-    family = recipe_family(recipe)
+    family = family_of(recipe.model)
     index = build_index(name, source, report, tokenizer, family, data.max_image_pixels, data.storage, progress)
     prepared = PreparedData({name: load_index(index, family, storage=data.storage)}, tokenizer.directory, Path(folder), family)
     samples, packs = _counts(args, samples=12, packs=1)
@@ -131,7 +134,7 @@ def _inspect_source(args: argparse.Namespace, folder: str) -> int:
 def source_recipe(args: argparse.Namespace) -> Recipe:
     """A recipe of one stage that reads the source once. Raises InputError for an option that does not fit the schema."""
     name = args.name or _name_of(args.target)
-    fields = {field: getattr(args, field) for field in ("kind", "format", "images_root") if getattr(args, field) is not None}
+    fields = {field: getattr(args, field) for field in SOURCE_FIELDS if getattr(args, field) is not None}
     tokenizer = {"path": args.tokenizer} if args.tokenizer else {"train_vocabulary_size": OWN_VOCABULARY}
     stage = {
         "name": "inspect", "objective": "grpo" if args.kind == "prompt" else "lm", "mixture": {"weights": {name: 1.0}},

@@ -351,7 +351,7 @@ def _marks(
             values = tuple(
                 family.shown_coordinate(value, axis % 2, original, shown) for axis, value in enumerate(item[item["type"]])
             )
-            answer = supervise == "all_text" or message["role"] == "assistant" or (
+            answer = message.get("train", supervise == "all_text" or message["role"] == "assistant") or (
                 message["role"] == RUNNING_TEXT and supervise == "auto"
             )  # fmt: skip
             found[values] = found.get(values, False) or answer

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from terrace.data.family import configuration, recipe_family, recipe_shape
+from terrace.data.family import configuration, family_of, shape_of
 from terrace.data.types import PackSpec
 from terrace.families.shapes import ModelShape
-from terrace.recipe.schema import Recipe
+from terrace.recipe.schema import Model
 
 TYPICAL_PATCHES = 1024  # that a patch attends to, of an image whose tower has no windows
 
@@ -49,14 +49,14 @@ def cost_model(shape: ModelShape, patches_per_row: int = 1) -> CostModel:
     return CostModel(float(per_token), float(text.layers * text.query_width), float(patches_per_row * per_patch))
 
 
-def recipe_cost(recipe: Recipe) -> CostModel:
+def cost_of(model: Model) -> CostModel:
     """What packs cost the recipe's model; the nominal costs where it has an empty configuration, as when data is only looked at."""
-    if not configuration(recipe.model):
+    if not configuration(model):
         return CostModel()
-    family = recipe_family(recipe)
+    family = family_of(model)
     smallest = family.view(1, 1, (1, 1))
     patches = sum(rows * columns for rows, columns in family.tower_pictures(smallest.facts))
-    return cost_model(recipe_shape(recipe), patches // smallest.rows)
+    return cost_model(shape_of(model), patches // smallest.rows)
 
 
 def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:

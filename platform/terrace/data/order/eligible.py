@@ -100,13 +100,22 @@ def eligible_source(
     pixels: tuple[int, int],
     sequence_length: int,
     max_visual_tokens_per_pack: int | None,
+    needs_targets: bool = False,
 ) -> EligibleSource:
     """The training items of `rows` (int [n]) of an index at the stage's resolution, `source.too_long` applied.
+
+    `needs_targets`: a sample that has nothing to learn from, or whose every target `truncate_text` would cut off, is left out and
+    counted as `no_target`.
 
     `index` is a SourceIndex: its columns give every length, and `measure(row)` and `sizes(row)` the details of
     the few samples that are too long.
     """
     family = index.family
+    changes: Counter[str] = Counter()
+    if needs_targets and source.supervise != "all_text":
+        learnt = np.asarray(index.supervised_tokens)[rows] > 0
+        changes["no_target"] = int((~learnt).sum())
+        rows = rows[learnt]
     bounds = source_pixels(source, pixels, family)
     lengths = np.asarray(index.lengths(bounds))[rows]
     visual = np.asarray(index.visual_tokens(bounds))[rows]
@@ -124,14 +133,18 @@ def eligible_source(
         starts=np.zeros(len(fits), dtype=np.int32),
         stops=np.full(len(fits), -1, dtype=np.int32),
     )
-    changes: Counter[str] = Counter()
     extra: list[tuple[int, ...]] = []
     for row in rows[too_long].tolist():
         if source.too_long == "refuse":
             changes["refused"] += 1
             continue
         measure, sizes = index.measure(row), index.sizes(row)
-        made = _fitted(source.too_long, measure, Sized(sizes, family), bounds, sequence_length, visual_limit)
+        images = Sized(sizes, family)
+        made = _fitted(source.too_long, measure, images, bounds, sequence_length, visual_limit)
+        may_lose = made and needs_targets and source.too_long == "truncate_text" and source.supervise != "all_text"
+        if may_lose and _first_target(measure, images, bounds) >= made[0][-1]:
+            changes["no_target"] += 1
+            continue
         changes[source.too_long if made else "refused"] += 1
         extra += [(row, *item[:3], item[3] or own_limit, *item[4:]) for item in made]
     items = whole
@@ -142,7 +155,7 @@ def eligible_source(
     digest = hashlib.sha256(np.ascontiguousarray(index.columns["id_hash"]).tobytes())
     for column in _columns(items):
         digest.update(np.ascontiguousarray(column).tobytes())
-    return EligibleSource(name, items, lambda row: str(index.ids[row]), dict(changes), digest.hexdigest())
+    return EligibleSource(name, items, lambda row: str(index.ids[row]), dict(+changes), digest.hexdigest())
 
 
 def _columns(items: Items) -> list[np.ndarray]:
@@ -192,12 +205,32 @@ def _fitted(
 def visual_ranges(measure: Measure, images: Sized, bounds: tuple[int, int]) -> list[VisualRange]:
     """The images with the marks around them, in order, at a resolution."""
     family, ranges, shown = images.family, [], 0
-    for image, frames, fixed_before in measure.visuals:
+    longer = _longer_coordinates(measure, images, bounds)
+    for image, frames, place, coordinates in measure.visuals:
         view, pairs = family.view(*images.sizes[image], bounds), int(family.frame_pairs(frames))
-        tokens, start = pairs * view.tokens, fixed_before + shown
+        tokens, start = pairs * view.tokens, place + shown + sum(longer[:coordinates])
         ranges.append(VisualRange(start - len(family.before), start + tokens + len(family.after), tokens, pairs * view.rows))
         shown += tokens
     return ranges
+
+
+def _longer_coordinates(measure: Measure, images: Sized, bounds: tuple[int, int]) -> list[int]:
+    """Of each coordinate the tokens that it has beyond the one that a measure's places count."""
+    family, longer = images.family, []
+    for image, axis, value in measure.coordinates:
+        size = images.sizes[image]
+        number = family.coordinate(value, axis, size, family.view(*size, bounds))
+        longer.append(int(family.coordinate_tokens(np.asarray([number]))[0]) - 1)
+    return longer
+
+
+def _first_target(measure: Measure, images: Sized, bounds: tuple[int, int]) -> int:
+    """The token of a sample that is its first target; a large number where it has none."""
+    place, visuals, coordinates = measure.first_target
+    if place < 0:
+        return 2**31
+    shown = sum(visual.tokens for visual in visual_ranges(measure, images, bounds)[:visuals])
+    return max(1, place + shown + sum(_longer_coordinates(measure, images, bounds)[:coordinates]))
 
 
 def _cut_tokens(measure: Measure, ranges: list[VisualRange]) -> list[int]:

@@ -11,6 +11,8 @@ from bisect import bisect_left, insort
 
 import numpy as np
 
+from terrace.data.order.arrange import pack_mixed
+
 SMALLEST_WINDOW = 2_000
 GOOD_FILL = 0.9993  # a window this full is taken without trying further ends
 TRIES = 5  # ends tried per window; each costs 0.7 microseconds per sample
@@ -31,11 +33,25 @@ def pack_window(
     target: int,
     visual_tokens: np.ndarray | None = None,
     max_visual_tokens: int | None = None,
+    keys: np.ndarray | None = None,
 ) -> tuple[int, list[list[int]]]:
     """How many of the samples ahead make one window, and their packs (lists of sample numbers).
 
-    `lengths` are the tokens of the next `lookahead(target)` samples, or of all that are left; int [n].
+    `lengths` are the tokens of the next `lookahead(target)` samples, or of all that are left; int [n]. With `keys`, that say which
+    samples are the same, the packs are draws of the whole window (`arrange.pack_mixed`) wherever that takes no pack more.
     """
+    count, packs = _full_window(lengths, sequence_length, target, visual_tokens, max_visual_tokens)
+    if keys is None or not packs:
+        return count, packs
+    visual = None if visual_tokens is None else visual_tokens[:count]
+    mixed = pack_mixed(lengths[:count], keys[:count], len(packs), sequence_length, visual, max_visual_tokens)
+    return count, mixed if len(mixed) <= len(packs) else packs
+
+
+def _full_window(
+    lengths: np.ndarray, sequence_length: int, target: int, visual_tokens: np.ndarray | None, max_visual_tokens: int | None
+) -> tuple[int, list[list[int]]]:
+    """The window whose samples come out nearest below a whole number of packs, and those packs by best fit."""
     if len(lengths) <= target:
         return len(lengths), pack_best_fit(lengths, sequence_length, visual_tokens, max_visual_tokens)
     first = max(1, target - target // 16)

@@ -15,30 +15,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from terrace.data.images import ImageDamage, decode_image
 from terrace.data.parallel import Progress, run_units
-from terrace.data.sources.conventions import ImageReference, convert_row, row_id
-from terrace.data.sources.formats import Unit, plan_units, read_rows, source_files
-from terrace.data.sources.placeholders import resolve_coordinates
-from terrace.data.sources.refusals import REASONS, Refusal, RefusedSample
-from terrace.data.sources.shards import ShardWriter
+from terrace.data.sources.ingest_unit import UnitSettings, ingest_unit
+from terrace.data.sources.listing import Listing, list_source
+from terrace.data.sources.planning import plan_units
+from terrace.data.sources.refusals import REASONS, RefusedSample
 from terrace.data.sources.unpack import UnpackSettings, compressed_files, unpack_tar
-from terrace.data.types import Sample
 from terrace.errors import InputError
 from terrace.recipe.schema import Data, Source, Storage
-from terrace.storage.files import StoredFile, absolute, is_remote, join, read_file, relative_name, upload, write_file
+from terrace.storage.files import StoredFile, absolute, is_remote, join, read_file, relative_name, write_file
 
-INGEST_VERSION = 2  # part of the fingerprint: raised when ingest would write other shards for the same rows
-CHECKED_IMAGES = 8_192  # remembered results of image checks per worker
+INGEST_VERSION = 3  # part of the fingerprint: raised when ingest would write other shards for the same rows
 
 
 @dataclass(frozen=True)
@@ -64,54 +58,59 @@ class IngestReport:
     in_place: bool = False
     reused: bool = False
     rewritten: int = 0
+    ignored: dict[str, int] = field(default_factory=dict)  # entry of the source's `ignore` -> rows that had it
+    rotated: int = 0  # pictures with an EXIF orientation, turned upright or (`exif: ignore`) left lying
+    spelled: int = 0  # samples whose text spells special tokens (`special_tokens` says what becomes of them)
+    renamed: int = 0  # samples whose id another sample has too: they got a suffix
 
     @property
     def refused_samples(self) -> int:
         return sum(self.refused.values())
 
 
-@dataclass(frozen=True)
-class UnitSettings:
-    """What a worker needs beside its unit."""
-
-    source: str
-    kind: str
-    task: str | None
-    images_root: str | None
-    folder: str
-    shard_bytes: int
-    max_image_pixels: int
-    storage: Storage
-
-
 def ingest_source(
     name: str, source: Source, data: Data, out_dir: str | Path, progress: Progress | None = None, use_ray: bool | None = None
 ) -> IngestReport:
     """Bring one source into shards below `out_dir`, or find that this has been done. Raises InputError when nothing is left of it."""
-    format_name, files = source_files(name, source, data.storage)
-    fingerprint = ingest_fingerprint(source, data, format_name, files)
+    listing = list_source(name, source, data.storage)
+    files = listing.all_files
+    fingerprint = ingest_fingerprint(source, data, listing)
     folder = join(absolute(str(out_dir)), name, fingerprint[:12])
     report = load_report(folder, data.storage)
     if report is not None:
         require_samples(name, source.uri, report.samples, report.refused, folder)
         return report
-    if format_name == "webdataset":
-        shards, unreadable = _plain_tars(name, files, folder, _folder_of(source.uri, files), data.storage, progress, use_ray)
-        written = sum(shard.uri.startswith(folder + "/") for shard in shards)
-        report = IngestReport(name, folder, fingerprint, format_name, shards, samples=-1, in_place=True, rewritten=written)
-        _finish(report, unreadable, data.storage)
-        return report
+    root = _folder_of(source.uri, files)
+    tars = listing.files.get("webdataset", [])
+    found, unreadable = _plain_tars(name, tars, folder, root, data.storage, progress, use_ray) if tars else ((), [])
+    receipts = _ingest_rows(name, source, data, listing, folder, root, progress, use_ray)
+    written = tuple(Shard(join(folder, "shards", shard), size) for receipt in receipts for shard, size in receipt["shards"])
+    refused = [*unreadable, *(RefusedSample(**line) for receipt in receipts for line in receipt["refused"])]
+    ignored: Counter[str] = Counter()
+    for receipt in receipts:
+        ignored.update(receipt["ignored"])
+    report = IngestReport(
+        name, folder, fingerprint, listing.name, (*found, *written),
+        samples=-1 if tars else sum(receipt["samples"] for receipt in receipts),
+        refused=dict(Counter(line.reason for line in refused).most_common()), in_place=bool(tars),
+        rewritten=sum(shard.uri.startswith(folder + "/") for shard in found), ignored=dict(ignored),
+        rotated=sum(receipt["rotated"] for receipt in receipts), renamed=sum(receipt["renamed"] for receipt in receipts),
+        spelled=sum(receipt["spelled"] for receipt in receipts),
+    )  # fmt: skip
+    _finish(report, refused, data.storage)
+    require_samples(name, source.uri, report.samples, report.refused, folder)
+    return report
+
+
+def _ingest_rows(
+    name: str, source: Source, data: Data, listing: Listing, folder: str, root: str, progress: Progress | None, use_ray: bool | None
+) -> list[dict[str, Any]]:
+    """Everything of a listing that is not a tar, written into shards; the receipts of its units, in order."""
     settings = UnitSettings(
-        name,
-        source.kind,
-        source.task,
-        source.images_root and absolute(source.images_root),
-        folder,
-        data.shard_bytes,
-        data.max_image_pixels,
-        data.storage,
-    )
-    units = plan_units(format_name, files, _folder_of(source.uri, files), data.storage)
+        name, source.kind, source.task, source.images_root and absolute(source.images_root), folder, data.shard_bytes,
+        data.max_image_pixels, data.storage, tuple(source.ignore), source.exif, source.placeholders, source.special_tokens,
+    )  # fmt: skip
+    units = plan_units(listing, root, data.storage, source.datasets)
     receipts: list[dict[str, Any]] = [{} for _ in units]
     total, done = max(1, sum(unit.cost for unit in units)), 0
     what = f"ingest {name}"
@@ -122,14 +121,7 @@ def ingest_source(
         done += units[number].cost
         if progress is not None:
             progress(what, done, total)
-    shards = tuple(Shard(join(folder, "shards", shard), size) for receipt in receipts for shard, size in receipt["shards"])
-    refused = [RefusedSample(**line) for receipt in receipts for line in receipt["refused"]]
-    reasons = dict(Counter(line.reason for line in refused).most_common())
-    samples = sum(receipt["samples"] for receipt in receipts)
-    report = IngestReport(name, folder, fingerprint, format_name, shards, samples, reasons)
-    _finish(report, refused, data.storage)
-    require_samples(name, source.uri, samples, reasons, folder)
-    return report
+    return receipts
 
 
 def _plain_tars(
@@ -163,11 +155,13 @@ def require_samples(name: str, uri: str, samples: int, refused: dict[str, int], 
         )
 
 
-def ingest_fingerprint(source: Source, data: Data, format_name: str, files: list[StoredFile]) -> str:
+def ingest_fingerprint(source: Source, data: Data, listing: Listing) -> str:
     settings = {
-        "version": INGEST_VERSION, "uri": source.uri, "format": format_name, "kind": source.kind, "task": source.task,
+        "version": INGEST_VERSION, "uri": source.uri, "format": listing.name, "kind": source.kind, "task": source.task,
         "images_root": source.images_root, "shard_bytes": data.shard_bytes, "max_image_pixels": data.max_image_pixels,
-        "files": [(file.uri, file.size, file.version) for file in files],
+        "ignore": sorted(source.ignore), "exif": source.exif, "placeholders": source.placeholders, "special_tokens": source.special_tokens,
+        "datasets": source.datasets,
+        "files": [(file.uri, file.size, file.version) for file in listing.all_files], "told": listing.told,
     }  # fmt: skip
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
@@ -211,166 +205,6 @@ def _common(files: list[StoredFile]) -> str:
     parts = [file.uri.rpartition("/")[0].split("/") for file in files]
     same = [column[0] for column in zip(*parts) if len(set(column)) == 1]
     return "/".join(same)
-
-
-# ---------------------------------------------------------------- one unit
-
-
-def ingest_unit(settings: UnitSettings, unit: Unit, inside: Callable[[int], None] | None = None) -> dict[str, Any]:
-    """Write the shards of one unit and its receipt {"shards": [(name, bytes)], "samples", "refused"}; reuse it if it is there."""
-    receipt_uri = join(settings.folder, "units", f"{unit.number:06d}.json")
-    try:
-        return json.loads(read_file(receipt_uri, settings.storage))
-    except FileNotFoundError:
-        pass
-    images = ImageLoader(settings, unit)
-    refused: list[RefusedSample] = []
-    ids: set[str] = set()
-    with _UnitWriter(settings, unit.number) as writer:
-        last_told = time.monotonic()
-        for origin, default_id, row, share in read_rows(unit, settings.storage):
-            sample_id = row_id(row, default_id) if isinstance(row, dict) else default_id
-            try:
-                if isinstance(row, Refusal):
-                    raise row
-                sample, references = convert_row(row, default_id, settings.kind)
-                if sample_id in ids:
-                    raise Refusal("duplicate_id", f"an earlier row of {origin.rpartition(':')[0]} has the id {sample_id!r}")
-                loaded = [images.load(reference) for reference in references]
-                resolve_coordinates(sample.messages, [size for _, size in loaded])
-                if settings.task is not None:
-                    sample.metadata.setdefault("task", settings.task)
-                writer.add(sample, [content for content, _ in loaded])
-                ids.add(sample_id)
-            except Refusal as refusal:
-                refused.append(RefusedSample(origin, sample_id, refusal.reason, refusal.detail[:500]))
-            if inside is not None and time.monotonic() - last_told > 0.5:
-                last_told = time.monotonic()
-                inside(int(unit.cost * share))
-        shards = writer.finish()
-    receipt = {"shards": shards, "samples": writer.samples, "refused": [line.as_json() for line in refused]}
-    write_file(receipt_uri, json.dumps(receipt).encode(), settings.storage)
-    return receipt
-
-
-class _UnitWriter:
-    """Cuts a unit's samples into shards of about `shard_bytes`; each appears under its name only when complete."""
-
-    def __init__(self, settings: UnitSettings, unit: int):
-        self._settings, self._unit = settings, unit
-        self._local: tempfile.TemporaryDirectory[str] | None = None
-        self._writer: ShardWriter | None = None
-        self._path: Path | None = None
-        self._shards: list[tuple[str, int]] = []
-        self.samples = 0
-
-    def __enter__(self) -> _UnitWriter:
-        folder = join(self._settings.folder, "shards")
-        if is_remote(folder):
-            self._local = tempfile.TemporaryDirectory(prefix="terrace-ingest-")
-        else:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            self._local = tempfile.TemporaryDirectory(prefix=".writing-", dir=folder)  # same disk: the move is a rename
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        if self._writer is not None:
-            self._writer.close()
-        assert self._local is not None
-        self._local.cleanup()
-
-    def add(self, sample: Sample, images: list[bytes]) -> None:
-        if self._writer is None:
-            assert self._local is not None
-            name = f"{self._settings.source}-{self._unit:06d}-{len(self._shards):03d}.tar"
-            self._path = Path(self._local.name) / name
-            self._writer = ShardWriter(self._path)
-        self._writer.add(sample, images)
-        self.samples += 1
-        if self._writer.size >= self._settings.shard_bytes:
-            self._cut()
-
-    def finish(self) -> list[tuple[str, int]]:
-        if self._writer is not None and self._writer.samples:
-            self._cut()
-        return self._shards
-
-    def _cut(self) -> None:
-        assert self._writer is not None
-        assert self._path is not None
-        self._writer.close()
-        size = self._path.stat().st_size
-        upload(self._path, join(self._settings.folder, "shards", self._path.name), self._settings.storage)
-        self._shards.append((self._path.name, size))
-        self._writer = None
-
-
-# ---------------------------------------------------------------- images
-
-
-class ImageLoader:
-    """Reads and checks the images that rows name, inside the folder that they may name."""
-
-    def __init__(self, settings: UnitSettings, unit: Unit):
-        self._settings = settings
-        root = settings.images_root or unit.files[0].rpartition("/")[0]
-        if unit.format == "image_folder":
-            root = unit.root
-        self._root = absolute(root)
-        self._checked: dict[str, tuple[int, int] | Refusal] = {}
-
-    def load(self, reference: ImageReference) -> tuple[bytes, tuple[int, int]]:
-        """(bytes, (width, height)) of a healthy image. Raises Refusal."""
-        if reference.data is not None:
-            return reference.data, self._check(reference.data, reference.label)
-        assert reference.path is not None
-        uri = self._inside(reference.path)
-        known = self._checked.get(uri)
-        if isinstance(known, Refusal):
-            raise known
-        try:
-            content = read_file(uri, self._settings.storage)
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError, ValueError):
-            raise self._remember(uri, Refusal("missing_image", f"there is no file {reference.path} in {self._root}")) from None
-        except OSError as error:  # name too long, no permission
-            raise self._remember(uri, Refusal("missing_image", f"{reference.path}: {error.strerror}")) from error
-        if known is None:
-            try:
-                known = self._check(content, reference.path)
-            except Refusal as refusal:
-                raise self._remember(uri, refusal) from None
-            self._remember(uri, known)
-        return content, known
-
-    def _check(self, content: bytes, label: str) -> tuple[int, int]:
-        try:
-            height, width, _ = decode_image(content, self._settings.max_image_pixels).shape
-        except ImageDamage as damage:
-            raise Refusal(damage.reason, f"{label}: {damage.detail}") from damage
-        return width, height
-
-    def _remember(self, uri: str, result: Any) -> Any:
-        if len(self._checked) >= CHECKED_IMAGES:
-            self._checked.pop(next(iter(self._checked)))
-        self._checked[uri] = result
-        return result
-
-    def _inside(self, path: str) -> str:
-        """The URI of a row's image path, which must stay in the folder of images: rows may come from strangers."""
-        parts = path.replace("\\", "/").split("/")
-        if ".." in parts:
-            raise Refusal("unsafe_path", f"{path!r} holds `..`; paths are relative to {self._root}")
-        if is_remote(path):
-            if not path.startswith(self._root.rstrip("/") + "/"):
-                raise Refusal("unsafe_path", f"{path!r} lies outside {self._root}; set images_root to allow it")
-            return path
-        if path.startswith("/"):
-            if is_remote(self._root) or not os.path.abspath(path).startswith(self._root.rstrip("/") + "/"):
-                raise Refusal("unsafe_path", f"{path!r} lies outside {self._root}; set images_root to allow it")
-            return os.path.abspath(path)
-        if "\0" in path:
-            raise Refusal("unsafe_path", "the path holds a zero byte")
-        return join(self._root, path)
 
 
 def iter_refused(folder: str, storage: Storage) -> Iterator[RefusedSample]:

@@ -25,8 +25,11 @@ _NEAR_THE_END = 16  # characters: an escape or literal that the end of the piece
 
 def starts_array(stream: IO[bytes]) -> bool:
     """Whether the file's value is an array. Leaves the stream at its beginning."""
-    head = stream.read(4096)
-    stream.seek(0)
+    if stream.seekable():
+        head = stream.read(4096)
+        stream.seek(0)
+    else:
+        head = stream.peek(4096)  # type: ignore[attr-defined]  # zstd's, which cannot go back
     return head.removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
 
 
@@ -41,7 +44,8 @@ def array_rows(stream: IO[bytes], start: int = 0, end: int | None = None) -> Ite
 
 
 def _rows(stream: IO[bytes], start: int, end: int | None) -> Iterator[tuple[Any, int]]:
-    stream.seek(start)
+    if start:
+        stream.seek(start)
     reader = _Text(stream, start)
     if start == 0:
         reader.skip(_BEFORE)
@@ -56,13 +60,25 @@ def _rows(stream: IO[bytes], start: int, end: int | None) -> Iterator[tuple[Any,
                 continue
             yield Refusal("bad_row", f"the array is not closed: the file ends at byte {reader.place}"), reader.place
             return
-        if reader.text[reader.at] == "]" or (end is not None and reader.place >= end):
+        if end is not None and reader.place >= end:
+            return
+        if reader.text[reader.at] == "]":
+            reader.go_to(reader.at + 1)
+            reader.skip(_BEFORE)
+            while reader.exhausted() and reader.more():
+                reader.skip(_BEFORE)
+            if not reader.exhausted():
+                yield Refusal("bad_row", f"the array ends at byte {reader.place}, and something stands behind it"), reader.place
             return
         try:
             row, stop = scan(reader.text, reader.at)
         except ValueError as error:
             if _may_go_on(error, len(reader.text)) and len(reader.text) - reader.at < MAX_ROW_CHARACTERS and reader.more():
                 continue
+            if len(reader.text) - reader.at >= MAX_ROW_CHARACTERS:
+                told = f"the row at byte {reader.place} has more than {MAX_ROW_CHARACTERS:,} characters; what lies behind it is not read"
+                yield Refusal("too_large", told), reader.place
+                return
             yield Refusal("bad_row", f"not readable as JSON in the row at byte {reader.place} ({error})"), reader.place
             return
         except RecursionError as error:
@@ -73,6 +89,22 @@ def _rows(stream: IO[bytes], start: int, end: int | None) -> Iterator[tuple[Any,
             continue  # a number may go on behind the piece
         reader.go_to(stop)
         yield row, reader.place
+
+
+def concatenated_rows(content: bytes) -> Iterator[Any]:
+    """The values of a file that holds several, one behind the other, each over many lines."""
+    text, scan, at = content.decode("utf-8-sig"), json.JSONDecoder().raw_decode, 0
+    while at < len(text):
+        gap = _GAP.match(text, at)
+        at = gap.end() if gap is not None else at
+        if at >= len(text):
+            return
+        try:
+            row, at = scan(text, at)
+        except (ValueError, RecursionError) as error:
+            yield Refusal("bad_row", f"not readable as JSON from character {at} on ({error})")
+            return
+        yield row
 
 
 def array_spans(stream: IO[bytes], span_bytes: int) -> list[tuple[int, int, int]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import tempfile
@@ -103,7 +104,7 @@ def plain_name(name: str) -> str:
 
 def _blocks(packed: IO[bytes], method: str, most_bytes: int) -> Iterator[bytes | str]:
     """Decompressed blocks; at last a sentence if the rest cannot be had."""
-    stream, size = _opened(packed, method), 0
+    stream, size = opened(packed, method), 0
     while True:
         try:
             block = stream.read(BLOCK_BYTES)
@@ -124,9 +125,10 @@ def _blocks(packed: IO[bytes], method: str, most_bytes: int) -> Iterator[bytes |
         yield block
 
 
-def _opened(packed: IO[bytes], method: str) -> Any:
+def opened(packed: IO[bytes], method: str) -> Any:
+    """What a compressed file holds, for reading front to back."""
     if method == "zstd":
         import pyarrow as pa
 
-        return pa.CompressedInputStream(pa.PythonFile(packed, "r"), "zstd")
+        return io.BufferedReader(pa.CompressedInputStream(pa.PythonFile(packed, "r"), "zstd"), 2**20)
     return {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}[method](packed, "rb")

@@ -54,6 +54,7 @@ def held_out_specs(
                 (stage.pixels.min, stage.pixels.max),
                 stage.sequence_length,
                 stage.data_loading.max_visual_tokens_per_pack,
+                needs_targets=stage.objective == "lm",
             )
             if kept.count:
                 by_kind.setdefault(source.kind, []).append(kept)

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 
+from terrace.data.image_files import without_orientation
 from terrace.data.index.source_index import SampleLocation, SourceIndex
+from terrace.data.sources.conventions import Rules
 from terrace.data.sources.placeholders import resolve_coordinates
 from terrace.data.sources.refusals import Refusal
 from terrace.data.sources.shards import is_image_suffix, sample_of_members
@@ -61,13 +64,17 @@ def _checked(location: SampleLocation, blocks: list[bytes]) -> tuple[Sample, lis
             return _damaged(location, f"the checksum of its {suffix} at byte {offset} does not match the index")
         data[suffix] = block
     try:
-        sample, images = sample_of_members(location.id, data, location.id, location.kind)
+        rules = Rules.of(location)
+        sample, images = sample_of_members(location.id, data, location.id, location.kind, rules)
         resolve_coordinates(sample.messages, location.sizes)
     except Refusal as refusal:
         return _damaged(location, refusal.detail)
     if len(images) != len(location.sizes) or not all(is_image_suffix(suffix) for suffix in images):
         return _damaged(location, f"it has {len(images)} images, the index says {len(location.sizes)}")
-    return sample, [data[suffix] for suffix in images]
+    contents = [data[suffix] for suffix in images]
+    if location.exif == "ignore":
+        contents = [without_orientation(content) for content in contents]
+    return replace(sample, id=location.id), contents  # the index may have told samples of one id apart
 
 
 def _damaged(location: SampleLocation, detail: str) -> DamagedData:

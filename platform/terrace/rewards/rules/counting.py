@@ -5,9 +5,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from typing import Any
+
 from terrace.rewards.rules.answers import final_answer
-from terrace.rewards.rules.math import plain_number
-from terrace.rewards.types import RewardItem
+from terrace.rewards.rules.numbers import Number, plain_number
+from terrace.rewards.types import Judgement, RewardItem
+
+_BOUND = re.compile(r"\b(?:more|fewer|less|greater|other) than\b|\bover \d|\bunder \d|\bnot \w+ ?$", re.IGNORECASE)
 
 
 def counting(items: list[RewardItem], *, partial: bool = False) -> list[float | None]:
@@ -15,14 +21,27 @@ def counting(items: list[RewardItem], *, partial: bool = False) -> list[float | 
     return [_score(item, partial) for item in items]
 
 
-def _score(item: RewardItem, partial: bool) -> float | None:
-    gold = plain_number(str(item.solution))
+def stating(item: RewardItem, options: Mapping[str, Any]) -> str | None:
+    """The count itself, or None if the solution is none."""
+    gold = count_of(str(item.solution))
+    return str(gold.value) if gold is not None else None
+
+
+def _score(item: RewardItem, partial: bool) -> Judgement | None:
+    gold = count_of(str(item.solution))
     if gold is None:
-        return None  # the prompt's own solution is no number: nobody can judge this
+        return None
     answer = final_answer(item.response)
-    number = plain_number(answer.text) if answer else None
-    if number is None or number.percent or number.value.denominator != 1 or number.value < 0:
-        return 0.0
+    number = count_of(answer.text) if answer else None
+    read = answer.text if answer else ""
+    if number is None:
+        return Judgement(0.0, read, "no count, or several numbers")
     if not partial:
-        return float(number.value == gold.value)
-    return max(0.0, float(1 - abs(number.value - gold.value) / max(gold.value, 1)))
+        return Judgement(float(number.value == gold.value), read, "count")
+    return Judgement(max(0.0, float(1 - abs(number.value - gold.value) / max(gold.value, 1))), read, "count: relative error")
+
+
+def count_of(text: str) -> Number | None:
+    """The one whole number that a text states; "more than 4" states none."""
+    number = None if _BOUND.search(text) else plain_number(text)
+    return number if number is not None and not number.percent and number.value.denominator == 1 and number.value >= 0 else None

@@ -8,10 +8,11 @@ already.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from terrace.rewards.rules.coordinates import answer_groups, from_answer_units, to_model_pixels
-from terrace.rewards.types import RewardItem
+from terrace.rewards.rules.coordinates import from_answer_units, one_box, solution_box, stated_box, to_model_pixels
+from terrace.rewards.types import Judgement, RewardItem
 
 
 def iou_and_giou(box: list[float], other: list[float]) -> tuple[float, float]:
@@ -37,19 +38,24 @@ def grounding(
     return [_score(item, metric, mapping, coordinates) for item in items]
 
 
-def _score(item: RewardItem, metric: str, mapping: str, coordinates: str) -> float | None:
-    solution = item.solution if isinstance(item.solution, dict) else {"bbox": item.solution}
-    image = int(solution.get("image", 0))
-    gold = to_model_pixels([float(value) for value in solution["bbox"]], item.metadata, image)
-    if gold[2] <= gold[0] or gold[3] <= gold[1]:
-        return None  # the solution is no box
-    groups = answer_groups(item.response)
-    if len(groups) != 1 or len(groups[0]) != 4:
-        return 0.0
-    box = from_answer_units(groups[0], coordinates, item.metadata, image)
-    if box[2] <= box[0] or box[3] <= box[1]:
-        return 0.0
+def stating(item: RewardItem, options: Mapping[str, Any]) -> str | None:
+    """The solution's box as the model would write it, or None if there is none."""
+    box = stated_box(item, options.get("coordinates", "pixels"))
+    return None if box is None else str(box)
+
+
+def _score(item: RewardItem, metric: str, mapping: str, coordinates: str) -> Judgement | None:
+    solution = solution_box(item.solution)
+    if solution is None:
+        return None
+    gold = to_model_pixels(solution[0], item.metadata, solution[1])
+    found = one_box(item.response)
+    if found is None:
+        return Judgement(0.0, "", "no box, or several")
+    box = from_answer_units(found, coordinates, item.metadata, solution[1])
+    read = f"[{', '.join(f'{value:g}' for value in found.values)}]"
+    if box is None or box[2] <= box[0] or box[3] <= box[1]:
+        return Judgement(0.0, read, "a box without area")
     iou, giou = iou_and_giou(box, gold)
-    if metric == "iou":
-        return min(max(iou, 0.0), 1.0)
-    return min(max((giou + 1) / 2 if mapping == "half" else giou, 0.0), 1.0)
+    value = iou if metric == "iou" else (giou + 1) / 2 if mapping == "half" else giou
+    return Judgement(min(max(value, 0.0), 1.0), read, f"{metric} {iou if metric == 'iou' else giou:.3f}")

@@ -7,25 +7,35 @@ several points.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from terrace.rewards.rules.coordinates import answer_groups, from_answer_units, to_model_pixels
-from terrace.rewards.types import RewardItem
+from terrace.rewards.rules.coordinates import from_answer_units, one_point, solution_box, stated_box, to_model_pixels
+from terrace.rewards.types import Judgement, RewardItem
 
 
-def gui_point(
-    items: list[RewardItem], *, coordinates: Literal["pixels", "relative_1000", "relative_1"] = "pixels"
-) -> list[float | None]:
+def gui_point(items: list[RewardItem], *, coordinates: Literal["pixels", "relative_1000", "relative_1"] = "pixels") -> list[float | None]:
     """Score the one point of each answer against `solution["bbox"]` (original pixels, borders included)."""
     return [_score(item, coordinates) for item in items]
 
 
-def _score(item: RewardItem, coordinates: str) -> float:
-    solution = item.solution if isinstance(item.solution, dict) else {"bbox": item.solution}
-    image = int(solution.get("image", 0))
-    x1, y1, x2, y2 = to_model_pixels([float(value) for value in solution["bbox"]], item.metadata, image)
-    groups = answer_groups(item.response)
-    if len(groups) != 1 or len(groups[0]) != 2:
-        return 0.0
-    x, y = from_answer_units(groups[0], coordinates, item.metadata, image)
-    return float(x1 <= x <= x2 and y1 <= y <= y2)
+def stating(item: RewardItem, options: Mapping[str, Any]) -> str | None:
+    """The middle of the solution's box as the model would write it, or None if there is none."""
+    box = stated_box(item, options.get("coordinates", "pixels"))
+    return None if box is None else str([(box[0] + box[2]) / 2, (box[1] + box[3]) / 2])
+
+
+def _score(item: RewardItem, coordinates: str) -> Judgement | None:
+    solution = solution_box(item.solution)
+    if solution is None:
+        return None
+    x1, y1, x2, y2 = to_model_pixels(solution[0], item.metadata, solution[1])
+    found = one_point(item.response)
+    if found is None:
+        return Judgement(0.0, "", "no point, or several")
+    point = from_answer_units(found, coordinates, item.metadata, solution[1])
+    read = f"[{', '.join(f'{value:g}' for value in found.values)}]"
+    if point is None:
+        return Judgement(0.0, read, "percentages where pixels are asked")
+    inside = x1 <= point[0] <= x2 and y1 <= point[1] <= y2
+    return Judgement(float(inside), read, "inside the box" if inside else "outside the box")

@@ -8,14 +8,18 @@ time.
 from __future__ import annotations
 
 import re
-import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
+
+from terrace.rewards.rules.latex import inside, plain
+from terrace.rewards.rules.number_words import numbers_in_words
+from terrace.rewards.rules.units import without_unit
 
 _DIGITS = r"\d{1,3}(?:,\d{3}){1,12}(?!\d)|\d{1,40}"
 _PLAIN = rf"(?:(?:{_DIGITS})(?:\.\d{{1,40}})?|\.\d{{1,40}})"
 _SIGN = r"(?:(?<![A-Za-z0-9_.)\]}])[-+]\s?)?"
-_TEN = r"\s?(?:\\times|\\cdot|[x×*·])\s?10\s?\^\s?\{?\s?([-+]?\d{1,3})\}?"
+_TEN = r"\s?(?:\\times|\\cdot|[x×*·])\s?10\s?\^\s?\{?\s?(?P<ten>[-+]?\d{1,3})\}?"
 _MULTIPLIERS = {
     "thousand": 10**3,
     "million": 10**6,
@@ -24,7 +28,13 @@ _MULTIPLIERS = {
     "萬": 10**4,
     "亿": 10**8,
     "億": 10**8,
+    "k": 10**3,
+    "M": 10**6,
+    "mn": 10**6,
+    "B": 10**9,
+    "bn": 10**9,
 }
+_MATHS = re.compile(r"[\\^*_{}\[\]+<>|]|\b(?:pi|sqrt|log|sin|cos|tan|infinity|inf|infty)\b", re.IGNORECASE)
 _NUMBER = re.compile(
     rf"(?P<sign>{_SIGN})(?<![A-Za-z_])(?:"
     rf"(?P<mixed>\d{{1,12}})\s{{1,2}}(?P<mixed_n>\d{{1,12}})/(?P<mixed_d>\d{{1,12}})(?![\d/])"
@@ -32,21 +42,8 @@ _NUMBER = re.compile(
     rf"|\\[dt]?frac\s?(?P<short_n>\d)\s?(?P<short_d>\d)(?!\d)"
     rf"|(?P<over_n>{_PLAIN})\s?/\s?(?P<over_d>{_PLAIN})(?![\d/])"
     rf"|(?P<plain>{_PLAIN})(?:[eE](?P<exponent>[-+]?\d{{1,3}})(?![A-Za-z0-9])|{_TEN})?"
-    rf")(?:\s?(?P<multiplier>thousand|million|billion|万|萬|亿|億)(?![a-z]))?"
+    rf")(?:\s?(?P<multiplier>thousand|million|billion|万|萬|亿|億)(?![a-z])|(?P<short>(?<=\d)(?:k|M|mn|B|bn))(?![A-Za-z]))?"
     r"(?P<percent>\s?\\?%|\s?per ?cent\b)?"
-)
-_ONES = dict(zip("零〇一二两三四五六七八九", (0, 0, 1, 2, 2, 3, 4, 5, 6, 7, 8, 9)))
-_PLACES = {"十": 10, "百": 100, "千": 1000}
-_CHINESE = re.compile(r"[零〇一二两三四五六七八九十百千万亿]{1,20}")
-_ONES_IN_WORDS = (
-    "zero one two three four five six seven eight nine ten "
-    "eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
-)
-_TENS_IN_WORDS = "twenty thirty forty fifty sixty seventy eighty ninety"
-_WORDS = {word: value for value, word in enumerate(_ONES_IN_WORDS.split())}
-_WORDS |= {word: 10 * value for value, word in enumerate(_TENS_IN_WORDS.split(), start=2)}
-_WORD_NUMBER = re.compile(
-    rf"\b({'|'.join(_WORDS)})(?:[- ]({'|'.join(list(_WORDS)[1:10])}))?\b( hundred\b)?", re.IGNORECASE
 )
 
 
@@ -58,21 +55,6 @@ class Number:
     percent: bool
     start: int
     end: int
-
-
-def plain_text(text: str) -> str:
-    """Write LaTeX spacing, Unicode digits, minus signs and vulgar fractions in their plain ASCII form."""
-    text = re.sub(r"(\d)([¼½¾⅐-⅞])", r"\1 \2", text)
-    text = unicodedata.normalize("NFKC", text).replace("\u2044", "/").replace("\u2212", "-").replace("\u2013", "-")
-    text = re.sub(r"\\[!;:]|\{,\}", lambda match: "," if match.group() == "{,}" else "", text)
-    text = re.sub(r"(\d)(?:\\,|\\ |[ ])(?=\d{3}(?!\d))(?<![.]\d)", r"\1,", text)
-    return (
-        text.replace("\\,", " ")
-        .replace("\\ ", " ")
-        .replace("\\%", "%")
-        .replace("\\$", "$")
-        .replace("^{\\circ}", "^\\circ")
-    )
 
 
 def _fraction(digits: str) -> Fraction:
@@ -98,27 +80,10 @@ def _value(match: re.Match) -> Fraction | None:
             return None
         value = _fraction(group["over_n"]) / _fraction(group["over_d"])
     else:
-        exponent = group["exponent"] or match.group(match.re.groupindex["exponent"] + 1)
+        exponent = group["exponent"] or group["ten"]
         value = _fraction(group["plain"]) * (Fraction(10) ** int(exponent) if exponent else 1)
-    value *= _MULTIPLIERS.get(group["multiplier"] or "", 1)
+    value *= _MULTIPLIERS.get(group["multiplier"] or group["short"] or "", 1)
     return -value if group["sign"].strip() == "-" else value
-
-
-def chinese_number(text: str) -> int:
-    """The value of a Chinese numeral: 三百二十一 is 321, 一万二千 is 12000, 二〇二五 is 2025."""
-    if len(text) > 1 and all(char in _ONES for char in text):
-        return int("".join(str(_ONES[char]) for char in text))
-    total = section = digit = 0
-    for char in text:
-        if char in _ONES:
-            digit = _ONES[char]
-        elif char in _PLACES:
-            section += (digit or 1) * _PLACES[char]
-            digit = 0
-        else:
-            total += max(section + digit, 1) * _MULTIPLIERS[char]
-            section = digit = 0
-    return total + section + digit
 
 
 def find_numbers(text: str) -> list[Number]:
@@ -131,27 +96,41 @@ def find_numbers(text: str) -> list[Number]:
             found.append(Number(value, bool(match.group("percent")), match.start(), match.end()))
     if found:
         return found
-    for match in _CHINESE.finditer(text):
-        # 一 inside a word (一个 "a", 一些 "some") still reads as a count; single 万/亿 without a digit does not.
-        if match.group() not in ("万", "亿"):
-            found.append(Number(Fraction(chinese_number(match.group())), False, match.start(), match.end()))
-    for match in _WORD_NUMBER.finditer(text):
-        first, second, hundred = match.groups()
-        value = _WORDS[first.lower()]
-        if second and value >= 20:
-            value += _WORDS[second.lower()]
-        found.append(Number(Fraction(value * (100 if hundred else 1)), False, match.start(), match.end()))
-    return found
+    return [Number(value, percent, start, end) for value, percent, start, end in numbers_in_words(text)]
+
+
+@lru_cache(maxsize=1024)  # a group asks for one solution again and again
+def plain_number(text: str) -> Number | None:
+    """The one number that a text states, with or without unit and words; None for an expression, a list, or no number.
+
+    "3 + 4 = 7" states 7 (what stands after the last "="). A sign before brackets is no number of its own: `-(5)` is an
+    expression.
+    """
+    bare = inside(plain(text))
+    return None if re.fullmatch(r"\d+\s?!+", bare) else stated(without_unit(bare)[0])
+
+
+def stated(text: str) -> Number | None:
+    if "=" in text:
+        text = text.rsplit("=", 1)[1]
+    numbers = find_numbers(text)
+    if not numbers or len({(number.value, number.percent) for number in numbers}) > 1:
+        return None
+    rest, place = "", 0
+    for number in numbers:
+        before, after = text[: number.start], text[number.end :]
+        # "5x" is an expression ("5m" is a length: its unit is cut off before), and so is "-(5)"
+        if re.match(r"[A-Za-z](?![A-Za-z])|\s?[(\[]\s?\d", after) or re.search(r"(?<![A-Za-z])[A-Za-z]$|[-+/*]\s?[(\[{]\s?$", before):
+            return None
+        rest, place = rest + text[place : number.start] + " # ", number.end
+    rest += text[place:]
+    return None if _MATHS.search(rest) or re.search(r"#\s*!(?=\s*\S)|#\s*[-+*/:]\s*#|^\s*[-+*/]\s*#|#\s*_", rest) else numbers[-1]
 
 
 def same_number(gold: Number, answer: Number, tolerance: float = 0.0, relative_tolerance: float = 0.0) -> bool:
     """Whether two numbers agree. A percentage agrees with its share too (40%, 0.4 and 40 are one answer to "what
     percent")."""
-    allowed = max(
-        Fraction(str(tolerance)),
-        abs(gold.value) * Fraction(str(relative_tolerance)),
-        abs(gold.value) * Fraction(1, 10**9),
-    )
+    allowed = max(Fraction(str(tolerance)), abs(gold.value) * Fraction(str(relative_tolerance)))
     if abs(gold.value - answer.value) <= allowed:
         return True
     if gold.percent and not answer.percent:

@@ -1,0 +1,103 @@
+"""Ray for this process: connect to the cluster we belong to, or start one on this machine that is large enough for the recipe."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import logging
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from terrace.recipe.schema import Recipe
+
+
+def start_ray(recipe: Recipe, dashboard: bool = False) -> bool:
+    """Connect to the cluster we belong to (`RAY_ADDRESS`, set inside a Ray job too), or start one on this machine.
+
+    A Ray of our own gets at least the logical CPUs that the largest stage asks for (workers, and one per worker for
+    decoding), so that a recipe for two workers runs on a small laptop too, and an object store of a tenth of the
+    memory, at most 2 GiB. True if this call connected to or started it.
+    """
+    for key, value in {
+        "RAY_TRAIN_V2_ENABLED": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "600",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "RAY_TRAIN_METRICS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    }.items():
+        os.environ.setdefault(key, value)
+    import psutil
+    import ray
+
+    if ray.is_initialized():
+        return False
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    package = Path(__file__).resolve().parents[1]
+    if os.environ.get("RAY_ADDRESS"):
+        if not _installed():
+            common["runtime_env"] = {"py_modules": [str(package)]}
+        with _own_signal_handlers():
+            ray.init(**common)
+        return True
+    if not _installed():
+        paths = [str(package.parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys(paths))
+    needed = 1
+    for stage in recipe.stages:
+        workers = most_workers(stage.resources.workers)
+        held = (workers + stage.rollout_workers) * stage.resources.cpus_per_worker
+        needed = max(needed, int(-(-held // 1)) + (stage.resources.decode_cpus or workers))
+    memory = psutil.virtual_memory().available
+    with _own_signal_handlers():
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, needed),
+            include_dashboard=dashboard,
+            object_store_memory=int(min(2 * 2**30, max(128 * 2**20, memory // 10))),
+            **common,
+        )
+    return True
+
+
+@contextlib.contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Ray's core puts a handler below Python's that aborts the process on SIGTERM: what was asked for before is put back."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:
+                signal.signal(number, handler)
+
+
+def ray_lives() -> bool:
+    """Whether a Ray that this process started can still run anything: its raylet is our child, and a dead one never comes back."""
+    if os.environ.get("RAY_ADDRESS"):
+        return True  # the cluster's own affair
+    import psutil
+
+    children = psutil.Process().children(recursive=True)
+    return any(child.name() == "raylet" and child.status() != psutil.STATUS_ZOMBIE for child in children)
+
+
+def _installed() -> bool:
+    try:
+        importlib.metadata.distribution("terrace")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def most_workers(workers: int | tuple[int, int]) -> int:
+    return workers if isinstance(workers, int) else workers[1]

@@ -1,0 +1,160 @@
+"""What a controller says to its tracking server, in a thread of its own: a slow or dead server never holds up training.
+
+Calls wait in order. One that fails while the server is away is made again every few minutes, for ever; one that fails although the server
+answers is named and passed over after three tries, and those behind it go on. Rows are not kept here: a call says which file to
+look at, so an outage of days costs no memory and loses nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from terrace.track.mlflow_store import RunSpec, Series, Store
+from terrace.track.points import Point
+
+LOGGER = logging.getLogger(__name__)
+FIRST_WAIT_SECONDS, LARGEST_WAIT_SECONDS = 15.0, 180.0  # between two tries while the server is away
+TRIES, TRY_SECONDS = 3, 1.0  # of a call that fails although the server answers
+Work = tuple[str, Callable[[], object]]  # what it is, and how it is done
+
+
+class Tracking:
+    """Calls return at once; a run's id comes through the callback of its spec."""
+
+    def __init__(self, store: Store, warn: Callable[[str], None]):
+        self._store, self._warn = store, warn
+        self._works: deque[Work | threading.Event] = deque()
+        self._waiting: set[tuple[str, Series]] = set()  # files that the queue will look at anyway
+        self._changed = threading.Condition()
+        self._closing = False
+        self.away = False
+        self.failed = 0  # calls that were passed over
+        self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
+        self._thread.start()
+
+    def open_run(self, spec: RunSpec) -> None:
+        self._put((f"run {spec.name}", lambda: self._store.open_run(spec)))
+
+    def log_rows(self, key: str, series: Series) -> None:
+        """The file has new rows. Asked again before it was looked at, it is looked at once."""
+        with self._changed:
+            if (key, series) in self._waiting:
+                return
+            self._waiting.add((key, series))
+
+        def look() -> None:
+            with self._changed:
+                self._waiting.discard((key, series))
+            self._store.log_rows(key, series)
+
+        self._put((f"steps of {series.path.parent.name}", look))
+
+    def log_evaluation(self, key: str, points: Iterable[Point], step: int, at: float) -> None:
+        points = list(points)
+        self._put((f"evaluation at step {step}", lambda: self._store.log_evaluation(key, points, step, at)))
+
+    def log_artifacts(self, key: str, paths: Iterable[Path]) -> None:
+        for path in paths:
+            self._put((f"artifact {path.name}", lambda path=path: self._store.log_artifact(key, path)))
+
+    def end_run(self, key: str, status: str, tags: dict[str, str] | None = None, ended: float | None = None) -> None:
+        self._put(("end of a run", lambda: self._store.end_run(key, status, tags or {}, ended)))
+
+    def flush(self, timeout_seconds: float = 30.0) -> bool:
+        """Wait until everything so far is in the store; False if that took too long, or once the server is away."""
+        reached = threading.Event()
+        self._put(reached)
+        end = time.monotonic() + timeout_seconds
+        while not reached.wait(0.05):
+            if self.away or time.monotonic() >= end:
+                return False
+        return True
+
+    def close(self, timeout_seconds: float = 30.0) -> None:
+        """Send what is left; while the server is away, leave it to `terrace track`."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join(timeout_seconds)
+        if self.away or self._thread.is_alive():
+            self._warn(f"tracking at {self._store.uri} does not have all of this run; `terrace track RUN --uri URI` sends the rest")
+
+    def _put(self, work: Work | threading.Event) -> None:
+        with self._changed:
+            self._works.append(work)
+            self._changed.notify_all()
+
+    # ------------------------------------------------------------ in the tracking thread
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._works or self._closing)
+                if not self._works:
+                    return
+                work = self._works[0]
+            if isinstance(work, threading.Event):
+                work.set()
+            elif not self._done(work):
+                return
+            with self._changed:
+                self._works.popleft()
+
+    def _done(self, work: Work) -> bool:
+        """Do it until it is done or passed over. False: the server is away and nobody waits any more."""
+        tries, wait = 0, FIRST_WAIT_SECONDS
+        while True:
+            try:
+                work[1]()
+            except Exception as error:  # whatever it is, training must not hear of it
+                LOGGER.debug("tracking failed", exc_info=error)
+                if self._store.answers():
+                    self._back()
+                    self._store.forget()
+                    tries += 1
+                    if tries >= TRIES:
+                        self.failed += 1
+                        self._warn(f"tracking at {self._store.uri}: {work[0]} was left out: {_line(error)}. The rest is logged.")
+                        return True
+                    self._closed(TRY_SECONDS)
+                else:
+                    self._gone(error)
+                    if self._closed(wait):
+                        return False
+                    wait = min(LARGEST_WAIT_SECONDS, wait * 2)
+            else:
+                self._back()
+                return True
+
+    def _closed(self, seconds: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self._closing, seconds)
+
+    def _gone(self, error: Exception) -> None:
+        if not self.away:
+            self.away = True
+            self._warn(
+                f"tracking at {self._store.uri} is not reached: {_line(error)}. The run goes on; metrics.jsonl keeps every step, and they"
+                " are sent when it is back."
+            )
+
+    def _back(self) -> None:
+        if self.away:
+            self.away = False
+            self._warn(f"tracking at {self._store.uri} is back")
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+def open_tracking(run_dir: Path, uri: str | None, experiment: str, warn: Callable[[str], None]) -> Tracking:
+    """Tracking at `uri`, or in `RUN/mlflow.db` with artifacts under `RUN/mlartifacts`."""
+    if uri:
+        return Tracking(Store(uri, experiment, None, warn), warn)
+    return Tracking(Store(f"sqlite:///{Path(run_dir).absolute()}/mlflow.db", experiment, Path(run_dir) / "mlartifacts", warn), warn)

@@ -1,0 +1,165 @@
+"""Tracking on a real `mlflow server`: away in the middle, a finished run sent afterwards, another server; every point once."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from report_run import write_run
+
+from terrace import cli
+from terrace.track import tracking as tracking_module
+from terrace.track.mlflow_store import RunSpec, Series
+from terrace.track.tracking import open_tracking
+
+
+@dataclass
+class Server:
+    """`mlflow server` over sqlite, which can be killed and started again on the same port."""
+
+    folder: Path
+    port: int
+    process: subprocess.Popen | None = None
+
+    @property
+    def uri(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        command = [
+            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
+            "--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--artifacts-destination", str(self.folder / "artifacts"),
+        ]  # fmt: skip
+        environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+        with open(self.folder / "server.log", "a") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+        assert eventually(self._answers, 240), (self.folder / "server.log").read_text()[-3000:]
+
+    def kill(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+    def _answers(self) -> bool:
+        try:
+            return urllib.request.urlopen(f"{self.uri}/health", timeout=5).status == 200
+        except OSError:
+            return False
+
+
+def eventually(what: Callable[[], bool], seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not what() and time.monotonic() < end:
+        time.sleep(0.1)
+    return what()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = Server(tmp_path_factory.mktemp("mlflow"), port)
+    try:
+        running.start()
+        yield running
+    finally:
+        running.kill()
+
+
+def client(server: Server) -> Any:
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(server.uri)
+
+
+def steps(found: Any, run: str, name: str) -> list[int]:
+    return [point.step for point in found.get_metric_history(run, name)]
+
+
+def runs_by_name(found: Any, experiment: str) -> dict[str, Any]:
+    identifier = found.get_experiment_by_name(experiment).experiment_id
+    return {run.info.run_name: run for run in found.search_runs([identifier])}
+
+
+def test_a_finished_run_is_sent_whole_and_once(server: Server, tmp_path: Path, capfd: pytest.CaptureFixture):
+    run_dir = write_run(tmp_path / "made", steps=40)
+    source = "captions"
+    prepared = json.loads((run_dir / "data/prepared.json").read_text())
+    prepared["sources"] = {source: {"folder": "captions/1/index-2", "holdout_samples": 4, "max_samples": None}}
+    (run_dir / "data/prepared.json").write_text(json.dumps(prepared))
+    for _ in range(2):
+        assert cli.main(["track", str(run_dir), "--uri", server.uri, "--experiment", "sent"]) == 0
+    out, err = capfd.readouterr()
+    assert out == f"{run_dir} is at {server.uri}\n" * 2
+    assert "left out" not in err
+    found = client(server)
+    runs = runs_by_name(found, "sent")
+    assert len(runs) == 4
+    parent = runs.pop("made")
+    stages = [runs[name] for name in sorted(runs)]
+    assert [len(steps(found, stage.info.run_id, "loss")) for stage in stages] == [40, 40, 40]
+    assert [stage.info.status for stage in stages[:2]] == ["FINISHED", "FINISHED"]
+    assert {stage.data.tags["mlflow.parentRunId"] for stage in stages} == {parent.info.run_id}
+    assert not [name for stage in stages for name in stage.data.metrics if name.startswith("result")]
+    assert steps(found, parent.info.run_id, "stage") == list(range(1, 121)), "the curriculum's steps are counted on"
+    for stage, after in ((stages[0], 2.1), (stages[1], 1.05)):
+        line = found.get_metric_history(stage.info.run_id, "eval/caption/loss")
+        assert [line[0].step, line[-1].step, line[-1].value] == [0, 40, after]
+        assert len({point.step for point in line}) == len(line), "each evaluation once"
+    line = [point.step for point in found.get_metric_history(parent.info.run_id, "eval/caption/loss")]
+    assert {0, 40, 80} <= set(line)
+    assert len(line) == len(set(line))
+    assert len(parent.data.tags["mlflow.user"]) > 0
+    assert parent.data.tags["mlflow.source.name"] == "terrace run made"
+    assert [item.dataset.name for item in parent.inputs.dataset_inputs] == [source]
+    assert {file.path for file in found.list_artifacts(parent.info.run_id)} == {"recipe.yaml", "journal.jsonl"}
+
+
+def test_steps_of_an_outage_arrive_when_the_server_is_back(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(tracking_module, "FIRST_WAIT_SECONDS", 0.3)
+    monkeypatch.setattr(tracking_module, "LARGEST_WAIT_SECONDS", 0.3)
+    path, said, ids = tmp_path / "metrics.jsonl", [], []
+    tracking = open_tracking(tmp_path, server.uri, "outage", said.append)
+    tracking.open_run(RunSpec("key", "run", {}, {}, done=ids.append))
+
+    def rows(first: int, last: int) -> None:
+        with open(path, "a") as file:
+            file.writelines(json.dumps({"step": step, "loss": 1 / step, "time": 1000.0 + step}) + "\n" for step in range(first, last + 1))
+        tracking.log_rows("key", Series(path))
+
+    rows(1, 5)
+    assert tracking.flush(60)
+    server.kill()
+    rows(6, 10)
+    assert eventually(lambda: tracking.away, 60)
+    for step in range(11, 31):
+        rows(step, step)
+    tracking.open_run(RunSpec("late", "a stage that began and ended meanwhile", {}, {}, parent="key", done=ids.append))
+    tracking.end_run("late", "FINISHED")
+    tracking.end_run("key", "FINISHED")
+    time.sleep(1)
+    server.start()
+    assert eventually(lambda: tracking.flush(60), 120)
+    tracking.close()
+    found = client(server)
+    assert steps(found, ids[0], "loss") == list(range(1, 31))
+    assert {run.info.status for run in runs_by_name(found, "outage").values()} == {"FINISHED"}
+    assert len(runs_by_name(found, "outage")) == 2
+    assert [line.partition(f"{server.uri} is ")[2][:10] for line in said] == ["not reache", "back"]
