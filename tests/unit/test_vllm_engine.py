@@ -240,10 +240,11 @@ def test_who_waits_for_a_killed_process_hears_of_its_end():
 def test_a_process_ends_with_a_killed_trainer_but_not_when_it_was_let_go(released):
     script = (
         "import os, signal, subprocess, sys\nfrom terrace.generation.vllm_process import Guard\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], stdout=subprocess.DEVNULL)\nguard = Guard([child.pid])\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], stdout=subprocess.DEVNULL)\n"
+        "guard = Guard([child.pid])\n"
         "print(child.pid, flush=True)\nif sys.argv[1] == 'True': guard.release()\nos.kill(os.getpid(), signal.SIGKILL)"
     )
-    ended = subprocess.run([sys.executable, "-c", script, str(released)], capture_output=True, text=True, timeout=60, check=False)
+    ended = subprocess.run([sys.executable, "-c", script, str(released)], stdout=subprocess.PIPE, text=True, timeout=60, check=False)
     child = psutil.Process(int(ended.stdout))
     if released:
         with pytest.raises(psutil.TimeoutExpired):
