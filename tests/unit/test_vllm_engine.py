@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import fake_vllm
 import numpy as np
+import psutil
 import pytest
 import torch
 from fake_vllm import STOP
@@ -222,7 +223,7 @@ def test_who_waits_for_a_killed_process_hears_of_its_end():
     answer: Future = Future()
     resources = SimpleNamespace(engine_manager=SimpleNamespace(processes=[process]), engine_dead=False)
     core = SimpleNamespace(resources=resources, outputs_queue=queue.Queue(), utility_results={1: answer})
-    watch(core, lambda: RuntimeError("gone"))
+    guard = watch(core, lambda: RuntimeError("gone"))
     with pytest.raises(queue.Empty):
         core.outputs_queue.get(timeout=0.2)
     process.kill()
@@ -231,7 +232,25 @@ def test_who_waits_for_a_killed_process_hears_of_its_end():
         answer.result(timeout=30)
     assert resources.engine_dead
     process.join()
-    watch(SimpleNamespace(), lambda: RuntimeError("gone"))  # one that decodes in this process
+    guard.release()
+    assert watch(SimpleNamespace(), lambda: RuntimeError("gone")) is None, "one that decodes in this process"
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_a_process_ends_with_a_killed_trainer_but_not_when_it_was_let_go(released):
+    script = (
+        "import os, signal, subprocess, sys\nfrom terrace.generation.vllm_process import Guard\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], stdout=subprocess.DEVNULL)\n"
+        "guard = Guard([child.pid])\n"
+        "print(child.pid, flush=True)\nif sys.argv[1] == 'True': guard.release()\nos.kill(os.getpid(), signal.SIGKILL)"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, str(released)], stdout=subprocess.PIPE, text=True, timeout=60, check=False)
+    child = psutil.Process(int(ended.stdout))
+    if released:
+        with pytest.raises(psutil.TimeoutExpired):
+            child.wait(timeout=1)
+        child.kill()
+    child.wait(timeout=30)
 
 
 def test_ids_that_the_tokenizer_lacks_are_cut_off_and_too_many_others_refused(engine_of, seen):

@@ -48,8 +48,10 @@ def folder(tmp_path_factory) -> Path:
 def ray_cluster():
     ray = pytest.importorskip("ray")
     paths = os.pathsep.join(filter(None, [str(Path(rl_stage.__file__).parent), *sys.path]))
-    environment = {"env_vars": {"PYTHONPATH": paths, "TERRACE_TEST_THREADS": "1", "OMP_NUM_THREADS": "1"}}
-    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=300 * 2**20, runtime_env=environment)
+    variables = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    ray.init(
+        address="local", num_cpus=2, include_dashboard=False, object_store_memory=300 * 2**20, runtime_env={"env_vars": variables}
+    )
     yield ray
     ray.shutdown()
 

@@ -89,7 +89,7 @@ class Vllm:
         self._loading, self._family, self._tokens = loading, family, tokens
         with _one_device(loading.device):
             self._llm: Any = LLM(**_arguments(loading, family, config))
-        watch(self._llm.llm_engine.engine_core, EngineDeadError)
+        self._guard = watch(self._llm.llm_engine.engine_core, EngineDeadError)
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, ready: GroupReady | None = None) -> list[list[Response]]:
         """One request per sample, each with its own seed from (seed, prompt, sample). Raises VllmLost, InputError."""
@@ -144,6 +144,8 @@ class Vllm:
         if self._llm is not None:
             self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
+            if self._guard is not None:
+                self._guard.release()
 
 
 def _arguments(loading: Loading, family: Family, config: Any) -> dict[str, Any]:
