@@ -17,8 +17,7 @@ FIRST_SPECIAL = 500
 
 
 def tiny_model(**changes: Any) -> dict[str, Any]:
-    """`model:` of a recipe: Qwen2.5-VL, two layers everywhere, one vision block with windows and one with full
-    attention."""
+    """`model:` of a recipe: Qwen2.5-VL, two layers everywhere, one vision block with windows and one with full attention."""
     return {
         "architecture": "qwen2_5_vl",
         "config": {

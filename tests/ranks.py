@@ -34,8 +34,7 @@ def packs_of_step(step: int, count: int) -> list[PackedExample]:
 
 
 def memory_feed(recipe: Recipe, stage_index: int, context: WorkerContext, poison_step: int | None = None) -> StageFeed:
-    """A feed whose packs depend on their number alone. Ranks take consecutive halves, so one has no image every
-    second step."""
+    """A feed whose packs depend on their number alone. Ranks take consecutive halves, so one has no image every second step."""
     stage = recipe.stages[stage_index]
     rank, ranks = data_place(context, stage.parallel.sequence_parallel)
     share = stage.batch.packs // ranks
@@ -70,8 +69,7 @@ def train_stages(
     rank: int, world_size: int, recipe_values: dict[str, Any], run_dir: str, first: int = 0,
     stop_after: int | None = None,
 ) -> list[StageResult]:
-    """The stages from `first` on, each from the one before. `stop_after`: told to stop at that many steps of the
-    first."""
+    """The stages from `first` on, each from the one before. `stop_after`: told to stop at that many steps of the first."""
     recipe = Recipe.model_validate(recipe_values)
     results = []
     for index in range(first, len(recipe.stages)):

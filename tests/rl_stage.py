@@ -1,5 +1,4 @@
-"""A tiny on-policy stage for tests: two tasks on made prompts, rewards that a tiny model can raise, and killing
-points."""
+"""A tiny on-policy stage for tests: two tasks on made prompts, rewards that a tiny model can raise, and killing points."""
 
 from __future__ import annotations
 

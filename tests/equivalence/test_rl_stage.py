@@ -1,5 +1,4 @@
-"""An on-policy stage end to end: it learns, resumes inside an iteration with the same figures, and splits over
-ranks."""
+"""An on-policy stage end to end: it learns, resumes inside an iteration with the same figures, and splits over ranks."""
 
 from __future__ import annotations
 

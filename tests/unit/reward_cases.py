@@ -1,5 +1,4 @@
-r"""The torture set of the rule rewards: (rule, response, solution, expected value or None for "cannot be judged",
-extras).
+r"""The torture set of the rule rewards: (rule, response, solution, expected value or None for "cannot be judged", extras).
 
 Extras: `metadata` and `options`. Grouped by what they attack; the numbers of cases are asserted in test_rewards.py.
 """

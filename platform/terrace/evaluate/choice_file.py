@@ -25,8 +25,7 @@ _EMPTY = {"", "nan", "none", "null", "[]"}
 
 
 def read_questions(path: Path, limit: int | None = None, images_root: Path | None = None) -> list[ChoiceQuestion]:
-    """The questions of a file, the first `limit` of them. Image paths start at `images_root`, or at the file's folder or the one
-    above it.
+    """The questions of a file, the first `limit` of them. Image paths start at `images_root`, or at the file's folder or the one above it.
 
     Rows that are rotations of others (index from 1,000,000 on) are left out: rotations are made here. Raises InputError
     naming file and row.

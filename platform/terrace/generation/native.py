@@ -31,8 +31,7 @@ COMPACT_SHARE = 0.25  # rows leave the batch when this share of them has finishe
 
 
 class NativeEngine:
-    """See rollout.RolloutEngine. `model` is the transformers model with shared-prompt attention and whole
-    parameters."""
+    """See rollout.RolloutEngine. `model` is the transformers model with shared-prompt attention and whole parameters."""
 
     def __init__(
         self,

@@ -1,7 +1,6 @@
 """Attention over the segments of a pack: vision windows, vision images and language samples through one function.
 
-transformers calls a registered attention function with the boundaries of the segments (`cu_seq_lens_q`). Here they
-select:
+transformers calls a registered attention function with the boundaries of the segments (`cu_seq_lens_q`). Here they select:
 
 - `sdpa_segments`: PyTorch's scaled_dot_product_attention per segment. Exact: a packed sample gets bit for bit the
   numbers it gets alone. Neighbouring segments of equal length (vision windows) go in one call. Works everywhere,
@@ -45,8 +44,7 @@ def registered_name(backend: str) -> str:
 
 
 def choose_backend(wanted: str, device_type: str, precision: str) -> tuple[str, str]:
-    """The backend to use and the reason. `wanted` is the recipe's `model.attention`. Raises InputError if it cannot
-    run."""
+    """The backend to use and the reason. `wanted` is the recipe's `model.attention`. Raises InputError if it cannot run."""
     cuda = device_type == "cuda"
     half = precision in ("bf16", "fp16")
     if wanted == "auto":

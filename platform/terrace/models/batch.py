@@ -23,8 +23,7 @@ MOST_POSITION_ROWS = 4  # of any family, for a pack without tokens
 
 @dataclass
 class DeviceBatch:
-    """One pack as `models.forward` takes it. An empty pack has one token that is not supervised, so that it still
-    runs."""
+    """One pack as `models.forward` takes it. An empty pack has one token that is not supervised, so that it still runs."""
 
     example: PackedExample  # host side: names for error messages, facts, kinds
     input_ids: torch.Tensor  # int64 [1, L]

@@ -24,8 +24,7 @@ from terrace.recipe.schema import Model, PartName, Recipe
 
 
 def model_config(model: Model, tokenizer: Any | None = None) -> Any:
-    """The transformers configuration. `tokenizer` (data.tokenizer.TextTokenizer) fills in token ids and the
-    vocabulary size.
+    """The transformers configuration. `tokenizer` (data.tokenizer.TextTokenizer) fills in token ids and the vocabulary size.
 
     Raises InputError if the tokenizer has more tokens than the configuration's vocabulary.
     """

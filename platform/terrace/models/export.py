@@ -1,5 +1,4 @@
-"""A stage's final weights as a plain Hugging Face directory: config, safetensors in shards, tokenizer, image
-preprocessing.
+"""A stage's final weights as a plain Hugging Face directory: config, safetensors in shards, tokenizer, image preprocessing.
 
 Weights are the float32 masters whatever the stage's precision, so that the next stage starts from exactly where this
 one ended; `dtype` in config.json says what they were computed in, and that is what `from_pretrained` and servers load

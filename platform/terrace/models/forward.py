@@ -46,7 +46,6 @@ def pack_hidden(model: Any, batch: DeviceBatch) -> torch.Tensor:
 
 
 def pack_logits_hidden(model: Any, batch: DeviceBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """(logits [L, vocabulary], hidden [L, hidden]) of a pack. For tests and small evaluations: all logits exist at
-    once."""
+    """(logits [L, vocabulary], hidden [L, hidden]) of a pack. For tests and small evaluations: all logits exist at once."""
     hidden = pack_hidden(model, batch)
     return model.lm_head(hidden), hidden

@@ -43,8 +43,7 @@ def install_loss_head(model: Any) -> None:
 def summed_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk_tokens: int
 ) -> torch.Tensor:
-    """Sum over rows of -log softmax(hidden @ weight.T)[target], float32 scalar. hidden [N, H], weight [V, H], targets
-    [N]."""
+    """Sum over rows of -log softmax(hidden @ weight.T)[target], float32 scalar. hidden [N, H], weight [V, H], targets [N]."""
     kind = hidden.device.type
     compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
     return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_tokens, compute, torch.is_grad_enabled())

@@ -15,8 +15,7 @@ from terrace.recipe.schema import PARTS, PartName
 
 
 def part_parameters(model: Any) -> dict[PartName, list[tuple[str, Any]]]:
-    """Per part its (name, parameter) pairs in the model's own order. A tied tensor appears once, under its first
-    name."""
+    """Per part its (name, parameter) pairs in the model's own order. A tied tensor appears once, under its first name."""
     family = family_of_model(model)
     found: dict[PartName, list[tuple[str, Any]]] = {part: [] for part in PARTS}
     for name, parameter in model.named_parameters():
@@ -43,8 +42,7 @@ def layer_number(name: str, last_layer: dict[PartName, int], family: FamilyModel
 
 
 def last_layers(names: Iterable[str], family: FamilyModel) -> dict[PartName, int]:
-    """The highest layer number of each part: block count of vision (its head is the projector), block count + 1 of
-    language."""
+    """The highest layer number of each part: block count of vision (its head is the projector), block count + 1 of language."""
     depth: dict[PartName, int] = {"vision": 0, "projector": 0, "language": 1}
     for name in names:
         part, number = family.part_of(name), family.block_number(name)

@@ -40,8 +40,7 @@ class LoadReport:
 
 
 def random_source(skeleton: Any, seed: int) -> TensorSource:
-    """transformers' own initialisation of the model's classes, drawn per module from (seed, module name), in
-    float32."""
+    """transformers' own initialisation of the model's classes, drawn per module from (seed, module name), in float32."""
     skeleton = copy.deepcopy(skeleton)  # a strategy may shard or fill the original before the last call
     owners: dict[str, Any] = {}
     for name, module in skeleton.named_modules():

@@ -43,8 +43,7 @@ class _Judge:
 def reward_model(
     items: Sequence[RewardItem], *, path: str, device: str = "cpu", items_per_batch: int = 16, max_tokens: int = 8192
 ) -> list[float | None]:
-    """sigmoid(score) of each response to its prompt; None where the prompt cannot be read or a conversation is longer
-    than `max_tokens`."""
+    """sigmoid(score) of each response to its prompt; None where the prompt cannot be read or a conversation is longer than `max_tokens`."""
     import torch
 
     from terrace.objectives.reward_model import scores

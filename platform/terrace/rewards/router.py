@@ -1,5 +1,4 @@
-"""Reward by task: the rules of the item's task, weighted. One verdict per response, with the reason where there is
-none.
+"""Reward by task: the rules of the item's task, weighted. One verdict per response, with the reason where there is none.
 
 The weighted mean of values in [0, 1] stays in [0, 1]. If any rule of the task fails on a response, the response has no
 reward: a partial sum would be another number under the same name.

@@ -159,8 +159,7 @@ class SandboxPool:
             thread.start()
 
     def judge(self, rule: str, items: Sequence[RewardItem], options: dict[str, Any] | None = None) -> list[Outcome]:
-        """Outcomes in the order of the items; blocks until the last is there. Errors of the sandbox itself are
-        raised."""
+        """Outcomes in the order of the items; blocks until the last is there. Errors of the sandbox itself are raised."""
         outcomes: list[Outcome | None] = [None] * len(items)
         jobs = []
         for start in range(0, len(items), self._items_per_request):

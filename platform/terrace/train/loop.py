@@ -1,5 +1,4 @@
-"""One stage from its first step to its exported weights: open, resume or start, train, save, evaluate, export. Read it top
-to bottom.
+"""One stage from its first step to its exported weights: open, resume or start, train, save, evaluate, export. Read it top to bottom.
 
 It runs a stage of any objective (objectives.interface) and knows nothing of Ray: the worker context says which rank this is
 and how to report. Every rank runs the same lines; rank 0 alone writes metrics and calls the observers

@@ -62,8 +62,7 @@ def warmup_steps(schedule: Schedule, total_steps: int) -> int:
 
 
 def schedule_factor(schedule: Schedule, step: int, total_steps: int) -> float:
-    """Share of the peak learning rate at step 0, 1, …: linear warm-up, then cosine, linear or constant to
-    `min_ratio`."""
+    """Share of the peak learning rate at step 0, 1, …: linear warm-up, then cosine, linear or constant to `min_ratio`."""
     warm = warmup_steps(schedule, total_steps)
     if step < warm:
         return (step + 1) / warm

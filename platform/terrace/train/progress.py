@@ -91,8 +91,7 @@ class Progress:
             )
 
     def record_nonfinite(self, error: NonFinite, policy: str, stage_dir: Path, context: WorkerContext) -> None:
-        """`stop`: raise. `skip`: go on. `rewind`: raise, and leave this step out when the restarted stage comes to
-        it."""
+        """`stop`: raise. `skip`: go on. `rewind`: raise, and leave this step out when the restarted stage comes to it."""
         if context.rank == 0:
             with open(stage_dir / "nonfinite.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": error.step, "samples": error.sample_ids, "policy": policy}) + "\n")

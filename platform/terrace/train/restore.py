@@ -24,8 +24,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class FoundCheckpoint:
-    """The newest complete checkpoint of a folder (None: there is none) and the incomplete ones above it, with
-    reasons."""
+    """The newest complete checkpoint of a folder (None: there is none) and the incomplete ones above it, with reasons."""
 
     path: Path | None
     passed_over: tuple[tuple[Path, str], ...] = ()

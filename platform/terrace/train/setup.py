@@ -61,8 +61,7 @@ def checkpoint_activations(model: Any, stage: Stage) -> None:
 def prepare_strategy(
     model: Model, stage: Stage, config: Any, context: WorkerContext, loss: Loss, start_weights: Path | None = None
 ) -> Strategy:
-    """A strategy with the stage's initial weights (of `start_weights`, or the recipe's own), frozen parts and
-    optimizer."""
+    """A strategy with the stage's initial weights (of `start_weights`, or the recipe's own), frozen parts and optimizer."""
     torch.set_float32_matmul_precision("highest" if stage.precision == "fp32" else "high")
     skeleton = meta_model(config)
     freeze_parts(skeleton, stage)

@@ -128,8 +128,7 @@ def filled_up(objective: Objective, examples: Sequence[Any], counts: BatchCounts
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Random numbers drawn in a step depend on (seed, step, rank) alone, so a checkpoint has no random state to
-    save."""
+    """Random numbers drawn in a step depend on (seed, step, rank) alone, so a checkpoint has no random state to save."""
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
 
 
@@ -137,8 +136,7 @@ def run_step(
     strategy: Strategy, objective: Objective, examples: Sequence[Any], divisor: float, learning_rates: list[float], stage: Stage,
     step: int, context: WorkerContext, doing: Callable[[str], None] = lambda _: None,
 ) -> StepOutcome:
-    """Forward and backward of every example, clip, optimizer step. `step` counts from 1 (in messages); `doing` hears what
-    comes next.
+    """Forward and backward of every example, clip, optimizer step. `step` counts from 1 (in messages); `doing` hears what comes next.
 
     Raises NonFinite before the optimizer steps; under fp16 a gradient overflow instead skips the step on every rank.
     """

@@ -111,8 +111,7 @@ class FamilyModel:
         return []
 
     def canonical_name(self, name: str) -> str:
-        """A tensor name of any published spelling, or of a tower's or language model's own checkpoint, as transformers
-        names it here."""
+        """A tensor name of any published spelling, or of a tower's or language model's own checkpoint, as transformers names it here."""
         if name.startswith(tuple(prefix for prefix, _ in self.parts)):
             return name
         for published, here in PUBLISHED:

@@ -43,8 +43,7 @@ class Group:
 
 
 def answer_groups(response: str) -> list[tuple[float, ...]]:
-    """The distinct number groups that the answer holds, in order: (x1, y1, x2, y2) for boxes, (x, y) for points, else
-    as they are."""
+    """The distinct number groups that the answer holds, in order: (x1, y1, x2, y2) for boxes, (x, y) for points, else as they are."""
     return [group.values for group in groups_of(response)]
 
 
@@ -136,8 +135,7 @@ def stated_box(item: RewardItem, units: str) -> list[float] | None:
 
 
 def to_model_pixels(values: list[float], metadata: dict[str, Any], image: int = 0) -> list[float]:
-    """Scale x, y pairs from the pixels of the stored image to those of the resized image. Without sizes they are the
-    same pixels."""
+    """Scale x, y pairs from the pixels of the stored image to those of the resized image. Without sizes they are the same pixels."""
     sizes, seen = metadata.get("image_sizes"), metadata.get("model_sizes")
     if not sizes or not seen:
         return list(values)

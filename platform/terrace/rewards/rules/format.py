@@ -1,5 +1,4 @@
-"""Form of the response, 1 or 0. Off by default: MORL uses no format reward; a recipe that wants one names it beside
-another rule."""
+"""Form of the response, 1 or 0. Off by default: MORL uses no format reward; a recipe that wants one names it beside another rule."""
 
 from __future__ import annotations
 

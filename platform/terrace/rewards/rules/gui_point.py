@@ -1,5 +1,4 @@
-"""Point in box (GUI clicks, pointing): 1 if the one predicted point lies in the solution's box, in the pixels the model
-saw.
+"""Point in box (GUI clicks, pointing): 1 if the one predicted point lies in the solution's box, in the pixels the model saw.
 
 A box instead of a point scores 0, however it is placed (a box over the whole image contains every target), and so do
 several points.

@@ -31,8 +31,7 @@ _LEADING_PROSE = re.compile(r"^[^$\\(\[{<>=]*?\b(?:is|are|be|get|have|obtain|giv
 
 
 def math(items: list[RewardItem], *, relative_tolerance: float = 0.0) -> list[float | None]:
-    """1.0 where the response's one answer equals the solution. `metadata["tolerance"]` is an absolute tolerance for
-    numbers."""
+    """1.0 where the response's one answer equals the solution. `metadata["tolerance"]` is an absolute tolerance for numbers."""
     return [_judge(item, relative_tolerance) for item in items]
 
 

@@ -1,5 +1,4 @@
-"""Numbers as people and models write them: 1,520 / 1 520 / $1{,}520$ / 3/4 / \\frac{3}{4} / 1 1/2 / 40% / 3 x 10^5 /
-三百二十一 / seven.
+"""Numbers as people and models write them: 1,520 / 1 520 / $1{,}520$ / 3/4 / \\frac{3}{4} / 1 1/2 / 40% / 3 x 10^5 / 三百二十一 / seven.
 
 Values are exact fractions, so 0.1 is one tenth. Patterns have bounded repetition: text of any size is read in linear
 time.
@@ -87,8 +86,7 @@ def _value(match: re.Match) -> Fraction | None:
 
 
 def find_numbers(text: str) -> list[Number]:
-    """Every number in `text` (already through `plain_text`). Numerals in words count only where there are no digits at
-    all."""
+    """Every number in `text` (already through `plain_text`). Numerals in words count only where there are no digits at all."""
     found = []
     for match in _NUMBER.finditer(text):
         value = _value(match)
@@ -129,8 +127,7 @@ def stated(text: str) -> Number | None:
 
 
 def same_number(gold: Number, answer: Number, tolerance: float = 0.0, relative_tolerance: float = 0.0) -> bool:
-    """Whether two numbers agree. A percentage agrees with its share too (40%, 0.4 and 40 are one answer to "what
-    percent")."""
+    """Whether two numbers agree. A percentage agrees with its share too (40%, 0.4 and 40 are one answer to "what percent")."""
     allowed = max(Fraction(str(tolerance)), abs(gold.value) * Fraction(str(relative_tolerance)))
     if abs(gold.value - answer.value) <= allowed:
         return not (answer.percent and not gold.percent and 0 < abs(gold.value) < 1)  # 0.5 is not 0.5 %

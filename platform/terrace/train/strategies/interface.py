@@ -47,8 +47,7 @@ class Strategy(Protocol):
         """Summed loss of one pack, float32 scalar, without gradients."""
 
     def accumulate(self, batch: Any, scale: float, last: bool) -> torch.Tensor:
-        """Forward and backward of one pack; returns its summed loss, detached. Ranks synchronise only at the `last`
-        pack."""
+        """Forward and backward of one pack; returns its summed loss, detached. Ranks synchronise only at the `last` pack."""
 
     def clip(self, limit: float | None) -> float:
         """Global norm of the gradients before clipping them to `limit`; not finite if a gradient is not."""
