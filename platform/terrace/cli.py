@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "index": ("terrace.data.command", "index shards where they lie"),
     "inspect": ("terrace.data.look.inspect_command", "show a source or a stage as the model sees it, on a page"),
     "order": ("terrace.data.command", "list the first packs of a stage without running it"),
+    "duplicates": ("terrace.evaluate.duplicates_command", "find samples and pictures that stand in several sources or suites"),
     "evaluate": ("terrace.evaluate.command", "score a model on suites"),
     "report": ("terrace.curriculum.report_command", "write a run's report"),
     "track": ("terrace.curriculum.track_command", "fill an MLflow server from a run directory"),
@@ -42,11 +43,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve-rewards": ("terrace.rewards.command", "serve rewards over HTTP"),
     "demo": ("terrace.demo.command", "train a tiny model through a whole curriculum on this machine"),
 }
-READ_SAMPLES = ("run", "ingest", "order", "inspect")
+READ_SAMPLES = ("run", "ingest", "order", "inspect", "duplicates")
 GROUPS = {
     "Runs": ("run", "status", "logs", "pause", "suspend", "resume", "cancel"),
     "Recipes": ("validate", "plan", "schema", "render"),
-    "Data": ("ingest", "index", "inspect", "order"),
+    "Data": ("ingest", "index", "inspect", "order", "duplicates"),
     "Models": ("evaluate", "report", "track", "judge", "serve-rewards", "demo"),
 }
 

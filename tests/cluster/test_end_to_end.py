@@ -161,8 +161,8 @@ def test_a_higher_priority_takes_the_quota_and_gives_it_back(cluster):
         cluster.until(low, lambda status: condition(status, "Progressing")["reason"] == "Preempted", "preempted")
         cluster.until(high, "Succeeded")
         status = cluster.until(low, "Succeeded")
-        assert status["stages"][0]["preemptions"] >= 1
-        assert (status["restarts"], status["stages"][0]["attempt"]) == (0, 1)
+        assert sum(stage["preemptions"] for stage in status["stages"]) >= 1  # in its second stage, where the first was quick
+        assert (status["restarts"], [stage["attempt"] for stage in status["stages"]]) == (0, [1, 1])
     finally:
         cluster.open_queue()
 

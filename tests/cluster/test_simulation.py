@@ -50,7 +50,7 @@ def test_simulation_notices_a_reason_that_is_believed_before_the_program(monkeyp
     from terrace_operator import observe
 
     monkeypatch.setattr(observe, "PROGRAM_EXITS", range(0))
-    run = Simulation(25, seed=3, wall_limit=40_000).run()
+    run = Simulation(12, seed=3, wall_limit=20_000).run()
     assert any("said exit 1, and" in text for text in run.broken)
 
 
@@ -58,7 +58,7 @@ def test_simulation_notices_a_finished_stage_that_runs_again(monkeypatch):
     from terrace_operator import observe
 
     monkeypatch.setattr(observe, "is_done", lambda report: False)
-    run = Simulation(25, seed=3, wall_limit=40_000).run()
+    run = Simulation(12, seed=3, wall_limit=20_000).run()
     assert any("starts again after its success" in text for text in run.broken)
 
 

@@ -16,6 +16,7 @@ from terrace.cluster import stop_notice
 RANK = """
 import sys, time
 from pathlib import Path
+from terrace.cluster import stop_notice
 rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
 time.sleep(float(sys.argv[4]))
 stop_notice.begin()

@@ -98,14 +98,43 @@ time.sleep(60)
     assert acquire_lease(tmp_path).token == 2
 
 
-def test_a_lease_of_another_host_holds_until_it_expires(tmp_path: Path):
-    now = 1000.0
-    lease = acquire_lease(tmp_path, 60, clock=lambda: now)
+@pytest.mark.parametrize("skew", [-3600.0, 0.0, 61.0, 1e6])
+def test_a_lease_of_another_host_holds_while_it_is_renewed_whatever_the_clocks_say(tmp_path: Path, skew: float):
+    """`skew`: how far the clock of this machine is ahead of the holder's."""
+    lease = acquire_lease(tmp_path, 60, clock=lambda: 1000.0)
+
+    def renewed_at(time_there: float) -> None:
+        held = json.loads(lease.path.read_text())
+        lease.path.write_text(json.dumps({**held, "host": "another-machine", "renewed": time_there, "expires": time_there + 60}))
+
+    def ask(time_there: float):
+        return acquire_lease(tmp_path, 60, clock=lambda: time_there + skew)
+
+    renewed_at(1000.0)
+    for time_there in (1000.0, 1050.0):
+        with pytest.raises(LeaseHeld, match=rf"on another-machine since .* run the command again in {60 - time_there + 1000:.0f} s"):
+            ask(time_there)
+        assert lease_holder(tmp_path, clock=lambda: time_there + skew)["host"] == "another-machine"  # noqa: B023
+    renewed_at(1055.0)
+    for time_there in (1061.0, 1100.0):
+        with pytest.raises(LeaseHeld):
+            ask(time_there)
+    with pytest.raises(LeaseHeld):
+        acquire_lease(tmp_path, 60, clock=lambda: 900.0 + skew)  # this machine's clock was set back: it counts anew
+    with pytest.raises(LeaseHeld):
+        ask(950.0)
+    assert lease_holder(tmp_path, clock=lambda: 961.0 + skew) is None
+    assert ask(961.0).token == 2
+
+
+def test_a_reused_process_number_is_not_the_holder(tmp_path: Path):
+    lease = acquire_lease(tmp_path)
     held = json.loads(lease.path.read_text())
-    lease.path.write_text(json.dumps({**held, "host": "another-machine"}))
-    with pytest.raises(LeaseHeld, match=r"on another-machine since .* run the command again in 20 s"):
-        acquire_lease(tmp_path, 60, clock=lambda: now + 40)
-    assert acquire_lease(tmp_path, 60, clock=lambda: now + 61).token == 2
+    lease.path.write_text(json.dumps({**held, "process_started": held["process_started"] - 100}))
+    assert lease_holder(tmp_path) is None
+    assert acquire_lease(tmp_path).token == 2
+    with pytest.raises(LeaseHeld):
+        acquire_lease(tmp_path)
 
 
 def test_a_fenced_controller_can_write_nothing_more(tmp_path: Path):

@@ -30,7 +30,7 @@ WORDS = " " + " ".join(f"stage-{letter}.{step}" for letter in "abcd" for step in
 def quick(monkeypatch: pytest.MonkeyPatch):
     """No MLflow and no waiting: the controller itself is under test."""
     monkeypatch.setattr(run_module, "POLL_SECONDS", 0.0)
-    monkeypatch.setattr(run_module.Watch, "start", lambda self, parameters: None)
+    monkeypatch.setattr(run_module.Watch, "start", lambda self: None)
     monkeypatch.setattr(journal_module.os, "fsync", lambda descriptor: None)
 
 

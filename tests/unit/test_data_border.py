@@ -176,6 +176,19 @@ def test_a_key_that_nobody_reads_refuses_its_row() -> None:
     assert read({"image": "a.png", "text": "x", **described, "empty": ""}, "caption") == "<0>x"
 
 
+def test_inside_turns_and_items_little_is_a_description() -> None:
+    source = {"type": "base64", "media_type": "image/png", "data": TEXT64}
+    row = {"messages": [{"role": "user", "content": [{"type": "image", "source": source}, {"type": "text", "text": "?"}]}, HI[1]]}
+    sample, [image] = convert_row(row, "x", "qa")
+    assert (words(sample), image.data) == ("user: <0>?| assistant: Hello", PNG)
+    for part in ({"type": "text", "text": "a", "source": "b.png"}, {"type": "image", "image": "a.png", "min_pixels": 3}):
+        assert reason({"messages": [{"role": "user", "content": [part]}, HI[1]]}) == "unknown_field"
+    assert reason({"messages": [{**HI[0], "url": "a.png"}, HI[1]]}) == "unknown_field"
+    assert read({"messages": [{**HI[0], "id": 1, "timestamp": 3}, HI[1]]}) == "user: Hi| assistant: Hello"
+    resized = {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png", "min_pixels": 3}]}, HI[1]]}
+    assert read(resized, ignore=["content.min_pixels"]) == "user: <0>| assistant: Hello"
+
+
 def test_ignored_keys_are_counted() -> None:
     rules = Rules(["mood", "messages.speaker", "*_tag"])
     row = {"messages": [{**HI[0], "speaker": "A"}, {**HI[1], "speaker": "B"}], "mood": 3, "a_tag": 1, "b_tag": 2}
@@ -248,6 +261,7 @@ def test_unwanted_answers_are_never_learnt_as_wanted() -> None:
          "user: <0>?| assistant: x"),
         ({"messages": [{"role": "user", "content": [{"text": "a"}, "b", {"type": "input_text", "text": "c"},
                                                      {"type": "text", "value": "d"}]}, HI[1]]}, "user: abcd| assistant: Hello"),
+        (HI, "user: Hi| assistant: Hello"),
         ({"texts": ["One", "Two"]}, "One\n\nTwo"),
         ({"image": "a.png", "text": ["line 1", "line 2"]}, "<0>line 1\nline 2"),
         ({"image": "a.png", "text": "", "caption": "A square."}, "<0>A square."),
@@ -256,7 +270,7 @@ def test_unwanted_answers_are_never_learnt_as_wanted() -> None:
         ({"content": [{"type": "text", "text": "\ufeffA text"}]}, "A text"),
     ],
 )  # fmt: skip
-def test_forms(row: dict, expected: str) -> None:
+def test_forms(row: Any, expected: str) -> None:
     assert read(row) == expected
 
 

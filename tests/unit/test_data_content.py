@@ -9,12 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from data_reading import words
 from PIL import Image
 
+from terrace.cli import main
 from terrace.data.command import _overlaps
+from terrace.data.look.near import near_ones
 from terrace.data.prepare import PreparedData, prepare_data
 from terrace.data.stream.read import read_sample
+from terrace.evaluate.duplicates_command import compare
 from terrace.recipe.schema import Recipe
 
 
@@ -102,6 +106,39 @@ def test_repeats_are_counted_or_dropped(prepared) -> None:
     assert [index.left_out for index in dropped.indexes.values()] == [{"duplicate": 1}, {"duplicate": 4}]
 
 
+def drawn(seed: int, size: tuple[int, int] = (120, 90), kind: str = "PNG", **options: Any) -> bytes:
+    """A smooth random picture."""
+    values = np.random.default_rng(seed).integers(0, 255, (6, 8, 3)).astype(np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(values).resize(size, Image.Resampling.BICUBIC).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def test_pictures_that_look_the_same_are_found_between_sources_and_suites(prepared, tmp_path: Path) -> None:
+    for number in range(6):
+        (tmp_path / f"p{number}.png").write_bytes(drawn(number))
+    (tmp_path / "small.jpg").write_bytes(drawn(0, (64, 48), "JPEG", quality=70))
+    (tmp_path / "webp.webp").write_bytes(drawn(1, (300, 225), "WEBP", quality=60))
+    (tmp_path / "flat.png").write_bytes(picture(0))
+    one = [{"image": f"p{number}.png", "text": f"one {number}"} for number in range(4)] + [{"image": "flat.png", "text": "flat"}]
+    two = [{"image": "small.jpg", "text": "a"}, {"image": "webp.webp", "text": "b"}, {"image": "p5.png", "text": "c"},
+           {"image": "copy.png", "text": "flat too"}, {"image": "p3.png", "text": "one 3"}]  # fmt: skip
+    found = prepared({"one": one, "two": two}, {})
+    suites = {"caption:cases": [drawn(4, (200, 150), "JPEG", quality=80), drawn(2, (160, 120), "JPEG", quality=80)]}
+    assert compare(found.indexes, suites) == [
+        {"one": "one", "other": "two", "suite": False, "same_samples": 1, "near_pictures": 3},
+        {"one": "one", "other": "caption:cases", "suite": True, "same_samples": 0, "near_pictures": 1},
+    ]  # fmt: skip
+
+
+def test_near_prints_are_those_within_three_bits() -> None:
+    random = np.random.default_rng(0)
+    prints = np.unique(random.integers(0, 2**63, 300, np.uint64))
+    others = np.concatenate([prints[:40] ^ np.uint64(0b1011), prints[40:60] ^ np.uint64(0xF), random.integers(0, 2**63, 200, np.uint64)])
+    by_hand = sum(any(int(other ^ own).bit_count() <= 3 for own in prints) for other in others)
+    assert near_ones(prints, others) == by_hand == 40
+
+
 def test_the_index_command_says_which_sources_overlap(prepared, tmp_path: Path) -> None:
     from terrace.recipe.schema_inputs import Data
 
@@ -109,3 +146,20 @@ def test_the_index_command_says_which_sources_overlap(prepared, tmp_path: Path) 
     folders = {name: index.folder for name, index in found.indexes.items()}
     lines = _overlaps(folders, found.family, Data(sources={"a": {"uri": "x"}}))
     assert [line.split(",")[0] for line in lines] == ["1 samples of a repeat others of it", "1 samples of b stand in a too"]
+
+
+def test_the_duplicates_command(prepared, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(4):
+        (tmp_path / f"p{number}.png").write_bytes(drawn(number))
+    (tmp_path / "small.jpg").write_bytes(drawn(0, (64, 48), "JPEG", quality=70))
+    files = {"one": [{"image": f"p{number}.png", "text": str(number)} for number in range(3)], "two": [{"image": "small.jpg", "text": "x"}],
+             "suite": [{"image": "p2.png", "text": "asked"}, {"image": "p3.png", "text": "else"}]}  # fmt: skip
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base = yaml.safe_load((Path(__file__).parents[1] / "recipes" / "tiny.yaml").read_text())
+    sources = {name: {"uri": str(tmp_path / f"{name}.jsonl"), "kind": "caption"} for name in ("one", "two")}
+    stage = {**base["stages"][0], "mixture": dict.fromkeys(sources, 1.0), "evaluate": {"suites": [f"caption:{tmp_path / 'suite.jsonl'}"]}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump({**base, "data": {"sources": sources}, "stages": [stage]}))
+    assert main(["duplicates", str(tmp_path / "r.yaml"), "--run-dir", str(tmp_path / "run")]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told == ["one and two: 1 pictures look the same", f"one and suite caption:{tmp_path / 'suite.jsonl'}: 1 pictures look the same"]

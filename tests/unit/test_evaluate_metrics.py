@@ -128,6 +128,14 @@ def test_names_of_suites_are_names_of_metrics(tmp_path, stem, name):
     assert re.fullmatch(r"[/\w.\- :]+", suite.label, re.ASCII)
 
 
+def test_categories_are_names_of_metrics_too():
+    value = {"accuracy": {"value": 0.5}}
+    categories = dict.fromkeys(("a/b", "a (b)", "a&b", "a_b"), value)
+    flat = flat_metrics({"suites": {"mmbench:dev": {"scores": value, "categories": categories}}})
+    assert len(flat) == 5
+    assert all(re.fullmatch(r"[/\w.\- :]+", name, re.ASCII) for name in flat)
+
+
 def test_captions_equal_sacrebleu_over_the_corpus():
     from sacrebleu.metrics import BLEU
 
@@ -214,7 +222,7 @@ def test_rows_with_answers_and_rows_with_solutions_expect_the_same(tmp_path):
         ("caption", {"text": "no image"}, "without an image"),
         ("ocr", [1, 2], "not a JSON object"),
         ("ocr", box_row(solution={"text": "x"}), "is no text and no list of texts"),
-        ("ocr", box_row(solution=[]), "is no list of accepted texts"),
+        ("ocr", box_row(solution=[]), "neither `solution` nor an assistant's turn"),
         ("ocr", box_row(solution=["x", {"y": 1}]), "is no list of accepted texts"),
         ("counting", box_row(solution=["3", "many"]), "'many' is no number"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -168,3 +169,31 @@ def test_kinds_of_suites_are_those_that_can_be_asked():
     from terrace.recipe.rules import SUITE_KINDS
 
     assert tuple(KINDS) == SUITE_KINDS
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://user:hunter2@mlflow:5000", "https://hunter2@mlflow/x", "https://u:hunter2@h", "postgresql+psycopg2://me:hunter2@db/mlflow",
+        "s3://AKIAX:hunter2@bucket/x", "s3://AKIAX:ab/hunter2+c=@bucket/x", "S3://AKIAX:hunter2@b", "https://h/x?token=hunter2",
+        "https://h/x?a=1&X-Amz-Signature=hunter2", "postgresql://db/x?password=hunter2", "http://user:5000@hunter2", "s3://:hunter2@b/x",
+    ],
+)  # fmt: skip
+def test_credentials_in_uris_are_refused_and_not_repeated(uri: str):
+    for key in ("tracking.uri", "data.sources.captions.uri", "data.storage.endpoint_url", "description"):
+        with pytest.raises(RecipeError, match=f"{key}: has credentials in its .*environment") as raised:
+            load_recipe(TINY, [f"{key}={json.dumps(uri)}"])
+        assert "hunter2" not in str(raised.value)
+        assert "AKIAX" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://mlflow:5000", "http://mlflow:5000/a@b", "s3://bucket/a@b/c:d", "sqlite:////data/a:b@c.db", "postgresql://me@db/mlflow",
+        "/data/user:me@host", "me@example.org: see http://host/page", "s3://bucket/tokens/secret=1", "https://h/x?max_tokens_seen",
+    ],
+)  # fmt: skip
+def test_other_uris_with_marks_of_credentials_are_fine(uri: str):
+    for key in ("tracking.uri", "description"):
+        load_recipe(TINY, [f"{key}={json.dumps(uri)}"])

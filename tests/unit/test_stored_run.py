@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import io
 import json
+import os
 import re
 import sys
 import threading
@@ -13,18 +16,34 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from curriculum_launcher import CountingLauncher
+from fakes import tiny_recipe
 from stored_run import Machines
 
 from terrace import cli
 from terrace.cluster.attempt_files import Fenced, claim_attempt, stop_requested
-from terrace.curriculum.journal import Journal, LeaseHeld, LeaseLost, acquire_lease, leave_request, pending_requests, read_journal
+from terrace.curriculum import run as run_module
+from terrace.curriculum.journal import (
+    Journal,
+    LeaseHeld,
+    LeaseLost,
+    acquire_lease,
+    lease_holder,
+    leave_request,
+    pending_requests,
+    read_journal,
+    renew_lease,
+)
 from terrace.curriculum.run import move_aside
 from terrace.errors import InputError
 from terrace.storage import conditional, follower, mirror, synchronise
 from terrace.storage import s3 as storage_module
 from terrace.storage.conditional import Changed, read_versioned, write_if
+from terrace.storage.faults import StorageError
+from terrace.track.progress import Display
 
 # ---------------------------------------------------------------- conditional writes
 
@@ -277,6 +296,26 @@ def test_the_follower_outlives_every_fault_and_catches_up(machines: Machines, ru
 
 
 @pytest.mark.usefixtures("hurried")
+def test_another_process_takes_over_from_a_follower_that_ends_or_hangs(machines: Machines, run: str):
+    with machines.on("a"):
+        here = mirror.open_run(run)
+        with contextlib.ExitStack() as both:
+            other = both.enter_context(open(here / follower.FOLLOWER, "a"))
+            fcntl.flock(other, fcntl.LOCK_EX)
+            os.utime(here / follower.FOLLOWER)
+            both.enter_context(mirror.following(here))
+            (here / "metrics.jsonl").write_text("1\n")
+            time.sleep(0.5)
+            assert read_versioned(f"{run}/metrics.jsonl") is None
+            os.utime(here / follower.FOLLOWER, (time.time() - 100, time.time() - 100))  # it hangs
+            assert eventually(lambda: read_versioned(f"{run}/metrics.jsonl") is not None)
+            os.utime(here / follower.FOLLOWER)
+            (here / "metrics.jsonl").write_text("1\n2\n")
+            fcntl.flock(other, fcntl.LOCK_UN)  # it ended
+            assert eventually(lambda: read_versioned(f"{run}/metrics.jsonl")[0] == b"1\n2\n")
+
+
+@pytest.mark.usefixtures("hurried")
 def test_a_storage_that_stays_away_stops_the_run_by_name(machines: Machines, run: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(follower, "LOST_SECONDS", 0.5)
     told = []
@@ -293,6 +332,34 @@ def test_a_storage_that_stays_away_stops_the_run_by_name(machines: Machines, run
             assert eventually(lambda: read_versioned(f"{run}/metrics.jsonl") is not None), "it goes on trying"
         assert follows.lost is told[0]
     assert len(told) == 1
+
+
+@pytest.mark.usefixtures("hurried")
+def test_a_controller_whose_storage_stays_away_ends_by_name(
+    machines: Machines, run: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(follower, "LOST_SECONDS", 0.3)
+    monkeypatch.setattr(run_module, "POLL_SECONDS", 0.05)
+    monkeypatch.setattr(run_module.Watch, "start", lambda self: None)
+    launcher = CountingLauncher(tiny_recipe(1), steps=10**9)
+
+    def refuse_for_a_while() -> None:
+        assert eventually(lambda: bool(launcher.launched))
+        time.sleep(1)  # events of the start are written; the stage trains
+        machines.server.fault = lambda number, method: (400, "ExpiredToken")
+        assert eventually(lambda: "so the run was stopped" in caplog.text)
+        machines.server.fault = None
+
+    chaos = threading.Thread(target=refuse_for_a_while)
+    with machines.on("a"):
+        chaos.start()
+        here = mirror.open_run(run)
+        outcome = run_module.run_curriculum(launcher.recipe, here, launcher, Display(io.StringIO()), prepare=lambda *_: {})
+        chaos.join()
+    assert (outcome.phase, outcome.exit_status) == ("interrupted", 1)
+    assert re.search(rf"^{re.escape(run)}: nothing could be stored or read for .*access denied.*same command continues", outcome.message)
+    with machines.on("b"):
+        assert read_journal(mirror.open_run(run)).events[-1]["event"] in ("stage_attempt_preempted", "stage_attempt_interrupted")
 
 
 def test_a_follower_asks_less_while_nothing_changes_and_one_process_of_a_machine_asks(
@@ -329,6 +396,13 @@ def test_a_storage_that_ignores_conditions_is_refused_or_accepted_by_name(
     assert conditional.list_objects(run) == [], "the probe leaves nothing"
 
 
+def test_a_run_is_not_named_with_credentials(capsys: pytest.CaptureFixture):
+    assert cli.main(["status", "s3://KEY:hunter2@bucket/x"]) == 2
+    line = capsys.readouterr().err
+    assert "AWS_PROFILE" in line
+    assert "hunter2" not in line
+
+
 @pytest.mark.usefixtures("hurried")
 def test_messages_name_the_run_as_the_user_does(machines: Machines, run: str, capsys: pytest.CaptureFixture):
     with machines.on("a"):
@@ -349,9 +423,15 @@ def test_a_second_controller_on_another_machine_is_refused_until_the_lease_expir
         first = acquire_lease(mirror.open_run(run), 60, clock=lambda: now)
     with machines.on("b"):
         there = mirror.open_run(run)
-        with pytest.raises(LeaseHeld, match="on a since"):
-            acquire_lease(there, 60, clock=lambda: now + 59)
-        assert acquire_lease(there, 60, clock=lambda: now + 61).token == first.token + 1
+        for later in (0, 59, 5000):  # how long this machine's clock says; 5000 is the first look after a renewal
+            if later == 5000:
+                with machines.on("a"):
+                    renew_lease(first, clock=lambda: now + 59)
+            with pytest.raises(LeaseHeld, match="on a since"):
+                acquire_lease(there, 60, clock=lambda: now + later)  # noqa: B023
+        assert acquire_lease(there, 60, clock=lambda: now + 5061).token == first.token + 1
+        with machines.on("a"), pytest.raises(LeaseLost, match=re.escape(f"{run} was taken over by process")):
+            renew_lease(first)
 
 
 def test_of_controllers_that_come_at_once_one_is_let_in(machines: Machines, run: str, monkeypatch: pytest.MonkeyPatch):
@@ -378,9 +458,10 @@ def test_the_journal_is_on_the_storage_and_an_overtaken_controller_adds_nothing(
         old.__enter__()
         old.append({"event": "run_started"})
         old.append({"event": "data_prepared"})
-    time.sleep(0.3)
     with machines.on("b"):
         there = mirror.open_run(run)
+        assert lease_holder(there)["host"] == "a"
+        time.sleep(0.3)
         with Journal(there) as young:
             assert [event["event"] for event in young.events] == ["run_started", "data_prepared"]
             with machines.on("a"), pytest.raises(LeaseLost):
@@ -393,6 +474,34 @@ def test_the_journal_is_on_the_storage_and_an_overtaken_controller_adds_nothing(
         assert [event["event"] for event in read_journal(mirror.open_run(run)).events] == [
             "run_started", "data_prepared", "controller_started",
         ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("hurried")
+def test_an_event_waits_for_the_storage(machines: Machines, run: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    def refuse_until(words: str) -> threading.Thread:
+        machines.server.fault = lambda number, method: (403, "AccessDenied")
+
+        def mend() -> None:
+            assert eventually(lambda: words in caplog.text)
+            machines.server.fault = None
+
+        thread = threading.Thread(target=mend)
+        thread.start()
+        return thread
+
+    with machines.on("a"), Journal(mirror.open_run(run)) as journal:
+        journal.append({"event": "run_started"})
+        waiting = refuse_until("the run waits for its storage")
+        journal.append({"event": "data_prepared"})
+        waiting.join()
+        monkeypatch.setattr(follower, "LOST_SECONDS", 0.0)
+        machines.server.fault = lambda number, method: (403, "AccessDenied")
+        with pytest.raises(StorageError, match="still failing after 10 tries"):
+            journal.append({"event": "paused"})
+        machines.server.fault = None
+    with machines.on("b"):
+        events = [event["event"] for event in read_journal(mirror.open_run(run)).events]
+    assert events == ["run_started", "data_prepared"]
 
 
 def test_requests_reach_the_controller_on_another_machine_and_are_taken_once(machines: Machines, run: str):

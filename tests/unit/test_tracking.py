@@ -5,12 +5,18 @@ from __future__ import annotations
 import io
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from stored_run import BUCKET, Machines
+
+from terrace.storage.conditional import list_objects
 from terrace.track.follow import MetricsFollower, last_row
 from terrace.track.mlflow_store import RunSpec, Series, Store
 from terrace.track.points import curriculum_points, flatten, metric_name, stage_points
@@ -194,6 +200,23 @@ def test_what_fails_is_named_and_the_rest_goes_on(tmp_path: Path, monkeypatch: p
     assert steps_of(store_of(tmp_path), second, "loss") == [1, 2, 3]
     assert len(warnings) == 3
     assert all("artifact metrics.jsonl was left out" in line and "\n" not in line for line in warnings)
+
+
+def test_artifacts_go_to_an_artifact_store_on_s3(machines: Machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The usual large set-up of MLflow: its artifact root is a bucket, which clients write to themselves."""
+    monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", machines.server.url)
+    warnings: list[str] = []
+    (tmp_path / "recipe.yaml").write_text("name: x")
+    store = Store(f"sqlite:///{tmp_path}/mlflow.db", "stored", None, warnings.append)
+    store._connected().create_experiment("stored", artifact_location=f"s3://{BUCKET}/artifacts")
+    tracking = Tracking(store, warnings.append)
+    tracking.open_run(spec("run", {}))
+    tracking.log_artifacts("key-run", [tmp_path / "recipe.yaml", tmp_path / "none.jsonl"])
+    tracking.end_run("key-run", "FINISHED")
+    assert tracking.flush(60)
+    tracking.close()
+    assert warnings == []
+    assert [entry.name.rpartition("/")[2] for entry in list_objects(f"s3://{BUCKET}/artifacts")] == ["recipe.yaml"]
 
 
 def test_metrics_that_the_server_refuses_are_left_out_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -97,7 +97,10 @@ def runs_by_name(found: Any, experiment: str) -> dict[str, Any]:
     return {run.info.run_name: run for run in found.search_runs([identifier])}
 
 
-def test_a_finished_run_is_sent_whole_and_once(server: Server, tmp_path: Path, capfd: pytest.CaptureFixture):
+def test_a_finished_run_is_sent_whole_and_once(
+    server: Server, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     run_dir = write_run(tmp_path / "made", steps=40)
     source = "captions"
     prepared = json.loads((run_dir / "data/prepared.json").read_text())
@@ -105,7 +108,9 @@ def test_a_finished_run_is_sent_whole_and_once(server: Server, tmp_path: Path, c
     (run_dir / "data/prepared.json").write_text(json.dumps(prepared))
     for _ in range(2):
         assert cli.main(["track", str(run_dir), "--uri", server.uri, "--experiment", "sent"]) == 0
+    assert cli.main(["track", str(run_dir), "--uri", "http://127.0.0.1:9"]) == 1
     out, err = capfd.readouterr()
+    assert "terrace: the tracking server http://127.0.0.1:9 is not reached: MlflowException" in err
     assert out == f"{run_dir} is at {server.uri}\n" * 2
     assert "left out" not in err
     found = client(server)

@@ -33,6 +33,7 @@ from terrace.curriculum.lease import (
 )
 from terrace.errors import TerraceError
 from terrace.storage import mirror
+from terrace.storage.follower import patiently
 
 __all__ = [
     "Journal", "JournalError", "Lease", "LeaseHeld", "LeaseLost", "acquire_lease", "lease_holder", "leave_request", "pending_requests",
@@ -162,10 +163,10 @@ class Journal:
         """Replace the object by one with this line more. What the event speaks of goes before it."""
         from terrace.storage.conditional import Changed, write_if
 
-        mirror.flush(self.run_dir)
         before = (self.run_dir / JOURNAL_NAME).read_bytes()
         try:
-            self._version = write_if(uri, before + line, self._version)
+            patiently(lambda: mirror.flush(self.run_dir))
+            self._version = patiently(lambda: write_if(uri, before + line, self._version))
         except Changed as error:
             self._lost = LeaseLost(f"{uri} has events of another controller; this one stops and writes nothing more")
             raise self._lost from error

@@ -1,7 +1,9 @@
 """The lease on a run directory: one controller at a time, and an old one that cannot write.
 
 A small file with a fencing token that grows by one with every holder. It is renewed while the holder lives, and taken
-over when its holder's process is gone from this machine or has not renewed it in time (another machine). A holder that
+over when its holder's process is gone from this machine, or has not renewed it (another machine). How long it was not
+renewed is counted by this machine's clock from when this machine first saw it as it is, never from the times in it:
+the clocks of two machines differ. A small file beside the lease keeps that from command to command. A holder that
 lost its lease finds out before its next write: the token is no longer its own. On a disk the file is changed only under
 an flock; on S3 each change is a conditional write, so of two controllers that come at once one is refused.
 """
@@ -25,6 +27,7 @@ import psutil
 from terrace.cluster.attempt_files import read_json, write_atomic
 from terrace.errors import TerraceError
 from terrace.storage import mirror
+from terrace.storage.follower import patiently
 
 LEASE_SECONDS = 60.0
 LEASE_NAME = "controller.lease"
@@ -55,8 +58,8 @@ def acquire_lease(run_dir: Path, seconds: float = LEASE_SECONDS, clock: Callable
 
     def take(held: Content | None) -> Content:
         now = clock()
-        if held and not held.get("released") and _holder_lives(held, now):
-            raise LeaseHeld(_held_by(held, mirror.place_of(Path(run_dir)), now))
+        if held and not held.get("released") and (left := _seconds_left(path, held, now)) > 0:
+            raise LeaseHeld(_held_by(held, mirror.place_of(Path(run_dir)), left))
         return {
             "token": (held["token"] if held else 0) + 1,
             "host": socket.gethostname(),
@@ -71,15 +74,14 @@ def acquire_lease(run_dir: Path, seconds: float = LEASE_SECONDS, clock: Callable
     return Lease(path, _change(path, take)["token"], seconds)
 
 
-def _held_by(held: Content, place: str, now: float) -> str:
+def _held_by(held: Content, place: str, left: float) -> str:
     """Who works there, and what to do; whether a process of another machine still runs cannot be seen from here."""
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(held["acquired"]))
     who = f"process {held['pid']} on {held['host']} since {since} UTC"
     message = f"another controller works on {place}: {who}. `terrace suspend {place}` stops it."
     if held["host"] == socket.gethostname():
         return message
-    left = max(1, math.ceil(held["expires"] - now))
-    return f"{message} If it is gone, run the command again in {left} s, when its lease has run out"
+    return f"{message} If it is gone, run the command again in {math.ceil(left)} s, when its lease has run out"
 
 
 def renew_lease(lease: Lease, clock: Callable[[], float] = time.time) -> None:
@@ -101,14 +103,14 @@ def release_lease(lease: Lease) -> None:
 def lease_holder(run_dir: Path, clock: Callable[[], float] = time.time) -> Content | None:
     """The living controller of a run directory (host, pid, acquired), None when there is none."""
     held = read_json(Path(run_dir) / LEASE_NAME)
-    return held if held and not held.get("released") and _holder_lives(held, clock()) else None
+    return held if held and not held.get("released") and _seconds_left(Path(run_dir) / LEASE_NAME, held, clock()) > 0 else None
 
 
 @contextlib.contextmanager
 def holding(lease: Lease) -> Iterator[None]:
     """A block that only the lease's holder enters, while nobody else can take it (on one disk). Raises LeaseLost."""
     if mirror.root_of(lease.path) is not None:
-        _checked(lease, _read_stored(lease.path))
+        _checked(lease, patiently(lambda: _read_stored(lease.path)))
         yield
         return
     with _guarded(lease.path):
@@ -139,16 +141,30 @@ def _read_stored(path: Path) -> Content | None:
 def _checked(lease: Lease, held: Content | None) -> Content:
     if held is None or held["token"] != lease.token:
         by = f"process {held['pid']} on {held['host']}" if held else "somebody who removed the lease file"
-        raise LeaseLost(f"{lease.path.parent} was taken over by {by}; this controller stops and writes nothing more")
+        raise LeaseLost(f"{mirror.place_of(lease.path.parent)} was taken over by {by}; this controller stops and writes nothing more")
     return held
 
 
-def _holder_lives(held: Content, now: float) -> bool:
+def _seconds_left(path: Path, held: Content, now: float) -> float:
+    """How long its holder counts as living: for ever while its process runs on this machine, 0 when it is gone from here."""
     if held["host"] == socket.gethostname():
         # The same machine (or container): the process table knows. A reused number has another start time.
         started = _process_started(held["pid"])
-        return started is not None and abs(started - held["process_started"]) < 2.0
-    return now < held["expires"]
+        return math.inf if started is not None and abs(started - held["process_started"]) < 2.0 else 0.0
+    length = held["expires"] - held.get("renewed", held["acquired"])  # both by the holder's clock
+    return max(0.0, length - (now - _unchanged_since(path, held, now)))
+
+
+def _unchanged_since(path: Path, held: Content, now: float) -> float:
+    """When this machine first saw the lease as it is now, by its own clock."""
+    note = path.with_name(f".controller.seen-{socket.gethostname()}.json")
+    lease = [held["token"], held["host"], held["pid"], held.get("renewed")]
+    seen = read_json(note)
+    if seen and seen["lease"] == lease and seen["since"] <= now:
+        return float(seen["since"])
+    with contextlib.suppress(OSError):  # a directory that may only be read
+        write_atomic(note, json.dumps({"lease": lease, "since": now}))
+    return now
 
 
 def _process_started(pid: int) -> float | None:

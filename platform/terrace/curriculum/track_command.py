@@ -12,6 +12,7 @@ from terrace.curriculum.run_directory import require_run
 from terrace.curriculum.state import RunState, fold
 from terrace.curriculum.tracked import TrackedRun
 from terrace.errors import InputError, TerraceError
+from terrace.recipe.credentials import credentials_problem
 from terrace.recipe.schema import Recipe
 from terrace.storage import mirror
 from terrace.track.tracking import open_tracking
@@ -33,6 +34,8 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 
 def track_command(arguments: argparse.Namespace) -> int:
+    if problem := credentials_problem(arguments.uri or ""):
+        raise InputError(f"--uri {problem}")
     run_dir = mirror.open_run(arguments.run_dir)
     recipe = require_run(run_dir)
     uri, place = arguments.uri or recipe.tracking.uri, mirror.place_of(run_dir)
@@ -48,7 +51,8 @@ def track_command(arguments: argparse.Namespace) -> int:
 
 def send_run(recipe: Recipe, run_dir: Path, state: RunState, uri: str | None, experiment: str) -> None:
     """Everything the run directory has. Raises TerraceError where the server is not reached or left something out."""
-    tracking = open_tracking(run_dir, uri, experiment, lambda line: print(line, file=sys.stderr))
+    said: list[str] = []
+    tracking = open_tracking(run_dir, uri, experiment, said.append)
     run = TrackedRun(tracking, recipe, run_dir, state)
     run.start(lambda run_id: None)
     for stage in state.stages:
@@ -57,8 +61,10 @@ def send_run(recipe: Recipe, run_dir: Path, state: RunState, uri: str | None, ex
             run.end_stage(stage, STAGE_STATUS.get(stage.phase, "SCHEDULED"))
     run.end(RUN_STATUS.get(state.phase, "SCHEDULED"))
     sent = tracking.flush(float("inf"))
-    tracking.close()
     if not sent:
-        raise TerraceError(f"the tracking server {uri} is not reached; the same command sends the rest when it is back")
+        tracking.close()
+        raise TerraceError(f"the tracking server {uri} is not reached: {tracking.why}; the same command sends the rest when it is back")
+    tracking.close()
+    print(*said, sep="\n", end="\n" * bool(said), file=sys.stderr)
     if tracking.failed:
         raise TerraceError(f"{tracking.failed} calls were left out, as said above; the rest is at {uri}")

@@ -96,6 +96,7 @@ def load_prepared(root: str | Path) -> PreparedData:
     try:
         storage = Storage(**manifest["storage"])
         family = stored_family(manifest["family"])
+        drop = manifest["deduplicate"] == "drop"
         tokenizer_dir = Path(_resolved(manifest["tokenizer_dir"], root))
         places = {
             name: (_resolved(entry["folder"], root), manifest["seed"], entry["holdout_samples"], entry["max_samples"])
@@ -105,7 +106,7 @@ def load_prepared(root: str | Path) -> PreparedData:
         what = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be understood ({error})"
         raise _broken(root, what) from error
     indexes = {name: load_index(place[0], family, *place[1:], storage) for name, place in places.items()}
-    leave_out_repeats(indexes, manifest["deduplicate"] == "drop")
+    leave_out_repeats(indexes, drop)
     return PreparedData(indexes, tokenizer_dir, root, family)
 
 

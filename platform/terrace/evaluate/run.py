@@ -21,7 +21,7 @@ from typing import Any
 from terrace.errors import InputError, TerraceError
 from terrace.evaluate.cases import Case
 from terrace.evaluate.replies import Reply, Settings
-from terrace.evaluate.suites import Reading, Row, Suite, load_suites
+from terrace.evaluate.suites import Reading, Row, Suite, load_suites, tracked_name
 from terrace.families.interface import Sight
 
 SCORES_VERSION = 1
@@ -253,10 +253,14 @@ def read_results(out_dir: Path) -> tuple[dict[str, Any], list[Row]]:
 
 
 def flat_metrics(scores: Mapping[str, Any]) -> dict[str, float]:
-    """`suite/metric` (and `suite/category/metric`) -> value, for gates and MLflow."""
-    flat = {}
+    """`suite/metric` (and `suite/category/metric`) -> value, for gates and MLflow. Categories get names that a metric may have;
+    one whose name is taken by then has a `_` more."""
+    flat: dict[str, float] = {}
     for label, suite in scores["suites"].items():
         flat.update({f"{label}/{name}": score["value"] for name, score in suite["scores"].items()})
         for category, named in suite["categories"].items():
-            flat.update({f"{label}/{category}/{name}": score["value"] for name, score in named.items()})
+            head = f"{label}/{tracked_name(category)}"
+            while any(f"{head}/{name}" in flat for name in named):
+                head += "_"
+            flat.update({f"{head}/{name}": score["value"] for name, score in named.items()})
     return flat

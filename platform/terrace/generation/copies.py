@@ -47,8 +47,7 @@ def _zeros_like(model: Any) -> Callable[[str], torch.Tensor]:
 
 
 class EngineOnCopy:
-    """The native engine on a whole copy of a sharded model (4 bytes per parameter and rank), renewed every
-    iteration."""
+    """The native engine on a whole copy of a sharded model (4 bytes per parameter and rank), renewed every iteration."""
 
     def __init__(self, model: Any, engine: NativeEngine) -> None:
         self._model, self._engine = model, engine

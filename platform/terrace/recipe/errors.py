@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from terrace.errors import InputError
+from terrace.recipe.credentials import redacted
 
 Path = tuple[str | int, ...]  # ("stages", 0, "budget", "steps")
 
@@ -41,10 +42,10 @@ class RecipeError(InputError):
     def __init__(self, problems: Sequence[Problem], recipe: str = "recipe") -> None:
         self.problems = list(problems)
         if len(self.problems) == 1:
-            super().__init__(str(self.problems[0]))
+            super().__init__(redacted(str(self.problems[0])))
         else:
             lines = "\n".join(f"  {problem}" for problem in self.problems)
-            super().__init__(f"{recipe}: {len(self.problems)} problems\n{lines}")
+            super().__init__(f"{recipe}: {len(self.problems)} problems\n{redacted(lines)}")
 
 
 def dotted(path: Path) -> str:

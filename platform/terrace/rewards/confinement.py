@@ -30,7 +30,7 @@ _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _PR_SET_CHILD_SUBREAPE
     24,
     47,
 )
-_CAP_DAC_READ_SEARCH = 2
+_CAP_DAC_OVERRIDE, _CAP_DAC_READ_SEARCH, _CAP_SETUID = 1, 2, 7
 _SANDBOX_USER = 2_000_000  # plus the process id: a user of its own, so that its processes can be counted
 # socket, ptrace, process_vm_readv and _writev, mount, umount, pivot_root, unshare, setns, keyctl, userfaultfd, bpf, io_uring_setup
 _REFUSED_CALLS = {
@@ -39,15 +39,18 @@ _REFUSED_CALLS = {
 }
 _MOUNT_SETATTR, _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 442, 444, 445, 446  # the same numbers on both
 _LANDLOCK_WRITES = sum(1 << bit for bit in (1, 4, 5, 6, 7, 8, 9, 10, 11, 12))  # write, remove, make of every kind
+_STARTED_AS_ROOT = os.geteuid() == 0
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def unshared() -> list[str]:
     """Move this process into namespaces of its own and return their names. Its children see them whole (a process id namespace
-    begins with the next fork). Without the right to do so as it is, a user namespace is tried, then fewer namespaces."""
+    begins with the next fork). Without the right to do so as it is, a user namespace is tried, then fewer namespaces; not by root that
+    can become a user of its own, whose processes are counted (those of root in a user namespace are not)."""
     wanted = ["mount", "pid", "network", "ipc"]
     tries = [wanted] if os.geteuid() == 0 else []
-    tries += [["user", *wanted], ["user", "pid", "network"], ["user", "network"]]
+    if os.geteuid() != 0 or not (_permitted(_CAP_SETUID) and _reading_right() is not None):
+        tries += [["user", *wanted], ["user", "pid", "network"], ["user", "network"]]
     user, group = os.geteuid(), os.getegid()
     for names in tries:
         if _libc.unshare(sum(_CLONE[name] for name in names)) == 0:
@@ -110,7 +113,10 @@ def drop_rights(in_user_namespace: bool, number: int) -> list[str]:
     root's. `number` tells this sandbox' user from another's."""
     held = []
     user = _SANDBOX_USER + number % 1_000_000
-    as_root = os.geteuid() == 0 and not in_user_namespace
+    # Without a right to read what is root's, a user of its own could not even import its rule. The second one also writes, as root
+    # does anyway; Landlock and read-only file systems hold against both.
+    reading = _reading_right()
+    as_root = os.geteuid() == 0 and not in_user_namespace and reading is not None
     processes = PROCESSES if as_root or in_user_namespace else PROCESSES + _tasks_of_user()
     if as_root:
         _libc.prctl(8, 1, 0, 0, 0)  # PR_SET_KEEPCAPS across the change of user
@@ -121,12 +127,12 @@ def drop_rights(in_user_namespace: bool, number: int) -> list[str]:
             held.append("own user")
     for capability in range(64):
         _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)
-    keep = 1 << _CAP_DAC_READ_SEARCH if as_root else 0
+    keep = 1 << reading if as_root and reading is not None else 0
     if _set_capabilities(keep) or (keep and _set_capabilities(0)):
         held.append("no capabilities")
     resource.setrlimit(resource.RLIMIT_NPROC, (processes, processes))
-    if os.geteuid() != 0:
-        held.append("processes")  # the kernel does not count those of root
+    if as_root or not _STARTED_AS_ROOT:
+        held.append("processes")  # the kernel does not count those of root, in a user namespace neither
     if _libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0:
         held.append("no new privileges")
     return held
@@ -206,6 +212,18 @@ def _tasks_of_user() -> int:
             except OSError:
                 continue
     return total
+
+
+def _reading_right() -> int | None:
+    return next((one for one in (_CAP_DAC_READ_SEARCH, _CAP_DAC_OVERRIDE) if _permitted(one)), None)
+
+
+def _permitted(capability: int) -> bool:
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return False
+    return bool(int(status.split("CapPrm:")[1].split()[0], 16) >> capability & 1)
 
 
 def _set_capabilities(bits: int) -> bool:

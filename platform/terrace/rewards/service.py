@@ -1,7 +1,7 @@
 """The rewards of a stage as an HTTP service: the same router behind Ray Serve.
 
 `POST /score` `{"items": [{"task", "prompt", "response", "solution", "metadata"}]}` -> `{"scores": [{"value", "parts",
-"failure"}]}` (`metadata.images`, if sent, are base64 files); `GET /health`; `GET /metrics` (Prometheus text). `/score`
+"failure", "reasons"}]}` (`metadata.images`, if sent, are base64 files); `GET /health`; `GET /metrics` (Prometheus text). `/score`
 and `/metrics` want `Authorization: Bearer TOKEN`. Requests that arrive within a few milliseconds are judged together. A
 failed reward is `"value": null` with its reason.
 """
@@ -87,7 +87,7 @@ class RewardService:
             return JSONResponse({"error": str(error)}, status_code=503)
         self._requests += 1
         self._seconds += time.monotonic() - started
-        answers = [{"value": score.value, "parts": score.parts, "failure": score.failure} for score in scores]
+        answers = [{"value": score.value, "parts": score.parts, "failure": score.failure, "reasons": score.reasons} for score in scores]
         return JSONResponse({"scores": answers})
 
     def _metrics(self) -> str:

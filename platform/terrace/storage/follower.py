@@ -2,7 +2,7 @@
 
 What changed here goes up every two seconds and costs no request while nothing did. What others wrote is asked for every two seconds
 too, and every ten at most while the storage has nothing new (three listings each time). Of the processes of one machine that follow
-the same run one does it; when it ends, another takes over.
+the same run one does it; when it ends or hangs, another takes over.
 
 Whatever goes wrong (a token that runs out, a bucket that a restarted gateway does not know yet, a fault of the network) is warned
 about and tried again. After ten minutes without one success the run's owner is told, who ends it by name.
@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import fcntl
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from terrace.storage.faults import StorageError
 from terrace.storage.synchronise import synchronise
@@ -28,8 +29,10 @@ SYNC_SECONDS = 2.0
 IDLE_SECONDS = 10.0  # between two listings while the storage has nothing new
 LARGEST_WAIT_SECONDS = 30.0  # between two tries while the storage is away
 LOST_SECONDS = 600.0
+FROZEN_SECONDS = 90.0  # a process that was stopped or hangs keeps its lock; one that waits for the storage turns within a minute
 FOLLOWER = ".mirror.follower"
 TellsLost = Callable[[StorageError], None]
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -77,14 +80,29 @@ class Follower:
             self.tell(self.lost)
 
 
+def patiently(action: Callable[[], Result]) -> Result:
+    """What a run cannot go on without: tried again for as long as the follower does. Raises StorageError after ten minutes."""
+    end, wait = time.monotonic() + LOST_SECONDS, SYNC_SECONDS
+    while True:
+        try:
+            return action()
+        except StorageError as error:
+            if time.monotonic() >= end:
+                raise
+            log.warning("the run waits for its storage (%s)", error)
+        time.sleep(wait)
+        wait = min(LARGEST_WAIT_SECONDS, wait * 2)
+
+
 def _words(error: Exception) -> str:
     return str(error) if isinstance(error, StorageError) else f"{type(error).__name__}: {error}"
 
 
 def _is_mine(file: IO[str]) -> bool:
-    """Whether this process is the machine's follower, now that it asked (again)."""
+    """Whether this process follows for the machine, now that it asked (again): nobody else does, or who does has not turned lately."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
+        return time.time() - os.fstat(file.fileno()).st_mtime > FROZEN_SECONDS
+    os.utime(file.fileno())
     return True

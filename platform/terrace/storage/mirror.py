@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from terrace.errors import InputError
+from terrace.recipe.credentials import credentials_problem
 from terrace.storage import conditional
 from terrace.storage.files import atomic_path
 from terrace.storage.follower import Follower, TellsLost
@@ -83,6 +84,8 @@ def open_run(run: str | Path) -> Path:
     if not is_stored(run):
         return Path(run).absolute()
     uri = str(run).rstrip("/")
+    if problem := credentials_problem(uri):
+        raise InputError(f"the run's name {problem}")
     if not all(conditional.split(uri)):
         raise InputError(f"{run}: a run on S3 is named s3://BUCKET/PREFIX")
     root = local_folder(uri)

@@ -33,6 +33,7 @@ class Tracking:
         self._changed = threading.Condition()
         self._closing = False
         self.away = False
+        self.why = ""  # it is away, in the words of the last error
         self.failed = 0  # calls that were passed over
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
@@ -136,10 +137,11 @@ class Tracking:
             return self._changed.wait_for(lambda: self._closing, seconds)
 
     def _gone(self, error: Exception) -> None:
+        self.why = _line(error)
         if not self.away:
             self.away = True
             self._warn(
-                f"tracking at {self._store.uri} is not reached: {_line(error)}. The run goes on; metrics.jsonl keeps every step, and they"
+                f"tracking at {self._store.uri} is not reached: {self.why}. The run goes on; metrics.jsonl keeps every step, and they"
                 " are sent when it is back."
             )
 

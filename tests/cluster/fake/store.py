@@ -7,7 +7,6 @@ old watch position is Gone, a deletion waits for finalizers and (foreground) for
 
 from __future__ import annotations
 
-import copy
 import threading
 import time
 import uuid
@@ -284,12 +283,16 @@ class Store:
             self._remove(body["kind"], body)
 
 
+ACCEPTED: dict[int, Manifest] = {}  # by identity, each kept alive here: a CRD is checked once, and its validators are made once
+
+
 def install_crd(store: Store, crd: Manifest) -> None:
-    """Register a CRD; Refused where the API server would refuse it."""
-    if errors := crd_rules.errors(crd):
-        raise Refused(f'CustomResourceDefinition "{crd["metadata"].get("name")}" is invalid: ' + "; ".join(errors[:10]), 422)
-    schema = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
-    store.schemas[crd["spec"]["names"]["kind"]] = copy.deepcopy(schema)
+    """Register a CRD; Refused where the API server would refuse it. Who changes a CRD afterwards changes a copy."""
+    if id(crd) not in ACCEPTED:
+        if errors := crd_rules.errors(crd):
+            raise Refused(f'CustomResourceDefinition "{crd["metadata"].get("name")}" is invalid: ' + "; ".join(errors[:10]), 422)
+        ACCEPTED[id(crd)] = crd
+    store.schemas[crd["spec"]["names"]["kind"]] = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
 
 
 def stamp(seconds: float) -> str:

@@ -62,6 +62,8 @@ class Rules:
 
 def convert_row(row: Any, default_id: str, kind: str, rules: Rules | None = None) -> tuple[Sample, list[ImageReference]]:
     """One raw row to a sample and its images, in the order of `Sample`'s image numbers. Raises Refusal, and nothing else."""
+    if isinstance(row, list) and row and all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in row):
+        row = {"messages": row}
     if not isinstance(row, dict):
         raise Refusal("bad_row", f"the row is a {type(row).__name__}, not a JSON object")
     try:

@@ -32,7 +32,7 @@ ROLES = {
 _MASKS = ("weight", "loss", "loss_scale", "loss_weight", "loss_mask", "trainable", "train", "training")
 _TEXT_TYPES = ("text", "input_text", "output_text")
 _IMAGE_TYPES = ("image", "image_url", "input_image", "image_path")
-_IMAGE_KEYS = ("image", "image_url", "image_path", "path", "url", "image_base64", "base64")
+_IMAGE_KEYS = ("image", "image_url", "image_path", "path", "url", "image_base64", "base64", "source")
 
 
 def read_turns(turns: Any, reader: PlaceholderReader, rules: Any) -> list[Message]:

@@ -23,14 +23,21 @@ DESCRIPTIVE = frozenset(
     sha256 phash source sources data_source dataset dataset_name datasource origin provenance subset split config version url urls
     page_url source_url original_url homepage download_url thumbnail_url licence license licences licenses rights attribution author
     authors creator artist credit copyright publisher date created created_at updated_at timestamp year width height size image_size
-    image_width image_height original_width original_height resolution aspect_ratio channels mode format mime mime_type file_size
+    image_width image_height original_width original_height width_list height_list
+    resolution aspect_ratio channels mode format mime mime_type file_size
     num_bytes language lang languages locale score scores similarity clip_score aesthetic aesthetic_score punsafe pwatermark nsfw
     watermark quality rating ratings relevance_min level difficulty category categories topic topics subject domain tags type task
     metadata meta extra_info model generator annotator annotator_id num_tokens token_count num_turns num_images image_count status
     error_message exif parallel_tool_calls ability reward
     """.split()  # noqa: SIM905
 )
-_DESCRIPTIVE_ENDINGS = ("_id", "_score", "_scores", "_rating", "_ratings", "_hash", "_licence", "_license", "_language", "_date")
+# Inside a turn or a content item `source` and `url` may be the picture itself, and little else is a description.
+_DESCRIPTIVE_INSIDE = {
+    "messages": frozenset("id index uuid timestamp created_at date language lang model score rating source_model".split()),  # noqa: SIM905
+    "content": frozenset({"id"}),
+}
+_DESCRIPTIVE_ENDINGS = ("_sha256", "_md5", "_id", "_score", "_scores", "_rating", "_ratings", "_hash", "_licence", "_license", "_language",
+                         "_date")  # fmt: skip
 
 # What some reader understands in a row: the nearest of these is named beside an unknown key.
 KNOWN = frozenset(
@@ -115,8 +122,9 @@ class Fields:
 
     def finish(self) -> None:
         """Refuse the row if a key is left that is neither known nor descriptive."""
+        harmless = _DESCRIPTIVE_INSIDE.get(self.where, DESCRIPTIVE)
         for name in self._left:
-            if name not in DESCRIPTIVE and (not name.endswith(_DESCRIPTIVE_ENDINGS) or name in KNOWN):
+            if name not in harmless and (not name.endswith(_DESCRIPTIVE_ENDINGS) or name in KNOWN or self.where == "content"):
                 raise self.unknown(name)
 
     def unknown(self, name: str) -> Refusal:

@@ -111,7 +111,10 @@ class _Repeats:
         self.renamed = 0
 
     def check(self, sample: Sample, images: list[bytes]) -> None:
-        content = hash((json.dumps(sample.messages, sort_keys=True), *(zlib.crc32(image) for image in images)))
+        try:
+            content = hash((json.dumps(sample.messages, sort_keys=True), *(zlib.crc32(image) for image in images)))
+        except (TypeError, ValueError) as error:  # bytes or dates from Parquet inside `tools`
+            raise Refusal("bad_row", f"the row holds what JSON cannot ({error})") from error
         before = self._contents.setdefault(sample.id, set())
         if content in before:
             raise Refusal("duplicate_id", f"an earlier row with the id {sample.id!r} has the same text and images")

@@ -118,6 +118,8 @@ def image_reference(value: Any) -> ImageReference:
             return ImageReference(path if isinstance(path, str) else None, _bytes_of(value["bytes"]))
         if value.get("type") == "Buffer" and isinstance(value.get("data"), list):
             return ImageReference(None, _bytes_of(value))
+        if value.get("type") == "base64" and isinstance(value.get("data"), str):  # Anthropic's `source`
+            return ImageReference(None, _from_base64(value["data"]))
         unread = [name for name in value if name not in ("bytes", "path", "url", "image", "image_url", "type", "width", "height", "detail")]
         if unread:
             raise Refusal("unknown_field", f"nobody reads `{unread[0]}` of an image; it has `path`, `bytes` or `url`")

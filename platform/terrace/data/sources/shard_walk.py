@@ -24,6 +24,7 @@ from terrace.storage.s3 import DEFAULT_STORAGE
 
 MAX_MEMBER_BYTES = 512 * 2**20  # a larger one is refused unread: a sample's files are held in memory
 _BLOCK = 512
+_FILE_TYPES = (0, 0x30)  # type flags of an ordinary file
 _DESCRIBES_ITSELF = re.compile(r"(^|/)__[^/]*__(/|$)")  # WebDataset's own reader skips such members too
 _NO_SAMPLE = ("readme", "license", "licence", "copying", "notice", "changelog", "citation", "authors")
 _MOST_LINKS = 8  # followed in a row
@@ -144,22 +145,56 @@ def _add(group: Group, name: str, suffix: str, header: tarfile.TarInfo, file: An
 
 
 def _headers(file: Any) -> Iterator[tarfile.TarInfo]:
-    """The headers of all archives in the file. Raises Refusal where one is damaged, or the last has no end mark."""
-    start: int | None = 0
-    while start is not None:
-        file.seek(start)
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (header := tar.next()) is not None:
-                tar.members = []  # tarfile would keep every header of the shard
-                yield header
-            end = tar.offset
-        file.seek(end)
+    """The headers of all archives in the file. Raises Refusal where one is damaged, or the last has no end mark.
+
+    A plain file's header is read here, in a quarter of tarfile's time, which is half of what an index costs; tarfile reads the others.
+    """
+    at: int | None = 0
+    while at is not None:
+        file.seek(at)
         block = file.read(_BLOCK)
-        if not block:
-            raise Refusal("unreadable_shard", f"the archive has no end mark at byte {end:,}: it was cut at the border of a member")
-        if block.strip(b"\0"):
-            raise Refusal("unreadable_shard", f"the header at byte {end:,} is damaged; what lies behind it is not read")
-        start = _next_archive(file, end + _BLOCK)
+        if len(block) < _BLOCK:
+            raise Refusal("unreadable_shard", f"the archive has no end mark at byte {at:,}: it was cut at the border of a member")
+        header = _plain_header(block, at)
+        if header is not None:
+            at = header.offset_data + -(-header.size // _BLOCK) * _BLOCK
+            yield header
+        elif block.count(0) == _BLOCK:
+            at = _next_archive(file, at + _BLOCK)
+        else:
+            file.seek(at)
+            header, at = _tarfile_header(file, at)
+            yield header
+
+
+def _plain_header(block: bytes, at: int) -> tarfile.TarInfo | None:
+    """The header of an ordinary file, or None: not one, or not sound."""
+    if block[156] not in _FILE_TYPES or block[257:262] != b"ustar":
+        return None
+    try:
+        size, checksum = int(block[124:136].rstrip(b" \0"), 8), int(block[148:156].strip(b" \0"), 8)
+        name, prefix = block[:100].partition(b"\0")[0].decode(), block[345:500].partition(b"\0")[0].decode()
+    except ValueError:
+        return None
+    if checksum != sum(block) - sum(block[148:156]) + 256 or name.endswith("/") or (block[257:265] == b"ustar  \0" and prefix):
+        return None
+    header = tarfile.TarInfo(f"{prefix}/{name}" if prefix else name)
+    header.size, header.offset, header.offset_data = size, at, at + _BLOCK
+    return header
+
+
+def _tarfile_header(file: Any, at: int) -> tuple[tarfile.TarInfo, int]:
+    """The header at a place as tarfile reads it, with long names and attributes, and where the next one begins."""
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            header = tar.next()
+            if header is not None:
+                return header, tar.offset
+    except tarfile.TarError as error:
+        if at == 0:
+            raise
+        raise Refusal("unreadable_shard", f"the header at byte {at:,} is damaged ({error}); what lies behind it is not read") from error
+    raise Refusal("unreadable_shard", f"the header at byte {at:,} is damaged; what lies behind it is not read")
 
 
 def _next_archive(file: Any, place: int) -> int | None:

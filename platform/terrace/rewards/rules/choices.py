@@ -26,7 +26,7 @@ _WHOLE = re.compile(
     r"[(\[]?\s?([A-Za-z])\s?[)\]]?(?:(?:\s?(?:,|&|;|、|和|and|, and)\s?|\s)[(\[]?([A-Za-z])[)\]]?){0,7}|(?:\(?[A-H]\)?){2,8}", re.IGNORECASE
 )
 _START = re.compile(
-    rf"^\s*[(\[]?({_LETTER})\s?(?:[)\].:,;?!\n]|\s[-–—]\s|$|\s(?:because|since|as|is|seems|it|and nothing|best)\b|，|。|：|、)"
+    rf"^\s*[(\[]?({_LETTER})\s?(?:[)\].:,;!\n]|\s[-–—]\s|$|\s(?:because|since|as|is|seems|it|and nothing|best)\b|，|。|：|、)"
 )
 _MARK = re.compile(
     r"(?i:\b(?:answers?|options?|choices?|choose|chose|pick|select|go with|it is|it's|it must be|must be|is|are)\b|答案|选项?|选择)"
@@ -56,7 +56,7 @@ _ABSTAINS = re.compile(
     re.IGNORECASE,
 )
 _TAKEN_BACK = re.compile(r"\b(?:wait|actually|no,|correction|sorry|hmm|on second thought)\b", re.IGNORECASE)
-_HEDGE = re.compile(rf"{_LETTER}[)\]]?\s(?:or)\s[(\[]?{_LETTER}|\beither\b|或", re.IGNORECASE)
+_HEDGE = re.compile(rf"{_LETTER}[)\]]?\s(?:or)\s[(\[]?{_LETTER}|\bor not\b|\beither\b|或", re.IGNORECASE)
 
 
 def gold_letters(solution: str, choices: Mapping[str, str]) -> tuple[frozenset[str], dict[str, str]] | None:

@@ -106,11 +106,12 @@ def plain_number(text: str) -> Number | None:
     "3 + 4 = 7" states 7 (what stands after the last "="). A sign before brackets is no number of its own: `-(5)` is an
     expression.
     """
-    bare = inside(plain(text))
-    return None if re.fullmatch(r"\d+\s?!+", bare) else stated(without_unit(bare)[0])
+    return stated(without_unit(inside(plain(text)))[0])
 
 
 def stated(text: str) -> Number | None:
+    if re.search(r"[\d)}]\s?!+$", text) and not re.search(r"(?<!\\)\b[A-Za-z]{3,}", text):
+        return None  # a factorial, not an exclamation
     if "=" in text:
         text = text.rsplit("=", 1)[1]
     numbers = find_numbers(text)
@@ -132,7 +133,7 @@ def same_number(gold: Number, answer: Number, tolerance: float = 0.0, relative_t
     percent")."""
     allowed = max(Fraction(str(tolerance)), abs(gold.value) * Fraction(str(relative_tolerance)))
     if abs(gold.value - answer.value) <= allowed:
-        return True
+        return not (answer.percent and not gold.percent and 0 < abs(gold.value) < 1)  # 0.5 is not 0.5 %
     if gold.percent and not answer.percent:
         return abs(gold.value / 100 - answer.value) <= allowed / 100
     return answer.percent and not gold.percent and abs(gold.value - answer.value / 100) <= allowed

@@ -121,10 +121,10 @@ def same_values(gold: Values, text: str) -> bool:
         if all(assigned):  # x=3, y=-1 for (3, -1): the names' order is the tuple's
             named = {match.group(1): match.group(2) for match in assigned if match}
             return len(named) == len(gold.elements) and all(_same(one, named[name]) for one, name in zip(gold.elements, sorted(named)))
-    if ordered or said.kind in ("tuple", "bracket"):
-        return all(_same(one, other) for one, other in zip(gold.elements, said.elements))
     if gold.kind == "set" and said.kind not in ("set", "bare"):
         return False
+    if ordered or said.kind in ("tuple", "bracket"):
+        return all(_same(one, other) for one, other in zip(gold.elements, said.elements))
     left = list(said.elements)
     for one in gold.elements:
         match = next((place for place, other in enumerate(left) if _same(one, other)), None)

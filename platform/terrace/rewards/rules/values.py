@@ -21,7 +21,7 @@ _AGREE = mpmath.mpf(10) ** -30
 _ZERO = mpmath.mpf(10) ** -42
 _LARGEST_EXPONENT = 200_000  # binary digits of a value, at most
 _LARGEST_FACTORIAL = 5_000
-_POINTS = ((1, "0.7390851332151606"), (1, "1.6180339887498948"), (-1, "1.1547005383792515"))
+_POINTS = ((1, "0.7390851332151606"), (1, "1.6180339887498948"), (-1, "4.1547005383792515"))
 _CONTEXT = mpmath.mp.clone()
 _CONTEXT.dps = DIGITS
 

@@ -67,6 +67,9 @@ def same_words(gold: str, text: str) -> bool:
             return target[0] in words and not others & set(words) and "not" not in words and "t" not in words
     if {"not", "isn", "never", "neither", "cannot"} & set(words) and not {"not", "cannot"} & set(target):
         return False
+    denied = re.search(r"\b(?:is|are|was|were)\s(?:wrong|incorrect|false|not)\b", text, re.IGNORECASE)
+    if denied and not {"wrong", "incorrect"} & set(target):
+        return False
     if gold.isupper() and len(target) == 1:  # an acronym such as SSS: no other may stand beside it
         return set(re.findall(r"\b[A-Z]{2,}\b", text)) == {gold}
     phrase = re.match(r"(?:the|an?)\s", text, re.IGNORECASE) and words[-len(target) :] == target  # "the planet Saturn"

@@ -1,0 +1,106 @@
+"""A stage's judgements for a person to audit: some of each task at random, with what was read, what decided, and the picture.
+
+Pure. The sample is a reservoir, so that it is fair over a stage of any length and needs no more memory than what is shown, and
+its random numbers come from the seed and the task alone: a resumed stage that is shown the same judgements keeps the same ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+SHOWN_PER_TASK = 20
+SHOWN_CHARACTERS = 1_200  # of a response: its beginning and its end
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One judgement. `reasons` are those of `Score`: per rule what was read as the answer and what decided."""
+
+    task: str
+    prompt_id: str
+    prompt: str
+    response: str
+    solution: Any
+    value: float | None
+    failure: str | None = None
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    iteration: int = 0
+
+
+@dataclass
+class Calibration:
+    """The sample so far. `seen` counts all judgements of a task."""
+
+    seed: int
+    shown: dict[str, list[Shown]] = field(default_factory=dict)
+    seen: dict[str, int] = field(default_factory=dict)
+
+    def add(self, judgements: Iterable[Shown]) -> None:
+        """Show each with the chance that makes all judgements so far equally likely to be in the sample."""
+        for judgement in judgements:
+            task = judgement.task
+            place = self.seen.get(task, 0)
+            self.seen[task] = place + 1
+            kept = self.shown.setdefault(task, [])
+            if len(kept) < SHOWN_PER_TASK:
+                kept.append(judgement)
+                continue
+            digest = hashlib.sha256(f"{self.seed}/{task}/{place}".encode()).digest()
+            drawn = int.from_bytes(digest[:8], "big") % (place + 1)
+            if drawn < SHOWN_PER_TASK:
+                kept[drawn] = judgement
+
+    def state(self) -> dict[str, Any]:
+        """Plain JSON values, for a checkpoint."""
+        return {
+            "seed": self.seed,
+            "seen": dict(self.seen),
+            "shown": {task: [asdict(one) for one in kept] for task, kept in self.shown.items()},
+        }
+
+
+def calibration_from(state: Mapping[str, Any]) -> Calibration:
+    """The sample of an earlier `state()`."""
+    shown = {task: [Shown(**one) for one in kept] for task, kept in state["shown"].items()}
+    return Calibration(state["seed"], shown, dict(state["seen"]))
+
+
+def calibration_html(calibration: Calibration, pictures: Mapping[str, Sequence[str]] | None = None) -> str:
+    """A table per task, for the stage's report. `pictures`: prompt id -> image URLs (`data:` ones for a page of its own).
+
+    All text is escaped; URLs other than `data:image/` and relative ones are left out."""
+    parts = []
+    for task in sorted(calibration.shown):
+        kept = sorted(calibration.shown[task], key=lambda one: (one.iteration, one.prompt_id))
+        rows = "".join(_row(one, (pictures or {}).get(one.prompt_id, ())) for one in kept)
+        parts.append(
+            f"<h3>{html.escape(task)}</h3><p>{len(kept)} of {calibration.seen[task]:,} judgements, drawn at random.</p>"
+            "<table><tr><th>prompt</th><th>response</th><th>solution</th><th>reward</th><th>read, and decided by</th></tr>"
+            + rows
+            + "</table>"
+        )
+    return "".join(parts)
+
+
+def _row(one: Shown, pictures: Sequence[str]) -> str:
+    images = "".join(f'<img src="{html.escape(url, quote=True)}" alt="" width="160">' for url in pictures if _is_safe(url))
+    value = "none" if one.value is None else f"{one.value:.3f}"
+    reasons = "; ".join(f"{rule}: {said}" for rule, said in one.reasons.items()) or one.failure or ""
+    cells = [
+        images + html.escape(_short(one.prompt)),
+        *(html.escape(_short(str(text))) for text in (one.response, one.solution, value, reasons)),
+    ]
+    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
+
+
+def _is_safe(url: str) -> bool:
+    return url.startswith("data:image/") or not (":" in url or url.startswith("//"))
+
+
+def _short(text: str) -> str:
+    half = SHOWN_CHARACTERS // 2
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:half]} [...] {text[-half:]}"
