@@ -11,7 +11,7 @@ from terrace.generation.interface import Sampling
 pytestmark = pytest.mark.vllm
 GREEDY = Sampling(samples=1, max_tokens=24, temperature=0.0)
 LARGEST_MISMATCH = 1e-4
-FAMILIES = ("qwen2_5_vl",)  # those that vLLM was seen to decode; `vllm_world` has tiny models of the others
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")  # those that vLLM was seen to decode
 
 
 @pytest.mark.parametrize("name", FAMILIES)
