@@ -26,6 +26,7 @@ from terrace.models.precision import DTYPES
 from terrace.models.weights import TensorSource
 from terrace.recipe.schema import Stage
 from terrace.train.loss_scale import LossScale
+from terrace.train.strategies.build_locks import build_root, remove_abandoned_locks
 from terrace.train.strategies.interface import (
     OPTIMIZER_KINDS,
     Kind,
@@ -244,6 +245,8 @@ def _import_deepspeed(context: WorkerContext) -> Any:
     if not dist.is_initialized():  # one process on its own
         backend = "nccl" if context.device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
+    if context.local_rank == 0:  # the others of the machine may already be waiting for the lock
+        remove_abandoned_locks(build_root())
     deepspeed.init_distributed(dist_init_required=False)
     deepspeed.utils.logger.setLevel("WARNING")
     return deepspeed
