@@ -41,8 +41,8 @@ DEFAULT_MAX_IMAGE_PIXELS = 64_000_000
 DRAFT_RATIO = 2  # a JPEG is decoded at 1/2, 1/4 or 1/8 while that still leaves at least this many times the wanted sides
 
 
-def image_size(data: bytes, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS) -> tuple[int, int]:
-    """(width, height) of the upright picture from the header alone, without decoding.
+def image_size(data: bytes, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS, turned: int | None = None) -> tuple[int, int]:
+    """(width, height) of the upright picture from the header alone, without decoding. `turned`: its EXIF orientation, where it is known.
 
     Raises ImageDamage for no image, a bomb or a hair-thin image.
     """
@@ -55,7 +55,7 @@ def image_size(data: bytes, max_pixels: int = DEFAULT_MAX_IMAGE_PIXELS) -> tuple
         width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])
     else:
         width, height = _pillow_size(data, max_pixels)
-    if orientation(data) in SIDEWAYS and not _is_tiff(data):
+    if (orientation(data) if turned is None else turned) in SIDEWAYS and not _is_tiff(data):
         width, height = height, width
     if width < 1 or height < 1:
         raise ImageDamage("not_an_image", f"the header says {width}x{height} pixels")

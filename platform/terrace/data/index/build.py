@@ -236,10 +236,12 @@ def index_group(
     for suffix in images:
         content = group.data[suffix]
         try:
-            if settings.check_ends and orientation(content) != 1:
+            side_up = orientation(content) if settings.check_ends else None
+            if side_up not in (1, None):
                 turned += 1
-                content = without_orientation(content) if settings.exif == "ignore" else content
-            sizes.append(image_size(content, settings.max_image_pixels))
+                if settings.exif == "ignore":
+                    content, side_up = without_orientation(content), 1
+            sizes.append(image_size(content, settings.max_image_pixels, side_up))
             if settings.check_ends:
                 check_file(group.data[suffix])
         except ImageDamage as damage:

@@ -100,9 +100,8 @@ def _converted(row: dict[str, Any], default_id: str, kind: str, rules: Rules) ->
         messages = [{"role": RUNNING_TEXT, "content": items}]
     else:
         messages = [{"role": RUNNING_TEXT, "content": caption_or_text(fields, reader, kind)}]
-    for name in METADATA_KEYS:
-        if (value := fields.take(name)) is not None:
-            metadata[name] = value
+    for name in fields.of(METADATA_KEYS):
+        metadata[name] = fields.take(name)
     fields.finish()
     if messages[0]["role"] == RUNNING_TEXT:
         check_text(messages[0]["content"])

@@ -99,6 +99,11 @@ class Fields:
         """The keys that say something, as the row spells them."""
         return [self._spelled[name] for name in self._values]
 
+    def of(self, names: Iterable[str]) -> list[str]:
+        """Those of these keys that say something: a row has few keys, and the known spellings are many."""
+        values = self._values
+        return [name for name in names if name in values]
+
     def look(self, name: str) -> Any:
         """The value, or None; the key stays to be taken."""
         return self._values.get(name)

@@ -60,13 +60,10 @@ def row_images(fields: Fields, kind: str, named_inside: bool = False, with_gaps:
     """The pictures of a row's own keys, in order. `named_inside`: its content items name pictures themselves; `with_gaps`: a null entry
     of the list is no picture but the place of a text."""
     images: list[ImageReference] = []
-    for name in IMAGE_KEYS:
-        if (value := fields.take(name)) is not None:
-            images = _agreed(images, _references(value, name, with_gaps), name)
-    for name in MAYBE_IMAGE_KEYS:
+    for name in fields.of(IMAGE_KEYS):
+        images = _agreed(images, _references(fields.take(name), name, with_gaps), name)
+    for name in fields.of(MAYBE_IMAGE_KEYS):
         value = fields.look(name)
-        if value is None:
-            continue
         if images or named_inside:
             fields.drop(name)
         elif name in IMAGE_NAME_KEYS or kind in KINDS_WITH_PICTURES or _ends_like_a_picture(value):
@@ -80,13 +77,12 @@ def row_images(fields: Fields, kind: str, named_inside: bool = False, with_gaps:
 
 def row_videos(fields: Fields) -> list[VideoReference]:
     """The videos of a row's own keys. Raises Refusal for files, and for sound."""
-    for name in AUDIO_KEYS:
-        if fields.take(name) is not None:
-            raise Refusal("unsupported", f"`{name}` names sound, which no model here hears; leave the row out")
-    for name in VIDEO_KEYS:
-        if (value := fields.take(name)) is not None:
-            times = {"fps": fields.take("fps", "sample_fps", "video_fps"), "timestamps": fields.take("timestamps")}
-            return [read_video(video, times) for video in _videos(value)]
+    for name in fields.of(AUDIO_KEYS):
+        raise Refusal("unsupported", f"`{name}` names sound, which no model here hears; leave the row out")
+    for name in fields.of(VIDEO_KEYS):
+        value = fields.take(name)
+        times = {"fps": fields.take("fps", "sample_fps", "video_fps"), "timestamps": fields.take("timestamps")}
+        return [read_video(video, times) for video in _videos(value)]
     return []
 
 

@@ -75,7 +75,8 @@ def _sample(key: str, data: dict[str, bytes], default_id: str, kind: str, rules:
     if not named:  # the members are the pictures; `url` and its like say where they came from
         row = {**{name: value for name, value in row.items() if plain_name(name) not in MAYBE_IMAGE_KEYS}, "images": suffixes}
     sample, references = convert_row(row, default_id, kind, rules)
-    sample_json(sample, suffixes)  # what no shard could hold, half a surrogate pair, is refused here as in rows
+    if not (key + default_id).isascii() or b"\\u" in data.get("json", b""):
+        sample_json(sample, suffixes)  # what no shard could hold, half a surrogate pair, is refused here as in rows
     return sample, _matched(key, references, suffixes)
 
 
