@@ -67,6 +67,7 @@ class Collected:
     reward_seconds: float  # waited for rewards after decoding
     prompts: dict[Drawn, Prompt] = field(default_factory=dict)  # those that this rank has read
     damaged: list[str] = field(default_factory=list)  # `source/sample` that some rank could not read and left out
+    unready: list[str] = field(default_factory=list)  # `source/sample` that was drawn and cannot be judged, left out
 
     @property
     def kept(self) -> list[Group]:
@@ -99,6 +100,8 @@ class Collector:
             drawn = self.order.draw(prompts_to_draw(wanted - kept, kept, len(collected.groups)), counter)
             if not drawn:
                 break
+            drawn, unready = self.reader.without_unready(drawn)
+            collected.unready += unready
             collected.groups += self._round(iteration, number, drawn, folder, collected, doing)
             collected.rounds = number + 1
             collected.selection = select_groups([group.rewards for group in collected.groups], wanted, dynamic)
@@ -109,6 +112,7 @@ class Collector:
 
     def score_once(self, drawn: Sequence[Drawn], sampling: Sampling) -> list[Group]:
         """One response set for each prompt, scored: for held-out prompts. This rank's share is gathered from all."""
+        drawn, _ = self.reader.without_unready(drawn)
         usable, _ = self.reader.read_usable(drawn[self.context.rank :: self.context.world_size])
         prompts = [prompt for _, prompt in usable]
         groups = self.engine.generate(prompts, sampling) if prompts else []

@@ -103,14 +103,20 @@ class Grpo(Objective):
             reference = build_model(recipe.model, feed.config, context.device, start=opening.start_weights)
             self._reference = reference.eval().requires_grad_(False)
             use_shared_prompt_attention(self._reference, backend)
+        sandbox = self._held.enter_context(SandboxPool(SANDBOX_WORKERS))
+        router = Router(stage.rewards, sandbox)
+        alive = functools.partial(run.mark, 1, "judging the stage's prompts before")
+        rows = feed.readiness.unready_rows(opening.stage_dir, sandbox.judge, context, alive)
+        run.rest()
+        feed.reader.unready = {(row.source, row.row): row.reason for row in rows}
+        self.unready_prompts = len(rows)
         engine = open_engine(recipe.model, stage, run.strategy.model, feed.config, feed.tokenizer, context)
         self._engine = self._held.enter_context(closing(engine))
-        sandbox = self._held.enter_context(SandboxPool(SANDBOX_WORKERS))
         self._collector = Collector(
             order=feed.order,
             reader=feed.reader,
             engine=self._engine,
-            router=Router(stage.rewards, sandbox),
+            router=router,
             tokenizer=feed.tokenizer,
             options=self._options,
             seed=stage.seed,
@@ -156,7 +162,7 @@ class Grpo(Objective):
         synced = time.perf_counter()
         collected = self._collector.collect(iteration, iteration_folder(opening.stage_dir, iteration), doing)
         self._engine.sleep()
-        if not collected.groups and not collected.damaged:
+        if not collected.groups and not collected.damaged and not collected.unready:
             return  # the order has ended
         for group in collected.groups:
             order.pool.record(group.drawn.key, pass_rate(group))
@@ -253,11 +259,12 @@ class Grpo(Objective):
 
     def why_nothing_trains(self, taken: StepExamples) -> str:
         assert self._update is not None
-        chosen = self._update.collected.selection
+        collected = self._update.collected
+        chosen = collected.selection
         return (
-            f"no group of the iteration teaches: of {len(self._update.collected.groups)}, {chosen.without_difference} without a "
-            f"difference between rewards, {chosen.unjudged} with fewer than two rewards; {len(self._update.collected.damaged)} prompts "
-            "could not be read"
+            f"no group of the iteration teaches: of {len(collected.groups)}, {chosen.without_difference} without a "
+            f"difference between rewards, {chosen.unjudged} with fewer than two rewards; {len(collected.damaged)} prompts "
+            f"could not be read, {len(collected.unready)} are left out as unready"
         )
 
     def after_step(self, step: int) -> None:

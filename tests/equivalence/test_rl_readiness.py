@@ -1,0 +1,95 @@
+"""Prompts that no reward can judge are found before the first step of an on-policy stage, named, and left out where the recipe says so."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+from rl_stage import figures_of, rl_recipe, run, write_prompts
+
+from terrace.data.prepare import prepare_data
+from terrace.errors import InputError
+from terrace.recipe.loading import stage_hash
+from terrace.recipe.schema import Recipe
+from terrace.rewards.sandbox import SandboxPool
+
+REWARDS = {"digits": [{"name": "math"}], "capitals": [{"name": "rl_rules:share_of_capitals"}]}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Prompts of which row 5 of `digits` has no solution, row 6 another task, and row 7 a solution that no number is."""
+    folder = tmp_path_factory.mktemp("readiness")
+    write_prompts(folder)
+    rows = [json.loads(line) for line in (folder / "digits.jsonl").read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["id"] = f"row-{number}"
+    del rows[5]["solution"]
+    rows[6]["task"] = "colours"
+    rows[7]["solution"] = "\\frac{"
+    (folder / "digits.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare_data(recipe_of(folder), folder, use_ray=False)
+    return folder
+
+
+def recipe_of(folder, on_unready="stop") -> Recipe:
+    options = {"max_sampling_rounds": 1, "prompts_per_iteration": 44, "samples_per_prompt": 3}
+    values = rl_recipe(folder, 1, options, rewards=REWARDS).model_dump(mode="json")
+    values["data"]["sources"]["digits"] |= {"on_unready": on_unready, "holdout_samples": 1}
+    return Recipe.model_validate(values)
+
+
+def test_unready_prompts_refuse_the_stage_and_are_left_out_where_the_recipe_says_so(folder, monkeypatch, caplog):
+    with pytest.raises(InputError) as refused:
+        run(recipe_of(folder), folder, "run")
+    first, *lines = str(refused.value).splitlines()
+    assert first == "stage morl: 3 of 24 prompts of source digits cannot be judged; no step was made"
+    assert [line.split(":")[0].strip() for line in lines[:3]] == [f"digits/row-{number}" for number in (5, 6, 7)]
+    assert "`solution`" in lines[0]
+    assert "its task has no reward" in lines[1]
+    assert "'\\\\frac{'" in lines[2]
+    assert "data.sources.digits.on_unready: skip" in lines[3]
+    stage_dir = folder / "run"
+    assert not (stage_dir / "metrics.jsonl").exists()
+    assert not (stage_dir / "ready.json").exists()
+
+    skipping = recipe_of(folder, "skip")
+    assert stage_hash(skipping, 0) == stage_hash(recipe_of(folder), 0), "the run may go on under the setting"
+    with caplog.at_level(logging.WARNING, logger="terrace"):
+        result = run(skipping, folder, "run")
+    assert any("3 of 24 prompts of source digits cannot be judged and are left out" in line for line in caplog.messages)
+    listed = [json.loads(line) for line in (stage_dir / "unready.jsonl").read_text().splitlines()]
+    assert [(one["source"], one["sample"]) for one in listed] == [("digits", f"row-{number}") for number in (5, 6, 7)]
+    assert all(one["reason"] for one in listed)
+    (line,) = figures_of(folder, "run")
+    assert result.steps == 1
+    assert result.unready_prompts == json.loads((stage_dir / "result.json").read_text())["unready_prompts"] == 3
+    assert line["unready_prompts"] > 0
+    assert line["groups_drawn"] + line["unready_prompts"] == 44
+    assert "colours" not in line["tasks"]
+
+    # The same stage opened again judges nothing; told to stop for such prompts, it judges again and refuses.
+    judged = []
+    judge = SandboxPool.judge
+    monkeypatch.setattr(SandboxPool, "judge", lambda self, rule, *rest: judged.append(rule) or judge(self, rule, *rest))
+    for on_unready, asked in (("skip", False), ("stop", True)):
+        judged.clear()
+        readiness, arguments = opened(recipe_of(folder, on_unready), folder, stage_dir)
+        with SandboxPool(1) as pool:
+            if asked:
+                with pytest.raises(InputError, match="3 of 24 prompts"):
+                    readiness.unready_rows(stage_dir, pool.judge, *arguments)
+            else:
+                assert [row.sample for row in readiness.unready_rows(stage_dir, pool.judge, *arguments)] == ["row-5", "row-6", "row-7"]
+        assert bool(judged) == asked
+
+
+def opened(recipe, folder, stage_dir):
+    """The readiness of the feed, and what its question takes beside folder and judge."""
+    from terrace.data.prepare import load_prepared
+    from terrace.rl.prompt_feed import open_feed
+    from terrace.worker.context import WorkerContext
+
+    context = WorkerContext(rank=0, world_size=1, local_rank=0)
+    return open_feed(recipe, 0, load_prepared(folder / "data"), context).readiness, (context, lambda: None)
