@@ -68,6 +68,8 @@ def test_unready_prompts_refuse_the_stage_and_are_left_out_where_the_recipe_says
     assert line["unready_prompts"] > 0
     assert line["groups_drawn"] + line["unready_prompts"] == 44
     assert "colours" not in line["tasks"]
+    judgements = json.loads((stage_dir / "calibration.json").read_text())["shown"]["digits"]
+    assert all(one["reasons"]["math"] for one in judgements), "what was read and what decided is told of every response"
 
     # The same stage opened again judges nothing; told to stop for such prompts, it judges again and refuses.
     judged = []

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from terrace.data.order.permutation import seed_of
+from terrace.errors import TerraceError
 from terrace.generation.engines import open_engine
 from terrace.generation.interface import Sampling
 from terrace.generation.tokens import forbidden_tokens
@@ -36,6 +37,7 @@ from terrace.rewards.sandbox import SandboxPool
 from terrace.rl.collect import Collected, Collector, Group
 from terrace.rl.figures import examples, form_of, past_forms, task_figures
 from terrace.rl.iteration import iteration_figures, own_groups, part_counts, pass_rate
+from terrace.rl.judgements import Judgements
 from terrace.rl.stored import forget_iterations, iteration_folder
 from terrace.rl.units import TrainGroup, pack_groups, policy_batch
 from terrace.rl.update import UpdateFigures
@@ -90,6 +92,7 @@ class Grpo(Objective):
         self._history: dict[str, list[Any]] = {}
         self._update: Update | None = None
         self._mismatch = 0.0
+        self._judgements = Judgements(opening.stage.seed, opening.recipe.data.max_image_pixels)
 
     # ------------------------------------------------------------ a stage
 
@@ -164,6 +167,7 @@ class Grpo(Objective):
         self._engine.sleep()
         if not collected.groups and not collected.damaged and not collected.unready:
             return  # the order has ended
+        self._judgements.add(collected.groups, collected.prompts, iteration + 1, opening.context)
         for group in collected.groups:
             order.pool.record(group.drawn.key, pass_rate(group))
         figures = task_figures(collected.groups)
@@ -297,10 +301,21 @@ class Grpo(Objective):
     def saved(self, step: int) -> None:
         if self.opening.context.rank == 0 and self._update is not None:
             forget_iterations(self.opening.stage_dir, self._update.iteration)
+            self._judgements.write(self.opening.stage_dir)
+
+    def state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield "judgements", self._judgements.tensor()
+
+    def load(self, source: Callable[[str], torch.Tensor]) -> None:
+        try:
+            self._judgements.load(source("judgements"))
+        except TerraceError:  # a checkpoint of before there was a sample
+            log.info("the checkpoint has no sample of judgements; a new one begins")
 
     def finished(self) -> None:
         if self.opening.context.rank == 0:
             forget_iterations(self.opening.stage_dir, self.opening.feed.order.iterations)
+            self._judgements.write(self.opening.stage_dir)
 
     def close(self) -> None:
         super().close()
