@@ -6,13 +6,17 @@ import json
 import logging
 
 import pytest
+from damage import flip
 from rl_stage import figures_of, rl_recipe, run, write_prompts
 
-from terrace.data.prepare import prepare_data
-from terrace.errors import InputError
+from terrace.data.prepare import load_prepared, prepare_data
+from terrace.errors import DamagedData, InputError
 from terrace.recipe.loading import stage_hash
 from terrace.recipe.schema import Recipe
 from terrace.rewards.sandbox import SandboxPool
+from terrace.rl import readiness
+from terrace.rl.prompt_feed import open_feed
+from terrace.worker.context import WorkerContext
 
 REWARDS = {"digits": [{"name": "math"}], "capitals": [{"name": "rl_rules:share_of_capitals"}]}
 
@@ -75,23 +79,55 @@ def test_unready_prompts_refuse_the_stage_and_are_left_out_where_the_recipe_says
     judged = []
     judge = SandboxPool.judge
     monkeypatch.setattr(SandboxPool, "judge", lambda self, rule, *rest: judged.append(rule) or judge(self, rule, *rest))
-    for on_unready, asked in (("skip", False), ("stop", True)):
+    assert names_of(skipping, folder, stage_dir) == ["row-5", "row-6", "row-7"]
+    assert not judged
+    with pytest.raises(InputError, match="3 of 24 prompts"):
+        names_of(recipe_of(folder), folder, stage_dir)
+    assert judged
+
+
+def test_damaged_rows_follow_the_setting_and_are_looked_at_again(folder, tmp_path, monkeypatch, caplog):
+    prepared = load_prepared(folder / "data")
+    values = recipe_of(folder, "skip").model_dump(mode="json")
+    name = flip(prepared, "digits", 9)
+    try:
+        with pytest.raises(DamagedData, match=r"(?s)1 of 24 prompts of source digits cannot be read.*sample row-9.*on_damage: skip"):
+            names_of(Recipe.model_validate(values), folder, tmp_path)
+        assert not (tmp_path / "ready.json").exists()
+        values["data"]["sources"]["digits"]["on_damage"] = "skip"
+        assert names_of(Recipe.model_validate(values), folder, tmp_path) == ["row-5", "row-6", "row-7"]
+        assert "1 of 24 prompts of source digits cannot be read and are left out when drawn" in caplog.text
+    finally:
+        assert flip(prepared, "digits", 9) == name == "digits/row-9"
+    judged = []
+    judge = SandboxPool.judge
+    monkeypatch.setattr(SandboxPool, "judge", lambda self, rule, items, *rest: judged.append(len(items)) or judge(self, rule, items, *rest))
+    for expected in ([1], []):
         judged.clear()
-        readiness, arguments = opened(recipe_of(folder, on_unready), folder, stage_dir)
-        with SandboxPool(1) as pool:
-            if asked:
-                with pytest.raises(InputError, match="3 of 24 prompts"):
-                    readiness.unready_rows(stage_dir, pool.judge, *arguments)
-            else:
-                assert [row.sample for row in readiness.unready_rows(stage_dir, pool.judge, *arguments)] == ["row-5", "row-6", "row-7"]
-        assert bool(judged) == asked
+        assert names_of(Recipe.model_validate(values), folder, tmp_path) == ["row-5", "row-6", "row-7"]
+        assert judged == expected, "the row that can be read again, once"
 
 
-def opened(recipe, folder, stage_dir):
-    """The readiness of the feed, and what its question takes beside folder and judge."""
-    from terrace.data.prepare import load_prepared
-    from terrace.rl.prompt_feed import open_feed
-    from terrace.worker.context import WorkerContext
+def test_ranks_share_the_rows_and_know_the_same(folder, tmp_path, monkeypatch):
+    """Each of two ranks judges half; what the other found comes by the exchange."""
+    hands = []
+    monkeypatch.setattr(readiness, "barrier", lambda context: None)
+    monkeypatch.setattr(readiness, "from_rank_zero", lambda value, context: value)
+    for rank in range(2):
+        monkeypatch.setattr(readiness, "gather_objects", lambda mine, context: hands.append(mine) or [mine])
+        names_of(recipe_of(folder, "skip"), folder, tmp_path / str(rank), rank, 2)
+    assert sorted(row.sample for hand in hands for row in hand) == ["row-5", "row-6", "row-7"]
+    assert all(hands)
+    monkeypatch.setattr(readiness, "gather_objects", lambda mine, context: hands)
+    for rank in range(2):
+        assert names_of(recipe_of(folder, "skip"), folder, tmp_path / f"again-{rank}", rank, 2) == ["row-5", "row-6", "row-7"]
+    assert not (tmp_path / "again-1" / "ready.json").exists(), "rank 0 alone writes"
 
-    context = WorkerContext(rank=0, world_size=1, local_rank=0)
-    return open_feed(recipe, 0, load_prepared(folder / "data"), context).readiness, (context, lambda: None)
+
+def names_of(recipe, folder, stage_dir, rank=0, world_size=1) -> list[str]:
+    """The samples that a rank leaves out. Collectives are those of one process."""
+    stage_dir.mkdir(exist_ok=True)
+    context = WorkerContext(rank=rank, world_size=world_size, local_rank=rank)
+    found = open_feed(recipe, 0, load_prepared(folder / "data"), context).readiness
+    with SandboxPool(1) as pool:
+        return [row.sample for row in found.unready_rows(stage_dir, pool.judge, context, lambda: None)]
