@@ -16,13 +16,14 @@ def share_of_capitals(items: list[RewardItem]) -> list[float | None]:
 
 
 def failing(items: list[RewardItem]) -> list[float | None]:
-    """Never judges."""
-    return [None] * len(items)
+    """Judges the solution itself, as it is asked before a stage, and no other response."""
+    return [1.0 if item.response == str(item.solution) else None for item in items]
 
 
 def sometimes_failing(items: list[RewardItem]) -> list[float | None]:
-    """Judges the share of digits, but not in responses of an odd length."""
-    return [value if len(item.response) % 2 == 0 else None for item, value in zip(items, share_of_digits(items))]
+    """Judges the share of digits, but not in responses of an odd length, the solution itself aside."""
+    judged = [len(item.response) % 2 == 0 or item.response == str(item.solution) for item in items]
+    return [value if one else None for one, value in zip(judged, share_of_digits(items))]
 
 
 def always_one(items: list[RewardItem]) -> list[float | None]:

@@ -100,7 +100,7 @@ def test_damage_is_left_out_where_the_source_says_so(tmp_path, kind):
     prepare_data(Recipe.model_validate(values), tmp_path, use_ray=False)
     prepared = load_prepared(tmp_path / "data")
     for name, index in prepared.indexes.items():
-        for row in range(0, len(index), 3):
+        for row in range(0, len(index), 2):
             flip(prepared, name, row)
     with pytest.raises(DamagedData):
         run(Recipe.model_validate(values), tmp_path, "stop")

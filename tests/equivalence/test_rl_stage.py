@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
+import io
 import json
 import os
 import signal
@@ -17,6 +19,7 @@ import numpy as np
 import pytest
 import rl_rules
 import rl_stage
+from PIL import Image
 from processes import run_ranks
 from rl_stage import break_at, figures_of, prepare, rl_recipe, run
 
@@ -93,7 +96,27 @@ def test_a_stage_broken_inside_an_iteration_goes_on_with_the_same_figures(folder
     assert len(figures_of(folder, f"broken-{where}")) == 1
     run(rl_recipe(folder), folder, f"broken-{where}")
     assert figures_of(folder, f"broken-{where}") == undisturbed
+    assert judgements_of(folder, f"broken-{where}") == judgements_of(folder, "undisturbed")
     assert not list((folder / f"broken-{where}" / "iterations").glob("0*"))
+
+
+def judgements_of(folder, name):
+    """The sample of judgements that the stage's report shows."""
+    return json.loads((folder / name / "calibration.json").read_text())
+
+
+def test_a_sample_of_judgements_is_kept_for_the_report(folder, undisturbed):
+    kept = judgements_of(folder, "undisturbed")
+    judged = {task: sum(6 * line["tasks"][task]["groups"] for line in undisturbed) for task in ("digits", "capitals")}
+    assert kept["seen"] == judged
+    assert all(len(shown) == min(20, judged[task]) for task, shown in kept["shown"].items())
+    assert {one["iteration"] for shown in kept["shown"].values() for one in shown} <= {1, 2, 3}
+    for one in kept["shown"]["digits"]:
+        assert one["value"] == pytest.approx(sum(char.isdigit() for char in one["response"]) / max(len(one["response"]), 1))
+        (picture,) = kept["pictures"][one["prompt_id"]]
+        with Image.open(io.BytesIO(base64.b64decode(picture.removeprefix("data:image/jpeg;base64,")))) as opened:
+            assert max(opened.size) <= 160
+    assert not any(kept["pictures"][one["prompt_id"]] for one in kept["shown"]["capitals"])
 
 
 def test_finished_rollouts_are_not_decoded_again(folder, monkeypatch):

@@ -10,6 +10,7 @@ from typing import Any
 from terrace.evaluate.run import SCORES_VERSION, write_results
 from terrace.evaluate.suites import Row
 from terrace.recipe.loading import dump_recipe, load_recipe, parse_recipe
+from terrace.track.calibration import Calibration, Shown
 
 START = 1_780_000_000.0
 DAY = 86_400.0
@@ -72,10 +73,21 @@ def write_run(run_dir: Path, steps: int = 400, gallery: bool = True) -> Path:
         else:
             (folder / "plan.json").write_text('{"total_steps": 60}')
             (folder / "examples.jsonl").write_text("".join(json.dumps(_example(at, task)) + "\n" for at in (1, 20) for task in TASKS))
+            (folder / "calibration.json").write_text(json.dumps(_calibration()))
     (run_dir / "stages" / "01-projector-warmup" / "nonfinite.jsonl").write_text('{"step": 7, "samples": ["a<b"], "policy": "skip"}\n')
     if gallery:
         (run_dir / "gallery.html").write_text(GALLERY)
     return run_dir
+
+
+def _calibration() -> dict[str, Any]:
+    """What an on-policy stage keeps of its judgements: one with a reward and a picture, one that could not be judged."""
+    calibration = Calibration(0)
+    calibration.add([
+        Shown("counting", "prompts/1", "How many <img src=x>?", "There are 4.", "4", 1.0, None, {"counting": "'4': number"}, 1),
+        Shown("counting", "prompts/2", "And here?", "Two.", "2", None, "the service said no", {}, 2),
+    ])  # fmt: skip
+    return {**calibration.state(), "pictures": {"prompts/1": [MADE_PICTURE]}}
 
 
 def _evaluation(folder: Path, number: int) -> None:

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from report_run import START, write_run
+from report_run import MADE_PICTURE, START, write_run
 
 from terrace.cli import main
 from terrace.curriculum.journal import Journal
@@ -31,7 +31,8 @@ CHARTS = (
     "failed rewards", "rollout", "KL to the start",
 )  # fmt: skip
 SECTIONS = (
-    "timeline", "stages", "loss", "held-out", "suites", "tasks", "answers", "throughput", "data", "plan", "checkpoints", "events", "recipe",
+    "timeline", "stages", "loss", "held-out", "suites", "tasks", "judgements", "answers", "throughput", "data", "plan", "checkpoints",
+    "events", "recipe",
 )  # fmt: skip
 
 
@@ -163,6 +164,18 @@ def test_suites_show_every_stage_s_score_and_right_and_wrong_answers(page: str) 
     assert part.count("✓") == 3
     assert part.count("✗") == 2  # of the last stage: four of six are right
     assert "How many &lt;b&gt;shapes&lt;/b&gt;, 5?" in part
+
+
+def test_judgements_show_what_was_read_beside_the_picture_and_nothing_unescaped(page: str) -> None:
+    part = re.search(r'<section id="judgements">.*?</section>', page, re.DOTALL)[0]
+    assert "<h3>Stage morl</h3>" in part
+    assert "<h3>counting</h3><p>2 of 2 judgements, drawn at random.</p>" in part
+    assert part.count("<tr>") == 3
+    assert "counting: &#x27;4&#x27;: number" in part
+    assert "the service said no" in part
+    assert "&lt;img src=x&gt;" in part
+    assert "<img src=x" not in part
+    assert part.count(f'<img src="{MADE_PICTURE}"') == 1
 
 
 def test_a_policy_loss_about_zero_does_not_stretch_the_loss_of_other_stages(page: str) -> None:

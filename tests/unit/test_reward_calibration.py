@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from terrace.rewards.calibration import SHOWN_PER_TASK, Calibration, Shown, calibration_from, calibration_html
+from terrace.track.calibration import SHOWN_PER_TASK, Calibration, Shown, calibration_from, calibration_html
 
 
 def judgement(number: int, task: str = "count") -> Shown:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
 from terrace.rl.advantages import group_advantages, zero_variance
 from terrace.rl.dynamic_sampling import prompts_to_draw, select_groups
 from terrace.rl.pools import EasyPool
+from terrace.rl.stored import load_rewards, save_rewards
 
 NAN = float("nan")
 
@@ -81,3 +84,17 @@ def test_easy_pool_takes_out_brings_back_and_resumes():
     none = EasyPool()
     none.record(("a", 1), 1.0)
     assert not none.takes_out(("a", 1))
+
+
+# ---------------------------------------------------------------- what an iteration keeps
+
+
+def test_rewards_come_back_with_their_reasons_and_from_files_without(tmp_path):
+    path, identity = tmp_path / "rewards.json", {"iteration": 3}
+    rewards = [[(1.0, None, {"math": "'4': number"})], [(None, "the service said no", {}), (0.0, None, {"math": "'5': number"})]]
+    save_rewards(path, identity, rewards)
+    assert load_rewards(path, identity) == rewards
+    assert load_rewards(path, {"iteration": 4}) is None
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps({**stored, "rewards": [[one[:2] for one in group] for group in stored["rewards"]]}))
+    assert load_rewards(path, identity) == [[(*one[:2], {}) for one in group] for group in rewards]

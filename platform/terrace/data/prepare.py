@@ -32,6 +32,7 @@ from terrace.errors import InputError
 from terrace.families.interface import Family
 from terrace.families.registry import family_values, stored_family
 from terrace.recipe.schema import Recipe, Storage
+from terrace.recipe.schema_inputs import REMEDIES
 from terrace.storage.files import absolute, is_remote, join, list_files, read_file, write_file
 
 TOKENIZER_TEXT_CHARACTERS = 4_000_000  # per source, from its first shards: enough for the small vocabularies trained here
@@ -133,7 +134,7 @@ def default_root(recipe: Recipe) -> Path:
 
 def data_mark(recipe: Recipe) -> str:
     """sha256 of what the prepared data depends on."""
-    sources = {name: recipe.data.sources[name].model_dump(exclude={"on_damage"}) for name in used_sources(recipe)}
+    sources = {name: recipe.data.sources[name].model_dump(exclude=REMEDIES) for name in used_sources(recipe)}
     data = recipe.data.model_dump(exclude={"sources"}) | {"sources": sources}
     value = {
         "version": PREPARED_VERSION, "data": data, "tokenizer": recipe.tokenizer.model_dump(),

@@ -24,14 +24,23 @@ class ReadPrompt:
     scales: dict[int, tuple[int, int]]
 
 
+def measured_prompt(
+    sample: Sample, sizes: Sequence[tuple[int, int]], tokenizer: TextTokenizer, family: Family, bounds: Bounds
+) -> tuple[Encoded, dict[int, tuple[int, int]]]:
+    """The prompt's tokens and `ReadPrompt.scales`, from the sizes alone: no image is opened. Raises InputError for a video."""
+    encoded = encode_prompt(sample, sizes, tokenizer, family, bounds)
+    if any(visual.seconds is not None for visual in encoded.visuals):
+        raise InputError(f"sample {sample.id}: prompts take images, not videos")
+    numbers = [images_of[0] for images_of in encoded.images]
+    return encoded, {number: (view.scale[1], view.scale[0]) for number, view in zip(numbers, encoded.views)}
+
+
 def read_prompt(
     sample: Sample, images: Sequence[bytes], sizes: Sequence[tuple[int, int]], tokenizer: TextTokenizer, family: Family,
     bounds: Bounds, max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
 ) -> ReadPrompt:
     """Encode the sample's prompt and cut its images. Raises InputError for a video, ImageDamage for a broken image."""
-    encoded = encode_prompt(sample, sizes, tokenizer, family, bounds)
-    if any(visual.seconds is not None for visual in encoded.visuals):
-        raise InputError(f"sample {sample.id}: prompts take images, not videos")
+    encoded, scales = measured_prompt(sample, sizes, tokenizer, family, bounds)
     numbers = [images_of[0] for images_of in encoded.images]
     pixels = [load_pixels(images[number], family, view, max_image_pixels) for number, view in zip(numbers, encoded.views)]
     fields = no_pixels(family.row_values, family.fact_count)
@@ -41,5 +50,4 @@ def read_prompt(
             "image_tokens": np.asarray([visual.tokens for visual in encoded.visuals], np.int32),
             "image_rows": np.asarray([len(rows) for rows in pixels], np.int32),
         }  # fmt: skip
-    scales = {number: (view.scale[1], view.scale[0]) for number, view in zip(numbers, encoded.views)}
     return ReadPrompt(PromptInputs(encoded.input_ids, encoded.positions, **fields), encoded, scales)

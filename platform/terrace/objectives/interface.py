@@ -81,6 +81,7 @@ class StageRun:
     strategy: Any
     notify: Callable[[str, dict[str, Any]], None]  # tells the observers, on rank 0
     mark: Callable[[int, str], None]  # tells the watchdog: (step from 1, what begins)
+    rest: Callable[[], None] = lambda: None  # tells the watchdog that until the next mark nothing counts as a hang
 
 
 @dataclass
@@ -117,6 +118,7 @@ class Objective:
     ends_with_its_samples = True  # a step without a sample on any rank ends the stage; else it is skipped
     skipped_in_a_row = 32  # steps without an optimizer step in a row, after which the stage stops
     random_rule = "seeded per step"
+    unready_prompts = 0  # that its rewards cannot judge and that it leaves out, of sources with `on_unready: skip`
 
     def __init__(self, opening: Opening) -> None:
         self.opening = opening

@@ -25,6 +25,7 @@ from terrace.recipe import document
 from terrace.recipe.document import Entry
 from terrace.recipe.errors import Path, Place, Problem, RecipeError
 from terrace.recipe.schema import PARTS, Recipe
+from terrace.recipe.schema_inputs import REMEDIES
 
 FREE_FORM = {"config", "options"}  # maps whose values are passed on as they are
 
@@ -88,8 +89,7 @@ def stage_hash(recipe: Recipe, index: int) -> str:
             "model": recipe.model.model_dump(mode="json", exclude={"attention", "kernels", "stands_in_for"}),
             "tokenizer": recipe.tokenizer.model_dump(mode="json"),
             "data_seed": recipe.data.seed,
-            # `on_damage` may change while a stage is under way: it is what one does about damage that stopped it.
-            "sources": {name: recipe.data.sources[name].model_dump(mode="json", exclude={"on_damage"}) for name in stage.mixture.weights},
+            "sources": {name: recipe.data.sources[name].model_dump(mode="json", exclude=REMEDIES) for name in stage.mixture.weights},
             "stage": settings,
             "before": None if before is None else stage_hash(recipe, before),
         }

@@ -84,6 +84,10 @@ class Storage(Strict):
     timeout_seconds: Positive = Field(60.0, description="Time limit of one request.")
 
 
+# Of a source: what one does about samples that stopped a stage. They may change while it is under way and decide no weights before that.
+REMEDIES = {"on_damage", "on_unready"}
+
+
 class Source(Strict):
     """One named set of samples: raw rows that `terrace ingest` turns into shards, or shards indexed in place."""
 
@@ -122,6 +126,11 @@ class Source(Strict):
         None, ge=1, description="Images of this source are resized below this many visual tokens."
     )
     on_damage: Literal["stop", "skip"] = Field("stop", description="Bytes that no longer match the index: stop, or replace.")
+    on_unready: Literal["stop", "skip"] = Field(
+        "stop",
+        description="Prompts of a grpo stage that its rewards cannot judge (no task, no solution, one that its rule cannot read): stop"
+        " before the first step, or leave them out and list them in `unready.jsonl`.",
+    )
     task: str | None = Field(None, description="Reward task of an RL source.")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +26,7 @@ from terrace.rewards.router import Router
 from terrace.rewards.types import RewardItem, Score
 from terrace.rl.dynamic_sampling import Selection, prompts_to_draw, select_groups
 from terrace.rl.prompts import Drawn, PromptOrder, PromptReader
-from terrace.rl.stored import load_rewards, load_rollout, save_rewards, save_rollout
+from terrace.rl.stored import StoredReward, load_rewards, load_rollout, save_rewards, save_rollout
 from terrace.worker.collectives import gather_objects
 from terrace.worker.context import WorkerContext
 
@@ -50,6 +50,7 @@ class Group:
     texts: tuple[str, ...]
     question: str
     solution: str
+    reasons: tuple[Mapping[str, str], ...] = ()  # per response, by rule: what was read as the answer and what decided
 
     @property
     def response_tokens(self) -> int:
@@ -67,6 +68,7 @@ class Collected:
     reward_seconds: float  # waited for rewards after decoding
     prompts: dict[Drawn, Prompt] = field(default_factory=dict)  # those that this rank has read
     damaged: list[str] = field(default_factory=list)  # `source/sample` that some rank could not read and left out
+    unready: list[str] = field(default_factory=list)  # `source/sample` that was drawn and cannot be judged, left out
 
     @property
     def kept(self) -> list[Group]:
@@ -99,6 +101,8 @@ class Collector:
             drawn = self.order.draw(prompts_to_draw(wanted - kept, kept, len(collected.groups)), counter)
             if not drawn:
                 break
+            drawn, unready = self.reader.without_unready(drawn)
+            collected.unready += unready
             collected.groups += self._round(iteration, number, drawn, folder, collected, doing)
             collected.rounds = number + 1
             collected.selection = select_groups([group.rewards for group in collected.groups], wanted, dynamic)
@@ -109,6 +113,7 @@ class Collector:
 
     def score_once(self, drawn: Sequence[Drawn], sampling: Sampling) -> list[Group]:
         """One response set for each prompt, scored: for held-out prompts. This rank's share is gathered from all."""
+        drawn, _ = self.reader.without_unready(drawn)
         usable, _ = self.reader.read_usable(drawn[self.context.rank :: self.context.world_size])
         prompts = [prompt for _, prompt in usable]
         groups = self.engine.generate(prompts, sampling) if prompts else []
@@ -192,7 +197,7 @@ class Collector:
         drawn: Drawn,
         prompt: Prompt,
         responses: Sequence[Response],
-        rewards: Sequence[tuple[float | None, str | None]],
+        rewards: Sequence[StoredReward],
     ) -> Group:
         return Group(
             drawn=drawn,
@@ -201,11 +206,12 @@ class Collector:
             prompt_tokens=len(prompt.input_ids),
             visual_tokens=int(prompt.image_tokens.sum()),
             responses=tuple(responses),
-            rewards=np.asarray([np.nan if value is None else value for value, _ in rewards], np.float64),
-            failures=tuple(reason or "" for value, reason in rewards if value is None),
+            rewards=np.asarray([np.nan if value is None else value for value, _, _ in rewards], np.float64),
+            failures=tuple(reason or "" for value, reason, _ in rewards if value is None),
             texts=tuple(self.text_of(response) for response in responses),
             question=prompt.text,
             solution=str(prompt.solution),
+            reasons=tuple(reasons for _, _, reasons in rewards),
         )
 
     def _exchange(
@@ -228,5 +234,5 @@ class Collector:
             )
 
 
-def _values(scores: Sequence[Score]) -> list[tuple[float | None, str | None]]:
-    return [(score.value, score.failure) for score in scores]
+def _values(scores: Sequence[Score]) -> list[StoredReward]:
+    return [(score.value, score.failure, score.reasons) for score in scores]

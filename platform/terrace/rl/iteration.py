@@ -70,6 +70,7 @@ def iteration_figures(
         "groups_without_difference": collected.selection.without_difference,
         "groups_unjudged": collected.selection.unjudged,
         "groups_surplus": collected.selection.surplus,
+        **({"unready_prompts": len(collected.unready)} if collected.unready else {}),
         "sampling_rounds": collected.rounds,
         "easy_pool": easy_pool,
         "sync_seconds": sync_seconds,

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from terrace.data.order.permutation import seed_of
+from terrace.errors import TerraceError
 from terrace.generation.engines import open_engine
 from terrace.generation.interface import Sampling
 from terrace.generation.tokens import forbidden_tokens
@@ -36,6 +37,7 @@ from terrace.rewards.sandbox import SandboxPool
 from terrace.rl.collect import Collected, Collector, Group
 from terrace.rl.figures import examples, form_of, past_forms, task_figures
 from terrace.rl.iteration import iteration_figures, own_groups, part_counts, pass_rate
+from terrace.rl.judgements import Judgements
 from terrace.rl.stored import forget_iterations, iteration_folder
 from terrace.rl.units import TrainGroup, pack_groups, policy_batch
 from terrace.rl.update import UpdateFigures
@@ -90,6 +92,7 @@ class Grpo(Objective):
         self._history: dict[str, list[Any]] = {}
         self._update: Update | None = None
         self._mismatch = 0.0
+        self._judgements = Judgements(opening.stage.seed, opening.recipe.data.max_image_pixels)
 
     # ------------------------------------------------------------ a stage
 
@@ -103,14 +106,20 @@ class Grpo(Objective):
             reference = build_model(recipe.model, feed.config, context.device, start=opening.start_weights)
             self._reference = reference.eval().requires_grad_(False)
             use_shared_prompt_attention(self._reference, backend)
+        sandbox = self._held.enter_context(SandboxPool(SANDBOX_WORKERS))
+        router = Router(stage.rewards, sandbox)
+        alive = functools.partial(run.mark, 1, "judging the stage's prompts before")
+        rows = feed.readiness.unready_rows(opening.stage_dir, sandbox.judge, context, alive)
+        run.rest()
+        feed.reader.unready = {(row.source, row.row): row.reason for row in rows}
+        self.unready_prompts = len(rows)
         engine = open_engine(recipe.model, stage, run.strategy.model, feed.config, feed.tokenizer, context)
         self._engine = self._held.enter_context(closing(engine))
-        sandbox = self._held.enter_context(SandboxPool(SANDBOX_WORKERS))
         self._collector = Collector(
             order=feed.order,
             reader=feed.reader,
             engine=self._engine,
-            router=Router(stage.rewards, sandbox),
+            router=router,
             tokenizer=feed.tokenizer,
             options=self._options,
             seed=stage.seed,
@@ -156,8 +165,9 @@ class Grpo(Objective):
         synced = time.perf_counter()
         collected = self._collector.collect(iteration, iteration_folder(opening.stage_dir, iteration), doing)
         self._engine.sleep()
-        if not collected.groups and not collected.damaged:
+        if not collected.groups and not collected.damaged and not collected.unready:
             return  # the order has ended
+        self._judgements.add(collected.groups, collected.prompts, iteration + 1, opening.context)
         for group in collected.groups:
             order.pool.record(group.drawn.key, pass_rate(group))
         figures = task_figures(collected.groups)
@@ -253,11 +263,12 @@ class Grpo(Objective):
 
     def why_nothing_trains(self, taken: StepExamples) -> str:
         assert self._update is not None
-        chosen = self._update.collected.selection
+        collected = self._update.collected
+        chosen = collected.selection
         return (
-            f"no group of the iteration teaches: of {len(self._update.collected.groups)}, {chosen.without_difference} without a "
-            f"difference between rewards, {chosen.unjudged} with fewer than two rewards; {len(self._update.collected.damaged)} prompts "
-            "could not be read"
+            f"no group of the iteration teaches: of {len(collected.groups)}, {chosen.without_difference} without a "
+            f"difference between rewards, {chosen.unjudged} with fewer than two rewards; {len(collected.damaged)} prompts "
+            f"could not be read, {len(collected.unready)} are left out as unready"
         )
 
     def after_step(self, step: int) -> None:
@@ -290,10 +301,21 @@ class Grpo(Objective):
     def saved(self, step: int) -> None:
         if self.opening.context.rank == 0 and self._update is not None:
             forget_iterations(self.opening.stage_dir, self._update.iteration)
+            self._judgements.write(self.opening.stage_dir)
+
+    def state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        yield "judgements", self._judgements.tensor()
+
+    def load(self, source: Callable[[str], torch.Tensor]) -> None:
+        try:
+            self._judgements.load(source("judgements"))
+        except TerraceError:  # a checkpoint of before there was a sample
+            log.info("the checkpoint has no sample of judgements; a new one begins")
 
     def finished(self) -> None:
         if self.opening.context.rank == 0:
             forget_iterations(self.opening.stage_dir, self.opening.feed.order.iterations)
+            self._judgements.write(self.opening.stage_dir)
 
     def close(self) -> None:
         super().close()

@@ -11,20 +11,21 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from terrace.data.order.eligible import source_pixels
 from terrace.data.order.permutation import source_rows
 from terrace.data.order.plan import StagePlan
-from terrace.data.prompt import read_prompt
+from terrace.data.prompt import measured_prompt, read_prompt
 from terrace.data.stream.read import read_located
 from terrace.data.tokenizer import TextTokenizer
 from terrace.data.types import Sample
 from terrace.errors import DamagedData, InputError
 from terrace.generation.interface import Prompt
 from terrace.recipe.schema import GrpoOptions, Recipe
+from terrace.rewards.ready import Prompt as Judged
 from terrace.rl.pairs import Pair, answer_tokens, text_of_items
 from terrace.rl.pools import EasyPool
 
@@ -82,6 +83,10 @@ class PromptOrder:
                 f"stage {stage.name}: the budget of objective {stage.objective} is steps, samples (prompts) or epochs"
             )
         self.fingerprint = self._plan.fingerprint
+
+    def may_draw(self) -> list[tuple[str, int]]:
+        """(source, row) of every prompt that training may draw, in the order of the mixture's sources and their rows."""
+        return [(source.name, int(row)) for source in self._plan.sources for row in np.unique(source.items.rows)]
 
     def draw(self, count: int, drawn: Counter[tuple[str, int]]) -> list[Drawn]:
         """The next `count` prompts; `drawn` counts those of the iteration and is updated. Fewer when the order ends."""
@@ -142,11 +147,30 @@ class PromptOrder:
 
 
 class PromptReader:
-    """References to prompts: reads, decodes, resizes and encodes with the modules that training uses."""
+    """References to prompts: reads, decodes, resizes and encodes with the modules that training uses.
+
+    `unready` names the prompts that are left out when they are drawn, with reasons; `rl.readiness` finds them."""
 
     def __init__(self, recipe: Recipe, stage_index: int, prepared: Any, tokenizer: TextTokenizer) -> None:
         self._recipe, self._stage, self._prepared = recipe, recipe.stages[stage_index], prepared
         self._tokenizer = tokenizer
+        self.unready: dict[tuple[str, int], str] = {}
+
+    def without_unready(self, drawn: Sequence[Drawn]) -> tuple[list[Drawn], list[str]]:
+        """The references that can be judged, and which cannot: `source/sample`. The same on every rank."""
+        left_out = [one for one in drawn if one.key in self.unready]
+        names = [f"{one.key[0]}/{self._prepared.indexes[one.key[0]].location(one.key[1]).id}" for one in left_out]
+        if names:
+            log.info("prompts that cannot be judged are left out (`on_unready: skip`): %s", ", ".join(names))
+        return [one for one in drawn if one.key not in self.unready], names
+
+    def for_judging(self, drawn: Drawn, sample: Sample) -> Judged:
+        """What rewards would know of the prompt, without opening an image. Raises InputError where it could not be drawn."""
+        _, scales = self._measured(drawn, sample)
+        task = self._task(drawn, sample)
+        if task and "solution" not in sample.metadata:
+            self._refuse(drawn, sample)
+        return Judged(sample.id, task or "", sample.metadata.get("solution"), self._metadata(drawn, sample, scales))
 
     def read(self, drawn: Sequence[Drawn]) -> list[Any]:
         """Prompts in the order of the references. Raises DamagedData or InputError naming source and sample."""
@@ -191,30 +215,48 @@ class PromptReader:
         return self._prompt(drawn, sample, images)
 
     def _prompt(self, drawn: Drawn, sample: Sample, images: list[bytes]) -> Prompt:
-        task = sample.metadata.get("task") or self._recipe.data.sources[drawn.key[0]].task
+        task = self._task(drawn, sample)
         if task is None or "solution" not in sample.metadata:
-            raise InputError(
-                f"source {drawn.key[0]}, sample {sample.id}: a prompt of a grpo stage needs `task` and `solution`; "
-                "name the source's `task`, or give the row both keys"
-            )
-        return self._encoded(drawn, sample, images, task)
+            self._refuse(drawn, sample)
+        return self._encoded(drawn, sample, images, str(task))
+
+    def _task(self, drawn: Drawn, sample: Sample) -> str | None:
+        return sample.metadata.get("task") or self._recipe.data.sources[drawn.key[0]].task
+
+    @staticmethod
+    def _refuse(drawn: Drawn, sample: Sample) -> NoReturn:
+        raise InputError(
+            f"source {drawn.key[0]}, sample {sample.id}: a prompt of a grpo stage needs `task` and `solution`; "
+            "name the source's `task`, or give the row both keys"
+        )
+
+    def _sight(self, drawn: Drawn) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+        """The sizes of the prompt's images as stored, and the (min, max) pixels that the stage shows of each."""
+        name, row = drawn.key
+        pixels = (self._stage.pixels.min, self._stage.pixels.max)
+        bounds = source_pixels(self._recipe.data.sources[name], pixels, self._prepared.family)
+        return self._prepared.indexes[name].sizes(row), bounds
+
+    def _measured(self, drawn: Drawn, sample: Sample) -> tuple[Any, dict[int, tuple[int, int]]]:
+        sizes, pixels = self._sight(drawn)
+        return measured_prompt(sample, sizes, self._tokenizer, self._prepared.family, pixels)
+
+    def _metadata(self, drawn: Drawn, sample: Sample, scales: dict[int, tuple[int, int]]) -> dict[str, Any]:
+        """What rewards may know beside the text."""
+        return {
+            **sample.metadata,
+            "messages": sample.messages,
+            "image_sizes": [list(size) for size in self._sight(drawn)[0]],
+            "model_sizes": [list(scales[number]) for number in sorted(scales)],
+        }
 
     def _encoded(self, drawn: Drawn, sample: Sample, images: list[bytes], task: str) -> Prompt:
-        name, row = drawn.key
-        source = self._recipe.data.sources[name]
-        sizes = self._prepared.indexes[name].sizes(row)
-        pixels = source_pixels(source, (self._stage.pixels.min, self._stage.pixels.max), self._prepared.family)
+        sizes, pixels = self._sight(drawn)
         most = self._recipe.data.max_image_pixels
         try:
             read = read_prompt(sample, images, sizes, self._tokenizer, self._prepared.family, pixels, most)
         except InputError as error:
-            raise InputError(f"source {name}, {error}") from error
-        metadata = {
-            **sample.metadata,
-            "messages": sample.messages,
-            "image_sizes": [list(size) for size in sizes],
-            "model_sizes": [list(read.scales[number]) for number in sorted(read.scales)],
-        }
+            raise InputError(f"source {drawn.key[0]}, {error}") from error
         return Prompt(
             **vars(read.inputs),
             key=drawn.key,
@@ -222,7 +264,7 @@ class PromptReader:
             task=task,
             text=prompt_text(sample),
             solution=sample.metadata.get("solution"),
-            metadata=metadata,
+            metadata=self._metadata(drawn, sample, read.scales),
             images=tuple(images),
             occurrence=drawn.occurrence,
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ import numpy as np
 
 from terrace.generation.interface import Response
 from terrace.storage.durable import json_bytes, write_durably
+
+# The value, or None and why there is none; and per rule what was read as the answer and what decided.
+StoredReward = tuple[float | None, str | None, Mapping[str, str]]
 
 
 def iteration_folder(stage_dir: Path, iteration: int) -> Path:
@@ -61,23 +64,21 @@ def load_rollout(path: Path, identity: dict[str, Any]) -> list[list[Response]] |
     return groups
 
 
-def save_rewards(
-    path: Path, identity: dict[str, Any], rewards: Sequence[Sequence[tuple[float | None, str | None]]]
-) -> None:
-    """Write a round's rewards: per group and response its value, or None and the reason."""
+def save_rewards(path: Path, identity: dict[str, Any], rewards: Sequence[Sequence[StoredReward]]) -> None:
+    """Write a round's rewards, per group and response."""
     write_durably(
         path, json_bytes({"identity": identity, "rewards": [[list(one) for one in group] for group in rewards]})
     )
 
 
-def load_rewards(path: Path, identity: dict[str, Any]) -> list[list[tuple[float | None, str | None]]] | None:
-    """The rewards of a round, or None if there is no file of this identity."""
+def load_rewards(path: Path, identity: dict[str, Any]) -> list[list[StoredReward]] | None:
+    """The rewards of a round, or None if there is no file of this identity. Files of before have no word of what was read."""
     if not path.is_file():
         return None
     stored = json.loads(path.read_text())
     if stored["identity"] != json.loads(json_bytes(identity)):
         return None
-    return [[(value, reason) for value, reason in group] for group in stored["rewards"]]
+    return [[(value, failure, said[0] if said else {}) for value, failure, *said in group] for group in stored["rewards"]]
 
 
 def forget_iterations(stage_dir: Path, before: int) -> None:

@@ -29,6 +29,7 @@ class StageResult:
     per_source: dict[str, int]
     seconds: float
     skipped_steps: int = 0
+    unready_prompts: int = 0  # of a grpo stage: left out because its rewards cannot judge them
     suites: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)  # scores by suite of evaluate.suites
 
 

@@ -117,7 +117,7 @@ def train_stage(
         groups = parameter_groups(strategy.model, stage)
         writer = CheckpointWriter(stage_dir / "checkpoints", stage.checkpoint, context, attempt, storage)
         barrier(context)
-        objective.begin(StageRun(strategy, notify, watchdog.mark))
+        objective.begin(StageRun(strategy, notify, watchdog.mark, watchdog.rest))
 
         # Resume from the newest complete checkpoint, or start from the previous stage's weights.
         identity = stage_hash(recipe, stage_index)
@@ -149,7 +149,7 @@ def train_stage(
         objective.finished()
         if run.metrics:
             run.metrics.close()
-    return progress.result(after)
+    return progress.result(after, objective.unready_prompts)
 
 
 def _train(run: StageInProgress, opening: Opening) -> None:

@@ -64,12 +64,13 @@ class Progress:
         totals = {key: getattr(self, key) for key in ("tokens", "samples", "seconds", "skipped_steps", "per_source")}
         return {"step": self.step, "loss": self.loss, "totals": totals, "evaluation_before": self.evaluation_before}
 
-    def result(self, after: dict[str, float]) -> StageResult:
+    def result(self, after: dict[str, float], unready_prompts: int) -> StageResult:
         """What the stage came to. `after`: its evaluation at the end."""
         return StageResult(
             steps=self.step,
             loss=self.loss,
             evaluation={"before": self.evaluation_before or {}, "after": after},
+            unready_prompts=unready_prompts,
             **self.state()["totals"],
         )
 

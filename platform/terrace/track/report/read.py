@@ -74,6 +74,7 @@ class StageReport:
     total_steps: int | None
     reruns: int
     plan: Mapping[str, Any] | None = None
+    judgements: Mapping[str, Any] | None = None  # of a grpo stage: the state of its `track.calibration.Calibration`, and `pictures`
 
     @property
     def steps(self) -> int:
@@ -184,6 +185,7 @@ def _read_stage(run_dir: Path, index: int, stage: Stage, events: list[Event], ph
         checkpoints=read_checkpoints(folder / "checkpoints"),
         final_bytes=sum(path.stat().st_size for path in final.iterdir() if path.is_file()) if final.is_dir() else None,
         examples=read_rows(folder / "examples.jsonl"),
+        judgements=_object(folder / "calibration.json") if (folder / "calibration.json").is_file() else None,
         nonfinite=read_rows(folder / "nonfinite.jsonl"),
         total_steps=(result or {}).get("steps") or planned or (plan or {}).get("steps"),
         reruns=len(list(folder.parent.glob(f"{folder.name}.rerun-*"))),

@@ -77,6 +77,8 @@ table.plan td, table.plan th { padding-inline: 7px; } table.plan td { font-size:
 .card .asked-for, .card .expected { color: var(--muted); font-size: 13px; }
 .card .said { font-weight: 600; margin-top: 3px; } .card.right .said::before { content: "✓ "; color: var(--good); }
 .card.wrong .said::before { content: "✗ "; color: var(--bad); }
+.judgements td { white-space: pre-wrap; overflow-wrap: anywhere; text-align: left; vertical-align: top; }
+.judgements img { display: block; margin-bottom: 4px; }
 .said-table td { white-space: pre-wrap; overflow-wrap: anywhere; }
 details { margin-top: 10px; } summary { cursor: pointer; font-weight: 600; }
 pre { font: 12px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; background: var(--panel); border: 1px solid var(--line);

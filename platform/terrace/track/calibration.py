@@ -91,8 +91,8 @@ def _row(one: Shown, pictures: Sequence[str]) -> str:
     value = "none" if one.value is None else f"{one.value:.3f}"
     reasons = "; ".join(f"{rule}: {said}" for rule, said in one.reasons.items()) or one.failure or ""
     cells = [
-        images + html.escape(_short(one.prompt)),
-        *(html.escape(_short(str(text))) for text in (one.response, one.solution, value, reasons)),
+        images + html.escape(shortened(one.prompt)),
+        *(html.escape(shortened(str(text))) for text in (one.response, one.solution, value, reasons)),
     ]
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
 
@@ -101,6 +101,7 @@ def _is_safe(url: str) -> bool:
     return url.startswith("data:image/") or not (":" in url or url.startswith("//"))
 
 
-def _short(text: str) -> str:
+def shortened(text: str) -> str:
+    """Its beginning and its end, at most about SHOWN_CHARACTERS; shortening again changes nothing."""
     half = SHOWN_CHARACTERS // 2
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:half]} [...] {text[-half:]}"
