@@ -40,9 +40,8 @@ from train_setup import bench_recipe, full_pack, small_model, tiny_model
 
 from terrace.data.types import PackedExample
 from terrace.models.attention import use_attention
-from terrace.models.batch import to_device
+from terrace.models.batch import ImageFacts, to_device
 from terrace.models.build import build_model, model_config
-from terrace.models.families.interface import ImageFacts
 from terrace.models.families.registry import family_model_named
 from terrace.models.forward import pack_hidden
 from terrace.objectives.interface import StageFeed

@@ -84,6 +84,11 @@ def test_length_by_arithmetic_is_what_is_written_and_what_the_model_gives(case):
         some = [picture(*size) for size in sizes[start : start + 40]]
         rows = [load_pixels(data, case.family, view) for data, view in zip(some, views[start : start + 40])]
         assert [len(part) for part in rows] == [view.rows for view in views[start : start + 40]]
+        for part, view in zip(rows, views[start : start + 40]):  # what `terrace inspect` shows of them
+            assert np.prod(case.family.token_grid(view.facts)) == view.tokens
+            shown = case.family.pictures_of(part, view.facts)
+            assert shown.ndim == 4
+            assert np.array_equal(np.sort(shown.ravel()), np.sort(part.ravel()[: shown.size]))
         example = pack_of(case, [conversation(1, [size]) for size in sizes[start : start + 40]])
         with torch.no_grad():
             values = family.normalised(torch.from_numpy(np.concatenate(rows)), torch.float32)

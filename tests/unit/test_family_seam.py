@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from terrace.families.registry import built_in
+from terrace.errors import InputError
+from terrace.families.registry import built_in, family_class
 
 PACKAGE = Path(__file__).resolve().parents[2] / "platform" / "terrace"
 KNOWN_ONLY_THERE = {
@@ -44,6 +45,19 @@ def test_a_family_is_two_files_of_one_name() -> None:
     models = {file.stem for file in (PACKAGE / "models" / "families").glob("*.py")}
     assert set(built_in()) <= models
     assert models - set(built_in()) == {"__init__", "interface", "registry"}
+
+
+def test_a_family_that_leaves_something_out_is_refused_by_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "extension").mkdir()
+    (tmp_path / "extension" / "half.py").write_text(
+        "from terrace.families.llava import Llava\nfrom terrace.families.interface import Family\n"
+        "class Half(Family):\n    name = 'half'\n    view = Llava.view\n    row_values = unit = 3\nFAMILY = Half\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match=r"extension\.half cannot be used as a family: Half does not say .*pixels.*tower_pictures, turn$"):
+        family_class("extension.half")
+    with pytest.raises(InputError, match="unknown family 'half'; there are internvl, llava"):
+        family_class("half")
 
 
 def test_no_file_is_longer_than_one_reading() -> None:

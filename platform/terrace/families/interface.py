@@ -3,15 +3,18 @@
 A family is a small frozen value made from a transformers configuration map, so it travels with every decode task. It
 says four things of an image: how many placeholder tokens stand for it, how many rows of uint8 pixels it brings, what
 the device must know of it (`facts`), and in which units coordinates of it are written. It says how a conversation
-reads (pieces: marks, text, images), which positions tokens have, and what the planner counts. Every method below has
-a default; a family overrides what is different. A file here has its counterpart under the same name in
-`models/families`; together they are all that the platform knows of a model.
+reads (pieces: marks, text, images), which positions tokens have, and what the planner counts. What nearly all
+families share has a default; what a family must say itself is abstract, and one that leaves it out is refused by name.
+A file here has its counterpart under the same name in `models/families`; together they are all that the platform knows
+of a model.
 
 Shape letters: I images, L tokens of a sample, R rows of position ids, C coordinates.
 """
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -89,7 +92,7 @@ class Visual:
 
 
 @dataclass(frozen=True)
-class Family:
+class Family(ABC):
     """Defaults: one image, one or more equal tiles; text positions; no videos. Made by `of`."""
 
     name: ClassVar[str] = ""
@@ -117,14 +120,14 @@ class Family:
     # ------------------------------------------------------------ an image
 
     @property
+    @abstractmethod
     def row_values(self) -> int:
         """uint8 values of one row of pixels, channel-major: 3 colours of a patch or of a tile."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def unit(self) -> int:
         """Pixels that one more visual token takes: what limits in visual tokens mean in pixels."""
-        raise NotImplementedError
 
     @property
     def shown_grid(self) -> int:
@@ -136,9 +139,9 @@ class Family:
         """`reduce_resolution` stops here."""
         return 4 * self.unit
 
+    @abstractmethod
     def view(self, width: int, height: int, pixels: Bounds) -> View:
         """What an image of this size becomes when it is resized within `pixels`. Raises ValueError for an empty one."""
-        raise NotImplementedError
 
     def costs(self, widths: np.ndarray, heights: np.ndarray, pixels: Bounds) -> Costs:
         """`view` of many images. This default asks once for each size that occurs."""
@@ -151,21 +154,26 @@ class Family:
         """Placeholders of the largest image that `pixels.max` allows."""
         return most_pixels // self.unit
 
+    @abstractmethod
     def pixels(self, picture: Picture, view: View, out: np.ndarray | None = None) -> np.ndarray:
         """uint8 [rows, row_values] of a picture, written into `out` if that is given."""
-        raise NotImplementedError
 
     def pictures_of(self, rows: np.ndarray, facts: Sequence[int]) -> np.ndarray:
-        """The inverse, for looking at what the model sees: uint8 [frames, H, W, 3] of an image's (or video's) rows."""
-        raise NotImplementedError
+        """The inverse, for looking at what the model sees: uint8 [frames, H, W, 3] of an image's (or video's) rows.
 
+        This default shows square tiles one by one.
+        """
+        side = math.isqrt(self.row_values // 3)
+        return np.ascontiguousarray(rows.reshape(-1, 3, side, side).transpose(0, 2, 3, 1))
+
+    @abstractmethod
     def tower_pictures(self, facts: Sequence[int]) -> list[tuple[int, int]]:
         """(rows, columns) in patches of every picture that the tower sees of an image: what attention there costs."""
-        raise NotImplementedError
 
     def token_grid(self, facts: Sequence[int]) -> tuple[int, int, int]:
-        """(frames, rows, columns) of an image's placeholders, for people."""
-        raise NotImplementedError
+        """(frames, rows, columns) of an image's placeholders, for people; this default: one for each patch."""
+        pictures = self.tower_pictures(facts)
+        return len(pictures), *pictures[0]
 
     # ------------------------------------------------------------ videos
 
@@ -213,13 +221,13 @@ class Family:
         """What stands before the first turn."""
         return iter(())
 
+    @abstractmethod
     def turn(self, role: str, content: Iterable[Piece], supervised: bool) -> Iterator[Piece]:
         """One turn: its header, its content, and its end."""
-        raise NotImplementedError
 
+    @abstractmethod
     def generation(self) -> Iterator[Piece]:
         """The header after which an answer is generated."""
-        raise NotImplementedError
 
     def positions(self, length: int, visuals: Sequence[Visual]) -> np.ndarray:
         """int32 [R, length]; row 0 counts tokens, from which attention derives segments."""
@@ -228,9 +236,9 @@ class Family:
     # ------------------------------------------------------------ configuration
 
     @classmethod
+    @abstractmethod
     def shape(cls, config: Mapping[str, Any], vocabulary: int | None = None) -> ModelShape:
         """What the planner counts. `vocabulary` is used where the configuration has none."""
-        raise NotImplementedError
 
     @classmethod
     def check(cls, config: Mapping[str, Any], trained_tokenizer: bool) -> Iterator[Finding]:
@@ -242,32 +250,32 @@ class Family:
         if low > high:
             yield ("min",), f"{low} is more than pixels.max {high}"
 
+    @abstractmethod
     def preprocessor(self, pixels: Bounds) -> dict[str, Any]:
         """preprocessor_config.json of an export: what transformers' processor must be told to give these pixels."""
-        raise NotImplementedError
 
+    @abstractmethod
     def exported_pixels(self, values: Mapping[str, Any]) -> Bounds:
         """(min, max) pixels that a preprocessor_config.json says; KeyError or TypeError where it does not."""
-        raise NotImplementedError
 
     def processor(self) -> dict[str, Any]:
         """processor_config.json of an export; empty: none is written."""
         return {}
 
 
-class Picture:
+class Picture(ABC):
     """A decoded image that knows how to resize itself; `data.images.DecodedPicture` is the one that reads files."""
 
     height: int
     width: int
 
+    @abstractmethod
     def planes(self, height: int, width: int) -> np.ndarray:
         """uint8 [3, height, width], antialiased bicubic."""
-        raise NotImplementedError
 
+    @abstractmethod
     def padded_square(self, colour: tuple[int, int, int]) -> Picture:
         """The picture in the middle of a square of its longer side."""
-        raise NotImplementedError
 
     def on_canvas(self, height: int, width: int, canvas: tuple[int, int]) -> np.ndarray:
         """uint8 [3, H, W]: resized to height x width in the middle of a black canvas."""

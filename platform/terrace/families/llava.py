@@ -85,14 +85,8 @@ class Llava(Family):
         out[...] = rows
         return out
 
-    def pictures_of(self, rows: np.ndarray, facts: Sequence[int]) -> np.ndarray:
-        return np.ascontiguousarray(rows.reshape(-1, 3, self.side, self.side).transpose(0, 2, 3, 1))
-
     def tower_pictures(self, facts: Sequence[int]) -> list[tuple[int, int]]:
         return [(self.side // self.patch, self.side // self.patch)]
-
-    def token_grid(self, facts: Sequence[int]) -> tuple[int, int, int]:
-        return 1, self.side // self.patch, self.side // self.patch
 
     # ------------------------------------------------------------ coordinates: shares of the padded square
 

@@ -38,6 +38,8 @@ def family_class(architecture: str) -> type[Family]:
         found = importlib.import_module(module).FAMILY
     except (ImportError, AttributeError) as error:
         raise InputError(f"model.architecture: {module} cannot be used as a family: {error}") from error
+    if missing := sorted(getattr(found, "__abstractmethods__", ())):
+        raise InputError(f"model.architecture: {module} cannot be used as a family: {found.__name__} does not say {', '.join(missing)}")
     _ELSEWHERE[found.name] = module
     return found
 

@@ -16,9 +16,17 @@ import numpy as np
 import torch
 
 from terrace.data.types import PackedExample, PromptInputs
-from terrace.models.families.interface import ImageFacts
 
 MOST_POSITION_ROWS = 4  # of any family, for a pack without tokens
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """The host's side of a batch's images, int64 tensors."""
+
+    facts: torch.Tensor  # [I, k]: `image_facts` of data.types.PackedExample
+    tokens: torch.Tensor  # [I]
+    rows: torch.Tensor  # [I]
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """What the loop (train.loop) asks of an objective, so that one loop trains a stage of any.
 
 An objective is one class in one file, named in recipe.objectives. The base class below answers every question that most
-objectives answer alike; what a new one must write is `loss`, `weight` and `batch`. In the order of a stage:
+objectives answer alike; what a new one must write is `loss`, `weight`, `batch` and `empty`. In the order of a stage:
 
     open_objective(opening)      before the model exists: the loss that the strategy wraps comes from here
     begin(run)                   the model is there, resumed: change its attention, open engines, load references

@@ -18,16 +18,14 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from terrace.errors import InputError
 from terrace.families.interface import Family
+from terrace.models.batch import DeviceBatch, ImageFacts
 from terrace.recipe.schema import PARTS, PartName
-
-if TYPE_CHECKING:
-    from terrace.models.batch import DeviceBatch
 
 
 @dataclass(frozen=True)
@@ -43,15 +41,6 @@ class Features:
     def total(self) -> torch.Tensor:
         """The sum of everything that reaches the language model."""
         return self.pooled.sum() + sum((tensor.sum() for tensor in self.deep), torch.zeros((), device=self.pooled.device))
-
-
-@dataclass(frozen=True)
-class ImageFacts:
-    """The host's side of a batch's images, int64 tensors."""
-
-    facts: torch.Tensor  # [I, k]
-    tokens: torch.Tensor  # [I]
-    rows: torch.Tensor  # [I]
 
 
 PUBLISHED = (  # spellings on the hub, the first that fits

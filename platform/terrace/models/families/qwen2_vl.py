@@ -10,7 +10,8 @@ import torch
 from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids
 
 from terrace.families.qwen2_vl import TEMPORAL_PATCH_SIZE
-from terrace.models.families.interface import FamilyModel, Features, ImageFacts
+from terrace.models.batch import ImageFacts
+from terrace.models.families.interface import FamilyModel, Features
 from terrace.recipe.schema import PartName
 
 
