@@ -10,6 +10,7 @@ import time
 
 import pytest
 from cluster_world import ROOT
+from waiting import eventually
 
 from terrace.cluster import stop_notice
 
@@ -52,13 +53,6 @@ def pod(monkeypatch, tmp_path):
         rank.wait()
 
 
-def until(test, seconds=20.0):
-    end = time.monotonic() + seconds
-    while not test():
-        assert time.monotonic() < end, "not in time"
-        time.sleep(0.02)
-
-
 def kubelet_stops(ranks, grace_seconds, hook_seconds):
     """What the kubelet does with a pod that must go: the hook to its end, then SIGTERM, all within the grace period, then SIGKILL."""
     started = time.monotonic()
@@ -76,7 +70,7 @@ def kubelet_stops(ranks, grace_seconds, hook_seconds):
 
 def test_hook_waits_for_all_eight_ranks_and_the_manifest(pod, tmp_path):
     ranks = [pod(number, 8) for number in range(8)]
-    until(lambda: len(list(tmp_path.glob("began-*"))) == 8)
+    assert eventually(lambda: len(list(tmp_path.glob("began-*"))) == 8)
     hook, seconds = kubelet_stops(ranks, grace_seconds=30, hook_seconds=20)
     assert hook.returncode == 0, hook.stderr
     assert (tmp_path / "manifest").exists()
@@ -86,7 +80,7 @@ def test_hook_waits_for_all_eight_ranks_and_the_manifest(pod, tmp_path):
 
 def test_a_late_rank_keeps_the_notice_and_is_waited_for(pod, tmp_path):
     ranks = [pod(0, 2), pod(1, 2, late=1.0)]
-    until(lambda: (tmp_path / "began-0").exists())
+    assert eventually(lambda: (tmp_path / "began-0").exists())
     hook, _ = kubelet_stops(ranks, grace_seconds=30, hook_seconds=20)  # rank 0 cannot end before rank 1 has begun and saved
     assert hook.returncode == 0, hook.stderr
     assert (tmp_path / "manifest").exists()
@@ -95,7 +89,7 @@ def test_a_late_rank_keeps_the_notice_and_is_waited_for(pod, tmp_path):
 
 def test_a_rank_that_died_is_not_waited_for_and_one_that_hangs_ends_the_wait_with_its_name(pod, tmp_path):
     dead, hangs = pod(1, 3), pod(0, 3)  # rank 0 waits for shards that never come
-    until(lambda: len(list(tmp_path.glob("began-*"))) == 2)
+    assert eventually(lambda: len(list(tmp_path.glob("began-*"))) == 2)
     dead.kill()
     dead.wait()
     assert stop_notice.unanswered() == [hangs.pid]

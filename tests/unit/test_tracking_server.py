@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from report_run import write_run
+from waiting import eventually
 
 from terrace import cli
 from terrace.track import tracking as tracking_module
@@ -60,13 +61,6 @@ class Server:
             return urllib.request.urlopen(f"{self.uri}/health", timeout=5).status == 200
         except OSError:
             return False
-
-
-def eventually(what: Callable[[], bool], seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while not what() and time.monotonic() < end:
-        time.sleep(0.1)
-    return what()
 
 
 @pytest.fixture(scope="module")
