@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 
-from terrace.track.calibration import SHOWN_PER_TASK, Calibration, Shown, calibration_from, calibration_html
+from terrace.track.calibration import SHOWN_PER_TASK, Calibration, Shown, calibration_from
+from terrace.track.report.judgements import stage_judgements
 
 
 def judgement(number: int, task: str = "count") -> Shown:
@@ -36,7 +37,7 @@ def test_the_page_escapes_text_and_takes_no_foreign_pictures():
     calibration = Calibration(0)
     calibration.add([Shown("t", "p", "<script>1</script>", "x" * 5000, {"bbox": [1]}, None, "m: time limit of 5 s", {}, 3)])
     pictures = {"p": ["data:image/png;base64,AAAA", "http://elsewhere/a.png", "javascript:alert(1)", "//elsewhere/a", "images/a.png"]}
-    page = calibration_html(calibration, pictures)
+    page = stage_judgements("morl", calibration, pictures)
     assert "<script>" not in page
     assert page.count("<img") == 2
     assert "elsewhere" not in page

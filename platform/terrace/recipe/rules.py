@@ -195,11 +195,12 @@ def _resolution(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
             continue
         tokens = visual_tokens_of_largest_image(family, stage, source.max_visual_tokens_per_image)
         if tokens + markers >= stage.sequence_length:
+            told = f"{tokens} visual tokens and {markers} markers leave no room for text; raise it"
+            if tokens > fewest:  # otherwise every image has as many, whatever its size
+                told += f" or lower pixels.max below {(stage.sequence_length - markers) * family.unit}"
             yield Problem(
                 (*at, "sequence_length"),
-                f"{stage.sequence_length} tokens do not hold one image of `{name}` at pixels.max {high}: {tokens} "
-                f"visual tokens and {markers} markers leave no room for text; raise it or lower pixels.max below "
-                f"{(stage.sequence_length - markers) * family.unit}",
+                f"{stage.sequence_length} tokens do not hold one image of `{name}` at pixels.max {high}: {told}",
             )
             break
         limit = stage.data_loading.max_visual_tokens_per_pack

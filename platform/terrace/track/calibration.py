@@ -7,8 +7,7 @@ its random numbers come from the seed and the task alone: a resumed stage that i
 from __future__ import annotations
 
 import hashlib
-import html
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -67,38 +66,6 @@ def calibration_from(state: Mapping[str, Any]) -> Calibration:
     """The sample of an earlier `state()`."""
     shown = {task: [Shown(**one) for one in kept] for task, kept in state["shown"].items()}
     return Calibration(state["seed"], shown, dict(state["seen"]))
-
-
-def calibration_html(calibration: Calibration, pictures: Mapping[str, Sequence[str]] | None = None) -> str:
-    """A table per task, for the stage's report. `pictures`: prompt id -> image URLs (`data:` ones for a page of its own).
-
-    All text is escaped; URLs other than `data:image/` and relative ones are left out."""
-    parts = []
-    for task in sorted(calibration.shown):
-        kept = sorted(calibration.shown[task], key=lambda one: (one.iteration, one.prompt_id))
-        rows = "".join(_row(one, (pictures or {}).get(one.prompt_id, ())) for one in kept)
-        parts.append(
-            f"<h3>{html.escape(task)}</h3><p>{len(kept)} of {calibration.seen[task]:,} judgements, drawn at random.</p>"
-            "<table><tr><th>prompt</th><th>response</th><th>solution</th><th>reward</th><th>read, and decided by</th></tr>"
-            + rows
-            + "</table>"
-        )
-    return "".join(parts)
-
-
-def _row(one: Shown, pictures: Sequence[str]) -> str:
-    images = "".join(f'<img src="{html.escape(url, quote=True)}" alt="" width="160">' for url in pictures if _is_safe(url))
-    value = "none" if one.value is None else f"{one.value:.3f}"
-    reasons = "; ".join(f"{rule}: {said}" for rule, said in one.reasons.items()) or one.failure or ""
-    cells = [
-        images + html.escape(shortened(one.prompt)),
-        *(html.escape(shortened(str(text))) for text in (one.response, one.solution, value, reasons)),
-    ]
-    return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-
-
-def _is_safe(url: str) -> bool:
-    return url.startswith("data:image/") or not (":" in url or url.startswith("//"))
 
 
 def shortened(text: str) -> str:

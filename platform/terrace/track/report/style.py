@@ -77,9 +77,8 @@ table.plan td, table.plan th { padding-inline: 7px; } table.plan td { font-size:
 .card .asked-for, .card .expected { color: var(--muted); font-size: 13px; }
 .card .said { font-weight: 600; margin-top: 3px; } .card.right .said::before { content: "✓ "; color: var(--good); }
 .card.wrong .said::before { content: "✗ "; color: var(--bad); }
-.judgements td { white-space: pre-wrap; overflow-wrap: anywhere; text-align: left; vertical-align: top; }
-.judgements img { display: block; margin-bottom: 4px; }
-.said-table td { white-space: pre-wrap; overflow-wrap: anywhere; }
+.judgements img { float: left; margin: 2px 12px 2px 0; border-radius: 6px; }
+.said-table td, .judgements td { white-space: pre-wrap; overflow-wrap: anywhere; }
 details { margin-top: 10px; } summary { cursor: pointer; font-weight: 600; }
 pre { font: 12px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; background: var(--panel); border: 1px solid var(--line);
   border-radius: 10px; padding: 14px 16px; white-space: pre-wrap; overflow-wrap: anywhere; }
