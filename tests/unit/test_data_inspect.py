@@ -154,6 +154,7 @@ def test_the_page_holds_everything_and_nothing_runs(stage) -> None:
     assert "missing_image" in page
     assert "gone.png" in page
     assert page.count('<article id="pack-0-') == len(found.packs[0].segments)
+    assert page.count("1 too long, split") == 2  # in the table of shares, and above the source's lengths
     for source in found.sources:
         assert f"{len(source.lengths):,}" in page
 

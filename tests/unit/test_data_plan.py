@@ -185,7 +185,7 @@ def test_ten_billion_samples_are_planned_at_once():
 
 
 def test_an_empty_source_is_named():
-    with pytest.raises(InputError, match=r"source b has no sample .*3 refused"):
+    with pytest.raises(InputError, match=r"source b has no sample .*3 too long, left out"):
         plan([FormulaSource("a", 10), FormulaSource("b", 0, changes={"refused": 3})])
 
 

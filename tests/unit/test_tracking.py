@@ -202,6 +202,21 @@ def test_what_fails_is_named_and_the_rest_goes_on(tmp_path: Path, monkeypatch: p
     assert all("artifact metrics.jsonl was left out" in line and "\n" not in line for line in warnings)
 
 
+def test_artifacts_of_an_sqlite_file_lie_beside_it_and_not_where_the_command_was_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "called").mkdir()
+    (tmp_path / "recipe.yaml").write_text("name: x")
+    monkeypatch.chdir(tmp_path / "called")
+    for uri, place in ((None, "run"), (f"sqlite:///{tmp_path}/far/x.db", "far"), ("sqlite:///near.db", "called")):
+        (tmp_path / place).mkdir(exist_ok=True)
+        tracking = open_tracking(tmp_path / "run", uri, "terrace", pytest.fail)
+        tracking.open_run(spec("run", {}))
+        tracking.log_artifacts("key-run", [tmp_path / "recipe.yaml"])
+        assert tracking.flush(60)
+        tracking.close()
+        assert [file.name for file in (tmp_path / place / "mlartifacts").rglob("*.yaml")] == ["recipe.yaml"], uri
+    assert not (tmp_path / "called" / "mlruns").exists()
+
+
 def test_artifacts_go_to_an_artifact_store_on_s3(machines: Machines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The usual large set-up of MLflow: its artifact root is a bucket, which clients write to themselves."""
     monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", machines.server.url)

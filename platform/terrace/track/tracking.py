@@ -156,7 +156,9 @@ def _line(error: Exception) -> str:
 
 
 def open_tracking(run_dir: Path, uri: str | None, experiment: str, warn: Callable[[str], None]) -> Tracking:
-    """Tracking at `uri`, or in `RUN/mlflow.db` with artifacts under `RUN/mlartifacts`."""
-    if uri:
-        return Tracking(Store(uri, experiment, None, warn), warn)
-    return Tracking(Store(f"sqlite:///{Path(run_dir).absolute()}/mlflow.db", experiment, Path(run_dir) / "mlartifacts", warn), warn)
+    """Tracking at `uri`, or in `RUN/mlflow.db`. A file of SQLite has its artifacts in `mlartifacts` beside it: MLflow's own choice would
+    be `./mlruns` of whatever folder the command was called in."""
+    uri = uri or f"sqlite:///{Path(run_dir).absolute()}/mlflow.db"
+    file = uri.removeprefix("sqlite:///")
+    artifacts = Path(file).absolute().parent / "mlartifacts" if file != uri and file else None
+    return Tracking(Store(uri, experiment, artifacts, warn), warn)

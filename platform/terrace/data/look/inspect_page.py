@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from terrace.data.look.samples import Inspection, Mark, Picture, Run, ShownPack, ShownSegment, SourceFacts
+from terrace.data.order.eligible import told_changes
 from terrace.data.sources.refusals import REASONS
 from terrace.page import document, facts, picture_address
 from terrace.recipe.objectives import OBJECTIVES
@@ -140,10 +141,11 @@ def _shares(found: Inspection, colours: dict[str, str]) -> str:
         cells = "".join(
             f'<td class="share">{100 * share:.2f} %<i style="width:{100 * share:.1f}%;background:{colour}"></i></td>' for share in shares
         )
-        rows += f"<tr><td>{_safe(source.name)}</td>{cells}<td>{len(source.lengths):,}</td><td>{_changes(source) or '–'}</td></tr>"
+        told = _safe(told_changes(source.changes)) or "–"
+        rows += f"<tr><td>{_safe(source.name)}</td>{cells}<td>{len(source.lengths):,}</td><td>{told}</td></tr>"
     return (
         '<h2>Shares of the sources</h2><div class="panel"><table><tr><th>source</th><th>samples, planned</th>'
-        f"<th>samples, packed</th><th>tokens, packed</th><th>samples an epoch</th><th>too long</th></tr>{rows}</table></div>"
+        f"<th>samples, packed</th><th>tokens, packed</th><th>samples an epoch</th><th>left out or changed</th></tr>{rows}</table></div>"
         f'<p class="note">Packed: in the first {len(found.fills):,} packs of the stage. The fullest is {_percent(max(found.fills))} full,'
         f" the emptiest {_percent(min(found.fills))}. Packs are shuffled in windows, over which the shares are those planned.</p>"
     )
@@ -153,7 +155,7 @@ def _source(source: SourceFacts, found: Inspection, colours: dict[str, str]) -> 
     lengths = source.lengths
     parts = [f"{source.samples:,} samples", f"{source.held_out:,} held out"] if source.held_out else [f"{source.samples:,} samples"]
     parts += [f"{count:,} {kind}" for kind, count in source.kinds.items() if len(source.kinds) > 1]
-    parts += [f"longer than a pack: {_changes(source)}"] if source.changes else []
+    parts += [_safe(told)] if (told := told_changes(source.changes)) else []
     quantiles = np.quantile(lengths, (0, 0.5, 0.95, 1)).astype(int) if len(lengths) else (0, 0, 0, 0)
     fitting = _percent(float((lengths <= found.sequence_length).mean())) if len(lengths) else "–"
     cells = "".join(f"<td>{value:,}</td>" for value in quantiles)
@@ -167,11 +169,6 @@ def _source(source: SourceFacts, found: Inspection, colours: dict[str, str]) -> 
         f"<th>fit {found.sequence_length:,}</th></tr><tr><td>{mean} on average</td>{cells}<td>{fitting}</td></tr></table>"
         f'<div class="histograms">{drawn}</div></div>'
     )
-
-
-def _changes(source: SourceFacts) -> str:
-    """What happened to samples that are too long for the stage."""
-    return ", ".join(f"{count:,} {what.replace('_', ' ')}" for what, count in source.changes.items())
 
 
 def histogram(values: np.ndarray, label: str, colour: str, limit: int | None) -> str:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from terrace.data.order.eligible import told_changes
 from terrace.data.order.plan import StagePlan
 from terrace.data.types import PackSpec
 from terrace.errors import InputError
@@ -112,7 +113,7 @@ def order_text(facts: dict[str, Any]) -> str:
         f" {facts['sequence_length']} tokens; plan {facts['plan']}"
     ]
     for name, source in facts["sources"].items():
-        changes = "".join(f", {count} {what}" for what, count in source["changes"].items())
+        changes = f"; {told}" if (told := told_changes(source["changes"])) else ""
         lines.append(
             f"  {name}: {source['samples_per_epoch']} samples an epoch, {source['mean_tokens']:.0f} tokens on average,"
             f" {source['share_of_samples']:.2%} of the samples{changes}"

@@ -111,7 +111,7 @@ class SourceFacts:
     refused: dict[str, int]
     refusals: tuple[RefusedSample, ...]  # a few per reason
     weight: float = 0.0  # planned share of the samples
-    changes: dict[str, int] = field(default_factory=dict)  # what the stage's `too_long` policy did
+    changes: dict[str, int] = field(default_factory=dict)  # see order.eligible.told_changes
     packed_samples: int = 0  # within the planned packs
     packed_tokens: int = 0
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -82,6 +82,20 @@ class EligibleSource:
     @cached_property
     def sorted_lengths(self) -> np.ndarray:
         return self.items.lengths[self.by_length]
+
+
+CHANGES = {  # a count's key -> what is said of so many samples
+    "no_target": "without a target",
+    "refused": "too long, left out",
+    "split": "too long, split",
+    "truncate_text": "too long, text cut",
+    "reduce_resolution": "too long, pictures made smaller",
+}
+
+
+def told_changes(changes: Mapping[str, int]) -> str:
+    """What became of samples that do not train as they are, for people; '' where all do."""
+    return ", ".join(f"{count:,} {CHANGES.get(what, what)}" for what, count in changes.items() if count)
 
 
 def source_pixels(source: Source, pixels: tuple[int, int], family: Family) -> tuple[int, int]:

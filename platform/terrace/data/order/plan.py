@@ -26,7 +26,7 @@ import numpy as np
 
 from terrace.data.order.arrange import repeats_apart, spread_packs
 from terrace.data.order.balance import CostModel, cost_of, deal, deal_in_order, max_over_mean
-from terrace.data.order.eligible import EligibleSource, StageSource, eligible_source
+from terrace.data.order.eligible import EligibleSource, StageSource, eligible_source, told_changes
 from terrace.data.order.mixture import Interleave, rounded_weights, whole_weights
 from terrace.data.order.packing import default_window, lookahead, pack_window
 from terrace.data.order.permutation import seed_of, source_rows
@@ -120,7 +120,7 @@ class StagePlan:
     def _check_sources(self) -> None:
         for source in self.sources:
             if source.count == 0:
-                changes = ", ".join(f"{count} {what}" for what, count in source.changes.items()) or "it has no samples"
+                changes = told_changes(source.changes) or "it has no samples"
                 raise InputError(
                     f"stage {self.stage.name}: source {source.name} has no sample for training at sequence_length"
                     f" {self.stage.sequence_length} ({changes}); check its data, or its too_long policy"
