@@ -90,12 +90,14 @@ CHANGES = {  # a count's key -> what is said of so many samples
     "split": "too long, split",
     "truncate_text": "too long, text cut",
     "reduce_resolution": "too long, pictures made smaller",
+    "held_out_elsewhere": "held out elsewhere",
+    "duplicate": "repeats, left out",
 }
 
 
 def told_changes(changes: Mapping[str, int]) -> str:
     """What became of samples that do not train as they are, for people; '' where all do."""
-    return ", ".join(f"{count:,} {CHANGES.get(what, what)}" for what, count in changes.items() if count)
+    return ", ".join(f"{count:,} {CHANGES[what]}" for what, count in changes.items() if count)
 
 
 def source_pixels(source: Source, pixels: tuple[int, int], family: Family) -> tuple[int, int]:
