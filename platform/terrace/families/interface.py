@@ -277,13 +277,6 @@ class Picture(ABC):
     def padded_square(self, colour: tuple[int, int, int]) -> Picture:
         """The picture in the middle of a square of its longer side."""
 
-    def on_canvas(self, height: int, width: int, canvas: tuple[int, int]) -> np.ndarray:
-        """uint8 [3, H, W]: resized to height x width in the middle of a black canvas."""
-        planes = np.zeros((3, *canvas), np.uint8)
-        top, left = (canvas[0] - height) // 2, (canvas[1] - width) // 2
-        planes[:, top : top + height, left : left + width] = self.planes(height, width)
-        return planes
-
 
 def scaled_coordinate(value: float, original: int, scale: int) -> int:
     """round(value * scale / original), halves to even, clamped to [0, scale - 1]: Qwen2.5-VL's own data preparation."""

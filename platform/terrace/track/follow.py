@@ -35,13 +35,6 @@ class MetricsFollower:
             if line:
                 yield json.loads(line)
 
-    def modified_at(self) -> float | None:
-        """When the file was last written, seconds since the epoch; None before it exists."""
-        try:
-            return self.path.stat().st_mtime
-        except FileNotFoundError:
-            return None
-
 
 def last_row(path: Path) -> dict[str, Any] | None:
     """The newest complete row of a metrics file, read from its end."""

@@ -5,9 +5,6 @@ The launcher makes one: for Ray Train, for torchrun, or for a test with two gloo
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,27 +42,3 @@ def data_place(context: WorkerContext, sequence_parallel: int) -> tuple[int, int
             "change resources.workers or parallel.sequence_parallel"
         )
     return context.rank // sequence_parallel, context.world_size // sequence_parallel
-
-
-def torchrun_context() -> WorkerContext:
-    """The context that torchrun's environment variables describe; one process without them."""
-    import torch
-
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
-    return WorkerContext(
-        rank=int(os.environ.get("RANK", 0)),
-        world_size=int(os.environ.get("WORLD_SIZE", 1)),
-        local_rank=local_rank,
-        device=device,
-        should_stop=stop_on_sigterm(),
-    )
-
-
-def stop_on_sigterm() -> Callable[[], str | None]:
-    """A `should_stop` that answers after SIGTERM. Only the main thread may install it; elsewhere it never answers."""
-    if threading.current_thread() is not threading.main_thread():
-        return _never
-    received: list[str] = []
-    signal.signal(signal.SIGTERM, lambda *_: received.append("SIGTERM"))
-    return lambda: received[0] if received else None

@@ -14,7 +14,6 @@ from terrace.data.sources.fields import Fields, is_empty
 from terrace.data.sources.refusals import Refusal
 
 QUESTION_KEYS = ("instruction", "query", "question", "problem", "prompt")
-ANSWER_KEYS = ("output", "response", "answer", "completion", "solution")
 
 
 @dataclass

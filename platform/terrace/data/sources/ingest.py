@@ -63,10 +63,6 @@ class IngestReport:
     spelled: int = 0  # samples whose text spells special tokens (`special_tokens` says what becomes of them)
     renamed: int = 0  # samples whose id another sample has too: they got a suffix
 
-    @property
-    def refused_samples(self) -> int:
-        return sum(self.refused.values())
-
 
 def ingest_source(
     name: str, source: Source, data: Data, out_dir: str | Path, progress: Progress | None = None, use_ray: bool | None = None

@@ -49,11 +49,6 @@ def same_expression(gold: str, text: str) -> bool | None:
         return False
 
 
-def same_trees(first: Tree, second: Tree) -> bool:
-    """Whether two trees have the same values. Raises TooLarge."""
-    return _same_values(first, second, [_value(first, point) for point in range(2)])
-
-
 def constant_ratio(first: Tree, second: Tree, positive: bool = False) -> bool:
     """Whether `first` is a constant (not 0) times `second`: both are then 0 at the same places. Raises TooLarge."""
     ratios = []
