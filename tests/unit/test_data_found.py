@@ -253,6 +253,19 @@ def test_links_are_followed_and_those_into_nothing_refused(read) -> None:
     assert found.samples[0].id == "a-d/1"
 
 
+def test_pictures_that_exif_turns_are_upright_in_tars_and_rows_or_lie_where_the_source_says_so(read) -> None:
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # a quarter turn
+    Image.open(io.BytesIO(picture())).save(buffer, "JPEG", exif=exif)
+    files = {"a.tar": tar([("1.jpg", buffer.getvalue()), ("1.txt", b"one"), ("2.jpg", picture()), ("2.txt", b"two")])}
+    rows = {"turned.jpg": buffer.getvalue(), "plain.jpg": picture(),
+            "rows.jsonl": lines(*({"image": f"{name}.jpg", "text": name} for name in ("turned", "plain")))}  # fmt: skip
+    for found in (read(files, kind="caption"), read(rows, "rows.jsonl", kind="caption")):
+        assert [found.index.sizes(row) for row in range(2)] == [[(36, 44)], [(44, 36)]]
+    for lying in (read(files, kind="caption", exif="ignore"), read(rows, "rows.jsonl", kind="caption", exif="ignore")):
+        assert [lying.index.sizes(row) for row in range(2)] == [[(44, 36)], [(44, 36)]]
+
+
 def test_an_archive_without_its_end_loses_its_last_sample_alone(read) -> None:
     members = [("1.jpg", picture(1)), ("1.txt", b"one"), ("2.jpg", picture(2)), ("2.txt", b"two")]
     found = read({"a.tar": tar(members, end=False)}, kind="caption")
