@@ -149,7 +149,8 @@ def _end_message(controller: _Controller, finished: Finish) -> str:
     if finished.phase == "succeeded":
         last = controller.state.stages[-1]
         weights = stage_directory(controller.run_dir, last.index, last.name) / "final"
-        return f"all {len(controller.state.stages)} stages are complete; the model is in {mirror.place_of(weights)}"
+        count = len(controller.state.stages)
+        return f"{'the stage is' if count == 1 else f'all {count} stages are'} complete; the model is in {mirror.place_of(weights)}"
     return finished.message if finished.phase == "interrupted" else _rest_message(controller, finished)
 
 
