@@ -30,7 +30,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "validate": ("terrace.curriculum.command", "check a recipe and print its stages and parameter counts"),
     "plan": ("terrace.planner.command", "memory, FLOPs, hours and cost per stage, before anything runs"),
     "schema": ("terrace.recipe.command", "print the JSON Schema of a recipe (completion in editors)"),
-    "ingest": ("terrace.data.command", "turn raw rows and images into shards"),
+    "ingest": ("terrace.evaluate.duplicates_command", "turn raw rows and images into shards"),
     "index": ("terrace.data.command", "index shards where they lie"),
     "inspect": ("terrace.data.look.inspect_command", "show a source or a stage as the model sees it, on a page"),
     "order": ("terrace.data.command", "list the first packs of a stage without running it"),
