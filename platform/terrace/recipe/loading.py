@@ -81,6 +81,8 @@ def stage_hash(recipe: Recipe, index: int) -> str:
     for part in PARTS:
         if settings["train"][part]:
             del settings["train"][part]["activation_checkpointing"]
+            if settings["train"][part]["lora"] is None:  # stages of before there were adapters go on
+                del settings["train"][part]["lora"]
     for key in LAYOUT_KEYS_GRPO if settings["grpo"] else ():
         del settings["grpo"][key]
     before = start_index(recipe, index)
