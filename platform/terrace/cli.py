@@ -31,7 +31,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "plan": ("terrace.planner.command", "memory, FLOPs, hours and cost per stage, before anything runs"),
     "schema": ("terrace.recipe.command", "print the JSON Schema of a recipe (completion in editors)"),
     "recipes": ("terrace.recipe.recipes_command", "list, show or copy the recipes that come with Terrace"),
-    "ingest": ("terrace.data.command", "turn raw rows and images into shards"),
+    "ingest": ("terrace.evaluate.duplicates_command", "turn raw rows and images into shards"),
     "index": ("terrace.data.command", "index shards where they lie"),
     "inspect": ("terrace.data.look.inspect_command", "show a source or a stage as the model sees it, on a page"),
     "order": ("terrace.data.command", "list the first packs of a stage without running it"),

@@ -75,6 +75,8 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
                 (*at, "holdout_samples"),
                 f"holds out {source.holdout_samples} of at most {source.max_samples} samples: none is left to train on",
             )
+        if source.holdout_samples and source.holdout_share:
+            yield Problem((*at, "holdout_share"), "holdout_samples says a number already; keep one of the two")
 
 
 def _planning(recipe: Recipe) -> Iterator[Problem]:
@@ -312,9 +314,9 @@ def _failure(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
 def produced_metrics(recipe: Recipe, stage: Stage) -> list[str]:
     """Names of the metrics a stage reports that are known before it runs (suites add `eval/<suite>/<metric>`)."""
     sources = [recipe.data.sources[name] for name in stage.mixture.weights if name in recipe.data.sources]
-    kinds = dict.fromkeys(source.kind for source in sources if source.holdout_samples > 0)
+    kinds = dict.fromkeys(source.kind for source in sources if source.holds_out)
     if stage.objective == "grpo":
-        tasks = dict.fromkeys(source.task for source in sources if source.holdout_samples > 0 and source.task)
+        tasks = dict.fromkeys(source.task for source in sources if source.holds_out and source.task)
         metrics = [f"eval/{figure}/{task}" for task in tasks for figure in ("reward", "greedy_reward")]
     elif stage.objective == "reward_model":
         metrics = ["eval/preference/loss", "eval/preference/accuracy"] if kinds else []
@@ -330,7 +332,7 @@ def _metric_problem(recipe: Recipe, stage: Stage, metric: str) -> str | None:
         return None
     kinds = {recipe.data.sources[name].kind for name in stage.mixture.weights if name in recipe.data.sources}
     if words[0] == "eval" and words[1:2] and words[1] in kinds and words[2:] == ["loss"]:
-        return f"`{metric}` is not measured: no source of kind {words[1]} in this stage's mixture has holdout_samples"
+        return f"`{metric}` is not measured: no source of kind {words[1]} in this stage's mixture has holdout_samples or holdout_share"
     return f"`{metric}` is not measured in this stage{nearest(metric, produced, limit=12)}"
 
 
@@ -368,7 +370,7 @@ def _evaluation(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
     if stage.evaluate.every_steps is not None and not measured and not stage.evaluate.suites:
         yield Problem(
             (*at, "evaluate", "every_steps"),
-            "there is nothing to evaluate: no source of the mixture has holdout_samples and no suite is named",
+            "there is nothing to evaluate: no source of the mixture has holdout_samples or holdout_share, and no suite is named",
         )
 
 
