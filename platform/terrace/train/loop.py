@@ -145,7 +145,7 @@ def train_stage(
         notify("evaluation", {"when": "after", "loss": after})
         watchdog.rest()
         objective.close()
-        export_final(strategy, stage, feed.config, feed.tokenizer_dir, stage_dir / "final", context, storage)
+        export_final(strategy, recipe, stage_index, feed.config, feed.tokenizer_dir, stage_dir / "final", context, storage)
         objective.finished()
         if run.metrics:
             run.metrics.close()
