@@ -153,6 +153,8 @@ def train_tokenizer(
         "model_max_length": 131072,
         "chat_template": family.chat_template,
     }
+    if family.token_names:
+        config["extra_special_tokens"] = {name: family.marks[role] for name, role in family.token_names.items()}
     (out_dir / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     _load.cache_clear()
     return load_tokenizer(out_dir)

@@ -82,6 +82,8 @@ def stage_hash(recipe: Recipe, index: int) -> str:
     stage = recipe.stages[index]
     settings = stage.model_dump(mode="json", exclude=LAYOUT_KEYS)
     settings["data_loading"] = {key: settings["data_loading"][key] for key in ("window_samples", "max_visual_tokens_per_pack")}
+    if stage.final_precision == "auto":
+        del settings["final_precision"]
     for part in PARTS:
         if settings["train"][part]:
             del settings["train"][part]["activation_checkpointing"]

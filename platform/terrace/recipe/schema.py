@@ -228,6 +228,9 @@ class Stage(Strict):
     optimizer: Optimizer = Field(Optimizer(), description="Optimizer settings.")
     schedule: Schedule = Field(Schedule(), description="Learning-rate schedule.")
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="Number format of the forward and backward pass.")
+    final_precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="Number format of the weights in `final/`; `auto`: float32 where another stage follows, otherwise `precision`."
+    )
     parallel: Parallel = Field(Parallel(), description="Distribution over workers.")
     resources: Resources = Field(Resources(), description="Workers, GPUs and CPUs.")
     checkpoint: Checkpoint = Field(Checkpoint(), description="When checkpoints are written and which stay.")

@@ -146,7 +146,7 @@ def train_stage(
         watchdog.rest()
         objective.close()
         base = unchanged_base(recipe.model, stage, start_weights)
-        export_final(strategy, stage, feed.config, feed.tokenizer_dir, stage_dir / "final", context, storage, base)
+        export_final(strategy, recipe, stage_index, feed.config, feed.tokenizer_dir, stage_dir / "final", context, storage, base)
         objective.finished()
         if run.metrics:
             run.metrics.close()
