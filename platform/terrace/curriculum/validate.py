@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from terrace.curriculum.machine import source_stage
+from terrace.curriculum.graph import source_stage
 from terrace.curriculum.watch import planned_steps
 from terrace.recipe.schema import PARTS, Recipe
 

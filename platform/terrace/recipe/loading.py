@@ -60,6 +60,7 @@ def recipe_hash(recipe: Recipe) -> str:
 # What changes where and how fast a stage runs but not what it computes (up to rounding): absent from its hash, so that
 # a run may resume with other workers, another strategy or other checkpoint intervals.
 LAYOUT_KEYS = {
+    "after",
     "resources",
     "parallel",
     "checkpoint",
