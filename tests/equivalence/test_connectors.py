@@ -14,6 +14,7 @@ import torch
 from families import CONFIGS, TEXT, TOWER, case_of, conversation, model_of, pack_of
 from torch import nn
 
+from terrace.families.connector import Connector
 from terrace.families.registry import make_family
 from terrace.models.attention import use_attention
 from terrace.models.batch import to_device
@@ -29,7 +30,6 @@ from terrace.planner.shapes import shape_of_config
 from terrace.recipe.loading import parse_recipe
 from terrace.recipe.rules import check
 from terrace.recipe.schema import Model
-from terrace.recipe.schema_connector import Connector
 
 KINDS = {
     "linear": {"kind": "linear"},

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from terrace.recipe.schema_connector import Connector, folded
+from terrace.families.connector import Connector, folded
 from terrace.recipe.schema_inputs import Strict
 
 

@@ -1,4 +1,4 @@
-"""What stands between a vision tower and a language model of different origin (`model.connector`)."""
+"""What stands between a vision tower and a language model of different origin: `model.connector` of a recipe, whose schema this is."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
-
-from terrace.recipe.schema_inputs import Strict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 OPTIONS: dict[str, tuple[str, ...]] = {  # kind -> options that mean something to it
     "linear": (),
@@ -20,8 +18,10 @@ OPTIONS: dict[str, tuple[str, ...]] = {  # kind -> options that mean something t
 }
 
 
-class Connector(Strict):
+class Connector(BaseModel):
     """From features of patches to visual tokens. Options of another kind are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     kind: Literal["linear", "mlp", "mlp_layer_norm", "pixel_shuffle_mlp", "resampler", "q_former"] = Field(
         "mlp",
