@@ -277,6 +277,11 @@ class Stage(Strict):
     )
     activation_offload: bool = Field(False, description="Keep activations in host memory between forward and backward.")
     loss_chunk_tokens: int = Field(1024, ge=1, description="Rows of logits that exist at once in the loss.")
+    expert_balance: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="Weight of the loss that spreads tokens over a mixture of experts (objective lm, a language model that trains); "
+        "default: the model configuration's.",
+    )
     evaluate: Evaluate = Field(Evaluate(), description="Held-out loss and suites.")
     gates: list[Gate] = Field([], description="Bounds on metrics that decide whether the next stage starts.")
     failure: Failure = Field(Failure(), description="What the stage survives.")
