@@ -48,10 +48,14 @@ def export_hf(
         sub.dtype = dtype
     model = meta_model(config)
     config.architectures = [type(model).__name__]
+    family = family_of_model(model)
+    if family.code:
+        config.auto_map = dict(family.code)
     config.save_pretrained(work)
+    for file in family.code_files():
+        shutil.copyfile(file, work / file.name)
     GenerationConfig(eos_token_id=config.text_config.eos_token_id, do_sample=False).save_pretrained(work)
     save_torch_state_dict(_published(model, state, stored), work, max_shard_size=SHARD_SIZE)
-    family = family_of_model(model)
     _write_json(work / "preprocessor_config.json", family.family.preprocessor(pixels))
     if processor := family.family.processor():
         _write_json(work / "processor_config.json", processor)

@@ -95,7 +95,7 @@ def stage_hash(recipe: Recipe, index: int) -> str:
     before = start_index(recipe, index)
     return _digest(
         {
-            "model": recipe.model.model_dump(mode="json", exclude={"attention", "kernels", "stands_in_for"}),
+            "model": recipe.model.model_dump(mode="json", exclude={"attention", "kernels", "stands_in_for", "connector"}),
             "tokenizer": recipe.tokenizer.model_dump(mode="json"),
             "data_seed": recipe.data.seed,
             "sources": {name: recipe.data.sources[name].model_dump(mode="json", exclude=REMEDIES) for name in stage.mixture.weights},

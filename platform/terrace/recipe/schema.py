@@ -19,9 +19,7 @@ from terrace.recipe.objectives import ObjectiveName
 from terrace.recipe.schema_inputs import (
     PARTS,
     Data,
-    Initialisation,
     Mixture,
-    Model,
     Name,
     PartName,
     Positive,
@@ -33,6 +31,7 @@ from terrace.recipe.schema_inputs import (
     Tokenizer,
 )
 from terrace.recipe.schema_lora import Lora
+from terrace.recipe.schema_model import Initialisation, Model
 
 # Names that readers of a recipe import from here, wherever in the schema they are defined.
 __all__ = ["PARTS", "Initialisation", "PartName", "Recipe", "SampleKind", "Source", "Stage", "Storage"]
