@@ -36,6 +36,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "inspect": ("terrace.data.look.inspect_command", "show a source or a stage as the model sees it, on a page"),
     "order": ("terrace.data.command", "list the first packs of a stage without running it"),
     "duplicates": ("terrace.evaluate.duplicates_command", "find samples and pictures that stand in several sources or suites"),
+    "chat": ("terrace.talk.chat_command", "talk to a model in the terminal"),
+    "serve": ("terrace.talk.serve_command", "serve a model over HTTP in OpenAI's form, with a page to try it"),
     "evaluate": ("terrace.evaluate.command", "score a model on suites"),
     "report": ("terrace.curriculum.report_command", "write a run's report"),
     "track": ("terrace.curriculum.track_command", "fill an MLflow server from a run directory"),
@@ -50,7 +52,7 @@ GROUPS = {
     "Runs": ("run", "status", "logs", "pause", "suspend", "resume", "cancel"),
     "Recipes": ("recipes", "validate", "plan", "schema", "render"),
     "Data": ("ingest", "index", "inspect", "order", "duplicates"),
-    "Models": ("evaluate", "report", "track", "judge", "serve-rewards", "demo", "completion"),
+    "Models": ("chat", "serve", "evaluate", "report", "track", "judge", "serve-rewards", "demo", "completion"),
 }
 
 

@@ -72,6 +72,7 @@ def recipe_hash(recipe: Recipe) -> str:
 # What changes where and how fast a stage runs but not what it computes (up to rounding): absent from its hash, so that
 # a run may resume with other workers, another strategy or other checkpoint intervals.
 LAYOUT_KEYS = {
+    "after",
     "resources",
     "parallel",
     "checkpoint",
@@ -94,9 +95,13 @@ def stage_hash(recipe: Recipe, index: int) -> str:
     stage = recipe.stages[index]
     settings = stage.model_dump(mode="json", exclude=LAYOUT_KEYS)
     settings["data_loading"] = {key: settings["data_loading"][key] for key in ("window_samples", "max_visual_tokens_per_pack")}
+    if stage.final_precision == "auto":
+        del settings["final_precision"]
     for part in PARTS:
         if settings["train"][part]:
             del settings["train"][part]["activation_checkpointing"]
+            if settings["train"][part]["lora"] is None:  # stages of before there were adapters go on
+                del settings["train"][part]["lora"]
     for key in LAYOUT_KEYS_GRPO if settings["grpo"] else ():
         del settings["grpo"][key]
     before = start_index(recipe, index)

@@ -12,7 +12,7 @@ from pathlib import PurePath
 from terrace.errors import InputError, nearest
 from terrace.families.interface import Family
 from terrace.families.registry import make_family
-from terrace.recipe import rules_credentials, rules_model, rules_rl
+from terrace.recipe import rules_credentials, rules_lora, rules_model, rules_order, rules_rl
 from terrace.recipe.errors import Path, Problem
 from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import PARTS, Recipe, Stage
@@ -33,12 +33,13 @@ def check(recipe: Recipe) -> list[Problem]:
     """Every problem of a recipe whose fields are well typed, in the order of its keys. Empty: the recipe may run."""
     problems = [*rules_model.check(recipe), *rules_credentials.check(recipe)]
     problems += _data(recipe)
-    problems += [*_planning(recipe), *_stage_names(recipe)]
+    problems += [*_planning(recipe), *rules_order.check(recipe)]
     for index, stage in enumerate(recipe.stages):
         at: Path = ("stages", index)
         for rule in (_parts, _mixture, _budget, _resolution, _workers, _parallel, _precision, _failure, _evaluation, _checkpoint):
             problems += rule(recipe, stage, at)
         problems += rules_rl.check(recipe, stage, at)
+        problems += rules_lora.check(recipe, stage, at, _before(recipe, index))
     return problems
 
 
@@ -62,7 +63,7 @@ def visual_tokens_of_largest_image(family: Family, stage: Stage, source_limit: i
     return tokens if source_limit is None else min(tokens, source_limit)
 
 
-# ---------------------------------------------------------------- data and names
+# ---------------------------------------------------------------- data
 
 
 def _data(recipe: Recipe) -> Iterator[Problem]:
@@ -84,24 +85,6 @@ def _planning(recipe: Recipe) -> Iterator[Problem]:
         if name not in recipe.data.sources:
             hint = nearest(name, recipe.data.sources)
             yield Problem(("planning", "source_tokens_per_sample", name), f"`{name}` is not a source{hint}")
-
-
-def _stage_names(recipe: Recipe) -> Iterator[Problem]:
-    names = [stage.name for stage in recipe.stages]
-    for index, stage in enumerate(recipe.stages):
-        if stage.name in names[:index]:
-            yield Problem(
-                ("stages", index, "name"),
-                f"`{stage.name}` is also the name of stage {names.index(stage.name)} (counted from 0)",
-            )
-        start = stage.start_from
-        if start is None:
-            continue
-        key: Path = ("stages", index, "start_from")
-        if start not in names:
-            yield Problem(key, f"there is no stage `{start}`{nearest(start, names[:index])}")
-        elif start not in names[:index]:
-            yield Problem(key, f"stage `{start}` does not run before `{stage.name}`; a stage starts from an earlier one")
 
 
 # ---------------------------------------------------------------- parts and mixture
