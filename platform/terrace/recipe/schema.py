@@ -32,6 +32,7 @@ from terrace.recipe.schema_inputs import (
     Strict,
     Tokenizer,
 )
+from terrace.recipe.schema_lora import Lora
 
 # Names that readers of a recipe import from here, wherever in the schema they are defined.
 __all__ = ["PARTS", "Initialisation", "PartName", "Recipe", "SampleKind", "Source", "Stage", "Storage"]
@@ -48,6 +49,7 @@ class PartTraining(Strict):
     optimizer_state: Literal["reset", "keep"] = Field("reset", description="At the stage's start, if the part trained before.")
     activation_checkpointing: bool = Field(False, description="Recompute the part's activations in the backward pass to save memory.")
     weight_decay: Annotated[float, Field(ge=0)] | None = Field(None, description="Overrides the optimizer's for this part.")
+    lora: Lora | None = Field(None, description="Low-rank adapters train in place of the part's own weights.")
 
 
 class TrainedParts(Strict):
@@ -229,6 +231,9 @@ class Stage(Strict):
     optimizer: Optimizer = Field(Optimizer(), description="Optimizer settings.")
     schedule: Schedule = Field(Schedule(), description="Learning-rate schedule.")
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="Number format of the forward and backward pass.")
+    final_precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="Number format of the weights in `final/`; `auto`: float32 where another stage follows, otherwise `precision`."
+    )
     parallel: Parallel = Field(Parallel(), description="Distribution over workers.")
     resources: Resources = Field(Resources(), description="Workers, GPUs and CPUs.")
     checkpoint: Checkpoint = Field(Checkpoint(), description="When checkpoints are written and which stay.")
