@@ -208,7 +208,10 @@ def _made_once(folder: Path, make: Callable[[Path], Any]) -> TextTokenizer:
 def _download(recipe: Recipe, folder: Path) -> None:
     assert recipe.tokenizer.path is not None
     storage = recipe.data.storage
+    small = (".json", ".txt", ".jinja", ".model")  # a checkpoint's weights may lie beside its tokenizer
     for file in list_files(recipe.tokenizer.path, storage):
+        if not file.uri.endswith(small):
+            continue
         (folder / file.uri.rsplit("/", 1)[-1]).write_bytes(read_file(file.uri, storage))
 
 

@@ -44,6 +44,23 @@ class ProjectorShape:
 
 
 @dataclass(frozen=True)
+class ExpertsShape:
+    """Sparse layers, all but `dense_layers` of them: each token goes to `per_token` of `count` experts, and through what all share."""
+
+    count: int
+    per_token: int
+    intermediate: int  # width inside one expert
+    shared: int = 0  # width inside what every token goes through beside them
+    dense_layers: int = 0  # layers with the usual feed-forward
+    biases: int = 0  # numbers of a layer's router beside its matrix, which no gradient changes
+
+    @property
+    def active(self) -> int:
+        """Width inside the feed-forward that a token meets."""
+        return self.per_token * self.intermediate + self.shared
+
+
+@dataclass(frozen=True)
 class LanguageShape:
     layers: int
     width: int
@@ -55,6 +72,7 @@ class LanguageShape:
     tied: bool  # input and output embeddings are one matrix
     attention_biases: bool  # on query, key and value
     head_norms: bool = False  # RMSNorm over each query and key head
+    experts: ExpertsShape | None = None
 
     @property
     def query_width(self) -> int:
@@ -63,6 +81,22 @@ class LanguageShape:
     @property
     def key_width(self) -> int:
         return self.key_heads * self.head_size
+
+    @property
+    def sparse_layers(self) -> int:
+        return self.layers - self.experts.dense_layers if self.experts else 0
+
+    @property
+    def mean_intermediate(self) -> float:
+        """Width inside the feed-forward that a token meets, over all layers."""
+        if self.experts is None:
+            return self.intermediate
+        return (self.experts.dense_layers * self.intermediate + self.sparse_layers * self.experts.active) / self.layers
+
+    @property
+    def router_width(self) -> float:
+        """Experts that a token's hidden state is compared with, over all layers."""
+        return self.sparse_layers * self.experts.count / self.layers if self.experts else 0.0
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,11 @@ def _published(model: Any, state: Mapping[str, torch.Tensor], stored: torch.dtyp
     family, expected = family_of_model(model), {name for name, _ in model.named_parameters()}
     if expected != set(state):
         raise ValueError(f"export: tensors differ from the model's: {sorted(expected ^ set(state))[:8]}")
-    return {family.published_name(name): tensor.to(stored).contiguous() for name, tensor in state.items()}
+    return {
+        published: piece.to(stored).contiguous()
+        for name, tensor in state.items()
+        for published, piece in family.stored(name, tensor).items()
+    }
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:

@@ -175,7 +175,7 @@ def matrices_in_backward(shape: ModelShape, stage: Stage) -> float:
     """Parameters of the blocks and the projector that gradients pass through; embeddings and output layer are apart."""
     sizes = part_sizes(shape)
     return sum(
-        sizes[part].block * sizes[part].blocks
+        sizes[part].in_blocks
         for part in PARTS
         if gradients_reach(stage, part) and not (getattr(stage.train, part) is None and stage.frozen_activation_checkpointing)
     )

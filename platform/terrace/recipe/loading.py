@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -45,6 +45,18 @@ def load_recipe(path: FilePath | str, overrides: Sequence[str] = ()) -> Recipe:
 def parse_recipe(mapping: Mapping[str, Any], name: str = "recipe") -> Recipe:
     """A recipe that is already a plain mapping (a Kubernetes resource, a test). The same checks, without lines."""
     return _validate(document.expand_shorthands(_entry_of(mapping, Place(name))), name)
+
+
+def lines_in_use(path: FilePath | str) -> set[tuple[str, int]]:
+    """(file, line) of every value that a recipe ends up with, of its own and of what it extends: what was replaced is not among them."""
+
+    def walk(entry: Entry) -> Iterator[tuple[str, int]]:
+        if entry.place.line is not None:
+            yield entry.place.file, entry.place.line
+        for inner in entry.value.values() if isinstance(entry.value, dict) else entry.value if isinstance(entry.value, list) else ():
+            yield from walk(inner)
+
+    return set(walk(_read_layers(shipped.recipe_file(FilePath(path)), [])))
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -27,6 +27,8 @@ TRAIN_METRICS = (
     "train/data_wait_share",
     "train/pack_fill",
     "train/step_seconds",
+    "train/expert_balance_loss",
+    "train/expert_fullest_share",
 )
 
 

@@ -185,10 +185,44 @@ class GrpoOptions(Strict):
     temperature: Positive = Field(1.0, description="Sampling temperature.")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Nucleus sampling mass.")
     updates_per_rollout: int = Field(1, ge=1, description="Optimizer steps per rollout batch; 1 is on-policy.")
-    normalise: Literal["std", "none"] = Field("std", description="Whether advantages are divided by the group's standard deviation.")
-    baseline: Literal["mean", "leave_one_out"] = Field("mean", description="What is subtracted from rewards within a group.")
+    normalise: Literal["std", "batch", "none"] = Field(
+        "std", description="By which standard deviation of rewards advantages are divided: of the group, of all groups of the update, none."
+    )
+    baseline: Literal["mean", "leave_one_out", "batch"] = Field(
+        "mean",
+        description="What is subtracted from a reward: the mean of its group, of the others in it (RLOO), or of all groups of the update"
+        " (REINFORCE++).",
+    )
+    average: Literal["tokens", "responses", "constant"] = Field(
+        "tokens",
+        description="What weighs alike in the loss: response tokens (MORL, DAPO), responses (GRPO as first published), or tokens against"
+        " max_response_tokens (Dr. GRPO).",
+    )
+    ratio: Literal["token", "sequence"] = Field(
+        "token", description="Probability ratio of each token, or of the whole response as the mean over its tokens (GSPO)."
+    )
+    surrogate: Literal["clip", "cispo"] = Field(
+        "clip",
+        description="`clip`: a clipped token has no gradient any more (PPO); `cispo`: the ratio, at most 1 + clip_high, weighs the gradient"
+        " of every token (MiniMax-M1).",
+    )
     clip_low: Positive | None = Field(None, description="Lower clip of the probability ratio; unset: none.")
     clip_high: Positive | None = Field(None, description="Upper clip of the probability ratio; unset: none.")
+    clip_ceiling: Annotated[float, Field(gt=1)] | None = Field(
+        None, description="Bound of the ratio itself, which also holds where the advantage is negative (dual clip); unset: none."
+    )
+    truncated: Literal["train", "leave_out"] = Field(
+        "train",
+        description="Whether a response that ran into max_response_tokens trains; its reward counts in its group's baseline either way"
+        " (over-long filtering of DAPO).",
+    )
+    overlong_buffer_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Within so many tokens of max_response_tokens the reward falls linearly, to overlong_penalty less at the end (soft"
+        " punishment of DAPO); unset: never.",
+    )
+    overlong_penalty: Positive = Field(1.0, description="What a response of full length loses with overlong_buffer_tokens.")
     kl_coefficient: Annotated[float, Field(ge=0)] = Field(0.0, description="Weight of the KL penalty to the starting weights.")
     entropy_coefficient: float = Field(0.0, description="Weight of the entropy bonus.")
     dynamic_sampling: bool = Field(True, description="Sample further prompts where all rewards of a group are equal.")
@@ -244,6 +278,11 @@ class Stage(Strict):
     )
     activation_offload: bool = Field(False, description="Keep activations in host memory between forward and backward.")
     loss_chunk_tokens: int = Field(1024, ge=1, description="Rows of logits that exist at once in the loss.")
+    expert_balance: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="Weight of the loss that spreads tokens over a mixture of experts (objective lm, a language model that trains); "
+        "default: the model configuration's.",
+    )
     evaluate: Evaluate = Field(Evaluate(), description="Held-out loss and suites.")
     gates: list[Gate] = Field([], description="Bounds on metrics that decide whether the next stage starts.")
     failure: Failure = Field(Failure(), description="What the stage survives.")

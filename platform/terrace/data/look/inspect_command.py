@@ -95,10 +95,10 @@ def _inspect_recipe(args: argparse.Namespace) -> int:
         option = "--" + given[0].replace("_", "-")
         raise InputError(f"{option} goes with a source; {args.recipe} says it itself, or takes key.path=value")
     recipe = load_recipe(args.recipe, args.overrides)
-    if args.stage is None:
+    if args.stage is None and len(recipe.stages) > 1:
         names = ", ".join(stage.name for stage in recipe.stages)
         raise InputError(f"name a stage, {args.recipe}:STAGE; the stages of recipe {recipe.name} are {names}")
-    number = stage_number(recipe, args.stage)
+    number = stage_number(recipe, args.stage) if args.stage is not None else 0
     recipe, prepared = stage_data(recipe, number, prepare_data(recipe, args.run_dir, progress=Lines()))
     samples, packs = _counts(args, samples=0 if OBJECTIVES[recipe.stages[number].objective].reads_packs else 12, packs=3)
     found = inspect_stage(recipe, number, prepared, samples, packs, args.seed)

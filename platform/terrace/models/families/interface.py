@@ -44,6 +44,20 @@ class Features:
         return self.pooled.sum() + sum((tensor.sum() for tensor in self.deep), torch.zeros((), device=self.pooled.device))
 
 
+@dataclass(frozen=True)
+class Choice:
+    """One router over t tokens and E experts."""
+
+    probabilities: torch.Tensor  # float32 [t, E], rows that sum to 1, with gradient
+    experts: torch.Tensor  # int64 [t, k]: where each token goes
+
+    def counts(self, tokens: int) -> torch.Tensor:
+        """float32 [E]: assignments of the first `tokens` tokens to each expert."""
+        chosen = self.experts[:tokens].reshape(-1)
+        zeros = torch.zeros(self.probabilities.shape[1], device=chosen.device)
+        return zeros.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=torch.float32))
+
+
 PUBLISHED = (  # spellings on the hub, the first that fits
     ("language_model.lm_head.", "lm_head."),
     ("language_model.model.", "model.language_model."),
@@ -114,6 +128,10 @@ class FamilyModel:
                 return here + name.removeprefix(published)
         return name
 
+    def canonical_names(self, stored: str) -> tuple[str, ...]:
+        """The tensors that a stored one holds, or a piece of: usually one, `canonical_name`."""
+        return (self.canonical_name(stored),)
+
     def published_name(self, name: str) -> str:
         """The inverse: the spelling in which the family's weights are published, which every loader reads."""
         return name
@@ -127,6 +145,26 @@ class FamilyModel:
 
     def language(self, model: Any) -> Any:
         return model.model.language_model
+
+    def stored(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What an export writes of a tensor, by published name."""
+        return {self.published_name(name): tensor}
+
+    def joined(self, name: str, pieces: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> torch.Tensor:
+        """The tensor `name` from what a directory with this configuration stores of it, by stored name. Also asked on the meta
+        device, for its shape."""
+        [tensor] = pieces.values()
+        return tensor
+
+    # ------------------------------------------------------------ a mixture of experts
+
+    def routers(self, model: Any) -> list[Any]:
+        """The modules that send tokens to experts, in the order of layers; none in a dense model."""
+        return []
+
+    def choice(self, router: Any, output: Any) -> Choice:
+        """What a router's output says."""
+        raise NotImplementedError
 
     # ------------------------------------------------------------ pixels
 
