@@ -83,6 +83,7 @@ class FamilyModel:
     }  # fmt: skip
     embedding: ClassVar[str] = "model.language_model.embed_tokens.weight"
     head: ClassVar[str] = "lm_head.weight"
+    held_buffers: ClassVar[tuple[str, ...]] = ()  # last names of buffers that a checkpoint keeps: here parameters that never train
     tower_attention: ClassVar[str] = "sdpa"  # `segments`: the tower takes images one after another with boundaries of its own
     mean: ClassVar[Sequence[float]] = (0.48145466, 0.4578275, 0.40821073)
     std: ClassVar[Sequence[float]] = (0.26862954, 0.26130258, 0.27577711)
@@ -111,7 +112,7 @@ class FamilyModel:
 
     def unused(self, config: Any, names: Iterable[str]) -> list[str]:
         """Parameters that never get a gradient, whatever trains: they stay frozen, which the log and the plan say."""
-        return []
+        return [name for name in names if name.rpartition(".")[2] in self.held_buffers]
 
     def canonical_name(self, name: str) -> str:
         """A tensor name of any published spelling, or of a tower's or language model's own checkpoint, as transformers names it here."""
