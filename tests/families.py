@@ -82,9 +82,15 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vision_config": TOWER | {"image_size": [56, 56], "patch_size": [14, 14]},
         "tie_word_embeddings": False, "image_seq_length": 4,
     },
+    "terrace_vlm": {
+        "text_config": TEXT | {"model_type": "qwen2", "hidden_size": 64},
+        "vision_config": TOWER | {"model_type": "clip_vision_model", "image_size": 56, "patch_size": 14},
+        "connector": {"kind": "resampler", "queries": 9, "heads": 4}, "image_layout": "padded", "tie_word_embeddings": False,
+    },
 }  # fmt: skip
 NAMES = tuple(CONFIGS)
-QUICK = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "internvl")  # of these every check is in `make test`; of others the cheap ones
+# Of these every check is in `make test`; of others the cheap ones.
+QUICK = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "internvl", "terrace_vlm")
 PIXELS: dict[str, Bounds] = {"qwen3_vl": (4_096, 40_000), "qwen3_vl_moe": (4_096, 40_000), "internvl": (3_136, 6 * 56 * 56)}
 WORDS = ["How many circles are there? A red circle and 3 blue squares.\n", "USER: ASSISTANT: You are a helpful assistant. user system"]
 
@@ -195,9 +201,9 @@ def middle_case(name: str, folder: Path) -> Case:
     rope = {"qwen3_vl": [12, 10, 10], "qwen3_vl_moe": [12, 10, 10], "qwen2_vl": [8, 12, 12], "qwen2_5_vl": [8, 12, 12]}
     vision: dict[str, Any] = {
         "qwen2_vl": {"embed_dim": 128, "mlp_ratio": 3, "depth": 4, "num_heads": 4, "hidden_size": 256},
-        "llava": {"image_size": 112}, "kimi_k25": {}, "internvl": {"image_size": [112, 112]},
+        "llava": {"image_size": 112}, "kimi_k25": {}, "terrace_vlm": {"image_size": 112}, "internvl": {"image_size": [112, 112]},
     }.get(name, {"hidden_size": 128, "intermediate_size": 344, "depth": 4, "num_heads": 4, "out_hidden_size": 256})  # fmt: skip
-    if name in ("llava", "internvl", "kimi_k25"):
+    if name in ("llava", "internvl", "kimi_k25", "terrace_vlm"):
         vision |= {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4}
     config = {**CONFIGS[name], "text_config": {**CONFIGS[name]["text_config"], **text}}
     config["vision_config"] = {**CONFIGS[name]["vision_config"], **vision}

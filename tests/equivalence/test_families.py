@@ -133,7 +133,7 @@ def _published_pixels(case, data):
         )  # fmt: skip
         return processor([picture_], **plain)["pixel_values"].reshape(-1, 3, 2, patch, patch)[:, :, 0].reshape(-1, 3 * patch * patch)
     side = case.family.side
-    if case.name == "llava":
+    if case.name in ("llava", "terrace_vlm"):
         processor = transformers.LlavaImageProcessorPil(
             do_pad=True, size={"shortest_edge": side}, crop_size={"height": side, "width": side}
         )  # fmt: skip

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from terrace.data.family import balance_weight
 from terrace.families.registry import family_class
+from terrace.planner.adapters import with_adapters
 from terrace.planner.changes import Change, nearest_changes
 from terrace.planner.data_facts import SourceFacts
 from terrace.planner.flops import PackFlops, training_flops
@@ -98,7 +99,8 @@ def make_plan(
     shape = model_shape(recipe)
     share = mfu or planning.mfu
     stages = [
-        _stage_plan(recipe, stage, shape, found, gpus, share, facts[index] if facts else {}) for index, stage in enumerate(recipe.stages)
+        _stage_plan(recipe, stage, with_adapters(shape, stage, recipe.model), found, gpus, share, facts[index] if facts else {})
+        for index, stage in enumerate(recipe.stages)
     ]
     return Plan(recipe, gpu_name, found, share, price, stages)
 

@@ -11,6 +11,7 @@ from terrace.data.lines import Lines
 from terrace.errors import InputError
 from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import Recipe
+from terrace.recipe.shipped import shipped_file
 
 OWN_VOCABULARY = 8_192  # of the tokenizer that is trained where none is named
 SOURCE_FIELDS = ("kind", "format", "images_root", "ignore", "exif")
@@ -74,9 +75,13 @@ def inspect_command(args: argparse.Namespace) -> int:
 def split_target(target: str) -> tuple[Path | None, str | None]:
     """(recipe file, stage) of RECIPE:STAGE, the stage None where none is named; (None, None) of a source."""
     path, colon, stage = target.rpartition(":")
-    if colon and path.endswith((".yaml", ".yml")):
+    if colon and _is_recipe(path):
         return Path(path), stage or None
-    return (Path(target), None) if target.endswith((".yaml", ".yml")) else (None, None)
+    return (Path(target), None) if _is_recipe(target) else (None, None)
+
+
+def _is_recipe(target: str) -> bool:
+    return target.endswith((".yaml", ".yml")) or (shipped_file(target) is not None and not Path(target).exists())
 
 
 def _inspect_recipe(args: argparse.Namespace) -> int:
@@ -90,10 +95,10 @@ def _inspect_recipe(args: argparse.Namespace) -> int:
         option = "--" + given[0].replace("_", "-")
         raise InputError(f"{option} goes with a source; {args.recipe} says it itself, or takes key.path=value")
     recipe = load_recipe(args.recipe, args.overrides)
-    if args.stage is None:
+    if args.stage is None and len(recipe.stages) > 1:
         names = ", ".join(stage.name for stage in recipe.stages)
         raise InputError(f"name a stage, {args.recipe}:STAGE; the stages of recipe {recipe.name} are {names}")
-    number = stage_number(recipe, args.stage)
+    number = stage_number(recipe, args.stage) if args.stage is not None else 0
     prepared = prepare_data(recipe, args.run_dir, progress=Lines())
     samples, packs = _counts(args, samples=0 if OBJECTIVES[recipe.stages[number].objective].reads_packs else 12, packs=3)
     found = inspect_stage(recipe, number, prepared, samples, packs, args.seed)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -85,6 +86,7 @@ class FamilyModel:
     head: ClassVar[str] = "lm_head.weight"
     held_buffers: ClassVar[tuple[str, ...]] = ()  # last names of buffers that a checkpoint keeps: here parameters that never train
     tower_attention: ClassVar[str] = "sdpa"  # `segments`: the tower takes images one after another with boundaries of its own
+    code: ClassVar[Mapping[str, str]] = {}  # of a class that transformers lacks: `auto_map` of an export's config.json
     mean: ClassVar[Sequence[float]] = (0.48145466, 0.4578275, 0.40821073)
     std: ClassVar[Sequence[float]] = (0.26862954, 0.26130258, 0.27577711)
 
@@ -130,6 +132,10 @@ class FamilyModel:
     def published_name(self, name: str) -> str:
         """The inverse: the spelling in which the family's weights are published, which every loader reads."""
         return name
+
+    def code_files(self) -> list[Path]:
+        """Files that an export carries because `code` names them, or they are imported there."""
+        return []
 
     def vision(self, model: Any) -> Any:
         return model.model.vision_tower
