@@ -84,6 +84,7 @@ class FamilyModel:
     }  # fmt: skip
     embedding: ClassVar[str] = "model.language_model.embed_tokens.weight"
     head: ClassVar[str] = "lm_head.weight"
+    held_buffers: ClassVar[tuple[str, ...]] = ()  # last names of buffers that a checkpoint keeps: here parameters that never train
     tower_attention: ClassVar[str] = "sdpa"  # `segments`: the tower takes images one after another with boundaries of its own
     code: ClassVar[Mapping[str, str]] = {}  # of a class that transformers lacks: `auto_map` of an export's config.json
     mean: ClassVar[Sequence[float]] = (0.48145466, 0.4578275, 0.40821073)
@@ -113,7 +114,7 @@ class FamilyModel:
 
     def unused(self, config: Any, names: Iterable[str]) -> list[str]:
         """Parameters that never get a gradient, whatever trains: they stay frozen, which the log and the plan say."""
-        return []
+        return [name for name in names if name.rpartition(".")[2] in self.held_buffers]
 
     def canonical_name(self, name: str) -> str:
         """A tensor name of any published spelling, or of a tower's or language model's own checkpoint, as transformers names it here."""
