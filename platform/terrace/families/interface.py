@@ -263,6 +263,12 @@ class Family(ABC):
         """What is wrong with a configuration that a recipe writes out."""
         return iter(())
 
+    @classmethod
+    def resized(cls, config: Mapping[str, Any], side: int) -> dict[str, Any] | None:
+        """The configuration of the same model for pictures of `side` pixels, whose learned positions are then stretched; None where
+        the tower has none for one fixed size."""
+        return None
+
     def check_pixels(self, low: int, high: int) -> Iterator[Finding]:
         """What is wrong with a stage's `pixels`, whose configuration has nothing wrong."""
         if low > high:

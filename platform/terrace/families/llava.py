@@ -170,6 +170,11 @@ class Llava(Family):
         if not isinstance(config.get("vision_feature_layer", -2), int):
             yield ("vision_feature_layer",), "must be one layer; several layers side by side are not supported"
 
+    @classmethod
+    def resized(cls, config: Mapping[str, Any], side: int) -> dict[str, Any]:
+        changed = {**config, "vision_config": {**config["vision_config"], "image_size": side}}
+        return {**changed, "image_seq_length": cls.of(changed).tokens} if "image_seq_length" in config else changed
+
     def preprocessor(self, pixels: Bounds) -> dict[str, Any]:
         return {
             "image_processor_type": "LlavaImageProcessor",

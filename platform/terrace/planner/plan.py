@@ -20,8 +20,9 @@ from terrace.planner.flops import PackFlops, training_flops
 from terrace.planner.gpus import find_gpu, usable_bytes
 from terrace.planner.memory import Memory, gradients_reach, stage_memory, worst_pack
 from terrace.planner.parameters import active_parameters, parameter_counts, trainable_counts, trained_parts
-from terrace.planner.shapes import ModelShape, model_shape
+from terrace.planner.shapes import model_shape
 from terrace.planner.work import Work, has_images, stage_work
+from terrace.recipe.changes import stage_recipe
 from terrace.recipe.schema import PARTS, Gpu, PartName, Recipe, Stage
 
 WEIGHT_BYTES = 4  # checkpoints and final directories hold float32
@@ -96,10 +97,9 @@ def make_plan(
     gpu_name = gpu or planning.gpu
     found = find_gpu(gpu_name, planning)
     price = price_per_gpu_hour or found.price_per_hour or planning.price_per_gpu_hour
-    shape = model_shape(recipe)
     share = mfu or planning.mfu
     stages = [
-        _stage_plan(recipe, stage, with_adapters(shape, stage, recipe.model), found, gpus, share, facts[index] if facts else {})
+        _stage_plan(stage_recipe(recipe, index), stage, found, gpus, share, facts[index] if facts else {})
         for index, stage in enumerate(recipe.stages)
     ]
     return Plan(recipe, gpu_name, found, share, price, stages)
@@ -116,9 +116,10 @@ def workers_for(stage: Stage, gpus: int | None) -> int:
 
 
 def _stage_plan(
-    recipe: Recipe, stage: Stage, shape: ModelShape, gpu: Gpu, gpus: int | None, mfu: float,
+    recipe: Recipe, stage: Stage, gpu: Gpu, gpus: int | None, mfu: float,
     facts: Mapping[str, SourceFacts],
 ) -> StagePlan:  # fmt: skip
+    shape = with_adapters(model_shape(recipe), stage, recipe.model)
     workers = workers_for(stage, gpus)
     used = int(workers * max(1.0, stage.resources.gpus_per_worker))
     work = stage_work(recipe, stage, shape, facts)

@@ -66,7 +66,8 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def recipe_hash(recipe: Recipe) -> str:
     """sha256 (hex) of what a recipe says of its run, however it was written (order of keys, 1e3 or 1000, extends)."""
-    return _digest(recipe.model_dump(mode="json", exclude={"planning", "notes"}))
+    written = recipe.model_copy(update={"model": recipe.model.written})
+    return _digest(written.model_dump(mode="json", exclude={"planning", "notes"}))
 
 
 # What changes where and how fast a stage runs but not what it computes (up to rounding): absent from its hash, so that
@@ -97,6 +98,8 @@ def stage_hash(recipe: Recipe, index: int) -> str:
     settings["data_loading"] = {key: settings["data_loading"][key] for key in ("window_samples", "max_visual_tokens_per_pack")}
     if stage.final_precision == "auto":
         del settings["final_precision"]
+    if settings["model_changes"] is None:  # stages of before there were changes go on
+        del settings["model_changes"]
     for part in PARTS:
         if settings["train"][part]:
             del settings["train"][part]["activation_checkpointing"]
@@ -107,7 +110,7 @@ def stage_hash(recipe: Recipe, index: int) -> str:
     before = start_index(recipe, index)
     return _digest(
         {
-            "model": recipe.model.model_dump(mode="json", exclude={"attention", "kernels", "stands_in_for", "connector"}),
+            "model": recipe.model.written.model_dump(mode="json", exclude={"attention", "kernels", "stands_in_for", "connector"}),
             "tokenizer": recipe.tokenizer.model_dump(mode="json"),
             "data_seed": recipe.data.seed,
             "sources": {name: recipe.data.sources[name].model_dump(mode="json", exclude=REMEDIES) for name in stage.mixture.weights},

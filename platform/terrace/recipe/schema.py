@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from terrace.recipe.objectives import ObjectiveName
+from terrace.recipe.schema_changes import ModelChanges
 from terrace.recipe.schema_inputs import (
     PARTS,
     Data,
@@ -256,6 +257,7 @@ class Stage(Strict):
         [], max_length=8, description="With `stage_order: graph`: stages that must be complete before this one, besides `start_from`."
     )
     train: TrainedParts = Field(description="The parts that train and how; every other part is frozen.")
+    model_changes: ModelChanges | None = Field(None, description="What becomes of the model before the stage begins.")
     mixture: Mixture = Field(description="The sources and their shares.")
     sequence_length: int = Field(8192, ge=16, description="Tokens of one pack.")
     pixels: Pixels = Field(Pixels(), description="Bounds on the size of images.")

@@ -87,7 +87,7 @@ def _is_recipe(target: str) -> bool:
 def _inspect_recipe(args: argparse.Namespace) -> int:
     from terrace.data.look.order_command import stage_number
     from terrace.data.look.samples import inspect_stage
-    from terrace.data.prepare import prepare_data
+    from terrace.data.prepare import prepare_data, stage_data
     from terrace.recipe.loading import load_recipe
 
     given = [name for name in SOURCE_ONLY if getattr(args, name) is not None]
@@ -99,7 +99,7 @@ def _inspect_recipe(args: argparse.Namespace) -> int:
         names = ", ".join(stage.name for stage in recipe.stages)
         raise InputError(f"name a stage, {args.recipe}:STAGE; the stages of recipe {recipe.name} are {names}")
     number = stage_number(recipe, args.stage) if args.stage is not None else 0
-    prepared = prepare_data(recipe, args.run_dir, progress=Lines())
+    recipe, prepared = stage_data(recipe, number, prepare_data(recipe, args.run_dir, progress=Lines()))
     samples, packs = _counts(args, samples=0 if OBJECTIVES[recipe.stages[number].objective].reads_packs else 12, packs=3)
     found = inspect_stage(recipe, number, prepared, samples, packs, args.seed)
     stage = recipe.stages[number]

@@ -116,6 +116,10 @@ class FamilyModel:
         """Parameters that never get a gradient, whatever trains: they stay frozen, which the log and the plan say."""
         return [name for name in names if name.rpartition(".")[2] in self.held_buffers]
 
+    def position_tables(self, names: Iterable[str]) -> list[str]:
+        """Learned positions of the tower's patches, one row each, behind those of other tokens."""
+        return [name for name in names if self.part_of(name) == "vision" and "position_embedding" in name]
+
     def canonical_name(self, name: str) -> str:
         """A tensor name of any published spelling, or of a tower's or language model's own checkpoint, as transformers names it here."""
         if name.startswith(tuple(prefix for prefix, _ in self.parts)):
