@@ -133,6 +133,8 @@ def _stage_plan(
         notes.append("a budget in epochs needs an index: name prepared data with --data")
     if stage.objective == "grpo":
         notes.append("generation of responses is not part of this plan")
+    if stage.objective in ("dpo", "mpo", "kto"):
+        notes.append("one forward pass over every row for the reference is not part of this plan")
     if stage.rollout_workers:
         gpus_more = stage.rollout_workers * stage.resources.gpus_per_worker
         notes.append(f"{stage.rollout_workers} rollout workers ({gpus_more:g} GPUs) come on top of these")

@@ -24,6 +24,7 @@ from terrace.errors import nearest
 from terrace.recipe import document
 from terrace.recipe.document import Entry
 from terrace.recipe.errors import Path, Place, Problem, RecipeError
+from terrace.recipe.objectives import OPTIONS
 from terrace.recipe.schema import PARTS, Recipe
 from terrace.recipe.schema_inputs import REMEDIES
 
@@ -81,6 +82,9 @@ def stage_hash(recipe: Recipe, index: int) -> str:
     for part in PARTS:
         if settings["train"][part]:
             del settings["train"][part]["activation_checkpointing"]
+    for name in OPTIONS:
+        if settings[name] is None and name != "grpo":  # a section that came later changes nothing where it is not written
+            del settings[name]
     for key in LAYOUT_KEYS_GRPO if settings["grpo"] else ():
         del settings["grpo"][key]
     before = start_index(recipe, index)

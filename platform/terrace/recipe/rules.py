@@ -316,7 +316,7 @@ def produced_metrics(recipe: Recipe, stage: Stage) -> list[str]:
     if stage.objective == "grpo":
         tasks = dict.fromkeys(source.task for source in sources if source.holdout_samples > 0 and source.task)
         metrics = [f"eval/{figure}/{task}" for task in tasks for figure in ("reward", "greedy_reward")]
-    elif stage.objective == "reward_model":
+    elif OBJECTIVES[stage.objective].only_kind == "preference":
         metrics = ["eval/preference/loss", "eval/preference/accuracy"] if kinds else []
     else:
         metrics = [f"eval/{kind}/loss" for kind in kinds] + (["eval/loss"] if kinds else [])

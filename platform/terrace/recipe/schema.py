@@ -32,6 +32,7 @@ from terrace.recipe.schema_inputs import (
     Strict,
     Tokenizer,
 )
+from terrace.recipe.schema_preference import DpoOptions, KtoOptions, MpoOptions, OrpoOptions, SimpoOptions
 
 # Names that readers of a recipe import from here, wherever in the schema they are defined.
 __all__ = ["PARTS", "Initialisation", "PartName", "Recipe", "SampleKind", "Source", "Stage", "Storage"]
@@ -240,6 +241,11 @@ class Stage(Strict):
     failure: Failure = Field(Failure(), description="What the stage survives.")
     profile: Profile = Field(Profile(), description="Steps to trace.")
     grpo: GrpoOptions | None = Field(None, description="Options of the objective grpo.")
+    dpo: DpoOptions | None = Field(None, description="Options of the objective dpo.")
+    mpo: MpoOptions | None = Field(None, description="Options of the objective mpo.")
+    kto: KtoOptions | None = Field(None, description="Options of the objective kto.")
+    orpo: OrpoOptions | None = Field(None, description="Options of the objective orpo.")
+    simpo: SimpoOptions | None = Field(None, description="Options of the objective simpo.")
     rewards: dict[str, list[RewardRule]] = Field({}, description="Reward rules per task (objective grpo).")
     seed: int = Field(0, ge=0, description="Seed of the stage's own randomness.")
 
