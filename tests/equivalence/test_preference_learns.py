@@ -37,8 +37,9 @@ def test_held_out_preferences_are_learnt(tmp_path, objective, least):
     write_scenes(tmp_path, 460)
     parts = {part: {"lr": 2e-3} for part in ("vision", "projector", "language")}
     values = pair_recipe(
-        tmp_path, steps=150, objective=objective, train=parts, batch={"packs": 16}, sequence_length=1024, evaluate={"max_samples_per_kind": 60},
-        checkpoint={}, pixels={"min": 784, "max": 12_544}, schedule={"kind": "cosine", "warmup": 5}, optimizer={"betas": [0.9, 0.98]},
+        tmp_path, steps=150, objective=objective, train=parts, batch={"packs": 16}, sequence_length=1024,
+        evaluate={"max_samples_per_kind": 60}, checkpoint={}, pixels={"min": 784, "max": 12_544},
+        schedule={"kind": "cosine", "warmup": 5}, optimizer={"betas": [0.9, 0.98]},
     ).model_dump(mode="json")  # fmt: skip
     values["data"]["sources"]["pairs"]["holdout_samples"] = 60
     recipe = type(pair_recipe(tmp_path)).model_validate(values)

@@ -162,4 +162,5 @@ def test_certain_answers_have_finite_odds_and_gradients():
     chosen = torch.tensor([0.0, -1e-8, -50.0, -math.log(2.0)], requires_grad=True)
     loss = losses.orpo_losses(chosen, torch.tensor([-0.5, 0.0, -1e-3, -90.0]), BETA).sum()
     loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(chosen.grad).all()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(chosen.grad).all()

@@ -15,14 +15,13 @@ from terrace.planner.changes import Change, nearest_changes
 from terrace.planner.data_facts import SourceFacts
 from terrace.planner.flops import PackFlops, training_flops
 from terrace.planner.gpus import find_gpu, usable_bytes
-from terrace.planner.memory import Memory, gradients_reach, stage_memory, worst_pack
+from terrace.planner.memory import Memory, gradients_reach, optimizer_bytes, stage_memory, worst_pack
 from terrace.planner.parameters import parameter_counts, trainable_counts, trained_parts
 from terrace.planner.shapes import ModelShape, model_shape
 from terrace.planner.work import Work, has_images, stage_work
 from terrace.recipe.schema import PARTS, Gpu, PartName, Recipe, Stage
 
 WEIGHT_BYTES = 4  # checkpoints and final directories hold float32
-STATE_BYTES = 12  # a trained parameter's weight and two moments
 SECONDS_PER_HOUR = 3600.0
 
 
@@ -123,8 +122,8 @@ def _stage_plan(
     flops = training_flops(shape, work.pack, trained, checkpointed_parts(stage))
     peak = gpu.bf16_tflops * 1e12 * (0.5 if stage.precision == "fp32" else 1.0)  # TF32 runs at half the rate of bf16
     parameters = parameter_counts(shape)
-    everything, training = sum(parameters.values()), sum(trainable_counts(shape, stage).values())
-    checkpoint = WEIGHT_BYTES * everything + (STATE_BYTES - WEIGHT_BYTES) * training
+    everything = sum(parameters.values())
+    checkpoint = WEIGHT_BYTES * everything + optimizer_bytes(shape, stage)
     limit = usable_bytes(gpu, recipe.planning)
     notes = []
     if gpus is not None and used != gpus:

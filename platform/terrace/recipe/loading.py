@@ -24,8 +24,7 @@ from terrace.errors import nearest
 from terrace.recipe import document
 from terrace.recipe.document import Entry
 from terrace.recipe.errors import Path, Place, Problem, RecipeError
-from terrace.recipe.objectives import OPTIONS
-from terrace.recipe.schema import PARTS, Recipe
+from terrace.recipe.schema import PARTS, Recipe, Stage
 from terrace.recipe.schema_inputs import REMEDIES
 
 FREE_FORM = {"config", "options"}  # maps whose values are passed on as they are
@@ -67,6 +66,13 @@ LAYOUT_KEYS = {
     "activation_offload",
     "frozen_activation_checkpointing",
     "loss_chunk_tokens",
+    "gradient_noise",
+}
+# Fields that came after stages had been trained, by section ("" is the stage itself).
+LATER_FIELDS = {
+    "": ("dpo", "mpo", "kto", "orpo", "simpo", "ema"),
+    "optimizer": ("momentum", "nesterov"),
+    "schedule": ("decay", "decay_shape", "milestones", "factor"),
 }
 LAYOUT_KEYS_GRPO = ("placement", "rollout_workers", "evaluation_samples", "max_reward_failure_rate", "max_logprob_mismatch")
 
@@ -82,9 +88,7 @@ def stage_hash(recipe: Recipe, index: int) -> str:
     for part in PARTS:
         if settings["train"][part]:
             del settings["train"][part]["activation_checkpointing"]
-    for name in OPTIONS:
-        if settings[name] is None and name != "grpo":  # a section that came later changes nothing where it is not written
-            del settings[name]
+    _leave_out_later_fields(stage, settings)
     for key in LAYOUT_KEYS_GRPO if settings["grpo"] else ():
         del settings["grpo"][key]
     before = start_index(recipe, index)
@@ -98,6 +102,15 @@ def stage_hash(recipe: Recipe, index: int) -> str:
             "before": None if before is None else stage_hash(recipe, before),
         }
     )
+
+
+def _leave_out_later_fields(stage: Stage, settings: dict[str, Any]) -> None:
+    """A field that the schema got after stages were trained changes no hash where it has its default."""
+    for section, names in LATER_FIELDS.items():
+        given, model = (settings[section], getattr(stage, section)) if section else (settings, stage)
+        for name in names:
+            if getattr(model, name) == type(model).model_fields[name].default:
+                del given[name]
 
 
 def start_index(recipe: Recipe, index: int) -> int | None:

@@ -12,7 +12,7 @@ from pathlib import PurePath
 from terrace.errors import InputError, nearest
 from terrace.families.interface import Family
 from terrace.families.registry import make_family
-from terrace.recipe import rules_credentials, rules_model, rules_rl
+from terrace.recipe import rules_credentials, rules_model, rules_optimizer, rules_rl
 from terrace.recipe.errors import Path, Problem
 from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import PARTS, Recipe, Stage
@@ -38,7 +38,7 @@ def check(recipe: Recipe) -> list[Problem]:
         at: Path = ("stages", index)
         for rule in (_parts, _mixture, _budget, _resolution, _workers, _parallel, _precision, _failure, _evaluation, _checkpoint):
             problems += rule(recipe, stage, at)
-        problems += rules_rl.check(recipe, stage, at)
+        problems += [*rules_rl.check(recipe, stage, at), *rules_optimizer.check(recipe, stage, at)]
     return problems
 
 

@@ -50,11 +50,22 @@ def export_final(
     strategy: Strategy, stage: Stage, config: Any, tokenizer_dir: Path | None, out_dir: Path, context: WorkerContext,
     storage: RunStorage,
 ) -> None:
-    """Gather the whole weights on rank 0 (host memory: 4 bytes per parameter) and write them. All ranks call it."""
+    """Gather the whole weights on rank 0 (host memory: 4 bytes per parameter) and write them. All ranks call it.
+
+    The averaged weights, where the stage is to export them, go to `final-ema/` beside it, first: `final/` says that all is there."""
     state = {}
     for name, tensor in strategy.tensors("weights"):
         if context.rank == 0:
             state[name] = tensor.detach().to("cpu", copy=True)
+    if stage.ema is not None and stage.ema.export:
+        averaged = dict(state)
+        for name, tensor in strategy.tensors("average"):
+            if context.rank == 0:
+                averaged[name] = tensor.detach().to("cpu", copy=True)
+        if context.rank == 0:
+            beside = out_dir.with_name(f"{out_dir.name}-ema")
+            export_hf(averaged, config, tokenizer_dir, beside, (stage.pixels.min, stage.pixels.max), DTYPE_NAMES[stage.precision])
+            storage.publish_final(beside)
     if context.rank == 0:
         pixels = (stage.pixels.min, stage.pixels.max)
         export_hf(state, config, tokenizer_dir, out_dir, pixels, DTYPE_NAMES[stage.precision])
