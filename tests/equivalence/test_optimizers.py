@@ -15,6 +15,9 @@ from ranks import losses, stage_dir, train_each, train_stages
 from safetensors.torch import load_file
 
 from terrace.errors import Preempted
+from terrace.planner.memory import optimizer_bytes
+from terrace.planner.shapes import model_shape
+from terrace.recipe.schema import Recipe
 from terrace.train.step import noise_scale
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -58,6 +61,11 @@ def test_an_optimizer_resumes_bit_for_bit_and_its_average_is_the_formula(kind, t
         expected = 0.9 * expected + 0.1 * weights[name]
     torch.testing.assert_close(kept[name], expected, rtol=1e-6, atol=1e-8)
     assert not torch.equal(kept[name], steps[-1][name])
+    recipe = Recipe.model_validate(values(kind))
+    planned = optimizer_bytes(model_shape(recipe), recipe.stages[0])
+    files = [file for file in average.parent.glob("*.safetensors") if not file.name.startswith("weights")]
+    held = sum(tensor.numel() * tensor.element_size() for file in files for tensor in load_file(file).values())
+    assert planned == pytest.approx(held, rel=0.08)  # muon: patch embedding, norms and biases are adamw's
 
 
 def test_sgd_with_momentum_is_its_formula(tmp_path):

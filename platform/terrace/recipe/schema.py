@@ -32,6 +32,7 @@ from terrace.recipe.schema_inputs import (
     Strict,
     Tokenizer,
 )
+from terrace.recipe.schema_lora import Lora
 from terrace.recipe.schema_preference import DpoOptions, KtoOptions, MpoOptions, OrpoOptions, SimpoOptions
 
 # Names that readers of a recipe import from here, wherever in the schema they are defined.
@@ -49,6 +50,7 @@ class PartTraining(Strict):
     optimizer_state: Literal["reset", "keep"] = Field("reset", description="At the stage's start, if the part trained before.")
     activation_checkpointing: bool = Field(False, description="Recompute the part's activations in the backward pass to save memory.")
     weight_decay: Annotated[float, Field(ge=0)] | None = Field(None, description="Overrides the optimizer's for this part.")
+    lora: Lora | None = Field(None, description="Low-rank adapters train in place of the part's own weights.")
 
 
 class TrainedParts(Strict):
@@ -203,10 +205,44 @@ class GrpoOptions(Strict):
     temperature: Positive = Field(1.0, description="Sampling temperature.")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Nucleus sampling mass.")
     updates_per_rollout: int = Field(1, ge=1, description="Optimizer steps per rollout batch; 1 is on-policy.")
-    normalise: Literal["std", "none"] = Field("std", description="Whether advantages are divided by the group's standard deviation.")
-    baseline: Literal["mean", "leave_one_out"] = Field("mean", description="What is subtracted from rewards within a group.")
+    normalise: Literal["std", "batch", "none"] = Field(
+        "std", description="By which standard deviation of rewards advantages are divided: of the group, of all groups of the update, none."
+    )
+    baseline: Literal["mean", "leave_one_out", "batch"] = Field(
+        "mean",
+        description="What is subtracted from a reward: the mean of its group, of the others in it (RLOO), or of all groups of the update"
+        " (REINFORCE++).",
+    )
+    average: Literal["tokens", "responses", "constant"] = Field(
+        "tokens",
+        description="What weighs alike in the loss: response tokens (MORL, DAPO), responses (GRPO as first published), or tokens against"
+        " max_response_tokens (Dr. GRPO).",
+    )
+    ratio: Literal["token", "sequence"] = Field(
+        "token", description="Probability ratio of each token, or of the whole response as the mean over its tokens (GSPO)."
+    )
+    surrogate: Literal["clip", "cispo"] = Field(
+        "clip",
+        description="`clip`: a clipped token has no gradient any more (PPO); `cispo`: the ratio, at most 1 + clip_high, weighs the gradient"
+        " of every token (MiniMax-M1).",
+    )
     clip_low: Positive | None = Field(None, description="Lower clip of the probability ratio; unset: none.")
     clip_high: Positive | None = Field(None, description="Upper clip of the probability ratio; unset: none.")
+    clip_ceiling: Annotated[float, Field(gt=1)] | None = Field(
+        None, description="Bound of the ratio itself, which also holds where the advantage is negative (dual clip); unset: none."
+    )
+    truncated: Literal["train", "leave_out"] = Field(
+        "train",
+        description="Whether a response that ran into max_response_tokens trains; its reward counts in its group's baseline either way"
+        " (over-long filtering of DAPO).",
+    )
+    overlong_buffer_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Within so many tokens of max_response_tokens the reward falls linearly, to overlong_penalty less at the end (soft"
+        " punishment of DAPO); unset: never.",
+    )
+    overlong_penalty: Positive = Field(1.0, description="What a response of full length loses with overlong_buffer_tokens.")
     kl_coefficient: Annotated[float, Field(ge=0)] = Field(0.0, description="Weight of the KL penalty to the starting weights.")
     entropy_coefficient: float = Field(0.0, description="Weight of the entropy bonus.")
     dynamic_sampling: bool = Field(True, description="Sample further prompts where all rewards of a group are equal.")
@@ -237,6 +273,9 @@ class Stage(Strict):
     name: Name = Field(description="Name of the stage, unique in the recipe.")
     objective: ObjectiveName = Field("lm", description="What a step optimises.")
     start_from: Name | None = Field(None, description="The stage whose final weights this one starts from; default: the previous.")
+    after: list[Name] = Field(
+        [], max_length=8, description="With `stage_order: graph`: stages that must be complete before this one, besides `start_from`."
+    )
     train: TrainedParts = Field(description="The parts that train and how; every other part is frozen.")
     mixture: Mixture = Field(description="The sources and their shares.")
     sequence_length: int = Field(8192, ge=16, description="Tokens of one pack.")
@@ -248,6 +287,9 @@ class Stage(Strict):
     ema: WeightAverage | None = Field(None, description="A running average of the trained weights, in checkpoints; unset: none.")
     gradient_noise: bool = Field(False, description="Measure the gradient noise scale in every step with two or more packs per worker.")
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="Number format of the forward and backward pass.")
+    final_precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="Number format of the weights in `final/`; `auto`: float32 where another stage follows, otherwise `precision`."
+    )
     parallel: Parallel = Field(Parallel(), description="Distribution over workers.")
     resources: Resources = Field(Resources(), description="Workers, GPUs and CPUs.")
     checkpoint: Checkpoint = Field(Checkpoint(), description="When checkpoints are written and which stay.")
@@ -321,6 +363,11 @@ class Recipe(Strict):
     tokenizer: Tokenizer = Field(description="The tokenizer. Cannot change later.")
     data: Data = Field(description="The sources of samples.")
     stages: list[Stage] = Field(min_length=1, max_length=32, description="The stages, in the order they run.")
+    stage_order: Literal["sequence", "graph"] = Field(
+        "sequence",
+        description="`sequence`: one after the other. `graph`: a stage waits only for the one it starts from and those in `after`, so "
+        "branches run side by side where there is room for both (on Kubernetes; elsewhere one at a time). Cannot change later.",
+    )
     tracking: Tracking = Field(Tracking(), description="Where metrics go.")
     planning: Planning = Field(Planning(), description="Assumptions of `terrace plan`.")
     notes: list[str] = Field([], description="What is assumed, borrowed or stands in, in words.")

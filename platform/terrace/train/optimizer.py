@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from terrace.models.families.registry import family_of_model
+from terrace.models.lora import is_adapter
 from terrace.models.parts import has_weight_decay, last_layers, layer_number
 from terrace.recipe.schema import PARTS, PartName, Schedule, Stage
 
@@ -38,7 +39,7 @@ def parameter_rule(name: str, dimensions: int, stage: Stage) -> Rule:
 
 def parameter_groups(model: Any, stage: Stage) -> list[ParameterGroup]:
     """The groups of the stage's trainable parameters, in the order of parts and layers; frozen parts have none, nor have
-    tensors that the family never trains."""
+    tensors that the family never trains, nor the own weights of a part whose adapters train."""
     family, dimensions = family_of_model(model), {name: parameter.dim() for name, parameter in model.named_parameters()}
     names = list(dimensions)
     depths, unused = last_layers(names, family), set(family.unused(model.config, names))
@@ -46,7 +47,7 @@ def parameter_groups(model: Any, stage: Stage) -> list[ParameterGroup]:
     for name in names:
         part = family.part_of(name)
         training = getattr(stage.train, part)
-        if training is None or name in unused:
+        if training is None or name in unused or (training.lora is not None and not is_adapter(name)):
             continue
         layer = layer_number(name, depths, family) if training.layer_decay < 1 else depths[part]
         rule = parameter_rule(name, dimensions[name], stage)
