@@ -21,6 +21,7 @@ from terrace.recipe.schema import PARTS, PartName, Stage
 
 FP32 = 4
 MOMENTS = 8  # two float32 moments of AdamW
+MOMENTUM = 4  # one, of SGD and Muon
 DEEPSPEED_BUCKET = 5e8  # elements of DeepSpeed's reduce and gather buckets
 MAX_LIVE = 1e9  # parameters that ZeRO-3 keeps gathered at a time
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -127,16 +128,16 @@ def _state(shape: ModelShape, stage: Stage, workers: int, compute: int, on_gpu: 
     trained = sum(trainable_counts(shape, stage).values())
     largest_block = max(size.block for size in sizes.values())
     outer = shape.language.vocabulary * shape.language.width * (1 if shape.language.tied else 2)
-    parallel, shards = stage.parallel, workers
+    parallel, shards, states = stage.parallel, workers, optimizer_bytes(shape, stage)
     strategy = parallel.strategy
     buffers = waiting = 0.0
     if strategy == "ddp":
-        weights, gradients, optimizer = FP32 * everything, FP32 * trained, MOMENTS * trained
+        weights, gradients, optimizer = FP32 * everything, FP32 * trained, states
         if compute < FP32:  # autocast's copies of every matrix that gradients pass through
             buffers = compute * matrices_in_backward(shape, stage)
     elif strategy == "fsdp":
         shards = gcd(parallel.hybrid_shard_size or workers, workers)
-        weights, optimizer = FP32 * everything / shards, MOMENTS * trained / shards
+        weights, optimizer = FP32 * everything / shards, states / shards
         accumulates = stage.batch.packs > workers  # whole gradients on every rank until the last pack of a step
         gradients = FP32 * trained / (1 if accumulates else shards)
         if workers > 1:  # two blocks gathered (one ahead), the embeddings, one block's gradient being reduced
@@ -146,7 +147,7 @@ def _state(shape: ModelShape, stage: Stage, workers: int, compute: int, on_gpu: 
         bucket = min(DEEPSPEED_BUCKET, trained)
         weights = compute * everything / (shards if strategy == "zero3" else 1)
         gradients = FP32 * trained / (1 if strategy == "zero1" else shards)
-        optimizer = (FP32 + MOMENTS) * trained / shards  # a float32 master copy and the moments
+        optimizer = (FP32 * trained + states) / shards  # a float32 master copy and the moments
         if strategy == "zero3":  # one bucket in the precision of the reduction, there from the start
             buffers = FP32 * bucket + (compute * min(MAX_LIVE, everything) if workers > 1 else 0)
         elif strategy == "zero1" and stage.precision == "bf16":
@@ -164,6 +165,21 @@ def _state(shape: ModelShape, stage: Stage, workers: int, compute: int, on_gpu: 
     if parallel.offload_parameters != "none":
         host, weights = host + weights, 0.0
     return _State(weights, gradients, optimizer, buffers, host, waiting)
+
+
+def optimizer_bytes(shape: ModelShape, stage: Stage) -> float:
+    """Bytes of the optimizer's state over all workers, and of the average of weights where the stage keeps one."""
+    language, numbers, options = shape.language, sum(trainable_counts(shape, stage).values()), stage.optimizer
+    if options.kind == "sgd":
+        states = MOMENTUM * numbers if options.momentum else 0.0
+    elif options.kind == "adafactor":  # a float32 sum per row and per column; matrices are about as wide as the model
+        states = 2 * FP32 * numbers / language.width
+    elif options.kind == "muon":
+        outer = language.vocabulary * language.width * (1 if language.tied else 2) if trains_whole(stage, "language") else 0
+        states = MOMENTUM * (numbers - outer) + MOMENTS * outer
+    else:
+        states = MOMENTS * numbers
+    return states + (FP32 * numbers if stage.ema is not None else 0.0)
 
 
 def gradients_reach(stage: Stage, part: PartName) -> bool:
