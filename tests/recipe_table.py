@@ -54,8 +54,9 @@ def stage_words(stage: Stage) -> str:
 
 
 def parity(recipe: Recipe) -> str:
-    """What the model is compared with: transformers' class of its family."""
-    return f"`{CLASSES[recipe.model.architecture]}`"
+    """What the model is compared with: transformers' class of its family, or the formulas of our own modules."""
+    found = CLASSES.get(recipe.model.architecture)
+    return f"`{found}`" if found else f"the formula of its {(recipe.model.config or {})['connector']['kind']}"
 
 
 def sureness(name: str, recipe: Recipe) -> str:

@@ -47,6 +47,8 @@ def tiny(name: str, folder: Path, steps: int = 2) -> Recipe:
         values["schedule"]["warmup"] = min(values["schedule"]["warmup"], 1)  # more is a number of the published steps
         low, high = PIXELS.get(architecture, (784, 12_544))
         values["pixels"] = {"min": low, "max": high}
+        if (changes := values.get("model_changes")) and "interpolate_positions" in changes:
+            changes["interpolate_positions"] = 84  # from 56
         if values["objective"] == "grpo":
             values["grpo"] |= {"prompts_per_iteration": 2, "samples_per_prompt": 3, "max_response_tokens": 8, "max_sampling_rounds": 1,
                                "engine": "native"}  # fmt: skip

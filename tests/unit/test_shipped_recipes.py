@@ -62,6 +62,7 @@ STATED = [
     ("qwen2.5-vl-7b", PARTS, 8_292_166_656, 0),  # the released model
     ("qwen2-vl-7b", ("vision", "projector"), 675.5e6, 0.5 / 675),  # "675M": 675.0 to 676.0
     ("qwen-vl-7b", ("vision",), 1.9e9, 0.05 / 1.9),  # 1.9B, two figures
+    ("qwen-vl-7b", ("projector",), 0.08e9, 0.005 / 0.08),
     ("qwen-vl-7b", ("language",), 7.7e9, 0.05 / 7.7),
     ("qwen-vl-7b", PARTS, 9.6e9, 0.06 / 9.6),
 ]
