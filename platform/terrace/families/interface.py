@@ -109,6 +109,10 @@ class Family(ABC):
     position_rows: ClassVar[int] = 1
     fact_count: ClassVar[int] = 1
     videos: ClassVar[bool] = False
+    experts: ClassVar[bool] = False  # its language model is a mixture of experts
+    balances_sequences: ClassVar[bool] = False  # whose load-balancing loss is that of each sequence, not of the whole batch
+    refused_objectives: ClassVar[Mapping[str, str]] = {}  # objective -> why the model cannot be trained with it here
+    connects: ClassVar[bool] = False  # tower and language model of different origin, with the recipe's connector between them
     chat_template: ClassVar[str] = ""  # Jinja, the same tokens as `conversation`: for tokenizers trained here
     token_names: ClassVar[Mapping[str, str]] = {}  # attributes that transformers' processor asks its tokenizer for -> role, likewise
     token_fields: ClassVar[Mapping[str, str]] = {"image_token_id": "image"}  # configuration field -> role
@@ -240,6 +244,11 @@ class Family(ABC):
     @abstractmethod
     def shape(cls, config: Mapping[str, Any], vocabulary: int | None = None) -> ModelShape:
         """What the planner counts. `vocabulary` is used where the configuration has none."""
+
+    @classmethod
+    def balance_weight(cls, config: Mapping[str, Any]) -> float:
+        """Weight of the load-balancing loss that the configuration of a mixture of experts states; 0 for a dense model."""
+        return 0.0
 
     @classmethod
     def check(cls, config: Mapping[str, Any], trained_tokenizer: bool) -> Iterator[Finding]:

@@ -5,7 +5,8 @@ Letters: H width of the language model, W width of the vision tower.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,23 @@ class ProjectorShape:
 
 
 @dataclass(frozen=True)
+class ExpertsShape:
+    """Sparse layers, all but `dense_layers` of them: each token goes to `per_token` of `count` experts, and through what all share."""
+
+    count: int
+    per_token: int
+    intermediate: int  # width inside one expert
+    shared: int = 0  # width inside what every token goes through beside them
+    dense_layers: int = 0  # layers with the usual feed-forward
+    biases: int = 0  # numbers of a layer's router beside its matrix, which no gradient changes
+
+    @property
+    def active(self) -> int:
+        """Width inside the feed-forward that a token meets."""
+        return self.per_token * self.intermediate + self.shared
+
+
+@dataclass(frozen=True)
 class LanguageShape:
     layers: int
     width: int
@@ -54,6 +72,7 @@ class LanguageShape:
     tied: bool  # input and output embeddings are one matrix
     attention_biases: bool  # on query, key and value
     head_norms: bool = False  # RMSNorm over each query and key head
+    experts: ExpertsShape | None = None
 
     @property
     def query_width(self) -> int:
@@ -63,9 +82,44 @@ class LanguageShape:
     def key_width(self) -> int:
         return self.key_heads * self.head_size
 
+    @property
+    def sparse_layers(self) -> int:
+        return self.layers - self.experts.dense_layers if self.experts else 0
+
+    @property
+    def mean_intermediate(self) -> float:
+        """Width inside the feed-forward that a token meets, over all layers."""
+        if self.experts is None:
+            return self.intermediate
+        return (self.experts.dense_layers * self.intermediate + self.sparse_layers * self.experts.active) / self.layers
+
+    @property
+    def router_width(self) -> float:
+        """Experts that a token's hidden state is compared with, over all layers."""
+        return self.sparse_layers * self.experts.count / self.layers if self.experts else 0.0
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """Low-rank adapters of a part, all of its layers together."""
+
+    parameters: int
+    ranks: int  # numbers per token between A and B
+    dropped: int = 0  # numbers per token that go through dropout
+
+    def plus(self, other: AdapterShape) -> AdapterShape:
+        return AdapterShape(self.parameters + other.parameters, self.ranks + other.ranks, self.dropped + other.dropped)
+
+
+NO_ADAPTERS = AdapterShape(0, 0)
+
 
 @dataclass(frozen=True)
 class ModelShape:
     vision: VisionShape
     projector: ProjectorShape
     language: LanguageShape
+    adapters: Mapping[str, AdapterShape] = field(default_factory=dict)  # part -> those that a stage trains in its place
+
+    def adapters_of(self, part: str) -> AdapterShape:
+        return self.adapters.get(part, NO_ADAPTERS)

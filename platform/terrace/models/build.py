@@ -7,6 +7,7 @@ strategy that shards does the second half by itself (`train/strategies`).
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 from transformers.utils import logging as transformers_logging
 
 from terrace.errors import InputError
-from terrace.families.registry import family_class
+from terrace.families.registry import built_in, family_class
+from terrace.models.families.registry import family_model_named
 from terrace.models.head import install_loss_head
 from terrace.models.parts import part_parameters
 from terrace.models.tensor_files import local_config
@@ -30,7 +32,7 @@ def model_config(model: Model, tokenizer: Any | None = None) -> Any:
     """
     family = family_class(model.architecture)
     if model.pretrained is not None:
-        config = AutoConfig.from_pretrained(local_config(model.pretrained))
+        config = directory_config(local_config(model.pretrained))
         if config.model_type != family.name:
             raise InputError(f"model.pretrained is a {config.model_type}, model.architecture says {model.architecture}")
     else:
@@ -43,6 +45,7 @@ def model_config(model: Model, tokenizer: Any | None = None) -> Any:
             text.setdefault("eos_token_id", marks[family.end_of_turn])
             values |= {field: marks[role] for field, role in family.token_fields.items()}
         values["text_config"] = text
+        family_model_named(model.architecture)  # a class that transformers lacks is registered with its family
         config = AutoConfig.for_model(family.name, **values)
     if tokenizer is not None and tokenizer.vocabulary_size > config.text_config.vocab_size:
         raise InputError(
@@ -52,6 +55,18 @@ def model_config(model: Model, tokenizer: Any | None = None) -> Any:
     if getattr(config.text_config, "attention_dropout", 0.0):
         raise InputError("model.config.text_config.attention_dropout must be 0: packed attention has no dropout")
     return config
+
+
+def directory_config(directory: str | Path) -> Any:
+    """The transformers configuration of a directory of this machine. No code that lies in it is run: a class that transformers lacks
+    is this package's own, registered with its family."""
+    file = Path(directory) / "config.json"
+    if not file.is_file():
+        raise InputError(f"{directory}: no config.json; a Hugging Face model directory is expected")
+    kind = json.loads(file.read_text()).get("model_type")
+    if kind in built_in():
+        family_model_named(kind)
+    return AutoConfig.from_pretrained(directory)
 
 
 def meta_model(config: Any) -> Any:

@@ -96,7 +96,7 @@ class Directory:
     def __init__(self, path: str | Path, family: FamilyModel | None = None, storage: Storage = DEFAULT_STORAGE) -> None:
         """`family` says how names are spelt; without one it is that of the directory's own config.json, if there is one."""
         self.path, self._storage = str(path).rstrip("/"), storage
-        names = {file.uri.rsplit("/", 1)[-1] for file in list_files(self.path, storage)} if self._remote else _names(Path(self.path))
+        names = _stored_names(self.path, storage) if self._remote else _names(Path(self.path))
         files = sorted(name for name in names if name.endswith(".safetensors"))
         if not files:
             raise InputError(f"{self.path}: no *.safetensors file; a Hugging Face model directory is expected")
@@ -110,9 +110,12 @@ class Directory:
             opened = list(pool.map(self._open, files))
         if family is None and "model_type" in self.config:
             family = family_model_named(self.config["model_type"])
-        self._places: dict[str, tuple[TensorFile, str]] = {
-            (family.canonical_name(name) if family else name): (file, name) for file in opened for name in file.shapes
-        }  # fmt: skip
+        self._family = family
+        self._places: dict[str, dict[str, TensorFile]] = {}  # what is stored of a tensor: most often one, under one name
+        for file in opened:
+            for stored in file.shapes:
+                for name in family.canonical_names(stored) if family else (stored,):
+                    self._places.setdefault(name, {})[stored] = file
 
     @property
     def _remote(self) -> bool:
@@ -137,12 +140,23 @@ class Directory:
         return set(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        file, stored = self._places[name]
-        return file.shapes[stored]
+        pieces = {stored: torch.empty(file.shapes[stored], device="meta") for stored, file in self._places[name].items()}
+        return tuple(self._joined(name, pieces).shape)
 
     def read(self, name: str) -> torch.Tensor:
-        file, stored = self._places[name]
-        return file.read(stored)
+        return self._joined(name, {stored: file.read(stored) for stored, file in self._places[name].items()})
+
+    def _joined(self, name: str, pieces: dict[str, torch.Tensor]) -> torch.Tensor:
+        if self._family is None:
+            [tensor] = pieces.values()
+            return tensor
+        return self._family.joined(name, pieces, self.config)
+
+
+def _stored_names(folder: str, storage: Storage) -> set[str]:
+    """Files of a stored folder, without those in folders of it (the adapters of a stage have tensors of their own)."""
+    found = {file.uri.removeprefix(f"{folder}/") for file in list_files(folder, storage)}
+    return {name for name in found if "/" not in name}
 
 
 def _names(folder: Path) -> set[str]:
@@ -154,7 +168,7 @@ def local_config(directory: str, storage: Storage = DEFAULT_STORAGE) -> str:
     if not is_remote(directory):
         if not os.path.isfile(os.path.join(directory, "config.json")):
             what = "no config.json in it" if os.path.isdir(directory) else "there is no such folder"
-            raise InputError(f"model.pretrained: {directory}: {what}; name a Hugging Face model directory (one on the hub is fetched first)")
+            raise InputError(f"model.pretrained: {directory}: {what}; name a Hugging Face model directory (of the hub: fetched first)")
         return directory
     try:
         content = read_file(join(directory, "config.json"), storage)

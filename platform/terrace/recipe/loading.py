@@ -4,8 +4,8 @@
 
 A path that a file gives is meant from the file's own folder, where something lies there (`beside.py`).
 
-Layers, later over earlier: the file that `extends:` names (relative to the extending file, any depth), the file, the
-overrides. Maps merge, lists are replaced, except that `stages` may be a map of changes by stage name (and of further
+Layers, later over earlier: the file that `extends:` names (relative to the extending file, or a shipped recipe's short name, any
+depth), the file, the overrides. Maps merge, lists are replaced, except that `stages` may be a map of changes by stage name (and of further
 stages, which come last). Validation is strict: a string is never read as a number nor a number as a boolean. All
 problems are reported at once (RecipeError).
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -23,7 +23,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from terrace.errors import nearest
-from terrace.recipe import beside, document
+from terrace.recipe import beside, document, shipped
 from terrace.recipe.document import Entry
 from terrace.recipe.errors import Path, Place, Problem, RecipeError, dotted
 from terrace.recipe.schema import PARTS, Recipe
@@ -34,16 +34,32 @@ FREE_FORM = {"config", "options"}  # maps whose values are passed on as they are
 
 
 def load_recipe(path: FilePath | str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in `path` under `key.path=value` overrides. RecipeError names every problem with file and line."""
-    root = _read_layers(FilePath(path), [])
+    """The recipe in `path`, a file or a shipped recipe's short name, under `key.path=value` overrides.
+
+    RecipeError names every problem with file and line.
+    """
+    file = shipped.recipe_file(FilePath(path))
+    root = _read_layers(file, [])
     for override in overrides:
         root = _apply_override(root, override)
-    return _validate(root, str(path))
+    return _validate(root, str(file))
 
 
 def parse_recipe(mapping: Mapping[str, Any], name: str = "recipe") -> Recipe:
     """A recipe that is already a plain mapping (a Kubernetes resource, a test). The same checks, without lines."""
     return _validate(document.expand_shorthands(_entry_of(mapping, Place(name))), name)
+
+
+def lines_in_use(path: FilePath | str) -> set[tuple[str, int]]:
+    """(file, line) of every value that a recipe ends up with, of its own and of what it extends: what was replaced is not among them."""
+
+    def walk(entry: Entry) -> Iterator[tuple[str, int]]:
+        if entry.place.line is not None:
+            yield entry.place.file, entry.place.line
+        for inner in entry.value.values() if isinstance(entry.value, dict) else entry.value if isinstance(entry.value, list) else ():
+            yield from walk(inner)
+
+    return set(walk(_read_layers(shipped.recipe_file(FilePath(path)), [])))
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -59,6 +75,7 @@ def recipe_hash(recipe: Recipe) -> str:
 # What changes where and how fast a stage runs but not what it computes (up to rounding): absent from its hash, so that
 # a run may resume with other workers, another strategy or other checkpoint intervals.
 LAYOUT_KEYS = {
+    "after",
     "resources",
     "parallel",
     "checkpoint",
@@ -86,12 +103,14 @@ def stage_hash(recipe: Recipe, index: int) -> str:
     for part in PARTS:
         if settings["train"][part]:
             del settings["train"][part]["activation_checkpointing"]
+            if settings["train"][part]["lora"] is None:  # stages of before there were adapters go on
+                del settings["train"][part]["lora"]
     for key in LAYOUT_KEYS_GRPO if settings["grpo"] else ():
         del settings["grpo"][key]
     before = start_index(recipe, index)
     return _digest(
         {
-            "model": recipe.model.model_dump(mode="json", exclude={"attention", "kernels", "stands_in_for"}),
+            "model": recipe.model.model_dump(mode="json", exclude={"attention", "kernels", "stands_in_for", "connector"}),
             "tokenizer": recipe.tokenizer.model_dump(mode="json"),
             "data_seed": recipe.data.seed,
             "sources": {name: recipe.data.sources[name].model_dump(mode="json", exclude=REMEDIES) for name in stage.mixture.weights},
@@ -127,8 +146,9 @@ def _read_layers(path: FilePath, chain: list[FilePath], named_by: Place | None =
     if extends is None:
         return root
     if not isinstance(extends.value, str) or not extends.value:
-        raise RecipeError([Problem(("extends",), "takes the path of one recipe, relative to this file", extends.place)])
-    base = _read_layers(path.parent / extends.value, [*chain, real], extends.place)
+        takes = "takes one recipe: its path, relative to this file, or the short name of a shipped one"
+        raise RecipeError([Problem(("extends",), takes, extends.place)])
+    base = _read_layers(shipped.extended_file(path, extends.value), [*chain, real], extends.place)
     return document.merge(base, root)
 
 
@@ -137,7 +157,7 @@ def _read_text(path: FilePath, named_by: Place | None) -> str:
     reason = ""
     try:
         if not path.exists():
-            reason = "there is no such file"
+            reason = f"No such file or directory{shipped.hint(path)}"
         elif path.is_dir():
             reason = "it is a folder; name the recipe file in it"
         elif not path.is_file():

@@ -29,10 +29,11 @@ anything; every problem is reported at once with its file, line and the nearest 
 
 - **Numbers** are read as numbers: `300e9`, `1e-4` and `64_000_000` need no quotes. `yes`, `on` and `12:30` are
   text.
-- **`extends: other.yaml`** takes another recipe as the base (relative to this file, any depth). Maps are merged key
-  by key and lists are replaced; `stages` may be a map of changes by stage name, and a stage of another name that
-  gives `train`, `mixture` and `budget` comes after the others. `null` removes a source of `data.sources`, `mixture` or
-  `rewards`. Of keys that exclude each other (`budget`, `model.config` and `pretrained`, `tokenizer`) the later one wins.
+- **`extends: other.yaml`** takes another recipe as the base (relative to this file, or the short name of a shipped one;
+  any depth). Maps are merged key by key and lists are replaced; `stages` may be a map of changes by stage name, and a
+  stage of another name that gives `train`, `mixture` and `budget` comes after the others. `null` removes a source of
+  `data.sources`, `mixture` or `rewards`. Of keys that exclude each other (`budget`, `model.config` and `pretrained`,
+  `tokenizer`) the later one wins.
 - **Overrides** on the command line, `key.path=value`, come last. Stages are named by number or by name:
   `stages.0.budget.steps=5`, `stages.alignment.budget.steps=5`. Values are YAML: `stages.0.resources.workers="[2,
   4]"`.
@@ -54,15 +55,30 @@ def recipe_reference() -> str:
     return "\n".join(sections)
 
 
+# Maps of names in which a null removes what the extended recipe gave (document.NAMED_MAPS), by the schema's models.
+REMOVABLE = (
+    ("Data", "sources"), ("Mixture", "weights"), ("Mixture", "epoch_caps"), ("Stage", "rewards"), ("Planning", "source_tokens_per_sample"),
+)  # fmt: skip
+
+
 def recipe_json_schema() -> dict[str, Any]:
     """JSON Schema of a recipe file as a person writes it: with `extends` and the short forms."""
     schema = Recipe.model_json_schema()
+    for model, key in REMOVABLE:
+        named = schema["$defs"][model]["properties"][key]
+        if "patternProperties" in named:  # where names have a form
+            named["patternProperties"] = {form: _either(value, {"type": "null"}) for form, value in named["patternProperties"].items()}
+        else:
+            named["additionalProperties"] = _either(named["additionalProperties"], {"type": "null"})
     numbers = {"type": "object", "minProperties": 1, "additionalProperties": {"type": ["number", "null"]}}
     schema["$defs"]["Stage"]["properties"]["mixture"] = _either(numbers, schema["$defs"]["Stage"]["properties"]["mixture"])
     schema["properties"]["tokenizer"] = _either({"type": "string"}, schema["properties"]["tokenizer"])
     changes = {"type": "object", "additionalProperties": {"type": "object"}, "description": "Changes by stage name."}
     schema["properties"]["stages"] = _either(schema["properties"]["stages"], changes)
-    schema["properties"]["extends"] = {"type": "string", "description": "Recipe to build on, relative to this file."}
+    schema["properties"]["extends"] = {
+        "type": "string",
+        "description": "Recipe to build on: a file relative to this one, or the short name of a shipped recipe.",
+    }
     schema["anyOf"] = [{"required": schema.pop("required")}, {"required": ["extends"]}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 

@@ -68,6 +68,13 @@ def _grpo(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
     if options.placement == "colocated" and options.rollout_workers != 1:
         yield Problem((*key, "rollout_workers"), "counts the workers of placement separate; with colocated the training workers generate")
     if options.updates_per_rollout == 1:
-        for name in ("clip_low", "clip_high"):
+        for name in ("clip_low", "clip_high", "clip_ceiling"):
             if getattr(options, name) is not None:
                 yield Problem((*key, name), "clips a ratio that is always 1 with updates_per_rollout 1; leave it out")
+    if options.surrogate == "cispo" and (options.clip_low is not None or options.clip_ceiling is not None):
+        yield Problem((*key, "surrogate"), "`cispo` bounds the ratio by clip_high alone; leave clip_low and clip_ceiling out")
+    if options.overlong_buffer_tokens is not None and options.overlong_buffer_tokens > options.max_response_tokens:
+        told = f"{options.overlong_buffer_tokens} is more than max_response_tokens {options.max_response_tokens}"
+        yield Problem((*key, "overlong_buffer_tokens"), told)
+    if options.baseline == "leave_one_out" and options.normalise == "batch":
+        yield Problem((*key, "normalise"), "`batch` has no published form with baseline leave_one_out; use mean or batch")

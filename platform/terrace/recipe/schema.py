@@ -19,9 +19,7 @@ from terrace.recipe.objectives import ObjectiveName
 from terrace.recipe.schema_inputs import (
     PARTS,
     Data,
-    Initialisation,
     Mixture,
-    Model,
     Name,
     PartName,
     Positive,
@@ -32,6 +30,8 @@ from terrace.recipe.schema_inputs import (
     Strict,
     Tokenizer,
 )
+from terrace.recipe.schema_lora import Lora
+from terrace.recipe.schema_model import Initialisation, Model
 
 # Names that readers of a recipe import from here, wherever in the schema they are defined.
 __all__ = ["PARTS", "Initialisation", "PartName", "Recipe", "SampleKind", "Source", "Stage", "Storage"]
@@ -48,6 +48,7 @@ class PartTraining(Strict):
     optimizer_state: Literal["reset", "keep"] = Field("reset", description="At the stage's start, if the part trained before.")
     activation_checkpointing: bool = Field(False, description="Recompute the part's activations in the backward pass to save memory.")
     weight_decay: Annotated[float, Field(ge=0)] | None = Field(None, description="Overrides the optimizer's for this part.")
+    lora: Lora | None = Field(None, description="Low-rank adapters train in place of the part's own weights.")
 
 
 class TrainedParts(Strict):
@@ -183,10 +184,44 @@ class GrpoOptions(Strict):
     temperature: Positive = Field(1.0, description="Sampling temperature.")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Nucleus sampling mass.")
     updates_per_rollout: int = Field(1, ge=1, description="Optimizer steps per rollout batch; 1 is on-policy.")
-    normalise: Literal["std", "none"] = Field("std", description="Whether advantages are divided by the group's standard deviation.")
-    baseline: Literal["mean", "leave_one_out"] = Field("mean", description="What is subtracted from rewards within a group.")
+    normalise: Literal["std", "batch", "none"] = Field(
+        "std", description="By which standard deviation of rewards advantages are divided: of the group, of all groups of the update, none."
+    )
+    baseline: Literal["mean", "leave_one_out", "batch"] = Field(
+        "mean",
+        description="What is subtracted from a reward: the mean of its group, of the others in it (RLOO), or of all groups of the update"
+        " (REINFORCE++).",
+    )
+    average: Literal["tokens", "responses", "constant"] = Field(
+        "tokens",
+        description="What weighs alike in the loss: response tokens (MORL, DAPO), responses (GRPO as first published), or tokens against"
+        " max_response_tokens (Dr. GRPO).",
+    )
+    ratio: Literal["token", "sequence"] = Field(
+        "token", description="Probability ratio of each token, or of the whole response as the mean over its tokens (GSPO)."
+    )
+    surrogate: Literal["clip", "cispo"] = Field(
+        "clip",
+        description="`clip`: a clipped token has no gradient any more (PPO); `cispo`: the ratio, at most 1 + clip_high, weighs the gradient"
+        " of every token (MiniMax-M1).",
+    )
     clip_low: Positive | None = Field(None, description="Lower clip of the probability ratio; unset: none.")
     clip_high: Positive | None = Field(None, description="Upper clip of the probability ratio; unset: none.")
+    clip_ceiling: Annotated[float, Field(gt=1)] | None = Field(
+        None, description="Bound of the ratio itself, which also holds where the advantage is negative (dual clip); unset: none."
+    )
+    truncated: Literal["train", "leave_out"] = Field(
+        "train",
+        description="Whether a response that ran into max_response_tokens trains; its reward counts in its group's baseline either way"
+        " (over-long filtering of DAPO).",
+    )
+    overlong_buffer_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Within so many tokens of max_response_tokens the reward falls linearly, to overlong_penalty less at the end (soft"
+        " punishment of DAPO); unset: never.",
+    )
+    overlong_penalty: Positive = Field(1.0, description="What a response of full length loses with overlong_buffer_tokens.")
     kl_coefficient: Annotated[float, Field(ge=0)] = Field(0.0, description="Weight of the KL penalty to the starting weights.")
     entropy_coefficient: float = Field(0.0, description="Weight of the entropy bonus.")
     dynamic_sampling: bool = Field(True, description="Sample further prompts where all rewards of a group are equal.")
@@ -217,6 +252,9 @@ class Stage(Strict):
     name: Name = Field(description="Name of the stage, unique in the recipe.")
     objective: ObjectiveName = Field("lm", description="What a step optimises.")
     start_from: Name | None = Field(None, description="The stage whose final weights this one starts from; default: the previous.")
+    after: list[Name] = Field(
+        [], max_length=8, description="With `stage_order: graph`: stages that must be complete before this one, besides `start_from`."
+    )
     train: TrainedParts = Field(description="The parts that train and how; every other part is frozen.")
     mixture: Mixture = Field(description="The sources and their shares.")
     sequence_length: int = Field(8192, ge=16, description="Tokens of one pack.")
@@ -238,6 +276,11 @@ class Stage(Strict):
     )
     activation_offload: bool = Field(False, description="Keep activations in host memory between forward and backward.")
     loss_chunk_tokens: int = Field(1024, ge=1, description="Rows of logits that exist at once in the loss.")
+    expert_balance: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="Weight of the loss that spreads tokens over a mixture of experts (objective lm, a language model that trains); "
+        "default: the model configuration's.",
+    )
     evaluate: Evaluate = Field(Evaluate(), description="Held-out loss and suites.")
     gates: list[Gate] = Field([], description="Bounds on metrics that decide whether the next stage starts.")
     failure: Failure = Field(Failure(), description="What the stage survives.")
@@ -297,6 +340,11 @@ class Recipe(Strict):
     tokenizer: Tokenizer = Field(description="The tokenizer. Cannot change later.")
     data: Data = Field(description="The sources of samples.")
     stages: list[Stage] = Field(min_length=1, max_length=32, description="The stages, in the order they run.")
+    stage_order: Literal["sequence", "graph"] = Field(
+        "sequence",
+        description="`sequence`: one after the other. `graph`: a stage waits only for the one it starts from and those in `after`, so "
+        "branches run side by side where there is room for both (on Kubernetes; elsewhere one at a time). Cannot change later.",
+    )
     tracking: Tracking = Field(Tracking(), description="Where metrics go.")
     planning: Planning = Field(Planning(), description="Assumptions of `terrace plan`.")
     notes: list[str] = Field([], description="What is assumed, borrowed or stands in, in words.")

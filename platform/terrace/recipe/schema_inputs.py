@@ -1,4 +1,4 @@
-"""What goes into a curriculum: the model, the tokenizer, the sources and how they are mixed. Part of the schema."""
+"""What goes into a curriculum: the sources, the tokenizer and how samples are mixed. Part of the schema."""
 
 from __future__ import annotations
 
@@ -35,41 +35,6 @@ class Strict(BaseModel):
     """Base of every recipe model: unknown keys are refused, values are never silently given another meaning."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-
-# ---------------------------------------------------------------- model
-
-
-class Initialisation(Strict):
-    """Where each part's weights come from: a Hugging Face directory or s3:// URI, or `random`."""
-
-    vision: str = Field("random", description="Source of the vision tower's weights: a directory, s3:// URI, or `random`.")
-    projector: str = Field("random", description="Source of the projector's weights: a directory, s3:// URI, or `random`.")
-    language: str = Field("random", description="Source of the language model's weights: a directory, s3:// URI, or `random`.")
-
-
-class Model(Strict):
-    architecture: str = Field(
-        "qwen2_5_vl",
-        description="The model family: a transformers model type that Terrace knows, or `package.module` that holds one of your own.",
-    )
-    config: dict[str, Any] | None = Field(
-        None,
-        description="The transformers configuration, every shape field set: `text_config`, `vision_config`, token ids.",
-    )
-    pretrained: str | None = Field(None, description="Hugging Face directory or s3:// URI holding config.json and safetensors.")
-    init: Initialisation | None = Field(None, description="Per-part weights on top of `config`; parts not named start random.")
-    seed: int = Field(0, ge=0, description="Seed of the random initialisation.")
-    attention: Literal["auto", "varlen", "flash_attn", "sdpa_segments", "flex"] = Field(
-        "auto",
-        description="Attention kernels over the segments of a pack; `auto` picks by capability and logs the reason.",
-    )
-    kernels: Literal["auto", "liger", "torch"] = Field(
-        "auto", description="Norms and gates: Liger's fused kernels on CUDA where installed, or PyTorch's own operations."
-    )
-    stands_in_for: str | None = Field(
-        None, description="Says what the published model has instead, where this model only stands in for a part of it."
-    )
 
 
 # ---------------------------------------------------------------- data
@@ -117,7 +82,19 @@ class Source(Strict):
     supervise: Literal["auto", "all_text", "assistant"] = Field(
         "auto", description="`auto`: captions and documents on their text, conversations on assistant turns only."
     )
-    holdout_samples: int = Field(0, ge=0, description="Samples kept out of training for held-out loss, chosen by a seeded hash.")
+    holdout_samples: int = Field(
+        0,
+        ge=0,
+        description="Samples kept out of training for held-out loss: those with the lowest seeded hashes of what they hold. Where rows are"
+        " added later, new ones take some of the places; with `holdout_share` every one stays.",
+    )
+    holdout_share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Instead of a number, the share of samples kept out of training: those below a threshold of the same hash, so that rows"
+        " added later move none of them.",
+    )
     max_samples: int | None = Field(None, ge=1, description="Cap: only this many samples (a seeded choice) take part.")
     too_long: Literal["refuse", "split", "truncate_text", "reduce_resolution"] = Field(
         "refuse", description="What happens to a sample longer than the stage's sequence: always counted, never silent."
@@ -132,6 +109,10 @@ class Source(Strict):
         " before the first step, or leave them out and list them in `unready.jsonl`.",
     )
     task: str | None = Field(None, description="Reward task of an RL source.")
+
+    @property
+    def holds_out(self) -> bool:
+        return self.holdout_samples > 0 or self.holdout_share > 0
 
 
 class Data(Strict):
