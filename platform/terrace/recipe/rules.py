@@ -12,7 +12,7 @@ from pathlib import PurePath
 from terrace.errors import InputError, nearest
 from terrace.families.interface import Family
 from terrace.families.registry import make_family
-from terrace.recipe import rules_credentials, rules_lora, rules_model, rules_order, rules_rl
+from terrace.recipe import rules_changes, rules_credentials, rules_lora, rules_model, rules_order, rules_rl
 from terrace.recipe.errors import Path, Problem
 from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import PARTS, Recipe, Stage
@@ -38,7 +38,7 @@ def check(recipe: Recipe) -> list[Problem]:
         at: Path = ("stages", index)
         for rule in (_parts, _mixture, _budget, _resolution, _workers, _parallel, _precision, _failure, _evaluation, _checkpoint):
             problems += rule(recipe, stage, at)
-        problems += rules_rl.check(recipe, stage, at)
+        problems += [*rules_rl.check(recipe, stage, at), *rules_changes.check(recipe, stage, at, _resolution)]
         problems += rules_lora.check(recipe, stage, at, _before(recipe, index))
     return problems
 

@@ -14,6 +14,7 @@ from terrace.models.precision import DTYPE_NAMES, DTYPES
 from terrace.recipe.loading import start_index
 from terrace.recipe.rules_lora import keeps_adapters
 from terrace.recipe.schema import PARTS, Model, Recipe, Stage
+from terrace.recipe.stretches import last_stretch
 from terrace.storage.durable import json_bytes, write_durably
 from terrace.storage.files import absolute, join, read_file
 from terrace.storage.run_storage import RunStorage
@@ -61,13 +62,13 @@ def export_final(
     `base`, where the stage's weights come from, still is that model.
     """
     stage = recipe.stages[stage_index]
-    state = {}
+    state, end = {}, last_stretch(stage).pixels
     for name, tensor in strategy.tensors("weights"):
         if context.rank == 0:
             state[name] = tensor.detach().to("cpu", copy=True)
     if context.rank == 0:
         stored, kept = DTYPES[final_precision(recipe, stage_index)], kept_files(recipe.model.pretrained)
-        how = (config, tokenizer_dir), ((stage.pixels.min, stage.pixels.max), DTYPE_NAMES[stage.precision], stored, kept)
+        how = (config, tokenizer_dir), ((end.min, end.max), DTYPE_NAMES[stage.precision], stored, kept)
         export_hf(dict(merged(strategy.model, state.items())), *how[0], out_dir, *how[1])
         if uses_lora(stage):
             plain, adapters = split(state)
