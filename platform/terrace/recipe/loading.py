@@ -106,6 +106,8 @@ def stage_hash(recipe: Recipe, index: int) -> str:
     stage = recipe.stages[index]
     settings = stage.model_dump(mode="json", exclude=LAYOUT_KEYS)
     settings["data_loading"] = {key: settings["data_loading"][key] for key in ("window_samples", "max_visual_tokens_per_pack")}
+    if not stage.changes:
+        del settings["changes"]
     if stage.final_precision == "auto":
         del settings["final_precision"]
     if settings["model_changes"] is None:  # stages of before there were changes go on

@@ -12,7 +12,16 @@ from pathlib import PurePath
 from terrace.errors import InputError, nearest
 from terrace.families.interface import Family
 from terrace.families.registry import make_family
-from terrace.recipe import rules_changes, rules_credentials, rules_lora, rules_model, rules_optimizer, rules_order, rules_rl
+from terrace.recipe import (
+    rules_changes,
+    rules_credentials,
+    rules_lora,
+    rules_model,
+    rules_model_changes,
+    rules_optimizer,
+    rules_order,
+    rules_rl,
+)
 from terrace.recipe.changes import stage_recipe
 from terrace.recipe.errors import Path, Problem
 from terrace.recipe.objectives import OBJECTIVES
@@ -43,7 +52,8 @@ def check(recipe: Recipe) -> list[Problem]:
         for rule in (_parts, _mixture, _budget, _resolution, _workers, _parallel, _precision, _failure, _evaluation, _checkpoint):
             problems += rule(seen, stage, at)
         problems += [*rules_rl.check(recipe, stage, at), *rules_optimizer.check(recipe, stage, at)]
-        problems += rules_changes.check(recipe, stage, at, index)
+        problems += rules_changes.check(seen, stage, at, _resolution)
+        problems += rules_model_changes.check(recipe, stage, at, index)
         problems += rules_lora.check(recipe, stage, at, _before(recipe, index))
     return problems
 

@@ -30,6 +30,7 @@ from terrace.recipe.schema_inputs import (
     Storage,
     Strict,
     Tokenizer,
+    Weight,
 )
 from terrace.recipe.schema_lora import Lora
 from terrace.recipe.schema_model import Initialisation, Model
@@ -66,6 +67,14 @@ class Pixels(Strict):
 
     min: int = Field(3136, ge=1, description="Smaller images are enlarged to this many pixels.")
     max: int = Field(1_003_520, ge=1, description="Larger images are reduced to this many pixels.")
+
+
+class Change(Strict):
+    """What differs from a step of the stage on; what is not given stays as it was."""
+
+    step: int = Field(ge=1, description="Steps of the stage that are done before: the change holds from the next one on.")
+    pixels: Pixels | None = Field(None, description="Bounds on the size of images from here on.")
+    weights: dict[Name, Weight] = Field({}, description="New weights of sources of the mixture; 0 leaves one out.")
 
 
 class Budget(Strict):
@@ -282,6 +291,9 @@ class Stage(Strict):
     sequence_length: int = Field(8192, ge=16, description="Tokens of one pack.")
     pixels: Pixels = Field(Pixels(), description="Bounds on the size of images.")
     budget: Budget = Field(description="Length of the stage; exactly one field is given.")
+    changes: list[Change] = Field(
+        [], max_length=32, description="Resolution and mixture that change inside the stage, at given steps. Budget in steps or tokens."
+    )
     batch: Batch = Field(Batch(), description="Global batch of one optimizer step.")
     optimizer: Optimizer = Field(Optimizer(), description="Optimizer settings.")
     schedule: Schedule = Field(Schedule(), description="Learning-rate schedule.")
