@@ -64,6 +64,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
         "tie_word_embeddings": False,
     },
+    "kimi_k25": {
+        "text_config": TEXT | {
+            "model_type": "deepseek_v3", "num_key_value_heads": 4, "moe_intermediate_size": 48, "n_routed_experts": 8,
+            "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "q_lora_rank": 24,
+            "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "num_mtp_layers": 0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        "vision_config": TOWER | {"patch_size": 14, "pos_emb_height": 8, "pos_emb_width": 8},
+        "projection_hidden_size": 32, "tie_word_embeddings": False,
+    },
     "llava": {
         "text_config": TEXT, "vision_config": TOWER | {"image_size": 56, "patch_size": 14}, "image_seq_length": 16,
     },
@@ -79,7 +89,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 NAMES = tuple(CONFIGS)
-QUICK = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "internvl")  # of these every check is in `make test`; of others the cheap ones
+# Of these every check is in `make test`; of others the cheap ones.
+QUICK = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "internvl", "terrace_vlm")
 PIXELS: dict[str, Bounds] = {"qwen3_vl": (4_096, 40_000), "qwen3_vl_moe": (4_096, 40_000), "internvl": (3_136, 6 * 56 * 56)}
 WORDS = ["How many circles are there? A red circle and 3 blue squares.\n", "USER: ASSISTANT: You are a helpful assistant. user system"]
 
@@ -190,9 +201,9 @@ def middle_case(name: str, folder: Path) -> Case:
     rope = {"qwen3_vl": [12, 10, 10], "qwen3_vl_moe": [12, 10, 10], "qwen2_vl": [8, 12, 12], "qwen2_5_vl": [8, 12, 12]}
     vision: dict[str, Any] = {
         "qwen2_vl": {"embed_dim": 128, "mlp_ratio": 3, "depth": 4, "num_heads": 4, "hidden_size": 256},
-        "llava": {"image_size": 112}, "terrace_vlm": {"image_size": 112}, "internvl": {"image_size": [112, 112]},
+        "llava": {"image_size": 112}, "kimi_k25": {}, "terrace_vlm": {"image_size": 112}, "internvl": {"image_size": [112, 112]},
     }.get(name, {"hidden_size": 128, "intermediate_size": 344, "depth": 4, "num_heads": 4, "out_hidden_size": 256})  # fmt: skip
-    if name in ("llava", "internvl", "terrace_vlm"):
+    if name in ("llava", "internvl", "kimi_k25", "terrace_vlm"):
         vision |= {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4}
     config = {**CONFIGS[name], "text_config": {**CONFIGS[name]["text_config"], **text}}
     config["vision_config"] = {**CONFIGS[name]["vision_config"], **vision}
@@ -202,6 +213,12 @@ def middle_case(name: str, folder: Path) -> Case:
         config["text_config"]["head_dim"] = 64
     if name == "qwen3_vl_moe":
         config["text_config"]["moe_intermediate_size"] = 256
+    if name == "kimi_k25":
+        config["projection_hidden_size"] = 128
+        config["text_config"] |= {
+            "moe_intermediate_size": 256, "q_lora_rank": 96, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32,
+            "v_head_dim": 48,
+        }  # fmt: skip
     section = Model.model_validate({"architecture": name, "config": config})
     small = case_of(name, folder)
     pixels = (16_384, 100_000) if name in ("qwen3_vl", "qwen3_vl_moe") else (12_544, 100_352)

@@ -8,6 +8,7 @@ from terrace.curriculum.graph import source_stage
 from terrace.curriculum.watch import planned_steps
 from terrace.recipe.changes import stage_recipe
 from terrace.recipe.schema import PARTS, Recipe
+from terrace.recipe.stretches import stretches
 
 
 def describe_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -35,13 +36,14 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
                 "starts_from": source_stage(recipe, index),
                 "sequence_length": stage.sequence_length,
                 "batch_packs": stage.batch.packs,
-                "max_visual_tokens_per_image": family.largest_image_tokens(stage.pixels.max),
+                "max_visual_tokens_per_image": max(family.largest_image_tokens(part.pixels.max) for _, part in stretches(stage)),
                 "precision": stage.precision,
                 "strategy": stage.parallel.strategy,
                 "workers": stage.resources.workers,
                 "budget": stage.budget.model_dump(exclude_none=True),
                 "steps": planned_steps(stage),
                 "mixture": dict(stage.mixture.weights),
+                "changes": [change.model_dump(exclude_none=True) for change in stage.changes],
             }
         )
     return {

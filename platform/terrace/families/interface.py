@@ -222,6 +222,14 @@ class Family(ABC):
         """A conversation as turns that `turn` writes: tools, calls and results as text. ValueError for what has no form."""
         return refuse_tools(messages, self.name)
 
+    def heading(self, image: int) -> Iterator[Piece]:
+        """What stands in front of an image's placeholders; `image` counts those of the sample."""
+        return (("mark", role, False) for role in self.before)
+
+    def ending(self) -> Iterator[Piece]:
+        """What stands behind them."""
+        return (("mark", role, False) for role in self.after)
+
     def opening(self, messages: Sequence[Mapping[str, Any]]) -> Iterator[Piece]:
         """What stands before the first turn."""
         return iter(())

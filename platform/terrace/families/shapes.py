@@ -6,7 +6,7 @@ Letters: H width of the language model, W width of the vision tower.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,22 @@ class ExpertsShape:
 
 
 @dataclass(frozen=True)
+class LatentShape:
+    """Queries, keys and values that are written through a narrow vector (MLA). Ranks are its widths; the rest are widths of a head."""
+
+    query_rank: int  # 0: queries are written directly
+    key_rank: int
+    plain: int  # of queries and keys, without position
+    rotary: int  # with position
+    value: int
+
+
+def encoder_block(width: int, inner: int) -> int:
+    """Parameters of a plain encoder layer: four projections, two layers of a feed-forward, two LayerNorms, biases everywhere."""
+    return 4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width
+
+
+@dataclass(frozen=True)
 class LanguageShape:
     layers: int
     width: int
@@ -73,6 +89,26 @@ class LanguageShape:
     attention_biases: bool  # on query, key and value
     head_norms: bool = False  # RMSNorm over each query and key head
     experts: ExpertsShape | None = None
+    latent: LatentShape | None = None
+
+    def with_latent(self, latent: LatentShape, experts: ExpertsShape) -> LanguageShape:
+        size = latent.plain + latent.rotary
+        return replace(self, latent=latent, experts=experts, head_size=size, key_heads=self.heads)
+
+    @property
+    def value_width(self) -> int:
+        """Width of all heads' values side by side."""
+        return self.heads * (self.latent.value if self.latent else self.head_size)
+
+    @property
+    def attention_matrices(self) -> int:
+        """Multiply-adds per token in the projections of attention, and their parameters."""
+        if self.latent is None:
+            return self.width * (2 * self.query_width + 2 * self.key_width)
+        latent = self.latent
+        query = (self.width + self.query_width) * latent.query_rank if latent.query_rank else self.width * self.query_width
+        key = self.width * (latent.key_rank + latent.rotary) + latent.key_rank * self.heads * (latent.plain + latent.value)
+        return query + key + self.value_width * self.width
 
     @property
     def query_width(self) -> int:

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from terrace.errors import InputError
 from terrace.families.registry import built_in, family_class
-from terrace.models.families.registry import family_model_named
+from terrace.models.families.registry import family_model_named, family_of_model
 from terrace.models.head import install_loss_head
 from terrace.models.parts import part_parameters
 from terrace.models.tensor_files import local_config
@@ -84,6 +84,12 @@ def meta_model(config: Any) -> Any:
     finally:
         transformers_logging.set_verbosity(verbosity)
     model.tie_weights()
+    for name, buffer in list(model.named_buffers()):
+        module, _, leaf = name.rpartition(".")
+        if leaf in family_of_model(model).held_buffers:  # else nothing would load, check, hand over or export it
+            owner = model.get_submodule(module)
+            del owner._buffers[leaf]
+            owner.register_parameter(leaf, torch.nn.Parameter(buffer, requires_grad=False))
     return model
 
 

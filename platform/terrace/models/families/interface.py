@@ -84,6 +84,7 @@ class FamilyModel:
     }  # fmt: skip
     embedding: ClassVar[str] = "model.language_model.embed_tokens.weight"
     head: ClassVar[str] = "lm_head.weight"
+    held_buffers: ClassVar[tuple[str, ...]] = ()  # last names of buffers that a checkpoint keeps: here parameters that never train
     tower_attention: ClassVar[str] = "sdpa"  # `segments`: the tower takes images one after another with boundaries of its own
     code: ClassVar[Mapping[str, str]] = {}  # of a class that transformers lacks: `auto_map` of an export's config.json
     mean: ClassVar[Sequence[float]] = (0.48145466, 0.4578275, 0.40821073)
@@ -113,7 +114,7 @@ class FamilyModel:
 
     def unused(self, config: Any, names: Iterable[str]) -> list[str]:
         """Parameters that never get a gradient, whatever trains: they stay frozen, which the log and the plan say."""
-        return []
+        return [name for name in names if name.rpartition(".")[2] in self.held_buffers]
 
     def may_be_new(self, name: str) -> bool:
         """Whether a tensor starts random where its part's checkpoint has none: it is no tensor of the part's own class."""
