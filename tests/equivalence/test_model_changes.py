@@ -22,7 +22,7 @@ from terrace.models.surgery import stretched_positions
 from terrace.models.tensor_files import Directory
 from terrace.planner.plan import make_plan
 from terrace.recipe.changes import stage_model, stage_recipe
-from terrace.recipe.loading import recipe_hash, stage_hash
+from terrace.recipe.identity import recipe_hash, stage_hash
 from terrace.recipe.rules import check
 from terrace.recipe.schema import Recipe
 from terrace.worker.context import WorkerContext
