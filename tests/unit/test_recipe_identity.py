@@ -68,7 +68,15 @@ def tiny(**stage: Any) -> Recipe:
 def test_writing_out_a_default_changes_no_hash():
     plain = tiny()
     first = plain.stages[0]
-    written = tiny(loss_chunk_tokens=first.loss_chunk_tokens, optimizer=first.optimizer.model_dump(), seed=0, final_precision="auto", data_loading=first.data_loading.model_dump(), schedule=first.schedule.model_dump(), ema=None)  # fmt: skip
+    written = tiny(
+        loss_chunk_tokens=first.loss_chunk_tokens,
+        optimizer=first.optimizer.model_dump(),
+        seed=0,
+        final_precision="auto",
+        data_loading=first.data_loading.model_dump(),
+        schedule=first.schedule.model_dump(),
+        ema=None,
+    )
     assert recipe_hash(written) == recipe_hash(plain)
     assert stage_hash(written, 0) == stage_hash(plain, 0)
 
