@@ -75,7 +75,8 @@ LAYOUT_KEYS = {
 }
 # Fields that came after stages had been trained, by section ("" is the stage itself).
 LATER_FIELDS = {
-    "": ("dpo", "mpo", "kto", "orpo", "simpo", "ema"),
+    "": ("mtp", "medusa", "dpo", "mpo", "kto", "orpo", "simpo", "ema"),
+    "train": ("heads",),
     "optimizer": ("momentum", "nesterov"),
     "schedule": ("decay", "decay_shape", "milestones", "factor"),
 }

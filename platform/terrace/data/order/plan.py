@@ -33,6 +33,7 @@ from terrace.data.order.permutation import seed_of, source_rows
 from terrace.data.order.spares import PackSpares, spares_of_pack
 from terrace.data.types import PackSpec, SampleRef
 from terrace.errors import InputError
+from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import Recipe, Stage
 
 CACHED_WINDOWS = 16
@@ -109,7 +110,7 @@ class StagePlan:
                 pixels,
                 stage.sequence_length,
                 stage.data_loading.max_visual_tokens_per_pack,
-                needs_targets=stage.objective == "lm",
+                needs_targets=OBJECTIVES[stage.objective].needs_targets,
             )
             sources[name].changes.update(index.left_out)
         basis = "|".join(source.mark for source in sources.values())
