@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from families import NAMES, case_of, conversation, pack_of, recipe_model
 from packs import random_pack, tiny_recipe
 from processes import run_ranks
 from ranks import losses, memory_feed, stage_dir, train_each, train_stages
@@ -17,10 +18,11 @@ from safetensors.torch import load_file
 
 from terrace.data.types import PackedExample
 from terrace.errors import InputError, Preempted
+from terrace.models.attention import use_attention
 from terrace.models.batch import to_device
 from terrace.models.build import build_model, materialise, meta_model, model_config
 from terrace.models.forward import pack_hidden
-from terrace.models.heads import attach_heads, describe_heads, read_heads, source_with_heads
+from terrace.models.heads import attach_heads, describe_heads, heads_config, read_heads, source_with_heads
 from terrace.models.weights import initial_weights
 from terrace.objectives.interface import Opening
 from terrace.objectives.medusa import Medusa
@@ -54,8 +56,6 @@ def opened(kind: str, folder: Path, seed: int = 3) -> tuple[Any, Any]:
         for _, parameter in sorted(model.named_parameters()):
             if parameter.dim() > 1:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    from terrace.models.attention import use_attention
-
     use_attention(model, "sdpa_segments")
     return objective, model
 
@@ -133,6 +133,32 @@ def test_value_and_gradients_are_those_of_single_segments(kind, tmp_path):
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=2e-6 * largest, msg=name)
     empty = objective.loss(model, objective.batch(objective.empty()))
     assert float(empty.detach()) == 0.0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_family_carries_heads(name, tmp_path_factory):
+    """Packed is the sum of single samples, and every tensor of the heads gets a gradient."""
+    torch.set_num_threads(1)
+    case = case_of(name, tmp_path_factory.getbasetemp() / "tokenizers")
+    samples = [conversation(1, [(60, 40)]), conversation(2, []), conversation(3, [(50, 90)])]
+    for kind, options in STAGES.items():
+        recipe, context = tiny_recipe(model=recipe_model(name), train=HEADS, **options), WorkerContext()
+        feed = dataclasses.replace(memory_feed(tiny_recipe(), 0, context), config=case.config)
+        objective = {"mtp": Mtp, "medusa": Medusa}[kind](Opening(recipe, recipe.stages[0], feed, context, Path()))
+        skeleton = meta_model(case.config)
+        source, _ = initial_weights(case.section, skeleton, None)
+        attach_heads(skeleton, kind, 2)
+        model = materialise(skeleton, source_with_heads(skeleton, source, None, 0), "cpu").requires_grad_(False)
+        use_attention(model, "sdpa_segments")
+        model.heads.requires_grad_(True)
+        value = objective.loss(model, objective.batch(pack_of(case, samples)))
+        value.backward()
+        idle = [key for key, parameter in model.heads.named_parameters() if parameter.grad is None]
+        assert not idle
+        with torch.no_grad():
+            alone = sum(float(objective.loss(model, objective.batch(pack_of(case, [one])))) for one in samples)
+        assert float(value.detach()) == pytest.approx(alone, rel=1e-5)
+        assert set(heads_config(model)) >= {"model_type", "hidden_size"}
 
 
 @pytest.mark.parametrize(("kind", "frozen"), [("mtp", False), ("medusa", True)])

@@ -67,6 +67,12 @@ class HeadsObjective(LanguageModelling):
     # ------------------------------------------------------------ a step
 
     def loss(self, model: Any, batch: DeviceBatch) -> torch.Tensor:
+        def plain() -> torch.Tensor:
+            return self._summed(model, batch)
+
+        return self._experts.loss(model, batch, plain) if self._experts and self._with_own_loss else plain()
+
+    def _summed(self, model: Any, batch: DeviceBatch) -> torch.Tensor:
         chunk = self.opening.stage.loss_chunk_tokens
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._with_own_loss):
             hidden = pack_hidden(model, batch)
@@ -89,14 +95,17 @@ class HeadsObjective(LanguageModelling):
         return torch.cat([layer(part).argmax(dim=1) for part in rows.split(self.opening.stage.loss_chunk_tokens)])
 
     def before(self, examples: Sequence[Any], scale: float) -> None:
+        if self._with_own_loss:
+            super().before(examples, scale)
         self._found, self._scale = [], scale
 
     def values(self, ran: bool) -> dict[str, Any]:
         """The model's own loss and each head's, unweighted, per supervised token of the batch."""
         if not ran:
             return {}
+        shared = super().values(ran) if self._with_own_loss else {}
         sums = self.opening.gather(torch.stack(self._found).double().sum(dim=0).tolist()).sum(axis=0) * self._scale
-        return {"own_loss": float(sums[0])} | {f"head_{number}_loss": float(value) for number, value in enumerate(sums[1:], 1)}
+        return shared | {"own_loss": float(sums[0])} | {f"head_{number}_loss": float(value) for number, value in enumerate(sums[1:], 1)}
 
     def evaluate(self, alive: Callable[[], None]) -> dict[str, float]:
         """The loss of each kind of held-out samples, and the share of drafts of each head that are what the model itself would choose

@@ -191,7 +191,7 @@ def matrices_in_backward(shape: ModelShape, stage: Stage) -> float:
     """Parameters of the blocks and the projector that gradients pass through; embeddings and output layer are apart."""
     sizes = part_sizes(shape)
     return sum(
-        sizes[part].block * sizes[part].blocks
+        sizes[part].in_blocks
         for part in PARTS
         if gradients_reach(stage, part) and not (getattr(stage.train, part) is None and stage.frozen_activation_checkpointing)
     )
@@ -219,7 +219,7 @@ def _language_activations(shape: ModelShape, stage: Stage, pack: PackSize, compu
     language, train = shape.language, stage.train.language
     residual = FP32 if stage.parallel.strategy == "ddp" else compute
     layer = _language_layer(shape, stage, compute, on_gpu) + _adapter_values(shape, "language", compute) / language.layers
-    working = pack.tokens * (3 * language.intermediate * compute + 2 * language.width * residual)
+    working = pack.tokens * (3 * language.mean_intermediate * compute + 2 * language.width * residual)
     if not gradients_reach(stage, "language"):
         return _Activations(0.0, working)
     ends = pack.tokens * language.width * (1 + FP32 + (FP32 if train else 0))  # places of images, final norm
@@ -232,13 +232,20 @@ def _language_activations(shape: ModelShape, stage: Stage, pack: PackSize, compu
 def _language_layer(shape: ModelShape, stage: Stage, compute: int, on_gpu: bool) -> float:
     """Bytes per token that autograd keeps for one decoder layer."""
     language, trained = shape.language, stage.train.language is not None
-    width, inner, query = language.width, language.intermediate, language.query_width
+    width, inner, query = language.width, language.mean_intermediate, language.query_width
+    value = language.value_width
     key = language.key_width if on_gpu else query  # exact attention on CPU repeats keys and values for every head
     autocast = stage.parallel.strategy == "ddp" and compute < FP32
     norms = 2 * FP32 * width
-    attention = compute * (2 * query + 2 * key) + FP32 * language.heads
+    attention = compute * (query + key + value + min(key, value)) + FP32 * language.heads
     rotary = 2 * language.head_size * (FP32 if autocast else compute)
     feed_forward = 3 * inner * compute
+    if language.latent:  # the narrow vectors, their norms, and keys whose two pieces are put together
+        ranks = language.latent.query_rank + language.latent.key_rank
+        attention += 2 * FP32 * ranks + (compute * 2 * ranks if trained else 0)
+    if language.experts:  # a copy of the token for each of its experts, on the way in (for their gradients) and out
+        copies = language.sparse_layers / language.layers * language.experts.per_token
+        feed_forward += compute * width * copies * (2 if trained else 1) + 2 * FP32 * language.router_width
     if trained:
         if autocast:  # each of the five projections casts its input by itself
             norms += 2 * FP32 * width + 5 * compute * width

@@ -16,13 +16,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from terrace.recipe.objectives import ObjectiveName
+from terrace.recipe.schema_changes import ModelChanges
 from terrace.recipe.schema_heads import HeadsTraining, MedusaOptions, MtpOptions
 from terrace.recipe.schema_inputs import (
     PARTS,
     Data,
-    Initialisation,
     Mixture,
-    Model,
     Name,
     PartName,
     Positive,
@@ -32,8 +31,10 @@ from terrace.recipe.schema_inputs import (
     Storage,
     Strict,
     Tokenizer,
+    Weight,
 )
 from terrace.recipe.schema_lora import Lora
+from terrace.recipe.schema_model import Initialisation, Model
 from terrace.recipe.schema_preference import DpoOptions, KtoOptions, MpoOptions, OrpoOptions, SimpoOptions
 
 # Names that readers of a recipe import from here, wherever in the schema they are defined.
@@ -68,6 +69,14 @@ class Pixels(Strict):
 
     min: int = Field(3136, ge=1, description="Smaller images are enlarged to this many pixels.")
     max: int = Field(1_003_520, ge=1, description="Larger images are reduced to this many pixels.")
+
+
+class Change(Strict):
+    """What differs from a step of the stage on; what is not given stays as it was."""
+
+    step: int = Field(ge=1, description="Steps of the stage that are done before: the change holds from the next one on.")
+    pixels: Pixels | None = Field(None, description="Bounds on the size of images from here on.")
+    weights: dict[Name, Weight] = Field({}, description="New weights of sources of the mixture; 0 leaves one out.")
 
 
 class Budget(Strict):
@@ -279,10 +288,14 @@ class Stage(Strict):
         [], max_length=8, description="With `stage_order: graph`: stages that must be complete before this one, besides `start_from`."
     )
     train: TrainedParts = Field(description="The parts that train and how; every other part is frozen.")
+    model_changes: ModelChanges | None = Field(None, description="What becomes of the model before the stage begins.")
     mixture: Mixture = Field(description="The sources and their shares.")
     sequence_length: int = Field(8192, ge=16, description="Tokens of one pack.")
     pixels: Pixels = Field(Pixels(), description="Bounds on the size of images.")
     budget: Budget = Field(description="Length of the stage; exactly one field is given.")
+    changes: list[Change] = Field(
+        [], max_length=32, description="Resolution and mixture that change inside the stage, at given steps. Budget in steps or tokens."
+    )
     batch: Batch = Field(Batch(), description="Global batch of one optimizer step.")
     optimizer: Optimizer = Field(Optimizer(), description="Optimizer settings.")
     schedule: Schedule = Field(Schedule(), description="Learning-rate schedule.")
@@ -301,6 +314,11 @@ class Stage(Strict):
     )
     activation_offload: bool = Field(False, description="Keep activations in host memory between forward and backward.")
     loss_chunk_tokens: int = Field(1024, ge=1, description="Rows of logits that exist at once in the loss.")
+    expert_balance: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="Weight of the loss that spreads tokens over a mixture of experts (objective lm, a language model that trains); "
+        "default: the model configuration's.",
+    )
     evaluate: Evaluate = Field(Evaluate(), description="Held-out loss and suites.")
     gates: list[Gate] = Field([], description="Bounds on metrics that decide whether the next stage starts.")
     failure: Failure = Field(Failure(), description="What the stage survives.")

@@ -15,6 +15,7 @@ from terrace.models.precision import DTYPE_NAMES, DTYPES
 from terrace.recipe.loading import start_index
 from terrace.recipe.rules_lora import keeps_adapters
 from terrace.recipe.schema import PARTS, Model, Recipe, Stage
+from terrace.recipe.stretches import last_stretch
 from terrace.storage.durable import json_bytes, write_durably
 from terrace.storage.files import absolute, join, read_file
 from terrace.storage.run_storage import RunStorage
@@ -63,7 +64,7 @@ def export_final(
     `final-ema/` first: `final/` says that all is there.
     """
     stage = recipe.stages[stage_index]
-    state = {}
+    state, end = {}, last_stretch(stage).pixels
     for name, tensor in strategy.tensors("weights"):
         if context.rank == 0:
             state[name] = tensor.detach().to("cpu", copy=True)
@@ -74,7 +75,7 @@ def export_final(
     if context.rank == 0:
         stored, kept = DTYPES[final_precision(recipe, stage_index)], kept_files(recipe.model.pretrained)
         trained, state = state, without_heads(state)
-        how = (config, tokenizer_dir), ((stage.pixels.min, stage.pixels.max), DTYPE_NAMES[stage.precision], stored, kept)
+        how = (config, tokenizer_dir), ((end.min, end.max), DTYPE_NAMES[stage.precision], stored, kept)
         if stage.ema is not None and stage.ema.export:
             beside = out_dir.with_name(f"{out_dir.name}-ema")
             export_hf(dict(merged(strategy.model, without_heads(averaged).items())), *how[0], beside, *how[1])
