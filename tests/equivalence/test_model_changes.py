@@ -27,7 +27,7 @@ from terrace.planner.parameters import parameter_counts
 from terrace.planner.plan import make_plan
 from terrace.planner.shapes import shape_of_config
 from terrace.recipe.changes import stage_model, stage_recipe
-from terrace.recipe.loading import recipe_hash, stage_hash
+from terrace.recipe.identity import recipe_hash, stage_hash
 from terrace.recipe.rules import check
 from terrace.recipe.schema import Recipe
 from terrace.worker.context import WorkerContext
