@@ -209,9 +209,9 @@ def _content(sample: Sample, content: list[dict[str, Any]], supervised: bool, fa
         if kind == "text":
             yield "text", item["text"], supervised
         elif kind == "image":
-            yield from (("mark", role, False) for role in family.before)
+            yield from family.heading(item["image"])
             yield "image", {"frames": [item["image"]], "timestamps": None}, False
-            yield from (("mark", role, False) for role in family.after)
+            yield from family.ending()
         elif kind == "video":
             if not item["frames"] or len(item["frames"]) != len(item["timestamps"]):
                 raise InputError(f"sample {sample.id}: a video needs frames, and one timestamp for each")

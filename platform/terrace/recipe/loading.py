@@ -24,7 +24,7 @@ from terrace.errors import nearest
 from terrace.recipe import document, shipped
 from terrace.recipe.document import Entry
 from terrace.recipe.errors import Path, Place, Problem, RecipeError
-from terrace.recipe.schema import PARTS, Recipe
+from terrace.recipe.schema import PARTS, Recipe, Stage
 from terrace.recipe.schema_inputs import REMEDIES
 
 FREE_FORM = {"config", "options"}  # maps whose values are passed on as they are
@@ -66,7 +66,8 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def recipe_hash(recipe: Recipe) -> str:
     """sha256 (hex) of what a recipe says of its run, however it was written (order of keys, 1e3 or 1000, extends)."""
-    return _digest(recipe.model_dump(mode="json", exclude={"planning", "notes"}))
+    written = recipe.model_copy(update={"model": recipe.model.written})
+    return _digest(written.model_dump(mode="json", exclude={"planning", "notes"}))
 
 
 # What changes where and how fast a stage runs but not what it computes (up to rounding): absent from its hash, so that
@@ -83,6 +84,13 @@ LAYOUT_KEYS = {
     "activation_offload",
     "frozen_activation_checkpointing",
     "loss_chunk_tokens",
+    "gradient_noise",
+}
+# Fields that came after stages had been trained, by section ("" is the stage itself).
+LATER_FIELDS = {
+    "": ("dpo", "mpo", "kto", "orpo", "simpo", "ema"),
+    "optimizer": ("momentum", "nesterov"),
+    "schedule": ("decay", "decay_shape", "milestones", "factor"),
 }
 LAYOUT_KEYS_GRPO = ("placement", "rollout_workers", "evaluation_samples", "max_reward_failure_rate", "max_logprob_mismatch")
 
@@ -99,17 +107,20 @@ def stage_hash(recipe: Recipe, index: int) -> str:
         del settings["changes"]
     if stage.final_precision == "auto":
         del settings["final_precision"]
+    if settings["model_changes"] is None:  # stages of before there were changes go on
+        del settings["model_changes"]
     for part in PARTS:
         if settings["train"][part]:
             del settings["train"][part]["activation_checkpointing"]
             if settings["train"][part]["lora"] is None:  # stages of before there were adapters go on
                 del settings["train"][part]["lora"]
+    _leave_out_later_fields(stage, settings)
     for key in LAYOUT_KEYS_GRPO if settings["grpo"] else ():
         del settings["grpo"][key]
     before = start_index(recipe, index)
     return _digest(
         {
-            "model": recipe.model.model_dump(mode="json", exclude={"attention", "kernels", "stands_in_for"}),
+            "model": recipe.model.written.model_dump(mode="json", exclude={"attention", "kernels", "stands_in_for", "connector"}),
             "tokenizer": recipe.tokenizer.model_dump(mode="json"),
             "data_seed": recipe.data.seed,
             "sources": {name: recipe.data.sources[name].model_dump(mode="json", exclude=REMEDIES) for name in stage.mixture.weights},
@@ -117,6 +128,15 @@ def stage_hash(recipe: Recipe, index: int) -> str:
             "before": None if before is None else stage_hash(recipe, before),
         }
     )
+
+
+def _leave_out_later_fields(stage: Stage, settings: dict[str, Any]) -> None:
+    """A field that the schema got after stages were trained changes no hash where it has its default."""
+    for section, names in LATER_FIELDS.items():
+        given, model = (settings[section], getattr(stage, section)) if section else (settings, stage)
+        for name in names:
+            if getattr(model, name) == type(model).model_fields[name].default:
+                del given[name]
 
 
 def start_index(recipe: Recipe, index: int) -> int | None:
