@@ -61,9 +61,48 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vision_config": TOWER | {"image_size": [56, 56], "patch_size": [14, 14]},
         "tie_word_embeddings": False, "image_seq_length": 4,
     },
+    "llava_next": {
+        "text_config": TEXT, "vision_config": TOWER | {"image_size": 56, "patch_size": 14},
+        "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]],
+    },
+    "llava_onevision": {
+        "text_config": TEXT | {"model_type": "qwen2"},
+        "vision_config": TOWER | {"model_type": "siglip_vision_model", "image_size": 56, "patch_size": 14, "vision_use_head": False},
+        "image_grid_pinpoints": [[56 * rows, 56 * columns] for rows in range(1, 4) for columns in range(1, 4)],
+        "vision_aspect_ratio": "anyres_max_3",
+    },
+    "minicpmv4_6": {
+        "text_config": TEXT | {"model_type": "qwen2"}, "image_size": 112, "insert_layer_id": 0,
+        "vision_config": TOWER | {"image_size": 56, "patch_size": 14}, "tie_word_embeddings": False,
+    },
+    "idefics3": {
+        "text_config": TEXT, "vision_config": TOWER | {"image_size": 56, "patch_size": 14}, "scale_factor": 2,
+        "tie_word_embeddings": False,
+    },
+    "smolvlm": {
+        "text_config": TEXT, "vision_config": TOWER | {"image_size": 64, "patch_size": 16}, "scale_factor": 4,
+        "tie_word_embeddings": True,
+    },
 }  # fmt: skip
 NAMES = tuple(CONFIGS)
-PIXELS: dict[str, Bounds] = {"qwen3_vl": (4_096, 40_000), "internvl": (3_136, 6 * 56 * 56)}
+QUICK = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "internvl")  # of these every check is in `make test`; of others the cheap ones
+TILED = ("llava_next", "llava_onevision")  # padding dropped and newlines added behind the projector: patches per placeholder differ
+MIDDLE_TOWER = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4}
+MIDDLE: dict[str, dict[str, Any]] = {  # what `middle_case` changes of a configuration, beside the language model's sizes
+    "llava_next": {
+        "vision_config": MIDDLE_TOWER | {"image_size": 112},
+        "image_grid_pinpoints": [[112, 224], [224, 112], [224, 224], [336, 112], [112, 336]],
+    },
+    "llava_onevision": {
+        "vision_config": MIDDLE_TOWER | {"image_size": 112},
+        "image_grid_pinpoints": [[112 * rows, 112 * columns] for rows in range(1, 4) for columns in range(1, 4)],
+    },
+    "minicpmv4_6": {"vision_config": MIDDLE_TOWER, "insert_layer_id": 1},
+    "idefics3": {"vision_config": MIDDLE_TOWER | {"image_size": 112}},
+    "smolvlm": {"vision_config": MIDDLE_TOWER | {"image_size": 128}},
+}  # fmt: skip
+PIXELS: dict[str, Bounds] = {"qwen3_vl": (4_096, 40_000), "internvl": (3_136, 6 * 56 * 56), "minicpmv4_6": (12_544, 5 * 112 * 112),
+                            "idefics3": (3_136, 168 * 168), "smolvlm": (4_096, 192 * 192)}
 WORDS = ["How many circles are there? A red circle and 3 blue squares.\n", "USER: ASSISTANT: You are a helpful assistant. user system"]
 
 
@@ -89,7 +128,7 @@ def case_of(name: str, folder: Path) -> Case:
     section = Model.model_validate(recipe_model(name))
     family = make_family(name, CONFIGS[name])
     tokenizer = train_tokenizer(WORDS * 40, 400, folder / name, family)
-    return Case(name, section, family, tokenizer, model_config(section, tokenizer), PIXELS.get(name, (784, 12_544)))
+    return Case(name, section, tokenizer.fit(family), tokenizer, model_config(section, tokenizer), PIXELS.get(name, (784, 12_544)))
 
 
 def model_of(case: Case, deviation: float = 0.15) -> Any:
@@ -107,11 +146,11 @@ def model_of(case: Case, deviation: float = 0.15) -> Any:
 def picture(width: int, height: int, seed: int = 0) -> bytes:
     pixels = np.random.default_rng([seed, width, height]).integers(0, 256, (height, width, 3), dtype=np.uint8)
     out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
+    Image.fromarray(pixels).save(out, "PNG", compress_level=0)
     return out.getvalue()
 
 
-def conversation(number: int, sizes: Sequence[tuple[int, int]]) -> LoadedSample:
+def conversation(number: int, sizes: Sequence[tuple[int, int]], drawn: bool = True) -> LoadedSample:
     """A question about some pictures, with a box in the answer, and an answer without pictures where there are none."""
     content = [{"type": "image", "image": place} for place in range(len(sizes))]
     answer: list[dict[str, Any]] = [{"type": "text", "text": f"A red circle and {number} squares"}]
@@ -121,7 +160,7 @@ def conversation(number: int, sizes: Sequence[tuple[int, int]]) -> LoadedSample:
         {"role": "user", "content": [*content, {"type": "text", "text": "How many circles?" * (1 + number % 3)}]},
         {"role": "assistant", "content": answer},
     ]
-    images = [picture(*size, seed=number) for size in sizes]
+    images = [picture(*size, seed=number) if drawn else b"" for size in sizes]
     return LoadedSample(Sample(f"s{number}", "qa", messages), images, list(sizes))
 
 
@@ -178,6 +217,9 @@ def middle_case(name: str, folder: Path) -> Case:
     if name in ("llava", "internvl"):
         vision |= {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4}
     config = {**CONFIGS[name], "text_config": {**CONFIGS[name]["text_config"], **text}}
+    if name in MIDDLE:
+        vision = MIDDLE[name]["vision_config"]
+        config |= MIDDLE[name]
     config["vision_config"] = {**CONFIGS[name]["vision_config"], **vision}
     if name in rope:
         config["text_config"]["rope_parameters"] = {**config["text_config"]["rope_parameters"], "mrope_section": rope[name]}
@@ -186,4 +228,5 @@ def middle_case(name: str, folder: Path) -> Case:
     section = Model.model_validate({"architecture": name, "config": config})
     small = case_of(name, folder)
     pixels = (16_384, 100_000) if name == "qwen3_vl" else (12_544, 100_352)
-    return Case(name, section, make_family(name, config), small.tokenizer, model_config(section, small.tokenizer), pixels)
+    family = small.tokenizer.fit(make_family(name, config))
+    return Case(name, section, family, small.tokenizer, model_config(section, small.tokenizer), pixels)

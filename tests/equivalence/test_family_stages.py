@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import CONFIGS, NAMES, PIXELS, recipe_model
+from families import CONFIGS, NAMES, PIXELS, QUICK, recipe_model
 from PIL import Image
 
 from terrace.curriculum.attempt_worker import run_stage
@@ -96,7 +96,7 @@ def test_an_own_family_is_one_module_of_less_than_60_lines():
     assert len(code) < 60
 
 
-@pytest.mark.parametrize("name", [*NAMES, "toy"])
+@pytest.mark.parametrize("name", [*(name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES), "toy"])
 def test_a_family_trains_resumes_evaluates_and_exports(name, tmp_path, monkeypatch):
     torch.set_num_threads(1)
     write_rows(tmp_path)

@@ -71,6 +71,7 @@ def prepare_data(
     names, family = used_sources(recipe), family_of(recipe.model)
     reports = {name: ingest_source(name, recipe.data.sources[name], recipe.data, out_dir, progress, use_ray) for name in names}
     tokenizer = prepare_tokenizer(recipe, reports, out_dir, progress)
+    family = tokenizer.fit(family)
     entries = {}
     for name in names:
         source = recipe.data.sources[name]

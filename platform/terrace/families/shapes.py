@@ -26,6 +26,16 @@ class VisionShape:
     extra_tokens: int = 0  # per picture, beside its patches (a class token)
     unused_parameters: int = 0  # of those above, what never gets a gradient
     idle_blocks: int = 0  # blocks whose output nobody takes: they run forward only
+    kept_inner: int = 3  # tensors of the feed-forward's width that its backward needs; 2 where its activation is one fused function
+    merged_blocks: int = 0  # of the blocks, those behind a merger inside the tower, with one row for `merged_patches` patches
+    merged_patches: int = 1
+    merger_products: int = 0  # that merger's multiply-adds per patch, and how many keys a patch's attention sees in it
+    merger_keys: int = 0
+
+    @property
+    def whole_blocks(self) -> float:
+        """Blocks that train, counted by the rows they see."""
+        return self.depth - self.idle_blocks - self.merged_blocks * (1 - 1 / self.merged_patches)
 
     @property
     def head_size(self) -> int:

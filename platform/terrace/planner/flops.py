@@ -95,14 +95,15 @@ def _forward(shape: ModelShape, load: PackLoad) -> dict[PartName, dict[str, floa
     windowed = vision.depth - vision.full_blocks
     rows = load.patches + load.pictures * vision.extra_tokens
     squares = vision.full_blocks * load.image_squares + windowed * load.window_squares
+    squares -= vision.merged_blocks * load.image_squares * (1 - 1 / vision.merged_patches**2)
     layer = language.width * (2 * language.query_width + 2 * language.key_width + 3 * language.intermediate)
     matrices = vision.width * (4 * vision.width + products * vision.intermediate)
     idle = vision.idle_blocks / vision.depth
     return {
         "vision": {
             "embed": 2 * load.patches * vision.patch_values * vision.width,
-            "linear": 2 * rows * (vision.depth - vision.idle_blocks) * matrices,
-            "attention": 4 * vision.width * squares * (1 - idle),
+            "linear": 2 * rows * vision.whole_blocks * matrices + 2 * load.patches * vision.merger_products,
+            "attention": 4 * vision.width * (squares * (1 - idle) + load.patches * vision.merger_keys),
             "idle": 2 * rows * vision.idle_blocks * matrices + 4 * vision.width * squares * idle,  # forward only
         },
         "projector": {"linear": 2 * load.visual_tokens * shape.projector.times * shape.projector.products},

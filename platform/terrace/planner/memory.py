@@ -245,15 +245,18 @@ def _vision_activations(shape: ModelShape, stage: Stage, pack: PackSize, compute
     kept = 0.0
     if gradients_reach(stage, "projector"):
         trained = stage.train.projector is not None
-        kept += patches * vision.width * (FP32 + (FP32 if trained else 0)) + pack.visual_tokens * merged * compute
+        kept += patches / vision.merged_patches * vision.width * (FP32 + (FP32 if trained else 0)) + pack.visual_tokens * merged * compute
         kept += 2 * pack.visual_tokens * merged * compute if trained else 0.0
         kept += pack.visual_tokens * shape.language.width * residual
     if train is None:
         return _Activations(kept, working)
     kept += patches * vision.patch_values * compute  # the pixels, for the patch embedding's gradient
+    blocks = vision.whole_blocks + vision.idle_blocks
+    if vision.merger_products:  # inside the tower, never checkpointed: two norms, attention, two matrices over merged patches
+        kept += patches * (compute * (8 * vision.width + 2 * vision.intermediate) + FP32 * (2 * vision.width + vision.heads))
     if train.activation_checkpointing:
-        return _Activations(kept + patches * vision.depth * vision.width * residual, patches * block + working)
-    return _Activations(kept + patches * vision.depth * block, working)
+        return _Activations(kept + patches * blocks * vision.width * residual, patches * block + working)
+    return _Activations(kept + patches * blocks * block, working)
 
 
 def _vision_block(shape: ModelShape, stage: Stage, compute: int, on_gpu: bool) -> float:
@@ -266,7 +269,7 @@ def _vision_block(shape: ModelShape, stage: Stage, compute: int, on_gpu: bool) -
         feed_forward = 4 * inner * compute
     else:
         norms = 2 * FP32 * width if autocast else 2 * compute * width
-        feed_forward = 3 * inner * compute
+        feed_forward = vision.kept_inner * inner * compute
     inputs = compute * width * ((3 if vision.gated else 2) if autocast else 2)
     attention = compute * width * (4 if on_gpu else 5) + FP32 * vision.heads
     return norms + inputs + attention + feed_forward
