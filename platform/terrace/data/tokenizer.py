@@ -64,11 +64,11 @@ class TextTokenizer:
 
     def fit(self, family: Family) -> Family:
         """The family as this tokenizer writes the texts that stand inside its images."""
-        return family.fitted(lambda text: len(self.encode(text)))
+        return family.fitted(self.count)
 
     def _check_inside(self, family: Family) -> None:
         for name, text in family.inside.items():
-            written, counted = len(self.encode(text)), family.inside_tokens(name)
+            written, counted = self.count(text), family.inside_tokens(name)
             if written != counted:
                 raise InputError(
                     f"tokenizer: {self._file} writes {text!r}, which stands inside an image of {family.name}, as {written} tokens where"
@@ -82,6 +82,10 @@ class TextTokenizer:
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text; marks of turns and images in it are text like any other."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids if text else []
+
+    def count(self, text: str) -> int:
+        """How many tokens `encode` gives."""
+        return len(self._tokenizer.encode(text, add_special_tokens=False)) if text else 0
 
     def encode_behind(self, before: str, text: str) -> list[int]:
         """Token ids of `text` where it follows `before` in one string, as a tokenizer that looks at the first letter writes it."""
@@ -164,8 +168,8 @@ def train_tokenizer(
         "model_max_length": 131072,
         "chat_template": family.chat_template,
     }
-    if family.named_tokens:
-        config["extra_special_tokens"] = {f"{name}_token": family.marks[role] for name, role in family.named_tokens.items()}
+    if family.token_names:
+        config["extra_special_tokens"] = {name: family.marks[role] for name, role in family.token_names.items()}
     (out_dir / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     _load.cache_clear()
     return load_tokenizer(out_dir)

@@ -134,7 +134,7 @@ class Family(ABC):
     fact_count: ClassVar[int] = 1
     videos: ClassVar[bool] = False
     chat_template: ClassVar[str] = ""  # Jinja, the same tokens as `conversation`: for tokenizers trained here
-    named_tokens: ClassVar[Mapping[str, str]] = {}  # NAME of a tokenizer's NAME_token -> role: for tokenizers trained here
+    token_names: ClassVar[Mapping[str, str]] = {}  # attributes that transformers' processor asks its tokenizer for -> role, likewise
     token_fields: ClassVar[Mapping[str, str]] = {"image_token_id": "image"}  # configuration field -> role
 
     @classmethod

@@ -38,9 +38,10 @@ class MiniCPMV(ChatML):
     never: ClassVar[tuple[str, ...]] = (
         "image", "image_start", "image_end", "slice_start", "slice_end", "image_id_start", "image_id_end", "start_of_turn"
     )  # fmt: skip
-    named_tokens: ClassVar[Mapping[str, str]] = {
-        name: name for name in ("image", "image_start", "image_end", "slice_start", "slice_end", "image_id_start", "image_id_end")
-    }
+    token_names: ClassVar[Mapping[str, str]] = {
+        f"{name}_token": name
+        for name in ("image", "image_start", "image_end", "slice_start", "slice_end", "image_id_start", "image_id_end")
+    } | {"video_token": "end_of_text"}  # asked for; stands for nothing, since no videos are read here
     fact_count: ClassVar[int] = 6
     chat_template: ClassVar[str] = chat_template("<|image_pad|>")
 

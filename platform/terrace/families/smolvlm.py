@@ -17,8 +17,9 @@ class SmolVLM(Idefics3):
     marks: ClassVar[Mapping[str, str]] = {
         "start": "<|im_start|>", "end_of_text": "<|im_end|>", "end_of_turn": "<end_of_utterance>", **VISUAL_MARKS
     }  # fmt: skip
-    named_tokens: ClassVar[Mapping[str, str]] = {
-        "image": "image", "fake_image": "around_image", "global_image": "global_image", "end_of_utterance": "end_of_turn"
+    token_names: ClassVar[Mapping[str, str]] = {
+        "image_token": "image", "fake_image_token": "around_image", "global_image_token": "global_image",
+        "end_of_utterance_token": "end_of_turn",
     }  # fmt: skip
     chat_template: ClassVar[str] = template("<|im_start|>")
     processor_class: ClassVar[str] = "SmolVLMProcessor"
