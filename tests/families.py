@@ -83,6 +83,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "text_config": TEXT, "vision_config": TOWER | {"image_size": 64, "patch_size": 16}, "scale_factor": 4,
         "tie_word_embeddings": True,
     },
+    "glm4v": {
+        "text_config": TEXT | {"rope_parameters": MROPE["rope_parameters"] | {"mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}},
+        "vision_config": PATCHES | {
+            "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "patch_size": 14, "image_size": 56,
+        },
+    },
+    "mistral3": {
+        "text_config": TEXT | {"model_type": "mistral", "sliding_window": None}, "vision_config": TOWER | {"patch_size": 14},
+        "tie_word_embeddings": False,
+    },
 }  # fmt: skip
 NAMES = tuple(CONFIGS)
 QUICK = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "internvl")  # of these every check is in `make test`; of others the cheap ones
@@ -100,9 +110,13 @@ MIDDLE: dict[str, dict[str, Any]] = {  # what `middle_case` changes of a configu
     "minicpmv4_6": {"vision_config": MIDDLE_TOWER, "insert_layer_id": 1},
     "idefics3": {"vision_config": MIDDLE_TOWER | {"image_size": 112}},
     "smolvlm": {"vision_config": MIDDLE_TOWER | {"image_size": 128}},
+    "mistral3": {"vision_config": MIDDLE_TOWER},
+    "glm4v": {
+        "vision_config": {"hidden_size": 128, "intermediate_size": 344, "depth": 4, "num_heads": 4, "out_hidden_size": 256},
+    },
 }  # fmt: skip
 PIXELS: dict[str, Bounds] = {"qwen3_vl": (4_096, 40_000), "internvl": (3_136, 6 * 56 * 56), "minicpmv4_6": (12_544, 5 * 112 * 112),
-                            "idefics3": (3_136, 168 * 168), "smolvlm": (4_096, 192 * 192)}
+                            "idefics3": (3_136, 168 * 168), "smolvlm": (4_096, 192 * 192), "mistral3": (784, 140 * 140)}
 WORDS = ["How many circles are there? A red circle and 3 blue squares.\n", "USER: ASSISTANT: You are a helpful assistant. user system"]
 
 
@@ -209,7 +223,7 @@ def reference_inputs(case: Case, example: PackedExample | PromptInputs, model: A
 def middle_case(name: str, folder: Path) -> Case:
     """A shape at which activations outweigh what a plan rounds away: four layers, widths 128 and 256."""
     text = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4}
-    rope = {"qwen3_vl": [12, 10, 10], "qwen2_vl": [8, 12, 12], "qwen2_5_vl": [8, 12, 12]}
+    rope = {"qwen3_vl": [12, 10, 10], "qwen2_vl": [8, 12, 12], "qwen2_5_vl": [8, 12, 12], "glm4v": [4, 6, 6]}
     vision: dict[str, Any] = {
         "qwen2_vl": {"embed_dim": 128, "mlp_ratio": 3, "depth": 4, "num_heads": 4, "hidden_size": 256},
         "llava": {"image_size": 112}, "internvl": {"image_size": [112, 112]},

@@ -75,8 +75,22 @@ def _idefics(case: Case, image: np.ndarray) -> Rows:
     return _tiles(getattr(transformers, kind)(size=size, max_image_size={"longest_edge": side}), case, image)
 
 
+def _pixtral(case: Case, image: np.ndarray) -> Rows:
+    from terrace.families.qwen2_vl import cut_patches
+
+    side = {"height": case.family.factor, "width": case.family.factor}
+    size = {"longest_edge": int(case.pixels[1] ** 0.5)}
+    planes = transformers.PixtralImageProcessorPil(patch_size=side, size=size)([image], **PLAIN)["pixel_values"][0]
+    return cut_patches(planes, case.family.patch, 1)
+
+
+def _glm(case: Case, image: np.ndarray) -> Rows:
+    size = dict(zip(("shortest_edge", "longest_edge"), (2 * bound for bound in case.pixels)))
+    return transformers.Glm4vImageProcessorPil(size=size)([image], **PLAIN)["pixel_values"].reshape(-1, 3, 2, 196)[:, :, 0].reshape(-1, 588)
+
+
 PROCESSORS: dict[str, Callable[[Case, np.ndarray], Rows]] = {
     "qwen2_vl": _patches, "qwen2_5_vl": _patches, "qwen3_vl": _patches, "llava": _llava, "internvl": _internvl,
     "llava_next": _llava_next, "llava_onevision": _onevision, "minicpmv4_6": _minicpm,
-    "idefics3": _idefics, "smolvlm": _idefics,
+    "idefics3": _idefics, "smolvlm": _idefics, "mistral3": _pixtral, "glm4v": _glm,
 }  # fmt: skip

@@ -28,7 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
 from terrace.data.images import image_size, load_pixels
-from terrace.data.template import encode_sample, measure_sample
+from terrace.data.template import encode_prompt, encode_sample, measure_sample
+from terrace.data.types import Sample
 from terrace.families.registry import built_in
 from terrace.generation.engines import forbidden_tokens, stop_tokens
 from terrace.generation.native import NativeEngine
@@ -58,7 +59,7 @@ CHEAP = (
     "test_the_export_s_image_processor_and_tokenizer_need_nothing_of_terrace",
     "test_a_recipe_of_the_family_validates_and_its_mistakes_are_named",
 )
-DISTORTING = ("internvl", "minicpmv4_6", *TILED)  # families that resize a picture without keeping its aspect
+DISTORTING = ("internvl", "minicpmv4_6", "mistral3", *TILED)  # families that resize a picture without keeping its aspect
 WHOLE_PROCESSORS = {"llava": "<image>", "llava_next": "<image>", "idefics3": "<image>"}  # without torchvision; what stands for an image
 
 
@@ -402,10 +403,20 @@ def test_the_export_s_image_processor_and_tokenizer_need_nothing_of_terrace(case
     tokenizer = AutoTokenizer.from_pretrained(final)
     assert tokenizer.convert_tokens_to_ids(case.family.marks["image"]) == case.config.image_token_id
     assert tokenizer.decode(example.input_ids) == case.tokenizer.decode(example.input_ids)
+    turns = [("user", "How many circles?"), ("assistant", "3"), ("user", "A red circle?"), ("assistant", "A blue circle")]
+    written = encode_sample(_turns(turns), [], case.tokenizer, case.family, case.pixels).input_ids.tolist()
+    messages = [{"role": role, "content": text} for role, text in turns]
+    assert tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False) == written
+    asked = encode_prompt(_turns(turns), [], case.tokenizer, case.family, case.pixels).input_ids.tolist()
+    assert tokenizer.apply_chat_template(messages[:-1], tokenize=True, add_generation_prompt=True, return_dict=False) == asked
     if case.name in WHOLE_PROCESSORS:
         processor = AutoProcessor.from_pretrained(final)
         read = processor(text=f"USER: {WHOLE_PROCESSORS[case.name]}What?", images=[image], return_tensors="pt")
         assert int((read["input_ids"] == case.config.image_token_id).sum()) == example.visual_tokens
+
+
+def _turns(turns):
+    return Sample("s", "qa", [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns])
 
 
 def _decoded(data):

@@ -27,6 +27,8 @@ class VisionShape:
     extra_tokens: int = 0  # per picture, beside its patches (a class token)
     unused_parameters: int = 0  # of those above, what never gets a gradient
     idle_blocks: int = 0  # blocks whose output nobody takes: they run forward only
+    outer_norms: int = 0  # RMSNorms over patches outside of the blocks
+    padded: bool = False  # patches are embedded for a rectangle around each picture that holds the largest of the pack
     kept_inner: int = 3  # tensors of the feed-forward's width that its backward needs; 2 where its activation is one fused function
     merged_blocks: int = 0  # of the blocks, those behind a merger inside the tower, with one row for `merged_patches` patches
     merged_patches: int = 1
@@ -65,6 +67,7 @@ class LanguageShape:
     tied: bool  # input and output embeddings are one matrix
     attention_biases: bool  # on query, key and value
     head_norms: bool = False  # RMSNorm over each query and key head
+    norms: int = 2  # of a layer, over its whole width
 
     @property
     def query_width(self) -> int:

@@ -29,6 +29,7 @@ class PackLoad:
     pictures: float  # that the tower sees: images, or tiles of them
     image_squares: float  # sum of patches of a picture squared, its class token among them
     window_squares: float  # sum of patches of a window squared
+    padding: float = 0.0  # patches around pictures that are embedded and dropped
 
 
 def exact_load(shape: ModelShape, segments: Sequence[int], pictures: Iterable[tuple[int, int]], supervised_tokens: int) -> PackLoad:
@@ -48,7 +49,14 @@ def exact_load(shape: ModelShape, segments: Sequence[int], pictures: Iterable[tu
         pictures=len(grids),
         image_squares=sum(area * area for area in seen),
         window_squares=sum(_window_squares(height, width, shape.vision.window) for height, width in grids),
+        padding=_padding(grids) if shape.vision.padded else 0.0,
     )
+
+
+def _padding(grids: Sequence[tuple[int, int]]) -> float:
+    """Patches that pictures lack of the smallest rectangle that holds each of them."""
+    highest, widest = (max(sides) for sides in zip(*grids))
+    return sum(highest * widest - height * width for height, width in grids)
 
 
 def assumed_load(shape: ModelShape, tokens: float, visual_tokens: float, segment_tokens: float, image_tokens: float) -> PackLoad:
@@ -107,7 +115,7 @@ def _forward(shape: ModelShape, load: PackLoad) -> dict[PartName, dict[str, floa
     return {
         "vision": {
             "adapters": adapters["vision"],
-            "embed": 2 * load.patches * vision.patch_values * vision.width,
+            "embed": 2 * (load.patches + load.padding) * vision.patch_values * vision.width,
             "linear": 2 * rows * vision.whole_blocks * matrices + 2 * load.patches * vision.merger_products,
             "attention": 4 * vision.width * (squares * (1 - idle) + load.patches * vision.merger_keys),
             "idle": 2 * rows * vision.idle_blocks * matrices + 4 * vision.width * squares * idle,  # forward only

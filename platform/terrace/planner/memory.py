@@ -219,15 +219,15 @@ def _language_layer(shape: ModelShape, stage: Stage, compute: int, on_gpu: bool)
     width, inner, query = language.width, language.intermediate, language.query_width
     key = language.key_width if on_gpu else query  # exact attention on CPU repeats keys and values for every head
     autocast = stage.parallel.strategy == "ddp" and compute < FP32
-    norms = 2 * FP32 * width
+    norms = language.norms * FP32 * width
     attention = compute * (2 * query + 2 * key) + FP32 * language.heads
     rotary = 2 * language.head_size * (FP32 if autocast else compute)
     feed_forward = 3 * inner * compute
     if trained:
         if autocast:  # each of the five projections casts its input by itself
-            norms += 2 * FP32 * width + 5 * compute * width
+            norms += language.norms * FP32 * width + 5 * compute * width
         else:
-            norms += 2 * 2 * compute * width
+            norms += 2 * language.norms * compute * width
         attention += 0 if on_gpu else compute * query
         feed_forward += inner * compute
     return norms + attention + rotary + feed_forward
@@ -258,6 +258,7 @@ def _vision_activations(shape: ModelShape, stage: Stage, pack: PackSize, compute
     if train is None:
         return _Activations(kept, working)
     kept += patches * vision.patch_values * compute  # the pixels, for the patch embedding's gradient
+    kept += patches * vision.outer_norms * vision.width * (FP32 + compute)
     blocks = vision.whole_blocks + vision.idle_blocks
     if vision.merger_products:  # inside the tower, never checkpointed: two norms, attention, two matrices over merged patches
         kept += patches * (compute * (8 * vision.width + 2 * vision.intermediate) + FP32 * (2 * vision.width + vision.heads))

@@ -39,7 +39,7 @@ def language_layer(shape: ModelShape) -> int:
     attention = language.width * (query + 2 * key) + query * language.width
     attention += query + 2 * key if language.attention_biases else 0
     attention += 2 * language.head_size if language.head_norms else 0
-    return attention + 3 * language.width * language.intermediate + 2 * language.width
+    return attention + 3 * language.width * language.intermediate + language.norms * language.width
 
 
 def parameter_counts(shape: ModelShape) -> dict[PartName, int]:
