@@ -20,6 +20,7 @@ from terrace.errors import InputError, TerraceError
 
 # Subcommand -> (module that registers it, one line of help). The help is here so that `terrace --help` imports nothing.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "init": ("terrace.begin.command", "write a recipe for your checkpoint and your rows"),
     "run": ("terrace.curriculum.command", "run a recipe's stages, or continue where an earlier run stopped"),
     "status": ("terrace.curriculum.command", "show a run's stages, steps, losses and checkpoints"),
     "logs": ("terrace.curriculum.command", "show what the workers of a stage attempt logged"),
@@ -50,7 +51,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 READ_SAMPLES = ("run", "ingest", "order", "inspect", "duplicates")
 GROUPS = {
     "Runs": ("run", "status", "logs", "pause", "suspend", "resume", "cancel"),
-    "Recipes": ("recipes", "validate", "plan", "schema", "render"),
+    "Recipes": ("init", "recipes", "validate", "plan", "schema", "render"),
     "Data": ("ingest", "index", "inspect", "order", "duplicates"),
     "Models": ("chat", "serve", "evaluate", "report", "track", "judge", "serve-rewards", "demo", "completion"),
 }

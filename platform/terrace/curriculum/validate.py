@@ -6,6 +6,7 @@ from typing import Any
 
 from terrace.curriculum.graph import source_stage
 from terrace.curriculum.watch import planned_steps
+from terrace.recipe.changes import stage_recipe
 from terrace.recipe.schema import PARTS, Recipe
 
 
@@ -17,12 +18,14 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     from terrace.planner.parameters import trains_whole
     from terrace.planner.shapes import model_shape
 
-    counts, family = parameter_counts(recipe), family_of(recipe.model)
+    begin = parameter_counts(recipe)
     stages = []
     for index, stage in enumerate(recipe.stages):
+        seen = stage_recipe(recipe, index)
+        family, counts = family_of(seen.model), begin if seen is recipe else parameter_counts(seen)
         trained = [part for part in PARTS if getattr(stage.train, part)]
         whole = all(trains_whole(stage, part) for part in trained)
-        adapters = {} if whole else with_adapters(model_shape(recipe), stage, recipe.model).adapters
+        adapters = {} if whole else with_adapters(model_shape(seen), stage, seen.model).adapters
         stages.append(
             {
                 "name": stage.name,
@@ -43,7 +46,7 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
         )
     return {
         "name": recipe.name,
-        "parameters": {**counts, "total": sum(counts[part] for part in PARTS)},
+        "parameters": {**begin, "total": sum(begin.values())},
         "stands_in_for": recipe.model.stands_in_for,
         "notes": list(recipe.notes),
         "stages": stages,

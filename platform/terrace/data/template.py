@@ -218,7 +218,7 @@ def _content(
         elif kind == "image":
             yield from family.heading(next(images))
             yield "image", {"frames": [item["image"]], "timestamps": None}, False
-            yield from (("mark", role, False) for role in family.after)
+            yield from family.ending()
         elif kind == "video":
             if not item["frames"] or len(item["frames"]) != len(item["timestamps"]):
                 raise InputError(f"sample {sample.id}: a video needs frames, and one timestamp for each")
@@ -354,7 +354,7 @@ def _visual(start: int, value: dict[str, Any], views: Sequence[View], family: Fa
 def _image_tokens(view: View, family: Family, tokenizer: TextTokenizer) -> list[int]:
     """The tokens of one image: its placeholders and what the family writes among them."""
     marks, ids = tokenizer.marks(family), list[int]()
-    for kind, value in family.layout(view):
+    for kind, value in family.written(view):
         if kind == "inside":
             ids += tokenizer.encode(family.inside[value])
         else:

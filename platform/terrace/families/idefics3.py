@@ -109,7 +109,7 @@ class Idefics3(Family):
         marks = 2 * count + 1 + rows - 1 + self.line_ends  # two in front of each picture, one behind all; rows end in a line end
         return View(count * self.tokens, count, (rows, columns), (rows * self.side, columns * self.side), scale, marks)
 
-    def layout(self, view: View) -> Iterator[tuple[str, Any]]:
+    def written(self, view: View) -> Iterator[tuple[str, Any]]:
         rows, columns = view.facts
         for row in range(rows):
             for column in range(columns):

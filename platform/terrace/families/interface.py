@@ -44,7 +44,7 @@ class View:
     facts: tuple[int, ...]  # for the device side; the same number of them for every image of a family
     size: tuple[int, int]  # (height, width) of the resized picture, all tiles together
     scale: tuple[int, int]  # (height, width) of the units in which coordinates are written
-    inner: int = 0  # tokens that stand among the placeholders: marks of tiles, ends of rows (`Family.layout`)
+    inner: int = 0  # tokens that stand among the placeholders: marks of tiles, ends of rows (`Family.written`)
 
     @property
     def length(self) -> int:
@@ -123,7 +123,7 @@ class Family(ABC):
     marks: ClassVar[Mapping[str, str]] = {}  # role -> special token; `image` is the placeholder
     before: ClassVar[tuple[str, ...]] = ()  # roles of the marks in front of an image's placeholders, and behind them
     after: ClassVar[tuple[str, ...]] = ()
-    inside: ClassVar[Mapping[str, str]] = {}  # name -> ordinary text that `layout` writes among an image's placeholders
+    inside: ClassVar[Mapping[str, str]] = {}  # name -> ordinary text that `written` puts among an image's placeholders
     beginning: ClassVar[tuple[str, ...]] = ()  # with which every sample begins
     begin_of_text: ClassVar[str] = "end_of_text"  # roles: bos_token_id, what ends an answer, and what ends a running text
     end_of_turn: ClassVar[str] = "end_of_turn"
@@ -133,6 +133,10 @@ class Family(ABC):
     position_rows: ClassVar[int] = 1
     fact_count: ClassVar[int] = 1
     videos: ClassVar[bool] = False
+    experts: ClassVar[bool] = False  # its language model is a mixture of experts
+    balances_sequences: ClassVar[bool] = False  # whose load-balancing loss is that of each sequence, not of the whole batch
+    refused_objectives: ClassVar[Mapping[str, str]] = {}  # objective -> why the model cannot be trained with it here
+    connects: ClassVar[bool] = False  # tower and language model of different origin, with the recipe's connector between them
     chat_template: ClassVar[str] = ""  # Jinja, the same tokens as `conversation`: for tokenizers trained here
     token_names: ClassVar[Mapping[str, str]] = {}  # attributes that transformers' processor asks its tokenizer for -> role, likewise
     token_fields: ClassVar[Mapping[str, str]] = {"image_token_id": "image"}  # configuration field -> role
@@ -199,7 +203,7 @@ class Family(ABC):
         """Tokens of `heading` at most: a document is not split there."""
         return len(self.before)
 
-    def layout(self, view: View) -> Iterator[tuple[str, Any]]:
+    def written(self, view: View) -> Iterator[tuple[str, Any]]:
         """What stands for an image between `before` and `after`: ("image", placeholders), ("mark", role) or ("inside", name).
 
         `view.tokens` placeholders and `view.inner` other tokens.
@@ -269,6 +273,10 @@ class Family(ABC):
         """A conversation as turns that `turn` writes: tools, calls and results as text. ValueError for what has no form."""
         return refuse_tools(messages, self.name)
 
+    def ending(self) -> Iterator[Piece]:
+        """What stands behind an image."""
+        return (("mark", role, False) for role in self.after)
+
     def opening(self, messages: Sequence[Mapping[str, Any]]) -> Iterator[Piece]:
         """What stands before the first turn."""
         return iter(())
@@ -293,9 +301,20 @@ class Family(ABC):
         """What the planner counts. `vocabulary` is used where the configuration has none."""
 
     @classmethod
+    def balance_weight(cls, config: Mapping[str, Any]) -> float:
+        """Weight of the load-balancing loss that the configuration of a mixture of experts states; 0 for a dense model."""
+        return 0.0
+
+    @classmethod
     def check(cls, config: Mapping[str, Any], trained_tokenizer: bool) -> Iterator[Finding]:
         """What is wrong with a configuration that a recipe writes out."""
         return iter(())
+
+    @classmethod
+    def resized(cls, config: Mapping[str, Any], side: int) -> dict[str, Any] | None:
+        """The configuration of the same model for pictures of `side` pixels, whose learned positions are then stretched; None where
+        the tower has none for one fixed size."""
+        return None
 
     def check_pixels(self, low: int, high: int) -> Iterator[Finding]:
         """What is wrong with a stage's `pixels`, whose configuration has nothing wrong."""

@@ -87,7 +87,7 @@ class MiniCPMV(ChatML):
     def heading_tokens(self, number: int) -> int:
         return 2 + len(str(number))
 
-    def layout(self, view: View) -> Iterator[tuple[str, Any]]:
+    def written(self, view: View) -> Iterator[tuple[str, Any]]:
         rows, columns, *sides = view.facts
         tokens = [high * wide // MERGE**2 for high, wide in (sides[:2], sides[2:])]
         yield from (("mark", "image_start"), ("image", tokens[0]), ("mark", "image_end"))

@@ -82,7 +82,7 @@ class Mistral3(Family):
         facts, scale = (rows * self.merge, columns * self.merge), (COORDINATE_SCALE, COORDINATE_SCALE)
         return View(rows * columns, facts[0] * facts[1], facts, (rows * self.factor, columns * self.factor), scale, rows)
 
-    def layout(self, view: View) -> Iterator[tuple[str, Any]]:
+    def written(self, view: View) -> Iterator[tuple[str, Any]]:
         rows, columns = (side // self.merge for side in view.facts)
         for row in range(rows):
             yield from (("image", columns), ("mark", "row_break" if row + 1 < rows else "image_end"))

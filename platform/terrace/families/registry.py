@@ -17,7 +17,9 @@ import terrace.families as folder
 from terrace.errors import InputError
 from terrace.families.interface import Family
 
-_SHARED = ("interface", "registry", "shapes", "checks", "chatml", "tools", "anyres", "siglip", "slicing")
+_SHARED = (
+    "interface", "registry", "shapes", "squares", "connector", "checks", "chatml", "tools", "anyres", "siglip", "slicing"
+)  # fmt: skip
 _ELSEWHERE: dict[str, str] = {}  # name of a family -> the module outside of this folder that holds it
 
 

@@ -138,7 +138,7 @@ def sdpa_segments(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: list[int], causal: bool, scale: float
 ) -> torch.Tensor:
     """Exact attention inside each segment. query [1, H, T, D], key and value [1, K, T, D]; returns [1, T, H, D]."""
-    heads, dimension = query.shape[1], query.shape[3]
+    heads, dimension = query.shape[1], value.shape[3]  # values may be narrower than queries and keys
     if key.shape[1] != heads:
         key = key.repeat_interleave(heads // key.shape[1], dim=1)
         value = value.repeat_interleave(heads // value.shape[1], dim=1)
@@ -243,8 +243,11 @@ def _attention_function(backend: str) -> Callable[..., tuple[torch.Tensor, None]
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         if v.dtype != q.dtype:  # rotary embedding in fp32 under autocast
             q, k = q.to(v.dtype), k.to(v.dtype)
+        width = v.shape[-1]
+        if width != q.shape[-1]:  # the kernels know one width
+            v = F.pad(v, (0, q.shape[-1] - width))
         longest = int(max_length_q) if max_length_q is not None else int((cu_seq_lens_q.diff()).max())
-        return kernel(q, k, v, cu_seq_lens_q.to(torch.int32), longest, causal, scale).unsqueeze(0), None
+        return kernel(q, k, v, cu_seq_lens_q.to(torch.int32), longest, causal, scale)[..., :width].unsqueeze(0), None
 
     return segment_attention
 

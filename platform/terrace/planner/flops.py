@@ -104,7 +104,8 @@ def _forward(shape: ModelShape, load: PackLoad) -> dict[PartName, dict[str, floa
     rows = load.patches + load.pictures * vision.extra_tokens
     squares = vision.full_blocks * load.image_squares + windowed * load.window_squares
     squares -= vision.merged_blocks * load.image_squares * (1 - 1 / vision.merged_patches**2)
-    layer = language.width * (2 * language.query_width + 2 * language.key_width + 3 * language.intermediate)
+    feed_forward = 3 * language.mean_intermediate + language.router_width  # of the experts that a token goes to, not of all
+    layer = language.attention_matrices + language.width * feed_forward
     matrices = vision.width * (4 * vision.width + products * vision.intermediate)
     idle = vision.idle_blocks / vision.depth
     adapters = {
@@ -127,7 +128,7 @@ def _forward(shape: ModelShape, load: PackLoad) -> dict[PartName, dict[str, floa
         "language": {
             "adapters": adapters["language"],
             "linear": 2 * load.tokens * language.layers * layer,
-            "attention": 4 * language.query_width * language.layers * load.token_squares,
+            "attention": 2 * (language.query_width + language.value_width) * language.layers * load.token_squares,
             "head": 2 * load.supervised_tokens * language.width * language.vocabulary,
         },
     }

@@ -37,6 +37,7 @@ NAMED_MAPS: tuple[tuple[str, ...], ...] = (
     ("stages", "*", "mixture", "weights"),
     ("stages", "*", "mixture", "epoch_caps"),
     ("stages", "*", "rewards"),
+    ("planning", "source_tokens_per_sample"),
 )
 NEW_STAGE_KEYS = ("train", "mixture", "budget")  # what every stage gives, and hardly a change of a stage all at once
 MIXTURE_KEYS = ("weights", "unit", "temperature", "epoch_caps")
@@ -177,7 +178,8 @@ def merge(base: Entry, layer: Entry, path: Path = ()) -> Entry:
     for pattern, keys in ALTERNATIVES.items():
         if matches(path, pattern) and any(key in layer.value and layer.value[key].value is not None for key in keys):
             for key in keys:
-                result.pop(key, None)
+                if not _continues(base, layer, key):
+                    result.pop(key, None)
     removable = any(matches(path, pattern) for pattern in NAMED_MAPS)
     for key, entry in layer.value.items():
         if removable and entry.value is None and key in result:
@@ -185,6 +187,15 @@ def merge(base: Entry, layer: Entry, path: Path = ()) -> Entry:
         else:
             result[key] = merge(result[key], entry, (*path, key)) if key in result else entry
     return Entry(result, layer.place)
+
+
+def _continues(base: Entry, layer: Entry, key: str) -> bool:
+    """Whether the layer's `key`, one of several that exclude each other, is a map that changes the base's: `model.config` of the
+    same architecture. Another architecture's configuration shares no key with it."""
+    if key not in base.value or not isinstance(getattr(layer.value.get(key), "value", None), dict):
+        return False
+    architectures = [entry.value["architecture"].value for entry in (base, layer) if "architecture" in entry.value]
+    return len(set(architectures)) < 2
 
 
 def _merge_stages(base: Entry, layer: Entry) -> Entry:

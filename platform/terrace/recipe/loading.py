@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -24,7 +24,7 @@ from terrace.errors import nearest
 from terrace.recipe import document, shipped
 from terrace.recipe.document import Entry
 from terrace.recipe.errors import Path, Place, Problem, RecipeError
-from terrace.recipe.schema import PARTS, Recipe
+from terrace.recipe.schema import PARTS, Recipe, Stage
 from terrace.recipe.schema_inputs import REMEDIES
 
 FREE_FORM = {"config", "options"}  # maps whose values are passed on as they are
@@ -47,6 +47,18 @@ def parse_recipe(mapping: Mapping[str, Any], name: str = "recipe") -> Recipe:
     return _validate(document.expand_shorthands(_entry_of(mapping, Place(name))), name)
 
 
+def lines_in_use(path: FilePath | str) -> set[tuple[str, int]]:
+    """(file, line) of every value that a recipe ends up with, of its own and of what it extends: what was replaced is not among them."""
+
+    def walk(entry: Entry) -> Iterator[tuple[str, int]]:
+        if entry.place.line is not None:
+            yield entry.place.file, entry.place.line
+        for inner in entry.value.values() if isinstance(entry.value, dict) else entry.value if isinstance(entry.value, list) else ():
+            yield from walk(inner)
+
+    return set(walk(_read_layers(shipped.recipe_file(FilePath(path)), [])))
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """YAML that `load_recipe` reads back to an equal recipe: everything resolved, defaults written out."""
     return yaml.safe_dump(_shown(recipe), sort_keys=False, allow_unicode=True, width=120)
@@ -54,7 +66,8 @@ def dump_recipe(recipe: Recipe) -> str:
 
 def recipe_hash(recipe: Recipe) -> str:
     """sha256 (hex) of what a recipe says of its run, however it was written (order of keys, 1e3 or 1000, extends)."""
-    return _digest(recipe.model_dump(mode="json", exclude={"planning", "notes"}))
+    written = recipe.model_copy(update={"model": recipe.model.written})
+    return _digest(written.model_dump(mode="json", exclude={"planning", "notes"}))
 
 
 # What changes where and how fast a stage runs but not what it computes (up to rounding): absent from its hash, so that
@@ -71,6 +84,13 @@ LAYOUT_KEYS = {
     "activation_offload",
     "frozen_activation_checkpointing",
     "loss_chunk_tokens",
+    "gradient_noise",
+}
+# Fields that came after stages had been trained, by section ("" is the stage itself).
+LATER_FIELDS = {
+    "": ("dpo", "mpo", "kto", "orpo", "simpo", "ema"),
+    "optimizer": ("momentum", "nesterov"),
+    "schedule": ("decay", "decay_shape", "milestones", "factor"),
 }
 LAYOUT_KEYS_GRPO = ("placement", "rollout_workers", "evaluation_samples", "max_reward_failure_rate", "max_logprob_mismatch")
 
@@ -85,17 +105,20 @@ def stage_hash(recipe: Recipe, index: int) -> str:
     settings["data_loading"] = {key: settings["data_loading"][key] for key in ("window_samples", "max_visual_tokens_per_pack")}
     if stage.final_precision == "auto":
         del settings["final_precision"]
+    if settings["model_changes"] is None:  # stages of before there were changes go on
+        del settings["model_changes"]
     for part in PARTS:
         if settings["train"][part]:
             del settings["train"][part]["activation_checkpointing"]
             if settings["train"][part]["lora"] is None:  # stages of before there were adapters go on
                 del settings["train"][part]["lora"]
+    _leave_out_later_fields(stage, settings)
     for key in LAYOUT_KEYS_GRPO if settings["grpo"] else ():
         del settings["grpo"][key]
     before = start_index(recipe, index)
     return _digest(
         {
-            "model": recipe.model.model_dump(mode="json", exclude={"attention", "kernels", "stands_in_for"}),
+            "model": recipe.model.written.model_dump(mode="json", exclude={"attention", "kernels", "stands_in_for", "connector"}),
             "tokenizer": recipe.tokenizer.model_dump(mode="json"),
             "data_seed": recipe.data.seed,
             "sources": {name: recipe.data.sources[name].model_dump(mode="json", exclude=REMEDIES) for name in stage.mixture.weights},
@@ -103,6 +126,15 @@ def stage_hash(recipe: Recipe, index: int) -> str:
             "before": None if before is None else stage_hash(recipe, before),
         }
     )
+
+
+def _leave_out_later_fields(stage: Stage, settings: dict[str, Any]) -> None:
+    """A field that the schema got after stages were trained changes no hash where it has its default."""
+    for section, names in LATER_FIELDS.items():
+        given, model = (settings[section], getattr(stage, section)) if section else (settings, stage)
+        for name in names:
+            if getattr(model, name) == type(model).model_fields[name].default:
+                del given[name]
 
 
 def start_index(recipe: Recipe, index: int) -> int | None:

@@ -30,13 +30,18 @@ class ObjectiveEntry:
 
 OBJECTIVES: dict[str, ObjectiveEntry] = {
     "lm": ObjectiveEntry(
-        "terrace.objectives.lm", refused_kinds={"preference": "reward_model", "prompt": "grpo"}, shares_packs=True
+        "terrace.objectives.lm", refused_kinds={"preference": "dpo or reward_model", "prompt": "grpo"}, shares_packs=True
     ),
     "grpo": ObjectiveEntry("terrace.rl.objective", "terrace.rl.prompt_feed"),
     "reward_model": ObjectiveEntry(
         "terrace.objectives.reward_model", "terrace.rl.pair_feed", only_kind="preference", answers=False
     ),
+    **{
+        name: ObjectiveEntry(f"terrace.objectives.{name}", "terrace.rl.answer_feed", only_kind="preference")
+        for name in ("dpo", "mpo", "kto", "orpo", "simpo")
+    },
 }
+OPTIONS = ("grpo", "dpo", "mpo", "kto", "orpo", "simpo")  # sections of a stage that only the objective of that name reads
 
 
 def _known(value: Any, validate: Any) -> Any:

@@ -12,7 +12,8 @@ from pathlib import PurePath
 from terrace.errors import InputError, nearest
 from terrace.families.interface import Family
 from terrace.families.registry import make_family
-from terrace.recipe import rules_credentials, rules_lora, rules_model, rules_order, rules_rl
+from terrace.recipe import rules_changes, rules_credentials, rules_lora, rules_model, rules_optimizer, rules_order, rules_rl
+from terrace.recipe.changes import stage_recipe
 from terrace.recipe.errors import Path, Problem
 from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import PARTS, Recipe, Stage
@@ -26,6 +27,8 @@ TRAIN_METRICS = (
     "train/data_wait_share",
     "train/pack_fill",
     "train/step_seconds",
+    "train/expert_balance_loss",
+    "train/expert_fullest_share",
 )
 
 
@@ -36,9 +39,11 @@ def check(recipe: Recipe) -> list[Problem]:
     problems += [*_planning(recipe), *rules_order.check(recipe)]
     for index, stage in enumerate(recipe.stages):
         at: Path = ("stages", index)
+        seen = stage_recipe(recipe, index)
         for rule in (_parts, _mixture, _budget, _resolution, _workers, _parallel, _precision, _failure, _evaluation, _checkpoint):
-            problems += rule(recipe, stage, at)
-        problems += rules_rl.check(recipe, stage, at)
+            problems += rule(seen, stage, at)
+        problems += [*rules_rl.check(recipe, stage, at), *rules_optimizer.check(recipe, stage, at)]
+        problems += rules_changes.check(recipe, stage, at, index)
         problems += rules_lora.check(recipe, stage, at, _before(recipe, index))
     return problems
 
@@ -301,7 +306,7 @@ def produced_metrics(recipe: Recipe, stage: Stage) -> list[str]:
     if stage.objective == "grpo":
         tasks = dict.fromkeys(source.task for source in sources if source.holds_out and source.task)
         metrics = [f"eval/{figure}/{task}" for task in tasks for figure in ("reward", "greedy_reward")]
-    elif stage.objective == "reward_model":
+    elif OBJECTIVES[stage.objective].only_kind == "preference":
         metrics = ["eval/preference/loss", "eval/preference/accuracy"] if kinds else []
     else:
         metrics = [f"eval/{kind}/loss" for kind in kinds] + (["eval/loss"] if kinds else [])

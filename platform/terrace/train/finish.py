@@ -58,16 +58,25 @@ def export_final(
     """Gather the whole weights on rank 0 (host memory: 4 bytes per parameter) and write them. All ranks call it.
 
     Adapters are merged; they also stand by themselves in `adapter/`, with the model they belong to in `adapter/base/` unless
-    `base`, where the stage's weights come from, still is that model.
+    `base`, where the stage's weights come from, still is that model. The averaged weights, where the stage exports them, go to
+    `final-ema/` first: `final/` says that all is there.
     """
     stage = recipe.stages[stage_index]
     state = {}
     for name, tensor in strategy.tensors("weights"):
         if context.rank == 0:
             state[name] = tensor.detach().to("cpu", copy=True)
+    averaged = dict(state)
+    for name, tensor in strategy.tensors("average") if stage.ema is not None and stage.ema.export else ():
+        if context.rank == 0:
+            averaged[name] = tensor.detach().to("cpu", copy=True)
     if context.rank == 0:
         stored, kept = DTYPES[final_precision(recipe, stage_index)], kept_files(recipe.model.pretrained)
         how = (config, tokenizer_dir), ((stage.pixels.min, stage.pixels.max), DTYPE_NAMES[stage.precision], stored, kept)
+        if stage.ema is not None and stage.ema.export:
+            beside = out_dir.with_name(f"{out_dir.name}-ema")
+            export_hf(dict(merged(strategy.model, averaged.items())), *how[0], beside, *how[1])
+            storage.publish_final(beside)
         export_hf(dict(merged(strategy.model, state.items())), *how[0], out_dir, *how[1])
         if uses_lora(stage):
             plain, adapters = split(state)

@@ -67,7 +67,7 @@ def prepare_strategy(
     """A strategy with the stage's initial weights (of `start_weights`, or the recipe's own), frozen parts and optimizer."""
     torch.set_float32_matmul_precision("highest" if stage.precision == "fp32" else "high")
     skeleton = meta_model(config)
-    source, _ = initial_weights(model, skeleton, start_weights)
+    source, _ = initial_weights(model, skeleton, start_weights, stage.model_changes)
     if uses_lora(stage):
         add_lora(skeleton, stage)
         source = adapted_source(skeleton, source, stage.seed)

@@ -35,14 +35,15 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 def order_command(args: argparse.Namespace) -> int:
     """Print packs `start` to `start + packs`, as many of them as the stage has."""
-    from terrace.data.prepare import prepare_data
+    from terrace.data.prepare import prepare_data, stage_data
 
     if args.packs < 1 or args.start < 0 or args.workers < 1:
         raise InputError("terrace order: --packs and --workers start at 1, --start at 0")
     recipe = load_recipe(args.recipe, args.overrides)
     stage_index = stage_number(recipe, args.stage)
     prepared = prepare_data(recipe, args.run_dir, progress=_progress)
-    plan = StagePlan.build(recipe, stage_index, prepared)
+    seen, prepared = stage_data(recipe, stage_index, prepared)
+    plan = StagePlan.build(seen, stage_index, prepared)
     found = order_facts(plan, args.start, args.packs, args.workers)
     print(json.dumps(found, ensure_ascii=False) if args.json else order_text(found))
     return 0

@@ -27,7 +27,7 @@ import numpy as np
 from terrace.data.order.arrange import repeats_apart, spread_packs
 from terrace.data.order.balance import CostModel, cost_of, deal, deal_in_order, max_over_mean
 from terrace.data.order.eligible import EligibleSource, StageSource, eligible_source, told_changes
-from terrace.data.order.mixture import Interleave, rounded_weights, whole_weights
+from terrace.data.order.mixture import LONGEST_WRITTEN, Interleave, rounded_weights, whole_weights
 from terrace.data.order.packing import default_window, lookahead, pack_window
 from terrace.data.order.permutation import seed_of, source_rows
 from terrace.data.order.spares import PackSpares, spares_of_pack
@@ -153,6 +153,8 @@ class StagePlan:
             "batch": stage.batch.packs,
             "basis": basis,
         }
+        if sum(self.weights.values()) > LONGEST_WRITTEN:
+            facts["period"] = "long"  # computed since, in another order than when it was written out
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8")).hexdigest()[:16]
 
     # ------------------------------------------------------------ steps

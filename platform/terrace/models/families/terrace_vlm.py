@@ -1,0 +1,48 @@
+"""A model of parts with torch: its class and configuration are ours (models.modules), and an export carries their files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+import terrace.models.modules as modules
+from terrace.families.llava import idle_blocks
+from terrace.models.families.interface import FamilyModel
+from terrace.models.modules.configuration_terrace_vlm import TerraceVlmConfig
+from terrace.models.modules.modeling_terrace_vlm import TerraceVlmForConditionalGeneration
+
+AutoConfig.register(TerraceVlmConfig.model_type, TerraceVlmConfig, exist_ok=True)
+AutoModelForImageTextToText.register(TerraceVlmConfig, TerraceVlmForConditionalGeneration, exist_ok=True)
+
+
+class TerraceVlmFamily(FamilyModel):
+    code: ClassVar[Mapping[str, str]] = {
+        "AutoConfig": "configuration_terrace_vlm.TerraceVlmConfig",
+        "AutoModelForImageTextToText": "modeling_terrace_vlm.TerraceVlmForConditionalGeneration",
+    }
+
+    @property
+    def mean(self) -> tuple[float, ...]:  # type: ignore[override]
+        return self.family.mean  # type: ignore[attr-defined]
+
+    @property
+    def std(self) -> tuple[float, ...]:  # type: ignore[override]
+        return self.family.std  # type: ignore[attr-defined]
+
+    def code_files(self) -> list[Path]:
+        return sorted(path for path in Path(modules.__path__[0]).glob("*.py") if path.name != "__init__.py")
+
+    def unused(self, config: Any, names: Iterable[str]) -> list[str]:
+        """What lies behind the layer whose features are taken; CLIP's last norm is for its class token alone."""
+        depth = config.vision_config.num_hidden_layers
+        idle = idle_blocks(config.to_dict())
+        behind = [f"{self.blocks['vision']}.{number}." for number in range(depth - idle, depth)]
+        if idle or config.vision_config.model_type == "clip_vision_model":
+            behind.append("model.vision_tower.post_layernorm.")
+        return [name for name in names if name.startswith(tuple(behind))]
+
+
+MODEL = TerraceVlmFamily
