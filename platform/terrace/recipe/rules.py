@@ -196,7 +196,7 @@ def _resolution(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
         tokens = visual_tokens_of_largest_image(family, stage, source.max_visual_tokens_per_image)
         if tokens + markers >= stage.sequence_length:
             told = f"{tokens} visual tokens and {markers} markers leave no room for text; raise it"
-            if tokens > fewest:  # otherwise every image has as many, whatever its size
+            if tokens > family.largest_image_tokens(1):  # otherwise pixels.max changes nothing
                 told += f" or lower pixels.max below {(stage.sequence_length - markers) * family.unit}"
             yield Problem(
                 (*at, "sequence_length"),

@@ -89,6 +89,8 @@ class FamilyModel:
     code: ClassVar[Mapping[str, str]] = {}  # of a class that transformers lacks: `auto_map` of an export's config.json
     mean: ClassVar[Sequence[float]] = (0.48145466, 0.4578275, 0.40821073)
     std: ClassVar[Sequence[float]] = (0.26862954, 0.26130258, 0.27577711)
+    published: ClassVar[Sequence[tuple[str, str]]] = PUBLISHED
+    blank_value: ClassVar[float] = 0.0  # of the text-only guard's picture, normalised
 
     def __init__(self, family: Family) -> None:
         self.family = family
@@ -128,7 +130,7 @@ class FamilyModel:
         """A tensor name of any published spelling, or of a tower's or language model's own checkpoint, as transformers names it here."""
         if name.startswith(tuple(prefix for prefix, _ in self.parts)):
             return name
-        for published, here in PUBLISHED:
+        for published, here in self.published:
             if name.startswith(published):
                 return here + name.removeprefix(published)
         return name
@@ -190,9 +192,9 @@ class FamilyModel:
         return (values * scale.view(1, 3, 1) - shift.view(1, 3, 1)).to(dtype)
 
     def blank(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ImageFacts]:
-        """Normalised rows [R, 3, values / 3] of zeros and facts of the smallest image, for the text-only guard."""
+        """Normalised rows [R, 3, values / 3] of one colour and facts of the smallest image, for the text-only guard."""
         view = self.family.view(1, 1, (1, 1))
-        rows = torch.zeros(view.rows, 3, self.family.row_values // 3, device=device, dtype=dtype)
+        rows = torch.full((view.rows, 3, self.family.row_values // 3), self.blank_value, device=device, dtype=dtype)
         counts = [torch.tensor([number]) for number in (view.tokens, view.rows)]
         return rows, ImageFacts(torch.tensor([view.facts]), *counts)
 
