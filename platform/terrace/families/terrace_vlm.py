@@ -38,14 +38,18 @@ class TerraceVlm(InternVL):
     connects: ClassVar[bool] = True
 
     layout: str = "square"
+    output_in_tower: bool = False  # what stands behind the resampler's attention is a part of vision
     siglip: bool = False  # its own mean and deviation of pixels, no class token
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> TerraceVlm:
         vision = config.get("vision_config") or {}
         side, patch = vision.get("image_size", 224), vision.get("patch_size", 14)
-        tokens = picture_tokens(checked(config) or Connector(), side // patch)
-        return cls(side, tokens, patch, config.get("image_layout", "square"), vision.get("model_type", CLIP) == SIGLIP)
+        connector = checked(config) or Connector()
+        return cls(
+            side, picture_tokens(connector, side // patch), patch, config.get("image_layout", "square"),
+            connector.output_projection == "vision", vision.get("model_type", CLIP) == SIGLIP,
+        )  # fmt: skip
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -108,6 +112,7 @@ class TerraceVlm(InternVL):
         idle, layer = idle_blocks(config), config.get("vision_feature_layer", -2)
         # SigLIP: a bias of the patches; CLIP: the class token, its position and a norm before the blocks. Both: a norm behind them.
         other = values * width + patches * width + 2 * width + (width if family.siglip else 4 * width)
+        other += output_parameters(language.width) if family.output_in_tower else 0
         behind = 0 if family.siglip and layer == -1 else 2 * width
         return ModelShape(
             VisionShape(
@@ -183,6 +188,11 @@ def picture_tokens(connector: Connector, across: int) -> int:
     return (across // (connector.merge if connector.kind == "pixel_shuffle_mlp" else 1)) ** 2
 
 
+def output_parameters(width: int) -> int:
+    """Of the norm and the projection behind a resampler's attention."""
+    return 2 * width + width * width
+
+
 def projector_shape(connector: Connector, vision: int, width: int, patches: int) -> ProjectorShape:
     """Parameters and multiply-adds of a connector. `inner` is what it keeps for backward per token, a third of it."""
     kind, layers = connector.kind, connector.layers
@@ -197,9 +207,10 @@ def projector_shape(connector: Connector, vision: int, width: int, patches: int)
     queries = connector.queries
     if kind == "resampler":
         parameters = queries * width + vision * width + 4 * width + 4 * (width * width + width)
-        products = patches * (vision * width + 2 * width * width + 2 * queries * width) + (queries + 0) * width * width
-        if connector.output_projection:
-            parameters, products = parameters + 2 * width + width * width, products + queries * width * width
+        products = patches * (vision * width + 2 * width * width + 2 * queries * width) + queries * 2 * width * width
+        if connector.output_projection != "none":
+            products += queries * width * width
+            parameters += output_parameters(width) if connector.output_projection == "projector" else 0
         kept = patches * 4 * width + queries * 3 * width
         return ProjectorShape(parameters, products // queries, kept // queries // 3)
     inner, looks = connector.width, (layers + 1) // 2

@@ -92,7 +92,7 @@ def initial_weights(
 
     def read(name: str) -> torch.Tensor:
         directory = by_part[family.part_of(name)]
-        if directory is None:
+        if directory is None or name not in directory.names:
             return random(name)
         tensor = surgery.read(directory, name)
         if name in grown:
@@ -108,7 +108,7 @@ def _compare(
     shapes: dict[str, tuple[int, ...]], by_part: dict[PartName, Directory | None], report: LoadReport, family: FamilyModel,
     surgery: Surgery,
 ) -> set[str]:
-    """Fill the report; returns the names of vocabulary tensors that grow."""
+    """Fill the report; returns the names of tensors that are random in part (a vocabulary that grows) or wholly."""
     grown = set()
     for name, shape in shapes.items():
         directory = by_part[family.part_of(name)]
@@ -116,6 +116,10 @@ def _compare(
             continue
         if (note := surgery.note(directory, name, shape)) is not None:
             report.notes.append(note)
+            continue
+        if name not in directory.names and family.may_be_new(name):
+            grown.add(name)
+            report.notes.append(f"{name} is not in {directory.path} and starts random")
             continue
         if name not in directory.names:
             report.missing.append(f"{name} is missing in {directory.path}")

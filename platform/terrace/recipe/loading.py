@@ -2,6 +2,8 @@
 
     recipe = load_recipe("jobs/recipes/demo.yaml", ["stages.alignment.budget.steps=5"])
 
+A path that a file gives is meant from the file's own folder, where something lies there (`beside.py`).
+
 Layers, later over earlier: the file that `extends:` names (relative to the extending file, or a shipped recipe's short name, any
 depth), the file, the overrides. Maps merge, lists are replaced, except that `stages` may be a map of changes by stage name (and of further
 stages, which come last). Validation is strict: a string is never read as a number nor a number as a boolean. All
@@ -21,12 +23,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from terrace.errors import nearest
-from terrace.recipe import document, shipped
+from terrace.recipe import beside, document, shipped
 from terrace.recipe.document import Entry
-from terrace.recipe.errors import Path, Place, Problem, RecipeError
+from terrace.recipe.errors import Path, Place, Problem, RecipeError, dotted
 from terrace.recipe.schema import PARTS, Recipe, Stage
-from terrace.recipe.schema_inputs import REMEDIES
+from terrace.recipe.schema_inputs import REMEDIES, is_plain_mixture
 
+MAX_FILE_BYTES = 4 * 2**20
 FREE_FORM = {"config", "options"}  # maps whose values are passed on as they are
 
 
@@ -156,14 +159,11 @@ def _read_layers(path: FilePath, chain: list[FilePath], named_by: Place | None =
     if real in chain:
         names = " -> ".join(file.name for file in [*chain[chain.index(real) :], real])
         raise RecipeError([Problem(("extends",), f"recipes extend each other in a circle: {names}", named_by)])
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise RecipeError([Problem((), f"cannot read the recipe {path}: {reason}{shipped.hint(path)}", named_by)]) from None
+    text = _read_text(path, named_by)
     root = document.expand_shorthands(document.read_yaml(text, str(path)))
     if not isinstance(root.value, dict):
         raise RecipeError([Problem((), "a recipe is a map of keys (name, model, data, stages, ...)", root.place)])
+    beside.found_beside(root, path.parent)
     extends = root.value.pop("extends", None)
     if extends is None:
         return root
@@ -174,6 +174,27 @@ def _read_layers(path: FilePath, chain: list[FilePath], named_by: Place | None =
     return document.merge(base, root)
 
 
+def _read_text(path: FilePath, named_by: Place | None) -> str:
+    """The text of a recipe file. A folder, a device, a pipe, a file of another size than recipes have: RecipeError, at once."""
+    reason = ""
+    try:
+        if not path.exists():
+            reason = f"No such file or directory{shipped.hint(path)}"
+        elif path.is_dir():
+            reason = "it is a folder; name the recipe file in it"
+        elif not path.is_file():
+            reason = "it is a device or a pipe, no file"
+        elif path.stat().st_size > MAX_FILE_BYTES:
+            reason = f"it has {path.stat().st_size:,} bytes, more than any recipe ({MAX_FILE_BYTES:,})"
+        else:
+            return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        reason = error.strerror
+    except UnicodeDecodeError as error:
+        reason = f"it is not UTF-8 text (byte {error.start})"
+    raise RecipeError([Problem((), f"cannot read the recipe {path}: {reason}", named_by)])
+
+
 def _apply_override(root: Entry, override: str) -> Entry:
     key, equals, text = override.partition("=")
     place = Place(f"override `{override}`")
@@ -181,10 +202,31 @@ def _apply_override(root: Entry, override: str) -> Entry:
         raise RecipeError([Problem((), "an override has the form key.path=value", place)])
     value = document.read_value(text, place)
     path = _resolve(root, key.strip().split("."), place)
+    if kept := _kept_keys(root, path, value):
+        raise RecipeError([Problem(path, f"the map is merged with what stands there, so {kept}", place)])
     layer = value
     for step in reversed(path):
         layer = Entry({step: layer}, place)
     return _merge_at(root, document.expand_shorthands(layer), path, ())
+
+
+# Maps of names that are chosen as a whole: whoever writes one of them on the command line means all of it.
+WHOLE_MAPS = (("stages", "*", "train"), ("stages", "*", "mixture", "weights"))
+
+
+def _kept_keys(root: Entry, path: Path, value: Entry) -> str:
+    """What an override that gives such a map as a whole would leave standing, in words; empty: nothing."""
+    path = (*path, "weights") if path[-1:] == ("mixture",) and is_plain_mixture(value.plain()) else path
+    if not isinstance(value.value, dict) or not any(document.matches(path, pattern) for pattern in WHOLE_MAPS):
+        return ""
+    found, there = _walk(root, path)
+    standing = [key for key, entry in there.value.items() if entry.value is not None] if isinstance(there.value, dict) else []
+    kept = [key for key in standing if key not in value.value]
+    if found != path or not kept:
+        return ""
+    key = dotted(path).removesuffix(".weights")
+    one, gone = next(iter(value.value), "NAME"), ", ".join(f"{key}.{name}=null" for name in kept)
+    return f"{', '.join(kept)} would stay: write {key}.{one}=... to change {one} alone, or add {gone}"
 
 
 def _merge_at(root: Entry, layer: Entry, path: Path, done: Path) -> Entry:

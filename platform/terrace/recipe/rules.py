@@ -17,10 +17,10 @@ from terrace.recipe import (
     rules_credentials,
     rules_lora,
     rules_model,
+    rules_model_changes,
     rules_optimizer,
     rules_order,
     rules_rl,
-    rules_stretches,
 )
 from terrace.recipe.changes import stage_recipe
 from terrace.recipe.errors import Path, Problem
@@ -52,7 +52,8 @@ def check(recipe: Recipe) -> list[Problem]:
         for rule in (_parts, _mixture, _budget, _resolution, _workers, _parallel, _precision, _failure, _evaluation, _checkpoint):
             problems += rule(seen, stage, at)
         problems += [*rules_rl.check(recipe, stage, at), *rules_optimizer.check(recipe, stage, at)]
-        problems += [*rules_changes.check(recipe, stage, at, index), *rules_stretches.check(seen, stage, at, _resolution)]
+        problems += rules_changes.check(seen, stage, at, _resolution)
+        problems += rules_model_changes.check(recipe, stage, at, index)
         problems += rules_lora.check(recipe, stage, at, _before(recipe, index))
     return problems
 

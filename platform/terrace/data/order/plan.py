@@ -146,9 +146,11 @@ class StagePlan:
             "visual": stage.data_loading.max_visual_tokens_per_pack,
             "batch": stage.batch.packs,
             "basis": basis,
-        } | ({"changes": [change.model_dump(mode="json") for change in stage.changes]} if stage.changes else {})
-        if sum(self.weights.values()) > LONGEST_WRITTEN:
+        }
+        if any(sum(stretch.weights.values()) > LONGEST_WRITTEN for stretch in self.stretches):
             facts["period"] = "long"  # computed since, in another order than when it was written out
+        if stage.changes:
+            facts["changes"] = [change.model_dump(mode="json") for change in stage.changes]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8")).hexdigest()[:16]
 
     # ------------------------------------------------------------ steps

@@ -116,6 +116,10 @@ class FamilyModel:
         """Parameters that never get a gradient, whatever trains: they stay frozen, which the log and the plan say."""
         return [name for name in names if name.rpartition(".")[2] in self.held_buffers]
 
+    def may_be_new(self, name: str) -> bool:
+        """Whether a tensor starts random where its part's checkpoint has none: it is no tensor of the part's own class."""
+        return False
+
     def position_tables(self, names: Iterable[str]) -> list[str]:
         """Learned positions of the tower's patches, one row each, behind those of other tokens."""
         return [name for name in names if self.part_of(name) == "vision" and "position_embedding" in name]

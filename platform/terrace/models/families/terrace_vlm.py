@@ -13,9 +13,13 @@ from terrace.families.llava import idle_blocks
 from terrace.models.families.interface import FamilyModel
 from terrace.models.modules.configuration_terrace_vlm import TerraceVlmConfig
 from terrace.models.modules.modeling_terrace_vlm import TerraceVlmForConditionalGeneration
+from terrace.recipe.schema import PartName
 
 AutoConfig.register(TerraceVlmConfig.model_type, TerraceVlmConfig, exist_ok=True)
 AutoModelForImageTextToText.register(TerraceVlmConfig, TerraceVlmForConditionalGeneration, exist_ok=True)
+
+
+BEHIND_THE_QUERIES = "model.multi_modal_projector.output_"
 
 
 class TerraceVlmFamily(FamilyModel):
@@ -31,6 +35,13 @@ class TerraceVlmFamily(FamilyModel):
     @property
     def std(self) -> tuple[float, ...]:  # type: ignore[override]
         return self.family.std  # type: ignore[attr-defined]
+
+    def part_of(self, name: str) -> PartName:
+        behind = self.family.output_in_tower and name.startswith(BEHIND_THE_QUERIES)  # type: ignore[attr-defined]
+        return "vision" if behind else super().part_of(name)
+
+    def may_be_new(self, name: str) -> bool:
+        return name.startswith(BEHIND_THE_QUERIES)
 
     def code_files(self) -> list[Path]:
         return sorted(path for path in Path(modules.__path__[0]).glob("*.py") if path.name != "__init__.py")
