@@ -269,6 +269,12 @@ class Family(ABC):
         the tower has none for one fixed size."""
         return None
 
+    @classmethod
+    def upcycled(cls, config: Mapping[str, Any], experts: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The configuration with mixtures of `experts` (count, per_token, capacity_factor, auxiliary_loss, layers: `all` or
+        `every_second`) in place of dense feed-forward layers; None where the family's class cannot have them."""
+        return None
+
     def check_pixels(self, low: int, high: int) -> Iterator[Finding]:
         """What is wrong with a stage's `pixels`, whose configuration has nothing wrong."""
         if low > high:

@@ -26,6 +26,7 @@ from terrace.recipe.changes import stage_recipe
 from terrace.recipe.errors import Path, Problem
 from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import PARTS, Recipe, Stage
+from terrace.recipe.schema_heads import MedusaOptions, MtpOptions
 
 TEXT_KINDS = {"text"}
 SUITE_KINDS = ("mmbench", "grounding", "gui", "counting", "ocr", "chart", "caption", "reasoning", "loss")  # as in terrace.evaluate
@@ -118,7 +119,7 @@ def _before(recipe: Recipe, index: int) -> Stage | None:
 
 def _parts(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
     trained = _trained(stage)
-    if not trained:
+    if not trained and stage.train.heads is None:
         yield Problem((*at, "train"), "names no part, so the stage trains nothing; name vision, projector or language with its lr")
     sources = [recipe.data.sources[name] for name in stage.mixture.weights if name in recipe.data.sources]
     if trained and "language" not in trained and sources and all(source.kind in TEXT_KINDS for source in sources):
@@ -309,6 +310,13 @@ def _failure(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
 # ---------------------------------------------------------------- evaluation, gates, checkpoints
 
 
+def head_count(stage: Stage) -> int:
+    """Further tokens that the stage's heads predict."""
+    if stage.train.heads is None:
+        return 0
+    return (stage.medusa or MedusaOptions()).heads if stage.objective == "medusa" else (stage.mtp or MtpOptions()).depth
+
+
 def produced_metrics(recipe: Recipe, stage: Stage) -> list[str]:
     """Names of the metrics a stage reports that are known before it runs (suites add `eval/<suite>/<metric>`)."""
     sources = [recipe.data.sources[name] for name in stage.mixture.weights if name in recipe.data.sources]
@@ -320,6 +328,7 @@ def produced_metrics(recipe: Recipe, stage: Stage) -> list[str]:
         metrics = ["eval/preference/loss", "eval/preference/accuracy"] if kinds else []
     else:
         metrics = [f"eval/{kind}/loss" for kind in kinds] + (["eval/loss"] if kinds else [])
+        metrics += [f"eval/acceptance/{number + 1}" for number in range(head_count(stage))] if kinds else []
     return metrics + list(TRAIN_METRICS)
 
 

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from terrace.recipe.objectives import ObjectiveName
 from terrace.recipe.schema_changes import ModelChanges
+from terrace.recipe.schema_heads import HeadsTraining, MedusaOptions, MtpOptions
 from terrace.recipe.schema_inputs import (
     PARTS,
     Data,
@@ -60,6 +61,7 @@ class TrainedParts(Strict):
     vision: PartTraining | None = Field(None, description="How the vision tower trains; unset: frozen.")
     projector: PartTraining | None = Field(None, description="How the projector trains; unset: frozen.")
     language: PartTraining | None = Field(None, description="How the language model trains; unset: frozen.")
+    heads: HeadsTraining | None = Field(None, description="How heads that predict further tokens train (objectives mtp and medusa).")
 
 
 class Pixels(Strict):
@@ -322,6 +324,8 @@ class Stage(Strict):
     failure: Failure = Field(Failure(), description="What the stage survives.")
     profile: Profile = Field(Profile(), description="Steps to trace.")
     grpo: GrpoOptions | None = Field(None, description="Options of the objective grpo.")
+    mtp: MtpOptions | None = Field(None, description="Options of the objective mtp.")
+    medusa: MedusaOptions | None = Field(None, description="Options of the objective medusa.")
     dpo: DpoOptions | None = Field(None, description="Options of the objective dpo.")
     mpo: MpoOptions | None = Field(None, description="Options of the objective mpo.")
     kto: KtoOptions | None = Field(None, description="Options of the objective kto.")

@@ -34,6 +34,7 @@ from terrace.data.order.spares import PackSpares, spares_of_pack
 from terrace.data.order.stretches import COLUMNS, Stretch, make_stretches
 from terrace.data.types import PackSpec, SampleRef
 from terrace.errors import InputError
+from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import Recipe, Stage
 from terrace.recipe.stretches import stretches
 
@@ -388,7 +389,7 @@ def _eligible(recipe: Recipe, stage: Stage, name: str, index: Any, pixels: tuple
     """The training items of a source at a resolution, with what the index left out counted among its changes."""
     source = eligible_source(
         name, recipe.data.sources[name], index, np.asarray(index.train_rows), pixels, stage.sequence_length,
-        stage.data_loading.max_visual_tokens_per_pack, needs_targets=stage.objective == "lm",
+        stage.data_loading.max_visual_tokens_per_pack, needs_targets=OBJECTIVES[stage.objective].needs_targets,
     )  # fmt: skip
     source.changes.update(index.left_out)
     return source

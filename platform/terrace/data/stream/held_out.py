@@ -15,6 +15,7 @@ from terrace.data.order.packing import pack_best_fit
 from terrace.data.order.permutation import permute, seed_of
 from terrace.data.stream.tasks import TaskSettings, make_pack, pack_task
 from terrace.data.types import PackedExample, PackSpec, SampleRef
+from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import Recipe
 from terrace.recipe.stretches import last_stretch
 
@@ -56,7 +57,7 @@ def held_out_specs(
                 (end.min, end.max),
                 stage.sequence_length,
                 stage.data_loading.max_visual_tokens_per_pack,
-                needs_targets=stage.objective == "lm",
+                needs_targets=OBJECTIVES[stage.objective].needs_targets,
             )
             if kept.count:
                 by_kind.setdefault(source.kind, []).append(kept)

@@ -171,6 +171,15 @@ class FamilyModel:
         """What a router's output says."""
         raise NotImplementedError
 
+    def dropped(self, model: Any) -> list[torch.Tensor]:
+        """Assignments that the experts of each layer left out in the last forward pass with gradients; empty where none ever does."""
+        return []
+
+    def dense_sources(self, name: str) -> tuple[str, ...]:
+        """The dense tensors that each expert of a tensor [experts, rows, columns] is a copy of, one under the other, when a dense
+        model is upcycled; empty for other tensors."""
+        return ()
+
     # ------------------------------------------------------------ pixels
 
     def normalised(self, pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
