@@ -11,6 +11,7 @@ cuts it (before an answer, in ChatML), the two sides are encoded apart.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -181,7 +182,7 @@ def _pieces(sample: Sample, supervise: str, family: Family) -> Iterator[Piece]:
         if len(messages) != 1:
             raise InputError(f"sample {sample.id}: running text is one message, found {len(messages)} messages")
         supervised = supervise != "assistant"
-        yield from _content(sample, messages[0]["content"], supervised, family)
+        yield from family.running(_content(sample, messages[0]["content"], supervised, family))
         yield "mark", family.end_of_text, supervised
         return
     try:
@@ -235,7 +236,9 @@ def _prompt_pieces(sample: Sample, family: Family) -> Iterator[Piece]:
     if sample.messages[0]["role"] == RUNNING_TEXT:
         pieces = list(_pieces(sample, "auto", family))
         last = max((place for place, piece in enumerate(pieces) if piece[0] in ("image", "video")), default=-1)
-        yield from pieces[: last + 1 + len(family.after)] if last >= 0 else ()
+        if last >= 0:  # the image, and what is written behind it before anything is learned
+            rest = itertools.takewhile(lambda piece: not piece[2], pieces[last + 1 :])
+            yield from (*pieces[: last + 1], *rest)
         return
     messages = sample.messages[:-1] if sample.messages[-1]["role"] == "assistant" else sample.messages
     yield from _pieces(Sample(sample.id, sample.kind, messages, sample.metadata), "auto", family)

@@ -90,6 +90,8 @@ class LanguageShape:
     head_norms: bool = False  # RMSNorm over each query and key head
     experts: ExpertsShape | None = None
     latent: LatentShape | None = None
+    norms: int = 2  # of a layer, over its whole width
+    masked: bool = False  # attention with a mask over each sample, which keeps keys and values as few as they are
 
     def with_latent(self, latent: LatentShape, experts: ExpertsShape) -> LanguageShape:
         size = latent.plain + latent.rotary
