@@ -281,6 +281,10 @@ class Family(ABC):
         """What stands before the first turn."""
         return iter(())
 
+    def running(self, content: Iterable[Piece]) -> Iterator[Piece]:
+        """A caption or a document, between `beginning` and the mark that ends it."""
+        return iter(content)
+
     @abstractmethod
     def turn(self, role: str, content: Iterable[Piece], supervised: bool) -> Iterator[Piece]:
         """One turn: its header, its content, and its end."""
@@ -347,8 +351,8 @@ class Picture(ABC):
     width: int
 
     @abstractmethod
-    def planes(self, height: int, width: int) -> np.ndarray:
-        """uint8 [3, height, width], antialiased bicubic."""
+    def planes(self, height: int, width: int, bilinear: bool = False) -> np.ndarray:
+        """uint8 [3, height, width], antialiased; bicubic, or bilinear."""
 
     @abstractmethod
     def resampled(self, height: int, width: int) -> Picture:

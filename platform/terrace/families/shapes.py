@@ -103,6 +103,7 @@ class LanguageShape:
     norms: int = 2  # of a layer, over its whole width
     experts: ExpertsShape | None = None
     latent: LatentShape | None = None
+    masked: bool = False  # attention with a mask over each sample, which keeps keys and values as few as they are
 
     def with_latent(self, latent: LatentShape, experts: ExpertsShape) -> LanguageShape:
         size = latent.plain + latent.rotary

@@ -234,7 +234,7 @@ def _language_layer(shape: ModelShape, stage: Stage, compute: int, on_gpu: bool)
     language, trained = shape.language, stage.train.language is not None
     width, inner, query = language.width, language.mean_intermediate, language.query_width
     value = language.value_width
-    key = language.key_width if on_gpu else query  # exact attention on CPU repeats keys and values for every head
+    key = language.key_width if on_gpu or language.masked else query  # exact attention on CPU repeats keys and values for every head
     autocast = stage.parallel.strategy == "ddp" and compute < FP32
     norms = language.norms * FP32 * width
     attention = compute * (query + key + value + min(key, value)) + FP32 * language.heads

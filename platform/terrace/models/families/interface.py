@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from terrace.errors import InputError
@@ -219,6 +220,10 @@ class FamilyModel:
         """Token ids of the placeholders."""
         return (config.image_token_id,)
 
+    def groups(self, model: Any, batch: DeviceBatch, attention: Mapping[str, Any]) -> np.ndarray | None:
+        """int [tokens of the pack]: tokens of one number from 0 on see each other in both directions within their sample."""
+        return None
+
     def language_inputs(self, features: Features, places: torch.Tensor) -> dict[str, Any]:
         """Further arguments of the language model for a pack with images."""
         return {}
@@ -240,6 +245,10 @@ class FamilyModel:
             more = self.language_inputs(features, places)
         elif batch.sequence is None:
             embeddings = embeddings + 0.0 * features.total().to(embeddings.dtype)  # the text-only guard
+        if (groups := self.groups(model, batch, attention)) is not None:
+            padded = np.full(batch.boundaries[-1], -1, np.int64)
+            padded[: len(groups)] = groups
+            more = {**more, "bidirectional_groups": torch.from_numpy(padded).to(batch.device, non_blocking=True)}
         return self.run_language(model, embeddings, batch.position_ids, {**attention, **more})
 
     def run_language(self, model: Any, embeddings: torch.Tensor, positions: torch.Tensor, options: Mapping[str, Any]) -> torch.Tensor:
