@@ -92,6 +92,11 @@ class ArrayPicture(Picture):
     def planes(self, height: int, width: int, bilinear: bool = False) -> np.ndarray:
         return _resized_planes(self.image, height, width, bilinear)
 
+    def resampled(self, height: int, width: int) -> Picture:
+        if self.image.shape[:2] == (height, width):
+            return self
+        return ArrayPicture(np.asarray(Image.fromarray(self.image).resize((width, height), Image.Resampling.LANCZOS)))
+
     def padded_square(self, colour: tuple[int, int, int]) -> Picture:
         longest = max(self.height, self.width)
         square = np.empty((longest, longest, 3), np.uint8)
@@ -125,6 +130,9 @@ class FilePicture(Picture):
             if decoded is not None:
                 return _resized_planes(upright(decoded, turned), height, width, bilinear)
         return self._whole.planes(height, width, bilinear)
+
+    def resampled(self, height: int, width: int) -> Picture:
+        return self._whole.resampled(height, width)
 
     def padded_square(self, colour: tuple[int, int, int]) -> Picture:
         return self._whole.padded_square(colour)

@@ -32,6 +32,7 @@ from transformers import AttentionInterface
 
 from terrace.errors import InputError
 from terrace.models.families.registry import family_of_model
+from terrace.models.parts import mtp_models
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +97,8 @@ def use_attention(model: Any, implementation: str) -> None:
     name = registered_name(implementation) if implementation in BACKENDS else implementation
     model.config._attn_implementation = name  # this sets every part, so it comes first
     model.config.text_config._attn_implementation = name
+    for block in mtp_models(model):
+        block.config._attn_implementation = name
     # A name that transformers has no mask function for gets no mask, silently: only towers without masks take ours.
     segments = family_of_model(model).tower_attention == "segments"
     model.config.vision_config._attn_implementation = name if segments or implementation not in BACKENDS else "sdpa"
@@ -104,7 +107,9 @@ def use_attention(model: Any, implementation: str) -> None:
 def give_language_attention(model: Any, name: str, plain_backend: str) -> None:
     """Give the language layers an attention of ours that falls back on `plain_backend` where it has nothing to do."""
     model.config.text_config._attn_implementation = name
-    for layer in family_of_model(model).blocks_of(model, "language"):
+    for block in mtp_models(model):
+        block.config._attn_implementation = name
+    for layer in [*family_of_model(model).blocks_of(model, "language"), *(block.layers[0] for block in mtp_models(model))]:
         layer.self_attn.plain_backend = plain_backend
 
 

@@ -23,6 +23,7 @@ from terrace.models.parts import part_parameters
 from terrace.models.tensor_files import local_config
 from terrace.models.weights import TensorSource, initial_weights
 from terrace.recipe.schema import Model, PartName, Recipe
+from terrace.recipe.schema_changes import ModelChanges
 
 
 def model_config(model: Model, tokenizer: Any | None = None) -> Any:
@@ -127,11 +128,12 @@ def materialise(
 
 def build_model(
     model: Model, config: Any, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-    start: Path | None = None,
+    start: Path | None = None, changes: ModelChanges | None = None,
 ) -> Any:
-    """A whole model on one device: from `start`, or from the recipe's directory, parts, or seeded random numbers."""
+    """A whole model on one device: from `start`, or from the recipe's directory, parts, or seeded random numbers. `changes`: of the
+    stage that starts so."""
     skeleton = meta_model(config)
-    source, _ = initial_weights(model, skeleton, start)
+    source, _ = initial_weights(model, skeleton, start, changes)
     return materialise(skeleton, source, device, dtype)
 
 
