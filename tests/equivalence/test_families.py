@@ -49,7 +49,6 @@ from terrace.planner.parameters import parameter_counts, part_sizes
 from terrace.planner.shapes import shape_of_config
 from terrace.recipe.schema import PARTS
 
-DISTORTING = ("internvl", *(name for name in NAMES if issubclass(family_class(name), OneTile)))
 CHEAP = (
     "test_every_family_is_checked_here",
     "test_length_by_arithmetic_is_what_is_written_and_what_the_model_gives",
@@ -62,7 +61,8 @@ CHEAP = (
     "test_the_export_s_image_processor_and_tokenizer_need_nothing_of_terrace",
     "test_a_recipe_of_the_family_validates_and_its_mistakes_are_named",
 )
-DISTORTING = ("internvl", "minicpmv4_6", "mistral3", *TILED)  # families that resize a picture without keeping its aspect
+STRETCHED = tuple(name for name in NAMES if issubclass(family_class(name), OneTile))
+DISTORTING = ("internvl", "minicpmv4_6", "mistral3", *TILED, *STRETCHED)  # families that resize a picture without keeping its aspect
 WHOLE_PROCESSORS = {"llava": "<image>", "llava_next": "<image>", "idefics3": "<image>"}  # without torchvision; what stands for an image
 
 
