@@ -54,6 +54,10 @@ class ProjectorShape:
     inner: int
     times: int = 1
 
+    def plus(self, parameters: int) -> ProjectorShape:
+        """With parameters that run in place of the language model's own, and so add no work."""
+        return replace(self, parameters=self.parameters + parameters) if parameters else self
+
 
 @dataclass(frozen=True)
 class ExpertsShape:
