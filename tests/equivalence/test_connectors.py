@@ -283,7 +283,8 @@ def test_an_export_carries_its_code_and_loads_where_there_is_no_terrace(tmp_path
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert {path.name for path in final.glob("*.py")} == {
-        "configuration_terrace_vlm.py", "modeling_terrace_vlm.py", "connectors.py", "resampler.py", "q_former.py", "sine_positions.py"
+        "configuration_terrace_vlm.py", "modeling_terrace_vlm.py", "connectors.py", "resampler.py", "q_former.py", "sine_positions.py",
+        "sparse_mlp.py",
     }  # fmt: skip
 
 

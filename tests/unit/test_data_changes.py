@@ -19,7 +19,8 @@ from terrace.data.order.eligible import Items
 from terrace.data.order.plan import StagePlan
 from terrace.planner.plan import make_plan
 from terrace.recipe.errors import RecipeError
-from terrace.recipe.loading import load_recipe, stage_hash
+from terrace.recipe.identity import stage_hash
+from terrace.recipe.loading import load_recipe
 from terrace.recipe.schema import Stage
 from terrace.recipe.stretches import last_stretch, stretches
 

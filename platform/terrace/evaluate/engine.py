@@ -101,6 +101,7 @@ def load_model(
     precision = precision or ("bf16" if device.startswith("cuda") else "fp32")
     sight = Sight(directory_family(directory), pixels) if pixels else model_sight(directory)
     tokenizer = load_tokenizer(directory)
+    sight = Sight(tokenizer.fit(sight.family), sight.pixels)
     config = directory_config(directory)
     if config.image_token_id != tokenizer.marks(sight.family)["image"]:
         raise InputError(f"{directory}: config.json and tokenizer.json disagree on the image token")

@@ -92,7 +92,7 @@ def initial_weights(
 
     def read(name: str) -> torch.Tensor:
         directory = by_part[family.part_of(name)]
-        if directory is None or name not in directory.names:
+        if directory is None or (name not in directory.names and not surgery.makes(name)):
             return random(name)
         tensor = surgery.read(directory, name)
         if name in grown:
@@ -135,7 +135,7 @@ def _compare(
             report.reshaped.append(f"{name} has shape {list(found)} in {directory.path}, the model has {list(shape)}")
     for part, directory in by_part.items():
         if directory is not None:
-            report.unexpected.extend(_unexpected(directory, part, shapes, family))
+            report.unexpected.extend(_unexpected(directory, part, {*shapes, *surgery.used_up}, family))
     return grown
 
 

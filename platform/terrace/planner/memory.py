@@ -237,9 +237,9 @@ def _language_layer(shape: ModelShape, stage: Stage, compute: int, on_gpu: bool)
     language, trained = shape.language, stage.train.language is not None
     width, inner, query = language.width, language.mean_intermediate, language.query_width
     value = language.value_width
-    key = language.key_width if on_gpu else query  # exact attention on CPU repeats keys and values for every head
+    key = language.key_width if on_gpu or language.masked else query  # exact attention on CPU repeats keys and values for every head
     autocast = stage.parallel.strategy == "ddp" and compute < FP32
-    norms = 2 * FP32 * width
+    norms = language.norms * FP32 * width
     attention = compute * (query + key + value + min(key, value)) + FP32 * language.heads
     rotary = 2 * language.head_size * (FP32 if autocast else compute)
     feed_forward = 3 * inner * compute
@@ -251,9 +251,9 @@ def _language_layer(shape: ModelShape, stage: Stage, compute: int, on_gpu: bool)
         feed_forward += compute * width * copies * (2 if trained else 1) + 2 * FP32 * language.router_width
     if trained:
         if autocast:  # each of the five projections casts its input by itself
-            norms += 2 * FP32 * width + 5 * compute * width
+            norms += language.norms * FP32 * width + 5 * compute * width
         else:
-            norms += 2 * 2 * compute * width
+            norms += 2 * language.norms * compute * width
         attention += 0 if on_gpu else compute * query
         feed_forward += inner * compute
     return norms + attention + rotary + feed_forward
@@ -278,15 +278,19 @@ def _vision_activations(shape: ModelShape, stage: Stage, pack: PackSize, compute
     kept = 0.0
     if gradients_reach(stage, "projector"):
         trained = stage.train.projector is not None
-        kept += patches * vision.width * (FP32 + (FP32 if trained else 0)) + pack.visual_tokens * merged * compute
+        kept += patches / vision.merged_patches * vision.width * (FP32 + (FP32 if trained else 0)) + pack.visual_tokens * merged * compute
         kept += 2 * pack.visual_tokens * merged * compute if trained else 0.0
         kept += pack.visual_tokens * (shape.language.width * residual + _adapter_values(shape, "projector", compute))
     if train is None:
         return _Activations(kept, working)
     kept += patches * vision.patch_values * compute  # the pixels, for the patch embedding's gradient
+    kept += patches * vision.outer_norms * vision.width * (FP32 + compute)
+    blocks = vision.whole_blocks + vision.idle_blocks
+    if vision.merger_products:  # inside the tower, never checkpointed: two norms, attention, two matrices over merged patches
+        kept += patches * (compute * (8 * vision.width + 2 * vision.intermediate) + FP32 * (2 * vision.width + vision.heads))
     if train.activation_checkpointing:
-        return _Activations(kept + patches * vision.depth * vision.width * residual, patches * block + working)
-    return _Activations(kept + patches * vision.depth * block, working)
+        return _Activations(kept + patches * blocks * vision.width * residual, patches * block + working)
+    return _Activations(kept + patches * blocks * block, working)
 
 
 def _vision_block(shape: ModelShape, stage: Stage, compute: int, on_gpu: bool) -> float:
@@ -299,7 +303,7 @@ def _vision_block(shape: ModelShape, stage: Stage, compute: int, on_gpu: bool) -
         feed_forward = 4 * inner * compute
     else:
         norms = 2 * FP32 * width if autocast else 2 * compute * width
-        feed_forward = 3 * inner * compute
+        feed_forward = vision.kept_inner * inner * compute
     inputs = compute * width * ((3 if vision.gated else 2) if autocast else 2)
     attention = compute * width * (4 if on_gpu else 5) + FP32 * vision.heads
     return norms + inputs + attention + feed_forward

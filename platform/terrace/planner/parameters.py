@@ -84,7 +84,7 @@ def language_layer(shape: ModelShape, intermediate: int | None = None) -> int:
     attention += language.latent.query_rank + language.latent.key_rank if language.latent else 0  # their norms
     attention += query + 2 * key if language.attention_biases else 0
     attention += 2 * language.head_size if language.head_norms else 0
-    return attention + 3 * language.width * intermediate + 2 * language.width
+    return attention + 3 * language.width * intermediate + language.norms * language.width
 
 
 def parameter_counts(shape: ModelShape) -> dict[PartName, int]:

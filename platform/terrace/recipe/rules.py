@@ -17,10 +17,10 @@ from terrace.recipe import (
     rules_credentials,
     rules_lora,
     rules_model,
-    rules_model_changes,
     rules_optimizer,
     rules_order,
     rules_rl,
+    rules_stretches,
 )
 from terrace.recipe.changes import stage_recipe
 from terrace.recipe.errors import Path, Problem
@@ -52,8 +52,7 @@ def check(recipe: Recipe) -> list[Problem]:
         for rule in (_parts, _mixture, _budget, _resolution, _workers, _parallel, _precision, _failure, _evaluation, _checkpoint):
             problems += rule(seen, stage, at)
         problems += [*rules_rl.check(recipe, stage, at), *rules_optimizer.check(recipe, stage, at)]
-        problems += rules_changes.check(seen, stage, at, _resolution)
-        problems += rules_model_changes.check(recipe, stage, at, index)
+        problems += [*rules_changes.check(recipe, stage, at, index), *rules_stretches.check(seen, stage, at, _resolution)]
         problems += rules_lora.check(recipe, stage, at, _before(recipe, index))
     return problems
 
@@ -196,7 +195,7 @@ def _resolution(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
         tokens = visual_tokens_of_largest_image(family, stage, source.max_visual_tokens_per_image)
         if tokens + markers >= stage.sequence_length:
             told = f"{tokens} visual tokens and {markers} markers leave no room for text; raise it"
-            if tokens > fewest:  # otherwise every image has as many, whatever its size
+            if tokens > family.largest_image_tokens(1):  # otherwise pixels.max changes nothing
                 told += f" or lower pixels.max below {(stage.sequence_length - markers) * family.unit}"
             yield Problem(
                 (*at, "sequence_length"),

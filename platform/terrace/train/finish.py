@@ -12,7 +12,7 @@ from terrace.models.export import KEPT_FILES, export_hf
 from terrace.models.heads import FOLDER, without_heads, write_heads
 from terrace.models.lora import merged, split, uses_lora, write_adapter
 from terrace.models.precision import DTYPE_NAMES, DTYPES
-from terrace.recipe.loading import start_index
+from terrace.recipe.identity import start_index
 from terrace.recipe.rules_lora import keeps_adapters
 from terrace.recipe.schema import PARTS, Model, Recipe, Stage
 from terrace.recipe.stretches import last_stretch
