@@ -12,7 +12,7 @@ from pathlib import PurePath
 from terrace.errors import InputError, nearest
 from terrace.families.interface import Family
 from terrace.families.registry import make_family
-from terrace.recipe import rules_credentials, rules_lora, rules_model, rules_order, rules_rl
+from terrace.recipe import rules_credentials, rules_lora, rules_model, rules_order, rules_places, rules_rl
 from terrace.recipe.errors import Path, Problem
 from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import PARTS, Recipe, Stage
@@ -33,7 +33,7 @@ TRAIN_METRICS = (
 
 def check(recipe: Recipe) -> list[Problem]:
     """Every problem of a recipe whose fields are well typed, in the order of its keys. Empty: the recipe may run."""
-    problems = [*rules_model.check(recipe), *rules_credentials.check(recipe)]
+    problems = [*rules_model.check(recipe), *rules_credentials.check(recipe), *rules_places.check(recipe)]
     problems += _data(recipe)
     problems += [*_planning(recipe), *rules_order.check(recipe)]
     for index, stage in enumerate(recipe.stages):
