@@ -23,8 +23,7 @@ SAMPLES = [conversation(1, [(70, 60)]), conversation(2, []), conversation(3, [(6
 def moe_case(name: str, folder: Path) -> Case:
     """The tiny family with experts in both layers."""
     config = copy.deepcopy(CONFIGS[name])
-    if "mlp_only_layers" in config["text_config"]:
-        config["text_config"]["mlp_only_layers"] = []
+    config["text_config"] |= {"mlp_only_layers": []} if "mlp_only_layers" in config["text_config"] else {"first_k_dense_replace": 0}
     small = case_of(name, folder)
     section = Model.model_validate({"architecture": name, "config": config})
     return Case(name, section, small.family, small.tokenizer, model_config(section, small.tokenizer), PIXELS.get(name, (784, 12_544)))

@@ -14,14 +14,14 @@ from transformers import AutoModelForImageTextToText
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
 
 from terrace.errors import InputError
-from terrace.models.build import build_model, meta_model
+from terrace.models.build import build_model, meta_model, restore_buffers
 from terrace.models.weights import initial_weights
 from terrace.planner.parameters import active_parameters, parameter_counts
 from terrace.planner.shapes import shape_of_config
 from terrace.recipe.rules import check
 from terrace.recipe.schema import Model, Recipe
 
-EXPERTS = ["qwen3_vl_moe"]
+EXPERTS = ["qwen3_vl_moe", "kimi_k25"]
 ONE = [[0, 1, 2, 3, 4]]
 THREE = [[0, 1], [2], [3, 4]]
 FIVE = [[0], [1], [2], [3], [4]]
@@ -56,17 +56,31 @@ def test_the_balance_of_a_batch_is_the_same_however_it_is_packed(name, tmp_path)
     assert one[0] == without[0]  # held-out losses are those of the text alone
     case = moe_case(name, tmp_path / "own")
     assert sum(first["expert_tokens"]) == 2 * 2 * sum(pack_of(case, [sample]).tokens for sample in SAMPLES)
+    model = build_model(case.section, case.config)
+    reference = AutoModelForImageTextToText.from_config(case.config, dtype=torch.float32, attn_implementation="sdpa")
+    reference.load_state_dict(model.state_dict())
+    expected = published_balance(name, reference, [reference_inputs(case, pack_of(case, [sample]), reference) for sample in SAMPLES])
+    assert first["expert_balance_loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def published_balance(name, reference, samples):
+    """By the class's own forward on each sample: transformers' loss over all tokens, or DeepSeek-V3's of each sequence, written out."""
+    heard = []
+    for layer in reference.model.language_model.layers:
+        layer.mlp.gate.register_forward_hook(lambda module, inputs, output: heard.append((output[0].float(), output[2])))
+    with torch.no_grad():
+        for inputs in samples:
+            reference(**inputs, use_cache=False)
+    layers = len(reference.model.language_model.layers)
     if name == "qwen3_vl_moe":
-        model = build_model(case.section, case.config)
-        reference = AutoModelForImageTextToText.from_config(case.config, dtype=torch.float32, attn_implementation="sdpa")
-        reference.load_state_dict(model.state_dict())
-        logits = []
-        with torch.no_grad():
-            for sample in SAMPLES:
-                inputs = reference_inputs(case, pack_of(case, [sample]), reference)
-                logits.append(reference(**inputs, output_router_logits=True, use_cache=False).router_logits)
-        joined = tuple(torch.cat(layer) for layer in zip(*logits))
-        assert first["expert_balance_loss"] == pytest.approx(float(load_balancing_loss_func(joined, 8, 2)), rel=1e-5)
+        joined = tuple(torch.cat([logits for logits, _ in heard[layer::layers]]) for layer in range(layers))
+        return float(load_balancing_loss_func(joined, 8, 2))
+    losses = []
+    for logits, chosen in heard:
+        scores = logits.sigmoid() / logits.sigmoid().sum(dim=1, keepdim=True)
+        shares = torch.nn.functional.one_hot(chosen, 8).sum(dim=(0, 1)) * 8 / (2 * len(logits))
+        losses.append(float((shares * scores.mean(dim=0)).sum()))
+    return sum(losses) / len(samples)
 
 
 @pytest.mark.slow
@@ -82,6 +96,14 @@ def test_the_balance_is_that_of_one_process_under_every_strategy(name, tmp_path)
         for line, other in zip(alone[number % 2][1:3], together[number][1:3]):
             assert line["expert_tokens"] == other["expert_tokens"], run
             same(line, other, 1e-4)
+
+
+def test_computing_buffers_again_leaves_the_parameters_beside_them(name, tmp_path):
+    case = moe_case(name, tmp_path)
+    model = build_model(case.section, case.config)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    restore_buffers(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_active_and_total_parameters_are_counted(name, tmp_path):

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from terrace.recipe.errors import RecipeError
-from terrace.recipe.loading import dump_recipe, load_recipe, parse_recipe, recipe_hash, stage_hash
+from terrace.recipe.identity import recipe_hash, stage_hash
+from terrace.recipe.loading import dump_recipe, load_recipe, parse_recipe
 from terrace.recipe.questions import questions
 
 TINY = Path(__file__).resolve().parents[1] / "recipes" / "tiny.yaml"

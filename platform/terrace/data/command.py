@@ -96,6 +96,7 @@ def index_command(args: argparse.Namespace) -> int:
         trained = recipe.tokenizer.path is None
         reports = {name: ingest_source(name, data.sources[name], data, out, progress) for name in data.sources if trained}
         tokenizer, family = prepare_tokenizer(recipe, reports, out, progress), family_of(recipe.model)
+    family = tokenizer.fit(family)
 
     folders: dict[str, str] = {}
 

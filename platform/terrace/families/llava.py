@@ -170,6 +170,11 @@ class Llava(Family):
         if not isinstance(config.get("vision_feature_layer", -2), int):
             yield ("vision_feature_layer",), "must be one layer; several layers side by side are not supported"
 
+    @classmethod
+    def resized(cls, config: Mapping[str, Any], side: int) -> dict[str, Any]:
+        changed = {**config, "vision_config": {**config["vision_config"], "image_size": side}}
+        return {**changed, "image_seq_length": cls.of(changed).tokens} if "image_seq_length" in config else changed
+
     def preprocessor(self, pixels: Bounds) -> dict[str, Any]:
         return {
             "image_processor_type": "LlavaImageProcessor",
@@ -206,9 +211,9 @@ def clip_block(width: int, inner: int) -> int:
     return 4 * width * width + 4 * width + 2 * width * inner + inner + width + 4 * width
 
 
-def idle_blocks(config: Mapping[str, Any]) -> int:
+def idle_blocks(config: Mapping[str, Any], default: int = -2) -> int:
     """Blocks of the tower behind the layer whose features are taken: they run, and never train."""
-    layer, depth = config.get("vision_feature_layer", -2), config["vision_config"]["num_hidden_layers"]
+    layer, depth = config.get("vision_feature_layer", default), config["vision_config"]["num_hidden_layers"]
     return depth - layer if layer >= 0 else -layer - 1
 
 

@@ -6,7 +6,7 @@ Letters: H width of the language model, W width of the vision tower.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,18 @@ class VisionShape:
     extra_tokens: int = 0  # per picture, beside its patches (a class token)
     unused_parameters: int = 0  # of those above, what never gets a gradient
     idle_blocks: int = 0  # blocks whose output nobody takes: they run forward only
+    outer_norms: int = 0  # RMSNorms over patches outside of the blocks
+    padded: bool = False  # patches are embedded for a rectangle around each picture that holds the largest of the pack
+    kept_inner: int = 3  # tensors of the feed-forward's width that its backward needs; 2 where its activation is one fused function
+    merged_blocks: int = 0  # of the blocks, those behind a merger inside the tower, with one row for `merged_patches` patches
+    merged_patches: int = 1
+    merger_products: int = 0  # that merger's multiply-adds per patch, and how many keys a patch's attention sees in it
+    merger_keys: int = 0
+
+    @property
+    def whole_blocks(self) -> float:
+        """Blocks that train, counted by the rows they see."""
+        return self.depth - self.idle_blocks - self.merged_blocks * (1 - 1 / self.merged_patches)
 
     @property
     def head_size(self) -> int:
@@ -61,6 +73,22 @@ class ExpertsShape:
 
 
 @dataclass(frozen=True)
+class LatentShape:
+    """Queries, keys and values that are written through a narrow vector (MLA). Ranks are its widths; the rest are widths of a head."""
+
+    query_rank: int  # 0: queries are written directly
+    key_rank: int
+    plain: int  # of queries and keys, without position
+    rotary: int  # with position
+    value: int
+
+
+def encoder_block(width: int, inner: int) -> int:
+    """Parameters of a plain encoder layer: four projections, two layers of a feed-forward, two LayerNorms, biases everywhere."""
+    return 4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width
+
+
+@dataclass(frozen=True)
 class LanguageShape:
     layers: int
     width: int
@@ -72,7 +100,29 @@ class LanguageShape:
     tied: bool  # input and output embeddings are one matrix
     attention_biases: bool  # on query, key and value
     head_norms: bool = False  # RMSNorm over each query and key head
+    norms: int = 2  # of a layer, over its whole width
     experts: ExpertsShape | None = None
+    latent: LatentShape | None = None
+    masked: bool = False  # attention with a mask over each sample, which keeps keys and values as few as they are
+
+    def with_latent(self, latent: LatentShape, experts: ExpertsShape) -> LanguageShape:
+        size = latent.plain + latent.rotary
+        return replace(self, latent=latent, experts=experts, head_size=size, key_heads=self.heads)
+
+    @property
+    def value_width(self) -> int:
+        """Width of all heads' values side by side."""
+        return self.heads * (self.latent.value if self.latent else self.head_size)
+
+    @property
+    def attention_matrices(self) -> int:
+        """Multiply-adds per token in the projections of attention, and their parameters."""
+        if self.latent is None:
+            return self.width * (2 * self.query_width + 2 * self.key_width)
+        latent = self.latent
+        query = (self.width + self.query_width) * latent.query_rank if latent.query_rank else self.width * self.query_width
+        key = self.width * (latent.key_rank + latent.rotary) + latent.key_rank * self.heads * (latent.plain + latent.value)
+        return query + key + self.value_width * self.width
 
     @property
     def query_width(self) -> int:

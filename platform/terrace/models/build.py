@@ -17,12 +17,13 @@ from transformers.utils import logging as transformers_logging
 
 from terrace.errors import InputError
 from terrace.families.registry import built_in, family_class
-from terrace.models.families.registry import family_model_named
+from terrace.models.families.registry import family_model_named, family_of_model
 from terrace.models.head import install_loss_head
 from terrace.models.parts import part_parameters
 from terrace.models.tensor_files import local_config
 from terrace.models.weights import TensorSource, initial_weights
 from terrace.recipe.schema import Model, PartName, Recipe
+from terrace.recipe.schema_changes import ModelChanges
 
 
 def model_config(model: Model, tokenizer: Any | None = None) -> Any:
@@ -83,12 +84,18 @@ def meta_model(config: Any) -> Any:
     finally:
         transformers_logging.set_verbosity(verbosity)
     model.tie_weights()
+    for name, buffer in list(model.named_buffers()):
+        module, _, leaf = name.rpartition(".")
+        if leaf in family_of_model(model).held_buffers:  # else nothing would load, check, hand over or export it
+            owner = model.get_submodule(module)
+            del owner._buffers[leaf]
+            owner.register_parameter(leaf, torch.nn.Parameter(buffer, requires_grad=False))
     return model
 
 
 def restore_buffers(model: Any) -> None:
     """Compute the buffers that no checkpoint holds (rotary frequencies, numbers of positions): those with a fraction in
-    float32 whatever the weights are, whole numbers as they are."""
+    float32 whatever the weights are, whole numbers as they are. Parameters stay what they are, those of the same modules too."""
     owner = model
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
@@ -98,7 +105,10 @@ def restore_buffers(model: Any) -> None:
             for name, buffer in buffers.items():
                 if buffer.is_floating_point():
                     setattr(module, name, buffer.float())
+            own = [(parameter, parameter.data.clone()) for parameter in module.parameters(recurse=False)]
             owner._init_weights(module)
+            for parameter, values in own:
+                parameter.data.copy_(values)
 
 
 def materialise(
@@ -118,11 +128,12 @@ def materialise(
 
 def build_model(
     model: Model, config: Any, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-    start: Path | None = None,
+    start: Path | None = None, changes: ModelChanges | None = None,
 ) -> Any:
-    """A whole model on one device: from `start`, or from the recipe's directory, parts, or seeded random numbers."""
+    """A whole model on one device: from `start`, or from the recipe's directory, parts, or seeded random numbers. `changes`: of the
+    stage that starts so."""
     skeleton = meta_model(config)
-    source, _ = initial_weights(model, skeleton, start)
+    source, _ = initial_weights(model, skeleton, start, changes)
     return materialise(skeleton, source, device, dtype)
 
 

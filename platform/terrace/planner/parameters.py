@@ -66,10 +66,11 @@ def language_layer(shape: ModelShape, intermediate: int | None = None) -> int:
     language = shape.language
     intermediate = language.intermediate if intermediate is None else intermediate
     query, key = language.query_width, language.key_width
-    attention = language.width * (query + 2 * key) + query * language.width
+    attention = language.attention_matrices
+    attention += language.latent.query_rank + language.latent.key_rank if language.latent else 0  # their norms
     attention += query + 2 * key if language.attention_biases else 0
     attention += 2 * language.head_size if language.head_norms else 0
-    return attention + 3 * language.width * intermediate + 2 * language.width
+    return attention + 3 * language.width * intermediate + language.norms * language.width
 
 
 def parameter_counts(shape: ModelShape) -> dict[PartName, int]:

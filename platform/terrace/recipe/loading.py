@@ -1,4 +1,4 @@
-"""Recipe files into `Recipe`: `extends`, overrides, errors with file and line, and the hashes that identify a run.
+"""Recipe files into `Recipe`: `extends`, overrides, and errors with file and line.
 
     recipe = load_recipe("jobs/recipes/demo.yaml", ["stages.alignment.budget.steps=5"])
 
@@ -12,7 +12,6 @@ problems are reported at once (RecipeError).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,8 +25,8 @@ from terrace.errors import nearest
 from terrace.recipe import beside, document, shipped
 from terrace.recipe.document import Entry
 from terrace.recipe.errors import Path, Place, Problem, RecipeError, dotted
-from terrace.recipe.schema import PARTS, Recipe
-from terrace.recipe.schema_inputs import REMEDIES, is_plain_mixture
+from terrace.recipe.schema import Recipe
+from terrace.recipe.schema_inputs import is_plain_mixture
 
 MAX_FILE_BYTES = 4 * 2**20
 FREE_FORM = {"config", "options"}  # maps whose values are passed on as they are
@@ -74,67 +73,6 @@ def lines_in_use(path: FilePath | str) -> set[tuple[str, int]]:
 def dump_recipe(recipe: Recipe) -> str:
     """YAML that `load_recipe` reads back to an equal recipe: everything resolved, defaults written out."""
     return yaml.safe_dump(_shown(recipe), sort_keys=False, allow_unicode=True, width=120)
-
-
-def recipe_hash(recipe: Recipe) -> str:
-    """sha256 (hex) of what a recipe says of its run, however it was written (order of keys, 1e3 or 1000, extends)."""
-    return _digest(recipe.model_dump(mode="json", exclude={"planning", "notes"}))
-
-
-# What changes where and how fast a stage runs but not what it computes (up to rounding): absent from its hash, so that
-# a run may resume with other workers, another strategy or other checkpoint intervals.
-LAYOUT_KEYS = {
-    "after",
-    "resources",
-    "parallel",
-    "checkpoint",
-    "failure",
-    "gates",
-    "evaluate",
-    "profile",
-    "activation_offload",
-    "frozen_activation_checkpointing",
-    "loss_chunk_tokens",
-}
-LAYOUT_KEYS_GRPO = ("placement", "rollout_workers", "evaluation_samples", "max_reward_failure_rate", "max_logprob_mismatch")
-
-
-def stage_hash(recipe: Recipe, index: int) -> str:
-    """sha256 (hex) of what determines a stage's weights: model, tokenizer, its sources, itself, the stages before.
-
-    A checkpoint of the stage may be continued only under the same hash.
-    """
-    stage = recipe.stages[index]
-    settings = stage.model_dump(mode="json", exclude=LAYOUT_KEYS)
-    settings["data_loading"] = {key: settings["data_loading"][key] for key in ("window_samples", "max_visual_tokens_per_pack")}
-    if stage.final_precision == "auto":
-        del settings["final_precision"]
-    for part in PARTS:
-        if settings["train"][part]:
-            del settings["train"][part]["activation_checkpointing"]
-            if settings["train"][part]["lora"] is None:  # stages of before there were adapters go on
-                del settings["train"][part]["lora"]
-    for key in LAYOUT_KEYS_GRPO if settings["grpo"] else ():
-        del settings["grpo"][key]
-    before = start_index(recipe, index)
-    return _digest(
-        {
-            "model": recipe.model.model_dump(mode="json", exclude={"attention", "kernels", "stands_in_for", "connector"}),
-            "tokenizer": recipe.tokenizer.model_dump(mode="json"),
-            "data_seed": recipe.data.seed,
-            "sources": {name: recipe.data.sources[name].model_dump(mode="json", exclude=REMEDIES) for name in stage.mixture.weights},
-            "stage": settings,
-            "before": None if before is None else stage_hash(recipe, before),
-        }
-    )
-
-
-def start_index(recipe: Recipe, index: int) -> int | None:
-    """Index of the stage whose final weights stage `index` starts from; None: the recipe's initial weights."""
-    start = recipe.stages[index].start_from
-    if start is None:
-        return index - 1 if index else None
-    return next(place for place, stage in enumerate(recipe.stages) if stage.name == start)
 
 
 # ---------------------------------------------------------------- layers
@@ -395,17 +333,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
-
-
-def _digest(value: Any) -> str:
-    canonical = json.dumps(_canonical(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _canonical(value: Any) -> Any:
-    """Whole floats as integers everywhere, so that 1e3, 1000 and 1000.0 are one number."""
-    if isinstance(value, Mapping):
-        return {str(key): _canonical(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_canonical(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value

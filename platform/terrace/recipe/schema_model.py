@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from terrace.families.connector import Connector, folded
 from terrace.recipe.schema_inputs import Strict
@@ -43,6 +43,18 @@ class Model(Strict):
     stands_in_for: str | None = Field(
         None, description="Says what the published model has instead, where this model only stands in for a part of it."
     )
+
+    _written: Any = PrivateAttr(None)  # the recipe's own model, where this is that of a stage which changes it
+
+    @property
+    def written(self) -> Model:
+        return self if self._written is None else self._written
+
+    def with_config(self, config: dict[str, Any]) -> Model:
+        """The model with another configuration, as a stage's changes make it."""
+        changed = self.model_copy(update={"config": config})
+        changed._written = self.written
+        return changed
 
     @model_validator(mode="before")
     @classmethod

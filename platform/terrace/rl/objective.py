@@ -104,7 +104,7 @@ class Grpo(Objective):
         backend, _ = choose_backend(recipe.model.attention, torch.device(context.device).type, stage.precision)
         use_shared_prompt_attention(run.strategy.model, backend)
         if self._options.kl_coefficient > 0:
-            reference = build_model(recipe.model, feed.config, context.device, start=opening.start_weights)
+            reference = build_model(recipe.model, feed.config, context.device, start=opening.start_weights, changes=stage.model_changes)
             self._reference = reference.eval().requires_grad_(False)
             use_shared_prompt_attention(self._reference, backend)
         sandbox = self._held.enter_context(SandboxPool(SANDBOX_WORKERS))

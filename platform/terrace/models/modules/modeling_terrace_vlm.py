@@ -13,6 +13,7 @@ from .configuration_terrace_vlm import TerraceVlmConfig
 from .connectors import make_connector
 from .q_former import QFormer
 from .resampler import Resampler
+from .sparse_mlp import SparseMlp
 
 
 class TerraceVlmPreTrainedModel(LlavaPreTrainedModel):
@@ -24,6 +25,9 @@ class TerraceVlmPreTrainedModel(LlavaPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, Resampler | QFormer):
             init.trunc_normal_(module.query, std=0.02)
+        elif isinstance(module, SparseMlp):
+            init.normal_(module.gate_up_proj, std=0.02)
+            init.normal_(module.down_proj, std=0.02)
 
 
 class TerraceVlmModel(TerraceVlmPreTrainedModel, LlavaModel):
@@ -33,6 +37,10 @@ class TerraceVlmModel(TerraceVlmPreTrainedModel, LlavaModel):
         vision_width, width = config.vision_config.hidden_size, config.text_config.hidden_size
         self.multi_modal_projector = make_connector(config.connector, vision_width, width)
         self.language_model = AutoModel.from_config(config.text_config)
+        if (sparse := config.experts) is not None:
+            inner, capacity = config.text_config.intermediate_size, sparse["capacity_factor"]
+            for number in sparse["layers"]:
+                self.language_model.layers[number].mlp = SparseMlp(width, inner, sparse["count"], sparse["per_token"], capacity)
         self.post_init()
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
