@@ -32,6 +32,8 @@ MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mro
 PATCHES = {"depth": 2, "num_heads": 2, "spatial_merge_size": 2, "temporal_patch_size": 2}
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
+SIGLIP = {"model_type": "siglip_vision_model", "patch_size": 14, "vision_use_head": False}
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2_vl": {
         "text_config": TEXT | MROPE,
@@ -73,6 +75,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
         "vision_config": TOWER | {"patch_size": 14, "pos_emb_height": 8, "pos_emb_width": 8},
         "projection_hidden_size": 32, "tie_word_embeddings": False,
+    },
+    "gemma3": {
+        "text_config": TEXT | {
+            "head_dim": 16, "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 16,
+        },
+        "vision_config": TOWER | SIGLIP | {"image_size": 56}, "mm_tokens_per_image": 4, "tie_word_embeddings": False,
+    },
+    "paligemma": {
+        "text_config": TEXT | {"model_type": "gemma", "head_dim": 16}, "vision_config": TOWER | SIGLIP | {"image_size": 56},
+        "projection_dim": 64, "tie_word_embeddings": False,
     },
     "llava": {
         "text_config": TEXT, "vision_config": TOWER | {"image_size": 56, "patch_size": 14}, "image_seq_length": 16,
@@ -246,6 +258,11 @@ def reference_inputs(case: Case, example: PackedExample | PromptInputs, model: A
     if len(example.image_rows):
         pixels = family.normalised(torch.from_numpy(example.pixels), torch.float32)
         inputs |= family.inputs(pixels, image_facts(example))
+    if case.name == "gemma3":  # what sees each other in both directions: images, or everything before the answer
+        inputs["token_type_ids"] = (ids == model.config.image_token_id).int()
+    if case.name == "paligemma":
+        learned = np.flatnonzero(getattr(example, "targets", np.zeros(0)) >= 0)
+        inputs["token_type_ids"] = (torch.arange(ids.shape[1])[None] > (learned[0] if len(learned) else ids.shape[1])).int()
     if case.family.position_rows > 1:
         inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
     return inputs
@@ -259,9 +276,10 @@ def middle_case(name: str, folder: Path) -> Case:
     }  # fmt: skip
     vision: dict[str, Any] = {
         "qwen2_vl": {"embed_dim": 128, "mlp_ratio": 3, "depth": 4, "num_heads": 4, "hidden_size": 256},
-        "llava": {"image_size": 112}, "kimi_k25": {}, "terrace_vlm": {"image_size": 112}, "internvl": {"image_size": [112, 112]},
+        "llava": {"image_size": 112}, "kimi_k25": {}, **{key: {"image_size": 112} for key in ("gemma3", "paligemma")},
+        "terrace_vlm": {"image_size": 112}, "internvl": {"image_size": [112, 112]},
     }.get(name, {"hidden_size": 128, "intermediate_size": 344, "depth": 4, "num_heads": 4, "out_hidden_size": 256})  # fmt: skip
-    if name in ("llava", "internvl", "kimi_k25", "terrace_vlm"):
+    if name in ("llava", "internvl", "kimi_k25", "gemma3", "paligemma", "terrace_vlm"):
         vision |= {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4}
     config = {**CONFIGS[name], "text_config": {**CONFIGS[name]["text_config"], **text}}
     if name in MIDDLE:
@@ -275,6 +293,10 @@ def middle_case(name: str, folder: Path) -> Case:
         config["text_config"]["head_dim"] = 64
     if name == "qwen3_vl_moe":
         config["text_config"]["moe_intermediate_size"] = 256
+    if name == "paligemma":
+        config["projection_dim"] = 256
+    if name in ("gemma3", "paligemma"):
+        config["text_config"] |= {"head_dim": 64} | ({"layer_types": ["full_attention"] * 4} if name == "gemma3" else {})
     if name == "kimi_k25":
         config["projection_hidden_size"] = 128
         config["text_config"] |= {

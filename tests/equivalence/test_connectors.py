@@ -37,7 +37,8 @@ KINDS = {
     "mlp_layer_norm": {"kind": "mlp_layer_norm"},
     "pixel_shuffle_mlp": {"kind": "pixel_shuffle_mlp", "merge": 2},
     "resampler": {"kind": "resampler", "queries": 9, "heads": 4},
-    "resampler-keys": {"kind": "resampler", "queries": 6, "heads": 2, "positions": "keys", "output_projection": True},
+    "resampler-keys": {"kind": "resampler", "queries": 6, "heads": 2, "positions": "keys", "output_projection": "projector"},
+    "resampler-tower": {"kind": "resampler", "queries": 4, "heads": 4, "output_projection": "vision"},
     "q_former": {"kind": "q_former", "queries": 5, "layers": 3, "width": 24, "heads": 3},
 }
 W, H, ROWS, COLUMNS = 20, 32, 4, 6
@@ -123,7 +124,7 @@ def test_mlps_are_their_formulas(name):
     np.testing.assert_allclose(made(given, ROWS, COLUMNS).detach().numpy(), expected, rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["resampler", "resampler-keys"])
+@pytest.mark.parametrize("name", ["resampler", "resampler-keys", "resampler-tower"])
 def test_a_resampler_is_one_cross_attention_of_queries_with_positions(name):
     """torch's own multi-head attention with the same weights, positions added as published; head by head in double precision."""
     made, given = connector_of(name), features()
@@ -135,9 +136,10 @@ def test_a_resampler_is_one_cross_attention_of_queries_with_positions(name):
         attention.out_proj.bias.copy_(made.o_proj.bias)
     values = torch.from_numpy(norm(linear(given.numpy(), made.kv_proj), made.kv_norm))
     queries = torch.from_numpy(norm(made.query.detach().numpy(), made.query_norm))
-    if name == "resampler":
-        queries = queries + sine_positions(H, 3, 3).double()
-        keys = values + resized_positions(H, 3, ROWS, COLUMNS).double()
+    if name != "resampler-keys":
+        grid = math.isqrt(len(queries))
+        queries = queries + sine_positions(H, grid, grid).double()
+        keys = values + resized_positions(H, grid, ROWS, COLUMNS).double()
     else:
         keys = values + sine_positions(H, ROWS, COLUMNS).double()
     expected = attention(queries.expand(2, -1, -1), keys, values, need_weights=False)[0].detach().numpy()
@@ -200,7 +202,7 @@ COMBINATIONS = [
 def test_every_combination_is_counted_exactly_and_trains(tmp_path):
     """Parameters, those that never train, tokens by arithmetic, a gradient for everything else, blanks for text alone."""
     torch.set_num_threads(1)
-    tokens = {"linear": 16, "mlp": 16, "mlp_layer_norm": 16, "pixel_shuffle_mlp": 4, "resampler": 9, "resampler-keys": 6, "q_former": 5}
+    tokens = {name: options.get("queries", 4 if name == "pixel_shuffle_mlp" else 16) for name, options in KINDS.items()}
     for name, tower, language, layer in COMBINATIONS:
         values = config_of(name, tower, language, layer)
         section = Model.model_validate({"architecture": "terrace_vlm", "config": values})
@@ -237,7 +239,7 @@ def test_tower_and_language_model_come_from_two_checkpoints(tmp_path):
     clip.save_pretrained(tmp_path / "clip")
     language.save_pretrained(tmp_path / "language")
     section = Model.model_validate({
-        "architecture": "terrace_vlm", "config": config_of("resampler"),
+        "architecture": "terrace_vlm", "config": config_of("resampler-tower"),
         "init": {"vision": str(tmp_path / "clip"), "language": str(tmp_path / "language")},
     })  # fmt: skip
     model = build_model(section, model_config(section))
@@ -246,6 +248,8 @@ def test_tower_and_language_model_come_from_two_checkpoints(tmp_path):
         assert set(expected) == {name for name, _ in mine.named_parameters()}
         assert all(torch.equal(parameter, expected[name]) for name, parameter in mine.named_parameters())
     assert torch.equal(model.lm_head.weight, language.lm_head.weight)
+    assert family_of_model(model).part_of("model.multi_modal_projector.output_proj.weight") == "vision"  # new, not in the checkpoint
+    assert float(model.model.multi_modal_projector.output_proj.weight.detach().std()) == pytest.approx(0.02, rel=0.2)
     assert float(model.model.multi_modal_projector.query.detach().std()) == pytest.approx(0.02, rel=0.2)
 
 
@@ -279,7 +283,8 @@ def test_an_export_carries_its_code_and_loads_where_there_is_no_terrace(tmp_path
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert {path.name for path in final.glob("*.py")} == {
-        "configuration_terrace_vlm.py", "modeling_terrace_vlm.py", "connectors.py", "resampler.py", "q_former.py", "sine_positions.py"
+        "configuration_terrace_vlm.py", "modeling_terrace_vlm.py", "connectors.py", "resampler.py", "q_former.py", "sine_positions.py",
+        "sparse_mlp.py", "visual_expert.py",
     }  # fmt: skip
 
 

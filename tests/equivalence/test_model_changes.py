@@ -10,19 +10,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from expert_steps import train_experts
 from families import CONFIGS
 from packs import tiny_recipe
 from PIL import Image
+from processes import run_ranks
+from transformers import AutoModelForImageTextToText
 
 from terrace.curriculum.attempt_worker import run_stage
 from terrace.data.prepare import load_prepared, prepare_data, stage_data
 from terrace.errors import Preempted
 from terrace.models.build import build_model, model_config
+from terrace.models.modules.sparse_mlp import SparseMlp
+from terrace.models.parts import part_parameters
 from terrace.models.surgery import stretched_positions
 from terrace.models.tensor_files import Directory
+from terrace.planner.parameters import parameter_counts
 from terrace.planner.plan import make_plan
+from terrace.planner.shapes import shape_of_config
 from terrace.recipe.changes import stage_model, stage_recipe
-from terrace.recipe.loading import recipe_hash, stage_hash
+from terrace.recipe.identity import recipe_hash, stage_hash
 from terrace.recipe.rules import check
 from terrace.recipe.schema import Recipe
 from terrace.worker.context import WorkerContext
@@ -63,6 +70,7 @@ def recipe_of(folder, changes: dict, config: dict | None = None, architecture: s
     })  # fmt: skip
 
 
+@pytest.mark.slow
 def test_positions_and_rope_base_change_between_stages(tmp_path):
     """56 to 84 pixels, RoPE base 10 000 to 800 000: shapes, data, plan, resume, export, the stage after it and the way back."""
     torch.set_num_threads(1)
@@ -141,3 +149,127 @@ def test_mistakes_are_named():
     assert told({"rope_base": 5e5}) == []
     recipe = recipe_of(Path("/none"), {"interpolate_positions": 90})
     assert any("90 is no multiple of patch_size 14" in str(problem) for problem in check(recipe))
+
+
+# ---------------------------------------------------------------- experts
+
+
+def written_out(module: SparseMlp, hidden: torch.Tensor, capacity: int | None) -> tuple[torch.Tensor, int]:
+    """Token by token: the published rule of first choices before second ones, up to an expert's capacity."""
+    tokens, experts = hidden.reshape(-1, hidden.shape[-1]), len(module.gate_up_proj)
+    chances = torch.softmax(tokens @ module.gate.weight.t(), dim=-1)
+    ranked = chances.argsort(dim=-1, descending=True)[:, : module.per_token]
+    taken: list[list[int]] = [[] for _ in tokens]
+    load, dropped = [0] * experts, 0
+    for choice in range(module.per_token):
+        for token in range(len(tokens)):
+            expert = int(ranked[token, choice])
+            if capacity is None or load[expert] < capacity:
+                load[expert] += 1
+                taken[token].append(expert)
+            else:
+                dropped += 1
+    rows = []
+    for token, own in enumerate(taken):
+        total = sum(chances[token, expert] for expert in own)
+        row = torch.zeros_like(tokens[token])
+        for expert in own:
+            gate, up = (module.gate_up_proj[expert] @ tokens[token]).chunk(2)
+            row = row + chances[token, expert] / total * (module.down_proj[expert] @ (gate / (1 + torch.exp(-gate)) * up))
+        rows.append(row)
+    return torch.stack(rows).view_as(hidden), dropped
+
+
+def test_a_mixture_of_experts_is_its_written_out_rule():
+    torch.manual_seed(0)
+    for per_token, factor in ((1, None), (2, None), (2, 1.0), (2, 0.5), (3, 1.5)):
+        module = SparseMlp(12, 8, 4, per_token, factor).double()
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.copy_(torch.randn_like(parameter))
+        hidden = torch.randn(1, 21, 12, dtype=torch.float64)
+        capacity = None if factor is None else int(np.ceil(factor * per_token * 21 / 4))
+        expected, dropped = written_out(module, hidden, capacity)
+        close = {"rtol": 1e-5, "atol": 1e-5}  # routers decide in float32
+        torch.testing.assert_close(module(hidden), expected, **close)
+        assert int(module.dropped or 0) == dropped
+        with torch.no_grad():  # answers and evaluations: nothing is left out
+            torch.testing.assert_close(module(hidden), written_out(module, hidden, None)[0], **close)
+        assert (factor is None or factor >= 1.5) or dropped > 0
+
+
+def test_a_dense_model_is_upcycled_between_stages(tmp_path):
+    """Experts begin as copies, so the model begins where the dense one ended; counted, balanced, resumed, exported, undone."""
+    torch.set_num_threads(1)
+    write_rows(tmp_path)
+    recipe = recipe_of(tmp_path, {"upcycle": {"experts": 4, "per_token": 2, "capacity_factor": 1.0, "layers": "every_second"}})
+    assert check(recipe) == []
+    run_dir = tmp_path / "run"
+    prepare_data(recipe, run_dir, use_ray=False)
+    for number in range(4):
+        run_stage(recipe, number, run_dir, 1, WorkerContext())
+    finals = [run_dir / "stages" / name / "final" for name in ("01-before", "02-changed", "03-after", "04-back")]
+    sparse = "model.language_model.layers.0.mlp.gate_up_proj"
+    assert [sparse in Directory(final).names for final in finals] == [False, True, True, False]
+    assert "model.language_model.layers.1.mlp.gate_proj.weight" in Directory(finals[1]).names  # every second layer only
+    prepared = load_prepared(run_dir / "data")
+    seen = stage_recipe(recipe, 1)
+    config = model_config(seen.model, prepared.tokenizer())
+    model = build_model(seen.model, config, start=finals[0], changes=recipe.stages[1].model_changes).eval()
+    dense = build_model(recipe.model, model_config(recipe.model, prepared.tokenizer()), start=finals[0]).eval()
+    ids = torch.arange(5, 45)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model(input_ids=ids).logits, dense(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+    counted = {part: sum(p.numel() for _, p in pairs) for part, pairs in part_parameters(model).items()}
+    planned = make_plan(recipe).stages
+    shape = shape_of_config(config.to_dict(), "terrace_vlm")
+    assert parameter_counts(shape) == counted
+    assert planned[1].parameters["language"] > planned[0].parameters["language"] == planned[3].parameters["language"]
+    assert planned[1].active["language"] < planned[1].parameters["language"]
+    lines = [json.loads(line) for line in (run_dir / "stages" / "02-changed" / "metrics.jsonl").read_text().splitlines()]
+    assert all(sum(line["expert_tokens"]) > 0 and line["expert_balance_loss"] > 0 for line in lines)
+    assert all(0 < line["expert_dropped_share"] < 1 for line in lines)
+    assert "expert_tokens" not in (run_dir / "stages" / "01-before" / "metrics.jsonl").read_text()
+    # What is exported is what was trained, for whoever loads it.
+    exported = AutoModelForImageTextToText.from_pretrained(finals[2], dtype=torch.float32).eval()
+    again_built = build_model(stage_recipe(recipe, 2).model, config, start=finals[2]).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(exported(input_ids=ids).logits, again_built(input_ids=ids).logits)
+    assert (finals[2] / "sparse_mlp.py").is_file()
+    # Stopped inside the changed stage, it ends with the same bits.
+    again = tmp_path / "again"
+    shutil.copytree(run_dir, again)
+    shutil.rmtree(again / "stages" / "02-changed")
+    asked = iter(range(100))
+    with pytest.raises(Preempted):
+        run_stage(recipe, 1, again, 1, WorkerContext(should_stop=lambda: "told" if next(asked) >= 1 else None))
+    run_stage(recipe, 1, again, 2, WorkerContext())
+    assert weights_of(again, "02-changed") == weights_of(run_dir, "02-changed")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_upcycled_experts_train_alike_however_packed_and_under_every_strategy(tmp_path):
+    torch.set_num_threads(1)
+    three, two = [[0, 1], [2], [3, 4]], [[0, 1, 2], [3, 4]]
+    [alone, packed] = train_experts(0, 1, "terrace_vlm", [("ddp", three, {}), ("ddp", [[0, 1, 2, 3, 4]], {})], str(tmp_path))
+    runs = [(strategy, two, {}) for strategy in ("ddp", "fsdp", "zero2", "zero3")]
+    together = run_ranks(2, train_experts, "terrace_vlm", runs, str(tmp_path), timeout=800)[0]
+    for lines in (packed, *together):
+        for line, other in zip(alone[1:3], lines[1:3]):
+            for field in ("loss", "grad_norm", "expert_balance_loss"):
+                np.testing.assert_allclose(line[field], other[field], rtol=1e-4, err_msg=field)
+            assert line["expert_tokens"] == other["expert_tokens"]
+    assert sum(alone[1]["expert_tokens"]) > 0
+
+
+def test_mistakes_of_experts_are_named(tmp_path):
+    def told(recipe: Recipe) -> list[str]:
+        return [str(problem) for problem in check(recipe)]
+
+    assert any("5 is more than the 4 experts" in line for line in told(recipe_of(tmp_path, {"upcycle": {"per_token": 5}})))
+    twice = recipe_of(tmp_path, {"upcycle": {}})
+    stages = [*twice.stages[:2], twice.stages[2].model_copy(update={"model_changes": twice.stages[1].model_changes}), twice.stages[3]]
+    assert any("a mixture of experts already" in line for line in told(twice.model_copy(update={"stages": stages})))
+    other = tiny_recipe([{"name": "one"}, {"name": "two", "model_changes": {"upcycle": {}}}])
+    assert any("has no mixture of experts; architecture terrace_vlm has" in line for line in told(other))

@@ -59,7 +59,7 @@ def test_a_recipe_in_miniature_trains_resumes_and_exports(name: str, tmp_path: P
 def trained(recipe: Recipe, run_dir: Path, index: int) -> set[str]:
     """The parts whose weights differ after the stage from what it started from: the exports of both, loaded by transformers."""
     from terrace.models.parts import part_parameters
-    from terrace.recipe.loading import start_index
+    from terrace.recipe.identity import start_index
 
     before = start_index(recipe, index)
     if before is None:

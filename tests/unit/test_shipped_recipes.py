@@ -18,6 +18,7 @@ from terrace.planner.parameters import parameter_counts, trainable_counts
 from terrace.planner.plan import make_plan
 from terrace.planner.render import plan_values
 from terrace.planner.shapes import model_shape
+from terrace.recipe.changes import stage_recipe
 from terrace.recipe.loading import load_recipe
 from terrace.recipe.schema import PARTS, Model
 from terrace.recipe.shipped import names
@@ -42,16 +43,18 @@ def built(section: str) -> tuple[Mapping[str, int], Mapping[str, int]]:
 def test_a_recipe_is_planned_in_time_with_the_parameters_of_its_class(name: str) -> None:
     started = time.process_time()
     recipe = load_recipe(name)
+    if recipe.model.pretrained is not None:
+        return  # a template over a checkpoint of the reader's own
     values = plan_values(make_plan(recipe))
     assert time.process_time() - started < PLAN_SECONDS
     assert [stage["name"] for stage in values["stages"]] == [stage.name for stage in recipe.stages]
-    shape = model_shape(recipe)
     if recipe.tokenizer.path is None:
         return  # its vocabulary is trained: the tiny models of the demo are counted elsewhere
-    section = recipe.model.model_copy(update={"init": None, "stands_in_for": None})
-    counted, unused = built(section.model_dump_json())
-    assert parameter_counts(shape) == counted
-    for stage in recipe.stages:
+    for index, stage in enumerate(recipe.stages):
+        seen = stage_recipe(recipe, index)
+        shape = model_shape(seen)
+        counted, unused = built(seen.model.model_copy(update={"init": None, "stands_in_for": None}).model_dump_json())
+        assert parameter_counts(shape) == counted
         trained = {part: counted[part] - unused[part] if getattr(stage.train, part) else 0 for part in PARTS}
         assert trainable_counts(shape, stage) == trained
 
@@ -61,7 +64,7 @@ STATED = [
     ("mimo-vl-7b", PARTS, 8_306_217_216, 0),  # computed with transformers' class from the paper's table
     ("qwen2.5-vl-7b", PARTS, 8_292_166_656, 0),  # the released model
     ("qwen2-vl-7b", ("vision", "projector"), 675.5e6, 0.5 / 675),  # "675M": 675.0 to 676.0
-    ("qwen-vl-7b", ("vision",), 1.9e9, 0.05 / 1.9),  # 1.9B, two figures
+    ("qwen-vl-7b", ("projector",), 0.08e9, 0.005 / 0.08),  # two figures at most; the tower's "1.9B" is not what its class has
     ("qwen-vl-7b", ("language",), 7.7e9, 0.05 / 7.7),
     ("qwen-vl-7b", PARTS, 9.6e9, 0.06 / 9.6),
 ]

@@ -11,9 +11,9 @@ cuts it (before an answer, in ChatML), the two sides are encoded apart.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -142,19 +142,19 @@ def _measure(
             # Where no target and no line ends inside the text, its tokens are only counted: their places take as long as they do.
             if breaks or len(flags) > 1:
                 tokens, offsets = tokenizer.encode_with_offsets(value)
-                count = len(tokens)
+                length = len(tokens)
             else:
-                count, offsets = tokenizer.count(value), []
+                length, offsets = tokenizer.count(value), []
             if first_target[0] < 0 and any(flag for _, _, flag in flags):
                 within = int(_token_flags(flags, offsets).argmax()) if len(flags) > 1 else 0
                 first_target = (ids + within, len(visuals), before)
             if breaks:
                 cuts += [ids + place + 1 for place, (_, end) in enumerate(offsets[:-1]) if value[end - 1] == "\n"]
-            ids += count
+            ids += length
             if len(flags) > 1:
                 supervised_tokens += int(_token_flags(flags, offsets).sum())
             elif flags[0][2]:
-                supervised_tokens += count
+                supervised_tokens += length
             text_to_learn |= any(flag and value[start:stop].strip() for start, stop, flag in flags)
         elif kind in ("mark", "token"):
             ids += 1
@@ -177,13 +177,13 @@ def _measure(
 
 
 def _pieces(sample: Sample, supervise: str, family: Family) -> Iterator[Piece]:
-    messages, images = sample.messages, count()
+    messages, images = sample.messages, itertools.count()
     yield from (("mark", role, False) for role in family.beginning)
     if messages[0]["role"] == RUNNING_TEXT:
         if len(messages) != 1:
             raise InputError(f"sample {sample.id}: running text is one message, found {len(messages)} messages")
         supervised = supervise != "assistant"
-        yield from _content(sample, messages[0]["content"], supervised, family, images)
+        yield from family.running(_content(sample, messages[0]["content"], supervised, family, images))
         yield "mark", family.end_of_text, supervised
         return
     try:
@@ -242,7 +242,9 @@ def _prompt_pieces(sample: Sample, family: Family) -> Iterator[Piece]:
     if sample.messages[0]["role"] == RUNNING_TEXT:
         pieces = list(_pieces(sample, "auto", family))
         last = max((place for place, piece in enumerate(pieces) if piece[0] in ("image", "video")), default=-1)
-        yield from pieces[: last + 1 + len(family.after)] if last >= 0 else ()
+        if last >= 0:  # the image, and what is written behind it before anything is learned
+            rest = itertools.takewhile(lambda piece: not piece[2], pieces[last + 1 :])
+            yield from (*pieces[: last + 1], *rest)
         return
     messages = sample.messages[:-1] if sample.messages[-1]["role"] == "assistant" else sample.messages
     yield from _pieces(Sample(sample.id, sample.kind, messages, sample.metadata), "auto", family)

@@ -40,7 +40,11 @@ class Connector(BaseModel):
         "queries_and_keys",
         description="Where a resampler adds 2D sine positions: to queries, a square grid, and keys (Qwen-VL), or to keys (MiniCPM-V).",
     )
-    output_projection: bool = Field(False, description="A LayerNorm and a linear layer behind a resampler's attention (MiniCPM-V).")
+    output_projection: Literal["none", "projector", "vision"] = Field(
+        "none",
+        description="A LayerNorm and a linear layer behind a resampler's attention: of the projector (MiniCPM-V), or counted, trained and"
+        " frozen with the vision tower (Qwen-VL).",
+    )
     width: int = Field(768, ge=4, description="Width of a Q-Former.")
 
 

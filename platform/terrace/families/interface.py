@@ -24,7 +24,6 @@ import numpy as np
 from terrace.errors import InputError
 from terrace.families.shapes import ModelShape
 from terrace.families.tools import refuse_tools
-from terrace.recipe.schema import PARTS, PartName
 
 # A piece of a sample is (kind, value, supervised): text (str), mark (role of a special token), image or video
 # ({"frames", "timestamps"}), coordinates ({"image", "values"}), which become text once the resolution is known, or
@@ -121,7 +120,7 @@ class Family(ABC):
 
     name: ClassVar[str] = ""
     version: ClassVar[int] = 1  # part of every index: raise it when a sample's length changes
-    parts: ClassVar[tuple[PartName, ...]] = PARTS  # that it has; a stage that trains another is refused
+    parts: ClassVar[tuple[str, ...]] = ("vision", "projector", "language")  # that it has; a stage that trains another is refused
     marks: ClassVar[Mapping[str, str]] = {}  # role -> special token; `image` is the placeholder
     before: ClassVar[tuple[str, ...]] = ()  # roles of the marks in front of an image's placeholders, and behind them
     after: ClassVar[tuple[str, ...]] = ()
@@ -283,6 +282,10 @@ class Family(ABC):
         """What stands before the first turn."""
         return iter(())
 
+    def running(self, content: Iterable[Piece]) -> Iterator[Piece]:
+        """A caption or a document, between `beginning` and the mark that ends it."""
+        return iter(content)
+
     @abstractmethod
     def turn(self, role: str, content: Iterable[Piece], supervised: bool) -> Iterator[Piece]:
         """One turn: its header, its content, and its end."""
@@ -316,6 +319,12 @@ class Family(ABC):
     def resized(cls, config: Mapping[str, Any], side: int) -> dict[str, Any] | None:
         """The configuration of the same model for pictures of `side` pixels, whose learned positions are then stretched; None where
         the tower has none for one fixed size."""
+        return None
+
+    @classmethod
+    def upcycled(cls, config: Mapping[str, Any], experts: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The configuration with mixtures of `experts` (count, per_token, capacity_factor, auxiliary_loss, layers: `all` or
+        `every_second`) in place of dense feed-forward layers; None where the family's class cannot have them."""
         return None
 
     def check_pixels(self, low: int, high: int) -> Iterator[Finding]:

@@ -18,7 +18,7 @@ from terrace.errors import InputError
 from terrace.families.interface import Family
 
 _SHARED = (
-    "interface", "registry", "shapes", "squares", "connector", "checks", "chatml", "tools", "anyres", "siglip", "slicing"
+    "interface", "registry", "shapes", "squares", "connector", "checks", "chatml", "tools", "anyres", "siglip", "slicing", "one_tile"
 )  # fmt: skip
 _ELSEWHERE: dict[str, str] = {}  # name of a family -> the module outside of this folder that holds it
 

@@ -55,6 +55,10 @@ class ProjectorShape:
     times: int = 1
     first: bool = False  # it reads pixels, which need no gradient
 
+    def plus(self, parameters: int) -> ProjectorShape:
+        """With parameters that run in place of the language model's own, and so add no work."""
+        return replace(self, parameters=self.parameters + parameters) if parameters else self
+
 
 @dataclass(frozen=True)
 class ExpertsShape:
@@ -111,6 +115,7 @@ class LanguageShape:
         return 3 if self.gated else 2
     experts: ExpertsShape | None = None
     latent: LatentShape | None = None
+    masked: bool = False  # attention with a mask over each sample, which keeps keys and values as few as they are
 
     def with_latent(self, latent: LatentShape, experts: ExpertsShape) -> LanguageShape:
         size = latent.plain + latent.rotary

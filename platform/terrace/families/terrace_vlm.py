@@ -8,6 +8,7 @@ Coordinates are thousandths of the picture, of the padded square under `padded`.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from terrace.families.interface import Bounds, Costs, Family, Finding, Picture, 
 from terrace.families.internvl import COORDINATE_SCALE, InternVL
 from terrace.families.llava import PADDING, clip_block, idle_blocks
 from terrace.families.qwen2_vl import IMAGE_MEAN, IMAGE_STD, qwen_language
-from terrace.families.shapes import ModelShape, ProjectorShape, VisionShape
+from terrace.families.shapes import ExpertsShape, LanguageShape, ModelShape, ProjectorShape, VisionShape
 from terrace.families.squares import padded_coordinate, padded_coordinates
 
 LAYOUTS = ("square", "padded", "tiles")
@@ -36,16 +37,24 @@ class TerraceVlm(InternVL):
 
     name: ClassVar[str] = "terrace_vlm"
     connects: ClassVar[bool] = True
+    experts: ClassVar[bool] = True  # once a stage has made some
 
     layout: str = "square"
+    output_in_tower: bool = False  # what stands behind the resampler's attention is a part of vision
+    visual_expert: bool = False
+    experts_per_token: int = 0  # of an upcycled language model
     siglip: bool = False  # its own mean and deviation of pixels, no class token
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> TerraceVlm:
         vision = config.get("vision_config") or {}
         side, patch = vision.get("image_size", 224), vision.get("patch_size", 14)
-        tokens = picture_tokens(checked(config) or Connector(), side // patch)
-        return cls(side, tokens, patch, config.get("image_layout", "square"), vision.get("model_type", CLIP) == SIGLIP)
+        connector = checked(config) or Connector()
+        return cls(
+            side, picture_tokens(connector, side // patch), patch, config.get("image_layout", "square"),
+            connector.output_projection == "vision", bool(config.get("visual_expert")), (config.get("experts") or {}).get("per_token", 0),
+            vision.get("model_type", CLIP) == SIGLIP,
+        )  # fmt: skip
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -103,11 +112,16 @@ class TerraceVlm(InternVL):
         vision, text, family = config["vision_config"], config["text_config"], cls.of(config)
         kind = text.get("model_type", "llama")
         language = qwen_language(config, vocabulary, LANGUAGES.get(kind, False), head_norms=kind == "qwen3")
+        if (sparse := config.get("experts")) is not None:
+            dense = language.layers - len(sparse["layers"])
+            experts = ExpertsShape(sparse["count"], sparse["per_token"], language.intermediate, dense_layers=dense)
+            language = dataclasses.replace(language, experts=experts)
         width, inner, depth = vision["hidden_size"], vision["intermediate_size"], vision["num_hidden_layers"]
         block, values, patches = clip_block(width, inner), 3 * family.patch**2, (family.side // family.patch) ** 2
         idle, layer = idle_blocks(config), config.get("vision_feature_layer", -2)
         # SigLIP: a bias of the patches; CLIP: the class token, its position and a norm before the blocks. Both: a norm behind them.
         other = values * width + patches * width + 2 * width + (width if family.siglip else 4 * width)
+        other += output_parameters(language.width) if family.output_in_tower else 0
         behind = 0 if family.siglip and layer == -1 else 2 * width
         return ModelShape(
             VisionShape(
@@ -115,7 +129,7 @@ class TerraceVlm(InternVL):
                 full_blocks=depth, patch_values=values, patches_per_token=patches / family.tokens, block_parameters=block,
                 other_parameters=other, extra_tokens=0 if family.siglip else 1, unused_parameters=idle * block + behind, idle_blocks=idle,
             ),
-            projector_shape(checked(config) or Connector(), width, language.width, patches),
+            projector_shape(checked(config) or Connector(), width, language.width, patches).plus(visual_expert(language, family)),
             language,
         )  # fmt: skip
 
@@ -138,6 +152,8 @@ class TerraceVlm(InternVL):
             yield (*at, "model_type"), f"must be {CLIP} or {SIGLIP}"
         elif vision.get("model_type") == SIGLIP and vision.get("vision_use_head", True):
             yield at, "needs `vision_use_head: false`: nobody takes what the pooling head gives"
+        if config.get("visual_expert") and config.get("experts"):
+            yield ("visual_expert",), "and a mixture of experts do not go together"
         if vision["image_size"] % vision["patch_size"]:
             yield (*at, "image_size"), f"{vision['image_size']} is no multiple of patch_size {vision['patch_size']}"
         if vision["hidden_size"] % vision["num_attention_heads"]:
@@ -153,6 +169,17 @@ class TerraceVlm(InternVL):
         across = vision["image_size"] // vision["patch_size"]
         for field, message in findings(connector, vision["hidden_size"], width if isinstance(width, int) else None, across):
             yield ("connector", field), message
+
+    @classmethod
+    def balance_weight(cls, config: Mapping[str, Any]) -> float:
+        return float((config.get("experts") or {}).get("auxiliary_loss", 0.0))
+
+    @classmethod
+    def upcycled(cls, config: Mapping[str, Any], experts: Mapping[str, Any]) -> dict[str, Any]:
+        text = config["text_config"]
+        step = 1 if experts["layers"] == "all" else 2
+        layers = list(range(0, text["num_hidden_layers"], step))
+        return {**config, "experts": {**experts, "layers": layers}, "text_config": {**text, "num_experts_per_tok": experts["per_token"]}}
 
     def check_pixels(self, low: int, high: int) -> Iterator[Finding]:
         yield from (super().check_pixels(low, high) if self.layout == "tiles" else Family.check_pixels(self, low, high))
@@ -183,6 +210,18 @@ def picture_tokens(connector: Connector, across: int) -> int:
     return (across // (connector.merge if connector.kind == "pixel_shuffle_mlp" else 1)) ** 2
 
 
+def visual_expert(language: LanguageShape, family: TerraceVlm) -> int:
+    """Parameters of the image tokens' own matrices, which train with the projector; they run in place of the language model's."""
+    matrices = 2 * language.width * (language.query_width + language.key_width) + 3 * language.width * language.intermediate
+    biases = language.query_width + 2 * language.key_width if language.attention_biases else 0
+    return language.layers * (matrices + biases) if family.visual_expert else 0
+
+
+def output_parameters(width: int) -> int:
+    """Of the norm and the projection behind a resampler's attention."""
+    return 2 * width + width * width
+
+
 def projector_shape(connector: Connector, vision: int, width: int, patches: int) -> ProjectorShape:
     """Parameters and multiply-adds of a connector. `inner` is what it keeps for backward per token, a third of it."""
     kind, layers = connector.kind, connector.layers
@@ -197,9 +236,10 @@ def projector_shape(connector: Connector, vision: int, width: int, patches: int)
     queries = connector.queries
     if kind == "resampler":
         parameters = queries * width + vision * width + 4 * width + 4 * (width * width + width)
-        products = patches * (vision * width + 2 * width * width + 2 * queries * width) + (queries + 0) * width * width
-        if connector.output_projection:
-            parameters, products = parameters + 2 * width + width * width, products + queries * width * width
+        products = patches * (vision * width + 2 * width * width + 2 * queries * width) + queries * 2 * width * width
+        if connector.output_projection != "none":
+            products += queries * width * width
+            parameters += output_parameters(width) if connector.output_projection == "projector" else 0
         kept = patches * 4 * width + queries * 3 * width
         return ProjectorShape(parameters, products // queries, kept // queries // 3)
     inner, looks = connector.width, (layers + 1) // 2

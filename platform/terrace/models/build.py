@@ -100,7 +100,7 @@ def meta_model(config: Any) -> Any:
 
 def restore_buffers(model: Any) -> None:
     """Compute the buffers that no checkpoint holds (rotary frequencies, numbers of positions): those with a fraction in
-    float32 whatever the weights are, whole numbers as they are."""
+    float32 whatever the weights are, whole numbers as they are. Parameters stay what they are, those of the same modules too."""
     owner = model
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
@@ -110,7 +110,10 @@ def restore_buffers(model: Any) -> None:
             for name, buffer in buffers.items():
                 if buffer.is_floating_point():
                     setattr(module, name, buffer.float())
+            own = [(parameter, parameter.data.clone()) for parameter in module.parameters(recurse=False)]
             owner._init_weights(module)
+            for parameter, values in own:
+                parameter.data.copy_(values)
 
 
 def materialise(

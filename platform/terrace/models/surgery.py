@@ -1,4 +1,5 @@
-"""What a stage changes in the weights it starts from: the learned positions of a tower stretched over a finer or coarser grid.
+"""What a stage changes in the weights it starts from: learned positions of a tower stretched over another grid, dense layers copied
+into experts.
 
 A change is made while weights are read, tensor by tensor, so every strategy takes it like any other tensor, and a stage that
 is resumed, whose checkpoint has the changed tensors, never makes it again.
@@ -23,16 +24,32 @@ class Surgery:
         shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
         resized = changes is not None and changes.interpolate_positions is not None
         self._tables = {name: shapes[name] for name in family.position_tables(shapes)} if resized else {}
+        upcycles = changes is not None and changes.upcycle is not None
+        self._experts = {name: (shapes[name][0], sources) for name in shapes if upcycles and (sources := family.dense_sources(name))}
+        self._routers = {f"{name.rpartition('.')[0]}.gate.weight" for name in self._experts}
+        self.used_up = {source for _, sources in self._experts.values() for source in sources}  # of the dense model
 
     def note(self, directory: Directory, name: str, shape: tuple[int, ...]) -> str | None:
         """What happens to a tensor, in words; None where it is taken as it is."""
+        if name in self._experts and name not in directory.names and directory.names.issuperset(self._experts[name][1]):
+            return f"{name} begins as {shape[0]} copies of {' and '.join(self._experts[name][1])}"
+        if name in self._routers and name not in directory.names:
+            return f"{name} is new and starts random"
         if name not in self._tables or name not in directory.names or (found := directory.shape(name)) == shape:
             return None
         if found[-1] != shape[-1]:
             return None
         return f"{name} is stretched from {found[-2]} to {shape[-2]} positions (bicubic)"
 
+    def makes(self, name: str) -> bool:
+        """Whether a tensor that a directory lacks is made from others."""
+        return name in self._experts
+
     def read(self, directory: Directory, name: str) -> torch.Tensor:
+        if name in self._experts and name not in directory.names:
+            count, sources = self._experts[name]
+            dense = torch.cat([directory.read(source) for source in sources])
+            return dense.expand(count, *dense.shape).contiguous()
         tensor = directory.read(name)
         wanted = self._tables.get(name)
         return tensor if wanted is None or tuple(tensor.shape) == wanted else stretched_positions(tensor, wanted)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -165,6 +166,9 @@ def _names(folder: Path) -> set[str]:
 def local_config(directory: str, storage: Storage = DEFAULT_STORAGE) -> str:
     """A folder of this machine whose config.json is that of `directory`, for libraries that read no s3://."""
     if not is_remote(directory):
+        if not os.path.isfile(os.path.join(directory, "config.json")):
+            what = "no config.json in it" if os.path.isdir(directory) else "there is no such folder"
+            raise InputError(f"model.pretrained: {directory}: {what}; name a Hugging Face model directory (of the hub: fetched first)")
         return directory
     try:
         content = read_file(join(directory, "config.json"), storage)

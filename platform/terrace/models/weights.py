@@ -92,7 +92,10 @@ def initial_weights(
 
     def read(name: str) -> torch.Tensor:
         directory = by_part[family.part_of(name)]
-        if directory is None:
+        lacks = directory is None or name not in directory.names
+        if lacks and (other := family.copied_from(name)) is not None:
+            return read(other)
+        if directory is None or (name not in directory.names and not surgery.makes(name)):
             return random(name)
         tensor = surgery.read(directory, name)
         if name in grown:
@@ -117,6 +120,10 @@ def _compare(
         if (note := surgery.note(directory, name, shape)) is not None:
             report.notes.append(note)
             continue
+        if name not in directory.names and family.may_be_new(name):
+            begins = "random" if (other := family.copied_from(name)) is None else f"as a copy of {other}"
+            report.notes.append(f"{name} is not in {directory.path} and starts {begins}")
+            continue
         if name not in directory.names:
             report.missing.append(f"{name} is missing in {directory.path}")
             continue
@@ -131,7 +138,7 @@ def _compare(
             report.reshaped.append(f"{name} has shape {list(found)} in {directory.path}, the model has {list(shape)}")
     for part, directory in by_part.items():
         if directory is not None:
-            report.unexpected.extend(_unexpected(directory, part, shapes, family))
+            report.unexpected.extend(_unexpected(directory, part, {*shapes, *surgery.used_up}, family))
     return grown
 
 

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from terrace.data.family import balance_weight
 from terrace.models.batch import DeviceBatch
 from terrace.models.families.interface import Choice
+from terrace.models.families.registry import family_of_model
 from terrace.models.routing import heard, real_tokens, segment_numbers
 from terrace.objectives.interface import Opening
 
@@ -40,6 +41,7 @@ class ExpertBalance:
         self._tokens = 0.0  # of the global batch, counted once for each layer
         self._sequences = 0.0
         self._listens = False
+        self._dropped: torch.Tensor | None = None  # assignments that experts left out, of this rank's packs
         self._counting = False
         self._counted: torch.Tensor | None = None
         self._counts: torch.Tensor | None = None  # [M, E] of this rank's packs, in the backward pass
@@ -51,7 +53,7 @@ class ExpertBalance:
 
     def before(self, batches: Sequence[Any], scale: float, measure: Callable[[Any], Any]) -> None:
         """`batches` of a step; `measure(batch)` runs one forward without gradient through the strategy."""
-        self._listens, self._counts, self._balance, self._shares = True, None, 0.0, None
+        self._listens, self._counts, self._balance, self._shares, self._dropped = True, None, 0.0, None, None
         self._factor = self.weight / scale
         if not self.weight:
             return
@@ -82,6 +84,8 @@ class ExpertBalance:
             self._counted = _added(self._counted, counts)
             return total
         self._counts = _added(self._counts, counts)
+        if dropped := family_of_model(model).dropped(model):
+            self._dropped = _added(self._dropped, torch.stack(dropped).sum())
         if not self.weight:
             return total
         if self._by_sequence:
@@ -138,6 +142,9 @@ class ExpertBalance:
             "expert_tokens": counts.sum(axis=0).astype(np.int64).tolist(),
             "expert_fullest_share": float((counts.max(axis=1) / np.maximum(assigned, 1)).max()),
         }
+        if self._dropped is not None:
+            left_out = float(self._opening.total([float(self._dropped)])[0])
+            line["expert_dropped_share"] = left_out / max(1.0, float(assigned.sum()))
         if self.weight:
             line["expert_balance_loss"] = float(whole[0])
         return line

@@ -24,7 +24,7 @@ from terrace.objectives import reference
 from terrace.objectives.answers import AnswerBatch, AnswerPack, answer_batch, answer_logprobs, empty_answers
 from terrace.objectives.interface import Counts, Objective, Opening, StageFeed, StageRun, StepExamples
 from terrace.objectives.reference import ReferenceTable
-from terrace.recipe.loading import stage_hash
+from terrace.recipe.identity import stage_hash
 
 
 @dataclass

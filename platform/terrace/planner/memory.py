@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from math import gcd
 
 from terrace.families.shapes import ModelShape
-from terrace.planner.parameters import part_sizes, trainable_counts, trains_whole
+from terrace.planner.parameters import head_parameters, part_sizes, trainable_counts, trains_whole
 from terrace.recipe.schema import PARTS, PartName, Stage
 
 FP32 = 4
@@ -125,7 +125,9 @@ def _state(shape: ModelShape, stage: Stage, workers: int, compute: int, on_gpu: 
     """Bytes of weights, gradients and optimizer per GPU, and of what the strategy needs to work on them."""
     sizes = part_sizes(shape)
     everything = sum(size.total + shape.adapters_of(part).parameters for part, size in sizes.items())
-    trained = sum(trainable_counts(shape, stage).values())
+    heads = head_parameters(shape, stage)
+    everything += heads
+    trained = sum(trainable_counts(shape, stage).values()) + heads
     largest_block = max(size.block for size in sizes.values())
     outer = shape.language.vocabulary * shape.language.width * (1 if shape.language.tied else 2)
     parallel, shards, states = stage.parallel, workers, optimizer_bytes(shape, stage)
@@ -169,7 +171,8 @@ def _state(shape: ModelShape, stage: Stage, workers: int, compute: int, on_gpu: 
 
 def optimizer_bytes(shape: ModelShape, stage: Stage) -> float:
     """Bytes of the optimizer's state over all workers, and of the average of weights where the stage keeps one."""
-    language, numbers, options = shape.language, sum(trainable_counts(shape, stage).values()), stage.optimizer
+    language, options = shape.language, stage.optimizer
+    numbers = sum(trainable_counts(shape, stage).values()) + head_parameters(shape, stage)
     if options.kind == "sgd":
         states = MOMENTUM * numbers if options.momentum else 0.0
     elif options.kind == "adafactor":  # a float32 sum per row and per column; matrices are about as wide as the model
@@ -234,7 +237,7 @@ def _language_layer(shape: ModelShape, stage: Stage, compute: int, on_gpu: bool)
     language, trained = shape.language, stage.train.language is not None
     width, inner, query = language.width, language.mean_intermediate, language.query_width
     value = language.value_width
-    key = language.key_width if on_gpu else query  # exact attention on CPU repeats keys and values for every head
+    key = language.key_width if on_gpu or language.masked else query  # exact attention on CPU repeats keys and values for every head
     autocast = stage.parallel.strategy == "ddp" and compute < FP32
     norms = language.norms * FP32 * width
     attention = compute * (query + key + value + min(key, value)) + FP32 * language.heads

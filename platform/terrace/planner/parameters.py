@@ -52,6 +52,20 @@ def _language_blocks(shape: ModelShape) -> tuple[int, int, int]:
     return largest, sum((largest - size) * count for size, count in counts), experts.biases * language.sparse_layers
 
 
+def head_parameters(shape: ModelShape, stage: Stage) -> int:
+    """Parameters of the heads that the stage trains beside the model (models.heads)."""
+    if stage.head_kind is None:
+        return 0
+    kind, count = stage.head_kind
+    language, experts = shape.language, shape.language.experts
+    if kind == "medusa":
+        return count * (language.width**2 + language.vocabulary * language.width)
+    block = language_layer(shape)  # that of the model's first layer
+    if experts is not None and not experts.dense_layers:
+        block = _language_blocks(shape)[0]
+    return count * (block + 2 * language.width**2 + 3 * language.width)
+
+
 def active_parameters(shape: ModelShape) -> dict[PartName, int]:
     """Parameters that one token meets: all of them, without the experts that it does not go to."""
     counts, experts = parameter_counts(shape), shape.language.experts

@@ -37,6 +37,10 @@ def changed_config(config: dict[str, Any], changes: ModelChanges, architecture: 
     """A configuration map after a stage's changes. The given one stays as it is."""
     if changes.interpolate_positions is not None:
         config = dict(family_class(architecture).resized(config, changes.interpolate_positions) or config)
+    if changes.upcycle is not None:
+        wanted = changes.upcycle.model_dump()
+        experts = {"count": wanted.pop("experts"), **wanted}
+        config = dict(family_class(architecture).upcycled(config, experts) or config)
     if changes.rope_base is not None:
         text = dict(config.get("text_config") or {})
         rope = dict(text.get("rope_parameters") or {"rope_type": "default"})

@@ -12,7 +12,17 @@ from pathlib import PurePath
 from terrace.errors import InputError, nearest
 from terrace.families.interface import Family
 from terrace.families.registry import make_family
-from terrace.recipe import rules_changes, rules_credentials, rules_lora, rules_model, rules_optimizer, rules_order, rules_rl
+from terrace.recipe import (
+    rules_changes,
+    rules_credentials,
+    rules_lora,
+    rules_model,
+    rules_optimizer,
+    rules_order,
+    rules_places,
+    rules_rl,
+    rules_stretches,
+)
 from terrace.recipe.changes import stage_recipe
 from terrace.recipe.errors import Path, Problem
 from terrace.recipe.objectives import OBJECTIVES
@@ -34,7 +44,7 @@ TRAIN_METRICS = (
 
 def check(recipe: Recipe) -> list[Problem]:
     """Every problem of a recipe whose fields are well typed, in the order of its keys. Empty: the recipe may run."""
-    problems = [*rules_model.check(recipe), *rules_credentials.check(recipe)]
+    problems = [*rules_model.check(recipe), *rules_credentials.check(recipe), *rules_places.check(recipe)]
     problems += _data(recipe)
     problems += [*_planning(recipe), *rules_order.check(recipe)]
     for index, stage in enumerate(recipe.stages):
@@ -43,7 +53,7 @@ def check(recipe: Recipe) -> list[Problem]:
         for rule in (_parts, _mixture, _budget, _resolution, _workers, _parallel, _precision, _failure, _evaluation, _checkpoint):
             problems += rule(seen, stage, at)
         problems += [*rules_rl.check(recipe, stage, at), *rules_optimizer.check(recipe, stage, at)]
-        problems += rules_changes.check(recipe, stage, at, index)
+        problems += [*rules_changes.check(recipe, stage, at, index), *rules_stretches.check(seen, stage, at, _resolution)]
         problems += rules_lora.check(recipe, stage, at, _before(recipe, index))
     return problems
 
@@ -108,7 +118,7 @@ def _before(recipe: Recipe, index: int) -> Stage | None:
 
 def _parts(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
     trained = _trained(stage)
-    if not trained:
+    if not trained and stage.train.heads is None:
         yield Problem((*at, "train"), "names no part, so the stage trains nothing; name vision, projector or language with its lr")
     sources = [recipe.data.sources[name] for name in stage.mixture.weights if name in recipe.data.sources]
     if trained and "language" not in trained and sources and all(source.kind in TEXT_KINDS for source in sources):
@@ -310,6 +320,7 @@ def produced_metrics(recipe: Recipe, stage: Stage) -> list[str]:
         metrics = ["eval/preference/loss", "eval/preference/accuracy"] if kinds else []
     else:
         metrics = [f"eval/{kind}/loss" for kind in kinds] + (["eval/loss"] if kinds else [])
+        metrics += [f"eval/acceptance/{number + 1}" for number in range(stage.head_kind[1] if stage.head_kind else 0)] if kinds else []
     return metrics + list(TRAIN_METRICS)
 
 

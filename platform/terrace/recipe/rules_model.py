@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from terrace.errors import InputError
-from terrace.families.interface import Family
+from terrace.families.interface import Family, Finding
 from terrace.families.registry import family_class
 from terrace.recipe.errors import Path, Problem
 from terrace.recipe.schema import PARTS, Recipe, Stage
@@ -65,6 +65,14 @@ def _config(config: dict[str, Any], family: type[Family], trained_tokenizer: boo
     """`recipe_says`: the connector in `config` was written as `model.connector`."""
     if config.get("model_type", family.name) != family.name:
         yield Problem((*CONFIG, "model_type"), f"`{config['model_type']}` is not model.architecture `{family.name}`")
-    for path, message in family.check(config, trained_tokenizer):
+    for path, message in _findings(config, family, trained_tokenizer):
         written = path[:1] == ("connector",) and recipe_says
         yield Problem(("model", *path) if written else (*CONFIG, *path), message)
+
+
+def _findings(config: dict[str, Any], family: type[Family], trained_tokenizer: bool) -> Iterator[Finding]:
+    """What the family finds wrong. The configuration is free of form, so a value may be of a kind that no check expects."""
+    try:
+        yield from family.check(config, trained_tokenizer)
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        yield (), f"holds a value of another kind than family {family.name} reads ({error})"

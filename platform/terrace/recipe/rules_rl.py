@@ -30,6 +30,11 @@ def check(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
     for name in OPTIONS:
         if name != stage.objective and getattr(stage, name) is not None:
             yield Problem((*at, name), f"is an option of objective {name}; this stage's objective is {stage.objective}")
+    with_heads = stage.objective in ("mtp", "medusa")
+    if with_heads and stage.train.heads is None:
+        yield Problem((*at, "train"), f"objective {stage.objective} trains heads: give train.heads its lr")
+    elif not with_heads and stage.train.heads is not None:
+        yield Problem((*at, "train", "heads"), f"are trained by objectives mtp and medusa; this stage's objective is {stage.objective}")
     if stage.objective == "grpo":
         yield from _grpo(recipe, stage, at)
         return

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from terrace.recipe.objectives import ObjectiveName
 from terrace.recipe.schema_changes import ModelChanges
+from terrace.recipe.schema_heads import HeadsTraining, MedusaOptions, MtpOptions
 from terrace.recipe.schema_inputs import (
     PARTS,
     Data,
@@ -30,6 +31,7 @@ from terrace.recipe.schema_inputs import (
     Storage,
     Strict,
     Tokenizer,
+    Weight,
 )
 from terrace.recipe.schema_lora import Lora
 from terrace.recipe.schema_model import Initialisation, Model
@@ -59,6 +61,7 @@ class TrainedParts(Strict):
     vision: PartTraining | None = Field(None, description="How the vision tower trains; unset: frozen.")
     projector: PartTraining | None = Field(None, description="How the projector trains; unset: frozen.")
     language: PartTraining | None = Field(None, description="How the language model trains; unset: frozen.")
+    heads: HeadsTraining | None = Field(None, description="How heads that predict further tokens train (objectives mtp and medusa).")
 
 
 class Pixels(Strict):
@@ -66,6 +69,14 @@ class Pixels(Strict):
 
     min: int = Field(3136, ge=1, description="Smaller images are enlarged to this many pixels.")
     max: int = Field(1_003_520, ge=1, description="Larger images are reduced to this many pixels.")
+
+
+class Change(Strict):
+    """What differs from a step of the stage on; what is not given stays as it was."""
+
+    step: int = Field(ge=1, description="Steps of the stage that are done before: the change holds from the next one on.")
+    pixels: Pixels | None = Field(None, description="Bounds on the size of images from here on.")
+    weights: dict[Name, Weight] = Field({}, description="New weights of sources of the mixture; 0 leaves one out.")
 
 
 class Budget(Strict):
@@ -282,6 +293,9 @@ class Stage(Strict):
     sequence_length: int = Field(8192, ge=16, description="Tokens of one pack.")
     pixels: Pixels = Field(Pixels(), description="Bounds on the size of images.")
     budget: Budget = Field(description="Length of the stage; exactly one field is given.")
+    changes: list[Change] = Field(
+        [], max_length=32, description="Resolution and mixture that change inside the stage, at given steps. Budget in steps or tokens."
+    )
     batch: Batch = Field(Batch(), description="Global batch of one optimizer step.")
     optimizer: Optimizer = Field(Optimizer(), description="Optimizer settings.")
     schedule: Schedule = Field(Schedule(), description="Learning-rate schedule.")
@@ -310,6 +324,8 @@ class Stage(Strict):
     failure: Failure = Field(Failure(), description="What the stage survives.")
     profile: Profile = Field(Profile(), description="Steps to trace.")
     grpo: GrpoOptions | None = Field(None, description="Options of the objective grpo.")
+    mtp: MtpOptions | None = Field(None, description="Options of the objective mtp.")
+    medusa: MedusaOptions | None = Field(None, description="Options of the objective medusa.")
     dpo: DpoOptions | None = Field(None, description="Options of the objective dpo.")
     mpo: MpoOptions | None = Field(None, description="Options of the objective mpo.")
     kto: KtoOptions | None = Field(None, description="Options of the objective kto.")
@@ -317,6 +333,15 @@ class Stage(Strict):
     simpo: SimpoOptions | None = Field(None, description="Options of the objective simpo.")
     rewards: dict[str, list[RewardRule]] = Field({}, description="Reward rules per task (objective grpo).")
     seed: int = Field(0, ge=0, description="Seed of the stage's own randomness.")
+
+    @property
+    def head_kind(self) -> tuple[Literal["mtp", "medusa"], int] | None:
+        """What heads the stage trains and how many; None where it trains none."""
+        if self.train.heads is None:
+            return None
+        if self.objective == "medusa":
+            return "medusa", (self.medusa or MedusaOptions()).heads
+        return "mtp", (self.mtp or MtpOptions()).depth
 
     @property
     def rollout_workers(self) -> int:

@@ -28,6 +28,7 @@ SampleKind = Literal[
 
 Name = Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")]
 Positive = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -153,7 +154,9 @@ def is_plain_mixture(value: Any) -> bool:
 class Mixture(Strict):
     """Written in a recipe as a plain map `{source: weight}`, or in full."""
 
-    weights: dict[Name, Positive] = Field(min_length=1, description="Share of each source; normalised.")
+    weights: dict[Name, Weight] = Field(
+        min_length=1, description="Share of each source; normalised. 0: the source waits until one of the stage's `changes` raises it."
+    )
     unit: Literal["samples", "tokens"] = Field("samples", description="Whether weights count samples or tokens.")
     temperature: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None, description="Weights become weight * size^temperature (0: as written, 1: proportional to size)."

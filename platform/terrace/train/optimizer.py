@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from terrace.models.families.registry import family_of_model
 from terrace.models.lora import is_adapter
-from terrace.models.parts import has_weight_decay, last_layers, layer_number
+from terrace.models.parts import HEADS, has_weight_decay, last_layers, layer_number
 from terrace.recipe.schema import PARTS, PartName, Schedule, Stage
 
 Rule = Literal["adamw", "sgd", "adafactor", "muon"]
@@ -22,7 +22,7 @@ Rule = Literal["adamw", "sgd", "adafactor", "muon"]
 class ParameterGroup:
     """Parameters that share a peak learning rate, a weight decay and a rule of the optimizer."""
 
-    part: PartName
+    part: PartName | Literal["heads"]
     layer: int
     peak_lr: float
     weight_decay: float
@@ -41,7 +41,7 @@ def parameter_groups(model: Any, stage: Stage) -> list[ParameterGroup]:
     """The groups of the stage's trainable parameters, in the order of parts and layers; frozen parts have none, nor have
     tensors that the family never trains, nor the own weights of a part whose adapters train."""
     family, dimensions = family_of_model(model), {name: parameter.dim() for name, parameter in model.named_parameters()}
-    names = list(dimensions)
+    names = [name for name in dimensions if not name.startswith(HEADS)]
     depths, unused = last_layers(names, family), set(family.unused(model.config, names))
     collected: dict[tuple[int, int, bool, Rule], list[str]] = {}
     for name in names:
@@ -53,15 +53,19 @@ def parameter_groups(model: Any, stage: Stage) -> list[ParameterGroup]:
         rule = parameter_rule(name, dimensions[name], stage)
         collected.setdefault((PARTS.index(part), layer, has_weight_decay(name), rule), []).append(name)
     groups = []
+    for name in dimensions if stage.train.heads is not None else ():
+        if name.startswith(HEADS):
+            rule = parameter_rule(name, dimensions[name], stage)
+            collected.setdefault((len(PARTS), 0, has_weight_decay(name), rule), []).append(name)
     for (part_index, layer, decayed, rule), members in sorted(collected.items()):
-        part = PARTS[part_index]
+        part = (*PARTS, "heads")[part_index]
         training = getattr(stage.train, part)
         decay = stage.optimizer.weight_decay if training.weight_decay is None else training.weight_decay
         groups.append(
             ParameterGroup(
                 part=part,
                 layer=layer,
-                peak_lr=training.lr * training.layer_decay ** (depths[part] - layer),
+                peak_lr=training.lr * (training.layer_decay ** (depths[part] - layer) if part != "heads" else 1.0),
                 weight_decay=decay if decayed else 0.0,
                 names=tuple(members),
                 rule=rule,
@@ -101,4 +105,4 @@ def schedule_factor(schedule: Schedule, step: int, total_steps: int) -> float:
 
 def part_learning_rates(stage: Stage, factor: float) -> dict[str, float]:
     """Learning rate of each trainable part's top layer, for metrics."""
-    return {part: getattr(stage.train, part).lr * factor for part in PARTS if getattr(stage.train, part) is not None}
+    return {part: getattr(stage.train, part).lr * factor for part in (*PARTS, "heads") if getattr(stage.train, part) is not None}

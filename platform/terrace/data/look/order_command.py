@@ -104,7 +104,7 @@ def pack_facts(pack: PackSpec, sequence_length: int, batch: int) -> dict[str, An
         "pixel_rows": pack.pixel_rows,
         "fill": tokens / sequence_length,
         "samples": samples,
-    }
+    } | ({"pixels": list(pack.pixels)} if pack.pixels else {})
 
 
 def order_text(facts: dict[str, Any]) -> str:
@@ -119,6 +119,9 @@ def order_text(facts: dict[str, Any]) -> str:
             f"  {name}: {source['samples_per_epoch']} samples an epoch, {source['mean_tokens']:.0f} tokens on average,"
             f" {source['share_of_samples']:.2%} of the samples{changes}"
         )
+    for change in facts["changes"]:
+        shares = ", ".join(f"{name} {share:.2%}" for name, share in change["share_of_samples"].items())
+        lines.append(f"  from step {change['step']}: at most {change['pixels'][1]} pixels; {shares} of the samples")
     for pack in facts["packs"]:
         worker = f", worker {pack['worker']}" if "worker" in pack else ""
         lines.append(

@@ -12,7 +12,7 @@ A source whose epoch cap is reached drops out and the others go on in their prop
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import gcd, lcm
@@ -121,23 +121,27 @@ class Phase:
 class Interleave:
     """Position -> (source, how many-th sample of it), for the sources in the order of `names`.
 
-    `limits[i]` is the most samples source i gives (its epoch cap), or None. `total` is their sum, or None.
+    `limits[i]` is the most samples source i gives (its epoch cap), or None. `total` is their sum, or None. A weight of 0 gives none.
     """
 
     names: list[str]
     weights: dict[str, int]
     limits: list[int | None]
     total: int | None = None
+    given: Sequence[int] | None = None  # samples of each source before position 0 (a stretch of a stage after another)
     _phases: list[Phase] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if all(limit is not None for limit in self.limits):
             self.total = sum(limit for limit in self.limits if limit is not None)
-        zero = np.zeros(len(self.names), dtype=np.int64)
-        self._phases.append(self._phase(0, zero))
+        before = np.zeros(len(self.names), dtype=np.int64) if self.given is None else np.asarray(self.given, dtype=np.int64)
+        self._phases.append(self._phase(0, before))
 
     def _phase(self, start: int, counts: np.ndarray) -> Phase:
-        left = [limit is None or counts[number] < limit for number, limit in enumerate(self.limits)]
+        left = [
+            self.weights[name] > 0 and (limit is None or counts[number] < limit)
+            for number, (name, limit) in enumerate(zip(self.names, self.limits))
+        ]
         active = np.flatnonzero(left)
         whole = [self.weights[self.names[number]] for number in active]
         divisor = gcd(*whole) if whole else 1

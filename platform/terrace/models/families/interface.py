@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from terrace.errors import InputError
@@ -118,6 +119,14 @@ class FamilyModel:
         """Parameters that never get a gradient, whatever trains: they stay frozen, which the log and the plan say."""
         return [name for name in names if name.rpartition(".")[2] in self.held_buffers]
 
+    def may_be_new(self, name: str) -> bool:
+        """Whether a tensor starts random where its part's checkpoint has none: it is no tensor of the part's own class."""
+        return False
+
+    def copied_from(self, name: str) -> str | None:
+        """The tensor that one begins as a copy of where its part has no checkpoint, or one without it; None: it begins random."""
+        return None
+
     def position_tables(self, names: Iterable[str]) -> list[str]:
         """Learned positions of the tower's patches, one row each, behind those of other tokens."""
         return [name for name in names if self.part_of(name) == "vision" and "position_embedding" in name]
@@ -169,6 +178,15 @@ class FamilyModel:
         """What a router's output says."""
         raise NotImplementedError
 
+    def dropped(self, model: Any) -> list[torch.Tensor]:
+        """Assignments that the experts of each layer left out in the last forward pass with gradients; empty where none ever does."""
+        return []
+
+    def dense_sources(self, name: str) -> tuple[str, ...]:
+        """The dense tensors that each expert of a tensor [experts, rows, columns] is a copy of, one under the other, when a dense
+        model is upcycled; empty for other tensors."""
+        return ()
+
     # ------------------------------------------------------------ pixels
 
     def normalised(self, pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -206,6 +224,10 @@ class FamilyModel:
         """Token ids of the placeholders."""
         return (config.image_token_id,)
 
+    def groups(self, model: Any, batch: DeviceBatch, attention: Mapping[str, Any]) -> np.ndarray | None:
+        """int [tokens of the pack]: tokens of one number from 0 on see each other in both directions within their sample."""
+        return None
+
     def language_inputs(self, features: Features, places: torch.Tensor) -> dict[str, Any]:
         """Further arguments of the language model for a pack with images."""
         return {}
@@ -227,6 +249,10 @@ class FamilyModel:
             more = self.language_inputs(features, places)
         elif batch.sequence is None:
             embeddings = embeddings + 0.0 * features.total().to(embeddings.dtype)  # the text-only guard
+        if (groups := self.groups(model, batch, attention)) is not None:
+            padded = np.full(batch.boundaries[-1], -1, np.int64)
+            padded[: len(groups)] = groups
+            more = {**more, "bidirectional_groups": torch.from_numpy(padded).to(batch.device, non_blocking=True)}
         return self.run_language(model, embeddings, batch.position_ids, {**attention, **more})
 
     def run_language(self, model: Any, embeddings: torch.Tensor, positions: torch.Tensor, options: Mapping[str, Any]) -> torch.Tensor:

@@ -47,7 +47,8 @@ def make_connector(options: dict[str, Any], vision_width: int, width: int) -> nn
         return PixelShuffleMlp(vision_width, width, options["merge"])
     if kind == "resampler":
         heads = options["heads"] or max(1, width // 128)
-        return Resampler(vision_width, width, options["queries"], heads, options["positions"], options["output_projection"])
+        projects = options["output_projection"] != "none"
+        return Resampler(vision_width, width, options["queries"], heads, options["positions"], projects)
     if kind == "q_former":
         heads = options["heads"] or max(1, options["width"] // 64)
         return QFormer(vision_width, width, options["queries"], options["layers"], options["width"], heads)

@@ -13,6 +13,8 @@ from .configuration_terrace_vlm import TerraceVlmConfig
 from .connectors import make_connector
 from .q_former import QFormer
 from .resampler import Resampler
+from .sparse_mlp import SparseMlp
+from .visual_expert import add_visual_experts
 
 
 class TerraceVlmPreTrainedModel(LlavaPreTrainedModel):
@@ -24,6 +26,9 @@ class TerraceVlmPreTrainedModel(LlavaPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, Resampler | QFormer):
             init.trunc_normal_(module.query, std=0.02)
+        elif isinstance(module, SparseMlp):
+            init.normal_(module.gate_up_proj, std=0.02)
+            init.normal_(module.down_proj, std=0.02)
 
 
 class TerraceVlmModel(TerraceVlmPreTrainedModel, LlavaModel):
@@ -33,7 +38,18 @@ class TerraceVlmModel(TerraceVlmPreTrainedModel, LlavaModel):
         vision_width, width = config.vision_config.hidden_size, config.text_config.hidden_size
         self.multi_modal_projector = make_connector(config.connector, vision_width, width)
         self.language_model = AutoModel.from_config(config.text_config)
+        if (sparse := config.experts) is not None:
+            inner, capacity = config.text_config.intermediate_size, sparse["capacity_factor"]
+            for number in sparse["layers"]:
+                self.language_model.layers[number].mlp = SparseMlp(width, inner, sparse["count"], sparse["per_token"], capacity)
+        if config.visual_expert:
+            add_visual_experts(self.language_model)
         self.post_init()
+
+    def forward(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        if self.config.visual_expert and input_ids is not None and bool((places := input_ids == self.config.image_token_id).any()):
+            kwargs["image_places"] = places
+        return super().forward(input_ids, **kwargs)
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """[N, 3, S, S] -> `pooler_output`, N tensors [T, H]."""
