@@ -62,7 +62,8 @@ CHEAP = (
     "test_a_recipe_of_the_family_validates_and_its_mistakes_are_named",
 )
 STRETCHED = tuple(name for name in NAMES if issubclass(family_class(name), OneTile))
-DISTORTING = ("internvl", "minicpmv4_6", "mistral3", "fuyu", *TILED, *STRETCHED)  # not bicubic, or the aspect is not kept
+# Families whose resize is not bicubic, or does not keep the aspect.
+DISTORTING = ("internvl", "minicpmv4_6", "mistral3", "fuyu", *TILED, *STRETCHED)
 WHOLE_PROCESSORS = {"llava": "<image>", "llava_next": "<image>", "idefics3": "<image>"}  # without torchvision; what stands for an image
 
 
