@@ -16,9 +16,10 @@ import numpy as np
 
 from terrace.families.gemma3 import gemma_rules
 from terrace.families.interface import Finding, Piece, Visual
-from terrace.families.one_tile import OneTile, siglip_shape
+from terrace.families.one_tile import OneTile
 from terrace.families.qwen2_vl import qwen_language
 from terrace.families.shapes import ModelShape, ProjectorShape
+from terrace.families.siglip import siglip_tower
 from terrace.families.tools import refuse_tools
 
 
@@ -88,7 +89,7 @@ class PaliGemma(OneTile):
         language = dataclasses.replace(language, masked=True, tied=bool(config.get("tie_word_embeddings", True)))
         size = vision["hidden_size"] * language.width
         return ModelShape(
-            siglip_shape(vision, cls.of(config)), ProjectorShape(size + language.width, size, 0), language
+            siglip_tower(vision, post_norm=True), ProjectorShape(size + language.width, size, 0), language
         )
 
     @classmethod

@@ -34,7 +34,7 @@ def part_sizes(shape: ModelShape) -> dict[PartName, PartSizes]:
         ),
         "projector": PartSizes(projector.parameters, projector.parameters, 1),
         "language": PartSizes(
-            language.layers * layer - smaller + language.width + embeddings, layer, language.layers, unused, smaller
+            language.layers * layer - smaller + language.width + language.other_biases + embeddings, layer, language.layers, unused, smaller
         ),
     }  # fmt: skip
 
@@ -84,7 +84,8 @@ def language_layer(shape: ModelShape, intermediate: int | None = None) -> int:
     attention += language.latent.query_rank + language.latent.key_rank if language.latent else 0  # their norms
     attention += query + 2 * key if language.attention_biases else 0
     attention += 2 * language.head_size if language.head_norms else 0
-    return attention + 3 * language.width * intermediate + language.norms * language.width
+    feed_forward = language.feed_forward_matrices * language.width * intermediate
+    return attention + feed_forward + language.norms * language.width + language.layer_biases
 
 
 def parameter_counts(shape: ModelShape) -> dict[PartName, int]:

@@ -19,6 +19,7 @@ from terrace.recipe import (
     rules_model,
     rules_optimizer,
     rules_order,
+    rules_places,
     rules_rl,
     rules_stretches,
 )
@@ -43,7 +44,7 @@ TRAIN_METRICS = (
 
 def check(recipe: Recipe) -> list[Problem]:
     """Every problem of a recipe whose fields are well typed, in the order of its keys. Empty: the recipe may run."""
-    problems = [*rules_model.check(recipe), *rules_credentials.check(recipe)]
+    problems = [*rules_model.check(recipe), *rules_credentials.check(recipe), *rules_places.check(recipe)]
     problems += _data(recipe)
     problems += [*_planning(recipe), *rules_order.check(recipe)]
     for index, stage in enumerate(recipe.stages):
