@@ -320,7 +320,7 @@ class Simulation:
     def _on_pods_gone(self, name: str) -> None:
         job = self.store.objects.get("RayJob", {}).get(name)
         if job is not None and job["metadata"].get("deletionTimestamp"):
-            self.store._drop_finalizer(job, LINGER)
+            self.store.drop_finalizer(job, LINGER)
 
     def _on_node_dies(self, name: str) -> None:
         self.cluster.dead.add(name)

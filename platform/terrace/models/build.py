@@ -70,10 +70,15 @@ def directory_config(directory: str | Path) -> Any:
     return AutoConfig.from_pretrained(directory)
 
 
+def configs_of(config: Any) -> list[Any]:
+    """The configuration and those of its parts; a model may have no tower."""
+    return [config, config.text_config, *([config.vision_config] if hasattr(config, "vision_config") else [])]
+
+
 def meta_model(config: Any) -> Any:
     """The model's shape on the meta device: parameters have names and sizes and take no memory. `config` is copied."""
     config = copy.deepcopy(config)
-    for sub in (config, config.text_config, config.vision_config):  # outermost first: it sets the others
+    for sub in configs_of(config):  # outermost first: it sets the others
         sub._attn_implementation = "sdpa"
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -95,7 +100,7 @@ def meta_model(config: Any) -> Any:
 
 def restore_buffers(model: Any) -> None:
     """Compute the buffers that no checkpoint holds (rotary frequencies, numbers of positions): those with a fraction in
-    float32 whatever the weights are, whole numbers as they are."""
+    float32 whatever the weights are, whole numbers as they are. Parameters stay what they are, those of the same modules too."""
     owner = model
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
@@ -105,7 +110,10 @@ def restore_buffers(model: Any) -> None:
             for name, buffer in buffers.items():
                 if buffer.is_floating_point():
                     setattr(module, name, buffer.float())
+            own = [(parameter, parameter.data.clone()) for parameter in module.parameters(recurse=False)]
             owner._init_weights(module)
+            for parameter, values in own:
+                parameter.data.copy_(values)
 
 
 def materialise(
