@@ -24,7 +24,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found: install Python 3.11 or later, or name one with PYTHON=..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[test,deepspeed,kubernetes]'
+	@echo "installing the pinned versions into $(VENV): about 3 minutes"
+	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[test,deepspeed,kubernetes]'
 	@touch $@
 
 install: $(STAMP)  ## .venv with the package and pinned versions
@@ -84,10 +85,11 @@ docs: $(STAMP)  ## Writes what is generated from schema and parsers: references 
 	$(BIN)/python -m terrace.cluster.crd
 	$(BIN)/python -m terrace.cluster.reference docs/kubernetes-reference.md
 	$(BIN)/python -m terrace.command_reference docs/commands.md
+	$(BIN)/python tests/recipe_table.py docs/recipes.md
 
 site: $(STAMP)  ## The documentation as pages in site/; a broken link is an error
 	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-clean:  ## Removes the environment, caches and demo runs
-	rm -rf $(VENV) $(VLLM_VENV) runs build site .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
+clean:  ## Removes the environment and caches; runs stay
+	rm -rf $(VENV) $(VLLM_VENV) build site .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from families import NAMES, Case, case_of, conversation, pack_of, recipe_model
+from families import Case, case_of, conversation, pack_of, recipe_model
 from packs import tiny_recipe
 
 from terrace.data.types import PackedExample
+from terrace.families.registry import family_class
 from terrace.objectives.interface import StageFeed, StepExamples
 from terrace.objectives.lm import LanguageModelling
 from terrace.recipe.schema import Recipe
@@ -24,16 +25,16 @@ def family_pack(case: Case, number: int, with_images: bool) -> PackedExample:
 
 
 def family_recipe(name: str, strategy: str) -> Recipe:
-    parts = {part: {"lr": 1e-3} for part in ("vision", "projector", "language")}
+    parts = {part: {"lr": 1e-3} for part in family_class(name).parts}
     return tiny_recipe(
         model=recipe_model(name), train=parts, budget={"steps": STEPS}, batch={"packs": 2}, parallel={"strategy": strategy}
     )
 
 
-def train_families(rank: int, world_size: int, strategies: list[str], folder: str) -> dict[tuple[str, str], list[float]]:
+def train_families(rank: int, world_size: int, names: list[str], strategies: list[str], folder: str) -> dict[tuple[str, str], list[float]]:
     """Losses by (family, strategy). Every second step the pack of the second rank is text alone."""
     found = {}
-    for name in NAMES:
+    for name in names:
         case = case_of(name, Path(folder) / f"tokenizers-{world_size}-{rank}")
 
         def stream(start: int, case: Case = case) -> Iterator[StepExamples]:

@@ -25,6 +25,7 @@ from terrace.evaluate.model_files import model_sight
 from terrace.families.interface import Sight
 from terrace.generation.tokens import forbidden_tokens, stop_tokens
 from terrace.models.batch import image_facts
+from terrace.models.build import directory_config
 from terrace.models.families.interface import FamilyModel
 from terrace.models.families.registry import family_of_model
 
@@ -53,15 +54,17 @@ def load_speaker(
 
     `pixels` defaults to what the directory's preprocessor_config.json says. Raises InputError when the directory is none.
     """
-    sight = Sight(directory_family(directory), pixels) if pixels else model_sight(directory)
+    sight, tokenizer = Sight(directory_family(directory), pixels) if pixels else model_sight(directory), load_tokenizer(directory)
+    sight = Sight(tokenizer.fit(sight.family), sight.pixels)
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa")
+        how = {"config": directory_config(directory), "dtype": dtype, "attn_implementation": "sdpa"}
+        model = AutoModelForImageTextToText.from_pretrained(directory, **how)
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
-    return Speaker(model.to(device).eval(), family_of_model(model), load_tokenizer(directory), sight)
+    return Speaker(model.to(device).eval(), family_of_model(model), tokenizer, sight)
 
 
 @torch.inference_mode()

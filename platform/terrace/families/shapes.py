@@ -6,7 +6,7 @@ Letters: H width of the language model, W width of the vision tower.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,18 @@ class VisionShape:
     extra_tokens: int = 0  # per picture, beside its patches (a class token)
     unused_parameters: int = 0  # of those above, what never gets a gradient
     idle_blocks: int = 0  # blocks whose output nobody takes: they run forward only
+    outer_norms: int = 0  # RMSNorms over patches outside of the blocks
+    padded: bool = False  # patches are embedded for a rectangle around each picture that holds the largest of the pack
+    kept_inner: int = 3  # tensors of the feed-forward's width that its backward needs; 2 where its activation is one fused function
+    merged_blocks: int = 0  # of the blocks, those behind a merger inside the tower, with one row for `merged_patches` patches
+    merged_patches: int = 1
+    merger_products: int = 0  # that merger's multiply-adds per patch, and how many keys a patch's attention sees in it
+    merger_keys: int = 0
+
+    @property
+    def whole_blocks(self) -> float:
+        """Blocks that train, counted by the rows they see."""
+        return self.depth - self.idle_blocks - self.merged_blocks * (1 - 1 / self.merged_patches)
 
     @property
     def head_size(self) -> int:
@@ -41,6 +53,44 @@ class ProjectorShape:
     products: int
     inner: int
     times: int = 1
+    first: bool = False  # it reads pixels, which need no gradient
+
+    def plus(self, parameters: int) -> ProjectorShape:
+        """With parameters that run in place of the language model's own, and so add no work."""
+        return replace(self, parameters=self.parameters + parameters) if parameters else self
+
+
+@dataclass(frozen=True)
+class ExpertsShape:
+    """Sparse layers, all but `dense_layers` of them: each token goes to `per_token` of `count` experts, and through what all share."""
+
+    count: int
+    per_token: int
+    intermediate: int  # width inside one expert
+    shared: int = 0  # width inside what every token goes through beside them
+    dense_layers: int = 0  # layers with the usual feed-forward
+    biases: int = 0  # numbers of a layer's router beside its matrix, which no gradient changes
+
+    @property
+    def active(self) -> int:
+        """Width inside the feed-forward that a token meets."""
+        return self.per_token * self.intermediate + self.shared
+
+
+@dataclass(frozen=True)
+class LatentShape:
+    """Queries, keys and values that are written through a narrow vector (MLA). Ranks are its widths; the rest are widths of a head."""
+
+    query_rank: int  # 0: queries are written directly
+    key_rank: int
+    plain: int  # of queries and keys, without position
+    rotary: int  # with position
+    value: int
+
+
+def encoder_block(width: int, inner: int) -> int:
+    """Parameters of a plain encoder layer: four projections, two layers of a feed-forward, two LayerNorms, biases everywhere."""
+    return 4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width
 
 
 @dataclass(frozen=True)
@@ -55,6 +105,36 @@ class LanguageShape:
     tied: bool  # input and output embeddings are one matrix
     attention_biases: bool  # on query, key and value
     head_norms: bool = False  # RMSNorm over each query and key head
+    norms: int = 2  # of a layer, over its whole width
+    gated: bool = True  # SwiGLU and RMSNorms; otherwise two matrices with one activation between them, and LayerNorms
+    layer_biases: int = 0  # parameters of a layer beside those above
+    other_biases: int = 0  # of the final norm, likewise
+
+    @property
+    def feed_forward_matrices(self) -> int:
+        return 3 if self.gated else 2
+    experts: ExpertsShape | None = None
+    latent: LatentShape | None = None
+    masked: bool = False  # attention with a mask over each sample, which keeps keys and values as few as they are
+
+    def with_latent(self, latent: LatentShape, experts: ExpertsShape) -> LanguageShape:
+        size = latent.plain + latent.rotary
+        return replace(self, latent=latent, experts=experts, head_size=size, key_heads=self.heads)
+
+    @property
+    def value_width(self) -> int:
+        """Width of all heads' values side by side."""
+        return self.heads * (self.latent.value if self.latent else self.head_size)
+
+    @property
+    def attention_matrices(self) -> int:
+        """Multiply-adds per token in the projections of attention, and their parameters."""
+        if self.latent is None:
+            return self.width * (2 * self.query_width + 2 * self.key_width)
+        latent = self.latent
+        query = (self.width + self.query_width) * latent.query_rank if latent.query_rank else self.width * self.query_width
+        key = self.width * (latent.key_rank + latent.rotary) + latent.key_rank * self.heads * (latent.plain + latent.value)
+        return query + key + self.value_width * self.width
 
     @property
     def query_width(self) -> int:
@@ -63,6 +143,22 @@ class LanguageShape:
     @property
     def key_width(self) -> int:
         return self.key_heads * self.head_size
+
+    @property
+    def sparse_layers(self) -> int:
+        return self.layers - self.experts.dense_layers if self.experts else 0
+
+    @property
+    def mean_intermediate(self) -> float:
+        """Width inside the feed-forward that a token meets, over all layers."""
+        if self.experts is None:
+            return self.intermediate
+        return (self.experts.dense_layers * self.intermediate + self.sparse_layers * self.experts.active) / self.layers
+
+    @property
+    def router_width(self) -> float:
+        """Experts that a token's hidden state is compared with, over all layers."""
+        return self.sparse_layers * self.experts.count / self.layers if self.experts else 0.0
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ strategy that shards does the second half by itself (`train/strategies`).
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedMode
 from transformers.utils import logging as transformers_logging
 
 from terrace.errors import InputError
-from terrace.families.registry import family_class
+from terrace.families.registry import built_in, family_class
+from terrace.models.families.registry import family_model_named, family_of_model
 from terrace.models.head import install_loss_head
 from terrace.models.parts import part_parameters
 from terrace.models.tensor_files import local_config
 from terrace.models.weights import TensorSource, initial_weights
 from terrace.recipe.schema import Model, PartName, Recipe
+from terrace.recipe.schema_changes import ModelChanges
 
 
 def model_config(model: Model, tokenizer: Any | None = None) -> Any:
@@ -30,7 +33,7 @@ def model_config(model: Model, tokenizer: Any | None = None) -> Any:
     """
     family = family_class(model.architecture)
     if model.pretrained is not None:
-        config = AutoConfig.from_pretrained(local_config(model.pretrained))
+        config = directory_config(local_config(model.pretrained))
         if config.model_type != family.name:
             raise InputError(f"model.pretrained is a {config.model_type}, model.architecture says {model.architecture}")
     else:
@@ -43,6 +46,7 @@ def model_config(model: Model, tokenizer: Any | None = None) -> Any:
             text.setdefault("eos_token_id", marks[family.end_of_turn])
             values |= {field: marks[role] for field, role in family.token_fields.items()}
         values["text_config"] = text
+        family_model_named(model.architecture)  # a class that transformers lacks is registered with its family
         config = AutoConfig.for_model(family.name, **values)
     if tokenizer is not None and tokenizer.vocabulary_size > config.text_config.vocab_size:
         raise InputError(
@@ -54,10 +58,27 @@ def model_config(model: Model, tokenizer: Any | None = None) -> Any:
     return config
 
 
+def directory_config(directory: str | Path) -> Any:
+    """The transformers configuration of a directory of this machine. No code that lies in it is run: a class that transformers lacks
+    is this package's own, registered with its family."""
+    file = Path(directory) / "config.json"
+    if not file.is_file():
+        raise InputError(f"{directory}: no config.json; a Hugging Face model directory is expected")
+    kind = json.loads(file.read_text()).get("model_type")
+    if kind in built_in():
+        family_model_named(kind)
+    return AutoConfig.from_pretrained(directory)
+
+
+def configs_of(config: Any) -> list[Any]:
+    """The configuration and those of its parts; a model may have no tower."""
+    return [config, config.text_config, *([config.vision_config] if hasattr(config, "vision_config") else [])]
+
+
 def meta_model(config: Any) -> Any:
     """The model's shape on the meta device: parameters have names and sizes and take no memory. `config` is copied."""
     config = copy.deepcopy(config)
-    for sub in (config, config.text_config, config.vision_config):  # outermost first: it sets the others
+    for sub in configs_of(config):  # outermost first: it sets the others
         sub._attn_implementation = "sdpa"
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -68,12 +89,18 @@ def meta_model(config: Any) -> Any:
     finally:
         transformers_logging.set_verbosity(verbosity)
     model.tie_weights()
+    for name, buffer in list(model.named_buffers()):
+        module, _, leaf = name.rpartition(".")
+        if leaf in family_of_model(model).held_buffers:  # else nothing would load, check, hand over or export it
+            owner = model.get_submodule(module)
+            del owner._buffers[leaf]
+            owner.register_parameter(leaf, torch.nn.Parameter(buffer, requires_grad=False))
     return model
 
 
 def restore_buffers(model: Any) -> None:
     """Compute the buffers that no checkpoint holds (rotary frequencies, numbers of positions): those with a fraction in
-    float32 whatever the weights are, whole numbers as they are."""
+    float32 whatever the weights are, whole numbers as they are. Parameters stay what they are, those of the same modules too."""
     owner = model
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
@@ -83,7 +110,10 @@ def restore_buffers(model: Any) -> None:
             for name, buffer in buffers.items():
                 if buffer.is_floating_point():
                     setattr(module, name, buffer.float())
+            own = [(parameter, parameter.data.clone()) for parameter in module.parameters(recurse=False)]
             owner._init_weights(module)
+            for parameter, values in own:
+                parameter.data.copy_(values)
 
 
 def materialise(
@@ -103,11 +133,12 @@ def materialise(
 
 def build_model(
     model: Model, config: Any, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-    start: Path | None = None,
+    start: Path | None = None, changes: ModelChanges | None = None,
 ) -> Any:
-    """A whole model on one device: from `start`, or from the recipe's directory, parts, or seeded random numbers."""
+    """A whole model on one device: from `start`, or from the recipe's directory, parts, or seeded random numbers. `changes`: of the
+    stage that starts so."""
     skeleton = meta_model(config)
-    source, _ = initial_weights(model, skeleton, start)
+    source, _ = initial_weights(model, skeleton, start, changes)
     return materialise(skeleton, source, device, dtype)
 
 

@@ -20,7 +20,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import GenerationConfig
 
-from terrace.models.build import meta_model
+from terrace.models.build import configs_of, meta_model
 from terrace.models.families.registry import family_of_model
 
 SHARD_SIZE = "4GB"
@@ -44,14 +44,18 @@ def export_hf(
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     config = copy.deepcopy(config)
-    for sub in (config, config.text_config, config.vision_config):
+    for sub in configs_of(config):
         sub.dtype = dtype
     model = meta_model(config)
     config.architectures = [type(model).__name__]
+    family = family_of_model(model)
+    if family.code:
+        config.auto_map = dict(family.code)
     config.save_pretrained(work)
+    for file in family.code_files():
+        shutil.copyfile(file, work / file.name)
     GenerationConfig(eos_token_id=config.text_config.eos_token_id, do_sample=False).save_pretrained(work)
     save_torch_state_dict(_published(model, state, stored), work, max_shard_size=SHARD_SIZE)
-    family = family_of_model(model)
     _write_json(work / "preprocessor_config.json", family.family.preprocessor(pixels))
     if processor := family.family.processor():
         _write_json(work / "processor_config.json", processor)
@@ -91,7 +95,11 @@ def _published(model: Any, state: Mapping[str, torch.Tensor], stored: torch.dtyp
     family, expected = family_of_model(model), {name for name, _ in model.named_parameters()}
     if expected != set(state):
         raise ValueError(f"export: tensors differ from the model's: {sorted(expected ^ set(state))[:8]}")
-    return {family.published_name(name): tensor.to(stored).contiguous() for name, tensor in state.items()}
+    return {
+        published: piece.to(stored).contiguous()
+        for name, tensor in state.items()
+        for published, piece in family.stored(name, tensor).items()
+    }
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:

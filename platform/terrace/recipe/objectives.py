@@ -20,6 +20,7 @@ class ObjectiveEntry:
     refused_kinds: dict[str, str] = field(default_factory=dict)  # kinds of sources that it cannot learn from -> what can
     only_kind: str | None = None  # the one kind of source that it reads
     shares_packs: bool = False  # parallel.sequence_parallel is offered
+    needs_targets: bool = False  # samples in which nothing is supervised are left out
     answers: bool = True  # its model answers questions: evaluate.suites are offered
 
     @property
@@ -30,13 +31,27 @@ class ObjectiveEntry:
 
 OBJECTIVES: dict[str, ObjectiveEntry] = {
     "lm": ObjectiveEntry(
-        "terrace.objectives.lm", refused_kinds={"preference": "reward_model", "prompt": "grpo"}, shares_packs=True
+        "terrace.objectives.lm",
+        refused_kinds={"preference": "dpo or reward_model", "prompt": "grpo"},
+        shares_packs=True,
+        needs_targets=True,
     ),
     "grpo": ObjectiveEntry("terrace.rl.objective", "terrace.rl.prompt_feed"),
     "reward_model": ObjectiveEntry(
         "terrace.objectives.reward_model", "terrace.rl.pair_feed", only_kind="preference", answers=False
     ),
+    **{
+        name: ObjectiveEntry(
+            f"terrace.objectives.{name}", refused_kinds={"preference": "dpo or reward_model", "prompt": "grpo"}, needs_targets=True
+        )
+        for name in ("mtp", "medusa")
+    },
+    **{
+        name: ObjectiveEntry(f"terrace.objectives.{name}", "terrace.rl.answer_feed", only_kind="preference")
+        for name in ("dpo", "mpo", "kto", "orpo", "simpo")
+    },
 }
+OPTIONS = ("grpo", "mtp", "medusa", "dpo", "mpo", "kto", "orpo", "simpo")  # sections of a stage that only the objective of that name reads
 
 
 def _known(value: Any, validate: Any) -> Any:

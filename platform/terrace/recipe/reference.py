@@ -36,7 +36,9 @@ anything; every problem is reported at once with its file, line and the nearest 
   `tokenizer`) the later one wins.
 - **Overrides** on the command line, `key.path=value`, come last. Stages are named by number or by name:
   `stages.0.budget.steps=5`, `stages.alignment.budget.steps=5`. Values are YAML: `stages.0.resources.workers="[2,
-  4]"`.
+  4]"`. A map is merged with what stands there; one for `train` or `mixture` that would leave something standing is refused.
+- **Paths** are meant from the recipe's own folder where something lies there, otherwise from the current one; on the
+  command line always from the current one.
 - **Short forms**: `mixture: {captions: 1.0}` for `mixture: {weights: {captions: 1.0}}`, `tokenizer: DIR` for
   `tokenizer: {path: DIR}`.
 - **Completion in editors**: `terrace schema > recipe.schema.json`, then begin a recipe with `#
@@ -55,9 +57,21 @@ def recipe_reference() -> str:
     return "\n".join(sections)
 
 
+# Maps of names in which a null removes what the extended recipe gave (document.NAMED_MAPS), by the schema's models.
+REMOVABLE = (
+    ("Data", "sources"), ("Mixture", "weights"), ("Mixture", "epoch_caps"), ("Stage", "rewards"), ("Planning", "source_tokens_per_sample"),
+)  # fmt: skip
+
+
 def recipe_json_schema() -> dict[str, Any]:
     """JSON Schema of a recipe file as a person writes it: with `extends` and the short forms."""
     schema = Recipe.model_json_schema()
+    for model, key in REMOVABLE:
+        named = schema["$defs"][model]["properties"][key]
+        if "patternProperties" in named:  # where names have a form
+            named["patternProperties"] = {form: _either(value, {"type": "null"}) for form, value in named["patternProperties"].items()}
+        else:
+            named["additionalProperties"] = _either(named["additionalProperties"], {"type": "null"})
     numbers = {"type": "object", "minProperties": 1, "additionalProperties": {"type": ["number", "null"]}}
     schema["$defs"]["Stage"]["properties"]["mixture"] = _either(numbers, schema["$defs"]["Stage"]["properties"]["mixture"])
     schema["properties"]["tokenizer"] = _either({"type": "string"}, schema["properties"]["tokenizer"])

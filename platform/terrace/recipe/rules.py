@@ -12,7 +12,18 @@ from pathlib import PurePath
 from terrace.errors import InputError, nearest
 from terrace.families.interface import Family
 from terrace.families.registry import make_family
-from terrace.recipe import rules_credentials, rules_lora, rules_model, rules_order, rules_rl
+from terrace.recipe import (
+    rules_changes,
+    rules_credentials,
+    rules_lora,
+    rules_model,
+    rules_optimizer,
+    rules_order,
+    rules_places,
+    rules_rl,
+    rules_stretches,
+)
+from terrace.recipe.changes import stage_recipe
 from terrace.recipe.errors import Path, Problem
 from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import PARTS, Recipe, Stage
@@ -26,19 +37,23 @@ TRAIN_METRICS = (
     "train/data_wait_share",
     "train/pack_fill",
     "train/step_seconds",
+    "train/expert_balance_loss",
+    "train/expert_fullest_share",
 )
 
 
 def check(recipe: Recipe) -> list[Problem]:
     """Every problem of a recipe whose fields are well typed, in the order of its keys. Empty: the recipe may run."""
-    problems = [*rules_model.check(recipe), *rules_credentials.check(recipe)]
+    problems = [*rules_model.check(recipe), *rules_credentials.check(recipe), *rules_places.check(recipe)]
     problems += _data(recipe)
     problems += [*_planning(recipe), *rules_order.check(recipe)]
     for index, stage in enumerate(recipe.stages):
         at: Path = ("stages", index)
+        seen = stage_recipe(recipe, index)
         for rule in (_parts, _mixture, _budget, _resolution, _workers, _parallel, _precision, _failure, _evaluation, _checkpoint):
-            problems += rule(recipe, stage, at)
-        problems += rules_rl.check(recipe, stage, at)
+            problems += rule(seen, stage, at)
+        problems += [*rules_rl.check(recipe, stage, at), *rules_optimizer.check(recipe, stage, at)]
+        problems += [*rules_changes.check(recipe, stage, at, index), *rules_stretches.check(seen, stage, at, _resolution)]
         problems += rules_lora.check(recipe, stage, at, _before(recipe, index))
     return problems
 
@@ -103,7 +118,7 @@ def _before(recipe: Recipe, index: int) -> Stage | None:
 
 def _parts(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
     trained = _trained(stage)
-    if not trained:
+    if not trained and stage.train.heads is None:
         yield Problem((*at, "train"), "names no part, so the stage trains nothing; name vision, projector or language with its lr")
     sources = [recipe.data.sources[name] for name in stage.mixture.weights if name in recipe.data.sources]
     if trained and "language" not in trained and sources and all(source.kind in TEXT_KINDS for source in sources):
@@ -181,7 +196,7 @@ def _resolution(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
         tokens = visual_tokens_of_largest_image(family, stage, source.max_visual_tokens_per_image)
         if tokens + markers >= stage.sequence_length:
             told = f"{tokens} visual tokens and {markers} markers leave no room for text; raise it"
-            if tokens > fewest:  # otherwise every image has as many, whatever its size
+            if tokens > family.largest_image_tokens(1):  # otherwise pixels.max changes nothing
                 told += f" or lower pixels.max below {(stage.sequence_length - markers) * family.unit}"
             yield Problem(
                 (*at, "sequence_length"),
@@ -301,10 +316,11 @@ def produced_metrics(recipe: Recipe, stage: Stage) -> list[str]:
     if stage.objective == "grpo":
         tasks = dict.fromkeys(source.task for source in sources if source.holds_out and source.task)
         metrics = [f"eval/{figure}/{task}" for task in tasks for figure in ("reward", "greedy_reward")]
-    elif stage.objective == "reward_model":
+    elif OBJECTIVES[stage.objective].only_kind == "preference":
         metrics = ["eval/preference/loss", "eval/preference/accuracy"] if kinds else []
     else:
         metrics = [f"eval/{kind}/loss" for kind in kinds] + (["eval/loss"] if kinds else [])
+        metrics += [f"eval/acceptance/{number + 1}" for number in range(stage.head_kind[1] if stage.head_kind else 0)] if kinds else []
     return metrics + list(TRAIN_METRICS)
 
 

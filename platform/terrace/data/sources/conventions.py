@@ -90,7 +90,10 @@ def _converted(row: dict[str, Any], default_id: str, kind: str, rules: Rules) ->
         metadata |= form.metadata
         if form.rejected is not None:
             metadata["rejected"] = _rejected(form.rejected, reader)
-        label_of(fields, any(message["role"] == "assistant" for message in messages))
+        compared = kind == "preference" and form.rejected is None
+        label = label_of(fields, any(message["role"] == "assistant" for message in messages), compared)
+        if label is not None and compared:
+            metadata["label"] = label
         check_answers(messages, is_prompt=kind == "prompt" or "solution" in metadata)
     elif isinstance(content, list):
         fields.take("content")

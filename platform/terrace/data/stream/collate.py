@@ -145,8 +145,7 @@ def make_segment(
 ) -> Segment:
     """Encode, decode and cut one sample of a pack as its specification says; pixels go straight into `room`."""
     ref = spec.samples[number]
-    limit = spec.pixels_max[number] if spec.pixels_max else 0
-    bounds = (min(settings.pixels[0], limit), limit) if limit else settings.pixels
+    bounds = spec.bounds(number, settings.pixels)
     supervise = settings.supervise.get(ref.source, "auto")
     try:
         encoded = encode_sample(loaded.sample, loaded.sizes, tokenizer, settings.family, bounds, supervise)
@@ -208,7 +207,7 @@ def cut_encoded(encoded: Encoded, span: tuple[int, int], family: Family) -> Enco
     kept = [
         (replace(visual, start=visual.start - start), view, images)
         for visual, view, images in zip(encoded.visuals, encoded.views, encoded.images)
-        if start <= visual.start and visual.start + visual.tokens <= stop
+        if start <= visual.start and visual.start + visual.length <= stop
     ]
     visuals, views, images = zip(*kept) if kept else ((), (), ())
     return Encoded(

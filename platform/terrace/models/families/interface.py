@@ -18,8 +18,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 
 from terrace.errors import InputError
@@ -41,6 +43,20 @@ class Features:
     def total(self) -> torch.Tensor:
         """The sum of everything that reaches the language model."""
         return self.pooled.sum() + sum((tensor.sum() for tensor in self.deep), torch.zeros((), device=self.pooled.device))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One router over t tokens and E experts."""
+
+    probabilities: torch.Tensor  # float32 [t, E], rows that sum to 1, with gradient
+    experts: torch.Tensor  # int64 [t, k]: where each token goes
+
+    def counts(self, tokens: int) -> torch.Tensor:
+        """float32 [E]: assignments of the first `tokens` tokens to each expert."""
+        chosen = self.experts[:tokens].reshape(-1)
+        zeros = torch.zeros(self.probabilities.shape[1], device=chosen.device)
+        return zeros.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=torch.float32))
 
 
 PUBLISHED = (  # spellings on the hub, the first that fits
@@ -69,9 +85,13 @@ class FamilyModel:
     }  # fmt: skip
     embedding: ClassVar[str] = "model.language_model.embed_tokens.weight"
     head: ClassVar[str] = "lm_head.weight"
+    held_buffers: ClassVar[tuple[str, ...]] = ()  # last names of buffers that a checkpoint keeps: here parameters that never train
     tower_attention: ClassVar[str] = "sdpa"  # `segments`: the tower takes images one after another with boundaries of its own
+    code: ClassVar[Mapping[str, str]] = {}  # of a class that transformers lacks: `auto_map` of an export's config.json
     mean: ClassVar[Sequence[float]] = (0.48145466, 0.4578275, 0.40821073)
     std: ClassVar[Sequence[float]] = (0.26862954, 0.26130258, 0.27577711)
+    published: ClassVar[Sequence[tuple[str, str]]] = PUBLISHED
+    blank_value: ClassVar[float] = 0.0  # of the text-only guard's picture, normalised
 
     def __init__(self, family: Family) -> None:
         self.family = family
@@ -97,26 +117,75 @@ class FamilyModel:
 
     def unused(self, config: Any, names: Iterable[str]) -> list[str]:
         """Parameters that never get a gradient, whatever trains: they stay frozen, which the log and the plan say."""
-        return []
+        return [name for name in names if name.rpartition(".")[2] in self.held_buffers]
+
+    def may_be_new(self, name: str) -> bool:
+        """Whether a tensor starts random where its part's checkpoint has none: it is no tensor of the part's own class."""
+        return False
+
+    def copied_from(self, name: str) -> str | None:
+        """The tensor that one begins as a copy of where its part has no checkpoint, or one without it; None: it begins random."""
+        return None
+
+    def position_tables(self, names: Iterable[str]) -> list[str]:
+        """Learned positions of the tower's patches, one row each, behind those of other tokens."""
+        return [name for name in names if self.part_of(name) == "vision" and "position_embedding" in name]
 
     def canonical_name(self, name: str) -> str:
         """A tensor name of any published spelling, or of a tower's or language model's own checkpoint, as transformers names it here."""
         if name.startswith(tuple(prefix for prefix, _ in self.parts)):
             return name
-        for published, here in PUBLISHED:
+        for published, here in self.published:
             if name.startswith(published):
                 return here + name.removeprefix(published)
         return name
 
+    def canonical_names(self, stored: str) -> tuple[str, ...]:
+        """The tensors that a stored one holds, or a piece of: usually one, `canonical_name`."""
+        return (self.canonical_name(stored),)
+
     def published_name(self, name: str) -> str:
         """The inverse: the spelling in which the family's weights are published, which every loader reads."""
         return name
+
+    def code_files(self) -> list[Path]:
+        """Files that an export carries because `code` names them, or they are imported there."""
+        return []
 
     def vision(self, model: Any) -> Any:
         return model.model.vision_tower
 
     def language(self, model: Any) -> Any:
         return model.model.language_model
+
+    def stored(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What an export writes of a tensor, by published name."""
+        return {self.published_name(name): tensor}
+
+    def joined(self, name: str, pieces: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> torch.Tensor:
+        """The tensor `name` from what a directory with this configuration stores of it, by stored name. Also asked on the meta
+        device, for its shape."""
+        [tensor] = pieces.values()
+        return tensor
+
+    # ------------------------------------------------------------ a mixture of experts
+
+    def routers(self, model: Any) -> list[Any]:
+        """The modules that send tokens to experts, in the order of layers; none in a dense model."""
+        return []
+
+    def choice(self, router: Any, output: Any) -> Choice:
+        """What a router's output says."""
+        raise NotImplementedError
+
+    def dropped(self, model: Any) -> list[torch.Tensor]:
+        """Assignments that the experts of each layer left out in the last forward pass with gradients; empty where none ever does."""
+        return []
+
+    def dense_sources(self, name: str) -> tuple[str, ...]:
+        """The dense tensors that each expert of a tensor [experts, rows, columns] is a copy of, one under the other, when a dense
+        model is upcycled; empty for other tensors."""
+        return ()
 
     # ------------------------------------------------------------ pixels
 
@@ -128,9 +197,9 @@ class FamilyModel:
         return (values * scale.view(1, 3, 1) - shift.view(1, 3, 1)).to(dtype)
 
     def blank(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ImageFacts]:
-        """Normalised rows [R, 3, values / 3] of zeros and facts of the smallest image, for the text-only guard."""
+        """Normalised rows [R, 3, values / 3] of one colour and facts of the smallest image, for the text-only guard."""
         view = self.family.view(1, 1, (1, 1))
-        rows = torch.zeros(view.rows, 3, self.family.row_values // 3, device=device, dtype=dtype)
+        rows = torch.full((view.rows, 3, self.family.row_values // 3), self.blank_value, device=device, dtype=dtype)
         counts = [torch.tensor([number]) for number in (view.tokens, view.rows)]
         return rows, ImageFacts(torch.tensor([view.facts]), *counts)
 
@@ -155,6 +224,10 @@ class FamilyModel:
         """Token ids of the placeholders."""
         return (config.image_token_id,)
 
+    def groups(self, model: Any, batch: DeviceBatch, attention: Mapping[str, Any]) -> np.ndarray | None:
+        """int [tokens of the pack]: tokens of one number from 0 on see each other in both directions within their sample."""
+        return None
+
     def language_inputs(self, features: Features, places: torch.Tensor) -> dict[str, Any]:
         """Further arguments of the language model for a pack with images."""
         return {}
@@ -176,6 +249,10 @@ class FamilyModel:
             more = self.language_inputs(features, places)
         elif batch.sequence is None:
             embeddings = embeddings + 0.0 * features.total().to(embeddings.dtype)  # the text-only guard
+        if (groups := self.groups(model, batch, attention)) is not None:
+            padded = np.full(batch.boundaries[-1], -1, np.int64)
+            padded[: len(groups)] = groups
+            more = {**more, "bidirectional_groups": torch.from_numpy(padded).to(batch.device, non_blocking=True)}
         return self.run_language(model, embeddings, batch.position_ids, {**attention, **more})
 
     def run_language(self, model: Any, embeddings: torch.Tensor, positions: torch.Tensor, options: Mapping[str, Any]) -> torch.Tensor:
