@@ -6,8 +6,10 @@ strategy that shards does the second half by itself (`train/strategies`).
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,19 @@ def meta_model(config: Any) -> Any:
     return model
 
 
+@contextlib.contextmanager
+def _kept(parameters: Iterable[Any]) -> Iterator[None]:
+    """A block in which transformers initialises none of these: a class may reach into the modules below its own (CLIP's embeddings)."""
+    marked = [parameter for parameter in parameters if not getattr(parameter, "_is_hf_initialized", False)]
+    for parameter in marked:
+        parameter._is_hf_initialized = True
+    try:
+        yield
+    finally:
+        for parameter in marked:
+            del parameter._is_hf_initialized
+
+
 def restore_buffers(model: Any) -> None:
     """Compute the buffers that no checkpoint holds (rotary frequencies, numbers of positions): those with a fraction in
     float32 whatever the weights are, whole numbers as they are. Parameters stay what they are, those of the same modules too."""
@@ -110,10 +125,8 @@ def restore_buffers(model: Any) -> None:
             for name, buffer in buffers.items():
                 if buffer.is_floating_point():
                     setattr(module, name, buffer.float())
-            own = [(parameter, parameter.data.clone()) for parameter in module.parameters(recurse=False)]
-            owner._init_weights(module)
-            for parameter, values in own:
-                parameter.data.copy_(values)
+            with _kept(module.parameters()):
+                owner._init_weights(module)
 
 
 def materialise(
