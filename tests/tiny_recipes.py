@@ -44,9 +44,14 @@ def tiny(name: str, folder: Path, steps: int = 2) -> Recipe:
     shortest = min(stage.sequence_length for stage in recipe.stages)
     for values in whole["stages"]:
         values |= RUN | {"sequence_length": LENGTH if values["sequence_length"] == shortest else LONGER, "budget": {"steps": steps}}
+        for number, change in enumerate(values.get("changes", ())):  # one after each further step
+            values["budget"]["steps"] = steps + number + 1
+            change["step"] = steps + number
         values["schedule"]["warmup"] = min(values["schedule"]["warmup"], 1)  # more is a number of the published steps
         low, high = PIXELS.get(architecture, (784, 12_544))
-        values["pixels"] = {"min": low, "max": high}
+        for bounds in (values, *values.get("changes", ())):
+            if "pixels" in bounds:
+                bounds["pixels"] = {"min": low, "max": high}
         if side := values.get("model_changes", {}).get("interpolate_positions"):
             before = (recipe.model.config or {})["vision_config"]["image_size"]
             values["model_changes"]["interpolate_positions"] = side * whole["model"]["config"]["vision_config"]["image_size"] // before

@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 
 from terrace.families.checks import complete, language_rules
 from terrace.families.interface import Finding, Piece
-from terrace.families.one_tile import OneTile, siglip_shape
+from terrace.families.one_tile import OneTile
 from terrace.families.qwen2_vl import qwen_language
 from terrace.families.shapes import ModelShape, ProjectorShape
+from terrace.families.siglip import siglip_tower
 from terrace.families.tools import refuse_tools
 
 
@@ -60,9 +61,12 @@ class Gemma3(OneTile):
 
     # ------------------------------------------------------------ text
 
-    def heading(self, image: int) -> Iterator[Piece]:
+    def heading(self, number: int) -> Iterator[Piece]:
         yield "text", "\n\n", False
         yield "mark", "image_start", False
+
+    def heading_tokens(self, number: int) -> int:
+        return 3
 
     def ending(self) -> Iterator[Piece]:
         yield "mark", "image_end", False
@@ -99,10 +103,11 @@ class Gemma3(OneTile):
     def shape(cls, config: Mapping[str, Any], vocabulary: int | None = None) -> ModelShape:
         vision, language = config["vision_config"], qwen_language(config, vocabulary, attention_biases=False, head_norms=True)
         language = dataclasses.replace(language, norms=4, masked=True, tied=bool(config.get("tie_word_embeddings", True)))
-        width = vision["hidden_size"]
+        width, family = vision["hidden_size"], cls.of(config)
         return ModelShape(
-            siglip_shape(vision, cls.of(config)), ProjectorShape(width * language.width + width, width * language.width, width), language
-        )
+            siglip_tower(vision, patches_per_token=family.patches / family.tokens, post_norm=True),
+            ProjectorShape(width * language.width + width, width * language.width, width), language,
+        )  # fmt: skip
 
     @classmethod
     def check(cls, config: Mapping[str, Any], trained_tokenizer: bool) -> Iterator[Finding]:

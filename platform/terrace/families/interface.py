@@ -120,6 +120,7 @@ class Family(ABC):
 
     name: ClassVar[str] = ""
     version: ClassVar[int] = 1  # part of every index: raise it when a sample's length changes
+    parts: ClassVar[tuple[str, ...]] = ("vision", "projector", "language")  # that it has; a stage that trains another is refused
     marks: ClassVar[Mapping[str, str]] = {}  # role -> special token; `image` is the placeholder
     before: ClassVar[tuple[str, ...]] = ()  # roles of the marks in front of an image's placeholders, and behind them
     after: ClassVar[tuple[str, ...]] = ()

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import numpy as np
 
 from terrace.families.interface import Bounds, Costs, Family, Picture, View, cut_tiles
-from terrace.families.shapes import VisionShape, encoder_block
 
 COORDINATE_SCALE = 1000
 
@@ -83,13 +82,3 @@ class OneTile(Family):
 
     def processor(self) -> dict[str, Any]:
         return {"processor_class": self.processor_class}
-
-
-def siglip_shape(vision: Mapping[str, Any], family: OneTile) -> VisionShape:
-    """SigLIP's tower without its head: patches with biases, learned positions, a last norm."""
-    width, inner, depth, values = vision["hidden_size"], vision["intermediate_size"], vision["num_hidden_layers"], 3 * family.patch**2
-    return VisionShape(
-        depth=depth, width=width, intermediate=inner, heads=vision["num_attention_heads"], gated=False, window=None, full_blocks=depth,
-        patch_values=values, patches_per_token=family.patches / family.tokens, block_parameters=encoder_block(width, inner),
-        other_parameters=values * width + width + family.patches * width + 2 * width,
-    )  # fmt: skip

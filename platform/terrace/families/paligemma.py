@@ -16,9 +16,10 @@ import numpy as np
 
 from terrace.families.gemma3 import gemma_rules
 from terrace.families.interface import Finding, Piece, Visual
-from terrace.families.one_tile import OneTile, siglip_shape
+from terrace.families.one_tile import OneTile
 from terrace.families.qwen2_vl import qwen_language
 from terrace.families.shapes import ModelShape, ProjectorShape
+from terrace.families.siglip import siglip_tower
 from terrace.families.tools import refuse_tools
 
 
@@ -35,8 +36,9 @@ class PaliGemma(OneTile):
         "{% for message in messages %}{% if message['role'] == 'user' %}"
         "{% if message['content'] is string %}<bos>{{ message['content'] }}{% else %}"
         "{% for item in message['content'] %}{% if item['type'] == 'image' %}<image>{% endif %}{% endfor %}<bos>"
-        "{% for item in message['content'] %}{% if item['type'] == 'text' %}{{ item['text'] }}{% endif %}{% endfor %}{% endif %}\n"
-        "{% else %}{{ message['content'] if message['content'] is string else message['content'][0]['text'] }}<eos>{% endif %}{% endfor %}"
+        "{% for item in message['content'] %}{% if item['type'] == 'text' %}{{ item['text'] }}{% endif %}{% endfor %}{% endif %}"
+        "{{ '\n' }}{% else %}"
+        "{{ message['content'] if message['content'] is string else message['content'][0]['text'] }}<eos>{% endif %}{% endfor %}"
     )
 
     @classmethod
@@ -88,7 +90,7 @@ class PaliGemma(OneTile):
         language = dataclasses.replace(language, masked=True, tied=bool(config.get("tie_word_embeddings", True)))
         size = vision["hidden_size"] * language.width
         return ModelShape(
-            siglip_shape(vision, cls.of(config)), ProjectorShape(size + language.width, size, 0), language
+            siglip_tower(vision, post_norm=True), ProjectorShape(size + language.width, size, 0), language
         )
 
     @classmethod

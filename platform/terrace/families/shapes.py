@@ -53,6 +53,11 @@ class ProjectorShape:
     products: int
     inner: int
     times: int = 1
+    first: bool = False  # it reads pixels, which need no gradient
+
+    def plus(self, parameters: int) -> ProjectorShape:
+        """With parameters that run in place of the language model's own, and so add no work."""
+        return replace(self, parameters=self.parameters + parameters) if parameters else self
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,13 @@ class LanguageShape:
     attention_biases: bool  # on query, key and value
     head_norms: bool = False  # RMSNorm over each query and key head
     norms: int = 2  # of a layer, over its whole width
+    gated: bool = True  # SwiGLU and RMSNorms; otherwise two matrices with one activation between them, and LayerNorms
+    layer_biases: int = 0  # parameters of a layer beside those above
+    other_biases: int = 0  # of the final norm, likewise
+
+    @property
+    def feed_forward_matrices(self) -> int:
+        return 3 if self.gated else 2
     experts: ExpertsShape | None = None
     latent: LatentShape | None = None
     masked: bool = False  # attention with a mask over each sample, which keeps keys and values as few as they are

@@ -70,10 +70,15 @@ def directory_config(directory: str | Path) -> Any:
     return AutoConfig.from_pretrained(directory)
 
 
+def configs_of(config: Any) -> list[Any]:
+    """The configuration and those of its parts; a model may have no tower."""
+    return [config, config.text_config, *([config.vision_config] if hasattr(config, "vision_config") else [])]
+
+
 def meta_model(config: Any) -> Any:
     """The model's shape on the meta device: parameters have names and sizes and take no memory. `config` is copied."""
     config = copy.deepcopy(config)
-    for sub in (config, config.text_config, config.vision_config):  # outermost first: it sets the others
+    for sub in configs_of(config):  # outermost first: it sets the others
         sub._attn_implementation = "sdpa"
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()

@@ -12,7 +12,7 @@ from terrace.errors import InputError
 from terrace.families.interface import Family, Finding
 from terrace.families.registry import family_class
 from terrace.recipe.errors import Path, Problem
-from terrace.recipe.schema import Recipe, Stage
+from terrace.recipe.schema import PARTS, Recipe, Stage
 
 CONFIG: Path = ("model", "config")
 
@@ -47,6 +47,9 @@ def _stage(stage: Stage, family: type[Family], at: Path) -> Iterator[Problem]:
     """What the family cannot do in a stage."""
     if (reason := family.refused_objectives.get(stage.objective)) is not None:
         yield Problem((*at, "objective"), f"{stage.objective} cannot train a {family.name} here: {reason}")
+    for part in PARTS:
+        if part not in family.parts and getattr(stage.train, part) is not None:
+            yield Problem((*at, "train", part), f"{family.name} has no part {part}; it has {' and '.join(family.parts)}")
     if not stage.expert_balance:
         return
     key = (*at, "expert_balance")
