@@ -53,6 +53,7 @@ class ProjectorShape:
     products: int
     inner: int
     times: int = 1
+    outer: int = 0  # of `products`, those with what the tower gives: no gradient flows back through them where it is frozen
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ class LanguageShape:
     norms: int = 2  # of a layer, over its whole width
     experts: ExpertsShape | None = None
     latent: LatentShape | None = None
+    gated: bool = True  # three matrices in the feed-forward and RMSNorm, no biases; else two (ReLU), LayerNorm, biases everywhere
+    positions: int = 0  # rows of learned positions
     masked: bool = False  # attention with a mask over each sample, which keeps keys and values as few as they are
 
     def with_latent(self, latent: LatentShape, experts: ExpertsShape) -> LanguageShape:
@@ -131,6 +134,11 @@ class LanguageShape:
     @property
     def key_width(self) -> int:
         return self.key_heads * self.head_size
+
+    @property
+    def products(self) -> int:
+        """Matrices of the feed-forward."""
+        return 3 if self.gated else 2
 
     @property
     def sparse_layers(self) -> int:

@@ -104,7 +104,7 @@ def _forward(shape: ModelShape, load: PackLoad) -> dict[PartName, dict[str, floa
     rows = load.patches + load.pictures * vision.extra_tokens
     squares = vision.full_blocks * load.image_squares + windowed * load.window_squares
     squares -= vision.merged_blocks * load.image_squares * (1 - 1 / vision.merged_patches**2)
-    feed_forward = 3 * language.mean_intermediate + language.router_width  # of the experts that a token goes to, not of all
+    feed_forward = language.products * language.mean_intermediate + language.router_width  # of the experts that a token goes to, not of all
     layer = language.attention_matrices + language.width * feed_forward
     matrices = vision.width * (4 * vision.width + products * vision.intermediate)
     idle = vision.idle_blocks / vision.depth
@@ -169,6 +169,8 @@ def training_flops(shape: ModelShape, load: PackLoad, trained: Sequence[PartName
             + forward[part].get("embed", 0.0) * weights
             + forward[part].get("adapters", 0.0) * 2
         )
+    if "projector" in trained and "vision" not in trained:  # what the tower gives takes no gradient
+        backward["projector"] -= 2 * load.visual_tokens * shape.projector.outer
     recompute = {
         part: sum(forward[part].get(kind, 0.0) for kind in ("linear", "attention")) if part in checkpointed else 0.0 for part in PARTS
     }

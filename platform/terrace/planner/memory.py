@@ -239,7 +239,9 @@ def _language_layer(shape: ModelShape, stage: Stage, compute: int, on_gpu: bool)
     norms = language.norms * FP32 * width
     attention = compute * (query + key + value + min(key, value)) + FP32 * language.heads
     rotary = 2 * language.head_size * (FP32 if autocast else compute)
-    feed_forward = 3 * inner * compute
+    feed_forward = (3 if language.gated else 1) * inner * compute
+    if not language.gated:  # learned positions; LayerNorms keep their inputs, ReLU what it gives
+        rotary = 0.0
     if language.latent:  # the narrow vectors, their norms, and keys whose two pieces are put together
         ranks = language.latent.query_rank + language.latent.key_rank
         attention += 2 * FP32 * ranks + (compute * 2 * ranks if trained else 0)
@@ -251,8 +253,9 @@ def _language_layer(shape: ModelShape, stage: Stage, compute: int, on_gpu: bool)
             norms += language.norms * FP32 * width + 5 * compute * width
         else:
             norms += 2 * language.norms * compute * width
+            norms -= 0 if language.gated else language.norms * compute * width
         attention += 0 if on_gpu else compute * query
-        feed_forward += inner * compute
+        feed_forward += inner * compute if language.gated else 0
     return norms + attention + rotary + feed_forward
 
 

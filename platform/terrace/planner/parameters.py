@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from terrace.families.shapes import ModelShape
+from terrace.families.shapes import LanguageShape, ModelShape
 from terrace.recipe.schema import PARTS, PartName, Stage
 
 
@@ -34,9 +34,14 @@ def part_sizes(shape: ModelShape) -> dict[PartName, PartSizes]:
         ),
         "projector": PartSizes(projector.parameters, projector.parameters, 1),
         "language": PartSizes(
-            language.layers * layer - smaller + language.width + embeddings, layer, language.layers, unused, smaller
+            language.layers * layer - smaller + _outside(language) + embeddings, layer, language.layers, unused, smaller
         ),
     }  # fmt: skip
+
+
+def _outside(language: LanguageShape) -> int:
+    """The last norm, and learned positions."""
+    return language.width * (1 if language.gated else 2) + language.positions * language.width
 
 
 def _language_blocks(shape: ModelShape) -> tuple[int, int, int]:
@@ -70,7 +75,8 @@ def language_layer(shape: ModelShape, intermediate: int | None = None) -> int:
     attention += language.latent.query_rank + language.latent.key_rank if language.latent else 0  # their norms
     attention += query + 2 * key if language.attention_biases else 0
     attention += 2 * language.head_size if language.head_norms else 0
-    return attention + 3 * language.width * intermediate + language.norms * language.width
+    biases = 0 if language.gated else 2 * query + 2 * key + intermediate + language.width + language.norms * language.width
+    return attention + biases + language.products * language.width * intermediate + language.norms * language.width
 
 
 def parameter_counts(shape: ModelShape) -> dict[PartName, int]:
