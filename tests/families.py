@@ -139,6 +139,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "patch_size": 14, "image_size": 56,
         },
     },
+    "fuyu": {"text_config": {key: value for key, value in TEXT.items() if key != "num_key_value_heads"}, "patch_size": 18},
     "mistral3": {
         "text_config": TEXT | {"model_type": "mistral", "sliding_window": None}, "vision_config": TOWER | {"patch_size": 14},
         "tie_word_embeddings": False,
@@ -166,13 +167,14 @@ MIDDLE: dict[str, dict[str, Any]] = {  # what `middle_case` changes of a configu
         "text_config": OPT | {"hidden_size": 256, "ffn_dim": 688, "num_hidden_layers": 4, "word_embed_proj_dim": 256},
     },
     "mistral3": {"vision_config": MIDDLE_TOWER},
+    "fuyu": {},
     "glm4v": {
         "vision_config": {"hidden_size": 128, "intermediate_size": 344, "depth": 4, "num_heads": 4, "out_hidden_size": 256},
     },
 }  # fmt: skip
 PIXELS: dict[str, Bounds] = {
     "qwen3_vl": (4_096, 40_000), "qwen3_vl_moe": (4_096, 40_000), "internvl": (3_136, 6 * 56 * 56), "minicpmv4_6": (12_544, 5 * 112 * 112),
-    "idefics3": (3_136, 168 * 168), "smolvlm": (4_096, 192 * 192), "mistral3": (784, 140 * 140),
+    "idefics3": (3_136, 168 * 168), "smolvlm": (4_096, 192 * 192), "mistral3": (784, 140 * 140), "fuyu": (324, 162 * 288),
 }  # fmt: skip
 WORDS = ["How many circles are there? A red circle and 3 blue squares.\n", "USER: ASSISTANT: You are a helpful assistant. user system"]
 
@@ -302,9 +304,10 @@ def middle_case(name: str, folder: Path) -> Case:
         vision |= {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4}
     config = {**CONFIGS[name], "text_config": {**CONFIGS[name]["text_config"], **text}}
     if name in MIDDLE:
-        vision = MIDDLE[name]["vision_config"]
+        vision = MIDDLE[name].get("vision_config", {})
         config |= MIDDLE[name]
-    config["vision_config"] = {**CONFIGS[name]["vision_config"], **vision}
+    if "vision_config" in CONFIGS[name]:
+        config["vision_config"] = {**CONFIGS[name]["vision_config"], **vision}
     if name in rope:
         config["text_config"]["rope_parameters"] = {**config["text_config"]["rope_parameters"], "mrope_section": rope[name]}
     if name in ("qwen3_vl", "qwen3_vl_moe"):

@@ -92,8 +92,19 @@ def _glm(case: Case, image: np.ndarray) -> Rows:
     return transformers.Glm4vImageProcessorPil(size=size)([image], **PLAIN)["pixel_values"].reshape(-1, 3, 2, 196)[:, :, 0].reshape(-1, 588)
 
 
+def _fuyu(case: Case, image: np.ndarray) -> Rows:
+    (high, wide), patch = case.family.canvas(case.pixels[1]), case.family.patch
+    side = {"height": patch, "width": patch}
+    processor = transformers.FuyuImageProcessorPil(size={"height": high, "width": wide}, patch_size=side)
+    given = processor([image], do_rescale=False, do_normalize=False, return_tensors="pt")
+    [planes] = given["images"][0]
+    rows, columns = (-(-int(given[f"image_unpadded_{name}"][0][0]) // patch) for name in ("heights", "widths"))
+    cut = processor.patchify_image(np.asarray(planes)[:, : rows * patch, : columns * patch])  # values with colours last
+    return np.asarray(cut).reshape(rows * columns, patch * patch, 3).transpose(0, 2, 1).reshape(rows * columns, -1)
+
+
 PROCESSORS: dict[str, Callable[[Case, np.ndarray], Rows]] = {
     "qwen2_vl": _patches, "qwen2_5_vl": _patches, "qwen3_vl": _patches, "qwen3_vl_moe": _patches, "llava": _llava, "terrace_vlm": _llava,
     "internvl": _internvl, "llava_next": _llava_next, "llava_onevision": _onevision, "minicpmv4_6": _minicpm, "idefics3": _idefics,
-    "smolvlm": _idefics, "mistral3": _pixtral, "glm4v": _glm,
+    "smolvlm": _idefics, "mistral3": _pixtral, "glm4v": _glm, "fuyu": _fuyu,
 }  # fmt: skip

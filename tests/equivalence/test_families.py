@@ -63,7 +63,8 @@ CHEAP = (
     "test_a_recipe_of_the_family_validates_and_its_mistakes_are_named",
 )
 STRETCHED = tuple(name for name in NAMES if issubclass(family_class(name), OneTile))
-DISTORTING = ("internvl", "minicpmv4_6", "mistral3", *TILED, *STRETCHED)  # families that resize a picture without keeping its aspect
+# Families whose resize is not bicubic, or does not keep the aspect.
+DISTORTING = ("internvl", "minicpmv4_6", "mistral3", "fuyu", *TILED, *STRETCHED)
 WHOLE_PROCESSORS = {"llava": "<image>", "llava_next": "<image>", "idefics3": "<image>"}  # without torchvision; what stands for an image
 
 
@@ -132,7 +133,7 @@ def test_pixels_are_those_of_the_published_processor(case, size):
     theirs = published_pixels(case, data)
     assert ours.shape == theirs.shape
     difference = np.abs(ours.astype(int) - theirs.astype(int))
-    if case.name in DISTORTING:  # where one side shrinks and the other grows, torch's kernel and Pillow's differ by more on noise
+    if case.name in DISTORTING:  # torch's kernel and Pillow's differ by more on noise
         assert (difference > 2).mean() < 0.02
         assert difference.mean() < 0.5
         return
@@ -176,7 +177,7 @@ def test_parts_are_complete_and_disjoint_and_freezing_holds(case):
     parts = part_parameters(model)
     names = [name for part in PARTS for name, _ in parts[part]]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
-    assert all(parts[part] for part in PARTS)
+    assert tuple(part for part in PARTS if parts[part]) == case.family.parts
     family = family_of_model(model)
     for part in ("vision", "language"):
         blocks = family.blocks_of(model, part)
@@ -209,7 +210,7 @@ def test_the_planner_counts_what_the_class_has(case):
     family, sizes = family_of_model(model), part_sizes(shape)
     for part in ("vision", "language"):
         blocks = [sum(p.numel() for p in block.parameters()) for block in family.blocks_of(model, part)]
-        assert sizes[part].block == max(blocks)
+        assert sizes[part].block == max(blocks, default=0)
         assert sizes[part].in_blocks == sum(blocks)
     named = dict(model.named_parameters())
     unused: dict[str, int] = dict.fromkeys(PARTS, 0)
@@ -220,6 +221,7 @@ def test_the_planner_counts_what_the_class_has(case):
 
 @pytest.mark.parametrize("trained", [("projector",), ("vision", "projector", "language")], ids="+".join)
 def test_the_planner_s_flops_are_those_of_the_flop_counter(case, trained):
+    trained = tuple(part for part in trained if part in case.family.parts)
     model = build_model(case.section, case.config)
     if case.family.experts:  # the counter does not know the grouped product
         model.set_experts_implementation("eager")
@@ -287,7 +289,7 @@ def test_greedy_decoding_equals_generate(case):
         out = reference.generate(
             **inputs, max_new_tokens=8, do_sample=False, suppress_tokens=list(never), eos_token_id=list(stop), pad_token_id=stop[0]
         )
-        expected = out[0, 0 if case.name == "blip_2" else inputs["input_ids"].shape[1] :].tolist()  # BLIP-2 gives new tokens alone
+        expected = out[0, inputs["input_ids"].shape[1] :].tolist()
         for response in group:
             assert response.tokens.tolist() == expected[: len(response.tokens)]
             assert len(response.tokens) == len(expected)
@@ -350,10 +352,10 @@ def test_a_recipe_of_the_family_validates_and_its_mistakes_are_named(name):
     assert problems(recipe_model(name)) == []
     broken = json.loads(json.dumps(recipe_model(name)))
     del broken["config"]["text_config"]["num_hidden_layers"]
-    del broken["config"]["vision_config"]
+    broken["config"].pop("vision_config", None)
     told = problems(broken)
     assert any("needs `num_hidden_layers`" in line for line in told)
-    assert any("needs `vision_config`" in line for line in told)
+    assert any("needs `vision_config`" in line for line in told) == ("vision_config" in CONFIGS[name])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -365,6 +367,7 @@ def test_the_planner_s_activations_are_what_autograd_saves(name, folder, trained
     from terrace.train.setup import checkpoint_activations, freeze_parts
 
     case = middle_case(name, folder)
+    trained = tuple(part for part in trained if part in case.family.parts)
     training = {part: {"lr": 1e-3, "activation_checkpointing": checkpointing} for part in trained}
     [stage] = Recipe.model_validate({
         "name": "r", "model": case.section.model_dump(), "tokenizer": {"train_vocabulary_size": 400},
@@ -411,10 +414,11 @@ def test_the_export_s_image_processor_and_tokenizer_need_nothing_of_terrace(case
     image = _decoded(sample.images[0])
     if case.name in NEEDS_TORCHVISION:
         pytest.skip("its image processor needs torchvision")
-    given = AutoImageProcessor.from_pretrained(final)([image], return_tensors="pt")["pixel_values"]
-    ours = reference_inputs(case, example, model)["pixel_values"]
-    assert given.numel() == ours.numel()
-    assert float((given.reshape(ours.shape) - ours).abs().mean()) < 0.02
+    given = AutoImageProcessor.from_pretrained(final)([image], return_tensors="pt")
+    if "pixel_values" in given:  # Fuyu's whole processor cuts the patches
+        ours = reference_inputs(case, example, model)["pixel_values"]
+        assert given["pixel_values"].numel() == ours.numel()
+        assert float((given["pixel_values"].reshape(ours.shape) - ours).abs().mean()) < 0.02
     tokenizer = AutoTokenizer.from_pretrained(final)
     assert tokenizer.convert_tokens_to_ids(case.family.marks["image"]) == case.config.image_token_id
     assert tokenizer.decode(example.input_ids) == case.tokenizer.decode(example.input_ids)

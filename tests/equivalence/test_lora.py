@@ -192,7 +192,9 @@ def test_every_family_adapts_every_part_with_a_gradient_and_a_plan_that_counts_i
     case = case_of(name, tmp_path)
     recipe = family_recipe(name, "ddp")
     values = recipe.model_dump(mode="json")
-    for part, rank in (("vision", 2), ("projector", 3), ("language", 4)):
+    for part, rank in {"vision": 2, "projector": 3, "language": 4}.items():
+        if part not in case.family.parts:
+            continue
         values["stages"][0]["train"][part]["lora"] = {"rank": rank, "alpha": 8, "rank_stabilised": part == "vision"}
     recipe = type(recipe).model_validate(values)
     stage = recipe.stages[0]
@@ -204,7 +206,7 @@ def test_every_family_adapts_every_part_with_a_gradient_and_a_plan_that_counts_i
     counted = {part: sum(p.numel() for _, p in pairs if p.requires_grad) for part, pairs in part_parameters(model).items()}
     shape = with_adapters(shape_of_config(case.config.to_dict(), name), stage, recipe.model, case.config)
     assert trainable_counts(shape, stage) == counted
-    assert min(counted.values()) > 0
+    assert {part for part, count in counted.items() if count} == set(case.family.parts)
     named = list(itertools.chain.from_iterable(group.names for group in parameter_groups(model, stage)))
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert sorted(named) == sorted(trained)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from terrace.cluster.cluster_schema import QUALIFIED, SUBDOMAIN
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -227,6 +229,12 @@ FIELD_RULES: dict[str, list[Rule]] = {
         Rule(at_most("self", MOST_BYTES), f"no machine has more than {MOST_BYTES} of scratch for one pod"),
     ],
     "PodSize.sharedMemory": [Rule(at_least("self", "'1Mi'"), "sharedMemory needs at least 1Mi")],
+    "Runtime.nodeSelector": [
+        Rule(
+            f"self.all(key, key.matches('^({SUBDOMAIN}/)?{QUALIFIED}$'))".replace("\\.", "[.]"),  # CEL knows no escape of a dot
+            "a key is no name of a label: [domain/]name of letters, digits, '-', '_' and '.', the name of at most 63 characters",
+        )
+    ],
     "Runtime.gpuResource": [
         Rule(
             "!self.contains('kubernetes.io/') && !self.startsWith('requests.')",  # IsExtendedResourceName

@@ -98,7 +98,6 @@ class Runtime(ClusterModel):
     gpu_resource: Annotated[str, Field(max_length=253, pattern=rf"^{SUBDOMAIN}/{QUALIFIED}$")] = Field(
         "nvidia.com/gpu", description="Extended resource of one GPU, as the device plugin names it: with a domain."
     )
-    # Keys are checked with the pod template: the API server can bound neither their form nor the cost of a rule on them.
     node_selector: Annotated[dict[str, LabelValue], Field(max_length=16)] = Field({}, description="For worker pods.")
     tolerations: Annotated[list[Toleration], Field(max_length=16)] = Field([], description="For head and worker pods.")
     env: Annotated[list[EnvironmentVariable], Field(max_length=64)] = Field([], description="For all pods of a stage.")

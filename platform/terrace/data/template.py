@@ -143,19 +143,19 @@ def _measure(
             # Where no target and no line ends inside the text, its tokens are only counted: their places take as long as they do.
             if breaks or len(flags) > 1:
                 tokens, offsets = tokenizer.encode_with_offsets(value)
-                count = len(tokens)
+                length = len(tokens)
             else:
-                count, offsets = tokenizer.count(value), []
+                length, offsets = tokenizer.count(value), []
             if first_target[0] < 0 and any(flag for _, _, flag in flags):
                 within = int(_token_flags(flags, offsets).argmax()) if len(flags) > 1 else 0
                 first_target = (ids + within, len(visuals), before)
             if breaks:
                 cuts += [ids + place + 1 for place, (_, end) in enumerate(offsets[:-1]) if value[end - 1] == "\n"]
-            ids += count
+            ids += length
             if len(flags) > 1:
                 supervised_tokens += int(_token_flags(flags, offsets).sum())
             elif flags[0][2]:
-                supervised_tokens += count
+                supervised_tokens += length
             text_to_learn |= any(flag and value[start:stop].strip() for start, stop, flag in flags)
         elif kind in ("mark", "token"):
             ids += 1

@@ -25,6 +25,7 @@ from terrace.evaluate.cases import Case
 from terrace.evaluate.model_files import model_sight
 from terrace.evaluate.replies import Reply, Settings
 from terrace.families.interface import Sight
+from terrace.generation.drafting import DraftingEngine
 from terrace.generation.interface import Prompt, Sampling
 from terrace.generation.native import NativeEngine
 from terrace.generation.tokens import forbidden_tokens, stop_tokens
@@ -34,6 +35,7 @@ from terrace.models.batch import to_device
 from terrace.models.build import directory_config, materialise, meta_model
 from terrace.models.forward import pack_hidden
 from terrace.models.head import output_layer
+from terrace.models.heads import FOLDER, describe_heads, load_with_heads
 from terrace.models.precision import DTYPES, compute_context
 from terrace.models.shared_prompt import use_shared_prompt_attention
 from terrace.models.weights import initial_weights
@@ -111,10 +113,13 @@ def load_model(
     skeleton = meta_model(config)
     source, _ = initial_weights(section, skeleton, directory)
     network = materialise(skeleton, source, device, DTYPES[precision])
+    drafts = describe_heads(directory / FOLDER) is not None
+    if drafts:
+        load_with_heads(network, directory / FOLDER)
     backend, _ = choose_backend("auto", torch.device(device).type, precision)
     use_shared_prompt_attention(network, backend)
     network.eval()
-    native = NativeEngine(
+    native = (DraftingEngine if drafts else NativeEngine)(
         network, forbidden_tokens(tokenizer, config), stop_tokens(tokenizer, config), device, precision, max_rows=batch_size
     )
     return Model(directory, network, tokenizer, sight, native, device, precision)

@@ -91,12 +91,13 @@ class Blip2(OneTile):
     def shape(cls, config: Mapping[str, Any], vocabulary: int | None = None) -> ModelShape:
         vision, text, former, family = config["vision_config"], config["text_config"], config["qformer_config"], cls.of(config)
         width, inner, depth, values = vision["hidden_size"], vision["intermediate_size"], vision["num_hidden_layers"], 3 * family.patch**2
-        heads = text["num_attention_heads"]
+        heads, hidden = text["num_attention_heads"], text["hidden_size"]
         language = LanguageShape(
             layers=text["num_hidden_layers"], width=text["hidden_size"], intermediate=text["ffn_dim"], heads=heads, key_heads=heads,
             head_size=text["hidden_size"] // heads, vocabulary=text.get("vocab_size") or vocabulary or 0,
             tied=bool(text.get("tie_word_embeddings", True)), attention_biases=False, gated=False,
-            positions=text["max_position_embeddings"] + OFFSET,
+            rotary=False, layer_biases=4 * hidden + text["ffn_dim"] + hidden + 2 * hidden,
+            other_biases=hidden + (text["max_position_embeddings"] + OFFSET) * hidden,
         )  # fmt: skip
         seen = family.patches + 1
         return ModelShape(

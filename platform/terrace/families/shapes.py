@@ -54,6 +54,11 @@ class ProjectorShape:
     inner: int
     times: int = 1
     outer: int = 0  # of `products`, those with what the tower gives: no gradient flows back through them where it is frozen
+    first: bool = False  # it reads pixels, which need no gradient
+
+    def plus(self, parameters: int) -> ProjectorShape:
+        """With parameters that run in place of the language model's own, and so add no work."""
+        return replace(self, parameters=self.parameters + parameters) if parameters else self
 
 
 @dataclass(frozen=True)
@@ -102,15 +107,21 @@ class LanguageShape:
     attention_biases: bool  # on query, key and value
     head_norms: bool = False  # RMSNorm over each query and key head
     norms: int = 2  # of a layer, over its whole width
+    gated: bool = True  # SwiGLU and RMSNorms; otherwise two matrices with one activation between them, and LayerNorms
+    layer_biases: int = 0  # parameters of a layer beside those above
+    other_biases: int = 0  # of the final norm, likewise, and learned positions
+    rotary: bool = True  # positions turn queries and keys; else they are learned and added
     experts: ExpertsShape | None = None
     latent: LatentShape | None = None
-    gated: bool = True  # three matrices in the feed-forward and RMSNorm, no biases; else two (ReLU), LayerNorm, biases everywhere
-    positions: int = 0  # rows of learned positions
     masked: bool = False  # attention with a mask over each sample, which keeps keys and values as few as they are
 
     def with_latent(self, latent: LatentShape, experts: ExpertsShape) -> LanguageShape:
         size = latent.plain + latent.rotary
         return replace(self, latent=latent, experts=experts, head_size=size, key_heads=self.heads)
+
+    @property
+    def feed_forward_matrices(self) -> int:
+        return 3 if self.gated else 2
 
     @property
     def value_width(self) -> int:
@@ -134,11 +145,6 @@ class LanguageShape:
     @property
     def key_width(self) -> int:
         return self.key_heads * self.head_size
-
-    @property
-    def products(self) -> int:
-        """Matrices of the feed-forward."""
-        return 3 if self.gated else 2
 
     @property
     def sparse_layers(self) -> int:

@@ -103,7 +103,8 @@ def use_attention(model: Any, implementation: str) -> None:
         block.config._attn_implementation = name
     # A name that transformers has no mask function for gets no mask, silently: only towers without masks take ours.
     segments = family_of_model(model).tower_attention == "segments"
-    model.config.vision_config._attn_implementation = name if segments or implementation not in BACKENDS else "sdpa"
+    if hasattr(model.config, "vision_config"):
+        model.config.vision_config._attn_implementation = name if segments or implementation not in BACKENDS else "sdpa"
 
 
 def give_language_attention(model: Any, name: str, plain_backend: str) -> None:

@@ -70,10 +70,15 @@ def directory_config(directory: str | Path) -> Any:
     return AutoConfig.from_pretrained(directory)
 
 
+def configs_of(config: Any) -> list[Any]:
+    """The configuration and those of its parts; a model may have no tower."""
+    return [config, config.text_config, *([config.vision_config] if hasattr(config, "vision_config") else [])]
+
+
 def meta_model(config: Any) -> Any:
     """The model's shape on the meta device: parameters have names and sizes and take no memory. `config` is copied."""
     config = copy.deepcopy(config)
-    for sub in (config, config.text_config, config.vision_config):  # outermost first: it sets the others
+    for sub in configs_of(config):  # outermost first: it sets the others
         sub._attn_implementation = "sdpa"
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
@@ -105,10 +110,18 @@ def restore_buffers(model: Any) -> None:
             for name, buffer in buffers.items():
                 if buffer.is_floating_point():
                     setattr(module, name, buffer.float())
-            own = [(parameter, parameter.data.clone()) for parameter in module.parameters(recurse=False)]
-            owner._init_weights(module)
-            for parameter, values in own:
-                parameter.data.copy_(values)
+            owner._init_weights(_with_empty_parameters(module))
+
+
+def _with_empty_parameters(module: Any) -> Any:
+    """The module with its buffers, and in place of its parameters (which a strategy may have split) ones that hold nothing."""
+    shell = copy.copy(module)
+    shell.__dict__["_parameters"] = {
+        name: parameter if parameter is None
+        else torch.nn.Parameter(torch.empty(tuple(getattr(parameter, "ds_shape", parameter.shape)), device="meta"), requires_grad=False)
+        for name, parameter in module._parameters.items()
+    }  # fmt: skip
+    return shell
 
 
 def materialise(

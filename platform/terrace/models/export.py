@@ -20,7 +20,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import GenerationConfig
 
-from terrace.models.build import meta_model
+from terrace.models.build import configs_of, meta_model
 from terrace.models.families.registry import family_of_model
 
 SHARD_SIZE = "4GB"
@@ -44,7 +44,7 @@ def export_hf(
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     config = copy.deepcopy(config)
-    for sub in (config, config.text_config, config.vision_config):
+    for sub in configs_of(config):
         sub.dtype = dtype
     model = meta_model(config)
     config.architectures = [type(model).__name__]

@@ -104,10 +104,11 @@ def _forward(shape: ModelShape, load: PackLoad) -> dict[PartName, dict[str, floa
     rows = load.patches + load.pictures * vision.extra_tokens
     squares = vision.full_blocks * load.image_squares + windowed * load.window_squares
     squares -= vision.merged_blocks * load.image_squares * (1 - 1 / vision.merged_patches**2)
-    feed_forward = language.products * language.mean_intermediate + language.router_width  # of the experts that a token goes to, not of all
+    # Of the experts that a token goes to, not of all.
+    feed_forward = language.feed_forward_matrices * language.mean_intermediate + language.router_width
     layer = language.attention_matrices + language.width * feed_forward
     matrices = vision.width * (4 * vision.width + products * vision.intermediate)
-    idle = vision.idle_blocks / vision.depth
+    idle = vision.idle_blocks / max(1, vision.depth)
     adapters = {
         "vision": 2 * rows * shape.adapters_of("vision").parameters,
         "projector": 2 * load.visual_tokens * shape.projector.times * shape.adapters_of("projector").parameters,
@@ -123,7 +124,7 @@ def _forward(shape: ModelShape, load: PackLoad) -> dict[PartName, dict[str, floa
         },
         "projector": {
             "adapters": adapters["projector"],
-            "linear": 2 * load.visual_tokens * shape.projector.times * shape.projector.products,
+            "embed" if shape.projector.first else "linear": 2 * load.visual_tokens * shape.projector.times * shape.projector.products,
         },
         "language": {
             "adapters": adapters["language"],
@@ -162,7 +163,7 @@ def training_flops(shape: ModelShape, load: PackLoad, trained: Sequence[PartName
         adapters = shape.adapters_of(part).parameters
         weights = part in trained and not adapters  # gradients of this part's weights
         inputs = part in trained or any(before in trained for before in PARTS[:place])  # of what comes into it
-        linear = forward[part]["linear"] + forward[part].get("head", 0.0)
+        linear = forward[part].get("linear", 0.0) + forward[part].get("head", 0.0)
         backward[part] = (
             linear * (weights + inputs)
             + forward[part].get("attention", 0.0) * 2 * inputs  # two products forward, four backward

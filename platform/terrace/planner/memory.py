@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from math import gcd
 
 from terrace.families.shapes import ModelShape
-from terrace.planner.parameters import part_sizes, trainable_counts, trains_whole
+from terrace.planner.parameters import head_parameters, part_sizes, trainable_counts, trains_whole
 from terrace.recipe.schema import PARTS, PartName, Stage
 
 FP32 = 4
@@ -125,7 +125,9 @@ def _state(shape: ModelShape, stage: Stage, workers: int, compute: int, on_gpu: 
     """Bytes of weights, gradients and optimizer per GPU, and of what the strategy needs to work on them."""
     sizes = part_sizes(shape)
     everything = sum(size.total + shape.adapters_of(part).parameters for part, size in sizes.items())
-    trained = sum(trainable_counts(shape, stage).values())
+    heads = head_parameters(shape, stage)
+    everything += heads
+    trained = sum(trainable_counts(shape, stage).values()) + heads
     largest_block = max(size.block for size in sizes.values())
     outer = shape.language.vocabulary * shape.language.width * (1 if shape.language.tied else 2)
     parallel, shards, states = stage.parallel, workers, optimizer_bytes(shape, stage)
@@ -169,7 +171,8 @@ def _state(shape: ModelShape, stage: Stage, workers: int, compute: int, on_gpu: 
 
 def optimizer_bytes(shape: ModelShape, stage: Stage) -> float:
     """Bytes of the optimizer's state over all workers, and of the average of weights where the stage keeps one."""
-    language, numbers, options = shape.language, sum(trainable_counts(shape, stage).values()), stage.optimizer
+    language, options = shape.language, stage.optimizer
+    numbers = sum(trainable_counts(shape, stage).values()) + head_parameters(shape, stage)
     if options.kind == "sgd":
         states = MOMENTUM * numbers if options.momentum else 0.0
     elif options.kind == "adafactor":  # a float32 sum per row and per column; matrices are about as wide as the model
@@ -222,7 +225,7 @@ def _language_activations(shape: ModelShape, stage: Stage, pack: PackSize, compu
     working = pack.tokens * (3 * language.mean_intermediate * compute + 2 * language.width * residual)
     if not gradients_reach(stage, "language"):
         return _Activations(0.0, working)
-    ends = pack.tokens * language.width * (1 + FP32 + (FP32 if train else 0))  # places of images, final norm
+    ends = pack.tokens * language.width * (1 + FP32 + (FP32 if train and language.gated else 0))  # places of images, final norm
     checkpointed = train.activation_checkpointing if train else stage.frozen_activation_checkpointing
     if checkpointed:
         return _Activations(pack.tokens * language.layers * language.width * residual + ends, pack.tokens * layer + working)
@@ -238,10 +241,10 @@ def _language_layer(shape: ModelShape, stage: Stage, compute: int, on_gpu: bool)
     autocast = stage.parallel.strategy == "ddp" and compute < FP32
     norms = language.norms * FP32 * width
     attention = compute * (query + key + value + min(key, value)) + FP32 * language.heads
-    rotary = 2 * language.head_size * (FP32 if autocast else compute)
+    rotary = 2 * language.head_size * (FP32 if autocast else compute) if language.rotary else 0.0
     feed_forward = (3 if language.gated else 1) * inner * compute
-    if not language.gated:  # learned positions; LayerNorms keep their inputs, ReLU what it gives
-        rotary = 0.0
+    if not language.gated and language.head_norms:  # LayerNorms of heads: what comes into them, query, key and value together
+        attention += 2 * compute * query
     if language.latent:  # the narrow vectors, their norms, and keys whose two pieces are put together
         ranks = language.latent.query_rank + language.latent.key_rank
         attention += 2 * FP32 * ranks + (compute * 2 * ranks if trained else 0)
@@ -252,10 +255,9 @@ def _language_layer(shape: ModelShape, stage: Stage, compute: int, on_gpu: bool)
         if autocast:  # each of the five projections casts its input by itself
             norms += language.norms * FP32 * width + 5 * compute * width
         else:
-            norms += 2 * language.norms * compute * width
-            norms -= 0 if language.gated else language.norms * compute * width
+            norms += (2 if language.gated else 1) * language.norms * compute * width
         attention += 0 if on_gpu else compute * query
-        feed_forward += inner * compute if language.gated else 0
+        feed_forward += inner * compute if language.rotary else 0  # plain ReLU keeps what it gives alone
     return norms + attention + rotary + feed_forward
 
 
@@ -271,7 +273,7 @@ def _vision_activations(shape: ModelShape, stage: Stage, pack: PackSize, compute
     vision, train = shape.vision, stage.train.vision
     patches = pack.visual_tokens * vision.patches_per_token
     residual = FP32 if stage.parallel.strategy == "ddp" else compute
-    block = _vision_block(shape, stage, compute, on_gpu) + _adapter_values(shape, "vision", compute) / vision.depth
+    block = _vision_block(shape, stage, compute, on_gpu) + _adapter_values(shape, "vision", compute) / max(1, vision.depth)
     products = 3 if vision.gated else 2
     working = patches * (products * vision.intermediate * compute + 2 * vision.width * residual)
     merged = shape.projector.inner * shape.projector.times
@@ -280,7 +282,8 @@ def _vision_activations(shape: ModelShape, stage: Stage, pack: PackSize, compute
         trained = stage.train.projector is not None
         kept += patches / vision.merged_patches * vision.width * (FP32 + (FP32 if trained else 0)) + pack.visual_tokens * merged * compute
         kept += 2 * pack.visual_tokens * merged * compute if trained else 0.0
-        kept += pack.visual_tokens * (shape.language.width * residual + _adapter_values(shape, "projector", compute))
+        given = 0 if shape.projector.first else shape.language.width * residual
+        kept += pack.visual_tokens * (given + _adapter_values(shape, "projector", compute))
     if train is None:
         return _Activations(kept, working)
     kept += patches * vision.patch_values * compute  # the pixels, for the patch embedding's gradient

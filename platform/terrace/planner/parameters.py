@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from terrace.families.shapes import LanguageShape, ModelShape
+from terrace.families.shapes import ModelShape
 from terrace.recipe.schema import PARTS, PartName, Stage
 
 
@@ -34,14 +34,9 @@ def part_sizes(shape: ModelShape) -> dict[PartName, PartSizes]:
         ),
         "projector": PartSizes(projector.parameters, projector.parameters, 1),
         "language": PartSizes(
-            language.layers * layer - smaller + _outside(language) + embeddings, layer, language.layers, unused, smaller
+            language.layers * layer - smaller + language.width + language.other_biases + embeddings, layer, language.layers, unused, smaller
         ),
     }  # fmt: skip
-
-
-def _outside(language: LanguageShape) -> int:
-    """The last norm, and learned positions."""
-    return language.width * (1 if language.gated else 2) + language.positions * language.width
 
 
 def _language_blocks(shape: ModelShape) -> tuple[int, int, int]:
@@ -55,6 +50,20 @@ def _language_blocks(shape: ModelShape) -> tuple[int, int, int]:
     counts = ((dense, experts.dense_layers), (sparse, language.sparse_layers))
     largest = max(size for size, count in counts if count)
     return largest, sum((largest - size) * count for size, count in counts), experts.biases * language.sparse_layers
+
+
+def head_parameters(shape: ModelShape, stage: Stage) -> int:
+    """Parameters of the heads that the stage trains beside the model (models.heads)."""
+    if stage.head_kind is None:
+        return 0
+    kind, count = stage.head_kind
+    language, experts = shape.language, shape.language.experts
+    if kind == "medusa":
+        return count * (language.width**2 + language.vocabulary * language.width)
+    block = language_layer(shape)  # that of the model's first layer
+    if experts is not None and not experts.dense_layers:
+        block = _language_blocks(shape)[0]
+    return count * (block + 2 * language.width**2 + 3 * language.width)
 
 
 def active_parameters(shape: ModelShape) -> dict[PartName, int]:
@@ -75,8 +84,8 @@ def language_layer(shape: ModelShape, intermediate: int | None = None) -> int:
     attention += language.latent.query_rank + language.latent.key_rank if language.latent else 0  # their norms
     attention += query + 2 * key if language.attention_biases else 0
     attention += 2 * language.head_size if language.head_norms else 0
-    biases = 0 if language.gated else 2 * query + 2 * key + intermediate + language.width + language.norms * language.width
-    return attention + biases + language.products * language.width * intermediate + language.norms * language.width
+    feed_forward = language.feed_forward_matrices * language.width * intermediate
+    return attention + feed_forward + language.norms * language.width + language.layer_biases
 
 
 def parameter_counts(shape: ModelShape) -> dict[PartName, int]:

@@ -19,6 +19,7 @@ from terrace.recipe import (
     rules_model,
     rules_optimizer,
     rules_order,
+    rules_places,
     rules_rl,
     rules_stretches,
 )
@@ -26,7 +27,6 @@ from terrace.recipe.changes import stage_recipe
 from terrace.recipe.errors import Path, Problem
 from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import PARTS, Recipe, Stage
-from terrace.recipe.schema_heads import MedusaOptions, MtpOptions
 
 TEXT_KINDS = {"text"}
 SUITE_KINDS = ("mmbench", "grounding", "gui", "counting", "ocr", "chart", "caption", "reasoning", "loss")  # as in terrace.evaluate
@@ -44,7 +44,7 @@ TRAIN_METRICS = (
 
 def check(recipe: Recipe) -> list[Problem]:
     """Every problem of a recipe whose fields are well typed, in the order of its keys. Empty: the recipe may run."""
-    problems = [*rules_model.check(recipe), *rules_credentials.check(recipe)]
+    problems = [*rules_model.check(recipe), *rules_credentials.check(recipe), *rules_places.check(recipe)]
     problems += _data(recipe)
     problems += [*_planning(recipe), *rules_order.check(recipe)]
     for index, stage in enumerate(recipe.stages):
@@ -309,13 +309,6 @@ def _failure(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
 # ---------------------------------------------------------------- evaluation, gates, checkpoints
 
 
-def head_count(stage: Stage) -> int:
-    """Further tokens that the stage's heads predict."""
-    if stage.train.heads is None:
-        return 0
-    return (stage.medusa or MedusaOptions()).heads if stage.objective == "medusa" else (stage.mtp or MtpOptions()).depth
-
-
 def produced_metrics(recipe: Recipe, stage: Stage) -> list[str]:
     """Names of the metrics a stage reports that are known before it runs (suites add `eval/<suite>/<metric>`)."""
     sources = [recipe.data.sources[name] for name in stage.mixture.weights if name in recipe.data.sources]
@@ -327,7 +320,7 @@ def produced_metrics(recipe: Recipe, stage: Stage) -> list[str]:
         metrics = ["eval/preference/loss", "eval/preference/accuracy"] if kinds else []
     else:
         metrics = [f"eval/{kind}/loss" for kind in kinds] + (["eval/loss"] if kinds else [])
-        metrics += [f"eval/acceptance/{number + 1}" for number in range(head_count(stage))] if kinds else []
+        metrics += [f"eval/acceptance/{number + 1}" for number in range(stage.head_kind[1] if stage.head_kind else 0)] if kinds else []
     return metrics + list(TRAIN_METRICS)
 
 

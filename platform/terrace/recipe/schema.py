@@ -335,6 +335,15 @@ class Stage(Strict):
     seed: int = Field(0, ge=0, description="Seed of the stage's own randomness.")
 
     @property
+    def head_kind(self) -> tuple[Literal["mtp", "medusa"], int] | None:
+        """What heads the stage trains and how many; None where it trains none."""
+        if self.train.heads is None:
+            return None
+        if self.objective == "medusa":
+            return "medusa", (self.medusa or MedusaOptions()).heads
+        return "mtp", (self.mtp or MtpOptions()).depth
+
+    @property
     def rollout_workers(self) -> int:
         """Workers that only generate (`placement: separate`), beside the training workers."""
         return self.grpo.rollout_workers if self.grpo is not None and self.grpo.placement == "separate" else 0

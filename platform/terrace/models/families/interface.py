@@ -123,6 +123,10 @@ class FamilyModel:
         """Whether a tensor starts random where its part's checkpoint has none: it is no tensor of the part's own class."""
         return False
 
+    def copied_from(self, name: str) -> str | None:
+        """The tensor that one begins as a copy of where its part has no checkpoint, or one without it; None: it begins random."""
+        return None
+
     def position_tables(self, names: Iterable[str]) -> list[str]:
         """Learned positions of the tower's patches, one row each, behind those of other tokens."""
         return [name for name in names if self.part_of(name) == "vision" and "position_embedding" in name]
