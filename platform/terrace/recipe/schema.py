@@ -53,6 +53,9 @@ class PartTraining(Strict):
     optimizer_state: Literal["reset", "keep"] = Field("reset", description="At the stage's start, if the part trained before.")
     activation_checkpointing: bool = Field(False, description="Recompute the part's activations in the backward pass to save memory.")
     weight_decay: Annotated[float, Field(ge=0)] | None = Field(None, description="Overrides the optimizer's for this part.")
+    only: list[Annotated[str, Field(min_length=1)]] = Field(
+        [], description="Only tensors with one of these words in their names train (`mlp`, `self_attn.q_proj`); none given: all."
+    )
     lora: Lora | None = Field(None, description="Low-rank adapters train in place of the part's own weights.")
 
 
