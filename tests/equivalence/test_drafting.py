@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from families import case_of, conversation
 from packs import IMAGE_PAD, VIDEO_PAD, segment, tiny_model, tiny_recipe
 from ranks import memory_feed
 
+from terrace.data.prompt import read_prompt
 from terrace.generation.drafting import DraftingEngine
 from terrace.generation.interface import Prompt, Response, Sampling
 from terrace.generation.native import NativeEngine
+from terrace.generation.tokens import forbidden_tokens
 from terrace.models.attention import use_attention
 from terrace.models.batch import to_device
 from terrace.models.build import materialise, meta_model, model_config
@@ -128,3 +131,27 @@ def test_drafts_are_what_the_heads_say_in_training(kind, monkeypatch):
                 compared += 1
     assert compared > 15
     assert engine.drafted >= compared
+
+
+@pytest.mark.parametrize("name", ["gemma3", "kimi_k25", "qwen3_vl"])
+def test_drafts_change_no_token_of_a_family(name, tmp_path_factory):
+    """A window of attention, keys and values of different widths, features added further up."""
+    torch.set_num_threads(1)
+    case = case_of(name, tmp_path_factory.getbasetemp() / "tokenizers")
+    prompts = []
+    for number, sizes in enumerate(([(90, 60)], [], [(60, 120)])):
+        one = conversation(number, sizes)
+        read = read_prompt(one.sample, one.images, one.sizes, case.tokenizer, case.family, case.pixels)
+        prompts.append(Prompt(**vars(read.inputs), key=("s", number), id=str(number)))
+    for kind in ("mtp", "medusa"):
+        skeleton = meta_model(case.config)
+        source, _ = initial_weights(case.section, skeleton, None)
+        attach_heads(skeleton, kind, 2)
+        model = materialise(skeleton, source_with_heads(skeleton, source, None, 0), "cpu").requires_grad_(False).eval()
+        use_shared_prompt_attention(model, "sdpa_segments")
+        never = forbidden_tokens(case.tokenizer, case.config)
+        for sampling in (Sampling(2, 12, 0.0), Sampling(3, 12, 1.0, seed=2)):
+            engines = [one(model, never, (), "cpu", "fp32") for one in (NativeEngine, DraftingEngine)]
+            plain, drafted = ([[answer.tokens.tolist() for answer in group] for group in engine.generate(prompts, sampling)]
+                              for engine in engines)  # fmt: skip
+            assert drafted == plain

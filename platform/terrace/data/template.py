@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -178,7 +177,7 @@ def _measure(
 
 
 def _pieces(sample: Sample, supervise: str, family: Family) -> Iterator[Piece]:
-    messages, images = sample.messages, count()
+    messages, images = sample.messages, itertools.count()
     yield from (("mark", role, False) for role in family.beginning)
     if messages[0]["role"] == RUNNING_TEXT:
         if len(messages) != 1:

@@ -24,7 +24,6 @@ import numpy as np
 from terrace.errors import InputError
 from terrace.families.shapes import ModelShape
 from terrace.families.tools import refuse_tools
-from terrace.recipe.schema import PARTS, PartName
 
 # A piece of a sample is (kind, value, supervised): text (str), mark (role of a special token), image or video
 # ({"frames", "timestamps"}), coordinates ({"image", "values"}), which become text once the resolution is known, or
@@ -121,7 +120,7 @@ class Family(ABC):
 
     name: ClassVar[str] = ""
     version: ClassVar[int] = 1  # part of every index: raise it when a sample's length changes
-    parts: ClassVar[tuple[PartName, ...]] = PARTS  # that it has; a stage that trains another is refused
+    parts: ClassVar[tuple[str, ...]] = ("vision", "projector", "language")  # that it has; a stage that trains another is refused
     marks: ClassVar[Mapping[str, str]] = {}  # role -> special token; `image` is the placeholder
     before: ClassVar[tuple[str, ...]] = ()  # roles of the marks in front of an image's placeholders, and behind them
     after: ClassVar[tuple[str, ...]] = ()

@@ -36,7 +36,7 @@ class PaliGemma(OneTile):
         "{% for message in messages %}{% if message['role'] == 'user' %}"
         "{% if message['content'] is string %}<bos>{{ message['content'] }}{% else %}"
         "{% for item in message['content'] %}{% if item['type'] == 'image' %}<image>{% endif %}{% endfor %}<bos>"
-        "{% for item in message['content'] %}{% if item['type'] == 'text' %}{{ item['text'] }}{% endif %}{% endfor %}{% endif %}\n"
+        "{% for item in message['content'] %}{% if item['type'] == 'text' %}{{ item['text'] }}{% endif %}{% endfor %}{% endif %}{{ '\\n' }}"
         "{% else %}{{ message['content'] if message['content'] is string else message['content'][0]['text'] }}<eos>{% endif %}{% endfor %}"
     )
 

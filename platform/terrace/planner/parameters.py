@@ -63,7 +63,7 @@ def head_parameters(shape: ModelShape, stage: Stage) -> int:
     block = language_layer(shape)  # that of the model's first layer
     if experts is not None and not experts.dense_layers:
         block = _language_blocks(shape)[0]
-    return count * (block + 2 * language.width**2 + 3 * language.width)
+    return count * (block + 2 * language.width**2 + 3 * (language.width + language.other_biases))
 
 
 def active_parameters(shape: ModelShape) -> dict[PartName, int]:
