@@ -54,6 +54,9 @@ class LanguageShape:
     tied: bool  # input and output embeddings are one matrix
     attention_biases: bool  # on query, key and value
     head_norms: bool = False  # RMSNorm over each query and key head
+    gated: bool = True  # three matrices of a feed-forward layer, or two
+    layer_parameters: int | None = None  # of a layer that is not attention and a gated feed-forward without biases, with two RMSNorms
+    other_parameters: int = 0  # beside layers, embeddings of tokens and the weight of the final norm
 
     @property
     def query_width(self) -> int:

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from terrace.errors import InputError
 from terrace.families.registry import family_class
-from terrace.models.head import install_loss_head
+from terrace.models.families.interface import configurations
+from terrace.models.families.registry import family_model
 from terrace.models.parts import part_parameters
 from terrace.models.tensor_files import local_config
 from terrace.models.weights import TensorSource, initial_weights
@@ -42,6 +43,7 @@ def model_config(model: Model, tokenizer: Any | None = None) -> Any:
             text.setdefault("bos_token_id", marks[family.begin_of_text])
             text.setdefault("eos_token_id", marks[family.end_of_turn])
             values |= {field: marks[role] for field, role in family.token_fields.items()}
+            text = {field: marks[role] for field, role in family.text_fields.items()} | text
         values["text_config"] = text
         config = AutoConfig.for_model(family.name, **values)
     if tokenizer is not None and tokenizer.vocabulary_size > config.text_config.vocab_size:
@@ -57,14 +59,13 @@ def model_config(model: Model, tokenizer: Any | None = None) -> Any:
 def meta_model(config: Any) -> Any:
     """The model's shape on the meta device: parameters have names and sizes and take no memory. `config` is copied."""
     config = copy.deepcopy(config)
-    for sub in (config, config.text_config, config.vision_config):  # outermost first: it sets the others
+    for sub in configurations(config):
         sub._attn_implementation = "sdpa"
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-            install_loss_head(model)
+            model = family_model(config).skeleton(config)
     finally:
         transformers_logging.set_verbosity(verbosity)
     model.tie_weights()

@@ -19,6 +19,7 @@ from huggingface_hub import save_torch_state_dict
 from transformers import GenerationConfig
 
 from terrace.models.build import meta_model
+from terrace.models.families.interface import configurations
 from terrace.models.families.registry import family_of_model
 
 SHARD_SIZE = "4GB"
@@ -40,14 +41,15 @@ def export_hf(
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     config = copy.deepcopy(config)
-    for sub in (config, config.text_config, config.vision_config):
+    for sub in configurations(config):
         sub.dtype = dtype
     model = meta_model(config)
     config.architectures = [type(model).__name__]
     config.save_pretrained(work)
-    GenerationConfig(eos_token_id=config.text_config.eos_token_id, do_sample=False).save_pretrained(work)
     save_torch_state_dict(_published(model, state), work, max_shard_size=SHARD_SIZE)
     family = family_of_model(model)
+    if family.family.gives == "text":
+        GenerationConfig(eos_token_id=config.text_config.eos_token_id, do_sample=False).save_pretrained(work)
     _write_json(work / "preprocessor_config.json", family.family.preprocessor(pixels))
     if processor := family.family.processor():
         _write_json(work / "processor_config.json", processor)

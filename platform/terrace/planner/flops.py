@@ -95,7 +95,7 @@ def _forward(shape: ModelShape, load: PackLoad) -> dict[PartName, dict[str, floa
     windowed = vision.depth - vision.full_blocks
     rows = load.patches + load.pictures * vision.extra_tokens
     squares = vision.full_blocks * load.image_squares + windowed * load.window_squares
-    layer = language.width * (2 * language.query_width + 2 * language.key_width + 3 * language.intermediate)
+    layer = language.width * (2 * language.query_width + 2 * language.key_width + (3 if language.gated else 2) * language.intermediate)
     matrices = vision.width * (4 * vision.width + products * vision.intermediate)
     idle = vision.idle_blocks / vision.depth
     return {

@@ -28,13 +28,15 @@ def part_sizes(shape: ModelShape) -> dict[PartName, PartSizes]:
             vision.unused_parameters,
         ),
         "projector": PartSizes(projector.parameters, projector.parameters, 1),
-        "language": PartSizes(language.layers * layer + language.width + embeddings, layer, language.layers),
+        "language": PartSizes(language.layers * layer + language.width + embeddings + language.other_parameters, layer, language.layers),
     }  # fmt: skip
 
 
 def language_layer(shape: ModelShape) -> int:
-    """Attention, feed-forward without biases and two norms of one layer."""
+    """Attention, feed-forward and two norms of one layer."""
     language = shape.language
+    if language.layer_parameters is not None:
+        return language.layer_parameters
     query, key = language.query_width, language.key_width
     attention = language.width * (query + 2 * key) + query * language.width
     attention += query + 2 * key if language.attention_biases else 0

@@ -21,12 +21,17 @@ class ObjectiveEntry:
     only_kind: str | None = None  # the one kind of source that it reads
     shares_packs: bool = False  # parallel.sequence_parallel is offered
     answers: bool = True  # its model answers questions: evaluate.suites are offered
+    model: str = "text"  # what its model gives (`families.interface.Family.gives`)
+    fixed_packs: bool = False  # a pack is `batch.samples_per_pack` samples of one picture each, rather than a full sequence
+    figures: tuple[str, ...] = ()  # what it measures of every kind of held-out samples, as `eval/KIND/FIGURE`; none: the loss
 
     @property
     def reads_packs(self) -> bool:
         """Whether its batches are packs that the plan knows before the stage runs."""
         return self.feed == PACKS
 
+
+RETRIEVAL = ("loss", *(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)))
 
 OBJECTIVES: dict[str, ObjectiveEntry] = {
     "lm": ObjectiveEntry(
@@ -36,6 +41,12 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
     "reward_model": ObjectiveEntry(
         "terrace.objectives.reward_model", "terrace.rl.pair_feed", only_kind="preference", answers=False
     ),
+    **{
+        name: ObjectiveEntry(
+            f"terrace.objectives.{name}", only_kind="caption", answers=False, model="vectors", fixed_packs=True, figures=RETRIEVAL
+        )
+        for name in ("clip", "siglip")
+    },
 }
 
 

@@ -12,7 +12,7 @@ from pathlib import PurePath
 from terrace.errors import InputError, nearest
 from terrace.families.interface import Family
 from terrace.families.registry import make_family
-from terrace.recipe import rules_credentials, rules_model, rules_rl
+from terrace.recipe import rules_credentials, rules_model, rules_objectives, rules_rl
 from terrace.recipe.errors import Path, Problem
 from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import PARTS, Recipe, Stage
@@ -38,7 +38,7 @@ def check(recipe: Recipe) -> list[Problem]:
         at: Path = ("stages", index)
         for rule in (_parts, _mixture, _budget, _resolution, _workers, _parallel, _precision, _failure, _evaluation, _checkpoint):
             problems += rule(recipe, stage, at)
-        problems += rules_rl.check(recipe, stage, at)
+        problems += [*rules_objectives.check(recipe, stage, at), *rules_rl.check(recipe, stage, at)]
     return problems
 
 
@@ -318,6 +318,8 @@ def produced_metrics(recipe: Recipe, stage: Stage) -> list[str]:
         metrics = [f"eval/{figure}/{task}" for task in tasks for figure in ("reward", "greedy_reward")]
     elif stage.objective == "reward_model":
         metrics = ["eval/preference/loss", "eval/preference/accuracy"] if kinds else []
+    elif figures := OBJECTIVES[stage.objective].figures:
+        metrics = [f"eval/{kind}/{figure}" for kind in kinds for figure in figures]
     else:
         metrics = [f"eval/{kind}/loss" for kind in kinds] + (["eval/loss"] if kinds else [])
     return metrics + list(TRAIN_METRICS)
@@ -362,7 +364,7 @@ def _evaluation(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
         elif suite_label(suite) in labels:
             yield Problem(key, f"another suite is {suite_label(suite)} too; rename one of the files")
         elif not OBJECTIVES[stage.objective].answers:
-            yield Problem(key, "a reward model answers no questions; leave the suites to the other stages")
+            yield Problem(key, f"a model of objective {stage.objective} answers no questions; leave the suites to the other stages")
         labels.append(suite_label(suite))
     measured = any(metric.startswith("eval/") for metric in produced_metrics(recipe, stage))
     if stage.evaluate.every_steps is not None and not measured and not stage.evaluate.suites:

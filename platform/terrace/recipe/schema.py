@@ -76,6 +76,12 @@ class Budget(Strict):
 
 class Batch(Strict):
     packs: int = Field(8, ge=1, description="Global batch of one optimizer step, in packed sequences, over all workers.")
+    samples_per_pack: int = Field(
+        64,
+        ge=1,
+        description="Samples of one pack under objectives whose packs are no sequences (clip, siglip): how many run through the model at"
+        " once. A step takes `packs * samples_per_pack` samples.",
+    )
 
 
 class Optimizer(Strict):
@@ -207,6 +213,15 @@ class GrpoOptions(Strict):
     max_logprob_mismatch: Positive = Field(0.1, description="Allowed difference of log-probabilities between generation and training.")
 
 
+class PairOptions(Strict):
+    """Two towers over pairs of a picture and its caption (CLIP, SigLIP). LiT is a stage that does not train `vision`."""
+
+    masked_patches: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Share of the patches of every picture that training leaves out, drawn anew in every epoch (FLIP: 0.5)."
+    )
+    highest_scale: Positive = Field(100.0, description="The scale of similarities (1 / temperature) is held at or below this.")
+
+
 class RewardRule(Strict):
     name: str = Field(description="A registered reward, e.g. counting, grounding, gui_point, visual_reasoning, remote.")
     weight: Positive = Field(1.0, description="Weight of the reward within its task.")
@@ -240,6 +255,7 @@ class Stage(Strict):
     failure: Failure = Field(Failure(), description="What the stage survives.")
     profile: Profile = Field(Profile(), description="Steps to trace.")
     grpo: GrpoOptions | None = Field(None, description="Options of the objective grpo.")
+    pairs: PairOptions | None = Field(None, description="Options of the objectives clip and siglip.")
     rewards: dict[str, list[RewardRule]] = Field({}, description="Reward rules per task (objective grpo).")
     seed: int = Field(0, ge=0, description="Seed of the stage's own randomness.")
 

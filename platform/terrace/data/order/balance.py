@@ -41,7 +41,8 @@ class CostModel:
 def cost_model(shape: ModelShape, patches_per_row: int = 1) -> CostModel:
     """The cost model of a shape. A row of pixels holds `patches_per_row` patches: one, or all of a tile."""
     text, vision = shape.language, shape.vision
-    per_layer = 2 * text.width * (text.query_width + text.key_width) + 3 * text.width * text.intermediate
+    matrices = 3 if text.gated else 2
+    per_layer = 2 * text.width * (text.query_width + text.key_width) + matrices * text.width * text.intermediate
     per_token = text.layers * per_layer + text.width * text.vocabulary
     seen = vision.window**2 if vision.window else patches_per_row if patches_per_row > 1 else TYPICAL_PATCHES
     products = 3 if vision.gated else 2

@@ -101,7 +101,7 @@ class StagePlan:
         sources = {}
         for name in stage.mixture.weights:
             index = prepared.indexes[name]
-            sources[name] = eligible_source(
+            found = eligible_source(
                 name,
                 recipe.data.sources[name],
                 index,
@@ -111,11 +111,17 @@ class StagePlan:
                 stage.data_loading.max_visual_tokens_per_pack,
                 needs_targets=stage.objective == "lm",
             )
+            sources[name] = cls.fitting(found, index)
             sources[name].changes.update(index.left_out)
         basis = "|".join(source.mark for source in sources.values())
         plan = cls(stage, sources, recipe.data.seed, cost_of(recipe.model), basis)
         plan.recipe, plan.stage_index = recipe, stage_index
         return plan
+
+    @staticmethod
+    def fitting(source: EligibleSource, index: Any) -> EligibleSource:
+        """The items of a source that this kind of plan can use."""
+        return source
 
     def _check_sources(self) -> None:
         for source in self.sources:
@@ -315,14 +321,11 @@ class StagePlan:
         self._remember(Anchor(window.first_pack + len(window.packs), anchor.window + 1, window.next_position))
         return window
 
-    def _packed(self, anchor: Anchor) -> Window | None:
-        target = self.window_samples
-        stop = anchor.position + lookahead(target)
+    def _drawn(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        """Samples [start, stop) of the order, or as many as are left: their sources, their draws of them, and their columns."""
         if self.total_samples is not None:
             stop = min(stop, self.total_samples)
-        sources, draws = self.interleave.draw(anchor.position, stop)
-        if not len(sources):
-            return None
+        sources, draws = self.interleave.draw(start, stop)
         columns = {name: np.empty(len(sources), dtype=np.int64) for name in _COLUMNS}
         for number, source in enumerate(self.sources):
             here = np.flatnonzero(sources == number)
@@ -330,6 +333,13 @@ class StagePlan:
                 items = source.take(source_rows(draws[here], source.count, self.seed, source.name))
                 for name in _COLUMNS:
                     columns[name][here] = getattr(items, name)
+        return sources, draws, columns
+
+    def _packed(self, anchor: Anchor) -> Window | None:
+        target = self.window_samples
+        sources, _, columns = self._drawn(anchor.position, anchor.position + lookahead(target))
+        if not len(sources):
+            return None
         _, keys = np.unique(np.stack([sources, columns["rows"], columns["starts"]]), axis=1, return_inverse=True)
         limit = self.stage.data_loading.max_visual_tokens_per_pack
         count, packs = pack_window(

@@ -11,10 +11,12 @@ from typing import Any
 import numpy as np
 
 from terrace.data.order.eligible import EligibleSource, Items, eligible_source
+from terrace.data.order.fixed import fixed_groups, with_one_picture
 from terrace.data.order.packing import pack_best_fit
 from terrace.data.order.permutation import permute, seed_of
 from terrace.data.stream.tasks import TaskSettings, make_pack, pack_task
 from terrace.data.types import PackedExample, PackSpec, SampleRef
+from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import Recipe
 
 
@@ -56,6 +58,8 @@ def held_out_specs(
                 stage.data_loading.max_visual_tokens_per_pack,
                 needs_targets=stage.objective == "lm",
             )
+            if OBJECTIVES[stage.objective].fixed_packs:
+                kept = with_one_picture(kept, prepared.indexes[name])
             if kept.count:
                 by_kind.setdefault(source.kind, []).append(kept)
     return {kind: _pack_kind(sources, most, recipe.data.seed, stage) for kind, sources in sorted(by_kind.items())}
@@ -71,7 +75,10 @@ def _pack_kind(sources: list[EligibleSource], most: int, seed: int, stage: Any) 
                 chosen.append((source, source.take(order[turn : turn + 1])))
     column = {name: [int(getattr(items, name)[0]) for _, items in chosen] for name in Items.__dataclass_fields__}
     lengths, visual = np.asarray(column["lengths"]), np.asarray(column["visual_tokens"])
-    packs = pack_best_fit(lengths, stage.sequence_length, visual, stage.data_loading.max_visual_tokens_per_pack)
+    if OBJECTIVES[stage.objective].fixed_packs:
+        packs = fixed_groups(len(chosen), stage.batch.samples_per_pack)
+    else:
+        packs = pack_best_fit(lengths, stage.sequence_length, visual, stage.data_loading.max_visual_tokens_per_pack)
     return [
         PackSpec(
             pack=number,

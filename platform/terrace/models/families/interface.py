@@ -21,10 +21,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from transformers import AutoModelForImageTextToText
 
 from terrace.errors import InputError
 from terrace.families.interface import Family
 from terrace.models.batch import DeviceBatch, ImageFacts
+from terrace.models.head import install_loss_head
 from terrace.recipe.schema import PARTS, PartName
 
 
@@ -69,12 +71,24 @@ class FamilyModel:
     }  # fmt: skip
     embedding: ClassVar[str] = "model.language_model.embed_tokens.weight"
     head: ClassVar[str] = "lm_head.weight"
+    segmented: ClassVar[bool] = True  # samples of a pack stand in one sequence; False: side by side, with transformers' own attention
+    starts_by_parent: ClassVar[bool] = False  # the class initialises weights where it initialises the module around them
     tower_attention: ClassVar[str] = "sdpa"  # `segments`: the tower takes images one after another with boundaries of its own
     mean: ClassVar[Sequence[float]] = (0.48145466, 0.4578275, 0.40821073)
     std: ClassVar[Sequence[float]] = (0.26862954, 0.26130258, 0.27577711)
 
     def __init__(self, family: Family) -> None:
         self.family = family
+
+    def skeleton(self, config: Any) -> Any:
+        """The transformers model, made where torch's default device is; its output layer computes the loss."""
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        install_loss_head(model)
+        return model
+
+    def initial(self, name: str, config: Any, shape: torch.Size) -> torch.Tensor | None:
+        """The start of a parameter that the class leaves as it is, or starts otherwise than published; None: the class's own."""
+        return None
 
     # ------------------------------------------------------------ names
 
@@ -189,3 +203,8 @@ class FamilyModel:
     def compute_dtype(self, model: Any) -> torch.dtype:
         """What the tower computes in where a pack brings no pixels."""
         return next(self.vision(model).parameters()).dtype
+
+
+def configurations(config: Any) -> list[Any]:
+    """A configuration and those of its parts, outermost first: setting the attention of the first sets the others."""
+    return [config, *(part for name in ("text_config", "vision_config") if (part := getattr(config, name, None)) is not None)]

@@ -102,6 +102,10 @@ class DataParallel:
             for name, parameter in self._parameters.items():
                 parameter.copy_(source(name))
 
+    def hold_below(self, name: str, highest: float) -> None:
+        with torch.no_grad():
+            self._parameters[name].clamp_(max=highest)
+
     def load_optimizer(self, source: Callable[[Kind, str], torch.Tensor], steps: dict[str, int]) -> None:
         for name, count in steps.items():
             parameter = self._parameters[name]

@@ -132,17 +132,30 @@ class Zero:
         return {name: count for name, count in self._steps.items() if count}
 
     def load_weights(self, source: TensorSource) -> None:
-        import deepspeed
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        for name, parameter in self._parameters.items():
+        for name in self._parameters:
             whole = source(name).float()
             if name in self._frozen_masters:
                 self._frozen_masters[name].copy_(whole)
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self._zero_stage == 3):
-                parameter.data.copy_(whole)
-            if name in self._steps:
-                safe_set_full_fp32_param(parameter, whole.to(parameter.device))
+            self._set(name, whole)
+
+    def _set(self, name: str, whole: torch.Tensor) -> None:
+        """A weight in compute precision, and its master where it trains."""
+        import deepspeed
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        parameter = self._parameters[name]
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self._zero_stage == 3):
+            parameter.data.copy_(whole)
+        if name in self._steps:
+            safe_set_full_fp32_param(parameter, whole.to(parameter.device))
+
+    def hold_below(self, name: str, highest: float) -> None:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        parameter = self._parameters[name]
+        whole = safe_get_full_fp32_param(parameter) if name in self._steps else None
+        if whole is not None and bool((whole > highest).any()):
+            self._set(name, whole.view(self._shape(name)).clamp(max=highest))
 
     def load_optimizer(self, source: Callable[[Kind, str], torch.Tensor], steps: dict[str, int]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state

@@ -51,6 +51,7 @@ class FullyShard:
         on_host = "cpu" in (stage.parallel.offload_parameters, stage.parallel.offload_optimizer)
         self._device = torch.device("cpu" if on_host else context.device)
         trainable = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
+        self._scalars = _scalars_as_vectors(self.model)
         _shard(self._module, self.model, stage, context, on_host)
         self.model.to_empty(device=self._device)
         self.model.tie_weights()
@@ -104,12 +105,15 @@ class FullyShard:
     def tensors(self, kind: Kind) -> Iterator[tuple[str, torch.Tensor]]:
         if kind == "weights":
             for name, parameter in self._parameters.items():
-                yield name, _whole(parameter.detach(), self._device)
+                yield name, self._shaped(name, _whole(parameter.detach(), self._device))
             return
         for name in self._trained:
             state = self._optimizer.state.get(self._parameters[name])
             if state:
-                yield name, _whole(state[kind], self._device)
+                yield name, self._shaped(name, _whole(state[kind], self._device))
+
+    def _shaped(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        return whole.reshape(()) if name in self._scalars else whole
 
     def optimizer_steps(self) -> dict[str, int]:
         states = {name: self._optimizer.state.get(self._parameters[name]) for name in self._trained}
@@ -123,6 +127,10 @@ class FullyShard:
             for name, parameter in self._parameters.items():
                 _fill(parameter, source(name))
 
+    def hold_below(self, name: str, highest: float) -> None:
+        with torch.no_grad():
+            _local(self._parameters[name]).clamp_(max=highest)
+
     def load_optimizer(self, source: Callable[[Kind, str], torch.Tensor], steps: dict[str, int]) -> None:
         for name, count in steps.items():
             parameter = self._parameters[name]
@@ -131,6 +139,15 @@ class FullyShard:
                 state[kind] = torch.zeros_like(parameter.detach())
                 _fill(state[kind], source(kind, name))
             self._optimizer.state[parameter] = state
+
+
+def _scalars_as_vectors(model: Any) -> set[str]:
+    """Make parameters without axes vectors of one element, which `fully_shard` asks for; their names."""
+    scalars = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() == 0}
+    for name, parameter in scalars.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(parameter.detach().reshape(1), parameter.requires_grad))
+    return set(scalars)
 
 
 def _shard(module: Any, model: Any, stage: Stage, context: WorkerContext, on_host: bool) -> None:
@@ -171,8 +188,13 @@ def _buffers_to(model: Any, device: torch.device) -> None:
             setattr(module, name, buffer.to(device))
 
 
+def _local(tensor: Any) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def _fill(target: Any, whole: torch.Tensor) -> None:
     """Copy this rank's part of a whole tensor into a sharded (or plain) one."""
+    whole = whole.reshape(target.shape) if target.dim() != whole.dim() else whole
     if not isinstance(target, DTensor):
         target.copy_(whole)
         return

@@ -67,6 +67,9 @@ class Strategy(Protocol):
     def load_weights(self, source: TensorSource) -> None:
         """Replace every weight."""
 
+    def hold_below(self, name: str, highest: float) -> None:
+        """Lower the numbers of a weight that lie above `highest` to it."""
+
     def load_optimizer(self, source: Callable[[Kind, str], torch.Tensor], steps: dict[str, int]) -> None:
         """Replace the optimizer's state of the parameters in `steps`."""
 

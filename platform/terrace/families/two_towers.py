@@ -1,0 +1,167 @@
+"""What models of two towers share: one tower reads a picture, the other a text, and each gives one vector of a common width.
+
+A sample is one picture and its caption. No placeholder stands for the picture in the text, so a sample's length is that of
+its text and its marks, at most the positions of the text tower; there is no conversation and nothing is generated. The parts
+are `vision` and `language` (the two towers) and `projector`: what maps both to the common width, temperature and bias.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from terrace.families.checks import complete, head_count_fits
+from terrace.families.interface import Bounds, Costs, Family, Finding, Picture, Piece, View, cut_tiles
+from terrace.families.shapes import LanguageShape, ModelShape, ProjectorShape, VisionShape
+
+TOWER_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+
+
+@dataclass(frozen=True)
+class TwoTowers(Family):
+    """Every picture becomes one square; its fact is the number of squares, 1. `context` is the positions of the text tower."""
+
+    gives: ClassVar[str] = "vectors"
+    end_of_turn: ClassVar[str] = "end_of_text"
+    keeps_end: ClassVar[bool] = True
+    text_fields: ClassVar[Mapping[str, str]] = {"pad_token_id": "end_of_text"}
+    token_fields: ClassVar[Mapping[str, str]] = {}
+    mean: ClassVar[tuple[float, ...]] = (0.5, 0.5, 0.5)
+    std: ClassVar[tuple[float, ...]] = (0.5, 0.5, 0.5)
+
+    side: int = 224
+    patch: int = 16
+    context: int = 64
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> TwoTowers:
+        vision, text = config.get("vision_config") or {}, config.get("text_config") or {}
+        return cls(
+            int(vision.get("image_size") or cls.side), int(vision.get("patch_size") or cls.patch),
+            int(text.get("max_position_embeddings") or cls.context),
+        )  # fmt: skip
+
+    # ------------------------------------------------------------ an image
+
+    @property
+    def row_values(self) -> int:
+        return 3 * self.side * self.side
+
+    @property
+    def unit(self) -> int:
+        return self.patch * self.patch
+
+    @property
+    def patches(self) -> int:
+        """Patches of one picture."""
+        return (self.side // self.patch) ** 2
+
+    def view(self, width: int, height: int, pixels: Bounds) -> View:
+        return View(0, 1, (1,), (self.side, self.side), (self.side, self.side))
+
+    def costs(self, widths: np.ndarray, heights: np.ndarray, pixels: Bounds) -> Costs:
+        return Costs(*(np.full(len(widths), value, np.int64) for value in (0, 1, self.side, self.side)))
+
+    def largest_image_tokens(self, most_pixels: int) -> int:
+        return 0
+
+    @abstractmethod
+    def square(self, picture: Picture) -> np.ndarray:
+        """uint8 [3, side, side] of a picture, as the published processor cuts it."""
+
+    def pixels(self, picture: Picture, view: View, out: np.ndarray | None = None) -> np.ndarray:
+        rows = cut_tiles(self.square(picture), self.side)
+        if out is None:
+            return rows
+        out[...] = rows
+        return out
+
+    def tower_pictures(self, facts: Sequence[int]) -> list[tuple[int, int]]:
+        return [(self.side // self.patch, self.side // self.patch)]
+
+    # ------------------------------------------------------------ text
+
+    def turn(self, role: str, content: Iterable[Piece], supervised: bool) -> Iterator[Piece]:
+        raise ValueError(f"{self.name} reads captions and no conversation; give rows with a picture and its caption")
+
+    def generation(self) -> Iterator[Piece]:
+        raise ValueError(f"{self.name} gives vectors and no answers")
+
+    def check_length(self, tokens: int) -> Iterator[str]:
+        if tokens > self.context:
+            yield (
+                f"{tokens} tokens are more than the {self.context} positions of the text tower; give {self.context} or fewer"
+                " (`too_long: truncate_text` of a source cuts longer captions and keeps their end mark)"
+            )
+
+    # ------------------------------------------------------------ configuration
+
+    @classmethod
+    def check(cls, config: Mapping[str, Any], trained_tokenizer: bool) -> Iterator[Finding]:
+        text_fields = (*TOWER_FIELDS, "max_position_embeddings") + (() if trained_tokenizer else ("vocab_size",))
+        for name, wanted in (("vision_config", (*TOWER_FIELDS, *cls.picture_fields())), ("text_config", text_fields)):
+            part, at = config.get(name), (name,)
+            if not isinstance(part, dict):
+                yield (), f"needs `{name}`, a map of shape fields"
+                continue
+            if not (yield from complete(part, wanted, at)):
+                continue
+            yield from head_count_fits(part, at)
+            if part.get("attention_dropout"):
+                yield (*at, "attention_dropout"), "must be 0: a step runs the towers twice, and both passes must agree"
+            if "image_size" in wanted and part["image_size"] % part["patch_size"]:
+                yield (*at, "image_size"), f"{part['image_size']} is no multiple of patch_size {part['patch_size']}"
+
+    @classmethod
+    def picture_fields(cls) -> tuple[str, ...]:
+        """Fields of the vision configuration beside those of any tower."""
+        return ("image_size", "patch_size")
+
+    def preprocessor(self, pixels: Bounds) -> dict[str, Any]:
+        return {
+            "do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3, "rescale_factor": 1 / 255,
+            "image_mean": list(self.mean), "image_std": list(self.std),
+        }  # fmt: skip
+
+    def exported_pixels(self, values: Mapping[str, Any]) -> Bounds:
+        return self.side**2, self.side**2
+
+
+def block_parameters(part: Mapping[str, Any]) -> int:
+    """Of a transformer block with LayerNorm and biases: attention, feed-forward, two norms."""
+    width, inner = int(part["hidden_size"]), int(part["intermediate_size"])
+    return 4 * width * width + 4 * width + 2 * width * inner + inner + width + 4 * width
+
+
+def vision_shape(vision: Mapping[str, Any], patches: int, other_parameters: int, extra_tokens: int = 0) -> VisionShape:
+    """A plain tower. One visual token is a whole picture: what the projector runs for."""
+    depth = int(vision["num_hidden_layers"])
+    return VisionShape(
+        depth=depth, width=int(vision["hidden_size"]), intermediate=int(vision["intermediate_size"]),
+        heads=int(vision["num_attention_heads"]), gated=False, window=None, full_blocks=depth,
+        patch_values=3 * int(vision["patch_size"]) ** 2, patches_per_token=patches, block_parameters=block_parameters(vision),
+        other_parameters=other_parameters, extra_tokens=extra_tokens,
+    )  # fmt: skip
+
+
+def text_shape(text: Mapping[str, Any], vocabulary: int | None, head_parameters: int = 0) -> LanguageShape:
+    """A text tower: token and position embeddings, blocks, a final LayerNorm, and what follows it."""
+    width, heads = int(text["hidden_size"]), int(text["num_attention_heads"])
+    size = text.get("vocab_size") or vocabulary
+    if size is None:
+        raise KeyError("text_config.vocab_size")
+    return LanguageShape(
+        layers=int(text["num_hidden_layers"]), width=width, intermediate=int(text["intermediate_size"]), heads=heads, key_heads=heads,
+        head_size=width // heads, vocabulary=int(size), tied=True, attention_biases=True, gated=False,
+        layer_parameters=block_parameters(text),
+        other_parameters=int(text["max_position_embeddings"]) * width + width + head_parameters,  # and the bias of the final norm
+    )  # fmt: skip
+
+
+def towers_shape(vision: VisionShape, language: LanguageShape, parameters: int, products: int) -> ModelShape:
+    """`parameters` and `products` (per pair) of what stands between the towers and the common width."""
+    return ModelShape(vision, ProjectorShape(parameters, products, 0), language)

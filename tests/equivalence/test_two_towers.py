@@ -1,0 +1,159 @@
+"""Two towers: the loss over the global batch is transformers' own, in value and gradient, for any packs, ranks and strategy."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from processes import run_ranks
+from towers import (
+    gradients_of_step,
+    gradients_of_steps,
+    pair_pack,
+    towers_model,
+    towers_recipe,
+    train_towers,
+)
+from transformers import AutoModel
+
+from terrace.errors import Preempted
+from terrace.models.batch import image_facts
+from terrace.models.families.registry import family_of_model
+from terrace.objectives.retrieval import recalls
+
+CASES = {"clip": "clip", "siglip": "siglip", "siglip2": "siglip"}  # family -> objective
+PAIRS = 12
+EXACT = {"siglip2": 1e-7}  # transformers resizes its positions in float32 whatever the precision
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def published_step(name, dtype):
+    """The loss and the gradients of transformers' own forward over all pairs."""
+    model, config = towers_model(name, dtype)
+    family, pack = family_of_model(model), pair_pack(config, 0, PAIRS)
+    ids, _ = family.text_rows(np.split(pack.input_ids, pack.segment_ends[:-1]), config)
+    pixels = family.inputs(family.normalised(torch.from_numpy(pack.pixels), dtype), image_facts(pack))
+    loss = model(input_ids=torch.from_numpy(ids), **pixels, return_loss=True).loss
+    loss.backward()
+    return float(loss.detach()), {key: np.zeros(1) if p.grad is None else p.grad.numpy() for key, p in model.named_parameters()}
+
+
+def assert_equal(found, expected, tolerance):
+    (loss, gradients), (wanted, reference) = found, expected
+    assert loss == pytest.approx(wanted, rel=tolerance)
+    largest = max(float(np.abs(gradient).max()) for gradient in reference.values())
+    worst = max((float(np.abs(gradients[key] - reference[key]).max()), key) for key in reference)
+    assert worst[0] < tolerance * largest, worst
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_value_and_gradients_are_transformers_own_whatever_the_packs(name):
+    exact = published_step(name, torch.float64)
+    for sizes in ([12], [4, 4, 4], [5, 7, 0], [1] * 12):
+        assert_equal(gradients_of_step(0, 1, name, CASES[name], sizes), exact, EXACT.get(name, 1e-12))
+    single = published_step(name, torch.float32)
+    for sizes in ([12], [3, 3, 3, 3]):
+        assert_equal(gradients_of_step(0, 1, name, CASES[name], sizes, "float32"), single, 2e-6)
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_number_of_ranks_changes_nothing(ranks):
+    """Also where a rank has fewer pairs than others, or none."""
+    layouts = {2: ([6, 6], [3, 3, 3, 3], [5, 4, 3, 0], [7, 5, 0, 0]), 4: ([3, 3, 3, 3], [5, 7, 0, 0], [2, 1, 2, 1, 2, 1, 2, 1])}[ranks]
+    cases = [(name, objective, sizes) for name, objective in (("clip", "clip"), ("siglip", "siglip")) for sizes in layouts]
+    [found, *others] = run_ranks(ranks, gradients_of_steps, cases)
+    for case, result in zip(cases, found):
+        assert_equal(result, published_step(case[0], torch.float64), 1e-12)
+    assert all(other[0][0] == found[0][0] for other in others)
+
+
+def losses(folder):
+    return [json.loads(line)["loss"] for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    [file] = sorted((Path(folder) / "final").glob("*.safetensors"))
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def tensors(folder):
+    from safetensors.torch import load_file
+
+    return load_file(next((Path(folder) / "final").glob("*.safetensors")))
+
+
+def test_a_stage_stopped_and_resumed_ends_with_the_same_bits_and_exports_the_class(tmp_path):
+    """FLIP's masks, LiT's frozen tower and a bound on the scale on the way; the export gives equal vectors."""
+    frozen = {"language": {"lr": 1e-2}, "projector": {"lr": 5e-2}}
+    recipes = {
+        "clip": towers_recipe("clip", "clip", pairs={"masked_patches": 0.5, "highest_scale": 13.0}, checkpoint={"every_steps": 1}),
+        "siglip": towers_recipe("siglip", "siglip", pairs={"masked_patches": 0.5}),
+        "siglip2": towers_recipe("siglip2", "siglip"),
+        "lit": towers_recipe("clip", "clip", train=frozen),
+        "again": towers_recipe("clip", "clip", pairs={"masked_patches": 0.5, "highest_scale": 13.0}, checkpoint={"every_steps": 1}),
+    }
+    values = {name: recipe.model_dump(mode="json") for name, recipe in recipes.items()}
+    again = {"again": values.pop("again")}
+    train_towers(0, 1, values, str(tmp_path))
+    with pytest.raises(Preempted):
+        train_towers(0, 1, again, str(tmp_path), stop_after=2)
+    train_towers(0, 1, again, str(tmp_path))
+    assert weights(tmp_path / "again") == weights(tmp_path / "clip")
+    assert losses(tmp_path / "again") == losses(tmp_path / "clip")
+    scale = float(tensors(tmp_path / "clip")["logit_scale"])
+    assert np.log(12.0) < scale <= np.log(13.0) + 1e-6, "from log(1/0.07) it would not have come as far"
+    start, lit = towers_model("clip")[0].state_dict(), tensors(tmp_path / "lit")
+    assert all(torch.equal(lit[name], start[name]) for name in lit if name.startswith("vision_model."))
+    assert not torch.equal(lit["text_projection.weight"], start["text_projection.weight"])
+    result = json.loads((tmp_path / "clip" / "result.json").read_text())["evaluation"]
+    assert set(result["after"]) == {f"caption/{figure}" for figure in RETRIEVAL}
+    for name, family in (("clip", "clip"), ("siglip", "siglip"), ("siglip2", "siglip2")):
+        loaded, told = AutoModel.from_pretrained(tmp_path / name / "final", output_loading_info=True)
+        assert type(loaded).__name__ == {"clip": "CLIPModel", "siglip": "SiglipModel", "siglip2": "Siglip2Model"}[family]
+        assert not told["missing_keys"]
+        assert not told["unexpected_keys"]
+        config, helper = loaded.config, family_of_model(loaded)
+        held_out = [pair_pack(config, 900 + place, 4) for place in range(3)]
+        found = []
+        for pack in held_out:
+            ids, _ = helper.text_rows(np.split(pack.input_ids, pack.segment_ends[:-1]), config)
+            pixels = helper.inputs(helper.normalised(torch.from_numpy(pack.pixels), torch.float32), image_facts(pack))
+            with torch.no_grad():
+                out = loaded.eval()(input_ids=torch.from_numpy(ids), **pixels)
+            found.append(torch.stack([out.image_embeds, out.text_embeds], 1))
+        images, texts = torch.cat(found).unbind(1)
+        measured = json.loads((tmp_path / name / "result.json").read_text())["evaluation"]["after"]
+        assert measured["caption/image_to_text_r1"] == pytest.approx(recalls(images, texts, range(12))["image_to_text_r1"])
+
+
+STRATEGIES = ("ddp", "fsdp", "zero2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "objective"), [("clip", "clip"), ("siglip", "siglip")])
+def test_every_strategy_and_number_of_ranks_gives_the_losses_of_one_process(name, objective, tmp_path):
+    """Two ranks with two packs each (two passes), four ranks with one each (one pass), and a checkpoint of one in the other."""
+    options = {"checkpoint": {"every_steps": 2}, "pairs": {"masked_patches": 0.25}}
+    recipes = {
+        strategy: towers_recipe(name, objective, parallel={"strategy": strategy}, **options).model_dump(mode="json")
+        for strategy in STRATEGIES
+    }
+    train_towers(0, 1, {"one": recipes["ddp"]}, str(tmp_path))
+    run_ranks(2, train_towers, recipes, str(tmp_path / "2"), timeout=500)
+    run_ranks(4, train_towers, {"ddp": recipes["ddp"], "fsdp": recipes["fsdp"]}, str(tmp_path / "4"), timeout=500)
+    straight = tensors(tmp_path / "one")
+    for folder in (*(f"2/{strategy}" for strategy in STRATEGIES), "4/ddp", "4/fsdp"):
+        np.testing.assert_allclose(losses(tmp_path / folder), losses(tmp_path / "one"), rtol=1e-5, err_msg=folder)
+        for key, tensor in tensors(tmp_path / folder).items():
+            assert tensor.shape == straight[key].shape, key
+            # Adam divides by the root of the squares: where a gradient is rounding alone (a key's bias), so is its step
+            if not key.endswith("k_proj.bias"):
+                torch.testing.assert_close(tensor, straight[key], rtol=1e-3, atol=2e-4, msg=f"{folder} {key}")
