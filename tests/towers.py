@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,16 +122,6 @@ def train_towers(
         folder = Path(out) / name
         folder.mkdir(parents=True, exist_ok=True)
         train(recipe, 0, towers_feed(recipe, context, pairs_of), folder, None, context)
-
-
-def continue_copy(rank: int, world_size: int, values: dict[str, Any], saved: str, out: str) -> None:
-    """Go on from a copy of a run, in these processes."""
-    import torch.distributed as dist
-
-    if rank == 0:
-        shutil.copytree(saved, out, dirs_exist_ok=True)
-    dist.barrier()
-    train_towers(rank, world_size, {".": values}, out)
 
 
 class Plain:

@@ -5,9 +5,10 @@ FROM ${PYTHON_IMAGE} AS build
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/venv
 WORKDIR /src
-COPY pyproject.toml constraints.txt README.md ./
+COPY pyproject.toml setup.py constraints.txt README.md LICENSE ./
 COPY platform platform
 COPY operators operators
+COPY jobs/recipes jobs/recipes
 # --no-deps: the package's own dependencies are for training; the operator needs these seven.
 RUN /opt/venv/bin/pip install -c constraints.txt kopf kubernetes prometheus_client pydantic pyyaml psutil numpy \
  && /opt/venv/bin/pip install --no-deps .

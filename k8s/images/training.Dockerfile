@@ -10,9 +10,10 @@ ARG CUDA_TAG=cu130
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/venv
 WORKDIR /src
-COPY pyproject.toml constraints.txt README.md ./
+COPY pyproject.toml setup.py constraints.txt README.md LICENSE ./
 COPY platform platform
 COPY operators operators
+COPY jobs/recipes jobs/recipes
 # constraints.txt pins the CPU build of torch (torch==X+cpu); for CUDA the same version is taken from the CUDA index.
 RUN if [ "$VARIANT" = cuda ]; then INDEX="https://download.pytorch.org/whl/${CUDA_TAG}"; else INDEX=https://download.pytorch.org/whl/cpu; fi \
  && sed -E 's/^(torch==[0-9.]+)\+cpu/\1/' constraints.txt > /tmp/constraints.txt \

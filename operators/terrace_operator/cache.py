@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from terrace.cluster.manifests import LABEL_CURRICULUM, progress_name
+from terrace.cluster.manifests import LABEL_CURRICULUM, LABEL_STAGE, progress_name
 from terrace_operator.observe import ENDED, World, status_of
 
 Manifest = dict[str, Any]
@@ -98,7 +98,7 @@ class Cache:
 
     def refuse(self, curriculum: str, name: str, why: str) -> None:
         with self._lock:
-            self._refused[curriculum] = {name: why}
+            self._refused[curriculum] = dict([*self._refused.get(curriculum, {}).items(), (name, why)][-8:])
 
     def made(self, curriculum: str, kind: str, name: str) -> None:
         """An object that is not watched was created or found."""
@@ -127,23 +127,32 @@ class Cache:
             jobs = dict(self._children["RayJob"].get(name, {}))
             maps = self._children["ConfigMap"].get(name, {})
             progress = (maps.get(progress_name(name)) or {}).get("data") or {}
-            report = parse(progress.get("progress.json"))
-            running = tuple(
-                sorted((job, bool(body["spec"].get("suspend")), status_of(body).get("jobStatus", "")) for job, body in jobs.items())
-            )
+            reports = tuple(filter(None, (parse(text) for key, text in progress.items() if key.endswith("progress.json"))))
+            told = {key.removesuffix("directive.json"): parse(text) for key, text in progress.items() if key.endswith("directive.json")}
             deleting = {job: self._seconds(name, f"deleting {job}", body["metadata"].get("deletionTimestamp")) for job, body
                         in jobs.items() if body["metadata"].get("deletionTimestamp")}  # fmt: skip
             ended = {job: self._seconds(name, f"ended {job}", True) for job, body in jobs.items()
                      if status_of(body).get("jobDeploymentStatus") in ENDED}  # fmt: skip
             return World(
-                rayjobs=jobs, report=report, directive=parse(progress.get("directive.json")),
-                quiet_seconds=self._seconds(name, "report", (progress.get("progress.json"), running)),
+                rayjobs=jobs, reports=reports, directives={prefix: value for prefix, value in told.items() if value},
+                quiet_seconds=self._quiet(name, jobs, progress),
                 deleting_seconds=deleting, ended_seconds=ended,
                 workloads=dict(self._children["Workload"].get(name, {})),
                 recipes={key: body["data"]["recipe.yaml"] for key, body in maps.items() if "recipe.yaml" in (body.get("data") or {})},
                 refused=dict(self._refused.get(name, {})),
                 objects=frozenset(made | {f"ConfigMap/{key}" for key in maps}), absent=frozenset(self.absent),
             )  # fmt: skip
+
+    def _quiet(self, name: str, jobs: dict[str, Manifest], progress: Manifest) -> dict[int, float]:
+        """Seconds of silence per stage that has a RayJob."""
+        running: dict[int, list[tuple[str, bool, str]]] = {}
+        for job, body in sorted(jobs.items()):
+            index = int(body["metadata"].get("labels", {}).get(LABEL_STAGE, -1))
+            running.setdefault(index, []).append((job, bool(body["spec"].get("suspend")), status_of(body).get("jobStatus", "")))
+        return {
+            index: self._seconds(name, f"quiet {index}", (progress.get(f"s{index}.progress.json", progress.get("progress.json")), seen))
+            for index, seen in running.items()
+        }
 
     def _seconds(self, name: str, what: str, value: Any) -> float:
         """Seconds, by the clock that only runs forward, since this was first seen with this value."""

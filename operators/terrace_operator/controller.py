@@ -167,8 +167,8 @@ class Controller:
                 else:
                     self.cache.store("RayJob", fresh)
                 return fresh is None or bool(fresh["metadata"].get("deletionTimestamp"))
-            case Direct(config_map, directive):
-                self.api.patch("ConfigMap", config_map, {"data": {"directive.json": json.dumps(directive, sort_keys=True)}})
+            case Direct(config_map, key, directive):
+                self.api.patch("ConfigMap", config_map, {"data": {key: json.dumps(directive, sort_keys=True)}})
                 return True
         return True
 
@@ -199,7 +199,8 @@ class Controller:
         kind, object_name = body["kind"], body["metadata"]["name"]
         logger.warning("refused: %s %s: %s", kind, object_name, why, extra={"curriculum": name})
         jobs = jobs_in_flight(self.cache.curriculum(name) or {"metadata": {"name": name}})
-        self.cache.refuse(name, jobs[0] if jobs else object_name, f"{kind} {object_name} was refused: {why}")
+        not_made = [job for job in jobs if job == object_name or not self.cache.has_rayjob(name, job)]
+        self.cache.refuse(name, [*not_made, object_name][0], f"{kind} {object_name} was refused: {why}")
         return False
 
     def _alone(self, name: str, object_name: str) -> bool:

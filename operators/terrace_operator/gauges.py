@@ -37,8 +37,8 @@ def samples(curricula: list[Manifest], now: float) -> Iterator[Sample]:
         degraded = next((c for c in status.get("conditions") or () if c["type"] == "Degraded"), {})
         if degraded.get("status") == "True":
             yield "terrace_curriculum_degraded", labels | {"reason": degraded["reason"]}, 1.0
-        stage = next((s for s in status.get("stages") or () if s["name"] == status.get("currentStage")), None)
-        if stage is not None:
+        current = (status.get("currentStage") or "").split(",")
+        for stage in (s for s in status.get("stages") or () if s["name"] in current):
             of_stage = labels | {"stage": stage["name"]}
             yield from ((name, of_stage | more, value) for name, more, value in _stage(body, stage, now))
         for name, share in _limits(body["spec"].get("limits") or {}, status.get("usage") or {}):

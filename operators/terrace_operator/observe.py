@@ -16,7 +16,7 @@ from typing import Any
 from terrace.cluster.attempt import AttemptObservation, FailureKind
 from terrace.cluster.cluster_schema import CurriculumSpec
 from terrace.cluster.manifests import LABEL_ATTEMPT, LABEL_STAGE, rayjob_name
-from terrace.curriculum.machine import Observation
+from terrace.curriculum.actions import Observation
 from terrace.curriculum.state import RunState, StageState
 from terrace_operator.codec import Memory
 
@@ -36,9 +36,10 @@ class World:
     """Everything seen of one curriculum. Seconds are of a clock that only runs forward, since this operator first saw it so."""
 
     rayjobs: dict[str, Manifest] = field(default_factory=dict)
-    report: Manifest | None = None  # progress.json, parsed
-    directive: Manifest | None = None  # directive.json, parsed
-    quiet_seconds: float = 0.0  # since the report last changed, quota came or went, or a program began or ended
+    reports: tuple[Manifest, ...] = ()  # progress.json of each stage that runs by itself, parsed
+    directives: dict[str, Manifest] = field(default_factory=dict)  # directive.json by the prefix of its key, parsed
+    # Stage index -> seconds since its report last changed, its quota came or went, or its program began or ended.
+    quiet_seconds: dict[int, float] = field(default_factory=dict)
     deleting_seconds: dict[str, float] = field(default_factory=dict)  # RayJob -> since its deletion was first seen
     ended_seconds: dict[str, float] = field(default_factory=dict)  # RayJob -> since its end was first seen
     workloads: dict[str, Manifest] = field(default_factory=dict)  # RayJob name -> Kueue Workload
@@ -47,13 +48,13 @@ class World:
     objects: frozenset[str] = frozenset()  # "<kind>/<name>" of the other objects that exist
     absent: frozenset[str] = frozenset()  # kinds that the cluster does not know
 
+    def quiet(self, stage: StageState) -> float:
+        return self.quiet_seconds.get(stage.index, 0.0)
+
 
 def report_of(world: World, stage: str, attempt: int) -> Manifest | None:
     """The report, if it is of this attempt: reports of older attempts are ignored."""
-    report = world.report
-    if report and report.get("stage") == stage and report.get("attempt") == attempt:
-        return report
-    return None
+    return next((report for report in world.reports if (report.get("stage"), report.get("attempt")) == (stage, attempt)), None)
 
 
 def speaks(report: Manifest | None, job: Manifest) -> bool:
@@ -107,23 +108,23 @@ def _attempt(curriculum: str, spec: CurriculumSpec, stage: StageState, memory: M
     if is_done(report):
         # Whatever KubeRay makes of it, and even if its RayJob is gone: the stage is done and must not run again.
         closed = leaving or status_of(job or {}).get("jobDeploymentStatus") in ENDED
-        return seen("succeeded", live=not closed and world.quiet_seconds < CLOSE_GRACE_SECONDS, result=(report or {})["result"])
+        return seen("succeeded", live=not closed and world.quiet(stage) < CLOSE_GRACE_SECONDS, result=(report or {})["result"])
     if job is None or leaving:
         return _leaving(spec, stage, name, job, report, world, seen)
     status = status_of(job)
     if status.get("jobDeploymentStatus", "") in (*ENDED, "ValidationFailed"):
         return _ended(status, report, world.ended_seconds.get(name, 0.0), now, seen)
     if is_queued(job) or name not in memory.admitted_at:
-        return _queued(spec, job, world, now, seen)
+        return _queued(spec, job, world.quiet(stage), now, seen)
     if exit_code(status, report)[0] in PROGRAM_EXITS or status.get("jobStatus") in ("FAILED", "STOPPED"):
         # The program has ended and KubeRay still waits for its submitter: no reason to hold the GPUs meanwhile.
         return _ended(status, report, 0.0, now, seen)
     # The wall clock may jump and the operator may have been away: only seconds it watched itself count as waiting or silence.
     if program_runs(report, job):
-        return seen("running", live=True, progress_at=now - world.quiet_seconds)
+        return seen("running", live=True, progress_at=now - world.quiet(stage))
     limit = spec.failure_policy.pre_running_timeout_seconds
-    if world.quiet_seconds > limit:
-        message = f"admitted {world.quiet_seconds:.0f} s ago and the program has not started (preRunningTimeoutSeconds: {limit})"
+    if world.quiet(stage) > limit:
+        message = f"admitted {world.quiet(stage):.0f} s ago and the program has not started (preRunningTimeoutSeconds: {limit})"
         return seen("failed", live=True, failure="infrastructure", reason="PreRunningDeadlineExceeded", message=message)
     return seen("starting", live=True, progress_at=now)
 
@@ -145,12 +146,12 @@ def _leaving(
     return seen("absent", live=live)
 
 
-def _queued(spec: CurriculumSpec, job: Manifest, world: World, now: float, seen: Any) -> AttemptObservation:
+def _queued(spec: CurriculumSpec, job: Manifest, quiet: float, now: float, seen: Any) -> AttemptObservation:
     """It waits for quota, which is not stalling, however long; unless its own pods keep it from getting there."""
     holds_pods = is_suspended(job) and status_of(job).get("jobDeploymentStatus") in HOLDS_PODS
-    if holds_pods and world.quiet_seconds > spec.failure_policy.fence_timeout_seconds + CLOSE_GRACE_SECONDS:
+    if holds_pods and quiet > spec.failure_policy.fence_timeout_seconds + CLOSE_GRACE_SECONDS:
         # A queue that takes its quota back from pods of a dead node never gets it: they stay, and the RayJob is never Suspended.
-        message = f"the queue took the quota back {world.quiet_seconds:.0f} s ago and its pods do not end: their node is probably dead"
+        message = f"the queue took the quota back {quiet:.0f} s ago and its pods do not end: their node is probably dead"
         return seen("failed", live=True, failure="infrastructure", reason="OldPodsTerminating", message=message)
     return seen("starting", live=True, progress_at=now)
 
@@ -229,6 +230,8 @@ def classify(status: Manifest, code: int | None) -> tuple[FailureKind, str]:
 def follow_queue(curriculum: str, state: RunState, memory: Memory, world: World, now: float) -> list[tuple[str, str]]:
     """Update `memory` with quota got and lost; returns events (reason, message). Preemptions count in no failure budget."""
     events = []
+    running = {rayjob_name(curriculum, stage.index, stage.attempt) for stage in state.attempts_in_flight}
+    memory.admitted_at = {name: since for name, since in memory.admitted_at.items() if name in running}
     for stage in state.attempts_in_flight:
         name = rayjob_name(curriculum, stage.index, stage.attempt)
         job = world.rayjobs.get(name)
@@ -239,6 +242,6 @@ def follow_queue(curriculum: str, state: RunState, memory: Memory, world: World,
                 memory.queue_preemptions[stage.name] = memory.queue_preemptions.get(stage.name, 0) + 1
                 events.append(("QueuePreempted", f"stage {stage.name}: the queue took the quota of {name} back; it waits again"))
         elif name not in memory.admitted_at:
-            memory.admitted_at = {name: now}
+            memory.admitted_at[name] = now
             events.append(("Admitted", f"stage {stage.name}: {name} may start"))
     return events

@@ -14,7 +14,9 @@ from typing import Any
 
 from terrace.cluster import manifests
 from terrace.cluster.cluster_schema import CurriculumSpec
-from terrace.curriculum.machine import Action, Clear, Finish, Launch, Prepare, Record, Stop, Wait, next_actions
+from terrace.curriculum.actions import Action, Clear, Finish, Launch, Prepare, Record, Stop, Wait
+from terrace.curriculum.graph import with_dependents
+from terrace.curriculum.machine import next_actions
 from terrace.curriculum.state import TERMINAL, RunState, apply
 from terrace_operator import absent, observe, recipes, status, usage
 from terrace_operator.codec import Memory, decode, encode
@@ -45,9 +47,10 @@ class Delete:
 
 @dataclass(frozen=True)
 class Direct:
-    """Tell the running attempt to save a checkpoint and stop, through the progress ConfigMap."""
+    """Tell the running attempt to save a checkpoint and stop, through a key of the progress ConfigMap."""
 
     name: str
+    key: str
     directive: Manifest
 
 
@@ -126,7 +129,7 @@ def _requests(spec: CurriculumSpec, state: RunState, memory: Memory, now: float,
     if spec.resume_token != memory.resume_token and not state.attempts_in_flight and state.request is None:
         memory.resume_token = spec.resume_token
         if spec.resume_token is not None and spec.rerun_from:
-            request("rerun", stage=spec.rerun_from)
+            request("rerun", stage=spec.rerun_from, stages=with_dependents(spec.recipe, spec.rerun_from))
         elif spec.resume_token is not None:
             request("resume")
     if state.phase in TERMINAL or state.request == "cancel":
@@ -162,7 +165,7 @@ def _decide(
             return effects, held  # what cannot be seen has not failed
         observation = observe.observe(name, spec, state, memory, world, now)
         records_only = True
-        for action in next_actions(spec.recipe, state, observation, now):
+        for action in next_actions(spec.recipe, state, observation, now, width=len(state.stages)):
             if held and (isinstance(action, Launch) or starts_attempt(action)):
                 return effects, held
             match action:
@@ -223,7 +226,10 @@ def _effects(curriculum: Manifest, spec: CurriculumSpec, state: RunState, memory
             return []
         return [Delete(job_name, job["metadata"]["uid"])]
     directive = {"stage": action.stage, "attempt": action.attempt, "stop": action.reason}
-    return [] if world.directive == directive else [Direct(manifests.progress_name(name), directive)]
+    prefix = manifests.progress_prefix(spec.recipe, action.stage_index)
+    if world.directives.get(prefix) == directive:
+        return []
+    return [Direct(manifests.progress_name(name), f"{prefix}directive.json", directive)]
 
 
 def _creations(
@@ -252,6 +258,6 @@ def _requeue(name: str, spec: CurriculumSpec, state: RunState, world: World, wai
         return min(max(waiting.until - now, 0.5), QUEUE_CHECK_SECONDS) if waiting is not None else 2.0
     if any(stage.stop_deadline for stage in state.stages):
         return 2.0
-    limits = [observe.silence_limit(name, spec, stage, world) for stage in state.attempts_in_flight]
-    left = min((limit - world.quiet_seconds for limit in limits if limit is not None), default=RUNNING_CHECK_SECONDS)
+    limits = [(observe.silence_limit(name, spec, stage, world), world.quiet(stage)) for stage in state.attempts_in_flight]
+    left = min((limit - quiet for limit, quiet in limits if limit is not None), default=RUNNING_CHECK_SECONDS)
     return min(max(left + 0.5, 0.5), RUNNING_CHECK_SECONDS)

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from terrace.cluster import manifests
-from terrace.curriculum.machine import Wait
+from terrace.curriculum.actions import Wait
 from terrace.curriculum.state import RunState, StageState
 from terrace_operator import absent, observe
 from terrace_operator.codec import Memory
@@ -97,23 +97,24 @@ def derive(
     name, generation = curriculum["metadata"]["name"], curriculum["metadata"].get("generation", 0)
     old_stages = {stage["name"]: stage for stage in old.get("stages") or []}
     stages = [_stage(name, stage, old_stages.get(stage.name, {}), memory, world, now) for stage in state.stages]
-    current = state.current
+    side_by_side = _side_by_side(name, state, world)
+    current = side_by_side[0] if side_by_side else state.current
     shown = stages[current.index] if current else stages[-1]
     job = _job(name, current, world)
-    holds = job is not None and not observe.is_queued(job) and observe.status_of(job).get("jobDeploymentStatus") not in observe.ENDED
+    holding = [stage for stage in side_by_side if _holds(_job(name, stage, world))]
     status: Manifest = {
         "observedGeneration": generation,
         "phase": _phase(state, current, shown),
-        "currentStage": current.name if current else None,
+        "currentStage": ",".join(stage.name for stage in side_by_side)[:255] or (current.name if current else None),
         "stagesDone": f"{sum(stage.phase == 'completed' for stage in state.stages)}/{len(state.stages)}",
         "progress": f"{shown.get('step', 0)}/{shown['totalSteps']}" if shown.get("totalSteps") else "",
         "restarts": sum(stage["restarts"] + stage["infraRestarts"] for stage in stages),
-        "allocatedGpus": manifests.allocated_gpus(spec.recipe.stages[current.index], spec.runtime) if current and holds else 0,
+        "allocatedGpus": sum(manifests.allocated_gpus(spec.recipe.stages[stage.index], spec.runtime) for stage in holding),
         "queue": spec.queue.name if spec.queue else None,
         "startTime": rfc3339(state.started_at),
         "completionTime": rfc3339(state.ended_at),
         "lastCheckpoint": _newest_checkpoint(stages) or old.get("lastCheckpoint"),
-        "mlflow": (world.report or {}).get("mlflow") or old.get("mlflow"),
+        "mlflow": next((report["mlflow"] for report in world.reports if report.get("mlflow")), None) or old.get("mlflow"),
         "stages": stages,
     }
     findings = _findings(name, accepted, state, current, shown, job, world, waiting)
@@ -135,6 +136,16 @@ def _job(name: str, stage: StageState | None, world: World) -> Manifest | None:
     if stage is None or stage.ended:
         return None
     return world.rayjobs.get(manifests.rayjob_name(name, stage.index, stage.attempt))
+
+
+def _side_by_side(name: str, state: RunState, world: World) -> list[StageState]:
+    """Stages with an attempt in flight, those that have their quota first: the first one speaks for the Curriculum."""
+    return sorted(state.attempts_in_flight, key=lambda stage: not _holds(_job(name, stage, world)))
+
+
+def _holds(job: Manifest | None) -> bool:
+    """Whether it has its quota, and pods."""
+    return job is not None and not observe.is_queued(job) and observe.status_of(job).get("jobDeploymentStatus") not in observe.ENDED
 
 
 def _phase(state: RunState, current: StageState | None, shown: Manifest) -> str:
@@ -288,7 +299,7 @@ def _degraded(name: str, current: StageState | None, world: World) -> Finding:
     if current is not None and current.phase == "waiting" and current.reason in ("Stalled", "HeadLost", "AttemptLost"):
         return Finding("Degraded", "True", current.reason, current.message)
     job = _job(name, current, world)
-    if job is not None and not observe.is_queued(job) and not observe.status_of(job) and world.quiet_seconds > SILENT_SECONDS:
+    if current and job is not None and not observe.is_queued(job) and not observe.status_of(job) and world.quiet(current) > SILENT_SECONDS:
         text = f"KubeRay has not looked at RayJob {job['metadata']['name']}: is its operator running, and does it watch this namespace?"
         return Finding("Degraded", "True", "KubeRaySilent", text)
     if job is not None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import importlib.metadata
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from terrace import __version__
 from terrace.errors import InputError, TerraceError
 
 # Subcommand -> (module that registers it, one line of help). The help is here so that `terrace --help` imports nothing.
@@ -30,11 +30,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "validate": ("terrace.curriculum.command", "check a recipe and print its stages and parameter counts"),
     "plan": ("terrace.planner.command", "memory, FLOPs, hours and cost per stage, before anything runs"),
     "schema": ("terrace.recipe.command", "print the JSON Schema of a recipe (completion in editors)"),
-    "ingest": ("terrace.data.command", "turn raw rows and images into shards"),
+    "recipes": ("terrace.recipe.recipes_command", "list, show or copy the recipes that come with Terrace"),
+    "ingest": ("terrace.evaluate.duplicates_command", "turn raw rows and images into shards"),
     "index": ("terrace.data.command", "index shards where they lie"),
     "inspect": ("terrace.data.look.inspect_command", "show a source or a stage as the model sees it, on a page"),
     "order": ("terrace.data.command", "list the first packs of a stage without running it"),
     "duplicates": ("terrace.evaluate.duplicates_command", "find samples and pictures that stand in several sources or suites"),
+    "chat": ("terrace.talk.chat_command", "talk to a model in the terminal"),
+    "serve": ("terrace.talk.serve_command", "serve a model over HTTP in OpenAI's form, with a page to try it"),
     "evaluate": ("terrace.evaluate.command", "score a model on suites"),
     "report": ("terrace.curriculum.report_command", "write a run's report"),
     "track": ("terrace.curriculum.track_command", "fill an MLflow server from a run directory"),
@@ -42,13 +45,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "judge": ("terrace.rewards.judge_command", "score given responses with a reward and say why"),
     "serve-rewards": ("terrace.rewards.command", "serve rewards over HTTP"),
     "demo": ("terrace.demo.command", "train a tiny model through a whole curriculum on this machine"),
+    "completion": ("terrace.completion", "print a script that completes commands in a shell"),
 }
 READ_SAMPLES = ("run", "ingest", "order", "inspect", "duplicates")
 GROUPS = {
     "Runs": ("run", "status", "logs", "pause", "suspend", "resume", "cancel"),
-    "Recipes": ("validate", "plan", "schema", "render"),
+    "Recipes": ("recipes", "validate", "plan", "schema", "render"),
     "Data": ("ingest", "index", "inspect", "order", "duplicates"),
-    "Models": ("evaluate", "report", "track", "judge", "serve-rewards", "demo"),
+    "Models": ("chat", "serve", "evaluate", "report", "track", "judge", "serve-rewards", "demo", "completion"),
 }
 
 
@@ -62,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(help_text())
             return 0
         if given[0] == "--version":
-            print(f"terrace {importlib.metadata.version('terrace')}")
+            print(f"terrace {__version__}")
             return 0
         return run_subcommand(given)
     except TerraceError as error:
@@ -115,11 +119,13 @@ def run_subcommand(given: list[str]) -> int:
 def _draw_demo_scenes(parsed: argparse.Namespace) -> None:
     """jobs/recipes/demo.yaml and what extends it train on scenes that are drawn on first use, so that they run anywhere."""
     path = getattr(parsed, "recipe", None)
-    if path is None or not Path(path).is_file():
-        return  # the subcommand says what is wrong
-    if getattr(parsed, "launcher", None) == "kubernetes":
+    if path is None or getattr(parsed, "launcher", None) == "kubernetes":
         return  # nothing on this machine is read: the pods see their own volumes
+    from terrace.recipe import shipped
     from terrace.recipe.loading import load_recipe
+
+    if not shipped.recipe_file(Path(path)).is_file():
+        return  # the subcommand says what is wrong
 
     sources = load_recipe(path, getattr(parsed, "overrides", ())).data.sources
     if any("demo-corpus" in source.uri for source in sources.values()):
@@ -142,7 +148,7 @@ def help_text() -> str:
     lines += [
         "`terrace COMMAND --help` explains each. A first run:",
         "  terrace demo",
-        "  terrace run jobs/recipes/demo.yaml --run-dir runs/demo stages.0.budget.steps=20",
+        "  terrace run demo --run-dir runs/demo stages.0.budget.steps=20",
         "",
         "Exit status: 0 done, 2 the input is wrong, 143 stopped on request with a checkpoint, 1 anything else.",
     ]

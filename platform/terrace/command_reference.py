@@ -23,7 +23,7 @@ def parsers() -> dict[str, argparse.ArgumentParser]:
     for module in dict.fromkeys(module for module, _ in COMMANDS.values()):
         subparsers = argparse.ArgumentParser(prog="terrace").add_subparsers()
         importlib.import_module(module).register(subparsers)
-        found.update({name: parser for name, parser in subparsers.choices.items() if name in COMMANDS})
+        found.update({name: parser for name, parser in subparsers.choices.items() if COMMANDS.get(name, ("",))[0] == module})
     return found
 
 

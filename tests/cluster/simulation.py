@@ -31,7 +31,7 @@ from cluster_world import Clock, tiny_curriculum, tiny_stage  # noqa: E402
 from fake.flaky import Flaky  # noqa: E402
 from fake.kuberay import Cluster  # noqa: E402
 from fake.store import Change, Store  # noqa: E402
-from simulation_checks import LIMITS, STAGES, check_budgets, check_start  # noqa: E402
+from simulation_checks import LIMITS, STAGES, check_budgets, check_start, graph_of, slot  # noqa: E402
 from simulation_table import table, write_section  # noqa: E402
 
 from terrace.cluster.api import ApiError  # noqa: E402
@@ -45,6 +45,7 @@ CHANCES = {"exit 1": 0.10, "exit 137": 0.03, "hang": 0.03, "node dies": 0.02, "p
 # How KubeRay closes the RayJob of a program that has ended, where it does not do it well.
 CLOSES = {"SubmissionFailed": 0.05, "JobStatusCheckTimeoutExceeded": 0.02, "waits": 0.03, "never": 0.02}
 PRIORITIES = {"experiment": 100, "pretraining": 1000}
+GRAPHS = 0.3  # share of curricula with branches
 WATCH_LOST, WATCH_TWICE = 0.02, 0.03
 
 
@@ -76,7 +77,8 @@ class Simulation:
         self.finished: set[str] = set()
         self.succeeded: dict[str, list[str]] = {}
         self.attempts: dict[str, int] = {}
-        self.running: dict[str, str] = {}  # curriculum -> RayJob whose program runs
+        self.graphs: set[str] = set()  # curricula whose stages form a graph
+        self.running: dict[str, str] = {}  # curriculum, or stage of a graph -> RayJob whose program runs
         self.deleted_at: dict[str, float] = {}
         self.broken: list[str] = []
         self.controller: Controller | None = None
@@ -200,6 +202,9 @@ class Simulation:
         queue = {"name": "training", "priorityClass": self.numbers.choice(list(PRIORITIES))}
         body = tiny_curriculum(f"c{number}", stages=stages, queue=queue, failurePolicy=LIMITS)
         body["status"] = {}
+        if self.numbers.random() < GRAPHS:
+            self.graphs.add(f"c{number}")
+            body["spec"]["recipe"] |= {"stage_order": "graph", "stages": graph_of(stages)}
         self.store.create(body)
         if self.numbers.random() < 0.1:
             self.at(self.numbers.uniform(60, 3000), "suspend", f"c{number}")
@@ -343,9 +348,8 @@ class Simulation:
     # ------------------------------------------------------------ invariants
 
     def _ended(self, name: str) -> None:
-        curriculum = name.rsplit("-s", 1)[0]
-        if self.running.get(curriculum) == name:
-            del self.running[curriculum]
+        if self.running.get(slot(self, name)) == name:
+            del self.running[slot(self, name)]
 
     # ------------------------------------------------------------ figures
 

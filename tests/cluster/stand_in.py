@@ -13,6 +13,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+PREFIX = os.environ.get("TERRACE_PROGRESS_PREFIX", "")
 ACCOUNT = os.environ.get("STAND_IN_ACCOUNT", "/var/run/secrets/kubernetes.io/serviceaccount")
 
 
@@ -40,7 +41,7 @@ def main(words):
     given = json.loads(os.environ.get("STAND_IN", "{}"))
     of_stage = given.get("stages", {}).get(stage, {})
     behaviour = {"steps": 4, "step_seconds": 0.05} | given | of_stage | of_stage.get("attempts", {}).get(str(attempt), {})
-    before = json.loads(call("GET").get("progress.json", "{}"))
+    before = json.loads(call("GET").get(PREFIX + "progress.json", "{}"))
     if (before.get("stage"), before.get("attempt")) == (stage, attempt) and before.get("result"):
         return 0
     step = int((before.get("checkpoint") or {}).get("step", 0)) if before.get("stage") == stage else 0
@@ -53,7 +54,7 @@ def main(words):
             "total_steps": behaviour["steps"], "metrics": {"loss": f"{2.0 / (step + 1):.4f}"},
             "checkpoint": {"uri": f"s3://test/{stage}/step-{saved:06d}", "step": saved}, **values,
         }  # fmt: skip
-        directive = json.loads(call("PATCH", {"data": {"progress.json": json.dumps(body)}}).get("directive.json", "{}"))
+        directive = json.loads(call("PATCH", {"data": {PREFIX + "progress.json": json.dumps(body)}}).get(PREFIX + "directive.json", "{}"))
         return directive.get("stage") == stage and directive.get("attempt") == attempt
 
     while step < behaviour["steps"]:

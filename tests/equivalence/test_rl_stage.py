@@ -23,7 +23,7 @@ from PIL import Image
 from processes import run_ranks
 from rl_stage import break_at, figures_of, prepare, rl_recipe, run
 
-from terrace.curriculum.machine import metric_value
+from terrace.curriculum.gates import metric_value
 from terrace.data.prepare import load_prepared
 from terrace.errors import InputError, Preempted
 from terrace.generation.native import NativeEngine

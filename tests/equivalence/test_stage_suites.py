@@ -11,7 +11,7 @@ import pytest
 from processes import run_ranks
 
 from terrace.curriculum.attempt_worker import run_stage
-from terrace.curriculum.machine import metric_value
+from terrace.curriculum.gates import metric_value
 from terrace.data.prepare import prepare_data
 from terrace.demo.corpus import write_corpus
 from terrace.errors import InputError

@@ -57,7 +57,7 @@ def counted(recipe, pack, train) -> float:
 def test_model_flops_are_those_that_torch_counts(train, patterns):
     recipe = tiny_recipe(train=train)
     pack = random_pack(5, segments=4)
-    meter = Meter(model_config(recipe.model), recipe.stages[0], recipe.planning, WorkerContext())
+    meter = Meter(model_config(recipe.model), recipe.stages[0], recipe.model, recipe.planning, WorkerContext())
     assert meter.pack_flops(pack) == pytest.approx(counted(recipe, pack, patterns), rel=0.01)
 
 
@@ -66,7 +66,7 @@ def test_mfu_is_over_the_peak_of_all_workers(monkeypatch):
         torch.cuda, "get_device_properties", lambda device: SimpleNamespace(name="NVIDIA H200", total_memory=141e9)
     )
     recipe = tiny_recipe(precision="bf16")
-    meter = Meter(model_config(recipe.model), recipe.stages[0], recipe.planning, WorkerContext(world_size=4, device="cuda:0"))
+    meter = Meter(model_config(recipe.model), recipe.stages[0], recipe.model, recipe.planning, WorkerContext(world_size=4, device="cuda:0"))
     assert meter.values(4 * 989.4e12, 2.0) == {
         "model_flops": 4 * 989.4e12, "flops_per_second": pytest.approx(2 * 989.4e12), "mfu": pytest.approx(0.5)
     }

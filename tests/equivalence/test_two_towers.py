@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from families import picture
+from PIL import Image
 from processes import run_ranks
-from towers import (
-    gradients_of_step,
-    gradients_of_steps,
-    pair_pack,
-    towers_model,
-    towers_recipe,
-    train_towers,
-)
-from transformers import AutoModel
+from towers import TOWERS, gradients_of_step, gradients_of_steps, pair_pack, towers_model, towers_recipe, train_towers
+from transformers import AutoImageProcessor, AutoModel
 
+from terrace.data.images import load_pixels
 from terrace.errors import Preempted
-from terrace.models.batch import image_facts
+from terrace.models.batch import ImageFacts, image_facts
 from terrace.models.families.registry import family_of_model
+from terrace.models.parts import has_weight_decay, part_parameters
+from terrace.objectives.chance import kept_patches
 from terrace.objectives.retrieval import recalls
+from terrace.planner.parameters import parameter_counts, part_sizes
+from terrace.planner.shapes import shape_of_config
+from terrace.recipe.objectives import RETRIEVAL
+from terrace.recipe.rules import check
 
 CASES = {"clip": "clip", "siglip": "siglip", "siglip2": "siglip"}  # family -> objective
 PAIRS = 12
@@ -157,3 +160,72 @@ def test_every_strategy_and_number_of_ranks_gives_the_losses_of_one_process(name
             # Adam divides by the root of the squares: where a gradient is rounding alone (a key's bias), so is its step
             if not key.endswith("k_proj.bias"):
                 torch.testing.assert_close(tensor, straight[key], rtol=1e-3, atol=2e-4, msg=f"{folder} {key}")
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_a_family_of_two_towers_counts_freezes_starts_and_cuts_as_its_class_does(name, tmp_path):
+    model, config = towers_model(name)
+    shape, family = shape_of_config(config.to_dict(), name), family_of_model(model)
+    parts = part_parameters(model)
+    assert parameter_counts(shape) == {part: sum(p.numel() for _, p in pairs) for part, pairs in parts.items()}
+    assert sorted(n for n, _ in parts["projector"]) == sorted(
+        ["logit_scale", *(["visual_projection.weight", "text_projection.weight"] if name == "clip" else ["logit_bias"])]
+    )
+    for part in ("vision", "language"):
+        assert part_sizes(shape)[part].block == sum(p.numel() for p in family.blocks_of(model, part)[0].parameters())
+    undecayed = {key for key, _ in model.named_parameters() if not has_weight_decay(key)}
+    assert {key for key, p in model.named_parameters() if p.dim() < 2} <= undecayed
+    # Random weights are drawn as the class draws them, the temperature is the published one.
+    torch.manual_seed(0)
+    for (key, ours), theirs in zip(model.named_parameters(), AutoModel.from_config(config).parameters()):
+        if ours.numel() > 64:
+            assert float(ours.detach().std()) == pytest.approx(float(theirs.detach().std()), rel=0.35), key
+    assert float(model.logit_scale.detach()) == pytest.approx(np.log(1 / 0.07) if name == "clip" else np.log(10), abs=1e-4)
+    assert name == "clip" or float(model.logit_bias.detach()) == -10
+    # Pictures are those of the published processor, of which the export tells the settings.
+    bounds = (1, 3_136)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(family.family.preprocessor(bounds)))
+    processor = AutoImageProcessor.from_pretrained(tmp_path)
+    for size in ((90, 40), (33, 120), (28, 28), (56, 61)):
+        data = picture(*size)
+        view = family.family.view(*size, bounds)
+        rows = torch.from_numpy(load_pixels(data, family.family, view))
+        assert len(rows) == view.rows
+        images = ImageFacts(torch.tensor([view.facts]), torch.tensor([view.tokens]), torch.tensor([view.rows]))
+        ours = family.inputs(family.normalised(rows, torch.float32), images)
+        theirs = processor([Image.open(io.BytesIO(data))], return_tensors="pt")
+        if name == "siglip2":
+            assert theirs["spatial_shapes"].tolist() == images.facts.tolist()
+            theirs["pixel_values"] = theirs["pixel_values"][:, : view.rows]
+        assert float((ours["pixel_values"] - theirs["pixel_values"]).abs().mean()) < 0.02, size
+
+
+def test_a_recipe_says_what_fits_together():
+    def problems(recipe):
+        return [str(problem) for problem in check(recipe)]
+
+    assert problems(towers_recipe("clip", "clip")) == []
+    assert any("lm trains a model that writes text" in line and "clip or siglip" in line for line in problems(towers_recipe("clip", "lm")))
+    assert any("more than the 16 positions" in line for line in problems(towers_recipe("clip", "clip", sequence_length=77)))
+    assert any("steps, samples or epochs" in line for line in problems(towers_recipe("siglip", "siglip", budget={"tokens": 1e4})))
+    from packs import tiny_recipe
+
+    told = problems(tiny_recipe(objective="clip"))
+    assert any("gives vectors of pictures and of texts (clip, siglip, siglip2)" in line for line in told)
+    broken = towers_recipe("siglip", "siglip").model_dump(mode="json")
+    broken["model"]["config"]["vision_config"]["hidden_size"] = 64
+    assert any("needs `projection_size` 64" in line for line in problems(type(towers_recipe("clip", "clip")).model_validate(broken)))
+
+
+def test_masks_depend_on_seed_sample_and_epoch_alone_and_recalls_count_the_same_caption_as_right():
+    whole = kept_patches(3, ["a"] * 4, ["w", "x", "y", "z"], [0, 0, 0, 0], 49, 12)
+    assert np.array_equal(whole[2:], kept_patches(3, ["a"] * 2, ["y", "z"], [0, 0], 49, 12))
+    assert all(len(set(row.tolist())) == 12 for row in whole)
+    for other in (kept_patches(4, ["a"], ["w"], [0], 49, 12), kept_patches(3, ["a"], ["w"], [1], 49, 12), whole[1:2]):
+        assert not np.array_equal(other, whole[:1])
+    texts = torch.nn.functional.normalize(torch.eye(4)[[0, 1, 2, 0]] + 0.01, dim=1)
+    images = torch.nn.functional.normalize(torch.eye(4)[[0, 1, 1, 0]] + 0.02, dim=1)
+    found = recalls(images, texts, ["p", "q", "r", "p"])
+    assert found["image_to_text_r1"] == pytest.approx(3 / 4)
+    assert found["text_to_image_r1"] == pytest.approx(1 / 3), "q is as near to another picture as to its own"
+    assert recalls(torch.ones(20, 2), torch.ones(20, 2), range(20))["image_to_text_r10"] == 0.0

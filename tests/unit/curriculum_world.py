@@ -1,7 +1,7 @@
 """A world for the state machine: attempts that progress, fail, are preempted, vanish; a controller that is killed anywhere.
 
-Seeded and in memory. It checks, at every action, what must never happen: two live attempts, a stage out of order or run again
-after its success, a launch after the end.
+Seeded and in memory. It checks, at every action, what must never happen: two live attempts of a stage, or of two in a sequence; a
+stage before what it waits for, or run again after its success; a launch after the end.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from terrace.cluster.attempt import AttemptObservation
-from terrace.curriculum.machine import Clear, Finish, Launch, Observation, Prepare, Record, Stop, Wait, next_actions
+from terrace.curriculum.actions import Clear, Finish, Launch, Observation, Prepare, Record, Stop, Wait
+from terrace.curriculum.graph import waits_for, with_dependents
+from terrace.curriculum.machine import next_actions
 from terrace.curriculum.state import fold
 from terrace.recipe.schema import Recipe
 
@@ -35,12 +37,14 @@ class World:
     recipe: Recipe
     seed: int
     chaos: float = 0.3  # chance per tick that something happens to the run
+    width: int = 1  # attempts at a time, where the recipe is a graph
     loses_with_controller: bool = True  # the local launcher's attempts die with the controller, a cluster's do not
     now: float = 1_000_000.0
     events: list[dict[str, Any]] = field(default_factory=list)
     processes: dict[tuple[str, int], Process] = field(default_factory=dict)
     finished: Finish | None = None
     launches: int = 0
+    widest: int = 0
     controller_kills: int = 0
 
     def __post_init__(self) -> None:
@@ -50,7 +54,7 @@ class World:
     def tick(self, calm: bool = False) -> None:
         """One turn of the controller, killed between any two actions by chance; then the world moves."""
         state = fold(self.names, self.events)
-        actions = next_actions(self.recipe, state, self.observe(), self.now)
+        actions = next_actions(self.recipe, state, self.observe(), self.now, self.width)
         assert actions, "the machine always says what to do next"
         survives = len(actions) if calm or self.random.random() > 0.1 * self.chaos else self.random.randrange(len(actions))
         for action in actions[:survives]:
@@ -84,14 +88,18 @@ class World:
         if event["event"] == "stage_attempt_started":
             state = fold(self.names, self.events)
             index = self.names.index(event["stage"])
-            assert all(stage.phase == "completed" for stage in state.stages[:index]), "stages run in order"
+            done = {stage.name for stage in state.stages if stage.phase == "completed"}
+            assert waits_for(self.recipe, index) <= done, "a stage waits for those before it"
+            assert len(state.attempts_in_flight) < self.width, "no more at a time than there is room for"
+            self.widest = max(self.widest, len(state.attempts_in_flight) + 1)
             assert state.stages[index].phase != "completed", "a stage is not run again after it succeeded"
             assert event["attempt"] == state.stages[index].attempt + 1
             assert state.phase == "running", f"no attempt starts in a run that is {state.phase}"
         self.events.append({"time": self.now, **event})
 
     def launch(self, index: int, stage: str, attempt: int) -> None:
-        others = [key for key, process in self.processes.items() if process.live and key != (stage, attempt)]
+        in_flight = {(other.name, other.attempt) for other in fold(self.names, self.events).attempts_in_flight}
+        others = [key for key, process in self.processes.items() if process.live and key not in in_flight]
         assert not others, f"{stage} {attempt} was launched while {others} live"
         existing = self.processes.get((stage, attempt))
         if existing and existing.status != "absent":
@@ -176,6 +184,7 @@ class World:
             if state.attempts_in_flight or any(process.live for process in self.processes.values()):
                 return
             event["stage"] = self.random.choice(self.names)
+            event["stages"] = with_dependents(self.recipe, event["stage"])
         self.finished = None
         self.record(event)
 

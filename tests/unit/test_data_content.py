@@ -18,6 +18,7 @@ from terrace.data.command import _overlaps
 from terrace.data.look.near import near_ones
 from terrace.data.prepare import PreparedData, prepare_data
 from terrace.data.stream.read import read_sample
+from terrace.errors import InputError
 from terrace.evaluate.duplicates_command import compare
 from terrace.recipe.schema import Recipe
 
@@ -34,13 +35,14 @@ def prepared(tmp_path: Path):
         (tmp_path / f"{number}.png").write_bytes(picture(number))
     (tmp_path / "copy.png").write_bytes(picture(0))
 
-    def preparing(rows: dict[str, list[dict[str, Any]]], holdout: dict[str, int], **data: Any) -> PreparedData:
+    def preparing(rows: dict[str, list[dict[str, Any]]], holdout: dict[str, float], **data: Any) -> PreparedData:
         folder = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
         sources = {}
         for name, lines in rows.items():
             path = tmp_path / f"{name}.jsonl"
             path.write_text("".join(json.dumps(row) + "\n" for row in lines))
-            sources[name] = {"uri": str(path), "kind": "document", "holdout_samples": holdout.get(name, 0)}
+            held = holdout.get(name, 0)
+            sources[name] = {"uri": str(path), "kind": "document", "holdout_share" if 0 < held < 1 else "holdout_samples": held}
         stage = {
             "name": "sft", "train": {"language": {"lr": 1e-4}}, "mixture": dict.fromkeys(rows, 1.0), "sequence_length": 512,
             "pixels": {"min": 784, "max": 25_088}, "budget": {"steps": 1}, "batch": {"packs": 1},
@@ -93,6 +95,22 @@ def test_the_choice_does_not_move_when_rows_are_added_or_renamed(prepared) -> No
     now = set(said(later, "a", later.indexes["a"].holdout_rows))
     assert {line for line in now if line.startswith("text")} <= chosen  # only added rows take a place
     assert len(now & chosen) >= 6
+
+
+def test_with_a_share_every_held_out_row_stays_so_and_none_that_trained_becomes_one(prepared) -> None:
+    rows = [{"text": f"text {number}"} for number in range(60)]
+    before = prepared({"a": rows}, {"a": 0.2})
+    chosen = set(said(before, "a", before.indexes["a"].holdout_rows))
+    assert 4 <= len(chosen) <= 20
+    later = prepared({"a": [*({"text": f"an added text {number}"} for number in range(40)), *rows]}, {"a": 0.2})
+    now = set(said(later, "a", later.indexes["a"].holdout_rows))
+    assert {line for line in now if line.startswith("text")} == chosen
+    assert now != chosen
+    trained = set(said(later, "a", later.indexes["a"].train_rows))
+    assert len(trained) == 100 - len(now)
+    assert not trained & now
+    with pytest.raises(InputError, match=r"holdout_share 0.999 \(60 samples\) leaves none of 60 samples for training"):
+        prepared({"a": rows}, {"a": 0.999})
 
 
 def test_repeats_are_counted_or_dropped(prepared) -> None:
@@ -163,3 +181,9 @@ def test_the_duplicates_command(prepared, tmp_path: Path, capsys: pytest.Capture
     assert main(["duplicates", str(tmp_path / "r.yaml"), "--run-dir", str(tmp_path / "run")]) == 0
     told = capsys.readouterr().out.splitlines()
     assert told == ["one and two: 1 pictures look the same", f"one and suite caption:{tmp_path / 'suite.jsonl'}: 1 pictures look the same"]
+    again = ["ingest", str(tmp_path / "r.yaml"), "--duplicates", "--out", str(tmp_path / "out")]
+    assert main(again) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == told
+    for more, said in (["--source", "one"], "leave --source out"), (["--uri", "x"], "either a recipe file or --uri"):
+        assert main([*again, *more]) == 2
+        assert said in capsys.readouterr().err

@@ -208,6 +208,9 @@ def test_held_out_and_capped_rows(folder: Path, tokenizer) -> None:
     assert len(index.train_rows) == 5
     assert not set(index.holdout_rows) & set(index.train_rows)
     assert set(load_index(where, FAMILY, seed=1, holdout_samples=3).holdout_rows) == set(index.holdout_rows)
+    share = load_index(where, FAMILY, holdout_share=0.3)
+    assert 0 < len(share.holdout_rows) < 8
+    assert not set(share.holdout_rows) & set(share.train_rows)
     choices = {tuple(load_index(where, FAMILY, seed=seed, holdout_samples=3).holdout_rows) for seed in range(8)}
     assert len(choices) > 3
     with pytest.raises(InputError, match="holdout_samples 12"):

@@ -98,7 +98,7 @@ def test_a_finished_run_is_sent_whole_and_once(
     run_dir = write_run(tmp_path / "made", steps=40)
     source = "captions"
     prepared = json.loads((run_dir / "data/prepared.json").read_text())
-    prepared["sources"] = {source: {"folder": "captions/1/index-2", "holdout_samples": 4, "max_samples": None}}
+    prepared["sources"] = {source: {"folder": "captions/1/index-2", "holdout_samples": 4, "holdout_share": 0.0, "max_samples": None}}
     (run_dir / "data/prepared.json").write_text(json.dumps(prepared))
     for _ in range(2):
         assert cli.main(["track", str(run_dir), "--uri", server.uri, "--experiment", "sent"]) == 0

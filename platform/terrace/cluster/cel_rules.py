@@ -198,6 +198,7 @@ MODEL_RULES: dict[str, list[Rule]] = {
 
 FIELD_RULES: dict[str, list[Rule]] = {
     "Recipe.name": [Rule("self == oldSelf", "recipe.name cannot change: make a new Curriculum")],
+    "Recipe.stage_order": [Rule("self == oldSelf", "recipe.stage_order cannot change: make a new Curriculum")],
     "Recipe.model": [Rule("self == oldSelf", "recipe.model cannot change: make a new Curriculum")],
     "Recipe.tokenizer": [Rule("self == oldSelf", "recipe.tokenizer cannot change: make a new Curriculum")],
     "Data.seed": [Rule("self == oldSelf", "data.seed cannot change: it is the order of the data")],

@@ -21,7 +21,7 @@ import shlex
 from typing import Any
 
 from terrace.cluster.cluster_schema import CurriculumSpec, PodSize, Runtime
-from terrace.recipe.schema import Stage
+from terrace.recipe.schema import Recipe, Stage
 
 Manifest = dict[str, Any]
 
@@ -47,6 +47,11 @@ def rayjob_name(curriculum: str, stage_index: int, attempt: int) -> str:
 def progress_name(curriculum: str) -> str:
     """The ConfigMap through which a running attempt reports and is told to stop."""
     return f"{curriculum}-progress"
+
+
+def progress_prefix(recipe: Recipe, stage_index: int) -> str:
+    """What a stage's keys in that ConfigMap begin with: nothing where one stage runs at a time."""
+    return "" if recipe.stage_order == "sequence" else f"s{stage_index}."
 
 
 def trainer_name(curriculum: str) -> str:
@@ -229,7 +234,7 @@ class _PodBuilder:
     def __init__(self, owner: Manifest, spec: CurriculumSpec, stage: Stage, labels: dict[str, str], recipe_map: str, attempt: int) -> None:
         self.curriculum, self.namespace = owner["metadata"]["name"], owner["metadata"]["namespace"]
         self.spec, self.stage, self.runtime, self.attempt = spec, stage, spec.runtime, attempt
-        self.labels = common_labels(self.curriculum) | labels
+        self.labels, self.index = common_labels(self.curriculum) | labels, int(labels[LABEL_STAGE])
         self.recipe_map = recipe_map
         grace = stage.failure.preemption_grace_seconds + GRACE_MARGIN_SECONDS
         self.grace_seconds = spec.runtime.termination_grace_seconds or math.ceil(grace)
@@ -300,6 +305,7 @@ class _PodBuilder:
             "TERRACE_STOP_FILE": STOP_FILE,
         }  # fmt: skip
         optional = {
+            "TERRACE_PROGRESS_PREFIX": progress_prefix(self.spec.recipe, self.index),
             "AWS_ENDPOINT_URL": storage.endpoint_url, "AWS_REGION": storage.region,
             "MLFLOW_TRACKING_URI": tracking.mlflow_uri, "MLFLOW_EXPERIMENT_NAME": tracking.experiment,
         }  # fmt: skip

@@ -6,7 +6,8 @@ patch. In the same round it reads `directive.json`, where the operator asks for 
 
 One writer at a time: a writer first claims the ConfigMap under its stage, attempt and RayCluster (`holder.json`); the claim of a
 newer attempt, or of the same attempt started again after a preemption, makes every older writer `Fenced` at its next round. All
-writes carry the resourceVersion that was read, so two writers cannot interleave.
+writes carry the resourceVersion that was read, so two writers cannot interleave. Stages that run side by side each have keys of
+their own there, which begin with `s<stage index>.`.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class ProgressChannel:
     stage: str
     attempt: int
     cluster: str
+    prefix: str = ""  # of this stage's keys
     last: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -52,40 +54,43 @@ class ProgressChannel:
         """Become the writer; returns the report that was there. Fenced where a newer attempt of the stage has it."""
 
         def change(data: dict[str, Any]) -> dict[str, Any]:
-            current = _parse(data.get("holder.json"))
+            current = self._read(data, "holder.json")
             if current.get("stage") == self.stage and current.get("attempt", 0) > self.attempt:
                 raise Fenced(f"attempt {self.attempt} of {self.stage} was overtaken by attempt {current['attempt']}")
-            return {"holder.json": _text(self.holder)}
+            return {f"{self.prefix}holder.json": _text(self.holder)}
 
-        return _parse(self._write(change).get("progress.json"))
+        return self._read(self._write(change), "progress.json")
+
+    def _read(self, data: dict[str, Any], key: str) -> dict[str, Any]:
+        return _parse(data.get(self.prefix + key))
 
     def report(self, values: dict[str, Any]) -> str | None:
         """Write a report; returns why to stop, None to go on. Fenced where another start of the stage has taken over."""
         report = {**self.holder, "time": datetime.now(UTC).isoformat(timespec="seconds"), **values}
 
         def change(data: dict[str, Any]) -> dict[str, Any]:
-            holder = _parse(data.get("holder.json"))
+            holder = self._read(data, "holder.json")
             if not holder:  # somebody deleted the ConfigMap and the operator made it anew
-                return {"holder.json": _text(self.holder), "progress.json": _text(report)}
+                return {f"{self.prefix}holder.json": _text(self.holder), f"{self.prefix}progress.json": _text(report)}
             if holder != self.holder:
                 raise Fenced(f"attempt {self.attempt} of {self.stage} in {self.cluster} no longer owns the progress channel")
             if self._done(data):
                 return {}  # an earlier start of this very attempt had finished: its word stands
             if {**self.last, "time": 0} == {**report, "time": 0}:
                 return {}  # nothing new: reading the directive is enough, and silence shows as silence
-            return {"progress.json": _text(report)}
+            return {f"{self.prefix}progress.json": _text(report)}
 
         data = self._write(change)
         if self._done(data) and "result" not in values:
             return "an earlier start of this attempt has reported the stage's result: there is nothing left to do"
         self.last = report
-        directive = _parse(data.get("directive.json"))
+        directive = self._read(data, "directive.json")
         meant = directive.get("stage") == self.stage and directive.get("attempt") == self.attempt
         return str(directive["stop"]) if meant and directive.get("stop") else None
 
     def _done(self, data: dict[str, Any]) -> bool:
         """Whether a result with a good end is on record for this attempt (its pods were taken before anybody had read it)."""
-        report = _parse(data.get("progress.json"))
+        report = self._read(data, "progress.json")
         own = (report.get("stage"), report.get("attempt")) == (self.stage, self.attempt)
         return own and report.get("result") is not None and (report.get("exit") or {}).get("status") == 0
 
@@ -114,7 +119,8 @@ def channel_from_environment(stage: str, attempt: int) -> ProgressChannel | None
     if not config_map:
         return None
     cluster = os.environ.get("RAY_CLUSTER_NAME", "")
-    return ProgressChannel(connect(os.environ.get("TERRACE_NAMESPACE")), config_map, stage, attempt, cluster)
+    prefix = os.environ.get("TERRACE_PROGRESS_PREFIX", "")
+    return ProgressChannel(connect(os.environ.get("TERRACE_NAMESPACE")), config_map, stage, attempt, cluster, prefix)
 
 
 class Follower:

@@ -85,7 +85,9 @@ class UsageStatus(StatusModel):
 class CurriculumStatus(StatusModel):
     observed_generation: int = Field(0, description="Generation of the spec this status speaks of.")
     phase: Phase = Field("Pending", description="Where the curriculum stands.")
-    current_stage: Annotated[str, Field(max_length=63)] | None = Field(None, description="Stage that runs or runs next.")
+    current_stage: Annotated[str, Field(max_length=255)] | None = Field(
+        None, description="Stage that runs or runs next; several, parted by commas, where branches run side by side."
+    )
     stages_done: Annotated[str, Field(max_length=16)] = Field("0/0", description="Stages done of all, for example `2/5`.")
     progress: Annotated[str, Field(max_length=32)] = Field("", description="Step of the current stage, for example `500/90000`.")
     restarts: int = Field(0, description="Restarts of all stages, program and infrastructure.")

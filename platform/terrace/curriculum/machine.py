@@ -5,7 +5,9 @@ the actions out in order, appending a `Record`'s event to the journal before the
 crash between any two actions is harmless: an attempt is recorded before it is launched, launching is create-or-adopt,
 and everything decided here is decided again from the journal. The rules:
 
-- Stages run in order; an attempt starts only when nothing of any other attempt may still run.
+- Stages run in order; an attempt starts only when nothing of any other attempt may still run. In a recipe with `stage_order: graph`
+  (`graph.py`) and a caller that has room (`width`), stages that do not wait for each other run side by side, and that rule is
+  each stage's own. When one of them fails for good, the others save a checkpoint and stop before the run is failed.
 - A program failure and an infrastructure failure have separate budgets and wait an exponentially growing time; a
   preemption and the death of an attempt together with its controller count in neither and continue at once. Wrong
   input is not tried again.
@@ -17,93 +19,17 @@ and everything decided here is decided again from the journal. The rules:
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
 
-from terrace.cluster.attempt import AttemptObservation
+from terrace.curriculum import gates
+from terrace.curriculum.actions import Action, Clear, Finish, Launch, Observation, Prepare, Record, Stop, Wait
+from terrace.curriculum.graph import ready_stages, source_stage
 from terrace.curriculum.state import TERMINAL, Event, RunState, StageState, fold
-from terrace.recipe.schema import Failure, Gate, Recipe
+from terrace.recipe.schema import Failure, Recipe
 
 POLL_SECONDS = 1.0
 EXIT_STOPPED = 143
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What the controller sees now. `attempts` holds at least the newest attempt of every stage in flight."""
-
-    attempts: tuple[AttemptObservation, ...] = ()
-    live: tuple[tuple[str, int], ...] = ()  # every (stage, attempt) of which something may still run
-    interrupted: bool = False  # the controller itself was told to stop (SIGTERM): checkpoint and leave, the run goes on later
-
-    def attempt(self, stage: StageState) -> AttemptObservation:
-        for seen in self.attempts:
-            if (seen.stage, seen.attempt) == (stage.name, stage.attempt):
-                return seen
-        return AttemptObservation(stage.name, stage.attempt, "absent")
-
-
-@dataclass(frozen=True)
-class Record:
-    """Append this event to the journal (the writer adds time and sequence)."""
-
-    event: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Prepare:
-    """Ingest and index the data, train or copy the tokenizer. Idempotent."""
-
-
-@dataclass(frozen=True)
-class Clear:
-    """Move what earlier runs of the stage wrote aside, under this rerun number. Idempotent."""
-
-    stage_index: int
-    stage: str
-    rerun: int
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Start the attempt or adopt it."""
-
-    stage_index: int
-    stage: str
-    attempt: int
-
-
-@dataclass(frozen=True)
-class Stop:
-    """Ask the attempt to checkpoint and end, or (`force`) end it at once. Idempotent."""
-
-    stage_index: int
-    stage: str
-    attempt: int
-    reason: str
-    force: bool = False
-
-
-@dataclass(frozen=True)
-class Wait:
-    """Nothing to do before `until` (seconds since the epoch) or the next event."""
-
-    until: float
-    reason: str
-
-
-@dataclass(frozen=True)
-class Finish:
-    """The controller's work is done: leave with this status."""
-
-    phase: str
-    exit_status: int
-    message: str = field(default="")
-
-
-Action = Record | Prepare | Clear | Launch | Stop | Wait | Finish
 
 
 def step(recipe: Recipe, events: Iterable[Event], observation: Observation, now: float) -> list[Action]:
@@ -111,15 +37,22 @@ def step(recipe: Recipe, events: Iterable[Event], observation: Observation, now:
     return next_actions(recipe, fold([stage.name for stage in recipe.stages], events), observation, now)
 
 
-def next_actions(recipe: Recipe, state: RunState, observation: Observation, now: float) -> list[Action]:
-    """`step` for a caller that keeps the folded state."""
+def next_actions(recipe: Recipe, state: RunState, observation: Observation, now: float, width: int = 1) -> list[Action]:
+    """`step` for a caller that keeps the folded state. `width`: attempts that it can run at a time, where the recipe has a graph."""
     if state.phase == "new":
         return [Record({"event": "run_started", "stages": [stage.name for stage in recipe.stages]})]
     if state.phase in TERMINAL or (state.phase in ("paused", "suspended") and state.request != "cancel"):
-        return _release(state, observation, now) or [_finish(state)]
-    for stage in state.attempts_in_flight:
-        return _follow(recipe.stages[stage.index].failure, state, stage, observation, now)
-    if stopping := _release(state, observation, now):
+        return _release(observation.live, state, now) or [_finish(state)]
+    running = state.attempts_in_flight
+    if running:
+        must_stop = _must_stop(recipe, state, observation)
+        followed = [_follow(recipe.stages[stage.index].failure, must_stop, state, stage, observation, now) for stage in running]
+        actions = [action for each in followed for action in each]
+        acts = [action for action in actions if not isinstance(action, Wait)]
+        more = [] if acts or must_stop or recipe.stage_order == "sequence" else _side_by_side(recipe, state, observation, now, width)
+        acts += [action for action in more if not isinstance(action, Wait)]
+        return acts + _soonest([action for action in [*actions, *more] if isinstance(action, Wait)])
+    if stopping := _release(observation.live, state, now):
         return stopping
     if state.request == "cancel":
         return [Record({"event": "cancelled", "reason": "CancelRequested", "message": "cancelled on request"})]
@@ -127,14 +60,42 @@ def next_actions(recipe: Recipe, state: RunState, observation: Observation, now:
         return [Record({"event": "suspended", "reason": "SuspendRequested", "message": "suspended on request"})]
     if observation.interrupted:
         return [Finish("interrupted", EXIT_STOPPED, "stopped on a signal; the same command continues the run")]
-    return _between_attempts(recipe, state, now)
+    return _between_attempts(recipe, state, now, width)
 
 
-def _between_attempts(recipe: Recipe, state: RunState, now: float) -> list[Action]:
-    """Nothing runs and nothing forbids that something does."""
-    stage = state.current
-    if stage and (failed := _budget_spent(recipe.stages[stage.index].failure, stage)):
-        return [Record(failed)]
+def _must_stop(recipe: Recipe, state: RunState, observation: Observation) -> str | None:
+    """Why every attempt in flight is to save a checkpoint and end; None: nothing asks for it."""
+    if state.request in ("suspend", "cancel"):
+        return state.request
+    if observation.interrupted:
+        return "interrupted"
+    return "failed" if any(event["event"] == "run_failed" for event in _obstacles(recipe, state)) else None
+
+
+def _obstacles(recipe: Recipe, state: RunState) -> list[dict[str, Any]]:
+    """Events that end or pause the run once nothing is in flight: a budget that is spent, a gate that was missed."""
+    spent = (_budget_spent(recipe.stages[stage.index].failure, stage) for stage in state.stages)
+    missed = (gates.missed(recipe.stages[stage.index].gates, stage) for stage in state.stages if stage.phase == "completed")
+    return [event for event in (*spent, *missed) if event]
+
+
+def _soonest(waits: list[Wait]) -> list[Action]:
+    return [min(waits, key=lambda wait: wait.until)] if waits else []
+
+
+def _side_by_side(recipe: Recipe, state: RunState, observation: Observation, now: float, width: int) -> list[Action]:
+    """What else may be done while attempts are in flight and none of them needs anything."""
+    in_flight = {(stage.name, stage.attempt) for stage in state.attempts_in_flight}
+    over = tuple(entry for entry in observation.live if entry not in in_flight)
+    return _release(over, state, now) or _between_attempts(recipe, state, now, width)
+
+
+def _between_attempts(recipe: Recipe, state: RunState, now: float, width: int) -> list[Action]:
+    """Nothing forbids that something starts. An empty list: nothing to do until an attempt in flight has ended."""
+    running = len(state.attempts_in_flight)
+    spent = [event for event in _obstacles(recipe, state) if event["event"] == "run_failed" and event["reason"] != "GateMissed"]
+    if spent:
+        return [] if running else [Record(spent[0])]
     for other in state.stages:
         if other.must_clear:
             return [
@@ -142,19 +103,31 @@ def _between_attempts(recipe: Recipe, state: RunState, now: float) -> list[Actio
                 Record({"event": "stage_cleared", "stage": other.name}),
             ]
     for done in state.stages:
-        if done.phase == "completed" and (records := _gates(recipe.stages[done.index].gates, done)):
+        if done.phase == "completed" and (records := gates.looked_at(recipe.stages[done.index].gates, done)):
             return [Record(event) for event in records]
-    if stage is None:
+        if done.phase == "completed" and (missed := gates.missed(recipe.stages[done.index].gates, done)):
+            return [] if running else [Record(missed)]
+    ready = ready_stages(recipe, state)
+    if not ready and not running:
         return [Record({"event": "run_completed", "reason": "Succeeded", "message": "all stages are complete"})]
-    if state.request == "pause" and stage.phase == "pending":
-        message = f"paused on request before stage {stage.name}"
-        return [Record({"event": "paused", "reason": "PauseRequested", "message": message})]
-    cap = recipe.stages[stage.index].failure.backoff_cap_seconds
-    # A retry time further away than any backoff comes from a clock that jumped: do not wait for it.
-    if stage.phase == "waiting" and stage.retry_at is not None and now < stage.retry_at <= now + cap:
-        return [Wait(stage.retry_at, f"stage {stage.name} is tried again after {stage.reason or 'a failure'}")]
-    if not state.prepared:
-        return [Prepare()]
+    if state.request == "pause":
+        begun = [stage for stage in ready if stage.phase != "pending"]
+        if not begun and not running:
+            message = f"paused on request before stage {ready[0].name}"
+            return [Record({"event": "paused", "reason": "PauseRequested", "message": message})]
+        ready = begun
+    waits: list[Wait] = []
+    for stage in ready if running < width else ():
+        cap = recipe.stages[stage.index].failure.backoff_cap_seconds
+        # A retry time further away than any backoff comes from a clock that jumped: do not wait for it.
+        if stage.phase == "waiting" and stage.retry_at is not None and now < stage.retry_at <= now + cap:
+            waits.append(Wait(stage.retry_at, f"stage {stage.name} is tried again after {stage.reason or 'a failure'}"))
+            continue
+        return [Prepare()] if not state.prepared else _start(recipe, stage)
+    return _soonest(waits)
+
+
+def _start(recipe: Recipe, stage: StageState) -> list[Action]:
     source = source_stage(recipe, stage.index)
     actions: list[Action] = []
     if source is not None and not stage.handed_over:
@@ -162,11 +135,6 @@ def _between_attempts(recipe: Recipe, state: RunState, now: float) -> list[Actio
     attempt = stage.attempt + 1
     actions.append(Record({"event": "stage_attempt_started", "stage": stage.name, "attempt": attempt}))
     return [*actions, Launch(stage.index, stage.name, attempt)]
-
-
-def source_stage(recipe: Recipe, index: int) -> str | None:
-    """The stage whose final weights stage `index` starts from; None for the first."""
-    return recipe.stages[index].start_from or (recipe.stages[index - 1].name if index else None)
 
 
 def backoff_seconds(failure: Failure, failures: int) -> float:
@@ -185,21 +153,21 @@ def _finish(state: RunState) -> Finish:
     return Finish(state.phase, 1, state.message)
 
 
-def _release(state: RunState, observation: Observation, now: float) -> list[Action]:
+def _release(live: Iterable[tuple[str, int]], state: RunState, now: float) -> list[Action]:
     """Stop whatever still runs of attempts that are over, and wait for it; nothing to do: an empty list."""
     actions: list[Action] = []
-    for name, attempt in observation.live:
+    for name, attempt in live:
         stage = state.stage(name)
         if stage is not None:
             actions.append(Stop(stage.index, name, attempt, "the attempt is over", force=True))
     return [*actions, Wait(now + POLL_SECONDS, "an earlier attempt is still ending")] if actions else []
 
 
-def _follow(failure: Failure, state: RunState, stage: StageState, observation: Observation, now: float) -> list[Action]:
+def _follow(
+    failure: Failure, must_stop: str | None, state: RunState, stage: StageState, observation: Observation, now: float
+) -> list[Action]:
     """One attempt is in flight: end it in the journal when it is over, stop it when it must, or wait."""
     seen = observation.attempt(stage)
-    must_stop = "interrupted" if observation.interrupted else None
-    must_stop = state.request if state.request in ("suspend", "cancel") else must_stop
     identity = {"stage": stage.name, "attempt": stage.attempt}
     if seen.status == "succeeded":
         if seen.live:  # its processes still end; the next stage's must not meet them
@@ -208,10 +176,9 @@ def _follow(failure: Failure, state: RunState, stage: StageState, observation: O
             return [_failed(failure, stage, "program", "NoResult", "the attempt ended without a result", now)]
         return [Record({"event": "stage_completed", **identity, "result": seen.result})]
     if seen.status == "absent" and not stage.launched and not must_stop:
-        others = [entry for entry in observation.live if entry != (stage.name, stage.attempt)]
-        if others:
-            return _release(state, Observation(live=tuple(others)), now)
-        return [Launch(stage.index, stage.name, stage.attempt)]
+        in_flight = {(other.name, other.attempt) for other in state.attempts_in_flight}
+        others = [entry for entry in observation.live if entry not in in_flight]
+        return _release(others, state, now) or [Launch(stage.index, stage.name, stage.attempt)]
     if seen.status in ("starting", "running"):
         actions: list[Action] = []
         if not stage.launched:
@@ -314,73 +281,3 @@ def _budget_spent(failure: Failure, stage: StageState) -> dict[str, Any] | None:
     return None
 
 
-def metric_value(result: dict[str, Any] | None, metric: str) -> float | None:
-    """A metric of a finished stage, None if it was not measured or is not finite.
-
-    `train/<name>` is the last step's, `eval/<kind>/loss` the held-out loss after the stage, `eval/loss` its mean over kinds,
-    `eval/<figure>` what an RL stage or a reward model measures instead (`eval/reward/<task>`, `eval/preference/accuracy`),
-    `eval/<suite>/<name>` a suite's score, and anything else what the stage's result has under `metrics`.
-    """
-    result = result or {}
-    losses = (result.get("evaluation") or {}).get("after") or {}
-    group, _, rest = metric.partition("/")
-    found = (result.get("metrics") or {}).get(metric)
-    if found is None and group == "train":
-        found = (result.get("train") or {}).get(rest, result.get(rest))
-    elif found is None and group == "eval":
-        name, _, score = rest.partition("/")
-        if rest == "loss":
-            values = [value for value in losses.values() if isinstance(value, int | float)]
-            found = sum(values) / len(values) if values else None
-        elif rest in losses:
-            found = losses[rest]
-        elif score == "loss" and name in losses:
-            found = losses[name]
-        else:
-            found = ((result.get("suites") or {}).get(name) or {}).get(score)
-    if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
-        return None
-    return float(found)
-
-
-def _gates(gates: list[Gate], stage: StageState) -> list[dict[str, Any]]:
-    """Events of gates not yet looked at, and of a missed one that has not stopped the run yet."""
-    records: list[dict[str, Any]] = []
-    for number, gate in enumerate(gates):
-        if number in stage.gates:
-            continue
-        value = metric_value(stage.result, gate.metric)
-        bounds = [f"below {gate.below:g}"] if gate.below is not None else []
-        bounds += [f"above {gate.above:g}"] if gate.above is not None else []
-        passed = value is not None and (gate.below is None or value < gate.below) and (gate.above is None or value > gate.above)
-        seen = "was not measured" if value is None else f"is {value:.6g}"
-        records.append(
-            {
-                "event": "gate_passed" if passed else "gate_missed",
-                "stage": stage.name,
-                "gate": number,
-                "metric": gate.metric,
-                "value": value,
-                "on_miss": gate.on_miss,
-                "message": f"{gate.metric} {seen}; asked: {' and '.join(bounds)}",
-            }
-        )
-    if records:
-        return records
-    order = {"fail": 0, "pause": 1}
-    missed = [number for number, seen in stage.gates.items() if not seen["passed"] and not seen["handled"] and number < len(gates)]
-    missed = sorted((number for number in missed if gates[number].on_miss in order), key=lambda n: order[gates[n].on_miss])
-    if not missed:
-        return []
-    gate = gates[missed[0]]
-    value = stage.gates[missed[0]]["value"]
-    shown = "not measured" if value is None else f"{value:.6g}"
-    message = f"stage {stage.name} missed its gate on {gate.metric} ({shown})"
-    return [
-        {
-            "event": "run_failed" if gate.on_miss == "fail" else "paused",
-            "stage": stage.name,
-            "reason": "GateMissed",
-            "message": message,
-        }
-    ]

@@ -20,8 +20,9 @@ from typing import Any
 
 from terrace.cluster.attempt import Launcher, LaunchRequest
 from terrace.curriculum import machine
+from terrace.curriculum.actions import Action, Clear, Finish, Launch, Observation, Prepare, Record, Stop, Wait
+from terrace.curriculum.graph import with_dependents
 from terrace.curriculum.journal import Journal, pending_requests, read_journal
-from terrace.curriculum.machine import Clear, Finish, Launch, Observation, Prepare, Record, Stop, Wait
 from terrace.curriculum.run_directory import changed_keys, check_changes, store_recipe, stored_recipe
 from terrace.curriculum.state import RunState, StageState, apply, fold
 from terrace.curriculum.watch import Watch
@@ -82,6 +83,7 @@ def run_curriculum(
     names = [stage.name for stage in recipe.stages]
     if request and request.get("stage", names[0]) not in names:
         raise InputError(f"there is no stage {request['stage']}; the recipe's stages are {', '.join(names)}")
+    request = _with_stages(recipe, request) if request else None
     state = fold(names, read_journal(run_dir).events)
     if state.phase == "succeeded" and request is None and not changed_keys(stored_recipe(run_dir) or recipe, recipe):
         return Outcome("succeeded", 0, f"{mirror.place_of(run_dir)}: this run is complete; nothing to do", state)
@@ -180,7 +182,7 @@ def _observe(controller: _Controller) -> Observation:
     return Observation(seen, live, controller.interrupted.is_set())
 
 
-def _perform(controller: _Controller, action: machine.Action) -> Finish | None:
+def _perform(controller: _Controller, action: Action) -> Finish | None:
     """Carry one action out. Returns the Finish that ends the loop."""
     match action:
         case Record(event):
@@ -275,8 +277,14 @@ def _losses(result: dict[str, Any]) -> str:
 def _take_requests(controller: _Controller) -> None:
     for path, request in pending_requests(controller.run_dir):
         if request.get("command") not in controller.state.commands:
-            _record(controller, {key: request[key] for key in ("event", "command", "stage", "by") if key in request})
+            known = {key: request[key] for key in ("event", "command", "stage", "by") if key in request}
+            _record(controller, _with_stages(controller.recipe, known))
         path.unlink(missing_ok=True)
+
+
+def _with_stages(recipe: Recipe, request: dict[str, Any]) -> dict[str, Any]:
+    """A rerun with every stage that runs again because it waits for that one."""
+    return {**request, "stages": with_dependents(recipe, request["stage"])} if request["event"] == "rerun_requested" else request
 
 
 def move_aside(folder: Path, rerun: int) -> None:

@@ -186,11 +186,17 @@ def _resume_requested(state: RunState, event: Event) -> None:
 
 
 def _rerun_requested(state: RunState, event: Event) -> None:
-    """Run this stage and everything after it again; what they had written is moved aside before they start."""
+    """Run this stage and all that wait for it again; what they had written is moved aside before they start.
+
+    The event names them in `stages`; without, they are those after it.
+    """
     first = state.stage(event.get("stage"))
     if first is None or state.phase == "new" or state.attempts_in_flight:
         return
+    named = event.get("stages")
     for stage in state.stages[first.index :]:
+        if named is not None and stage.name not in named:
+            continue
         touched = stage.attempt > 0
         state.stages[stage.index] = StageState(
             stage.name,

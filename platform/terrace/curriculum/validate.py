@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from terrace.curriculum.machine import source_stage
+from terrace.curriculum.graph import source_stage
 from terrace.curriculum.watch import planned_steps
 from terrace.recipe.schema import PARTS, Recipe
 
@@ -13,17 +13,22 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     """Plain values for people and programs. Builds the model on the meta device: seconds, no weights."""
     from terrace.data.family import family_of
     from terrace.models.build import parameter_counts
+    from terrace.planner.adapters import with_adapters
+    from terrace.planner.parameters import trains_whole
+    from terrace.planner.shapes import model_shape
 
     counts, family = parameter_counts(recipe), family_of(recipe.model)
     stages = []
     for index, stage in enumerate(recipe.stages):
         trained = [part for part in PARTS if getattr(stage.train, part)]
+        whole = all(trains_whole(stage, part) for part in trained)
+        adapters = {} if whole else with_adapters(model_shape(recipe), stage, recipe.model).adapters
         stages.append(
             {
                 "name": stage.name,
                 "objective": stage.objective,
                 "trains": {part: getattr(stage.train, part).lr for part in trained},
-                "trained_parameters": sum(counts[part] for part in trained),
+                "trained_parameters": sum(adapters[part].parameters if part in adapters else counts[part] for part in trained),
                 "starts_from": source_stage(recipe, index),
                 "sequence_length": stage.sequence_length,
                 "batch_packs": stage.batch.packs,

@@ -36,7 +36,7 @@ from terrace.recipe.schema_inputs import REMEDIES
 from terrace.storage.files import absolute, is_remote, join, list_files, read_file, write_file
 
 TOKENIZER_TEXT_CHARACTERS = 4_000_000  # per source, from its first shards: enough for the small vocabularies trained here
-PREPARED_VERSION = 3
+PREPARED_VERSION = 4
 
 
 @dataclass
@@ -77,7 +77,8 @@ def prepare_data(
         storage, most = recipe.data.storage, recipe.data.max_image_pixels
         folder = build_index(name, source, reports[name], tokenizer, family, most, storage, progress, use_ray)
         entries[name] = {
-            "folder": _relative(folder, str(root)), "holdout_samples": source.holdout_samples, "max_samples": source.max_samples
+            "folder": _relative(folder, str(root)), "holdout_samples": source.holdout_samples, "holdout_share": source.holdout_share,
+            "max_samples": source.max_samples,
         }  # fmt: skip
     manifest = {
         "version": PREPARED_VERSION, "mark": mark, "seed": recipe.data.seed, "sources": entries,
@@ -100,13 +101,16 @@ def load_prepared(root: str | Path) -> PreparedData:
         drop = manifest["deduplicate"] == "drop"
         tokenizer_dir = Path(_resolved(manifest["tokenizer_dir"], root))
         places = {
-            name: (_resolved(entry["folder"], root), manifest["seed"], entry["holdout_samples"], entry["max_samples"])
+            name: (
+                _resolved(entry["folder"], root),
+                {"seed": manifest["seed"], **{key: entry[key] for key in ("holdout_samples", "holdout_share", "max_samples")}},
+            )
             for name, entry in manifest["sources"].items()
         }
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else f"cannot be understood ({error})"
         raise _broken(root, what) from error
-    indexes = {name: load_index(place[0], family, *place[1:], storage) for name, place in places.items()}
+    indexes = {name: load_index(place, family, storage, **choice) for name, (place, choice) in places.items()}
     leave_out_repeats(indexes, drop)
     return PreparedData(indexes, tokenizer_dir, root, family)
 

@@ -136,17 +136,23 @@ def _measure(
         if first_target[0] < 0 and kind in ("mark", "token") and flags[0][2]:
             first_target = (ids, len(visuals), before)
         if kind == "text":
-            tokens, offsets = tokenizer.encode_with_offsets(value)
+            breaks = running_text and "\n" in value
+            # Where no target and no line ends inside the text, its tokens are only counted: their places take as long as they do.
+            if breaks or len(flags) > 1:
+                tokens, offsets = tokenizer.encode_with_offsets(value)
+                count = len(tokens)
+            else:
+                count, offsets = tokenizer.count(value), []
             if first_target[0] < 0 and any(flag for _, _, flag in flags):
                 within = int(_token_flags(flags, offsets).argmax()) if len(flags) > 1 else 0
                 first_target = (ids + within, len(visuals), before)
-            if running_text:
+            if breaks:
                 cuts += [ids + place + 1 for place, (_, end) in enumerate(offsets[:-1]) if value[end - 1] == "\n"]
-            ids += len(tokens)
+            ids += count
             if len(flags) > 1:
                 supervised_tokens += int(_token_flags(flags, offsets).sum())
             elif flags[0][2]:
-                supervised_tokens += len(tokens)
+                supervised_tokens += count
             text_to_learn |= any(flag and value[start:stop].strip() for start, stop, flag in flags)
         elif kind in ("mark", "token"):
             ids += 1
@@ -309,7 +315,7 @@ def _encode(
             ids.append(tokenizer.token_id(value))
         else:
             visual, view = _visual(len(ids), value, all_views, family)
-            ids += [marks[kind]] * visual.tokens
+            ids += [marks[kind]] * visual.tokens if visual.tokens else []  # a family without placeholders has no mark for them
             visuals.append(visual)
             views.append(view)
             images.append(tuple(value["frames"]))

@@ -68,6 +68,10 @@ class TextTokenizer:
         """Token ids of plain text; marks of turns and images in it are text like any other."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids if text else []
 
+    def count(self, text: str) -> int:
+        """How many tokens `encode` gives."""
+        return len(self._tokenizer.encode(text, add_special_tokens=False)) if text else 0
+
     def encode_behind(self, before: str, text: str) -> list[int]:
         """Token ids of `text` where it follows `before` in one string, as a tokenizer that looks at the first letter writes it."""
         if not text:
@@ -149,6 +153,8 @@ def train_tokenizer(
         "model_max_length": 131072,
         "chat_template": family.chat_template,
     }
+    if family.token_names:
+        config["extra_special_tokens"] = {name: family.marks[role] for name, role in family.token_names.items()}
     (out_dir / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     _load.cache_clear()
     return load_tokenizer(out_dir)

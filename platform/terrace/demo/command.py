@@ -16,8 +16,7 @@ import yaml
 from terrace.errors import InputError
 from terrace.recipe.schema import Recipe
 
-RECIPES = Path(__file__).resolve().parents[3] / "jobs" / "recipes"
-DRAWN_RECIPE, FOLDER_RECIPE = RECIPES / "demo-morl.yaml", Path(__file__).with_name("folder.yaml")
+DRAWN_RECIPE, FOLDER_RECIPE = "demo-morl", Path(__file__).with_name("folder.yaml")
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
@@ -57,7 +56,6 @@ def _drawn_recipe(overrides: list[str], display) -> Recipe:
     from terrace.demo.corpus import draw_missing
     from terrace.recipe.loading import load_recipe
 
-    _require(DRAWN_RECIPE)
     recipe = load_recipe(DRAWN_RECIPE, overrides)
     draw_missing(recipe.data.sources, display.message, lambda done, total: display.activity("drawing scenes", done, total))
     return recipe
@@ -68,7 +66,6 @@ def _folder_recipe(folder: Path, run_dir: Path, overrides: list[str], display) -
     from terrace.demo.folder import find_sources, folder_recipe
     from terrace.recipe.loading import load_recipe
 
-    _require(FOLDER_RECIPE)
     path = run_dir / "folder-recipe.yaml"
     if path.is_file():
         earlier = {Path(source.uri).parent for source in load_recipe(path).data.sources.values()}
@@ -84,11 +81,6 @@ def _folder_recipe(folder: Path, run_dir: Path, overrides: list[str], display) -
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True, width=120))
     return load_recipe(path, overrides)
-
-
-def _require(recipe: Path) -> None:
-    if not recipe.is_file():
-        raise InputError(f"{recipe} is missing: `terrace demo` runs from a checkout of the repository (pip install -e .)")
 
 
 def show(recipe: Recipe, run_dir: Path, folder: Path | None) -> None:

@@ -1,4 +1,7 @@
-"""`terrace duplicates RECIPE`: which samples and pictures stand in several sources, and which of them are asked by evaluation suites."""
+"""`terrace duplicates RECIPE`, and `terrace ingest RECIPE --duplicates`: which samples and pictures stand in several sources, and which of
+
+them are asked by evaluation suites.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from terrace.data import command
 from terrace.errors import InputError
 
 
@@ -26,6 +30,30 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--suite", action="append", metavar="KIND:FILE", help="compare with this suite too (default: those of the stages)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per pair")
     parser.set_defaults(main=duplicates_command)
+    command.register(subparsers)
+    ingest = subparsers.choices["ingest"]
+    ingest.add_argument(
+        "--duplicates",
+        action="store_true",
+        help="with a recipe: then index the sources and look for samples and pictures that stand in two of them, or in a suite"
+        " (every picture is read and decoded, about 2 ms each)",
+    )
+    ingest.set_defaults(main=ingest_command)
+
+
+def ingest_command(args: argparse.Namespace) -> int:
+    """Ingest, and with `--duplicates` compare what was ingested."""
+    if not args.duplicates:
+        return command.ingest_command(args)
+    if args.recipe is None and args.uri is not None:
+        raise InputError("--duplicates compares the sources and suites of a recipe; name one instead of --uri")
+    if args.source:
+        raise InputError("--duplicates compares all sources of the recipe; leave --source out")
+    code = command.ingest_command(args)
+    if args.out:
+        args.overrides = [*args.overrides, f"data.cache_dir={json.dumps(args.out)}"]
+    args.suite = None
+    return code or duplicates_command(args)
 
 
 def duplicates_command(args: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ from terrace.data.tokenizer import TextTokenizer, load_tokenizer
 from terrace.data.types import Sample
 from terrace.evaluate.model_files import model_sight
 from terrace.families.interface import Sight
-from terrace.generation.tokens import stop_tokens
+from terrace.generation.tokens import forbidden_tokens, stop_tokens
 from terrace.models.batch import image_facts
 from terrace.models.families.interface import FamilyModel
 from terrace.models.families.registry import family_of_model
@@ -68,7 +68,7 @@ def load_speaker(
 def answer(speaker: Speaker, prompt: Sample, images: Sequence[bytes], max_new_tokens: int = 64) -> Answer:
     """The model's greedy continuation of `prompt` (up to the assistant's last turn, or the beginning of a running text).
 
-    `images` are the encoded files of the sample's images. Marks of pictures are never generated.
+    `images` are the encoded files of the sample's images. Marks of pictures, and ids that the tokenizer lacks, are never generated.
     """
     model, tokenizer, family = speaker.model, speaker.tokenizer, speaker.family
     language, device = family.language(model), next(model.parameters()).device
@@ -85,7 +85,7 @@ def answer(speaker: Speaker, prompt: Sample, images: Sequence[bytes], max_new_to
     positions = torch.from_numpy(read.positions.astype(np.int64)).to(device)[:, None]  # [P, 1, L]
     following = torch.from_numpy(read.next_positions).to(device).view(-1, 1, 1)
     ends = set(stop_tokens(tokenizer, model.config))
-    never = torch.tensor([tokenizer.marks(family.family)[role] for role in family.family.never], device=device)
+    never = torch.tensor(forbidden_tokens(tokenizer, model.config), device=device)
     cache, token_ids = DynamicCache(config=model.config.text_config), []
     for _ in range(max_new_tokens):
         hidden = language(

@@ -110,6 +110,7 @@ class Family(ABC):
     fact_count: ClassVar[int] = 1
     videos: ClassVar[bool] = False
     chat_template: ClassVar[str] = ""  # Jinja, the same tokens as `conversation`: for tokenizers trained here
+    token_names: ClassVar[Mapping[str, str]] = {}  # attributes that transformers' processor asks its tokenizer for -> role, likewise
     token_fields: ClassVar[Mapping[str, str]] = {"image_token_id": "image"}  # configuration field -> role
     text_fields: ClassVar[Mapping[str, str]] = {}  # further fields of `text_config` -> role
     gives: ClassVar[str] = "text"  # what the model gives: text, or `vectors` of pictures and texts

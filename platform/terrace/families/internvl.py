@@ -34,6 +34,10 @@ class InternVL(ChatML):
     never: ClassVar[tuple[str, ...]] = ("image", "image_start", "image_end", "start_of_turn")
     fact_count: ClassVar[int] = 2
     chat_template: ClassVar[str] = chat_template("<IMG_CONTEXT>")
+    token_names: ClassVar[Mapping[str, str]] = {
+        "start_image_token": "image_start", "end_image_token": "image_end", "context_image_token": "image",
+        "video_token": "end_of_text",  # asked for; stands for nothing, since no videos are read here
+    }  # fmt: skip
 
     side: int = 448
     tokens: int = 256  # of a tile

@@ -5,7 +5,8 @@ Letters: H width of the language model, W width of the vision tower.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,26 @@ class LanguageShape:
 
 
 @dataclass(frozen=True)
+class AdapterShape:
+    """Low-rank adapters of a part, all of its layers together."""
+
+    parameters: int
+    ranks: int  # numbers per token between A and B
+    dropped: int = 0  # numbers per token that go through dropout
+
+    def plus(self, other: AdapterShape) -> AdapterShape:
+        return AdapterShape(self.parameters + other.parameters, self.ranks + other.ranks, self.dropped + other.dropped)
+
+
+NO_ADAPTERS = AdapterShape(0, 0)
+
+
+@dataclass(frozen=True)
 class ModelShape:
     vision: VisionShape
     projector: ProjectorShape
     language: LanguageShape
+    adapters: Mapping[str, AdapterShape] = field(default_factory=dict)  # part -> those that a stage trains in its place
+
+    def adapters_of(self, part: str) -> AdapterShape:
+        return self.adapters.get(part, NO_ADAPTERS)

@@ -151,12 +151,9 @@ def vision_shape(vision: Mapping[str, Any], patches: int, other_parameters: int,
 def text_shape(text: Mapping[str, Any], vocabulary: int | None, head_parameters: int = 0) -> LanguageShape:
     """A text tower: token and position embeddings, blocks, a final LayerNorm, and what follows it."""
     width, heads = int(text["hidden_size"]), int(text["num_attention_heads"])
-    size = text.get("vocab_size") or vocabulary
-    if size is None:
-        raise KeyError("text_config.vocab_size")
     return LanguageShape(
         layers=int(text["num_hidden_layers"]), width=width, intermediate=int(text["intermediate_size"]), heads=heads, key_heads=heads,
-        head_size=width // heads, vocabulary=int(size), tied=True, attention_biases=True, gated=False,
+        head_size=width // heads, vocabulary=int(text.get("vocab_size") or vocabulary or 0), tied=True, attention_biases=True, gated=False,
         layer_parameters=block_parameters(text),
         other_parameters=int(text["max_position_embeddings"]) * width + width + head_parameters,  # and the bias of the final norm
     )  # fmt: skip

@@ -67,6 +67,9 @@ GroupReady = Callable[
 ]  # (place of the prompt, its responses), as soon as a group is complete
 
 
+Heard = Callable[[int, int, Sequence[int]], None]  # (place of the prompt, sample, its next tokens); an error of it ends generation
+
+
 class RolloutEngine(Protocol):
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, ready: GroupReady | None = None

@@ -21,7 +21,7 @@ import torch
 
 from terrace.data.types import PackedExample, joined_pixels
 from terrace.generation.cache import SharedPromptCache
-from terrace.generation.interface import GroupReady, Prompt, Response, Sampling, uniforms
+from terrace.generation.interface import GroupReady, Heard, Prompt, Response, Sampling, uniforms
 from terrace.models.batch import to_device
 from terrace.models.precision import DTYPES, compute_context
 from terrace.models.shared_prompt import Unit, decode_logits, units_hidden
@@ -47,9 +47,9 @@ class NativeEngine:
         self._stop = torch.tensor(sorted(stop), dtype=torch.int64, device=self._device)
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, ready: GroupReady | None = None
+        self, prompts: Sequence[Prompt], sampling: Sampling, ready: GroupReady | None = None, heard: Heard | None = None
     ) -> list[list[Response]]:
-        """Waves of at most `max_rows` sequences, prompts in order."""
+        """Waves of at most `max_rows` sequences, prompts in order. `heard` is told every token as it comes."""
         per_wave = max(1, self._max_rows // sampling.samples)
         training = self._model.training
         self._model.eval()
@@ -63,7 +63,11 @@ class NativeEngine:
                         if ready is not None:
                             ready(start + place, group)
 
-                    groups += self._wave(wave, sampling, group_ready)
+                    def token_heard(sequence: int, token: int, start: int = start) -> None:
+                        if heard is not None:
+                            heard(start + sequence // sampling.samples, sequence % sampling.samples, [token])
+
+                    groups += self._wave(wave, sampling, group_ready, token_heard if heard is not None else None)
         finally:
             self._model.train(training)
         return groups
@@ -82,7 +86,9 @@ class NativeEngine:
 
     # ------------------------------------------------------------ one wave
 
-    def _wave(self, prompts: Sequence[Prompt], sampling: Sampling, ready: GroupReady) -> list[list[Response]]:
+    def _wave(
+        self, prompts: Sequence[Prompt], sampling: Sampling, ready: GroupReady, heard: Callable[[int, int], None] | None = None
+    ) -> list[list[Response]]:
         count, samples = len(prompts), sampling.samples
         hidden, cache = self._prefill(prompts, sampling)
         noise = np.stack([uniforms(sampling.seed, p, s, sampling.max_tokens) for p in prompts for s in range(samples)])
@@ -97,6 +103,9 @@ class NativeEngine:
             tokens, logprobs = sample_tokens(logits, draws, self._forbidden, sampling)
             stopped = torch.isin(tokens, self._stop)
             wave.record(row_numbers, live, tokens.cpu().numpy(), logprobs.cpu().numpy(), stopped.cpu().numpy())
+            if heard is not None:
+                for sequence, token in zip(row_numbers[live].tolist(), tokens.cpu().numpy()[live].tolist()):
+                    heard(sequence, token)
             live &= ~stopped.cpu().numpy()
             if not live.any() or step + 1 == sampling.max_tokens:
                 break

@@ -18,7 +18,7 @@ from typing import Any
 
 from terrace.errors import InputError, TerraceError
 from terrace.families.interface import Family
-from terrace.generation.interface import GroupReady, Prompt, Response, Sampling
+from terrace.generation.interface import GroupReady, Heard, Prompt, Response, Sampling
 from terrace.generation.vllm_process import watch
 from terrace.generation.vllm_requests import MOST_IMAGES, checked_prompt, request_of, response_of, sampling_values
 
@@ -91,8 +91,11 @@ class Vllm:
             self._llm: Any = LLM(**_arguments(loading, family, config))
         self._guard = watch(self._llm.llm_engine.engine_core, EngineDeadError)
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, ready: GroupReady | None = None) -> list[list[Response]]:
-        """One request per sample, each with its own seed from (seed, prompt, sample). Raises VllmLost, InputError."""
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, ready: GroupReady | None = None, heard: Heard | None = None
+    ) -> list[list[Response]]:
+        """One request per sample, each with its own seed from (seed, prompt, sample); `heard` is told tokens as they come.
+        Raises VllmLost, InputError."""
         from vllm import SamplingParams
 
         requests, parameters = [], []
@@ -106,11 +109,16 @@ class Vllm:
         with _named(self._loading):
             names = self._llm.enqueue(requests, parameters, use_tqdm=False)
         places = {name.partition("-")[0]: number for number, name in enumerate(names)}  # answers come without the random ending
+        told = dict.fromkeys(places, 0)  # tokens of each request that were heard
         try:
             while places:
                 with _named(self._loading):
-                    outputs = [output for output in self._llm.llm_engine.step() if output.finished]
-                for output in outputs:
+                    stepped = self._llm.llm_engine.step()
+                for output in stepped if heard is not None else ():
+                    if output.request_id in places and (tokens := list(output.outputs[0].token_ids)[told[output.request_id] :]):
+                        told[output.request_id] += len(tokens)
+                        heard(*divmod(places[output.request_id], sampling.samples), tokens)
+                for output in [output for output in stepped if output.finished]:
                     place, sample = divmod(places.pop(output.request_id), sampling.samples)
                     checked_prompt(prompts[place], output.prompt_token_ids)
                     groups[place][sample] = response_of(output.outputs[0], sampling)

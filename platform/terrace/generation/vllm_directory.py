@@ -9,7 +9,7 @@ from typing import Any
 from terrace.data.tokenizer import TextTokenizer
 from terrace.errors import InputError
 from terrace.families.interface import Sight
-from terrace.generation.interface import GroupReady, Prompt, Response, Sampling
+from terrace.generation.interface import GroupReady, Heard, Prompt, Response, Sampling
 from terrace.generation.tokens import forbidden_tokens, stop_tokens
 from terrace.generation.vllm import Loading, Tokens, Vllm, require_vllm
 from terrace.generation.vllm_folder import PrivateFolder, settled_bounds, with_bounds
@@ -23,25 +23,27 @@ class DirectoryEngine:
 
     def __init__(self, model: Path, config: Any, tokenizer: TextTokenizer, sight: Sight, device: str, precision: str) -> None:
         require_vllm(device, "--engine")
-        self._longest = min(LONGEST, config.text_config.max_position_embeddings)
+        self.longest = min(LONGEST, config.text_config.max_position_embeddings)
         self._private = PrivateFolder()
         try:
             bounds = settled_bounds(sight.family, sight.pixels[1])
             folder = with_bounds(model, sight.family, bounds, self._private.path / "model")
             tokens = Tokens(config.image_token_id, forbidden_tokens(tokenizer, config), stop_tokens(tokenizer, config))
-            self._loaded = Vllm(Loading(folder, device, DTYPE_NAMES[precision], self._longest), sight.family, config, tokens)
+            self._loaded = Vllm(Loading(folder, device, DTYPE_NAMES[precision], self.longest), sight.family, config, tokens)
         except BaseException:
             self._private.close()
             raise
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, ready: GroupReady | None = None) -> list[list[Response]]:
+    def generate(
+        self, prompts: Sequence[Prompt], sampling: Sampling, ready: GroupReady | None = None, heard: Heard | None = None
+    ) -> list[list[Response]]:
         for prompt in prompts:
-            if len(prompt.input_ids) + sampling.max_tokens > self._longest:
+            if len(prompt.input_ids) + sampling.max_tokens > self.longest:
                 raise InputError(
                     f"case {prompt.id}: {len(prompt.input_ids)} tokens and an answer of up to {sampling.max_tokens} are more than "
-                    f"engine vllm is opened for ({self._longest}); use --engine native, or smaller --pixels"
+                    f"engine vllm is opened for ({self.longest}); use --engine native, or smaller --pixels"
                 )
-        return self._loaded.generate(prompts, sampling, ready)
+        return self._loaded.generate(prompts, sampling, ready, heard)
 
     def close(self) -> None:
         """End the engine and its process."""

@@ -74,17 +74,24 @@ def meta_model(config: Any) -> Any:
 
 def restore_buffers(model: Any) -> None:
     """Compute the buffers that no checkpoint holds (rotary frequencies, numbers of positions): those with a fraction in
-    float32 whatever the weights are, whole numbers as they are."""
+    float32 whatever the weights are, whole numbers as they are. Weights stay: some classes draw those of a module in the same
+    function, which leaves alone what is marked as there."""
     owner = model
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             owner = module
         buffers = dict(module.named_buffers(recurse=False))
-        if buffers:
-            for name, buffer in buffers.items():
-                if buffer.is_floating_point():
-                    setattr(module, name, buffer.float())
-            owner._init_weights(module)
+        if not buffers:
+            continue
+        for name, buffer in buffers.items():
+            if buffer.is_floating_point():
+                setattr(module, name, buffer.float())
+        weights = list(module.parameters())
+        for weight in weights:
+            weight._is_hf_initialized = True
+        owner._init_weights(module)
+        for weight in weights:
+            del weight._is_hf_initialized
 
 
 def materialise(

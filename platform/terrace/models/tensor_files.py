@@ -95,7 +95,7 @@ class Directory:
     def __init__(self, path: str | Path, family: FamilyModel | None = None, storage: Storage = DEFAULT_STORAGE) -> None:
         """`family` says how names are spelt; without one it is that of the directory's own config.json, if there is one."""
         self.path, self._storage = str(path).rstrip("/"), storage
-        names = {file.uri.rsplit("/", 1)[-1] for file in list_files(self.path, storage)} if self._remote else _names(Path(self.path))
+        names = _stored_names(self.path, storage) if self._remote else _names(Path(self.path))
         files = sorted(name for name in names if name.endswith(".safetensors"))
         if not files:
             raise InputError(f"{self.path}: no *.safetensors file; a Hugging Face model directory is expected")
@@ -142,6 +142,12 @@ class Directory:
     def read(self, name: str) -> torch.Tensor:
         file, stored = self._places[name]
         return file.read(stored)
+
+
+def _stored_names(folder: str, storage: Storage) -> set[str]:
+    """Files of a stored folder, without those in folders of it (the adapters of a stage have tensors of their own)."""
+    found = {file.uri.removeprefix(f"{folder}/") for file in list_files(folder, storage)}
+    return {name for name in found if "/" not in name}
 
 
 def _names(folder: Path) -> set[str]:

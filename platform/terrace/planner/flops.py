@@ -89,7 +89,7 @@ def forward_flops(shape: ModelShape, load: PackLoad) -> dict[PartName, float]:
 
 
 def _forward(shape: ModelShape, load: PackLoad) -> dict[PartName, dict[str, float]]:
-    """Per part: `embed` (no gradient of its input is ever needed), `linear`, `attention`, `head`."""
+    """Per part: `embed` (no gradient of its input is ever needed), `linear`, `attention`, `head`, and low-rank `adapters`."""
     vision, language = shape.vision, shape.language
     products = 3 if vision.gated else 2
     windowed = vision.depth - vision.full_blocks
@@ -98,15 +98,25 @@ def _forward(shape: ModelShape, load: PackLoad) -> dict[PartName, dict[str, floa
     layer = language.width * (2 * language.query_width + 2 * language.key_width + (3 if language.gated else 2) * language.intermediate)
     matrices = vision.width * (4 * vision.width + products * vision.intermediate)
     idle = vision.idle_blocks / vision.depth
+    adapters = {
+        "vision": 2 * rows * shape.adapters_of("vision").parameters,
+        "projector": 2 * load.visual_tokens * shape.projector.times * shape.adapters_of("projector").parameters,
+        "language": 2 * load.tokens * shape.adapters_of("language").parameters,
+    }
     return {
         "vision": {
+            "adapters": adapters["vision"],
             "embed": 2 * load.patches * vision.patch_values * vision.width,
             "linear": 2 * rows * (vision.depth - vision.idle_blocks) * matrices,
             "attention": 4 * vision.width * squares * (1 - idle),
             "idle": 2 * rows * vision.idle_blocks * matrices + 4 * vision.width * squares * idle,  # forward only
         },
-        "projector": {"linear": 2 * load.visual_tokens * shape.projector.times * shape.projector.products},
+        "projector": {
+            "adapters": adapters["projector"],
+            "linear": 2 * load.visual_tokens * shape.projector.times * shape.projector.products,
+        },
         "language": {
+            "adapters": adapters["language"],
             "linear": 2 * load.tokens * language.layers * layer,
             "attention": 4 * language.query_width * language.layers * load.token_squares,
             "head": 2 * load.supervised_tokens * language.width * language.vocabulary,
@@ -139,13 +149,15 @@ def training_flops(shape: ModelShape, load: PackLoad, trained: Sequence[PartName
     forward = _forward(shape, load)
     backward: dict[PartName, float] = {}
     for place, part in enumerate(PARTS):
-        weights = part in trained  # gradients of this part's weights
-        inputs = weights or any(before in trained for before in PARTS[:place])  # of what comes into it
+        adapters = shape.adapters_of(part).parameters
+        weights = part in trained and not adapters  # gradients of this part's weights
+        inputs = part in trained or any(before in trained for before in PARTS[:place])  # of what comes into it
         linear = forward[part]["linear"] + forward[part].get("head", 0.0)
         backward[part] = (
             linear * (weights + inputs)
             + forward[part].get("attention", 0.0) * 2 * inputs  # two products forward, four backward
             + forward[part].get("embed", 0.0) * weights
+            + forward[part].get("adapters", 0.0) * 2
         )
     recompute = {
         part: sum(forward[part].get(kind, 0.0) for kind in ("linear", "attention")) if part in checkpointed else 0.0 for part in PARTS

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from math import gcd
 
 from terrace.families.shapes import ModelShape
-from terrace.planner.parameters import part_sizes, trained_parts
+from terrace.planner.parameters import part_sizes, trainable_counts, trains_whole
 from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import PARTS, PartName, Stage
 
@@ -117,7 +117,7 @@ class _State:
 
 def _under_way(shape: ModelShape, stage: Stage, state: _State, language_share: float) -> float:
     """Gradients beyond `gradients` when the output layer's and a share of the language blocks' are there."""
-    if stage.train.language is None:
+    if not trains_whole(stage, "language"):
         return 0.0
     head = FP32 * shape.language.vocabulary * shape.language.width
     so_far = head + language_share * (FP32 * part_sizes(shape)["language"].total - head)
@@ -127,8 +127,8 @@ def _under_way(shape: ModelShape, stage: Stage, state: _State, language_share: f
 def _state(shape: ModelShape, stage: Stage, workers: int, compute: int, on_gpu: bool) -> _State:
     """Bytes of weights, gradients and optimizer per GPU, and of what the strategy needs to work on them."""
     sizes = part_sizes(shape)
-    everything = sum(size.total for size in sizes.values())
-    trained = sum(sizes[part].total - sizes[part].unused for part in trained_parts(stage))
+    everything = sum(size.total + shape.adapters_of(part).parameters for part, size in sizes.items())
+    trained = sum(trainable_counts(shape, stage).values())
     largest_block = max(size.block for size in sizes.values())
     outer = shape.language.vocabulary * shape.language.width * (1 if shape.language.tied else 2)
     parallel, shards = stage.parallel, workers
@@ -191,7 +191,7 @@ def _head_buffers(shape: ModelShape, stage: Stage, compute: int, pack: PackSize)
         return 0.0
     matrix = shape.language.vocabulary * shape.language.width
     copies = compute * matrix if compute < FP32 and stage.parallel.strategy == "ddp" else 0
-    if stage.train.language is not None:
+    if trains_whole(stage, "language"):
         copies += FP32 * matrix + compute * matrix
     return copies + FP32 * pack.supervised_tokens * shape.language.width
 
@@ -208,7 +208,7 @@ class _Activations:
 def _language_activations(shape: ModelShape, stage: Stage, pack: PackSize, compute: int, on_gpu: bool) -> _Activations:
     language, train = shape.language, stage.train.language
     residual = FP32 if stage.parallel.strategy == "ddp" else compute
-    layer = _language_layer(shape, stage, compute, on_gpu)
+    layer = _language_layer(shape, stage, compute, on_gpu) + _adapter_values(shape, "language", compute) / language.layers
     working = pack.tokens * (3 * language.intermediate * compute + 2 * language.width * residual)
     if not gradients_reach(stage, "language"):
         return _Activations(0.0, working)
@@ -239,12 +239,19 @@ def _language_layer(shape: ModelShape, stage: Stage, compute: int, on_gpu: bool)
     return norms + attention + rotary + feed_forward
 
 
+def _adapter_values(shape: ModelShape, part: PartName, compute: int) -> float:
+    """Bytes per token that a part's adapters keep beside what its layers keep when they train: between A and B, and behind dropout
+    (values and a mask)."""
+    adapters = shape.adapters_of(part)
+    return adapters.ranks * compute + adapters.dropped * (compute + 1)
+
+
 def _vision_activations(shape: ModelShape, stage: Stage, pack: PackSize, compute: int, on_gpu: bool) -> _Activations:
     """Vision tower and projector."""
     vision, train = shape.vision, stage.train.vision
     patches = pack.visual_tokens * vision.patches_per_token
     residual = FP32 if stage.parallel.strategy == "ddp" else compute
-    block = _vision_block(shape, stage, compute, on_gpu)
+    block = _vision_block(shape, stage, compute, on_gpu) + _adapter_values(shape, "vision", compute) / vision.depth
     products = 3 if vision.gated else 2
     working = patches * (products * vision.intermediate * compute + 2 * vision.width * residual)
     merged = shape.projector.inner * shape.projector.times
@@ -253,7 +260,7 @@ def _vision_activations(shape: ModelShape, stage: Stage, pack: PackSize, compute
         trained = stage.train.projector is not None
         kept += patches * vision.width * (FP32 + (FP32 if trained else 0)) + pack.visual_tokens * merged * compute
         kept += 2 * pack.visual_tokens * merged * compute if trained else 0.0
-        kept += pack.visual_tokens * shape.language.width * residual
+        kept += pack.visual_tokens * (shape.language.width * residual + _adapter_values(shape, "projector", compute))
     if train is None:
         return _Activations(kept, working)
     kept += patches * vision.patch_values * compute  # the pixels, for the patch embedding's gradient

@@ -53,7 +53,15 @@ def trained_parts(stage: Stage) -> list[PartName]:
     return [part for part in PARTS if getattr(stage.train, part) is not None]
 
 
+def trains_whole(stage: Stage, part: PartName) -> bool:
+    """Whether the part's own weights train, rather than nothing or its adapters."""
+    training = getattr(stage.train, part)
+    return training is not None and training.lora is None
+
+
 def trainable_counts(shape: ModelShape, stage: Stage) -> dict[PartName, int]:
-    """Parameters that the stage trains, 0 for frozen parts."""
-    trained = trained_parts(stage)
-    return {part: sizes.total - sizes.unused if part in trained else 0 for part, sizes in part_sizes(shape).items()}
+    """Parameters that the stage trains, 0 for frozen parts. `shape` knows the stage's adapters (planner.adapters)."""
+    return {
+        part: sizes.total - sizes.unused if trains_whole(stage, part) else shape.adapters_of(part).parameters
+        for part, sizes in part_sizes(shape).items()
+    }

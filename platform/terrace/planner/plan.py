@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from terrace.planner.adapters import with_adapters
 from terrace.planner.changes import Change, nearest_changes
 from terrace.planner.data_facts import SourceFacts
 from terrace.planner.flops import PackFlops, training_flops
@@ -95,7 +96,8 @@ def make_plan(
     shape = model_shape(recipe)
     share = mfu or planning.mfu
     stages = [
-        _stage_plan(recipe, stage, shape, found, gpus, share, facts[index] if facts else {}) for index, stage in enumerate(recipe.stages)
+        _stage_plan(recipe, stage, with_adapters(shape, stage, recipe.model), found, gpus, share, facts[index] if facts else {})
+        for index, stage in enumerate(recipe.stages)
     ]
     return Plan(recipe, gpu_name, found, share, price, stages)
 

@@ -2,8 +2,8 @@
 
     recipe = load_recipe("jobs/recipes/demo.yaml", ["stages.alignment.budget.steps=5"])
 
-Layers, later over earlier: the file that `extends:` names (relative to the extending file, any depth), the file, the
-overrides. Maps merge, lists are replaced, except that `stages` may be a map of changes by stage name (and of further
+Layers, later over earlier: the file that `extends:` names (relative to the extending file, or a shipped recipe's short name, any
+depth), the file, the overrides. Maps merge, lists are replaced, except that `stages` may be a map of changes by stage name (and of further
 stages, which come last). Validation is strict: a string is never read as a number nor a number as a boolean. All
 problems are reported at once (RecipeError).
 """
@@ -21,7 +21,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from terrace.errors import nearest
-from terrace.recipe import document
+from terrace.recipe import document, shipped
 from terrace.recipe.document import Entry
 from terrace.recipe.errors import Path, Place, Problem, RecipeError
 from terrace.recipe.schema import PARTS, Recipe
@@ -31,11 +31,15 @@ FREE_FORM = {"config", "options"}  # maps whose values are passed on as they are
 
 
 def load_recipe(path: FilePath | str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe in `path` under `key.path=value` overrides. RecipeError names every problem with file and line."""
-    root = _read_layers(FilePath(path), [])
+    """The recipe in `path`, a file or a shipped recipe's short name, under `key.path=value` overrides.
+
+    RecipeError names every problem with file and line.
+    """
+    file = shipped.recipe_file(FilePath(path))
+    root = _read_layers(file, [])
     for override in overrides:
         root = _apply_override(root, override)
-    return _validate(root, str(path))
+    return _validate(root, str(file))
 
 
 def parse_recipe(mapping: Mapping[str, Any], name: str = "recipe") -> Recipe:
@@ -56,6 +60,7 @@ def recipe_hash(recipe: Recipe) -> str:
 # What changes where and how fast a stage runs but not what it computes (up to rounding): absent from its hash, so that
 # a run may resume with other workers, another strategy or other checkpoint intervals.
 LAYOUT_KEYS = {
+    "after",
     "resources",
     "parallel",
     "checkpoint",
@@ -78,9 +83,13 @@ def stage_hash(recipe: Recipe, index: int) -> str:
     stage = recipe.stages[index]
     settings = stage.model_dump(mode="json", exclude=LAYOUT_KEYS)
     settings["data_loading"] = {key: settings["data_loading"][key] for key in ("window_samples", "max_visual_tokens_per_pack")}
+    if stage.final_precision == "auto":
+        del settings["final_precision"]
     for part in PARTS:
         if settings["train"][part]:
             del settings["train"][part]["activation_checkpointing"]
+            if settings["train"][part]["lora"] is None:  # stages of before there were adapters go on
+                del settings["train"][part]["lora"]
     for key in LAYOUT_KEYS_GRPO if settings["grpo"] else ():
         del settings["grpo"][key]
     before = start_index(recipe, index)
@@ -117,7 +126,7 @@ def _read_layers(path: FilePath, chain: list[FilePath], named_by: Place | None =
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise RecipeError([Problem((), f"cannot read the recipe {path}: {reason}", named_by)]) from None
+        raise RecipeError([Problem((), f"cannot read the recipe {path}: {reason}{shipped.hint(path)}", named_by)]) from None
     root = document.expand_shorthands(document.read_yaml(text, str(path)))
     if not isinstance(root.value, dict):
         raise RecipeError([Problem((), "a recipe is a map of keys (name, model, data, stages, ...)", root.place)])
@@ -125,8 +134,9 @@ def _read_layers(path: FilePath, chain: list[FilePath], named_by: Place | None =
     if extends is None:
         return root
     if not isinstance(extends.value, str) or not extends.value:
-        raise RecipeError([Problem(("extends",), "takes the path of one recipe, relative to this file", extends.place)])
-    base = _read_layers(path.parent / extends.value, [*chain, real], extends.place)
+        takes = "takes one recipe: its path, relative to this file, or the short name of a shipped one"
+        raise RecipeError([Problem(("extends",), takes, extends.place)])
+    base = _read_layers(shipped.extended_file(path, extends.value), [*chain, real], extends.place)
     return document.merge(base, root)
 
 

@@ -29,10 +29,11 @@ anything; every problem is reported at once with its file, line and the nearest 
 
 - **Numbers** are read as numbers: `300e9`, `1e-4` and `64_000_000` need no quotes. `yes`, `on` and `12:30` are
   text.
-- **`extends: other.yaml`** takes another recipe as the base (relative to this file, any depth). Maps are merged key
-  by key and lists are replaced; `stages` may be a map of changes by stage name, and a stage of another name that
-  gives `train`, `mixture` and `budget` comes after the others. `null` removes a source of `data.sources`, `mixture` or
-  `rewards`. Of keys that exclude each other (`budget`, `model.config` and `pretrained`, `tokenizer`) the later one wins.
+- **`extends: other.yaml`** takes another recipe as the base (relative to this file, or the short name of a shipped one;
+  any depth). Maps are merged key by key and lists are replaced; `stages` may be a map of changes by stage name, and a
+  stage of another name that gives `train`, `mixture` and `budget` comes after the others. `null` removes a source of
+  `data.sources`, `mixture` or `rewards`. Of keys that exclude each other (`budget`, `model.config` and `pretrained`,
+  `tokenizer`) the later one wins.
 - **Overrides** on the command line, `key.path=value`, come last. Stages are named by number or by name:
   `stages.0.budget.steps=5`, `stages.alignment.budget.steps=5`. Values are YAML: `stages.0.resources.workers="[2,
   4]"`.
@@ -62,7 +63,10 @@ def recipe_json_schema() -> dict[str, Any]:
     schema["properties"]["tokenizer"] = _either({"type": "string"}, schema["properties"]["tokenizer"])
     changes = {"type": "object", "additionalProperties": {"type": "object"}, "description": "Changes by stage name."}
     schema["properties"]["stages"] = _either(schema["properties"]["stages"], changes)
-    schema["properties"]["extends"] = {"type": "string", "description": "Recipe to build on, relative to this file."}
+    schema["properties"]["extends"] = {
+        "type": "string",
+        "description": "Recipe to build on: a file relative to this one, or the short name of a shipped recipe.",
+    }
     schema["anyOf"] = [{"required": schema.pop("required")}, {"required": ["extends"]}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 

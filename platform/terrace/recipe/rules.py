@@ -12,7 +12,7 @@ from pathlib import PurePath
 from terrace.errors import InputError, nearest
 from terrace.families.interface import Family
 from terrace.families.registry import make_family
-from terrace.recipe import rules_credentials, rules_model, rules_objectives, rules_rl
+from terrace.recipe import rules_credentials, rules_lora, rules_model, rules_objectives, rules_order, rules_rl
 from terrace.recipe.errors import Path, Problem
 from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import PARTS, Recipe, Stage
@@ -33,12 +33,13 @@ def check(recipe: Recipe) -> list[Problem]:
     """Every problem of a recipe whose fields are well typed, in the order of its keys. Empty: the recipe may run."""
     problems = [*rules_model.check(recipe), *rules_credentials.check(recipe)]
     problems += _data(recipe)
-    problems += [*_planning(recipe), *_stage_names(recipe)]
+    problems += [*_planning(recipe), *rules_order.check(recipe)]
     for index, stage in enumerate(recipe.stages):
         at: Path = ("stages", index)
         for rule in (_parts, _mixture, _budget, _resolution, _workers, _parallel, _precision, _failure, _evaluation, _checkpoint):
             problems += rule(recipe, stage, at)
         problems += [*rules_objectives.check(recipe, stage, at), *rules_rl.check(recipe, stage, at)]
+        problems += rules_lora.check(recipe, stage, at, _before(recipe, index))
     return problems
 
 
@@ -62,7 +63,7 @@ def visual_tokens_of_largest_image(family: Family, stage: Stage, source_limit: i
     return tokens if source_limit is None else min(tokens, source_limit)
 
 
-# ---------------------------------------------------------------- data and names
+# ---------------------------------------------------------------- data
 
 
 def _data(recipe: Recipe) -> Iterator[Problem]:
@@ -75,6 +76,8 @@ def _data(recipe: Recipe) -> Iterator[Problem]:
                 (*at, "holdout_samples"),
                 f"holds out {source.holdout_samples} of at most {source.max_samples} samples: none is left to train on",
             )
+        if source.holdout_samples and source.holdout_share:
+            yield Problem((*at, "holdout_share"), "holdout_samples says a number already; keep one of the two")
 
 
 def _planning(recipe: Recipe) -> Iterator[Problem]:
@@ -82,24 +85,6 @@ def _planning(recipe: Recipe) -> Iterator[Problem]:
         if name not in recipe.data.sources:
             hint = nearest(name, recipe.data.sources)
             yield Problem(("planning", "source_tokens_per_sample", name), f"`{name}` is not a source{hint}")
-
-
-def _stage_names(recipe: Recipe) -> Iterator[Problem]:
-    names = [stage.name for stage in recipe.stages]
-    for index, stage in enumerate(recipe.stages):
-        if stage.name in names[:index]:
-            yield Problem(
-                ("stages", index, "name"),
-                f"`{stage.name}` is also the name of stage {names.index(stage.name)} (counted from 0)",
-            )
-        start = stage.start_from
-        if start is None:
-            continue
-        key: Path = ("stages", index, "start_from")
-        if start not in names:
-            yield Problem(key, f"there is no stage `{start}`{nearest(start, names[:index])}")
-        elif start not in names[:index]:
-            yield Problem(key, f"stage `{start}` does not run before `{stage.name}`; a stage starts from an earlier one")
 
 
 # ---------------------------------------------------------------- parts and mixture
@@ -312,9 +297,9 @@ def _failure(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
 def produced_metrics(recipe: Recipe, stage: Stage) -> list[str]:
     """Names of the metrics a stage reports that are known before it runs (suites add `eval/<suite>/<metric>`)."""
     sources = [recipe.data.sources[name] for name in stage.mixture.weights if name in recipe.data.sources]
-    kinds = dict.fromkeys(source.kind for source in sources if source.holdout_samples > 0)
+    kinds = dict.fromkeys(source.kind for source in sources if source.holds_out)
     if stage.objective == "grpo":
-        tasks = dict.fromkeys(source.task for source in sources if source.holdout_samples > 0 and source.task)
+        tasks = dict.fromkeys(source.task for source in sources if source.holds_out and source.task)
         metrics = [f"eval/{figure}/{task}" for task in tasks for figure in ("reward", "greedy_reward")]
     elif stage.objective == "reward_model":
         metrics = ["eval/preference/loss", "eval/preference/accuracy"] if kinds else []
@@ -332,7 +317,7 @@ def _metric_problem(recipe: Recipe, stage: Stage, metric: str) -> str | None:
         return None
     kinds = {recipe.data.sources[name].kind for name in stage.mixture.weights if name in recipe.data.sources}
     if words[0] == "eval" and words[1:2] and words[1] in kinds and words[2:] == ["loss"]:
-        return f"`{metric}` is not measured: no source of kind {words[1]} in this stage's mixture has holdout_samples"
+        return f"`{metric}` is not measured: no source of kind {words[1]} in this stage's mixture has holdout_samples or holdout_share"
     return f"`{metric}` is not measured in this stage{nearest(metric, produced, limit=12)}"
 
 
@@ -370,7 +355,7 @@ def _evaluation(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
     if stage.evaluate.every_steps is not None and not measured and not stage.evaluate.suites:
         yield Problem(
             (*at, "evaluate", "every_steps"),
-            "there is nothing to evaluate: no source of the mixture has holdout_samples and no suite is named",
+            "there is nothing to evaluate: no source of the mixture has holdout_samples or holdout_share, and no suite is named",
         )
 
 

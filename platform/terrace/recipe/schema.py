@@ -32,6 +32,7 @@ from terrace.recipe.schema_inputs import (
     Strict,
     Tokenizer,
 )
+from terrace.recipe.schema_lora import Lora
 
 # Names that readers of a recipe import from here, wherever in the schema they are defined.
 __all__ = ["PARTS", "Initialisation", "PartName", "Recipe", "SampleKind", "Source", "Stage", "Storage"]
@@ -48,6 +49,7 @@ class PartTraining(Strict):
     optimizer_state: Literal["reset", "keep"] = Field("reset", description="At the stage's start, if the part trained before.")
     activation_checkpointing: bool = Field(False, description="Recompute the part's activations in the backward pass to save memory.")
     weight_decay: Annotated[float, Field(ge=0)] | None = Field(None, description="Overrides the optimizer's for this part.")
+    lora: Lora | None = Field(None, description="Low-rank adapters train in place of the part's own weights.")
 
 
 class TrainedParts(Strict):
@@ -232,6 +234,9 @@ class Stage(Strict):
     name: Name = Field(description="Name of the stage, unique in the recipe.")
     objective: ObjectiveName = Field("lm", description="What a step optimises.")
     start_from: Name | None = Field(None, description="The stage whose final weights this one starts from; default: the previous.")
+    after: list[Name] = Field(
+        [], max_length=8, description="With `stage_order: graph`: stages that must be complete before this one, besides `start_from`."
+    )
     train: TrainedParts = Field(description="The parts that train and how; every other part is frozen.")
     mixture: Mixture = Field(description="The sources and their shares.")
     sequence_length: int = Field(8192, ge=16, description="Tokens of one pack.")
@@ -241,6 +246,9 @@ class Stage(Strict):
     optimizer: Optimizer = Field(Optimizer(), description="Optimizer settings.")
     schedule: Schedule = Field(Schedule(), description="Learning-rate schedule.")
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="Number format of the forward and backward pass.")
+    final_precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="Number format of the weights in `final/`; `auto`: float32 where another stage follows, otherwise `precision`."
+    )
     parallel: Parallel = Field(Parallel(), description="Distribution over workers.")
     resources: Resources = Field(Resources(), description="Workers, GPUs and CPUs.")
     checkpoint: Checkpoint = Field(Checkpoint(), description="When checkpoints are written and which stay.")
@@ -310,6 +318,11 @@ class Recipe(Strict):
     tokenizer: Tokenizer = Field(description="The tokenizer. Cannot change later.")
     data: Data = Field(description="The sources of samples.")
     stages: list[Stage] = Field(min_length=1, max_length=32, description="The stages, in the order they run.")
+    stage_order: Literal["sequence", "graph"] = Field(
+        "sequence",
+        description="`sequence`: one after the other. `graph`: a stage waits only for the one it starts from and those in `after`, so "
+        "branches run side by side where there is room for both (on Kubernetes; elsewhere one at a time). Cannot change later.",
+    )
     tracking: Tracking = Field(Tracking(), description="Where metrics go.")
     planning: Planning = Field(Planning(), description="Assumptions of `terrace plan`.")
     notes: list[str] = Field([], description="What is assumed, borrowed or stands in, in words.")

@@ -117,7 +117,19 @@ class Source(Strict):
     supervise: Literal["auto", "all_text", "assistant"] = Field(
         "auto", description="`auto`: captions and documents on their text, conversations on assistant turns only."
     )
-    holdout_samples: int = Field(0, ge=0, description="Samples kept out of training for held-out loss, chosen by a seeded hash.")
+    holdout_samples: int = Field(
+        0,
+        ge=0,
+        description="Samples kept out of training for held-out loss: those with the lowest seeded hashes of what they hold. Where rows are"
+        " added later, new ones take some of the places; with `holdout_share` every one stays.",
+    )
+    holdout_share: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Instead of a number, the share of samples kept out of training: those below a threshold of the same hash, so that rows"
+        " added later move none of them.",
+    )
     max_samples: int | None = Field(None, ge=1, description="Cap: only this many samples (a seeded choice) take part.")
     too_long: Literal["refuse", "split", "truncate_text", "reduce_resolution"] = Field(
         "refuse", description="What happens to a sample longer than the stage's sequence: always counted, never silent."
@@ -132,6 +144,10 @@ class Source(Strict):
         " before the first step, or leave them out and list them in `unready.jsonl`.",
     )
     task: str | None = Field(None, description="Reward task of an RL source.")
+
+    @property
+    def holds_out(self) -> bool:
+        return self.holdout_samples > 0 or self.holdout_share > 0
 
 
 class Data(Strict):

@@ -26,6 +26,7 @@ from terrace.generation.interface import Sampling
 from terrace.generation.tokens import forbidden_tokens
 from terrace.models.attention import choose_backend
 from terrace.models.build import build_model
+from terrace.models.lora import merged
 from terrace.models.precision import compute_context
 from terrace.models.shared_prompt import use_shared_prompt_attention
 from terrace.objectives.grpo import PolicyBatch, PolicyOptions, summed_policy_loss
@@ -144,7 +145,7 @@ class Grpo(Objective):
         return found
 
     def _wake_engine(self) -> None:
-        self._engine.update_weights(lambda: self.strategy.tensors("weights"))
+        self._engine.update_weights(lambda: merged(self.strategy.model, self.strategy.tensors("weights")))
         self._engine.wake()
 
     def steps(self, start: int) -> Iterator[StepExamples]:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
-from terrace.models.export import export_hf
-from terrace.models.precision import DTYPE_NAMES
-from terrace.recipe.schema import Stage
+from terrace.models.export import KEPT_FILES, export_hf
+from terrace.models.lora import merged, split, uses_lora, write_adapter
+from terrace.models.precision import DTYPE_NAMES, DTYPES
+from terrace.recipe.loading import start_index
+from terrace.recipe.rules_lora import keeps_adapters
+from terrace.recipe.schema import PARTS, Model, Recipe, Stage
 from terrace.storage.durable import json_bytes, write_durably
+from terrace.storage.files import absolute, join, read_file
 from terrace.storage.run_storage import RunStorage
 from terrace.train.strategies.interface import Strategy
 from terrace.worker.collectives import barrier
@@ -47,16 +52,55 @@ def write_result(stage_dir: Path, result: StageResult, context: WorkerContext) -
 
 
 def export_final(
-    strategy: Strategy, stage: Stage, config: Any, tokenizer_dir: Path | None, out_dir: Path, context: WorkerContext,
-    storage: RunStorage,
+    strategy: Strategy, recipe: Recipe, stage_index: int, config: Any, tokenizer_dir: Path | None, out_dir: Path,
+    context: WorkerContext, storage: RunStorage, base: str | None = None,
 ) -> None:
-    """Gather the whole weights on rank 0 (host memory: 4 bytes per parameter) and write them. All ranks call it."""
+    """Gather the whole weights on rank 0 (host memory: 4 bytes per parameter) and write them. All ranks call it.
+
+    Adapters are merged; they also stand by themselves in `adapter/`, with the model they belong to in `adapter/base/` unless
+    `base`, where the stage's weights come from, still is that model.
+    """
+    stage = recipe.stages[stage_index]
     state = {}
     for name, tensor in strategy.tensors("weights"):
         if context.rank == 0:
             state[name] = tensor.detach().to("cpu", copy=True)
     if context.rank == 0:
-        pixels = (stage.pixels.min, stage.pixels.max)
-        export_hf(state, config, tokenizer_dir, out_dir, pixels, DTYPE_NAMES[stage.precision])
+        stored, kept = DTYPES[final_precision(recipe, stage_index)], kept_files(recipe.model.pretrained)
+        how = (config, tokenizer_dir), ((stage.pixels.min, stage.pixels.max), DTYPE_NAMES[stage.precision], stored, kept)
+        export_hf(dict(merged(strategy.model, state.items())), *how[0], out_dir, *how[1])
+        if uses_lora(stage):
+            plain, adapters = split(state)
+            if base is None:
+                base = str(export_hf(plain, *how[0], out_dir / "adapter" / "base", *how[1]).absolute())
+            write_adapter(strategy.model, adapters, base, out_dir / "adapter")
         storage.publish_final(out_dir)
     barrier(context)
+
+
+def unchanged_base(model: Model, stage: Stage, start_weights: Path | None) -> str | None:
+    """The directory that holds the model beside which a stage's adapters were trained, if there is one: the stage starts from it
+    and trains nothing else."""
+    adapted = all((training := getattr(stage.train, part)) is None or training.lora is not None for part in PARTS)
+    kept = any(keeps_adapters(stage))  # they were trained beside what an earlier stage started from
+    if not adapted or kept:
+        return None
+    return str(start_weights.absolute()) if start_weights is not None else model.pretrained
+
+
+def final_precision(recipe: Recipe, index: int) -> str:
+    """The number format of a stage's `final/`: float32 where another stage starts from it, since rounding would move its start."""
+    stage = recipe.stages[index]
+    if stage.final_precision != "auto":
+        return stage.final_precision
+    followed = any(start_index(recipe, other) == index for other in range(index + 1, len(recipe.stages)))
+    return "fp32" if followed else stage.precision
+
+
+def kept_files(pretrained: str | None) -> dict[str, bytes]:
+    """What the checkpoint that a run starts from has beside its weights and stays as it is: those of `KEPT_FILES` that are there."""
+    kept = {}
+    for name in KEPT_FILES if pretrained is not None else ():
+        with contextlib.suppress(FileNotFoundError):
+            kept[name] = read_file(join(absolute(pretrained), name))
+    return kept

@@ -23,7 +23,7 @@ from terrace.recipe.loading import recipe_hash, stage_hash
 from terrace.recipe.schema import Recipe, Stage
 from terrace.storage.run_storage import OnThisDisk, RunStorage
 from terrace.train.checkpoint import CheckpointWriter
-from terrace.train.finish import StageResult, export_final
+from terrace.train.finish import StageResult, export_final, unchanged_base
 from terrace.train.measure import Meter
 from terrace.train.metrics import MetricsLog, measured, step_line
 from terrace.train.optimizer import ParameterGroup, parameter_groups, schedule_factor
@@ -145,7 +145,8 @@ def train_stage(
         notify("evaluation", {"when": "after", "loss": after})
         watchdog.rest()
         objective.close()
-        export_final(strategy, stage, feed.config, feed.tokenizer_dir, stage_dir / "final", context, storage)
+        base = unchanged_base(recipe.model, stage, start_weights)
+        export_final(strategy, recipe, stage_index, feed.config, feed.tokenizer_dir, stage_dir / "final", context, storage, base)
         objective.finished()
         if run.metrics:
             run.metrics.close()
@@ -156,7 +157,7 @@ def _train(run: StageInProgress, opening: Opening) -> None:
     """The steps from where the stage stands to its last one."""
     stage, progress, objective, feed, context = run.stage, run.progress, run.objective, run.feed, run.context
     sources = sorted(stage.mixture.weights)
-    meter = Meter(feed.config, stage, run.recipe.planning, context) if objective.measured else None
+    meter = Meter(feed.config, stage, run.recipe.model, run.recipe.planning, context) if objective.measured else None
     profiler = StepProfiler(stage.profile.steps, run.stage_dir / "profile", context)
     saved = boundary = progress.step  # the last step with a checkpoint, and the last that might have had one
     line: dict[str, Any] = {}

@@ -23,11 +23,12 @@ from terrace.data.types import PackedExample
 from terrace.families.interface import Family
 from terrace.families.registry import make_family
 from terrace.families.shapes import ModelShape
+from terrace.planner.adapters import with_adapters
 from terrace.planner.flops import exact_load, training_flops
 from terrace.planner.gpus import find_gpu, gpu_of_device
 from terrace.planner.parameters import trained_parts
 from terrace.planner.shapes import shape_of_config
-from terrace.recipe.schema import Planning, Stage
+from terrace.recipe.schema import Model, Planning, Stage
 from terrace.worker.context import WorkerContext
 
 log = logging.getLogger(__name__)
@@ -36,8 +37,8 @@ log = logging.getLogger(__name__)
 class Meter:
     """Turns packs and seconds into FLOPs, FLOP/s and MFU for one stage."""
 
-    def __init__(self, config: Any, stage: Stage, planning: Planning, context: WorkerContext) -> None:
-        self._shape = shape_of_config(config.to_dict(), config.model_type)
+    def __init__(self, config: Any, stage: Stage, model: Model, planning: Planning, context: WorkerContext) -> None:
+        self._shape = with_adapters(shape_of_config(config.to_dict(), config.model_type), stage, model, config)
         self._family = make_family(config.model_type, config.to_dict())
         self._trained = trained_parts(stage)
         self._workers = context.world_size

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from terrace.models.families.registry import family_of_model
+from terrace.models.lora import is_adapter
 from terrace.models.parts import has_weight_decay, last_layers, layer_number
 from terrace.recipe.schema import PARTS, PartName, Schedule, Stage
 
@@ -28,14 +29,14 @@ class ParameterGroup:
 
 def parameter_groups(model: Any, stage: Stage) -> list[ParameterGroup]:
     """The groups of the stage's trainable parameters, in the order of parts and layers; frozen parts have none, nor have
-    tensors that the family never trains."""
+    tensors that the family never trains, nor the own weights of a part whose adapters train."""
     family, names = family_of_model(model), [name for name, _ in model.named_parameters()]
     depths, unused = last_layers(names, family), set(family.unused(model.config, names))
     collected: dict[tuple[int, int, bool], list[str]] = {}
     for name in names:
         part = family.part_of(name)
         training = getattr(stage.train, part)
-        if training is None or name in unused:
+        if training is None or name in unused or (training.lora is not None and not is_adapter(name)):
             continue
         layer = layer_number(name, depths, family) if training.layer_decay < 1 else depths[part]
         collected.setdefault((PARTS.index(part), layer, has_weight_decay(name)), []).append(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from terrace.errors import InputError, TerraceError
+from terrace.models.lora import is_adapter
 from terrace.objectives.interface import Objective, StageFeed
 from terrace.recipe.schema import Stage
 from terrace.storage.durable import json_bytes, write_durably
@@ -126,7 +128,10 @@ def resume_or_hand_over(
     if path is None:
         kept = names_of_kept_parts(strategy.model, stage)
         if kept and start_weights is not None:
-            fresh = keep_optimizer_state(strategy, previous_checkpoint(start_weights, storage), kept)
+            before = previous_checkpoint(start_weights, storage)
+            if any(map(is_adapter, kept)):  # the same adapters go on, beside the weights they were trained for
+                strategy.load_weights(functools.partial(before.read, "weights"))
+            fresh = keep_optimizer_state(strategy, before, kept)
             if fresh and context.rank == 0:
                 log.warning("optimizer_state: keep: %d tensors start fresh, they did not train before", len(fresh))
         return Progress(left_out=left_out)

@@ -1,6 +1,6 @@
 """From a recipe's stage to a strategy that is ready to train: skeleton, freezing, attention, groups, initial weights.
 
-In a stated order, because each step relies on the one before: skeleton on the meta device, freeze, activation
+In a stated order, because each step relies on the one before: skeleton on the meta device, adapters, freeze, activation
 checkpointing, attention, then the strategy gives it memory and weights. Shared by next-token training and the
 on-policy loop.
 """
@@ -19,6 +19,7 @@ from terrace.models.attention import activate_flash_attention_3, choose_backend,
 from terrace.models.build import meta_model
 from terrace.models.families.registry import family_of_model
 from terrace.models.kernels import choose_kernels, use_liger
+from terrace.models.lora import adapted_source, add_lora, is_adapter, plain_name, uses_lora
 from terrace.models.parts import part_parameters
 from terrace.models.sequence_parallel import use_sequence_parallel
 from terrace.models.weights import initial_weights
@@ -37,7 +38,9 @@ def freeze_parts(model: Any, stage: Stage) -> None:
     unused = set(family_of_model(model).unused(model.config, [name for name, _ in model.named_parameters()]))
     for part, pairs in part_parameters(model).items():
         for name, parameter in pairs:
-            parameter.requires_grad_(getattr(stage.train, part) is not None and name not in unused)
+            training = getattr(stage.train, part)
+            trains = training is not None and (training.lora is None or is_adapter(name))
+            parameter.requires_grad_(trains and plain_name(name) not in unused)
     if unused:
         log.info("never trained by this family: %d tensors, %s ...", len(unused), min(unused))
 
@@ -64,6 +67,10 @@ def prepare_strategy(
     """A strategy with the stage's initial weights (of `start_weights`, or the recipe's own), frozen parts and optimizer."""
     torch.set_float32_matmul_precision("highest" if stage.precision == "fp32" else "high")
     skeleton = meta_model(config)
+    source, _ = initial_weights(model, skeleton, start_weights)
+    if uses_lora(stage):
+        add_lora(skeleton, stage)
+        source = adapted_source(skeleton, source, stage.seed)
     freeze_parts(skeleton, stage)
     checkpoint_activations(skeleton, stage)
     skeleton.train()
@@ -77,7 +84,6 @@ def prepare_strategy(
     if context.rank == 0:
         log.info("attention: %s (%s)", backend, reason)
         log.info("norms and gates: %s (%s)", kernels, kernels_reason)
-    source, _ = initial_weights(model, skeleton, start_weights)
     if kernels == "liger":
         use_liger(skeleton)
     groups = parameter_groups(skeleton, stage)

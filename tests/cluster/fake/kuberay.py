@@ -36,6 +36,7 @@ class Program:
     total: int
     behaviour: Manifest
     next_at: float
+    prefix: str  # of the stage's keys in the progress ConfigMap
     saved: int = 0  # step of its newest checkpoint; a step that fails is in none
 
 
@@ -160,7 +161,7 @@ class Cluster:
     def _begin(self, job: Manifest, now: float) -> None:
         name, words = job["metadata"]["name"], job["spec"]["entrypoint"].split()
         stage, attempt = words[words.index("--stage") + 1], int(job["metadata"]["labels"][LABEL_ATTEMPT])
-        report = self._report(job["metadata"]["labels"][LABEL_CURRICULUM])
+        report = self._report(job["metadata"]["labels"][LABEL_CURRICULUM], prefix_of(job))
         if (report.get("stage"), report.get("attempt")) == (stage, attempt) and report.get("result"):
             self._set(job, jobDeploymentStatus="Complete", jobStatus="SUCCEEDED", message="the stage had been done")
             self._delete_cluster(job)
@@ -174,12 +175,12 @@ class Cluster:
             start = 0
         cluster = self.store.objects["RayJob"][name]["status"]["rayClusterName"]
         self.programs[name] = Program(
-            stage, attempt, cluster, start, behaviour["steps"], behaviour, now + behaviour["step_seconds"], start)
+            stage, attempt, cluster, start, behaviour["steps"], behaviour, now + behaviour["step_seconds"], prefix_of(job), start)
         self.launches.append((name, start, len(self.launches)))
 
-    def _report(self, curriculum: str) -> Manifest:
+    def _report(self, curriculum: str, prefix: str) -> Manifest:
         body = self.store.objects.get("ConfigMap", {}).get(progress_name(curriculum)) or {}
-        return json.loads((body.get("data") or {}).get("progress.json", "{}"))
+        return json.loads((body.get("data") or {}).get(f"{prefix}progress.json", "{}"))
 
     def _advance(self, job: Manifest, now: float) -> None:
         name = job["metadata"]["name"]
@@ -222,7 +223,7 @@ class Cluster:
 
     def _told_to_stop(self, curriculum: str, program: Program) -> bool:
         body = self.store.objects.get("ConfigMap", {}).get(progress_name(curriculum)) or {}
-        directive = json.loads((body.get("data") or {}).get("directive.json", "{}"))
+        directive = json.loads((body.get("data") or {}).get(f"{program.prefix}directive.json", "{}"))
         return directive.get("stage") == program.stage and directive.get("attempt") == program.attempt
 
     def _write(self, curriculum: str, program: Program, **values: Any) -> None:
@@ -235,7 +236,7 @@ class Cluster:
         with self.store.lock:
             name = progress_name(curriculum)
             if name in self.store.objects.get("ConfigMap", {}):
-                self.store.patch("ConfigMap", name, {"data": {"progress.json": json.dumps(report, sort_keys=True)}})
+                self.store.patch("ConfigMap", name, {"data": {f"{program.prefix}progress.json": json.dumps(report, sort_keys=True)}})
 
     def evict_submitter(self, name: str) -> None:
         """The submitter pod is evicted: its Job makes another, which finds the job running, until its backoffLimit is spent."""
@@ -347,11 +348,18 @@ def _owner(body: Manifest) -> Manifest:
             "uid": body["metadata"]["uid"], "controller": True, "blockOwnerDeletion": True}  # fmt: skip
 
 
+def environment_of(job: Manifest) -> dict[str, str]:
+    template = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
+    return {item["name"]: item["value"] for item in template["spec"]["containers"][0]["env"]}
+
+
+def prefix_of(job: Manifest) -> str:
+    return environment_of(job).get("TERRACE_PROGRESS_PREFIX", "")
+
+
 def behaviour_of(job: Manifest, stage: str, attempt: int) -> Manifest:
     """What STAND_IN says of this attempt: defaults, then `stages.<name>`, then of that `attempts.<number>`."""
-    template = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
-    env = {item["name"]: item["value"] for item in template["spec"]["containers"][0]["env"]}
-    given = json.loads(env.get("STAND_IN", "{}"))
+    given = json.loads(environment_of(job).get("STAND_IN", "{}"))
     stage_given = given.get("stages", {}).get(stage, {})
     values = {"steps": 4, "step_seconds": 0.05} | given | stage_given | stage_given.get("attempts", {}).get(str(attempt), {})
     return {key: value for key, value in values.items() if key not in ("stages", "attempts")}

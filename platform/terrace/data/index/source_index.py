@@ -66,7 +66,8 @@ class SourceIndex:
     refused: dict[str, int] = field(default_factory=dict)  # reason -> samples that ingest or the index left out
     reading: dict[str, Any] = field(default_factory=dict)  # of `SampleLocation`: its settings of reading
     seed: int = 0
-    holdout_samples: int = 0
+    holdout_samples: int = 0  # so many, or the share whose hashes lie lowest
+    holdout_share: float = 0.0
     max_samples: int | None = None
     left_out: dict[str, int] = field(default_factory=dict)  # why -> rows that would train and do not
     _left_out: np.ndarray | None = field(default=None, repr=False)
@@ -79,8 +80,15 @@ class SourceIndex:
 
     @cached_property
     def _in_seeded_order(self) -> np.ndarray:
-        """Rows by a seeded hash of what they hold: a choice that does not move when samples are added, renamed or moved elsewhere."""
+        """Rows by a seeded hash of what they hold: a choice that does not move when samples are renamed or moved elsewhere."""
         return np.argsort(_mixed(self.content_hash, self.seed), kind="stable")
+
+    @cached_property
+    def held_out(self) -> int:
+        """How many of the first rows in that order are held out. With a share each row's own hash decides, whatever rows are added."""
+        if not self.holdout_share:
+            return self.holdout_samples
+        return int((_mixed(self.content_hash, self.seed) < np.uint64(int(self.holdout_share * 2**64))).sum())
 
     @cached_property
     def content_hash(self) -> np.ndarray:
@@ -90,7 +98,7 @@ class SourceIndex:
     @property
     def holdout_rows(self) -> np.ndarray:
         """int64, ascending: rows kept out of training."""
-        return np.sort(self._in_seeded_order[: self.holdout_samples])
+        return np.sort(self._in_seeded_order[: self.held_out])
 
     @property
     def train_rows(self) -> np.ndarray:
@@ -98,7 +106,7 @@ class SourceIndex:
 
         Without the rows that `leave_out` named: what is held out is not trained through another row or source.
         """
-        rows = np.sort(self._in_seeded_order[self.holdout_samples : self.max_samples])
+        rows = np.sort(self._in_seeded_order[self.held_out : self.max_samples])
         return rows if self._left_out is None else rows[~self._left_out[rows]]
 
     def leave_out(self, why: str, rows: np.ndarray) -> None:
@@ -190,19 +198,21 @@ class SourceIndex:
 
 
 def load_index(
-    folder: str, family: Family, seed: int = 0, holdout_samples: int = 0, max_samples: int | None = None, storage: Storage = DEFAULT_STORAGE
+    folder: str,
+    family: Family,
+    storage: Storage = DEFAULT_STORAGE,
+    *,
+    seed: int = 0,
+    holdout_samples: int = 0,
+    holdout_share: float = 0.0,
+    max_samples: int | None = None,
 ) -> SourceIndex:
-    """Load the index that `build_index` left in `folder`. Raises InputError where there is none, or holdout leaves nothing."""
+    """Load the index that `build_index` left in `folder`. Raises InputError where there is none, or what is held out leaves nothing."""
     summary = load_summary(folder, storage)
     if summary is None:
         raise InputError(f"there is no finished index in {folder}; run `terrace index` first")
     table = pq.read_table(io.BytesIO(read_file(join(folder, "index.parquet"), storage))).combine_chunks()
     count = table.num_rows
-    if holdout_samples >= min(count, max_samples or count):
-        raise InputError(
-            f"source {summary['source']}: holdout_samples {holdout_samples} leaves none of {min(count, max_samples or count)}"
-            " samples for training"
-        )
     scalar = ("id_hash", "shard", "fixed_tokens", "supervised_tokens", *_TARGET, "text_hash")
     columns = {name: _numpy(table[name]) for name in scalar}
     starts: dict[str, np.ndarray] = {}
@@ -215,7 +225,7 @@ def load_index(
             else:
                 columns[name] = values.to_numpy(zero_copy_only=False)
     kinds = _one(table["kind"]).dictionary_encode()
-    return SourceIndex(
+    index = SourceIndex(
         name=summary["source"],
         folder=folder,
         shards=[_shard_uri(folder, shard["uri"]) for shard in summary["shards"]],
@@ -231,8 +241,13 @@ def load_index(
         refused=summary["refused"],
         seed=seed,
         holdout_samples=holdout_samples,
+        holdout_share=holdout_share,
         max_samples=max_samples,
     )
+    if index.held_out >= (most := min(count, max_samples or count)):
+        setting = f"holdout_share {holdout_share} ({index.held_out} samples)" if holdout_share else f"holdout_samples {holdout_samples}"
+        raise InputError(f"source {summary['source']}: {setting} leaves none of {most} samples for training")
+    return index
 
 
 def locate(folder: str, row: int, storage: Storage = DEFAULT_STORAGE) -> SampleLocation:

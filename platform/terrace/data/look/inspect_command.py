@@ -11,6 +11,7 @@ from terrace.data.lines import Lines
 from terrace.errors import InputError
 from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import Recipe
+from terrace.recipe.shipped import shipped_file
 
 OWN_VOCABULARY = 8_192  # of the tokenizer that is trained where none is named
 SOURCE_FIELDS = ("kind", "format", "images_root", "ignore", "exif")
@@ -74,9 +75,13 @@ def inspect_command(args: argparse.Namespace) -> int:
 def split_target(target: str) -> tuple[Path | None, str | None]:
     """(recipe file, stage) of RECIPE:STAGE, the stage None where none is named; (None, None) of a source."""
     path, colon, stage = target.rpartition(":")
-    if colon and path.endswith((".yaml", ".yml")):
+    if colon and _is_recipe(path):
         return Path(path), stage or None
-    return (Path(target), None) if target.endswith((".yaml", ".yml")) else (None, None)
+    return (Path(target), None) if _is_recipe(target) else (None, None)
+
+
+def _is_recipe(target: str) -> bool:
+    return target.endswith((".yaml", ".yml")) or (shipped_file(target) is not None and not Path(target).exists())
 
 
 def _inspect_recipe(args: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from typing import Any
 
 from terrace.data.sources.refusals import Refusal
@@ -52,7 +53,12 @@ KNOWN = frozenset(
 
 def plain_name(key: Any) -> str:
     """A key as it is compared: `Image-URL ` is `image_url`."""
-    return re.sub(r"[\s-]+", "_", str(key).strip().lower())
+    return _plain_name(key if isinstance(key, str) else str(key))
+
+
+@lru_cache(4_096)  # the rows of a source have the same few keys
+def _plain_name(key: str) -> str:
+    return re.sub(r"[\s-]+", "_", key.strip().lower())
 
 
 def is_empty(value: Any) -> bool:

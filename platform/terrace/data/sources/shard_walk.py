@@ -176,11 +176,18 @@ def _plain_header(block: bytes, at: int) -> tarfile.TarInfo | None:
         name, prefix = block[:100].partition(b"\0")[0].decode(), block[345:500].partition(b"\0")[0].decode()
     except ValueError:
         return None
-    if checksum != sum(block) - sum(block[148:156]) + 256 or name.endswith("/") or (block[257:265] == b"ustar  \0" and prefix):
+    if checksum != _sum(block[:256]) + _sum(block[256:]) - sum(block[148:156]) + 256:
+        return None
+    if name.endswith("/") or (block[257:265] == b"ustar  \0" and prefix):
         return None
     header = tarfile.TarInfo(f"{prefix}/{name}" if prefix else name)
     header.size, header.offset, header.offset_data = size, at, at + _BLOCK
     return header
+
+
+def _sum(half: bytes) -> int:
+    """The sum of at most 256 bytes: the lower half of Adler-32 is that and 1 modulo 65,521, at a twentieth of `sum`'s time."""
+    return (zlib.adler32(half) & 0xFFFF) - 1
 
 
 def _tarfile_header(file: Any, at: int) -> tuple[tarfile.TarInfo, int]:

@@ -131,6 +131,8 @@ def _text(data: dict[str, bytes]) -> str | None:
 
 def _names_images(row: dict[str, Any]) -> bool:
     """Whether the row of the json names its images itself."""
+    if not row:
+        return False
     if any(not is_empty(value) for name, value in row.items() if plain_name(name) in IMAGE_KEYS):
         return True
     turns = row.get("messages") or row.get("conversations") or [{"content": row.get("content")}]

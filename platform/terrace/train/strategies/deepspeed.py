@@ -33,6 +33,7 @@ from terrace.train.strategies.interface import (
     Setup,
     StepModule,
     optimizer_arguments,
+    scalars_as_vectors,
     torch_groups,
 )
 from terrace.worker.context import WorkerContext, data_place
@@ -52,6 +53,7 @@ class Zero:
         self.loss_scale = LossScale() if stage.precision == "fp16" else None
         trained = sum(parameter.numel() for parameter in setup.skeleton.parameters() if parameter.requires_grad)
         configuration = _configuration(stage, context, trained)
+        self._scalars = scalars_as_vectors(setup.skeleton)
         # Its swapper wants to see all parameters at once, so for nvme the whole model is built first.
         by_block = self._zero_stage == 3 and stage.parallel.offload_parameters != "nvme"
         if by_block:
@@ -122,9 +124,11 @@ class Zero:
             elif name in self._frozen_masters:
                 yield name, self._frozen_masters[name]
             else:
-                yield name, _gathered(parameter)
+                yield name, _gathered(parameter).view(self._shape(name))
 
     def _shape(self, name: str) -> torch.Size:
+        if name in self._scalars:
+            return torch.Size(())
         parameter = self._parameters[name]
         return getattr(parameter, "ds_shape", parameter.shape)
 
@@ -147,7 +151,7 @@ class Zero:
         with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self._zero_stage == 3):
             parameter.data.copy_(whole)
         if name in self._steps:
-            safe_set_full_fp32_param(parameter, whole.to(parameter.device))
+            safe_set_full_fp32_param(parameter, whole.to(parameter.device).view(getattr(parameter, "ds_shape", parameter.shape)))
 
     def hold_below(self, name: str, highest: float) -> None:
         from deepspeed.utils import safe_get_full_fp32_param
@@ -175,6 +179,7 @@ class Zero:
         for name, count in steps.items():
             for kind in OPTIMIZER_KINDS:
                 whole = source(kind, name).float().to(self._parameters[name].device)
+                whole = whole.view(1) if name in self._scalars else whole
                 safe_set_full_optimizer_state(self._parameters[name], whole, kind)
             self._steps[name] = count
 
@@ -344,7 +349,7 @@ def _fill_module(module: torch.nn.Module, name: str, source: TensorSource, devic
     module.to_empty(device=device, recurse=False)
     with torch.no_grad():
         for leaf, parameter in module.named_parameters(recurse=False):
-            parameter.data = source(f"{name}.{leaf}").to(device, dtype)
+            parameter.data = source(f"{name}.{leaf}".removeprefix(".")).to(device, dtype).reshape(parameter.shape)
 
 
 def _rotary_in_float32(model: Any) -> None:

@@ -33,6 +33,7 @@ from terrace.train.strategies.interface import (
     Setup,
     StepModule,
     optimizer_arguments,
+    scalars_as_vectors,
     torch_groups,
 )
 from terrace.worker.context import WorkerContext
@@ -51,7 +52,7 @@ class FullyShard:
         on_host = "cpu" in (stage.parallel.offload_parameters, stage.parallel.offload_optimizer)
         self._device = torch.device("cpu" if on_host else context.device)
         trainable = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
-        self._scalars = _scalars_as_vectors(self.model)
+        self._scalars = scalars_as_vectors(self.model)
         _shard(self._module, self.model, stage, context, on_host)
         self.model.to_empty(device=self._device)
         self.model.tie_weights()
@@ -139,15 +140,6 @@ class FullyShard:
                 state[kind] = torch.zeros_like(parameter.detach())
                 _fill(state[kind], source(kind, name))
             self._optimizer.state[parameter] = state
-
-
-def _scalars_as_vectors(model: Any) -> set[str]:
-    """Make parameters without axes vectors of one element, which `fully_shard` asks for; their names."""
-    scalars = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() == 0}
-    for name, parameter in scalars.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(parameter.detach().reshape(1), parameter.requires_grad))
-    return set(scalars)
 
 
 def _shard(module: Any, model: Any, stage: Stage, context: WorkerContext, on_host: bool) -> None:

@@ -86,6 +86,15 @@ class StepModule(nn.Module):
         return self._loss(self.model, batch)
 
 
+def scalars_as_vectors(model: Any) -> set[str]:
+    """Make parameters without axes vectors of one element, which `fully_shard` and DeepSpeed ask for; their names."""
+    scalars = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() == 0}
+    for name, parameter in scalars.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(parameter.detach().reshape(1), parameter.requires_grad))
+    return set(scalars)
+
+
 def optimizer_arguments(stage: Stage) -> dict[str, Any]:
     """Keyword arguments of AdamW that do not depend on the group."""
     return {"betas": tuple(stage.optimizer.betas), "eps": stage.optimizer.eps}

@@ -1,0 +1,39 @@
+"""Which stage waits for which. Pure.
+
+By default stages run one after the other, in the order they are written. With `stage_order: graph` a stage waits only for the one whose
+weights it starts from and for those named in `after`; both stand before it in the recipe, so there is no circle. The first stage is
+the only one that waits for none: by the time that two stages run side by side, the data is prepared.
+"""
+
+from __future__ import annotations
+
+from terrace.curriculum.state import RunState, StageState
+from terrace.recipe.schema import Recipe
+
+
+def source_stage(recipe: Recipe, index: int) -> str | None:
+    """The stage whose final weights stage `index` starts from; None for the first."""
+    return recipe.stages[index].start_from or (recipe.stages[index - 1].name if index else None)
+
+
+def waits_for(recipe: Recipe, index: int) -> set[str]:
+    """Stages that must be complete before stage `index` begins."""
+    if recipe.stage_order == "sequence":
+        return {stage.name for stage in recipe.stages[:index]}
+    source = source_stage(recipe, index)
+    return {*recipe.stages[index].after, *([source] if source else [])}
+
+
+def with_dependents(recipe: Recipe, name: str) -> list[str]:
+    """The stage and every one that waits for it, directly or not, in the recipe's order."""
+    found = {name}
+    for index, stage in enumerate(recipe.stages):
+        if waits_for(recipe, index) & found:
+            found.add(stage.name)
+    return [stage.name for stage in recipe.stages if stage.name in found]
+
+
+def ready_stages(recipe: Recipe, state: RunState) -> list[StageState]:
+    """Stages that are not complete, have no attempt in flight and wait for no other stage."""
+    done = {stage.name for stage in state.stages if stage.phase == "completed"}
+    return [stage for stage in state.stages if stage.phase != "completed" and stage.ended and waits_for(recipe, stage.index) <= done]
