@@ -23,13 +23,14 @@ def recalls(images: torch.Tensor, texts: torch.Tensor, captions: Sequence[object
     distinct, own = texts[ones], torch.arange(len(first), device=images.device)
     found = {}
     for name, ranks in (
-        ("image_to_text", _ranks(images, numbers, distinct, own)), ("text_to_image", _ranks(distinct, own, images, numbers))
-    ):  # fmt: skip
+        ("image_to_text", wrong_before_right(images, numbers, distinct, own)),
+        ("text_to_image", wrong_before_right(distinct, own, images, numbers)),
+    ):
         found |= {f"{name}_r{place}": float((ranks < place).double().mean()) for place in PLACES}
     return found
 
 
-def _ranks(queries: torch.Tensor, wanted: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def wrong_before_right(queries: torch.Tensor, wanted: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """int64 [Q]: how many wrong keys are as near to each query as its nearest right one, or nearer."""
     ranks = []
     for start in range(0, len(queries), ROWS_AT_ONCE):

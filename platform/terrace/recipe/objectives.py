@@ -26,11 +26,20 @@ class ObjectiveEntry:
     figures: tuple[str, ...] = ()  # what it measures of every kind of held-out samples, as `eval/KIND/FIGURE`; none: the loss
 
     @property
+    def suites(self) -> tuple[str, ...]:
+        """Kinds of suites that its model can be asked at the stage's end."""
+        asked = ASKED_SUITES if self.answers else ()
+        return {"text": asked, "vectors": VECTOR_SUITES, "pictures": PICTURE_SUITES}[self.model]
+
+    @property
     def reads_packs(self) -> bool:
         """Whether its batches are packs that the plan knows before the stage runs."""
         return self.feed == PACKS
 
 
+ASKED_SUITES = ("mmbench", "grounding", "gui", "counting", "ocr", "chart", "caption", "reasoning", "loss")
+PICTURE_SUITES = ("knn", "probe")  # of features of pictures
+VECTOR_SUITES = ("zero_shot", "retrieval", *PICTURE_SUITES)
 RETRIEVAL = ("loss", *(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)))
 
 OBJECTIVES: dict[str, ObjectiveEntry] = {

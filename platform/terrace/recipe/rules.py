@@ -14,11 +14,11 @@ from terrace.families.interface import Family
 from terrace.families.registry import make_family
 from terrace.recipe import rules_credentials, rules_lora, rules_model, rules_objectives, rules_order, rules_rl
 from terrace.recipe.errors import Path, Problem
-from terrace.recipe.objectives import OBJECTIVES
+from terrace.recipe.objectives import ASKED_SUITES, OBJECTIVES, VECTOR_SUITES
 from terrace.recipe.schema import PARTS, Recipe, Stage
 
 TEXT_KINDS = {"text"}
-SUITE_KINDS = ("mmbench", "grounding", "gui", "counting", "ocr", "chart", "caption", "reasoning", "loss")  # as in terrace.evaluate
+SUITE_KINDS = (*ASKED_SUITES, *VECTOR_SUITES)  # as in terrace.evaluate
 TRAIN_METRICS = (
     "train/loss",
     "train/grad_norm",
@@ -348,8 +348,9 @@ def _evaluation(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
             yield Problem(key, f"name its file as {kind}:PATH")
         elif suite_label(suite) in labels:
             yield Problem(key, f"another suite is {suite_label(suite)} too; rename one of the files")
-        elif not OBJECTIVES[stage.objective].answers:
-            yield Problem(key, f"a model of objective {stage.objective} answers no questions; leave the suites to the other stages")
+        elif kind not in (offered := OBJECTIVES[stage.objective].suites):
+            can = f"its suites are {', '.join(offered)}" if offered else "leave the suites to the other stages"
+            yield Problem(key, f"a model of objective {stage.objective} cannot be asked {kind}; {can}")
         labels.append(suite_label(suite))
     measured = any(metric.startswith("eval/") for metric in produced_metrics(recipe, stage))
     if stage.evaluate.every_steps is not None and not measured and not stage.evaluate.suites:

@@ -80,6 +80,10 @@ class TwoTowersModel(FamilyModel):
         with self._only(model, kept):
             return model.get_image_features(**self.inputs(values, images), return_dict=True).pooler_output
 
+    def image_features(self, model: Any, values: torch.Tensor, images: ImageFacts) -> torch.Tensor:
+        """[B, W]: what the vision tower says of each picture, before any map to the texts' width."""
+        return self.vision(model)(**self.inputs(values, images), return_dict=True).pooler_output
+
     @contextlib.contextmanager
     def _only(self, model: Any, kept: torch.Tensor | None) -> Iterator[None]:
         """While it lasts, the blocks of the vision tower see the kept patches alone (and what stands before all patches)."""
