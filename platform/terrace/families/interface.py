@@ -113,7 +113,7 @@ class Family(ABC):
     token_names: ClassVar[Mapping[str, str]] = {}  # attributes that transformers' processor asks its tokenizer for -> role, likewise
     token_fields: ClassVar[Mapping[str, str]] = {"image_token_id": "image"}  # configuration field -> role
     text_fields: ClassVar[Mapping[str, str]] = {}  # further fields of `text_config` -> role
-    gives: ClassVar[str] = "text"  # what the model gives: text, or `vectors` of pictures and texts
+    gives: ClassVar[str] = "text"  # what the model gives: text, `vectors` of pictures and texts, or `pictures`
     keeps_end: ClassVar[bool] = False  # a sample that is cut keeps its last token
 
     @classmethod

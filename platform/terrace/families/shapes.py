@@ -41,6 +41,7 @@ class ProjectorShape:
     products: int
     inner: int
     times: int = 1
+    unused_parameters: int = 0  # of those, what never gets a gradient
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,12 @@ class AdapterShape:
 
 
 NO_ADAPTERS = AdapterShape(0, 0)
+
+
+NO_LANGUAGE = LanguageShape(
+    layers=0, width=0, intermediate=0, heads=0, key_heads=0, head_size=0, vocabulary=0, tied=True, attention_biases=False,
+    layer_parameters=0,
+)  # of an encoder of pictures alone
 
 
 @dataclass(frozen=True)

@@ -7,34 +7,27 @@ are `vision` and `language` (the two towers) and `projector`: what maps both to 
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-
 from terrace.families.checks import complete, head_count_fits
-from terrace.families.interface import Bounds, Costs, Family, Finding, Picture, Piece, View, cut_tiles
+from terrace.families.interface import Finding, Piece
 from terrace.families.shapes import LanguageShape, ModelShape, ProjectorShape, VisionShape
+from terrace.families.one_square import Squares
 
 TOWER_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
 
 @dataclass(frozen=True)
-class TwoTowers(Family):
+class TwoTowers(Squares):
     """Every picture becomes one square; its fact is the number of squares, 1. `context` is the positions of the text tower."""
 
     gives: ClassVar[str] = "vectors"
     end_of_turn: ClassVar[str] = "end_of_text"
     keeps_end: ClassVar[bool] = True
     text_fields: ClassVar[Mapping[str, str]] = {"pad_token_id": "end_of_text"}
-    token_fields: ClassVar[Mapping[str, str]] = {}
-    mean: ClassVar[tuple[float, ...]] = (0.5, 0.5, 0.5)
-    std: ClassVar[tuple[float, ...]] = (0.5, 0.5, 0.5)
 
-    side: int = 224
-    patch: int = 16
     context: int = 64
 
     @classmethod
@@ -44,44 +37,6 @@ class TwoTowers(Family):
             int(vision.get("image_size") or cls.side), int(vision.get("patch_size") or cls.patch),
             int(text.get("max_position_embeddings") or cls.context),
         )  # fmt: skip
-
-    # ------------------------------------------------------------ an image
-
-    @property
-    def row_values(self) -> int:
-        return 3 * self.side * self.side
-
-    @property
-    def unit(self) -> int:
-        return self.patch * self.patch
-
-    @property
-    def patches(self) -> int:
-        """Patches of one picture."""
-        return (self.side // self.patch) ** 2
-
-    def view(self, width: int, height: int, pixels: Bounds) -> View:
-        return View(0, 1, (1,), (self.side, self.side), (self.side, self.side))
-
-    def costs(self, widths: np.ndarray, heights: np.ndarray, pixels: Bounds) -> Costs:
-        return Costs(*(np.full(len(widths), value, np.int64) for value in (0, 1, self.side, self.side)))
-
-    def largest_image_tokens(self, most_pixels: int) -> int:
-        return 0
-
-    @abstractmethod
-    def square(self, picture: Picture) -> np.ndarray:
-        """uint8 [3, side, side] of a picture, as the published processor cuts it."""
-
-    def pixels(self, picture: Picture, view: View, out: np.ndarray | None = None) -> np.ndarray:
-        rows = cut_tiles(self.square(picture), self.side)
-        if out is None:
-            return rows
-        out[...] = rows
-        return out
-
-    def tower_pictures(self, facts: Sequence[int]) -> list[tuple[int, int]]:
-        return [(self.side // self.patch, self.side // self.patch)]
 
     # ------------------------------------------------------------ text
 
@@ -121,15 +76,6 @@ class TwoTowers(Family):
         """Fields of the vision configuration beside those of any tower."""
         return ("image_size", "patch_size")
 
-    def preprocessor(self, pixels: Bounds) -> dict[str, Any]:
-        return {
-            "do_resize": True, "do_rescale": True, "do_normalize": True, "do_convert_rgb": True, "resample": 3, "rescale_factor": 1 / 255,
-            "image_mean": list(self.mean), "image_std": list(self.std),
-        }  # fmt: skip
-
-    def exported_pixels(self, values: Mapping[str, Any]) -> Bounds:
-        return self.side**2, self.side**2
-
 
 def block_parameters(part: Mapping[str, Any]) -> int:
     """Of a transformer block with LayerNorm and biases: attention, feed-forward, two norms."""
@@ -137,14 +83,17 @@ def block_parameters(part: Mapping[str, Any]) -> int:
     return 4 * width * width + 4 * width + 2 * width * inner + inner + width + 4 * width
 
 
-def vision_shape(vision: Mapping[str, Any], patches: int, other_parameters: int, extra_tokens: int = 0) -> VisionShape:
-    """A plain tower. One visual token is a whole picture: what the projector runs for."""
+def vision_shape(
+    vision: Mapping[str, Any], patches: int, other_parameters: int, extra_tokens: int = 0, unused: int = 0, missing_biases: int = 0
+) -> VisionShape:
+    """A plain tower. One visual token is a whole picture: what the projector runs for. `missing_biases` of each block."""
     depth = int(vision["num_hidden_layers"])
     return VisionShape(
         depth=depth, width=int(vision["hidden_size"]), intermediate=int(vision["intermediate_size"]),
         heads=int(vision["num_attention_heads"]), gated=False, window=None, full_blocks=depth,
-        patch_values=3 * int(vision["patch_size"]) ** 2, patches_per_token=patches, block_parameters=block_parameters(vision),
-        other_parameters=other_parameters, extra_tokens=extra_tokens,
+        patch_values=3 * int(vision["patch_size"]) ** 2, patches_per_token=patches,
+        block_parameters=block_parameters(vision) - missing_biases, other_parameters=other_parameters, extra_tokens=extra_tokens,
+        unused_parameters=unused,
     )  # fmt: skip
 
 

@@ -34,6 +34,8 @@ def model_config(model: Model, tokenizer: Any | None = None) -> Any:
         config = AutoConfig.from_pretrained(local_config(model.pretrained))
         if config.model_type != family.name:
             raise InputError(f"model.pretrained is a {config.model_type}, model.architecture says {model.architecture}")
+    elif family.gives == "pictures":
+        config = AutoConfig.for_model(family.name, **(model.config or {}))
     else:
         values = dict(model.config or {})
         text = dict(values.get("text_config") or {})
@@ -46,6 +48,8 @@ def model_config(model: Model, tokenizer: Any | None = None) -> Any:
             text = {field: marks[role] for field, role in family.text_fields.items()} | text
         values["text_config"] = text
         config = AutoConfig.for_model(family.name, **values)
+    if family.gives == "pictures":
+        return config
     if tokenizer is not None and tokenizer.vocabulary_size > config.text_config.vocab_size:
         raise InputError(
             f"the tokenizer has {tokenizer.vocabulary_size} tokens, model.config.text_config.vocab_size is "
@@ -127,7 +131,7 @@ def parameter_counts(recipe: Recipe, config: Any | None = None) -> dict[PartName
     if config is None:
         config = model_config(recipe.model)
         trained, text = recipe.tokenizer.train_vocabulary_size, (recipe.model.config or {}).get("text_config") or {}
-        if trained is not None and recipe.model.pretrained is None and "vocab_size" not in text:
+        if trained is not None and recipe.model.pretrained is None and "vocab_size" not in text and hasattr(config, "text_config"):
             config.text_config.vocab_size = trained
     shape = meta_model(config)
     return {part: sum(p.numel() for _, p in pairs) for part, pairs in part_parameters(shape).items()}

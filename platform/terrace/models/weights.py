@@ -53,15 +53,16 @@ def random_source(skeleton: Any, seed: int) -> TensorSource:
         start = family.initial(name, skeleton.config, skeleton.get_parameter(name).shape)
         if start is not None:
             return start
-        outer = module_name.rpartition(".")[0] if family.starts_by_parent else module_name
+        path = module_name.split(".") if module_name else []
+        levels = range(len(path), max(0, len(path) - family.starts_around) - 1, -1)  # from the module itself outwards
+        outer = ".".join(path[: levels[-1]])
         around = copy.deepcopy(skeleton.get_submodule(outer)).to_empty(device="cpu").float()
-        module = around.get_submodule(module_name.removeprefix(outer).removeprefix("."))
         digest = hashlib.sha256(f"{seed}:{module_name}".encode()).digest()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int.from_bytes(digest[:7], "big"))
-            owners[module_name]._init_weights(module)
-            if around is not module:
-                owners[outer]._init_weights(around)
+            for level in levels:
+                owners[".".join(path[:level])]._init_weights(around.get_submodule(".".join(path[levels[-1] : level])))
+        module = around.get_submodule(".".join(path[levels[-1] :]))
         return getattr(module, leaf).detach()
 
     return read

@@ -25,3 +25,12 @@ def kept_patches(
         for source, sample, epoch in zip(sources, samples, epochs, strict=True)
     ]
     return np.asarray(drawn, np.int64).reshape(-1, keep)
+
+
+def patch_noise(seed: int, sources: Sequence[str], samples: Sequence[str], epochs: Sequence[int], patches: int) -> np.ndarray:
+    """float32 [B, patches]: a random number of each patch, by which an encoder that masks sorts them."""
+    drawn = [
+        generator_of(seed, source, sample, int(epoch), "patches").random(patches, np.float32)
+        for source, sample, epoch in zip(sources, samples, epochs, strict=True)
+    ]
+    return np.asarray(drawn, np.float32).reshape(-1, patches)

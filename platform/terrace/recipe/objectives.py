@@ -56,6 +56,7 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
         )
         for name in ("clip", "siglip")
     },
+    "mae": ObjectiveEntry("terrace.objectives.mae", answers=False, model="pictures", fixed_packs=True, figures=("loss",)),
 }
 
 

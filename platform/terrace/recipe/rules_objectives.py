@@ -10,7 +10,7 @@ from terrace.recipe.errors import Path, Problem
 from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import Recipe, Stage
 
-GIVES = {"text": "writes text", "vectors": "gives vectors of pictures and of texts"}
+GIVES = {"text": "writes text", "vectors": "gives vectors of pictures and of texts", "pictures": "draws pictures"}
 
 
 def check(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
@@ -32,6 +32,8 @@ def check(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
         yield from _fixed_packs(recipe, stage, at)
         for problem in family.check_length(stage.sequence_length):
             yield Problem((*at, "sequence_length"), problem)
+    if family.gives == "pictures" and stage.train.language is not None:
+        yield Problem((*at, "train", "language"), f"{family.name} has no language part; name vision and projector")
     if stage.pairs is not None and entry.model != "vectors":
         yield Problem((*at, "pairs"), f"is an option of objectives clip and siglip; this stage's objective is {stage.objective}")
 

@@ -72,7 +72,7 @@ class FamilyModel:
     embedding: ClassVar[str] = "model.language_model.embed_tokens.weight"
     head: ClassVar[str] = "lm_head.weight"
     segmented: ClassVar[bool] = True  # samples of a pack stand in one sequence; False: side by side, with transformers' own attention
-    starts_by_parent: ClassVar[bool] = False  # the class initialises weights where it initialises the module around them
+    starts_around: ClassVar[int] = 0  # so many modules further out the class initialises weights too
     tower_attention: ClassVar[str] = "sdpa"  # `segments`: the tower takes images one after another with boundaries of its own
     mean: ClassVar[Sequence[float]] = (0.48145466, 0.4578275, 0.40821073)
     std: ClassVar[Sequence[float]] = (0.26862954, 0.26130258, 0.27577711)

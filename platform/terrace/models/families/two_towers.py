@@ -38,7 +38,7 @@ class TwoTowersModel(FamilyModel):
     embedding: ClassVar[str] = "text_model.embeddings.token_embedding.weight"
     head: ClassVar[str] = ""
     segmented = False
-    starts_by_parent = True
+    starts_around = 1
     pads_to_context: ClassVar[bool] = False  # the padding is read, so there is as much of it as the published processor gives
     first_patches: ClassVar[int] = 0  # tokens of the tower before those of the patches
 
