@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 from terrace.families.checks import complete, head_count_fits
 from terrace.families.interface import Finding, Piece
-from terrace.families.shapes import LanguageShape, ModelShape, ProjectorShape, VisionShape
 from terrace.families.one_square import Squares
+from terrace.families.shapes import LanguageShape, ModelShape, ProjectorShape, VisionShape
 
 TOWER_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 

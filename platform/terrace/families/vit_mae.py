@@ -14,8 +14,8 @@ import numpy as np
 
 from terrace.families.checks import complete, head_count_fits
 from terrace.families.interface import Bounds, Finding, Picture, Piece
-from terrace.families.shapes import NO_LANGUAGE, ModelShape, ProjectorShape
 from terrace.families.one_square import Squares
+from terrace.families.shapes import NO_LANGUAGE, ModelShape, ProjectorShape
 from terrace.families.two_towers import TOWER_FIELDS, block_parameters, vision_shape
 
 DECODER_FIELDS = ("decoder_hidden_size", "decoder_intermediate_size", "decoder_num_hidden_layers", "decoder_num_attention_heads")
