@@ -84,6 +84,7 @@ docs: $(STAMP)  ## Writes what is generated from schema and parsers: references 
 	$(BIN)/python -m terrace.cluster.crd
 	$(BIN)/python -m terrace.cluster.reference docs/kubernetes-reference.md
 	$(BIN)/python -m terrace.command_reference docs/commands.md
+	$(BIN)/python tests/recipe_table.py docs/recipes.md
 
 site: $(STAMP)  ## The documentation as pages in site/; a broken link is an error
 	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[docs]'

@@ -53,6 +53,27 @@ CONFIGS: dict[str, dict[str, Any]] = {
         },
         "tie_word_embeddings": False,
     },
+    "qwen3_vl_moe": {
+        "text_config": TEXT | {
+            "head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "mlp_only_layers": [0],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [6, 5, 5], "mrope_interleaved": True},
+        },
+        "vision_config": PATCHES | {
+            "hidden_size": 32, "intermediate_size": 64, "out_hidden_size": 64, "patch_size": 16, "num_position_embeddings": 64,
+            "deepstack_visual_indexes": [0],
+        },
+        "tie_word_embeddings": False,
+    },
+    "kimi_k25": {
+        "text_config": TEXT | {
+            "model_type": "deepseek_v3", "num_key_value_heads": 4, "moe_intermediate_size": 48, "n_routed_experts": 8,
+            "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "n_shared_experts": 1, "first_k_dense_replace": 1, "q_lora_rank": 24,
+            "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16, "num_mtp_layers": 0,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        "vision_config": TOWER | {"patch_size": 14, "pos_emb_height": 8, "pos_emb_width": 8},
+        "projection_hidden_size": 32, "tie_word_embeddings": False,
+    },
     "llava": {
         "text_config": TEXT, "vision_config": TOWER | {"image_size": 56, "patch_size": 14}, "image_seq_length": 16,
     },
@@ -61,9 +82,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vision_config": TOWER | {"image_size": [56, 56], "patch_size": [14, 14]},
         "tie_word_embeddings": False, "image_seq_length": 4,
     },
+    "terrace_vlm": {
+        "text_config": TEXT | {"model_type": "qwen2", "hidden_size": 64},
+        "vision_config": TOWER | {"model_type": "clip_vision_model", "image_size": 56, "patch_size": 14},
+        "connector": {"kind": "resampler", "queries": 9, "heads": 4}, "image_layout": "padded", "tie_word_embeddings": False,
+    },
 }  # fmt: skip
 NAMES = tuple(CONFIGS)
-PIXELS: dict[str, Bounds] = {"qwen3_vl": (4_096, 40_000), "internvl": (3_136, 6 * 56 * 56)}
+# Of these every check is in `make test`; of others the cheap ones.
+QUICK = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "internvl", "terrace_vlm")
+PIXELS: dict[str, Bounds] = {"qwen3_vl": (4_096, 40_000), "qwen3_vl_moe": (4_096, 40_000), "internvl": (3_136, 6 * 56 * 56)}
 WORDS = ["How many circles are there? A red circle and 3 blue squares.\n", "USER: ASSISTANT: You are a helpful assistant. user system"]
 
 
@@ -170,20 +198,28 @@ def reference_inputs(case: Case, example: PackedExample | PromptInputs, model: A
 def middle_case(name: str, folder: Path) -> Case:
     """A shape at which activations outweigh what a plan rounds away: four layers, widths 128 and 256."""
     text = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4}
-    rope = {"qwen3_vl": [12, 10, 10], "qwen2_vl": [8, 12, 12], "qwen2_5_vl": [8, 12, 12]}
+    rope = {"qwen3_vl": [12, 10, 10], "qwen3_vl_moe": [12, 10, 10], "qwen2_vl": [8, 12, 12], "qwen2_5_vl": [8, 12, 12]}
     vision: dict[str, Any] = {
         "qwen2_vl": {"embed_dim": 128, "mlp_ratio": 3, "depth": 4, "num_heads": 4, "hidden_size": 256},
-        "llava": {"image_size": 112}, "internvl": {"image_size": [112, 112]},
+        "llava": {"image_size": 112}, "kimi_k25": {}, "terrace_vlm": {"image_size": 112}, "internvl": {"image_size": [112, 112]},
     }.get(name, {"hidden_size": 128, "intermediate_size": 344, "depth": 4, "num_heads": 4, "out_hidden_size": 256})  # fmt: skip
-    if name in ("llava", "internvl"):
+    if name in ("llava", "internvl", "kimi_k25", "terrace_vlm"):
         vision |= {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4}
     config = {**CONFIGS[name], "text_config": {**CONFIGS[name]["text_config"], **text}}
     config["vision_config"] = {**CONFIGS[name]["vision_config"], **vision}
     if name in rope:
         config["text_config"]["rope_parameters"] = {**config["text_config"]["rope_parameters"], "mrope_section": rope[name]}
-    if name == "qwen3_vl":
+    if name in ("qwen3_vl", "qwen3_vl_moe"):
         config["text_config"]["head_dim"] = 64
+    if name == "qwen3_vl_moe":
+        config["text_config"]["moe_intermediate_size"] = 256
+    if name == "kimi_k25":
+        config["projection_hidden_size"] = 128
+        config["text_config"] |= {
+            "moe_intermediate_size": 256, "q_lora_rank": 96, "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32,
+            "v_head_dim": 48,
+        }  # fmt: skip
     section = Model.model_validate({"architecture": name, "config": config})
     small = case_of(name, folder)
-    pixels = (16_384, 100_000) if name == "qwen3_vl" else (12_544, 100_352)
+    pixels = (16_384, 100_000) if name in ("qwen3_vl", "qwen3_vl_moe") else (12_544, 100_352)
     return Case(name, section, make_family(name, config), small.tokenizer, model_config(section, small.tokenizer), pixels)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from families import NAMES, Case, case_of, conversation, pack_of, recipe_model
+from families import Case, case_of, conversation, pack_of, recipe_model
 from packs import tiny_recipe
 
 from terrace.data.types import PackedExample
@@ -30,10 +30,10 @@ def family_recipe(name: str, strategy: str) -> Recipe:
     )
 
 
-def train_families(rank: int, world_size: int, strategies: list[str], folder: str) -> dict[tuple[str, str], list[float]]:
+def train_families(rank: int, world_size: int, names: list[str], strategies: list[str], folder: str) -> dict[tuple[str, str], list[float]]:
     """Losses by (family, strategy). Every second step the pack of the second rank is text alone."""
     found = {}
-    for name in NAMES:
+    for name in names:
         case = case_of(name, Path(folder) / f"tokenizers-{world_size}-{rank}")
 
         def stream(start: int, case: Case = case) -> Iterator[StepExamples]:

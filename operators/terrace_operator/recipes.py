@@ -21,7 +21,8 @@ from terrace.cluster.checks import cluster_problems
 from terrace.cluster.cluster_schema import CurriculumSpec
 from terrace.errors import InputError
 from terrace.recipe import rules
-from terrace.recipe.loading import parse_recipe, recipe_hash, stage_hash
+from terrace.recipe.identity import recipe_hash, stage_hash
+from terrace.recipe.loading import parse_recipe
 from terrace.recipe.schema import Recipe, Source, Stage
 from terrace_operator.codec import Memory, decode_memory
 from terrace_operator.observe import World

@@ -8,6 +8,7 @@ in a blink.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import sys
 import traceback
@@ -20,6 +21,7 @@ from terrace.errors import InputError, TerraceError
 
 # Subcommand -> (module that registers it, one line of help). The help is here so that `terrace --help` imports nothing.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "init": ("terrace.begin.command", "write a recipe for your checkpoint and your rows"),
     "run": ("terrace.curriculum.command", "run a recipe's stages, or continue where an earlier run stopped"),
     "status": ("terrace.curriculum.command", "show a run's stages, steps, losses and checkpoints"),
     "logs": ("terrace.curriculum.command", "show what the workers of a stage attempt logged"),
@@ -47,10 +49,12 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("terrace.demo.command", "train a tiny model through a whole curriculum on this machine"),
     "completion": ("terrace.completion", "print a script that completes commands in a shell"),
 }
+# A file or folder that the user named, or whose place the environment says, cannot be used: running again does not help.
+NOT_TO_BE_HAD = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
 READ_SAMPLES = ("run", "ingest", "order", "inspect", "duplicates")
 GROUPS = {
     "Runs": ("run", "status", "logs", "pause", "suspend", "resume", "cancel"),
-    "Recipes": ("recipes", "validate", "plan", "schema", "render"),
+    "Recipes": ("init", "recipes", "validate", "plan", "schema", "render"),
     "Data": ("ingest", "index", "inspect", "order", "duplicates"),
     "Models": ("chat", "serve", "evaluate", "report", "track", "judge", "serve-rewards", "demo", "completion"),
 }
@@ -72,10 +76,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except TerraceError as error:
         return _fail(error, error.exit_status, debug)
     except KeyboardInterrupt as error:
-        return _fail(error, 130, debug)
+        return _fail(TerraceError("interrupted") if not debug else error, 130, debug)
     except BrokenPipeError:
         sys.stderr.close()  # the reader of our output left, which is no error of ours
         return 1
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            return _fail(error, 1, debug)
+        told = f"{error.filename}: {error.strerror}" + ("" if debug else " (--debug shows where)")
+        return _fail(error if debug else TerraceError(told), 2 if error.errno in NOT_TO_BE_HAD else 1, debug)
     except Exception as error:
         return _fail(error, 1, debug)
 

@@ -19,7 +19,9 @@ class InputError(TerraceError):
 
 
 class DamagedData(TerraceError):
-    """Bytes of a sample do not match what the index says, or cannot be decoded."""
+    """Bytes of a sample do not match what the index says, or cannot be decoded: they will not at the next try either."""
+
+    exit_status = 2
 
 
 class Preempted(TerraceError):

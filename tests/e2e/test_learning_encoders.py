@@ -23,8 +23,8 @@ from terrace.worker.context import WorkerContext
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-WIDTH = {"hidden_size": 96, "intermediate_size": 192, "num_attention_heads": 4}
-VISION = {**WIDTH, "num_hidden_layers": 3, "image_size": 64, "patch_size": 16}
+WIDTH = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+VISION = {**WIDTH, "num_hidden_layers": 2, "image_size": 64, "patch_size": 16}
 TEXT = {**WIDTH, "num_hidden_layers": 2, "max_position_embeddings": 64}
 HELD_OUT = 200
 MODELS: dict[str, dict[str, Any]] = {
@@ -62,8 +62,8 @@ def train(corpus: Path, run_dir: Path, name: str, objective: str, steps: int) ->
 @pytest.mark.parametrize(("name", "r5"), [("clip", 0.25), ("siglip", 0.25)])
 def test_two_towers_find_the_caption_of_a_scene(name, r5, corpus, tmp_path):
     """Of 200 held-out pairs, chance finds one in 40 among the first five."""
-    torch.set_num_threads(2)
-    _, after = train(corpus, tmp_path / "run", name, name, 400)
+    torch.set_num_threads(1)
+    _, after = train(corpus, tmp_path / "run", name, name, 120)
     print(name, json.dumps(after))
     assert after["caption/image_to_text_r5"] > r5
     assert after["caption/text_to_image_r5"] > r5
@@ -71,8 +71,8 @@ def test_two_towers_find_the_caption_of_a_scene(name, r5, corpus, tmp_path):
 
 def test_features_of_a_masked_autoencoder_beat_random_ones(corpus, tmp_path):
     """One drawn shape anywhere, of eight colours: which of the four shapes it is, by the 20 nearest others."""
-    torch.set_num_threads(2)
-    recipe, after = train(corpus, tmp_path / "run", "vit_mae", "mae", 400)
+    torch.set_num_threads(1)
+    recipe, after = train(corpus, tmp_path / "run", "vit_mae", "mae", 200)
     rng, rows = random.Random(5), []
     while len(rows) < 400:
         scene = draw_shapes(rng.getrandbits(40), most=1)

@@ -1,4 +1,4 @@
-"""Every family through a curriculum of its own: two lm stages, a reward model and MORL, stopped, resumed, exported, asked."""
+"""Every family through a curriculum of its own: two lm stages, a reward model, MORL and a comparison, stopped, resumed, exported, asked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from families import CONFIGS, NAMES, PIXELS, recipe_model
+from families import CONFIGS, NAMES, PIXELS, QUICK, recipe_model
 from PIL import Image
 
 from terrace.curriculum.attempt_worker import run_stage
@@ -74,6 +74,8 @@ def recipe_of(name: str, folder: Path) -> Recipe:
              "mixture": {"weights": {"pairs": 1.0}}, "budget": {"steps": 2}, **common},
             {"name": "morl", "objective": "grpo", "start_from": "all", "train": {"language": {"lr": 1e-3}}, "rewards": rewards,
              "grpo": grpo, "mixture": {"weights": {"prompts": 1.0}}, "budget": {"steps": 2}, **common},
+            {"name": "compare", "objective": "mpo", "start_from": "all", "train": everything,
+             "mixture": {"weights": {"pairs": 1.0}}, "budget": {"steps": 2}, **common},
         ],
     })  # fmt: skip
 
@@ -96,19 +98,20 @@ def test_an_own_family_is_one_module_of_less_than_60_lines():
     assert len(code) < 60
 
 
-@pytest.mark.parametrize("name", [*NAMES, "toy"])
+@pytest.mark.parametrize("name", [*(name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES), "toy"])
 def test_a_family_trains_resumes_evaluates_and_exports(name, tmp_path, monkeypatch):
     torch.set_num_threads(1)
     write_rows(tmp_path)
     recipe = recipe_of(name, tmp_path)
     run_dir = tmp_path / "run"
     prepare_data(recipe, run_dir, use_ray=False)
-    results = [run_stage(recipe, number, run_dir, 1, WorkerContext()) for number in range(4)]
+    results = [run_stage(recipe, number, run_dir, 1, WorkerContext()) for number in range(5)]
     caption = results[1].evaluation
     assert caption["after"]["caption"] < caption["before"]["caption"]
     assert set(caption["after"]) == {"caption", "grounding"}
     assert results[2].evaluation["after"]["preference/loss"] > 0
     assert results[3].steps == 2
+    assert results[4].evaluation["after"]["preference/margin"] > 0
     # Stopped after one step of the second stage, by a copy of the run, it ends with the same bits.
     again = tmp_path / "again"
     prepare_data(recipe, again, use_ray=False)

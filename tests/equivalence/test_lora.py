@@ -185,7 +185,7 @@ def test_two_ranks_of_any_strategy_equal_one_process(tmp_path, reference):
             np.testing.assert_allclose(losses(tmp_path / "bf16" / name, index), losses(reference, index), rtol=2e-2, err_msg=name)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "qwen2_5_vl" else pytest.mark.slow) for name in NAMES])
 def test_every_family_adapts_every_part_with_a_gradient_and_a_plan_that_counts_it(name, tmp_path):
     """Every adapted layer gets a gradient; parameters are exact; parts of different ranks become one adapter that peft loads."""
     torch.set_num_threads(1)

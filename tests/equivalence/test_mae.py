@@ -78,13 +78,21 @@ def test_loss_gradients_parameters_and_start_are_those_of_the_class():
             assert float((ours.grad - theirs.grad).abs().max()) < 2e-6 * largest, name
 
 
+def write_pictures(folder: Path) -> None:
+    """A folder of pictures and nothing else."""
+    rng = np.random.default_rng(1)
+    (folder / "pictures").mkdir()
+    for number in range(30):
+        Image.fromarray(rng.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(folder / "pictures" / f"{number}.png")
+
+
 def recipe_of(folder: Path, **stage: Any) -> Recipe:
     one = {
         "name": "mae", "objective": "mae", "train": {part: {"lr": 1e-3} for part in ("vision", "projector")}, "precision": "fp32",
         "batch": {"packs": 4, "samples_per_pack": 3}, "mixture": {"weights": {"pictures": 1.0}}, "budget": {"steps": 4},
         "checkpoint": {"every_steps": 1}, "schedule": {"kind": "constant", "warmup": 0}, "data_loading": {"engine": "inline"},
     }  # fmt: skip
-    source = {"uri": str(folder / "rows.jsonl"), "holdout_samples": 5}
+    source = {"uri": str(folder / "pictures"), "kind": "picture", "holdout_samples": 5}
     return Recipe.model_validate({
         "name": "mae", "model": SECTION, "tokenizer": {"train_vocabulary_size": 330}, "data": {"sources": {"pictures": source}},
         "stages": [{**one, **stage}],
@@ -111,12 +119,7 @@ def weights(run: Path) -> str:
 
 def test_pictures_of_a_source_train_resume_and_export(tmp_path):
     torch.set_num_threads(1)
-    rng = np.random.default_rng(1)
-    rows = []
-    for number in range(30):
-        Image.fromarray(rng.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
-        rows.append({"image": f"{number}.png", "caption": f"Noise {number}"})
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_pictures(tmp_path)
     recipe = recipe_of(tmp_path)
     assert check(recipe) == []
     told = [str(problem) for problem in check(recipe_of(tmp_path, train={"language": {"lr": 1.0}}))]
@@ -125,7 +128,7 @@ def test_pictures_of_a_source_train_resume_and_export(tmp_path):
     for folder in (run, again, packed):
         prepare_data(recipe, folder, use_ray=False)
     result = run_stage(recipe, 0, run, 1, WorkerContext())
-    assert result.evaluation["after"]["caption/loss"] < result.evaluation["before"]["caption/loss"]
+    assert result.evaluation["after"]["picture/loss"] < result.evaluation["before"]["picture/loss"]
     asked = iter(range(100))
     with pytest.raises(Preempted):
         run_stage(recipe, 0, again, 1, WorkerContext(should_stop=lambda: "told" if next(asked) >= 2 else None))
@@ -141,11 +144,7 @@ def test_pictures_of_a_source_train_resume_and_export(tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_under_every_strategy_give_the_losses_of_one(tmp_path):
-    rng = np.random.default_rng(1)
-    for number in range(30):
-        Image.fromarray(rng.integers(0, 256, (40, 36, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
-    rows = [{"image": f"{number}.png", "caption": f"Noise {number}"} for number in range(30)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_pictures(tmp_path)
     recipe = recipe_of(tmp_path)
     runs = [(strategy, str(tmp_path / strategy)) for strategy in ("ddp", "fsdp", "zero2")]
     for folder in ("one", "ddp", "fsdp", "zero2"):

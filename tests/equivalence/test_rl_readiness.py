@@ -11,7 +11,7 @@ from rl_stage import figures_of, rl_recipe, run, write_prompts
 
 from terrace.data.prepare import load_prepared, prepare_data
 from terrace.errors import DamagedData, InputError
-from terrace.recipe.loading import stage_hash
+from terrace.recipe.identity import stage_hash
 from terrace.recipe.schema import Recipe
 from terrace.rewards.sandbox import SandboxPool
 from terrace.rl import readiness

@@ -240,6 +240,25 @@ def test_the_relatives_run(folder):
     assert lines[1]["kl"] > 0
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"average": "responses", "ratio": "sequence", "updates_per_rollout": 2, "clip_low": 0.01, "clip_high": 0.01},
+     {"average": "constant", "baseline": "batch", "normalise": "batch", "surrogate": "cispo", "updates_per_rollout": 2, "clip_high": 0.01,
+      "overlong_buffer_tokens": 6}],
+    ids=["gspo", "cispo"],
+)  # fmt: skip
+def test_the_divisor_of_a_relative_does_not_depend_on_packs(folder, options):
+    """Groups that are split over packs, each with its own prompt, and groups that share one pack."""
+    figures = []
+    for length in (512, 96):
+        name = f"{options['average']}-{length}"
+        run(rl_recipe(folder, 2, options, sequence_length=length), folder, name)
+        figures.append([(line["loss"], line["grad_norm"], line["clipped"]) for line in figures_of(folder, name)])
+    assert np.array(figures[0]) == pytest.approx(np.array(figures[1]), rel=1e-4, abs=1e-6)
+    assert all(norm > 0 for _, norm, _ in figures[0])
+    assert figures[0][1][2] > 0  # the second update is clipped
+
+
 def test_too_many_failed_rewards_stop_the_stage(folder):
     rewards = {"digits": [{"name": "rl_rules:failing"}], "capitals": [{"name": "rl_rules:share_of_capitals"}]}
     with pytest.raises(RewardFailures, match="rl_rules:failing"):

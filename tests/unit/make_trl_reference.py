@@ -25,7 +25,14 @@ CASES = {
     "clipped": {"old": True, "low": 0.2, "high": 0.28},
     "kl": {"beta": 0.04},
     "clipped_kl_entropy": {"old": True, "low": 0.2, "high": 0.2, "beta": 0.1, "entropy": 0.01},
+    "responses": {"old": True, "low": 0.2, "high": 0.2, "beta": 0.1, "type": "grpo"},
+    "constant": {"old": True, "low": 0.2, "high": 0.2, "type": "dr_grpo"},
+    "gspo": {"old": True, "low": 0.05, "high": 0.08, "type": "grpo", "level": "sequence"},
+    "sequence_tokens": {"old": True, "low": 0.05, "high": 0.08, "level": "sequence"},
+    "cispo": {"old": True, "high": 0.15, "type": "cispo"},
+    "ceiling": {"old": True, "low": 0.2, "high": 0.28, "ceiling": 1.3},
 }
+LONGEST = 8  # Dr. GRPO's constant
 
 
 def trl_loss(case: dict, inputs: dict) -> tuple[float, list]:
@@ -36,9 +43,10 @@ def trl_loss(case: dict, inputs: dict) -> tuple[float, list]:
     self = SimpleNamespace(
         _get_per_token_logps_and_entropies=lambda *_, **__: (logprobs, entropies, None),
         aux_loss_enabled=False, top_entropy_quantile=1.0, off_policy_mask_threshold=None,
-        importance_sampling_level="token", beta=case.get("beta", 0.0), loss_type="dapo",
-        epsilon_low=case.get("low", 10.0), epsilon_high=case.get("high", 1e9), use_vllm=False,
-        args=SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1),
+        importance_sampling_level=case.get("level", "token"), beta=case.get("beta", 0.0), loss_type=case.get("type", "dapo"),
+        epsilon_low=case.get("low", 10.0), use_vllm=False, max_completion_length=LONGEST,
+        epsilon_high=case.get("high", 1e9) + (1 if case.get("type") == "cispo" else 0),  # there it is the bound itself
+        args=SimpleNamespace(delta=case.get("ceiling"), use_bias_correction_kl=False, steps_per_generation=1),
         model=SimpleNamespace(training=True), current_gradient_accumulation_steps=1,
         _entropy_bonus_enabled="entropy" in case, use_adaptive_entropy=False, entropy_coef=case.get("entropy", 0.0),
         accelerator=SimpleNamespace(
@@ -80,6 +88,7 @@ def main() -> None:
     groups = rewards.view(-1, 4)
     centred = rewards - torch.nanmean(groups, dim=1).repeat_interleave(4)
     scaled = centred / (nanstd(groups, dim=1).repeat_interleave(4) + 1e-4)
+    of_batch = centred / (nanstd(rewards) + 1e-4)
     reference = {
         "made_with": f"trl {trl.__version__}, torch {torch.__version__}",
         "inputs": inputs,
@@ -90,6 +99,7 @@ def main() -> None:
         "advantages": {
             "none": [None if value != value else value for value in centred.tolist()],
             "std": [None if value != value else value for value in scaled.tolist()],
+            "batch": [None if value != value else value for value in of_batch.tolist()],
         },
     }
     Path(__file__).with_name("trl_reference.json").write_text(json.dumps(reference, indent=1) + "\n")

@@ -21,7 +21,7 @@ from terrace.curriculum.graph import waits_for, with_dependents
 from terrace.curriculum.machine import next_actions
 from terrace.curriculum.state import RunState, apply, fold
 from terrace.recipe import rules
-from terrace.recipe.loading import stage_hash
+from terrace.recipe.identity import stage_hash
 from terrace.recipe.schema import Gate, Recipe
 
 

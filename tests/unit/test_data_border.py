@@ -218,6 +218,12 @@ def test_unwanted_answers_are_never_learnt_as_wanted() -> None:
         assert reason({"prompt": "Hi", "completion": "Go away", "label": label}) == "unwanted_answer"
         assert reason({"instruction": "Hi", "output": "Go away", "kto_tag": label}) == "unwanted_answer"
     assert read({"messages": HI, "label": True}) == "user: Hi| assistant: Hello"
+    for label, kept in ((False, False), (0, False), ("false", False), (True, True), (1, True), ("True", True)):
+        for row in ({"messages": HI, "label": label}, {"prompt": "Hi", "completion": "Hello", "kto_tag": label}):
+            assert convert_row(row, "x", "preference")[0].metadata == {"label": kept}
+    assert reason({"messages": HI, "label": True, "kto_tag": False}, "preference") == "bad_row"
+    assert reason({"messages": HI, "rejected_response": "Go", "label": False}, "preference") == "unwanted_answer"
+    assert "label" not in convert_row({"messages": HI, "rejected_response": "Go", "label": True}, "x", "preference")[0].metadata
     assert reason({"messages": HI, "label": "spam"}) == "unknown_field"
     for row in ({"messages": HI, "rejected_response": "Go"}, {"prompt": "Hi", "chosen": "Hello", "rejected": "Go"},
                 {"chosen": HI, "rejected": [HI[0], {"role": "assistant", "content": "Go"}]},

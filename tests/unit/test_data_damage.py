@@ -25,7 +25,7 @@ from terrace.data.stream.rank_stream import open_stream
 from terrace.data.types import PackedExample
 from terrace.errors import DamagedData
 from terrace.families.qwen2_5_vl import Qwen25VL
-from terrace.recipe.loading import stage_hash
+from terrace.recipe.identity import stage_hash
 from terrace.recipe.schema import Recipe
 
 FAMILY = Qwen25VL()

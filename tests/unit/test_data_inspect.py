@@ -208,6 +208,8 @@ def test_a_stage_and_its_data_by_the_command(rows: Path, tmp_path: Path, capsys)
     tiny["data"] = {"sources": {"captions": {"uri": str(rows / "captions.jsonl")}}}
     tiny["stages"] = tiny["stages"][:1]
     recipe.write_text(yaml.safe_dump(tiny))
+    two = {**tiny, "stages": [*tiny["stages"], {**tiny["stages"][0], "name": "second"}]}
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump(two))
     out = tmp_path / "page.html"
     run = ["--run-dir", str(tmp_path / "run"), "--out", str(out)]
     assert cli.main(["inspect", f"{recipe}:projector-warmup", *run, "--packs", "2", "stages.0.sequence_length=128"]) == 0
@@ -217,7 +219,7 @@ def test_a_stage_and_its_data_by_the_command(rows: Path, tmp_path: Path, capsys)
     capsys.readouterr()
     for target, *more, told in [
         (f"{recipe}:two", "no stage 'two'"),
-        (f"{recipe}", "stages of recipe tiny are projector-warmup"),
+        (f"{tmp_path}/two.yaml", "stages of recipe tiny are projector-warmup, second"),
         (f"{recipe}:projector-warmup", "--pixels", "784", "--pixels goes with a source"),
         (f"{tmp_path}/gone.yaml:one", "gone.yaml"),
         (f"{tmp_path}/gone.jsonl", "no file at"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from terrace.data.order.balance import CostModel, cost_model, deal, deal_in_order, max_over_mean
-from terrace.data.order.mixture import Interleave, whole_weights
+from terrace.data.order.mixture import LONGEST_WRITTEN, Interleave, whole_weights
 from terrace.data.order.packing import default_window, lookahead, pack_best_fit, pack_window
 from terrace.data.order.permutation import BLOCK, GROUP_BLOCKS, permute, shuffled_rows, source_rows
 from terrace.families.qwen2_5_vl import Qwen25VL
@@ -67,6 +68,39 @@ def test_epochs_have_their_own_orders():
 
 
 weights_of = st.lists(st.decimals("0.001", "5", places=3).map(float), min_size=1, max_size=7)
+long_weights = st.lists(st.integers(10**6, 10**17), min_size=1, max_size=9).filter(lambda whole: sum(whole) > LONGEST_WRITTEN)
+
+
+@FEW
+@given(weights=long_weights, start=st.integers(0, 10**14), cap=st.integers(1, 300))
+def test_weights_of_any_precision_are_exact_and_computed_from_the_place(weights, start, cap):
+    names = [f"s{number}" for number in range(len(weights))]
+    given = {name: Fraction(weight, 10**17) for name, weight in zip(names, weights)}
+    whole, total = whole_weights(given), sum(weights)
+    assert all(Fraction(whole[name], sum(whole.values())) == Fraction(weight, total) for name, weight in zip(names, weights))
+    made = Interleave(names, whole, [None] * len(names))
+    for begin in (0, start):
+        sources, draws = made.draw(begin, begin + 300)
+        before = made.counts(begin)
+        for length in (1, 2, 77, 300):
+            counts = before + np.bincount(sources[:length], minlength=len(names))
+            assert np.array_equal(counts, made.counts(begin + length))
+            allowed = math.log2(len(names)) / 2 + 1
+            assert all(abs(int(c) - Fraction(w * (begin + length), total)) <= allowed for c, w in zip(counts, weights))
+        assert all(draws[sources == n].tolist() == list(range(before[n], before[n] + (sources == n).sum())) for n in range(len(names)))
+        again = made.draw(begin + 40, begin + 300)
+        assert np.array_equal(sources[40:], again[0])
+        assert np.array_equal(draws[40:], again[1])
+    capped = Interleave(names, whole, [cap] * len(names))
+    assert np.bincount(capped.draw(0, cap * len(names) + 5)[0], minlength=len(names)).tolist() == [cap] * len(names)
+
+
+def test_seven_and_more_decimals_are_not_rounded():
+    weights = whole_weights({"a": 0.3000001, "b": 0.6999999, "c": 0.00000001})
+    assert weights == {"a": 30_000_010, "b": 69_999_990, "c": 1}
+    made = Interleave(list(weights), weights, [None, None, None])
+    sources, _ = made.draw(99_000_000, 99_010_000)  # written out to there it would take minutes
+    assert abs(int((sources == 0).sum()) - 3_000) <= 2
 
 
 @FEW
@@ -158,6 +192,33 @@ def test_dealing_is_even_and_no_worse_than_in_order(ranks, share, seed):
     assert sorted(pack for hand in hands for pack in hand) == list(range(len(costs)))
     assert {len(hand) for hand in hands} == {share}
     assert max_over_mean(costs, hands) <= max_over_mean(costs, deal_in_order(costs, ranks)) + 0.35
+
+
+@FEW
+@given(ranks=st.integers(2, 6), share=st.integers(1, 6), seed=st.integers(0, 10**6), grain=st.sampled_from([0.001, 0.5]))
+def test_dealing_is_longest_first_and_then_the_best_exchanges(ranks, share, seed, grain):
+    """Against the rule written out, ties included."""
+    costs = (np.round(np.random.default_rng(seed).lognormal(0, 0.6, ranks * share) / grain) * grain).tolist()
+    loads, hands = [0.0] * ranks, [[] for _ in range(ranks)]
+    for pack in sorted(range(len(costs)), key=lambda number: (-costs[number], number)):
+        rank = min((r for r in range(ranks) if len(hands[r]) < share), key=lambda r: (loads[r], r))
+        hands[rank].append(pack)
+        loads[rank] += costs[pack]
+    for _ in range(2 * ranks):
+        slow = max(range(ranks), key=lambda r: (loads[r], -r))
+        best, found = loads[slow] * (1 - 1e-9), None
+        for rank in (r for r in range(ranks) if r != slow):
+            for mine in range(share):
+                for theirs in range(share):
+                    moved = costs[hands[slow][mine]] - costs[hands[rank][theirs]]
+                    if max(loads[slow] - moved, loads[rank] + moved) < best:
+                        best, found = max(loads[slow] - moved, loads[rank] + moved), (rank, mine, theirs, moved)
+        if found is None:
+            break
+        rank, mine, theirs, moved = found
+        hands[slow][mine], hands[rank][theirs] = hands[rank][theirs], hands[slow][mine]
+        loads[slow], loads[rank] = loads[slow] - moved, loads[rank] + moved
+    assert deal(costs, ranks) == [sorted(hand) for hand in hands]
 
 
 def test_dealing_saves_time_on_average():

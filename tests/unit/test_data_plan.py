@@ -5,66 +5,23 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from dataclasses import dataclass, field
 from itertools import pairwise
 
-import numpy as np
 import pytest
+from formula_source import FormulaSource, seen, stage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from terrace.data.look.order_command import order_facts, order_text
 from terrace.data.order.balance import CostModel
-from terrace.data.order.eligible import Items, VisualRange, split_points
-from terrace.data.order.permutation import mix64
+from terrace.data.order.eligible import VisualRange, split_points
 from terrace.data.order.plan import StagePlan
 from terrace.errors import InputError
-from terrace.recipe.schema import Stage
-
-
-@dataclass
-class FormulaSource:
-    """A source of any size whose lengths are a hash of the row: an index that is never materialised."""
-
-    name: str
-    count: int
-    longest: int = 400
-    mean_tokens: float = 0.0
-    changes: dict[str, int] = field(default_factory=dict)
-
-    def __post_init__(self):
-        self.mean_tokens = self.mean_tokens or (self.longest + 20) / 2
-
-    def take(self, numbers):
-        with np.errstate(over="ignore"):
-            lengths = 20 + (mix64(numbers.astype(np.uint64), 7) % np.uint64(self.longest - 19)).astype(np.int64)
-        zero = np.zeros_like(numbers)
-        return Items(numbers, lengths, lengths // 3, lengths // 3 * 4, zero, zero, zero - 1)
-
-    def id_of(self, row):
-        return f"{self.name}-{row}"
-
-
-def stage(**changes) -> Stage:
-    values = {
-        "name": "one",
-        "train": {"projector": {"lr": 1e-3}},
-        "mixture": {"weights": {"a": 0.7, "b": 0.3}},
-        "sequence_length": 1024,
-        "budget": {"steps": 30},
-        "batch": {"packs": 14},
-        "data_loading": {"window_samples": 200},
-    }
-    return Stage.model_validate(values | changes)
 
 
 def plan(sources=None, **changes) -> StagePlan:
     sources = sources or [FormulaSource("a", 500), FormulaSource("b", 90)]
     return StagePlan(stage(**changes), {source.name: source for source in sources}, 0, CostModel())
-
-
-def seen(packs) -> Counter:
-    return Counter((ref.source, ref.row) for pack in packs for ref in pack.samples)
 
 
 @settings(max_examples=12, deadline=None)

@@ -27,6 +27,10 @@ def test_loss_and_gradient_equal_trl(name):
         clip_high=case.get("high"),
         kl_coefficient=case.get("beta", 0.0),
         entropy_coefficient=case.get("entropy", 0.0),
+        clip_ceiling=case.get("ceiling"),
+        sequence_ratio=case.get("level") == "sequence",
+        cispo=case.get("type") == "cispo",
+        per_response=case.get("type") == "grpo",
     )
     tensors = {key: torch.tensor(inputs[key], dtype=torch.float64) for key in ("old", "reference", "entropies")}
     losses, _ = token_losses(
@@ -36,8 +40,9 @@ def test_loss_and_gradient_equal_trl(name):
         tensors["old"][mask] if case.get("old") else None,
         tensors["reference"][mask] if "beta" in case else None,
         options,
+        mask.sum(1),
     )
-    loss = losses.sum() / mask.sum()
+    loss = losses.sum() / {"grpo": len(mask), "dr_grpo": len(mask) * 8}.get(case.get("type", ""), mask.sum())
     loss.backward()
     assert loss.item() == pytest.approx(case["loss"], abs=1e-12)
     assert logprobs.grad.numpy() == pytest.approx(np.array(case["gradient"]), abs=1e-12)
@@ -46,7 +51,7 @@ def test_loss_and_gradient_equal_trl(name):
 def test_advantages_equal_trl():
     rewards = np.array([math.nan if value is None else value for value in REFERENCE["rewards"]])
     groups = np.repeat(np.arange(3), 4)
-    for normalise in ("none", "std"):
+    for normalise in ("none", "std", "batch"):
         expected = np.array([0.0 if value is None else value for value in REFERENCE["advantages"][normalise]])
         advantages, counted = group_advantages(rewards, groups, normalise=normalise, epsilon=1e-4)
         assert advantages == pytest.approx(expected, abs=1e-7)  # TRL forms the std in float32

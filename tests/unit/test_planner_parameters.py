@@ -17,6 +17,7 @@ from terrace.data.types import PackedExample
 from terrace.models.attention import use_attention
 from terrace.models.batch import to_device
 from terrace.models.build import build_model, meta_model, model_config
+from terrace.models.families.registry import family_of_model
 from terrace.models.parts import part_parameters
 from terrace.objectives.lm import summed_loss
 from terrace.planner.flops import exact_load, forward_flops, training_flops
@@ -60,7 +61,7 @@ def test_parameters_equal_the_model_on_the_meta_device(path: Path, overrides: li
     counted = {part: sum(p.numel() for _, p in pairs) for part, pairs in part_parameters(model).items()}
     shape = model_shape(recipe)
     assert parameter_counts(shape) == counted
-    assert shape.vision.block_parameters == sum(p.numel() for p in model.model.visual.blocks[0].parameters())
+    assert shape.vision.block_parameters == sum(p.numel() for p in family_of_model(model).blocks_of(model, "vision")[0].parameters())
     assert language_layer(shape) == sum(p.numel() for p in model.model.language_model.layers[0].parameters())
 
 

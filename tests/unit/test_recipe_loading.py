@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from terrace.recipe.errors import RecipeError
-from terrace.recipe.loading import dump_recipe, load_recipe, parse_recipe, recipe_hash, stage_hash, start_index
+from terrace.recipe.identity import recipe_hash, stage_hash, start_index
+from terrace.recipe.loading import dump_recipe, load_recipe, parse_recipe
 
 TINY = Path(__file__).parent.parent / "recipes" / "tiny.yaml"
 

@@ -58,8 +58,8 @@ def test_a_short_name_stands_where_a_file_does(tmp_path: Path, monkeypatch: pyte
     # Errors of a shipped recipe name its file; a word that is no recipe is answered with the nearest one.
     with pytest.raises(RecipeError, match="override"):
         load_recipe("qwen-vl-7b", ["stages.0.budget.steps=none"])
-    with pytest.raises(RecipeError, match=r"cannot read the recipe qwen-vl-8b: .* did you mean `qwen-vl-7b`\?"):
-        load_recipe("qwen-vl-8b")
+    with pytest.raises(RecipeError, match=r"cannot read the recipe mimo-vl-8b: .* did you mean `mimo-vl-7b`\?"):
+        load_recipe("mimo-vl-8b")
     with pytest.raises(RecipeError, match=r"cannot read the recipe qwen-vl-7b\.yaml: No such file or directory$"):
         load_recipe("qwen-vl-7b.yaml")
     (tmp_path / "lost.yaml").write_text("extends: qwen-vl-8b\nname: lost\n")

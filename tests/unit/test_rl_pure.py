@@ -7,9 +7,14 @@ import json
 import numpy as np
 import pytest
 
-from terrace.rl.advantages import group_advantages, zero_variance
+from terrace.generation.interface import Response
+from terrace.recipe.schema import GrpoOptions
+from terrace.rl.advantages import group_advantages, overlong_penalties, zero_variance
+from terrace.rl.collect import Group
 from terrace.rl.dynamic_sampling import prompts_to_draw, select_groups
+from terrace.rl.iteration import part_advantages
 from terrace.rl.pools import EasyPool
+from terrace.rl.prompts import Drawn
 from terrace.rl.stored import load_rewards, save_rewards
 
 NAN = float("nan")
@@ -28,6 +33,36 @@ def test_advantages_worked_by_hand():
     # Leave one out: 1 - mean(0, 0, 1) = 2/3.
     others, _ = group_advantages(rewards, groups, normalise="none", baseline="leave_one_out")
     assert others == pytest.approx([2 / 3, -2 / 3, -2 / 3, 2 / 3, -0.6, 0.6])
+    # REINFORCE++: the mean 0.5 and the unbiased std sqrt((4 * 0.25 + 2 * 0.09) / 5) of all six.
+    skewed = np.array([1, 0, 0, 1, 0.2, 1.4])
+    whole, _ = group_advantages(skewed, groups, normalise="batch", baseline="batch", epsilon=0)
+    assert whole == pytest.approx((skewed - 0.6) / np.std(skewed, ddof=1))
+    by_batch, _ = group_advantages(rewards, groups, normalise="batch", epsilon=0)
+    assert by_batch == pytest.approx(plain / np.sqrt(1.18 / 5))
+
+
+def group_of(rewards: list[float], lengths: list[int], finished: list[bool], number: int = 0) -> Group:
+    responses = tuple(
+        Response(np.arange(length, dtype=np.int32), np.zeros(length, np.float32), done) for length, done in zip(lengths, finished)
+    )
+    nothing = ("",) * len(rewards)
+    return Group(Drawn(("s", number), 0), "p", "t", 4, 0, responses, np.array(rewards), nothing, nothing, "", "")
+
+
+def test_long_responses_lose_a_little_and_truncated_ones_do_not_train():
+    """DAPO eq. 13 by hand: longest 20, buffer 8: nothing up to 12 tokens, half the penalty at 16, all of it at 20."""
+    assert overlong_penalties(np.array([1, 12, 16, 20]), 20, 8, 0.5) == pytest.approx([0, 0, -0.25, -0.5])
+    part = [group_of([1, 1, 0, NAN], [12, 16, 20, 3], [True, True, False, True]), group_of([0.5, 0.5], [20, 20], [False, False], 1)]
+    given = {"max_response_tokens": 20, "normalise": "none"}
+    plain = part_advantages(part, GrpoOptions(**given))
+    assert plain[0] == pytest.approx([1 / 3, 1 / 3, -2 / 3, NAN], nan_ok=True)
+    shaped = part_advantages(part, GrpoOptions(**given, overlong_buffer_tokens=8, overlong_penalty=0.5))
+    mean = (1 + 0.75 - 0.5) / 3
+    assert shaped[0] == pytest.approx([1 - mean, 0.75 - mean, -0.5 - mean, NAN], nan_ok=True)
+    assert shaped[1] == pytest.approx([0, 0])
+    left = part_advantages(part, GrpoOptions(**given, truncated="leave_out"))
+    assert left[0] == pytest.approx([1 / 3, 1 / 3, NAN, NAN], nan_ok=True)  # the one cut off still counted in the mean
+    assert np.isnan(left[1]).all()
 
 
 def test_failed_rewards_are_no_part_of_their_group():

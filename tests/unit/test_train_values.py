@@ -90,6 +90,17 @@ def test_groups_cover_trained_parts_once_with_their_rates():
     assert rates["model.visual.blocks.0.norm1.weight"].weight_decay == 0.0
 
 
+def test_muon_is_for_matrices_between_layers():
+    stage = _stage()
+    muon = stage.model_copy(update={"optimizer": stage.optimizer.model_copy(update={"kind": "muon"})})
+    rules = {name: group.rule for group in parameter_groups(SKELETON, muon) for name in group.names}
+    assert rules["model.language_model.layers.0.mlp.up_proj.weight"] == rules["model.visual.blocks.1.attn.qkv.weight"] == "muon"
+    others = ("lm_head.weight", "model.language_model.embed_tokens.weight", "model.visual.patch_embed.proj.weight",
+              "model.language_model.norm.weight", "model.visual.blocks.0.norm1.weight")  # fmt: skip
+    assert {rules[name] for name in others} == {"adamw"}
+    assert {group.rule for group in parameter_groups(SKELETON, stage)} == {"adamw"}
+
+
 def test_schedules():
     cosine = Schedule(kind="cosine", warmup=0.1, min_ratio=0.2)
     values = [schedule_factor(cosine, step, 100) for step in range(100)]
@@ -101,6 +112,12 @@ def test_schedules():
     linear = Schedule(kind="linear", warmup=4, min_ratio=0.0)
     assert [schedule_factor(linear, step, 9) for step in range(9)] == [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0]
     assert schedule_factor(Schedule(kind="constant", warmup=0), 50, 100) == 1.0
+    stable = Schedule(kind="wsd", warmup=2, decay=4, min_ratio=0.25)
+    assert [schedule_factor(stable, step, 10) for step in range(10)] == [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    root = Schedule(kind="wsd", warmup=0, decay=0.5, decay_shape="sqrt", min_ratio=0.0)
+    assert [schedule_factor(root, step, 10) for step in (4, 5, 6, 9)] == [1.0, 1.0, 0.5, 0.0]
+    steps = Schedule(kind="step", warmup=0, milestones=[0.3, 6], factor=0.5)
+    assert [schedule_factor(steps, step, 10) for step in range(10)] == [1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25]
 
 
 def test_loss_scale_halves_at_overflow_and_grows_again():

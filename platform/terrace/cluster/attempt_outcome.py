@@ -58,7 +58,7 @@ def outcome(stage_dir: Path, stage: str, attempt: int) -> AttemptObservation | N
     if failed:
         first = failed[0]
         kind: FailureKind = "input" if first["exit_status"] == 2 else "program"
-        message = f"rank {first['rank']}: {first['message']}"
+        message = f"{first['message']} (rank {first['rank']})"
         return AttemptObservation(stage, attempt, "failed", failure=kind, reason=first["error"], message=message)
     if any(found["status"] == "preempted" for found in ended):
         return AttemptObservation(stage, attempt, "preempted", message="a checkpoint was saved")

@@ -24,15 +24,24 @@ class Rule:
 # `storage.uri` is a volume's folder or lies in it.
 INSIDE = "(self.storage.uri == {0}.mountPath || self.storage.uri.startsWith({0}.mountPath + '/'))"
 # Folders of each pod that a volume would break: the scratch folder, the recipe, the system's own.
-TAKEN = ("/bin", "/boot", "/etc", "/lib", "/lib64", "/root", "/sbin", "/usr", "/var")
-TAKEN_WITH_ALL_INSIDE = ("/dev", "/etc/terrace", "/proc", "/run", "/sys", "/tmp", "/var/run")
-# What Terrace and KubeRay set in every pod; an entry of `runtime.env` would win over it.
-OWN_VARIABLES = (
-    "AWS_ENDPOINT_URL", "AWS_REGION", "FQ_RAY_IP", "HOME", "KUBERAY_GEN_RAY_START_CMD", "KUBERNETES_SERVICE_HOST",
-    "KUBERNETES_SERVICE_PORT", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_TRACKING_URI", "PYTHONUNBUFFERED", "RAY_ADDRESS",
-    "RAY_CLOUD_INSTANCE_ID", "RAY_CLUSTER_NAME", "RAY_DASHBOARD_ADDRESS", "RAY_IP", "RAY_JOB_SUBMISSION_ID", "RAY_NODE_TYPE_NAME",
-    "RAY_PORT", "TMPDIR",
+TAKEN = ("/etc", "/root", "/usr", "/usr/local", "/usr/share", "/var", "/var/lib")
+TAKEN_WITH_ALL_INSIDE = (
+    "/bin", "/boot", "/dev", "/etc/group", "/etc/hostname", "/etc/hosts", "/etc/passwd", "/etc/resolv.conf", "/etc/terrace", "/lib",
+    "/lib64", "/proc", "/run", "/sbin", "/sys", "/tmp", "/usr/bin", "/usr/lib", "/usr/lib64", "/usr/local/bin", "/usr/local/lib",
+    "/usr/sbin", "/var/run",
 )  # fmt: skip
+# What Terrace, KubeRay (ray-operator/controllers/ray/utils/constant.go), Ray Train and the device plugin set in a pod or a worker; an
+# entry of `runtime.env` would win over it, or be lost.
+OWN_VARIABLES = (
+    "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "CUDA_VISIBLE_DEVICES", "FQ_RAY_IP", "HOME", "HOSTNAME", "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_RUN_ID", "MLFLOW_TRACKING_URI", "NODE_RANK",
+    "NVIDIA_VISIBLE_DEVICES", "PYTHONUNBUFFERED", "RANK", "RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_CLOUD_INSTANCE_ID",
+    "RAY_DASHBOARD_ADDRESS", "RAY_GCS_ADDRESS", "RAY_IP", "RAY_NODE_TYPE_NAME", "RAY_PORT", "RAY_REDIS_ADDRESS", "RAY_ROLE",
+    "RAY_USE_TLS", "REDIS_PASSWORD", "REDIS_USERNAME", "TMPDIR", "WORLD_SIZE",
+)  # fmt: skip
+OWN_PREFIXES = ("KUBERAY_", "KUBERNETES_", "RAY_CLUSTER_", "RAY_JOB_", "RAY_USAGE_STATS_", "TERRACE_")
+# The largest machines that can be rented have 1,920 cores and 32 TiB.
+MOST_CORES, MOST_BYTES = "2048", "64Ti"
 
 
 def listed(words: tuple[str, ...]) -> str:
@@ -41,6 +50,10 @@ def listed(words: tuple[str, ...]) -> str:
 
 def at_least(amount: str, least: str) -> str:
     return f"quantity({amount}).compareTo(quantity({least})) >= 0"
+
+
+def at_most(amount: str, most: str) -> str:
+    return f"quantity({amount}).compareTo(quantity('{most}')) <= 0"
 
 
 ROOT_RULES = [
@@ -68,6 +81,11 @@ MODEL_RULES: dict[str, list[Rule]] = {
             f"{INSIDE.format('w')} && size(w.mountPath) > size(v.mountPath)))",
             "storage.uri lies on a volume with readOnly: the run must be able to write there",
             ".storage.uri",
+        ),
+        Rule(
+            "!self.storage.volumes.exists(v, v.mountPath.startsWith(self.storage.uri + '/'))",
+            "a volume is mounted inside the run directory storage.uri, which is Terrace's own: mount it beside or above",
+            ".storage.volumes",
         ),
         Rule(
             "!has(self.rerunFrom) || self.recipe.stages.exists(s, s.name == self.rerunFrom)",
@@ -143,6 +161,8 @@ MODEL_RULES: dict[str, list[Rule]] = {
     "PodSize": [
         Rule(at_least("self.cpu", "'10m'"), "a pod needs at least 10m of CPU", ".cpu"),
         Rule(at_least("self.memory", "'64Mi'"), "a pod needs at least 64Mi of memory", ".memory"),
+        Rule(at_most("self.cpu", MOST_CORES), f"no machine has more than {MOST_CORES} cores for one pod", ".cpu"),
+        Rule(at_most("self.memory", MOST_BYTES), f"no machine has more than {MOST_BYTES} of memory for one pod", ".memory"),
         Rule(
             at_least("self.memory", "self.sharedMemory"),
             "sharedMemory exceeds memory, of which it is a part: the pod would be killed before it is full",
@@ -202,12 +222,15 @@ FIELD_RULES: dict[str, list[Rule]] = {
     "Recipe.model": [Rule("self == oldSelf", "recipe.model cannot change: make a new Curriculum")],
     "Recipe.tokenizer": [Rule("self == oldSelf", "recipe.tokenizer cannot change: make a new Curriculum")],
     "Data.seed": [Rule("self == oldSelf", "data.seed cannot change: it is the order of the data")],
-    "ClusterStorage.scratch": [Rule(at_least("self", "'64Mi'"), "scratch needs at least 64Mi: Ray's own files lie there")],
+    "ClusterStorage.scratch": [
+        Rule(at_least("self", "'64Mi'"), "scratch needs at least 64Mi: Ray's own files lie there"),
+        Rule(at_most("self", MOST_BYTES), f"no machine has more than {MOST_BYTES} of scratch for one pod"),
+    ],
     "PodSize.sharedMemory": [Rule(at_least("self", "'1Mi'"), "sharedMemory needs at least 1Mi")],
     "Runtime.gpuResource": [
         Rule(
-            "!self.contains('kubernetes.io/')",
-            "gpuResource is an extended resource of a device plugin: its domain is not kubernetes.io",
+            "!self.contains('kubernetes.io/') && !self.startsWith('requests.')",  # IsExtendedResourceName
+            "gpuResource is an extended resource of a device plugin: its domain is not kubernetes.io and begins not with requests.",
         )
     ],
     "Volume.mountPath": [
@@ -219,8 +242,9 @@ FIELD_RULES: dict[str, list[Rule]] = {
     ],
     "EnvironmentVariable.name": [
         Rule(
-            f"!self.startsWith('TERRACE_') && !(self in {listed(OWN_VARIABLES)})",
-            "this variable is set by Terrace or KubeRay; storage.endpointUrl, storage.region and tracking set those of S3 and MLflow",
+            f"!(self in {listed(OWN_VARIABLES)}) && !{listed(OWN_PREFIXES)}.exists(prefix, self.startsWith(prefix))",
+            "this variable is set by Terrace or KubeRay, Ray Train or the device plugin; storage.endpointUrl, storage.region and tracking "
+            "set those of S3 and MLflow",
         )
     ],
     "ClusterStorage.uri": [Rule("self == oldSelf", "storage.uri cannot change: the journal and checkpoints lie there")],

@@ -18,11 +18,20 @@ SUBDOMAIN = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
 QUALIFIED = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
 # Folders as they are compared: no `//`, no `.` or `..`, no `/` at the end; Kubernetes forbids `:` in a mount path.
 FOLDER = r"(/\.?[^/:.\s][^/:\s]*)+"
-RUN_DIRECTORY = rf"^(s3://[a-z0-9][a-z0-9.-]{{1,61}}[a-z0-9](/\S*)?|{FOLDER})$"
+# Labels of 1 to 63 letters; the form of an IP address and S3's reserved beginnings and ends are refused in checks.py
+# (docs.aws.amazon.com/AmazonS3/latest/userguide/bucketnamingrules.html). No empty or dotted folders: they would be other keys.
+BUCKET = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
+RUN_DIRECTORY = rf"^(s3://{BUCKET}(/\.?[^/.\s?#][^/\s?#]*)*/?|{FOLDER})$"
+PORT = r":([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5])"
+# A host without credentials before it: everybody who may read a Curriculum would read them.
+HOST = rf"([A-Za-z0-9]([-A-Za-z0-9_]*[A-Za-z0-9])?(\.[A-Za-z0-9]([-A-Za-z0-9_]*[A-Za-z0-9])?)*|\[[0-9a-fA-F:.]+\])({PORT})?"
+ENDPOINT = rf"https?://{HOST}(/[^\s?#]*)?"
+# distribution/reference (regexp.go), and the lengths of digest that opencontainers/go-digest checks.
 IMAGE = (
-    r"^((([a-zA-Z0-9][a-zA-Z0-9.-]*)|\[[0-9a-fA-F:]+\])(:[0-9]+)?/)?[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*"
-    r"(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@[a-z0-9]+([+._-][a-z0-9]+)*:[0-9a-fA-F]{32,})?$"
+    rf"^((([a-zA-Z0-9][a-zA-Z0-9.-]*)|\[[0-9a-fA-F:]+\])({PORT})?/)?[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*(/[a-z0-9]+((\.|_|__|-+)[a-z0-9]+)*)*"
+    r"(:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(@(sha256:[0-9a-f]{64}|sha384:[0-9a-f]{96}|sha512:[0-9a-f]{128}))?$"
 )
+NO_NUL = r"^[^\x00]*$"  # execve ends a string there: a container with such a value never starts
 Cores = Annotated[str, Field(min_length=1, max_length=16, pattern=r"^([0-9]{1,4}(\.[0-9]{1,3})?|[0-9]{1,7}m)$")]
 Bytes = Annotated[str, Field(min_length=2, max_length=16, pattern=r"^[0-9]{1,9}(\.[0-9]{1,3})?(M|G|T|Mi|Gi|Ti)$")]
 DnsName = Annotated[str, Field(min_length=1, max_length=63, pattern=rf"^{SUBDOMAIN}$")]
@@ -48,7 +57,9 @@ class EnvironmentVariable(ClusterModel):
     name: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] = Field(
         description="Name of the variable; not one that Terrace or KubeRay sets."
     )
-    value: Annotated[str, Field(max_length=4096)] = Field(description="Its value. Secrets belong in `storage.credentialsSecret`.")
+    value: Annotated[str, Field(max_length=4096, pattern=NO_NUL)] = Field(
+        description="Its value. Secrets belong in `storage.credentialsSecret`."
+    )
 
 
 class Toleration(ClusterModel):
@@ -58,7 +69,7 @@ class Toleration(ClusterModel):
     operator: Literal["Exists", "Equal"] = Field("Exists", description="Whether the value is compared.")
     value: LabelValue | None = Field(None, description="Taint value, with operator Equal only.")
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = Field(None, description="Taint effect; empty: all.")
-    toleration_seconds: Annotated[int, Field(ge=0)] | None = Field(None, description="Only with NoExecute: how long.")
+    toleration_seconds: Annotated[int, Field(ge=0, le=2_147_483_647)] | None = Field(None, description="Only with NoExecute: how long.")
 
 
 class Runtime(ClusterModel):
@@ -69,7 +80,7 @@ class Runtime(ClusterModel):
     )
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = Field("IfNotPresent", description="As in a pod spec.")
     image_pull_secrets: Annotated[list[DnsName], Field(max_length=8)] = Field([], description="Names of registry Secrets.")
-    ray_version: Annotated[str, Field(max_length=32, pattern=r"^[0-9]+\.[0-9]+\.[0-9]+([-+.]?[0-9A-Za-z]+)*$")] = Field(
+    ray_version: Annotated[str, Field(max_length=32, pattern=r"^([2-9]|[1-9][0-9]+)\.[0-9]+\.[0-9]+([-+.]?[0-9A-Za-z]+)*$")] = Field(
         "2.60.0", description="Ray version inside the image; KubeRay needs it to choose probes and commands."
     )
     service_account: DnsName | None = Field(
@@ -95,7 +106,8 @@ class Runtime(ClusterModel):
         "/opt/terrace", description="Folder in the image that holds `jobs/pretrain.py`."
     )
     entrypoint: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=8192, pattern=r"\S")]], Field(min_length=1, max_length=16)
+        list[Annotated[str, Field(min_length=1, max_length=8192, pattern=r"^[^\x00]*[^\s\x00][^\x00]*$")]],
+        Field(min_length=1, max_length=16),
     ] = Field(
         ["python", "jobs/pretrain.py"],
         description="Program of a stage and its first arguments. Terrace adds the recipe, --run-dir, --stage and --attempt.",
@@ -141,8 +153,8 @@ class ClusterStorage(ClusterModel):
     uri: Annotated[str, Field(min_length=1, max_length=1024, pattern=RUN_DIRECTORY)] = Field(
         description="Run directory: `s3://bucket/prefix`, or an absolute path inside one of `volumes`. Cannot change later."
     )
-    endpoint_url: Annotated[str, Field(max_length=512, pattern=r"^https?://[^\s/?#]+\S*$")] | None = Field(
-        None, description="S3-compatible endpoint; unset: AWS."
+    endpoint_url: Annotated[str, Field(max_length=512, pattern=rf"^{ENDPOINT}$")] | None = Field(
+        None, description="S3-compatible endpoint, without credentials; unset: AWS."
     )
     region: Annotated[str, Field(max_length=64, pattern=r"^[A-Za-z0-9-]+$")] | None = Field(None, description="Region of the bucket.")
     credentials_secret: DnsName | None = Field(
@@ -162,10 +174,10 @@ class ClusterTracking(ClusterModel):
         Field(
             min_length=1,
             max_length=512,
-            pattern=r"^(https?://[^\s/?#]+\S*|databricks(://\S+)?|(file|sqlite|postgresql|mysql|mssql)(\+[a-z0-9]+)?:\S+)$",
+            pattern=rf"^({ENDPOINT}|databricks(://\S+)?|(file|sqlite|postgresql|mysql|mssql)(\+[a-z0-9]+)?:\S+)$",
         ),
     ] | None = Field(None, description="Tracking server URI, for example `http://mlflow:5000`.")
-    experiment: Annotated[str, Field(min_length=1, max_length=256)] | None = Field(None, description="Experiment name.")
+    experiment: Annotated[str, Field(min_length=1, max_length=256, pattern=r"\S")] | None = Field(None, description="Experiment name.")
     credentials_secret: DnsName | None = Field(None, description="Secret with MLFLOW_TRACKING_USERNAME and _PASSWORD.")
 
 

@@ -121,6 +121,8 @@ def _container(container: Manifest, volumes: list[str]) -> Iterator[str]:
         yield f"image: {image!r} must not have leading or trailing whitespace"
     elif not re.fullmatch(IMAGE, image):
         yield f"image: {image!r} is no image reference: [host[:port]/]name[:tag][@digest] in lower case"
+    elif len(name := re.sub(r"(:[\w.-]+)?(@.*)?$", "", image)) > 255 or re.fullmatch(r"[0-9a-f]{64}", name):
+        yield f"image: {name[:70]!r} is no name of an image: at most 255 characters, and not 64 hexadecimal digits"  # ErrNameTooLong
     yield from _environment(container)
     yield from _mounts(container, volumes)
     yield from _resources(container.get("resources") or {})
@@ -170,7 +172,7 @@ def _resources(resources: Manifest) -> Iterator[str]:
             value = amount(text)
             if value is None:
                 yield f"resources.{kind}.{name}: {text!r} is no quantity"
-            elif name not in ("cpu", "memory", "ephemeral-storage") and (not is_label_name(name) or "/" not in name):
+            elif name not in ("cpu", "memory", "ephemeral-storage") and not _is_extended(name):
                 yield f"resources.{kind}: {name!r} must be a standard resource or an extended one with a domain"
             elif "/" in name and value != int(value):
                 yield f"resources.{kind}.{name}: {text} must be a whole number"
@@ -180,6 +182,11 @@ def _resources(resources: Manifest) -> Iterator[str]:
             yield f"resources.requests.{name}: {text} must be less than or equal to the limit {limits[name]}"
         if "/" in name and text != limits.get(name):
             yield f"resources.requests.{name}: must equal the limit, as extended resources are not overcommitted"
+
+
+def _is_extended(name: str) -> bool:
+    """IsExtendedResourceName (kubernetes pkg/apis/core/v1/helper/helpers.go)."""
+    return is_label_name(name) and "/" in name and "kubernetes.io/" not in name and not name.startswith("requests.")
 
 
 def _toleration(toleration: Manifest) -> Iterator[str]:

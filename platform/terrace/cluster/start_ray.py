@@ -7,13 +7,16 @@ import importlib.metadata
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from terrace.errors import InputError
 from terrace.recipe.schema import Recipe
 
+ANSWER_SECONDS = 10.0  # that a cluster has to answer
 
 def start_ray(recipe: Recipe, dashboard: bool = False) -> bool:
     """Connect to the cluster we belong to (`RAY_ADDRESS`, set inside a Ray job too), or start one on this machine.
@@ -41,6 +44,7 @@ def start_ray(recipe: Recipe, dashboard: bool = False) -> bool:
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     package = Path(__file__).resolve().parents[1]
     if os.environ.get("RAY_ADDRESS"):
+        require_answer(os.environ["RAY_ADDRESS"])
         if not _installed():
             common["runtime_env"] = {"py_modules": [str(package)]}
         with _own_signal_handlers():
@@ -64,6 +68,20 @@ def start_ray(recipe: Recipe, dashboard: bool = False) -> bool:
             **common,
         )
     return True
+
+
+def require_answer(address: str) -> None:
+    """Raise InputError where nothing listens at a cluster's address: Ray itself would try for ten minutes."""
+    host, colon, port = address.rpartition("://")[2].partition("/")[0].rpartition(":")
+    if not colon or not port.isdigit():
+        return  # `auto`, `local`: Ray looks on this machine, and says at once when there is none
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"RAY_ADDRESS={address}: no Ray cluster answers there ({getattr(error, 'strerror', None) or error}); start it, name another"
+            " address, or unset RAY_ADDRESS to use this machine alone"
+        ) from error
 
 
 @contextlib.contextmanager

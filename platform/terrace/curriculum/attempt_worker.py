@@ -60,7 +60,7 @@ def run_stage(
     observers: Sequence[Observer] = (),
 ) -> StageResult:
     """Train one stage of a run directory whose data is prepared (`<run-dir>/data`). Every rank calls it."""
-    from terrace.data.prepare import load_prepared
+    from terrace.data.prepare import load_prepared, stage_data
     from terrace.storage.run_storage import run_storage
     from terrace.train.start import start_weights_of
 
@@ -68,6 +68,7 @@ def run_stage(
     folder = stage_directory(run_dir, stage_index, recipe.stages[stage_index].name)
     folder.mkdir(parents=True, exist_ok=True)
     start = start_weights_of(recipe, stage_index, run_dir, storage)
+    recipe, prepared = stage_data(recipe, stage_index, prepared)
     opened = importlib.import_module(OBJECTIVES[recipe.stages[stage_index].objective].feed)
 
     def open_feed() -> StageFeed:

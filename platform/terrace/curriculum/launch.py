@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,10 @@ def run_with_launcher(
     display: Display | None = None,
 ) -> Outcome:
     """`terrace run`: the whole curriculum with the named launcher, shown on this process's standard output."""
+    if launcher == "local" and os.environ.get("RAY_ADDRESS"):
+        from terrace.cluster.start_ray import require_answer
+
+        require_answer(os.environ["RAY_ADDRESS"])  # before anything is prepared for a cluster that is not there
     with display or Display() as shown:
         return run_curriculum(recipe, run_dir, make_launcher(recipe, launcher, address, dashboard), shown, request=request)
 

@@ -50,7 +50,7 @@ def collect_run(run_dir: Path, now: float | None = None) -> RunReport:
     from terrace.curriculum.run_directory import require_run
     from terrace.curriculum.state import fold
     from terrace.curriculum.status import run_status
-    from terrace.recipe.loading import recipe_hash
+    from terrace.recipe.identity import recipe_hash
     from terrace.track.report.read import RunReport, read_answers, read_data_mark, read_stages, without_controller
 
     if not run_dir.is_dir():

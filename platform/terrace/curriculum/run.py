@@ -27,7 +27,7 @@ from terrace.curriculum.run_directory import changed_keys, check_changes, store_
 from terrace.curriculum.state import RunState, StageState, apply, fold
 from terrace.curriculum.watch import Watch
 from terrace.errors import InputError
-from terrace.recipe.loading import recipe_hash
+from terrace.recipe.identity import recipe_hash
 from terrace.recipe.schema import Recipe
 from terrace.storage import mirror
 from terrace.storage.run_layout import stage_directory

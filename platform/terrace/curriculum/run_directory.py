@@ -16,7 +16,8 @@ from typing import Any
 from terrace.cluster.attempt_files import write_atomic
 from terrace.curriculum.state import RunState
 from terrace.errors import InputError
-from terrace.recipe.loading import LAYOUT_KEYS, dump_recipe, load_recipe, stage_hash
+from terrace.recipe.identity import LAYOUT_KEYS, stage_hash
+from terrace.recipe.loading import dump_recipe, load_recipe
 from terrace.recipe.schema import Recipe
 from terrace.storage.mirror import place_of
 

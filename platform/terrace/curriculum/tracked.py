@@ -17,7 +17,7 @@ from typing import Any
 
 from terrace.cluster.attempt_files import read_json
 from terrace.curriculum.state import RunState, StageState
-from terrace.recipe.loading import recipe_hash
+from terrace.recipe.identity import recipe_hash
 from terrace.recipe.schema import Recipe
 from terrace.storage.mirror import place_of
 from terrace.storage.run_layout import stage_directory

@@ -6,7 +6,9 @@ from typing import Any
 
 from terrace.curriculum.graph import source_stage
 from terrace.curriculum.watch import planned_steps
+from terrace.recipe.changes import stage_recipe
 from terrace.recipe.schema import PARTS, Recipe
+from terrace.recipe.stretches import stretches
 
 
 def describe_recipe(recipe: Recipe) -> dict[str, Any]:
@@ -17,12 +19,14 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     from terrace.planner.parameters import trains_whole
     from terrace.planner.shapes import model_shape
 
-    counts, family = parameter_counts(recipe), family_of(recipe.model)
+    begin = parameter_counts(recipe)
     stages = []
     for index, stage in enumerate(recipe.stages):
+        seen = stage_recipe(recipe, index)
+        family, counts = family_of(seen.model), begin if seen is recipe else parameter_counts(seen)
         trained = [part for part in PARTS if getattr(stage.train, part)]
         whole = all(trains_whole(stage, part) for part in trained)
-        adapters = {} if whole else with_adapters(model_shape(recipe), stage, recipe.model).adapters
+        adapters = {} if whole else with_adapters(model_shape(seen), stage, seen.model).adapters
         stages.append(
             {
                 "name": stage.name,
@@ -32,18 +36,19 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
                 "starts_from": source_stage(recipe, index),
                 "sequence_length": stage.sequence_length,
                 "batch_packs": stage.batch.packs,
-                "max_visual_tokens_per_image": family.largest_image_tokens(stage.pixels.max),
+                "max_visual_tokens_per_image": max(family.largest_image_tokens(part.pixels.max) for _, part in stretches(stage)),
                 "precision": stage.precision,
                 "strategy": stage.parallel.strategy,
                 "workers": stage.resources.workers,
                 "budget": stage.budget.model_dump(exclude_none=True),
                 "steps": planned_steps(stage),
                 "mixture": dict(stage.mixture.weights),
+                "changes": [change.model_dump(exclude_none=True) for change in stage.changes],
             }
         )
     return {
         "name": recipe.name,
-        "parameters": {**counts, "total": sum(counts[part] for part in PARTS)},
+        "parameters": {**begin, "total": sum(begin.values())},
         "stands_in_for": recipe.model.stands_in_for,
         "notes": list(recipe.notes),
         "stages": stages,

@@ -12,7 +12,7 @@ from terrace.errors import InputError
 from terrace.families.interface import Family
 from terrace.families.registry import family_class, make_family
 from terrace.families.shapes import ModelShape
-from terrace.recipe.schema import Model
+from terrace.recipe.schema import Model, Recipe, Stage
 from terrace.storage.files import absolute, join, read_file
 
 
@@ -24,6 +24,16 @@ def family_of(model: Model) -> Family:
 def shape_of(model: Model, vocabulary: int | None = None) -> ModelShape:
     """The shape of the recipe's model; `vocabulary` stands in where its configuration has none."""
     return family_class(model.architecture).shape(configuration(model), vocabulary)
+
+
+def balance_weight(recipe: Recipe, stage: Stage, config: Mapping[str, Any] | None = None) -> float:
+    """Weight of the load-balancing loss of a mixture of experts in a stage: the stage's own, or the configuration's; 0 under other
+    objectives, and where the language model stays as it is."""
+    if stage.objective != "lm" or stage.train.language is None:
+        return 0.0
+    if stage.expert_balance is not None:
+        return stage.expert_balance
+    return family_class(recipe.model.architecture).balance_weight(config if config is not None else configuration(recipe.model))
 
 
 def configuration(model: Model) -> Mapping[str, Any]:

@@ -7,6 +7,7 @@ indexes themselves lie in `data.cache_dir` (shared between runs) or beside that 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -31,6 +32,7 @@ from terrace.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenize
 from terrace.errors import InputError
 from terrace.families.interface import Family
 from terrace.families.registry import family_values, stored_family
+from terrace.recipe.changes import stage_recipe
 from terrace.recipe.schema import Recipe, Storage
 from terrace.recipe.schema_inputs import REMEDIES
 from terrace.storage.files import absolute, is_remote, join, list_files, read_file, write_file
@@ -50,6 +52,17 @@ class PreparedData:
 
     def tokenizer(self) -> TextTokenizer:
         return load_tokenizer(self.tokenizer_dir)
+
+    def seen_by(self, family: Family) -> PreparedData:
+        """The same samples as another family (of the same tokens and conversation) measures them."""
+        indexes = {name: dataclasses.replace(index, family=family, _lengths={}) for name, index in self.indexes.items()}
+        return dataclasses.replace(self, indexes=indexes, family=family)
+
+
+def stage_data(recipe: Recipe, stage_index: int, prepared: PreparedData) -> tuple[Recipe, PreparedData]:
+    """Recipe and data as a stage sees them, with the changes of the model on the way to it."""
+    seen = stage_recipe(recipe, stage_index)
+    return seen, prepared if seen is recipe else prepared.seen_by(family_of(seen.model))
 
 
 def prepare_data(
@@ -195,7 +208,10 @@ def _made_once(folder: Path, make: Callable[[Path], Any]) -> TextTokenizer:
 def _download(recipe: Recipe, folder: Path) -> None:
     assert recipe.tokenizer.path is not None
     storage = recipe.data.storage
+    small = (".json", ".txt", ".jinja", ".model")  # a checkpoint's weights may lie beside its tokenizer
     for file in list_files(recipe.tokenizer.path, storage):
+        if not file.uri.endswith(small):
+            continue
         (folder / file.uri.rsplit("/", 1)[-1]).write_bytes(read_file(file.uri, storage))
 
 

@@ -101,7 +101,7 @@ def encode_answer(text: str, tokenizer: TextTokenizer, family: Family) -> list[i
 def measure_sample(sample: Sample, sizes: Sequence[Size], tokenizer: TextTokenizer, family: Family) -> Measure:
     """The resolution-independent size of a sample. InputError, naming the sample, when it cannot be trained on."""
     measure, text_to_learn = _measure(sample, sizes, tokenizer, family, _pieces(sample, "auto", family))
-    if not text_to_learn and sample.kind != "prompt":
+    if not text_to_learn and sample.kind not in ("prompt", "picture"):
         raise InputError(f"sample {sample.id}: it has no text to learn from (empty answer or empty caption)")
     return measure
 
@@ -209,9 +209,9 @@ def _content(sample: Sample, content: list[dict[str, Any]], supervised: bool, fa
         if kind == "text":
             yield "text", item["text"], supervised
         elif kind == "image":
-            yield from (("mark", role, False) for role in family.before)
+            yield from family.heading(item["image"])
             yield "image", {"frames": [item["image"]], "timestamps": None}, False
-            yield from (("mark", role, False) for role in family.after)
+            yield from family.ending()
         elif kind == "video":
             if not item["frames"] or len(item["frames"]) != len(item["timestamps"]):
                 raise InputError(f"sample {sample.id}: a video needs frames, and one timestamp for each")

@@ -56,6 +56,13 @@ class PackSpec:
     pixels_max: tuple[int, ...] = ()  # per sample, when `too_long: reduce_resolution` lowered it below the stage's limit
     spans: tuple[tuple[int, int] | None, ...] = ()  # per sample, the token range kept (`split`, `truncate_text`)
     epochs: tuple[int, ...] = ()  # per sample, passes over its source before this one; of packs of a fixed number of samples
+    pixels: tuple[int, int] | None = None  # bounds on an image's size, behind one of the stage's `changes` of resolution
+
+    def bounds(self, number: int, stage: tuple[int, int]) -> tuple[int, int]:
+        """(min, max) pixels of the images of sample `number`, where the stage's are `stage`."""
+        low, high = self.pixels or stage
+        limit = self.pixels_max[number] if self.pixels_max else 0
+        return (min(low, limit), limit) if limit else (low, high)
 
 
 @dataclass

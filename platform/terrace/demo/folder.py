@@ -9,30 +9,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from terrace.data.sources.conventions import RUNNING_TEXT, convert_row
-from terrace.data.sources.refusals import Refusal
+from terrace.data.sources.kinds import has_images, kind_of_rows, source_name
 from terrace.errors import InputError
 
 SNIFFED_ROWS = 40
 HELD_OUT_SHARE, HELD_OUT_MOST = 0.15, 48
 MOST_SAMPLES = 1500  # of one file: more would not be seen within the demo's minutes
-CONVERSATION_NAMES = {  # part of a file's name -> kind
-    "ocr": "ocr",
-    "read": "ocr",
-    "count": "counting",
-    "chart": "chart",
-    "reason": "reasoning",
-    "math": "reasoning",
-    "cot": "reasoning",
-    "vqa": "qa",
-    "qa": "qa",
-    "question": "qa",
-}
 # Which kinds each stage sees and their weight in samples. Documents are long and questions have answers of one word:
 # without weights against it, nearly every token that a small budget learns from would be a document's.
 STAGE_KINDS = {
@@ -78,8 +65,8 @@ def find_sources(folder: Path) -> tuple[list[Found], list[str]]:
         if kind in ("empty", "preference", "prompt", "unknown"):
             left_out.append(f"{path.name}: {_WHY[kind]}")
             continue
-        with_images = any(_has_image(row) for row in rows)
-        found.append(Found(_source_name(path.stem, [source.name for source in found]), path.resolve(), kind, len(lines), with_images))
+        with_images = any(has_images(row) for row in rows)
+        found.append(Found(source_name(path.stem, [source.name for source in found]), path.resolve(), kind, len(lines), with_images))
     if not any(source.with_images for source in found):
         raise InputError(f"{folder}: no .jsonl file here holds rows with images; `docs/data.md` shows the conventions")
     return found, left_out
@@ -93,63 +80,12 @@ _WHY = {
 }
 
 
-def kind_of_rows(rows: list[Mapping[str, Any]], name: str) -> str:
-    """The kind that most rows speak for: a sample kind, or empty, preference, prompt, unknown."""
-    if not rows:
-        return "empty"
-    return Counter(_kind_of_row(row, name.lower()) for row in rows).most_common(1)[0][0]
-
-
-def _kind_of_row(row: Mapping[str, Any], name: str) -> str:
-    """The kind of one row, as ingest itself reads it: what it refuses is of no kind."""
-    try:
-        sample, images = convert_row(dict(row), "row", "document")
-    except Refusal:
-        return _kind_of_prompt(row)
-    if "rejected" in sample.metadata:
-        return "preference"
-    items = [item["type"] for message in sample.messages for item in message["content"]]
-    if sample.messages[0]["role"] != RUNNING_TEXT:
-        if "solution" in sample.metadata and not any(message["role"] == "assistant" for message in sample.messages):
-            return "prompt"
-        if "point" in items:
-            return "gui"
-        if "box" in items:
-            return "grounding"
-        return next((kind for part, kind in CONVERSATION_NAMES.items() if part in name), "instruction")
-    if isinstance(row.get("content"), list) or isinstance(row.get("texts"), list):
-        return "document"
-    return "caption" if images else "text"
-
-
-def _kind_of_prompt(row: Mapping[str, Any]) -> str:
-    try:
-        convert_row(dict(row), "row", "prompt")
-    except Refusal:
-        return "unknown"
-    return "prompt"
-
-
-def _has_image(row: Mapping[str, Any]) -> bool:
-    try:
-        return bool(convert_row(dict(row), "row", "document")[1])
-    except Refusal:
-        return False
-
-
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
     except ValueError:
         return None  # ingest will list it with its reason; here only the kind of the file is asked
     return row if isinstance(row, dict) else None
-
-
-def _source_name(stem: str, taken: Collection[str] = ()) -> str:
-    """A name in the letters that names may have; numbered where another file has it."""
-    letters = (letter if letter.isascii() and (letter.isalnum() or letter in "._-") else "-" for letter in stem)
-    name = "".join(letters).strip("._-")[:55].strip("._-") or "rows"
-    return next(name for name in (name, *(f"{name}-{number}" for number in range(2, len(taken) + 3))) if name not in taken)
 
 
 # ---------------------------------------------------------------- the recipe
@@ -172,7 +108,7 @@ def folder_recipe(base: Mapping[str, Any], found: list[Found], folder: Path) -> 
     for stage in base["stages"]:
         weights = stage_weights(STAGE_KINDS[stage["name"]], found)
         stages.append({**stage, "mixture": {"weights": weights, "unit": "samples"}})
-    name = f"demo-{_source_name(folder.resolve().name)}"
+    name = f"demo-{source_name(folder.resolve().name)}"
     return {**base, "name": name, "data": {**base.get("data", {}), "sources": sources}, "stages": stages}
 
 

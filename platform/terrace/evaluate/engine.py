@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from terrace.data.family import directory_family
 from terrace.data.prompt import read_prompt
@@ -32,7 +31,7 @@ from terrace.generation.tokens import forbidden_tokens, stop_tokens
 from terrace.generation.vllm_directory import DirectoryEngine
 from terrace.models.attention import choose_backend
 from terrace.models.batch import to_device
-from terrace.models.build import materialise, meta_model
+from terrace.models.build import directory_config, materialise, meta_model
 from terrace.models.forward import pack_hidden
 from terrace.models.precision import DTYPES, compute_context
 from terrace.models.shared_prompt import use_shared_prompt_attention
@@ -100,7 +99,7 @@ def load_model(
     precision = precision or ("bf16" if device.startswith("cuda") else "fp32")
     sight = Sight(directory_family(directory), pixels) if pixels else model_sight(directory)
     tokenizer = load_tokenizer(directory)
-    config = AutoConfig.from_pretrained(directory)
+    config = directory_config(directory)
     if config.image_token_id != tokenizer.marks(sight.family)["image"]:
         raise InputError(f"{directory}: config.json and tokenizer.json disagree on the image token")
     if engine == "vllm":

@@ -25,6 +25,7 @@ from terrace.evaluate.model_files import model_sight
 from terrace.families.interface import Sight
 from terrace.generation.tokens import forbidden_tokens, stop_tokens
 from terrace.models.batch import image_facts
+from terrace.models.build import directory_config
 from terrace.models.families.interface import FamilyModel
 from terrace.models.families.registry import family_of_model
 
@@ -57,7 +58,8 @@ def load_speaker(
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        model = AutoModelForImageTextToText.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa")
+        how = {"config": directory_config(directory), "dtype": dtype, "attn_implementation": "sdpa"}
+        model = AutoModelForImageTextToText.from_pretrained(directory, **how)
     finally:
         if bars:
             transformers_logging.enable_progress_bar()

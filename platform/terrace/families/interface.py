@@ -109,6 +109,10 @@ class Family(ABC):
     position_rows: ClassVar[int] = 1
     fact_count: ClassVar[int] = 1
     videos: ClassVar[bool] = False
+    experts: ClassVar[bool] = False  # its language model is a mixture of experts
+    balances_sequences: ClassVar[bool] = False  # whose load-balancing loss is that of each sequence, not of the whole batch
+    refused_objectives: ClassVar[Mapping[str, str]] = {}  # objective -> why the model cannot be trained with it here
+    connects: ClassVar[bool] = False  # tower and language model of different origin, with the recipe's connector between them
     chat_template: ClassVar[str] = ""  # Jinja, the same tokens as `conversation`: for tokenizers trained here
     token_names: ClassVar[Mapping[str, str]] = {}  # attributes that transformers' processor asks its tokenizer for -> role, likewise
     token_fields: ClassVar[Mapping[str, str]] = {"image_token_id": "image"}  # configuration field -> role
@@ -221,6 +225,14 @@ class Family(ABC):
         """A conversation as turns that `turn` writes: tools, calls and results as text. ValueError for what has no form."""
         return refuse_tools(messages, self.name)
 
+    def heading(self, image: int) -> Iterator[Piece]:
+        """What stands in front of an image's placeholders; `image` counts those of the sample."""
+        return (("mark", role, False) for role in self.before)
+
+    def ending(self) -> Iterator[Piece]:
+        """What stands behind them."""
+        return (("mark", role, False) for role in self.after)
+
     def opening(self, messages: Sequence[Mapping[str, Any]]) -> Iterator[Piece]:
         """What stands before the first turn."""
         return iter(())
@@ -245,9 +257,26 @@ class Family(ABC):
         """What the planner counts. `vocabulary` is used where the configuration has none."""
 
     @classmethod
+    def balance_weight(cls, config: Mapping[str, Any]) -> float:
+        """Weight of the load-balancing loss that the configuration of a mixture of experts states; 0 for a dense model."""
+        return 0.0
+
+    @classmethod
     def check(cls, config: Mapping[str, Any], trained_tokenizer: bool) -> Iterator[Finding]:
         """What is wrong with a configuration that a recipe writes out."""
         return iter(())
+
+    @classmethod
+    def resized(cls, config: Mapping[str, Any], side: int) -> dict[str, Any] | None:
+        """The configuration of the same model for pictures of `side` pixels, whose learned positions are then stretched; None where
+        the tower has none for one fixed size."""
+        return None
+
+    @classmethod
+    def upcycled(cls, config: Mapping[str, Any], experts: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The configuration with mixtures of `experts` (count, per_token, capacity_factor, auxiliary_loss, layers: `all` or
+        `every_second`) in place of dense feed-forward layers; None where the family's class cannot have them."""
+        return None
 
     def check_pixels(self, low: int, high: int) -> Iterator[Finding]:
         """What is wrong with a stage's `pixels`, whose configuration has nothing wrong."""

@@ -156,6 +156,13 @@ class InternVL(ChatML):
             yield ("max",), f"{high} pixels hold no tile: one has {self.side} x {self.side} = {self.side * self.side} pixels"
         yield from super().check_pixels(low, high)
 
+    @classmethod
+    def resized(cls, config: Mapping[str, Any], side: int) -> dict[str, Any]:
+        vision = config["vision_config"]
+        size = [side, side] if isinstance(vision.get("image_size", [448]), list | tuple) else side
+        changed = {**config, "vision_config": {**vision, "image_size": size}}
+        return {**changed, "image_seq_length": cls.of(changed).tokens} if "image_seq_length" in config else changed
+
     def preprocessor(self, pixels: Bounds) -> dict[str, Any]:
         return {
             "image_processor_type": "GotOcr2ImageProcessor",

@@ -16,6 +16,7 @@ from terrace.families.checks import complete, language_rules
 from terrace.families.interface import Bounds, Costs, Family, Finding, Picture, Piece, View, cut_tiles
 from terrace.families.qwen2_vl import IMAGE_MEAN, IMAGE_STD, qwen_language
 from terrace.families.shapes import ModelShape, ProjectorShape, VisionShape
+from terrace.families.squares import padded_coordinate, padded_coordinates
 
 PADDING = (122, 116, 104)  # CLIP's mean as a colour
 SYSTEM = (
@@ -91,19 +92,15 @@ class Llava(Family):
     # ------------------------------------------------------------ coordinates: shares of the padded square
 
     def coordinate(self, value: float, axis: int, size: tuple[int, int], view: View) -> int:
-        longest = max(size)
-        return max(0, min(round((value + (longest - size[axis]) // 2) * (SHARES / longest)), SHARES - 1))
+        return padded_coordinate(value, axis, size, SHARES)
 
     def coordinates(
         self, values: np.ndarray, axes: np.ndarray, widths: np.ndarray, heights: np.ndarray, costs: Costs
     ) -> np.ndarray:
-        longest, own = np.maximum(widths, heights), np.where(axes == 0, widths, heights)
-        shares = np.rint((np.asarray(values, np.float64) + (longest - own) // 2) * (SHARES / longest))
-        return np.clip(shares, 0, SHARES - 1).astype(np.int64)
+        return padded_coordinates(values, axes, widths, heights, SHARES)
 
     def shown_coordinate(self, value: float, axis: int, size: tuple[int, int], shown: tuple[int, int]) -> int:
-        longest = max(size)
-        return max(0, min(round((value + (longest - size[axis]) // 2) * (shown[axis] / longest)), shown[axis] - 1))
+        return padded_coordinate(value, axis, size, shown[axis])
 
     def coordinate_text(self, number: int) -> str:
         return f"0.{number:02d}"
@@ -141,7 +138,7 @@ class Llava(Family):
         vision, language = config["vision_config"], qwen_language(config, vocabulary, attention_biases=False)
         width, inner, depth = vision["hidden_size"], vision["intermediate_size"], vision["num_hidden_layers"]
         family = cls.of(config)
-        block = 4 * width * width + 4 * width + 2 * width * inner + inner + width + 4 * width
+        block = clip_block(width, inner)
         patches = (family.side // family.patch) ** 2
         values = 3 * family.patch**2
         idle = idle_blocks(config)
@@ -173,6 +170,11 @@ class Llava(Family):
         if not isinstance(config.get("vision_feature_layer", -2), int):
             yield ("vision_feature_layer",), "must be one layer; several layers side by side are not supported"
 
+    @classmethod
+    def resized(cls, config: Mapping[str, Any], side: int) -> dict[str, Any]:
+        changed = {**config, "vision_config": {**config["vision_config"], "image_size": side}}
+        return {**changed, "image_seq_length": cls.of(changed).tokens} if "image_seq_length" in config else changed
+
     def preprocessor(self, pixels: Bounds) -> dict[str, Any]:
         return {
             "image_processor_type": "LlavaImageProcessor",
@@ -202,6 +204,11 @@ class Llava(Family):
             "num_additional_image_tokens": 1,
             "image_token": self.marks["image"],
         }
+
+
+def clip_block(width: int, inner: int) -> int:
+    """Parameters of a block of CLIP's or SigLIP's tower: attention and feed-forward with biases, two norms."""
+    return 4 * width * width + 4 * width + 2 * width * inner + inner + width + 4 * width
 
 
 def idle_blocks(config: Mapping[str, Any]) -> int:

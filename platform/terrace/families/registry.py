@@ -17,7 +17,7 @@ import terrace.families as folder
 from terrace.errors import InputError
 from terrace.families.interface import Family
 
-_SHARED = ("interface", "registry", "shapes", "checks", "chatml", "tools", "two_towers", "one_square")
+_SHARED = ("interface", "registry", "shapes", "squares", "connector", "checks", "chatml", "tools", "two_towers", "one_square")
 _ELSEWHERE: dict[str, str] = {}  # name of a family -> the module outside of this folder that holds it
 
 

@@ -6,7 +6,7 @@ Letters: H width of the language model, W width of the vision tower.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,39 @@ class ProjectorShape:
 
 
 @dataclass(frozen=True)
+class ExpertsShape:
+    """Sparse layers, all but `dense_layers` of them: each token goes to `per_token` of `count` experts, and through what all share."""
+
+    count: int
+    per_token: int
+    intermediate: int  # width inside one expert
+    shared: int = 0  # width inside what every token goes through beside them
+    dense_layers: int = 0  # layers with the usual feed-forward
+    biases: int = 0  # numbers of a layer's router beside its matrix, which no gradient changes
+
+    @property
+    def active(self) -> int:
+        """Width inside the feed-forward that a token meets."""
+        return self.per_token * self.intermediate + self.shared
+
+
+@dataclass(frozen=True)
+class LatentShape:
+    """Queries, keys and values that are written through a narrow vector (MLA). Ranks are its widths; the rest are widths of a head."""
+
+    query_rank: int  # 0: queries are written directly
+    key_rank: int
+    plain: int  # of queries and keys, without position
+    rotary: int  # with position
+    value: int
+
+
+def encoder_block(width: int, inner: int) -> int:
+    """Parameters of a plain encoder layer: four projections, two layers of a feed-forward, two LayerNorms, biases everywhere."""
+    return 4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width
+
+
+@dataclass(frozen=True)
 class LanguageShape:
     layers: int
     width: int
@@ -56,9 +89,30 @@ class LanguageShape:
     tied: bool  # input and output embeddings are one matrix
     attention_biases: bool  # on query, key and value
     head_norms: bool = False  # RMSNorm over each query and key head
+    experts: ExpertsShape | None = None
+    latent: LatentShape | None = None
     gated: bool = True  # three matrices of a feed-forward layer, or two
     layer_parameters: int | None = None  # of a layer that is not attention and a gated feed-forward without biases, with two RMSNorms
     other_parameters: int = 0  # beside layers, embeddings of tokens and the weight of the final norm
+
+    def with_latent(self, latent: LatentShape, experts: ExpertsShape) -> LanguageShape:
+        size = latent.plain + latent.rotary
+        return replace(self, latent=latent, experts=experts, head_size=size, key_heads=self.heads)
+
+    @property
+    def value_width(self) -> int:
+        """Width of all heads' values side by side."""
+        return self.heads * (self.latent.value if self.latent else self.head_size)
+
+    @property
+    def attention_matrices(self) -> int:
+        """Multiply-adds per token in the projections of attention, and their parameters."""
+        if self.latent is None:
+            return self.width * (2 * self.query_width + 2 * self.key_width)
+        latent = self.latent
+        query = (self.width + self.query_width) * latent.query_rank if latent.query_rank else self.width * self.query_width
+        key = self.width * (latent.key_rank + latent.rotary) + latent.key_rank * self.heads * (latent.plain + latent.value)
+        return query + key + self.value_width * self.width
 
     @property
     def query_width(self) -> int:
@@ -67,6 +121,22 @@ class LanguageShape:
     @property
     def key_width(self) -> int:
         return self.key_heads * self.head_size
+
+    @property
+    def sparse_layers(self) -> int:
+        return self.layers - self.experts.dense_layers if self.experts else 0
+
+    @property
+    def mean_intermediate(self) -> float:
+        """Width inside the feed-forward that a token meets, over all layers."""
+        if self.experts is None:
+            return self.intermediate
+        return (self.experts.dense_layers * self.intermediate + self.sparse_layers * self.experts.active) / self.layers
+
+    @property
+    def router_width(self) -> float:
+        """Experts that a token's hidden state is compared with, over all layers."""
+        return self.sparse_layers * self.experts.count / self.layers if self.experts else 0.0
 
 
 @dataclass(frozen=True)

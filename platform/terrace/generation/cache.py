@@ -21,7 +21,7 @@ class SharedPromptCache:
     ) -> None:
         """`prefilled`: per layer keys and values [1, K, sum of prompts, D] of the packed prompts."""
         key = prefilled[0][0]
-        heads, size = key.shape[1], key.shape[3]
+        heads = key.shape[1]
         longest, count = max(unit.prompt for unit in units), len(units)
         lengths = torch.tensor([unit.prompt for unit in units], device=key.device)
         self._hidden = torch.arange(longest, device=key.device)[None] >= lengths[:, None]  # [B, P]
@@ -30,13 +30,13 @@ class SharedPromptCache:
         for layer in list(prefilled):
             pair = []
             for packed in prefilled.pop(layer):
-                block = packed.new_zeros(count, heads, longest, size)
+                block = packed.new_zeros(count, heads, longest, packed.shape[3])
                 for place, unit in enumerate(units):
                     block[place, :, : unit.prompt] = packed[0, :, unit.start : unit.start + unit.prompt]
                 pair.append(block)
             self._prompts[layer] = (pair[0], pair[1])
-            empty = key.new_zeros(count * samples, heads, max_tokens, size)
-            self._responses[layer] = (empty, empty.clone())
+            own_key, own_value = (block.new_zeros(count * samples, heads, max_tokens, block.shape[3]) for block in pair)
+            self._responses[layer] = (own_key, own_value)
         self._prompt_of_row = torch.arange(count * samples, device=key.device) // samples
         self._length = 0
         self._place_rows()
@@ -91,7 +91,7 @@ class SharedPromptCache:
         own_weight, prompt_weight = (own[0] - peak).exp(), (prompt[0] - peak).exp()
         out = own[2] * own_weight + prompt[2] * prompt_weight
         out = out / (own[1] * own_weight + prompt[1] * prompt_weight)
-        return out.to(query.dtype).reshape(1, rows, heads, size)
+        return out.to(query.dtype).reshape(1, rows, heads, value.shape[3])
 
     def _to_table(self, grouped: torch.Tensor) -> torch.Tensor:
         """[A, K, h, D] -> [B, K, width * h, D], zeros where a group has fewer rows than the widest."""

@@ -33,6 +33,7 @@ from transformers import AttentionInterface
 from terrace.errors import InputError
 from terrace.models.families.interface import configurations
 from terrace.models.families.registry import family_of_model
+from terrace.models.parts import mtp_models
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +104,8 @@ def use_attention(model: Any, implementation: str) -> None:
     name = registered_name(implementation) if implementation in BACKENDS else implementation
     model.config._attn_implementation = name  # this sets every part, so it comes first
     model.config.text_config._attn_implementation = name
+    for block in mtp_models(model):
+        block.config._attn_implementation = name
     # A name that transformers has no mask function for gets no mask, silently: only towers without masks take ours.
     segments = family_of_model(model).tower_attention == "segments"
     model.config.vision_config._attn_implementation = name if segments or implementation not in BACKENDS else "sdpa"
@@ -111,7 +114,9 @@ def use_attention(model: Any, implementation: str) -> None:
 def give_language_attention(model: Any, name: str, plain_backend: str) -> None:
     """Give the language layers an attention of ours that falls back on `plain_backend` where it has nothing to do."""
     model.config.text_config._attn_implementation = name
-    for layer in family_of_model(model).blocks_of(model, "language"):
+    for block in mtp_models(model):
+        block.config._attn_implementation = name
+    for layer in [*family_of_model(model).blocks_of(model, "language"), *(block.layers[0] for block in mtp_models(model))]:
         layer.self_attn.plain_backend = plain_backend
 
 
@@ -145,7 +150,7 @@ def sdpa_segments(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: list[int], causal: bool, scale: float
 ) -> torch.Tensor:
     """Exact attention inside each segment. query [1, H, T, D], key and value [1, K, T, D]; returns [1, T, H, D]."""
-    heads, dimension = query.shape[1], query.shape[3]
+    heads, dimension = query.shape[1], value.shape[3]  # values may be narrower than queries and keys
     if key.shape[1] != heads:
         key = key.repeat_interleave(heads // key.shape[1], dim=1)
         value = value.repeat_interleave(heads // value.shape[1], dim=1)
@@ -250,8 +255,11 @@ def _attention_function(backend: str) -> Callable[..., tuple[torch.Tensor, None]
         q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         if v.dtype != q.dtype:  # rotary embedding in fp32 under autocast
             q, k = q.to(v.dtype), k.to(v.dtype)
+        width = v.shape[-1]
+        if width != q.shape[-1]:  # the kernels know one width
+            v = F.pad(v, (0, q.shape[-1] - width))
         longest = int(max_length_q) if max_length_q is not None else int((cu_seq_lens_q.diff()).max())
-        return kernel(q, k, v, cu_seq_lens_q.to(torch.int32), longest, causal, scale).unsqueeze(0), None
+        return kernel(q, k, v, cu_seq_lens_q.to(torch.int32), longest, causal, scale)[..., :width].unsqueeze(0), None
 
     return segment_attention
 

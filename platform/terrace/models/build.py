@@ -7,6 +7,7 @@ strategy that shards does the second half by itself (`train/strategies`).
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from terrace.errors import InputError
-from terrace.families.registry import family_class
+from terrace.families.registry import built_in, family_class
 from terrace.models.families.interface import configurations
-from terrace.models.families.registry import family_model
+from terrace.models.families.registry import family_model, family_model_named, family_of_model
 from terrace.models.parts import part_parameters
 from terrace.models.tensor_files import local_config
 from terrace.models.weights import TensorSource, initial_weights
 from terrace.recipe.schema import Model, PartName, Recipe
+from terrace.recipe.schema_changes import ModelChanges
 
 
 def model_config(model: Model, tokenizer: Any | None = None) -> Any:
@@ -31,7 +33,7 @@ def model_config(model: Model, tokenizer: Any | None = None) -> Any:
     """
     family = family_class(model.architecture)
     if model.pretrained is not None:
-        config = AutoConfig.from_pretrained(local_config(model.pretrained))
+        config = directory_config(local_config(model.pretrained))
         if config.model_type != family.name:
             raise InputError(f"model.pretrained is a {config.model_type}, model.architecture says {model.architecture}")
     elif family.gives == "pictures":
@@ -47,6 +49,7 @@ def model_config(model: Model, tokenizer: Any | None = None) -> Any:
             values |= {field: marks[role] for field, role in family.token_fields.items()}
             text = {field: marks[role] for field, role in family.text_fields.items()} | text
         values["text_config"] = text
+        family_model_named(model.architecture)  # a class that transformers lacks is registered with its family
         config = AutoConfig.for_model(family.name, **values)
     if family.gives == "pictures":
         return config
@@ -58,6 +61,18 @@ def model_config(model: Model, tokenizer: Any | None = None) -> Any:
     if getattr(config.text_config, "attention_dropout", 0.0):
         raise InputError("model.config.text_config.attention_dropout must be 0: packed attention has no dropout")
     return config
+
+
+def directory_config(directory: str | Path) -> Any:
+    """The transformers configuration of a directory of this machine. No code that lies in it is run: a class that transformers lacks
+    is this package's own, registered with its family."""
+    file = Path(directory) / "config.json"
+    if not file.is_file():
+        raise InputError(f"{directory}: no config.json; a Hugging Face model directory is expected")
+    kind = json.loads(file.read_text()).get("model_type")
+    if kind in built_in():
+        family_model_named(kind)
+    return AutoConfig.from_pretrained(directory)
 
 
 def meta_model(config: Any) -> Any:
@@ -73,6 +88,12 @@ def meta_model(config: Any) -> Any:
     finally:
         transformers_logging.set_verbosity(verbosity)
     model.tie_weights()
+    for name, buffer in list(model.named_buffers()):
+        module, _, leaf = name.rpartition(".")
+        if leaf in family_of_model(model).held_buffers:  # else nothing would load, check, hand over or export it
+            owner = model.get_submodule(module)
+            del owner._buffers[leaf]
+            owner.register_parameter(leaf, torch.nn.Parameter(buffer, requires_grad=False))
     return model
 
 
@@ -115,11 +136,12 @@ def materialise(
 
 def build_model(
     model: Model, config: Any, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-    start: Path | None = None,
+    start: Path | None = None, changes: ModelChanges | None = None,
 ) -> Any:
-    """A whole model on one device: from `start`, or from the recipe's directory, parts, or seeded random numbers."""
+    """A whole model on one device: from `start`, or from the recipe's directory, parts, or seeded random numbers. `changes`: of the
+    stage that starts so."""
     skeleton = meta_model(config)
-    source, _ = initial_weights(model, skeleton, start)
+    source, _ = initial_weights(model, skeleton, start, changes)
     return materialise(skeleton, source, device, dtype)
 
 

@@ -49,11 +49,15 @@ def export_hf(
         sub.dtype = dtype
     model = meta_model(config)
     config.architectures = [type(model).__name__]
-    config.save_pretrained(work)
-    save_torch_state_dict(_published(model, state, stored), work, max_shard_size=SHARD_SIZE)
     family = family_of_model(model)
+    if family.code:
+        config.auto_map = dict(family.code)
+    config.save_pretrained(work)
+    for file in family.code_files():
+        shutil.copyfile(file, work / file.name)
     if family.family.gives == "text":
         GenerationConfig(eos_token_id=config.text_config.eos_token_id, do_sample=False).save_pretrained(work)
+    save_torch_state_dict(_published(model, state, stored), work, max_shard_size=SHARD_SIZE)
     _write_json(work / "preprocessor_config.json", family.family.preprocessor(pixels))
     if processor := family.family.processor():
         _write_json(work / "processor_config.json", processor)
@@ -94,7 +98,11 @@ def _published(model: Any, state: Mapping[str, torch.Tensor], stored: torch.dtyp
     family, expected = family_of_model(model), {name for name, _ in model.named_parameters()}
     if expected != set(state):
         raise ValueError(f"export: tensors differ from the model's: {sorted(expected ^ set(state))[:8]}")
-    return {family.published_name(name): tensor.to(stored).contiguous() for name, tensor in state.items()}
+    return {
+        published: piece.to(stored).contiguous()
+        for name, tensor in state.items()
+        for published, piece in family.stored(name, tensor).items()
+    }
 
 
 def _write_json(file: Path, values: Mapping[str, Any]) -> None:

@@ -13,12 +13,17 @@ from terrace.models.families.interface import FamilyModel
 from terrace.models.families.registry import family_of_model
 from terrace.recipe.schema import PARTS, PartName
 
+HEADS = "heads."  # names of parameters beside the model's own
+
 
 def part_parameters(model: Any) -> dict[PartName, list[tuple[str, Any]]]:
-    """Per part its (name, parameter) pairs in the model's own order. A tied tensor appears once, under its first name."""
+    """Per part its (name, parameter) pairs in the model's own order. A tied tensor appears once, under its first name. Heads
+    beside the model (models.heads) are in none."""
     family = family_of_model(model)
     found: dict[PartName, list[tuple[str, Any]]] = {part: [] for part in PARTS}
     for name, parameter in model.named_parameters():
+        if name.startswith(HEADS):
+            continue
         found[family.part_of(name)].append((name, parameter))
     return found
 
@@ -27,6 +32,11 @@ def transformer_blocks(model: Any) -> list[Any]:
     """The repeated blocks of vision, then those of language."""
     family = family_of_model(model)
     return [block for part in ("vision", "language") for block in family.blocks_of(model, part)]
+
+
+def mtp_models(model: Any) -> list[Any]:
+    """The language models of one layer inside MTP heads (models.heads); none where a model has no such heads."""
+    return [layer.block for layer in getattr(getattr(model, "heads", None), "layers", ())]
 
 
 def layer_number(name: str, last_layer: dict[PartName, int], family: FamilyModel) -> int:

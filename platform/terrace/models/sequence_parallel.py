@@ -233,9 +233,12 @@ def _attention(
         return plain(module, query, key, value, attention_mask, scaling=scale, **rest)
     if value.dtype != query.dtype:  # rotary embedding in fp32 under autocast
         query, key = query.to(value.dtype), key.to(value.dtype)
+    width = value.shape[-1]
+    if width != query.shape[-1]:  # latent attention has narrower values; what is sent has one width
+        value = torch.nn.functional.pad(value, (0, query.shape[-1] - width))
     q, k, v = gather_tokens([query, key, value], sequence_group)
     out, _ = plain(module, q, k, v, attention_mask, scaling=scale, **rest)
-    return scatter_tokens(out, sequence_group), None
+    return scatter_tokens(out[..., :width], sequence_group), None
 
 
 AttentionInterface.register(NAME, _attention)

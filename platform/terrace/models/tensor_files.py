@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -109,9 +110,12 @@ class Directory:
             opened = list(pool.map(self._open, files))
         if family is None and "model_type" in self.config:
             family = family_model_named(self.config["model_type"])
-        self._places: dict[str, tuple[TensorFile, str]] = {
-            (family.canonical_name(name) if family else name): (file, name) for file in opened for name in file.shapes
-        }  # fmt: skip
+        self._family = family
+        self._places: dict[str, dict[str, TensorFile]] = {}  # what is stored of a tensor: most often one, under one name
+        for file in opened:
+            for stored in file.shapes:
+                for name in family.canonical_names(stored) if family else (stored,):
+                    self._places.setdefault(name, {})[stored] = file
 
     @property
     def _remote(self) -> bool:
@@ -136,12 +140,17 @@ class Directory:
         return set(self._places)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        file, stored = self._places[name]
-        return file.shapes[stored]
+        pieces = {stored: torch.empty(file.shapes[stored], device="meta") for stored, file in self._places[name].items()}
+        return tuple(self._joined(name, pieces).shape)
 
     def read(self, name: str) -> torch.Tensor:
-        file, stored = self._places[name]
-        return file.read(stored)
+        return self._joined(name, {stored: file.read(stored) for stored, file in self._places[name].items()})
+
+    def _joined(self, name: str, pieces: dict[str, torch.Tensor]) -> torch.Tensor:
+        if self._family is None:
+            [tensor] = pieces.values()
+            return tensor
+        return self._family.joined(name, pieces, self.config)
 
 
 def _stored_names(folder: str, storage: Storage) -> set[str]:
@@ -157,6 +166,9 @@ def _names(folder: Path) -> set[str]:
 def local_config(directory: str, storage: Storage = DEFAULT_STORAGE) -> str:
     """A folder of this machine whose config.json is that of `directory`, for libraries that read no s3://."""
     if not is_remote(directory):
+        if not os.path.isfile(os.path.join(directory, "config.json")):
+            what = "no config.json in it" if os.path.isdir(directory) else "there is no such folder"
+            raise InputError(f"model.pretrained: {directory}: {what}; name a Hugging Face model directory (of the hub: fetched first)")
         return directory
     try:
         content = read_file(join(directory, "config.json"), storage)

@@ -21,8 +21,10 @@ from transformers import PreTrainedModel
 from terrace.errors import InputError
 from terrace.models.families.interface import FamilyModel
 from terrace.models.families.registry import family_of_model
+from terrace.models.surgery import Surgery
 from terrace.models.tensor_files import Directory
 from terrace.recipe.schema import PARTS, Model, PartName
+from terrace.recipe.schema_changes import ModelChanges
 
 log = logging.getLogger(__name__)
 
@@ -69,14 +71,14 @@ def random_source(skeleton: Any, seed: int) -> TensorSource:
 
 
 def initial_weights(
-    model: Model, skeleton: Any, start: Path | None = None
+    model: Model, skeleton: Any, start: Path | None = None, changes: ModelChanges | None = None
 ) -> tuple[TensorSource, LoadReport]:
     """The source of every parameter of `skeleton`, and what is worth saying about it.
 
     `start` is the directory of an earlier stage's final weights and wins over the recipe's own. Raises InputError
     that names every missing and reshaped tensor of a directory. Growing vocabularies (more rows in embeddings and
-    output) are allowed: the rows that the directory lacks are random. Another RoPE base is allowed and said. s3:// is
-    reached as the environment says (AWS_ENDPOINT_URL, AWS_REGION).
+    output) are allowed: the rows that the directory lacks are random. Another RoPE base is allowed and said. `changes` are those
+    that the stage makes to what it starts from (models.surgery). s3:// is reached as the environment says (AWS_ENDPOINT_URL, AWS_REGION).
     """
     random, family = random_source(skeleton, model.seed), family_of_model(skeleton)
     report = LoadReport()
@@ -89,7 +91,8 @@ def initial_weights(
             place = getattr(model.init, part)
             by_part[part] = None if place == "random" else Directory(place, family)
     shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
-    grown = _compare(shapes, by_part, report, family)
+    surgery = Surgery(changes, skeleton, family)
+    grown = _compare(shapes, by_part, report, family, surgery)
     _compare_positions(skeleton.config, by_part["language"], report)
     if report.missing or report.reshaped:
         raise InputError("initial weights do not fit the model: " + "; ".join(report.missing + report.reshaped))
@@ -98,9 +101,9 @@ def initial_weights(
 
     def read(name: str) -> torch.Tensor:
         directory = by_part[family.part_of(name)]
-        if directory is None:
+        if directory is None or (name not in directory.names and not surgery.makes(name)):
             return random(name)
-        tensor = directory.read(name)
+        tensor = surgery.read(directory, name)
         if name in grown:
             whole = random(name).to(tensor.dtype)
             whole[: tensor.shape[0]] = tensor
@@ -111,13 +114,21 @@ def initial_weights(
 
 
 def _compare(
-    shapes: dict[str, tuple[int, ...]], by_part: dict[PartName, Directory | None], report: LoadReport, family: FamilyModel
+    shapes: dict[str, tuple[int, ...]], by_part: dict[PartName, Directory | None], report: LoadReport, family: FamilyModel,
+    surgery: Surgery,
 ) -> set[str]:
-    """Fill the report; returns the names of vocabulary tensors that grow."""
+    """Fill the report; returns the names of tensors that are random in part (a vocabulary that grows) or wholly."""
     grown = set()
     for name, shape in shapes.items():
         directory = by_part[family.part_of(name)]
         if directory is None:
+            continue
+        if (note := surgery.note(directory, name, shape)) is not None:
+            report.notes.append(note)
+            continue
+        if name not in directory.names and family.may_be_new(name):
+            grown.add(name)
+            report.notes.append(f"{name} is not in {directory.path} and starts random")
             continue
         if name not in directory.names:
             report.missing.append(f"{name} is missing in {directory.path}")
@@ -133,7 +144,7 @@ def _compare(
             report.reshaped.append(f"{name} has shape {list(found)} in {directory.path}, the model has {list(shape)}")
     for part, directory in by_part.items():
         if directory is not None:
-            report.unexpected.extend(_unexpected(directory, part, shapes, family))
+            report.unexpected.extend(_unexpected(directory, part, {*shapes, *surgery.used_up}, family))
     return grown
 
 

@@ -3,11 +3,15 @@
 Per token t of response i, with advantage A_i (rl.advantages):
 
     ratio = exp(logp - logp_old)          MORL: one update per rollout, logp_old = stop_gradient(logp), so the ratio is 1
-    J_t   = min(ratio A_i, clip(ratio, 1 - clip_low, 1 + clip_high) A_i)                       (without a clip: ratio A_i)
-    loss  = sum_t [ -J_t + kl (exp(ref - logp) - (ref - logp) - 1) - entropy_coefficient H_t ]
+            exp(mean of logp - logp_old over the response)                                     (`sequence`: GSPO, eq. 7)
+    J_t   = min(min(ratio, ceiling) A_i, clip(ratio, 1 - clip_low, 1 + clip_high) A_i)         (without a clip: ratio A_i)
+            stop_gradient(min(ratio, 1 + clip_high)) A_i logp                                  (`cispo`: MiniMax-M1, eq. 4)
+    loss  = sum_t w_t [ -J_t + kl (exp(ref - logp) - (ref - logp) - 1) - entropy_coefficient H_t ]
 
-The sum is divided by the response tokens of the whole global batch (token mean, as in MORL eq. 1 and DAPO), which the
-loop does through the strategy's `scale`, so neither packing nor ranks can change it. Log-probabilities are those of the
+w_t is 1, and the sum is divided by the response tokens of the whole global batch (token mean, as in MORL eq. 1 and DAPO); with
+`average: responses` w_t is 1 / tokens of the response, and the divisor the responses; with `constant` w_t is 1 and the divisor
+responses x longest response (Dr. GRPO). The loop divides through the strategy's `scale`, so neither packing nor ranks can
+change it. Log-probabilities are those of the
 sampling distribution: logits divided by the temperature, media tokens left out. Rows of logits exist `chunk_tokens` at
 a time.
 """
@@ -32,6 +36,10 @@ class PolicyOptions:
     temperature: float = 1.0
     clip_low: float | None = None
     clip_high: float | None = None
+    clip_ceiling: float | None = None
+    sequence_ratio: bool = False
+    cispo: bool = False
+    per_response: bool = False  # a token weighs 1 / tokens of its response
     kl_coefficient: float = 0.0
     entropy_coefficient: float = 0.0
     forbidden: tuple[int, ...] = ()  # token ids that are never sampled
@@ -48,6 +56,7 @@ class PolicyBatch:
     rows: torch.Tensor  # int64 [M]: the place in the pack whose logits predict the token
     tokens: torch.Tensor  # int64 [M]
     advantages: torch.Tensor  # float32 [M]
+    lengths: torch.Tensor  # int64 [responses]: tokens of each, in order; they add up to M
     old_logprobs: torch.Tensor | None = None  # float32 [M]; None: on-policy, the ratio is 1
     reference_logprobs: torch.Tensor | None = None  # float32 [M], for the KL term
     results: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -66,17 +75,17 @@ def token_losses(
     old: torch.Tensor | None,
     reference: torch.Tensor | None,
     options: PolicyOptions,
+    lengths: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss per token [N] and the sums (clipped tokens, KL) that become metrics. All float32 [N]."""
-    ratio = torch.exp(logprobs - (logprobs.detach() if old is None else old))
-    objective = ratio * advantages
-    clipped = torch.zeros((), device=logprobs.device)
-    if options.clip_low is not None or options.clip_high is not None:
-        low = 0.0 if options.clip_low is None else 1 - options.clip_low
-        high = float("inf") if options.clip_high is None else 1 + options.clip_high
-        bounded = ratio.clamp(low, high) * advantages
-        clipped = (bounded < objective).sum().float()
-        objective = torch.minimum(objective, bounded)
+    """Loss per token [N] and the sums (clipped tokens, KL) that become metrics. All float32 [N].
+
+    `lengths` int64 [responses] add up to N; only what looks at whole responses needs them.
+    """
+    moved = logprobs - (logprobs.detach() if old is None else old)
+    if options.sequence_ratio:
+        assert lengths is not None
+        moved = response_means(moved, lengths)
+    objective, clipped = _surrogate(torch.exp(moved), logprobs, advantages, options)
     losses = -objective
     divergence = torch.zeros((), device=logprobs.device)
     if reference is not None:
@@ -86,7 +95,37 @@ def token_losses(
         losses = losses + options.kl_coefficient * kl
     if options.entropy_coefficient:
         losses = losses - options.entropy_coefficient * entropies
+    if options.per_response:
+        assert lengths is not None
+        losses = losses / lengths.repeat_interleave(lengths)
     return losses, {"clipped": clipped, "kl": divergence}
+
+
+def _surrogate(
+    ratio: torch.Tensor, logprobs: torch.Tensor, advantages: torch.Tensor, options: PolicyOptions
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is to rise, float32 [N], and how many tokens a clip holds back."""
+    low = 0.0 if options.clip_low is None else 1 - options.clip_low
+    high = float("inf") if options.clip_high is None else 1 + options.clip_high
+    if options.cispo:
+        weight = ratio.detach()
+        return weight.clamp(max=high) * advantages * logprobs, (weight > high).sum().float()
+    objective, held = ratio * advantages, torch.zeros_like(ratio, dtype=torch.bool)
+    if options.clip_ceiling is not None:
+        held = (ratio > options.clip_ceiling) & (advantages < 0)
+        objective = ratio.clamp(max=options.clip_ceiling) * advantages
+    if options.clip_low is not None or options.clip_high is not None:
+        bounded = ratio.clamp(low, high) * advantages
+        held = held | (bounded < objective)
+        objective = torch.minimum(objective, bounded)
+    return objective, held.sum().float()
+
+
+def response_means(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+    """float32 [N]: each token gets the mean over its response; `lengths` int64 [responses] add up to N."""
+    owner = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths)
+    sums = torch.zeros(len(lengths), dtype=values.dtype, device=values.device).index_add(0, owner, values)
+    return (sums / lengths).index_select(0, owner)
 
 
 def logprobs_and_entropies(
@@ -124,7 +163,7 @@ def summed_policy_loss(model: Any, batch: PolicyBatch, options: PolicyOptions) -
         return 0.0 * model.lm_head(hidden[:1]).float().sum()
     joined, entropy = torch.cat(logprobs), torch.cat(entropies)
     losses, sums = token_losses(
-        joined, entropy, batch.advantages, batch.old_logprobs, batch.reference_logprobs, options
+        joined, entropy, batch.advantages, batch.old_logprobs, batch.reference_logprobs, options, batch.lengths
     )
     batch.results = {"logprobs": joined.detach(), "entropies": entropy.detach(), **sums}
     return losses.sum()

@@ -14,7 +14,7 @@ objectives answer alike; what a new one must write is `loss`, `weight`, `batch` 
     state / load                 its own tensors in checkpoints, by name (momentum copies, queues)
     finished, close              its files may go; its engines must
 
-Every rank runs the same calls in the same order; `opening.gather` is the only collective that an objective needs.
+Every rank runs the same calls in the same order; `opening.gather` and `opening.total` are the collectives that an objective needs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from terrace.data.types import PackedExample
 from terrace.models.precision import DTYPES
 from terrace.models.sequence_parallel import SequenceGroup
 from terrace.recipe.schema import Recipe, Stage
-from terrace.worker.collectives import gather_rows
+from terrace.worker.collectives import gather_rows, sum_over_ranks
 from terrace.worker.context import WorkerContext
 
 
@@ -72,6 +72,10 @@ class Opening:
     def gather(self, values: Sequence[float]) -> Any:
         """float64 [ranks, len(values)]: every rank's row, on every rank."""
         return gather_rows(values, self.context)
+
+    def total(self, values: Sequence[float]) -> Any:
+        """float64 [len(values)]: the sum of every rank's row, on every rank."""
+        return sum_over_ranks(values, self.context)
 
 
 @dataclass(frozen=True)

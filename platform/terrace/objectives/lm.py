@@ -6,7 +6,7 @@ packing nor accumulation nor the number of ranks can change the loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,11 @@ import torch
 from terrace.data.order.balance import CostModel, cost_of
 from terrace.data.types import PackedExample, no_pixels
 from terrace.models.batch import DeviceBatch, to_device
-from terrace.models.families.registry import family_model
+from terrace.models.families.registry import family_model, family_of_model
 from terrace.models.forward import pack_hidden
 from terrace.models.sequence_parallel import shard_to_device
-from terrace.objectives.interface import Counts, Objective, Opening, StepExamples
+from terrace.objectives.experts import ExpertBalance
+from terrace.objectives.interface import Counts, Objective, Opening, StageRun, StepExamples
 from terrace.worker.context import data_place
 
 
@@ -30,9 +31,26 @@ class LanguageModelling(Objective):
     def __init__(self, opening: Opening) -> None:
         super().__init__(opening)
         self._cost = cost_of(opening.recipe.model)
+        self._experts: ExpertBalance | None = None
+
+    def begin(self, run: StageRun) -> None:
+        super().begin(run)
+        family = family_of_model(self.strategy.model)
+        if family.routers(self.strategy.model):
+            self._experts = ExpertBalance(self.opening, family.family.balances_sequences)
 
     def loss(self, model: Any, batch: DeviceBatch) -> torch.Tensor:
-        return summed_loss(model, batch, self.opening.stage.loss_chunk_tokens)
+        def plain() -> torch.Tensor:
+            return summed_loss(model, batch, self.opening.stage.loss_chunk_tokens)
+
+        return self._experts.loss(model, batch, plain) if self._experts else plain()
+
+    def before(self, examples: Sequence[PackedExample], scale: float) -> None:
+        if self._experts:
+            self._experts.before(examples, scale, lambda example: self.strategy.loss(self.batch(example)))
+
+    def values(self, ran: bool) -> dict[str, Any]:
+        return self._experts.values() if self._experts and ran else {}
 
     def weight(self, example: PackedExample) -> float:
         return example.supervised_tokens
@@ -58,6 +76,8 @@ class LanguageModelling(Objective):
         """Mean loss per supervised token of each kind of held-out samples. `feed.held_out` is the same on every rank; each
         evaluates its share, or with sequence parallelism its group's."""
         alive()
+        if self._experts:
+            self._experts.rest()
         packs, strategy, sequence = self.opening.feed.held_out, self.strategy, self.opening.sequence
         strategy.model.eval()
         group_rank, groups = data_place(self.opening.context, sequence.size if sequence else 1)

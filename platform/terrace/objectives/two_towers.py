@@ -33,7 +33,7 @@ from terrace.objectives.chance import kept_patches
 from terrace.objectives.interface import Counts, Objective, Opening, StepExamples
 from terrace.objectives.lm import count_packs, empty_pack
 from terrace.objectives.retrieval import recalls
-from terrace.recipe.schema import PairOptions
+from terrace.recipe.schema_pairs import PairOptions
 from terrace.worker.collectives import gather_tensors
 from terrace.worker.context import WorkerContext
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from terrace.recipe.schema import Recipe, Stage
+from terrace.recipe.stretches import stretches
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,11 @@ class SampleMeans:
 class SourceFacts:
     samples: int  # that train
     means: SampleMeans
+    others: Mapping[tuple[int, int], SourceFacts] = field(default_factory=dict)  # at other bounds on pixels, of a stage with changes
+
+    def at(self, pixels: tuple[int, int]) -> SourceFacts:
+        """The facts at some bounds of the stage."""
+        return self.others.get(pixels, self)
 
 
 def source_facts(index: Any, stage: Stage, max_visual_tokens_per_image: int | None) -> SourceFacts:
@@ -67,11 +74,10 @@ def load_facts(recipe: Recipe, root: Path) -> list[dict[str, SourceFacts]]:
     from terrace.data.prepare import load_prepared
 
     indexes = load_prepared(root).indexes
-    return [
-        {
-            name: source_facts(indexes[name], stage, recipe.data.sources[name].max_visual_tokens_per_image)
-            for name in stage.mixture.weights
-            if name in indexes
-        }
-        for stage in recipe.stages
-    ]
+
+    def facts_of(name: str, stage: Stage) -> SourceFacts:
+        limit = recipe.data.sources[name].max_visual_tokens_per_image
+        others = {(part.pixels.min, part.pixels.max): source_facts(indexes[name], part, limit) for _, part in stretches(stage)[1:]}
+        return replace(source_facts(indexes[name], stage, limit), others=others)
+
+    return [{name: facts_of(name, stage) for name in stage.mixture.weights if name in indexes} for stage in recipe.stages]

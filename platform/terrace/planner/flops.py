@@ -95,8 +95,10 @@ def _forward(shape: ModelShape, load: PackLoad) -> dict[PartName, dict[str, floa
     windowed = vision.depth - vision.full_blocks
     rows = load.patches + load.pictures * vision.extra_tokens
     squares = vision.full_blocks * load.image_squares + windowed * load.window_squares
-    layer = language.width * (2 * language.query_width + 2 * language.key_width + (3 if language.gated else 2) * language.intermediate)
-    matrices = vision.width * (4 * vision.width + products * vision.intermediate)
+    matrices = 3 if language.gated else 2
+    feed_forward = matrices * language.mean_intermediate + language.router_width  # of the experts that a token goes to, not of all
+    layer = language.attention_matrices + language.width * feed_forward
+    of_block = vision.width * (4 * vision.width + products * vision.intermediate)
     idle = vision.idle_blocks / vision.depth
     adapters = {
         "vision": 2 * rows * shape.adapters_of("vision").parameters,
@@ -107,9 +109,9 @@ def _forward(shape: ModelShape, load: PackLoad) -> dict[PartName, dict[str, floa
         "vision": {
             "adapters": adapters["vision"],
             "embed": 2 * load.patches * vision.patch_values * vision.width,
-            "linear": 2 * rows * (vision.depth - vision.idle_blocks) * matrices,
+            "linear": 2 * rows * (vision.depth - vision.idle_blocks) * of_block,
             "attention": 4 * vision.width * squares * (1 - idle),
-            "idle": 2 * rows * vision.idle_blocks * matrices + 4 * vision.width * squares * idle,  # forward only
+            "idle": 2 * rows * vision.idle_blocks * of_block + 4 * vision.width * squares * idle,  # forward only
         },
         "projector": {
             "adapters": adapters["projector"],
@@ -118,7 +120,7 @@ def _forward(shape: ModelShape, load: PackLoad) -> dict[PartName, dict[str, floa
         "language": {
             "adapters": adapters["language"],
             "linear": 2 * load.tokens * language.layers * layer,
-            "attention": 4 * language.query_width * language.layers * load.token_squares,
+            "attention": 2 * (language.query_width + language.value_width) * language.layers * load.token_squares,
             "head": 2 * load.supervised_tokens * language.width * language.vocabulary,
         },
     }

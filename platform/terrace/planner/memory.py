@@ -22,6 +22,7 @@ from terrace.recipe.schema import PARTS, PartName, Stage
 
 FP32 = 4
 MOMENTS = 8  # two float32 moments of AdamW
+MOMENTUM = 4  # one, of SGD and Muon
 DEEPSPEED_BUCKET = 5e8  # elements of DeepSpeed's reduce and gather buckets
 MAX_LIVE = 1e9  # parameters that ZeRO-3 keeps gathered at a time
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -131,16 +132,16 @@ def _state(shape: ModelShape, stage: Stage, workers: int, compute: int, on_gpu: 
     trained = sum(trainable_counts(shape, stage).values())
     largest_block = max(size.block for size in sizes.values())
     outer = shape.language.vocabulary * shape.language.width * (1 if shape.language.tied else 2)
-    parallel, shards = stage.parallel, workers
+    parallel, shards, states = stage.parallel, workers, optimizer_bytes(shape, stage)
     strategy = parallel.strategy
     buffers = waiting = 0.0
     if strategy == "ddp":
-        weights, gradients, optimizer = FP32 * everything, FP32 * trained, MOMENTS * trained
+        weights, gradients, optimizer = FP32 * everything, FP32 * trained, states
         if compute < FP32:  # autocast's copies of every matrix that gradients pass through
             buffers = compute * matrices_in_backward(shape, stage)
     elif strategy == "fsdp":
         shards = gcd(parallel.hybrid_shard_size or workers, workers)
-        weights, optimizer = FP32 * everything / shards, MOMENTS * trained / shards
+        weights, optimizer = FP32 * everything / shards, states / shards
         accumulates = stage.batch.packs > workers  # whole gradients on every rank until the last pack of a step
         gradients = FP32 * trained / (1 if accumulates else shards)
         if workers > 1:  # two blocks gathered (one ahead), the embeddings, one block's gradient being reduced
@@ -150,7 +151,7 @@ def _state(shape: ModelShape, stage: Stage, workers: int, compute: int, on_gpu: 
         bucket = min(DEEPSPEED_BUCKET, trained)
         weights = compute * everything / (shards if strategy == "zero3" else 1)
         gradients = FP32 * trained / (1 if strategy == "zero1" else shards)
-        optimizer = (FP32 + MOMENTS) * trained / shards  # a float32 master copy and the moments
+        optimizer = (FP32 * trained + states) / shards  # a float32 master copy and the moments
         if strategy == "zero3":  # one bucket in the precision of the reduction, there from the start
             buffers = FP32 * bucket + (compute * min(MAX_LIVE, everything) if workers > 1 else 0)
         elif strategy == "zero1" and stage.precision == "bf16":
@@ -170,6 +171,21 @@ def _state(shape: ModelShape, stage: Stage, workers: int, compute: int, on_gpu: 
     return _State(weights, gradients, optimizer, buffers, host, waiting)
 
 
+def optimizer_bytes(shape: ModelShape, stage: Stage) -> float:
+    """Bytes of the optimizer's state over all workers, and of the average of weights where the stage keeps one."""
+    language, numbers, options = shape.language, sum(trainable_counts(shape, stage).values()), stage.optimizer
+    if options.kind == "sgd":
+        states = MOMENTUM * numbers if options.momentum else 0.0
+    elif options.kind == "adafactor":  # a float32 sum per row and per column; matrices are about as wide as the model
+        states = 2 * FP32 * numbers / language.width
+    elif options.kind == "muon":
+        outer = language.vocabulary * language.width * (1 if language.tied else 2) if trains_whole(stage, "language") else 0
+        states = MOMENTUM * (numbers - outer) + MOMENTS * outer
+    else:
+        states = MOMENTS * numbers
+    return states + (FP32 * numbers if stage.ema is not None else 0.0)
+
+
 def gradients_reach(stage: Stage, part: PartName) -> bool:
     """Whether gradients pass through a part: it trains, or something before it does."""
     return any(getattr(stage.train, before) is not None for before in PARTS[: PARTS.index(part) + 1])
@@ -179,7 +195,7 @@ def matrices_in_backward(shape: ModelShape, stage: Stage) -> float:
     """Parameters of the blocks and the projector that gradients pass through; embeddings and output layer are apart."""
     sizes = part_sizes(shape)
     return sum(
-        sizes[part].block * sizes[part].blocks
+        sizes[part].in_blocks
         for part in PARTS
         if gradients_reach(stage, part) and not (getattr(stage.train, part) is None and stage.frozen_activation_checkpointing)
     )
@@ -209,7 +225,7 @@ def _language_activations(shape: ModelShape, stage: Stage, pack: PackSize, compu
     language, train = shape.language, stage.train.language
     residual = FP32 if stage.parallel.strategy == "ddp" else compute
     layer = _language_layer(shape, stage, compute, on_gpu) + _adapter_values(shape, "language", compute) / language.layers
-    working = pack.tokens * (3 * language.intermediate * compute + 2 * language.width * residual)
+    working = pack.tokens * (3 * language.mean_intermediate * compute + 2 * language.width * residual)
     if not gradients_reach(stage, "language"):
         return _Activations(0.0, working)
     ends = pack.tokens * language.width * (1 + FP32 + (FP32 if train else 0))  # places of images, final norm
@@ -222,13 +238,20 @@ def _language_activations(shape: ModelShape, stage: Stage, pack: PackSize, compu
 def _language_layer(shape: ModelShape, stage: Stage, compute: int, on_gpu: bool) -> float:
     """Bytes per token that autograd keeps for one decoder layer."""
     language, trained = shape.language, stage.train.language is not None
-    width, inner, query = language.width, language.intermediate, language.query_width
+    width, inner, query = language.width, language.mean_intermediate, language.query_width
+    value = language.value_width
     key = language.key_width if on_gpu else query  # exact attention on CPU repeats keys and values for every head
     autocast = stage.parallel.strategy == "ddp" and compute < FP32
     norms = 2 * FP32 * width
-    attention = compute * (2 * query + 2 * key) + FP32 * language.heads
+    attention = compute * (query + key + value + min(key, value)) + FP32 * language.heads
     rotary = 2 * language.head_size * (FP32 if autocast else compute)
     feed_forward = 3 * inner * compute
+    if language.latent:  # the narrow vectors, their norms, and keys whose two pieces are put together
+        ranks = language.latent.query_rank + language.latent.key_rank
+        attention += 2 * FP32 * ranks + (compute * 2 * ranks if trained else 0)
+    if language.experts:  # a copy of the token for each of its experts, on the way in (for their gradients) and out
+        copies = language.sparse_layers / language.layers * language.experts.per_token
+        feed_forward += compute * width * copies * (2 if trained else 1) + 2 * FP32 * language.router_width
     if trained:
         if autocast:  # each of the five projections casts its input by itself
             norms += 2 * FP32 * width + 5 * compute * width

@@ -10,17 +10,22 @@ from terrace.recipe.schema import PARTS, PartName, Stage
 
 @dataclass(frozen=True)
 class PartSizes:
-    """What memory needs of a part's parameters: all of them, those of one repeated block, and how many blocks there are."""
+    """What memory needs of a part's parameters: all of them, those of its largest block, and how many blocks there are."""
 
     total: int
     block: int
     blocks: int
     unused: int = 0  # of all, those that never train
+    smaller: int = 0  # what blocks lack together where they are not equal (dense layers beside sparse ones)
+
+    @property
+    def in_blocks(self) -> int:
+        return self.block * self.blocks - self.smaller
 
 
 def part_sizes(shape: ModelShape) -> dict[PartName, PartSizes]:
     vision, language, projector = shape.vision, shape.language, shape.projector
-    layer = language_layer(shape)
+    layer, smaller, unused = _language_blocks(shape)
     embeddings = language.vocabulary * language.width * (1 if language.tied else 2)
     return {
         "vision": PartSizes(
@@ -28,20 +33,47 @@ def part_sizes(shape: ModelShape) -> dict[PartName, PartSizes]:
             vision.unused_parameters,
         ),
         "projector": PartSizes(projector.parameters, projector.parameters, 1, projector.unused_parameters),
-        "language": PartSizes(language.layers * layer + language.width + embeddings + language.other_parameters, layer, language.layers),
+        "language": PartSizes(
+            language.layers * layer - smaller + language.width + embeddings + language.other_parameters, layer, language.layers, unused,
+            smaller,
+        ),
     }  # fmt: skip
 
 
-def language_layer(shape: ModelShape) -> int:
-    """Attention, feed-forward and two norms of one layer."""
+def _language_blocks(shape: ModelShape) -> tuple[int, int, int]:
+    """Parameters of the largest layer, what the other layers lack of it together, and those that never train."""
+    language, experts = shape.language, shape.language.experts
+    dense = language_layer(shape)
+    if experts is None:
+        return dense, 0, 0
+    router = language.width * experts.count + experts.biases
+    sparse = language_layer(shape, experts.count * experts.intermediate + experts.shared) + router
+    counts = ((dense, experts.dense_layers), (sparse, language.sparse_layers))
+    largest = max(size for size, count in counts if count)
+    return largest, sum((largest - size) * count for size, count in counts), experts.biases * language.sparse_layers
+
+
+def active_parameters(shape: ModelShape) -> dict[PartName, int]:
+    """Parameters that one token meets: all of them, without the experts that it does not go to."""
+    counts, experts = parameter_counts(shape), shape.language.experts
+    if experts is not None:
+        idle = 3 * shape.language.width * (experts.count - experts.per_token) * experts.intermediate
+        counts["language"] -= shape.language.sparse_layers * idle
+    return counts
+
+
+def language_layer(shape: ModelShape, intermediate: int | None = None) -> int:
+    """Attention, a feed-forward of this width inside (default: the dense one's) without biases, and two norms of one layer."""
     language = shape.language
     if language.layer_parameters is not None:
         return language.layer_parameters
+    intermediate = language.intermediate if intermediate is None else intermediate
     query, key = language.query_width, language.key_width
-    attention = language.width * (query + 2 * key) + query * language.width
+    attention = language.attention_matrices
+    attention += language.latent.query_rank + language.latent.key_rank if language.latent else 0  # their norms
     attention += query + 2 * key if language.attention_biases else 0
     attention += 2 * language.head_size if language.head_norms else 0
-    return attention + 3 * language.width * language.intermediate + 2 * language.width
+    return attention + 3 * language.width * intermediate + 2 * language.width
 
 
 def parameter_counts(shape: ModelShape) -> dict[PartName, int]:

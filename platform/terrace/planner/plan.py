@@ -11,19 +11,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from terrace.data.family import balance_weight
+from terrace.families.registry import family_class
 from terrace.planner.adapters import with_adapters
 from terrace.planner.changes import Change, nearest_changes
 from terrace.planner.data_facts import SourceFacts
 from terrace.planner.flops import PackFlops, training_flops
 from terrace.planner.gpus import find_gpu, usable_bytes
-from terrace.planner.memory import Memory, gradients_reach, stage_memory, worst_pack
-from terrace.planner.parameters import parameter_counts, trainable_counts, trained_parts
-from terrace.planner.shapes import ModelShape, model_shape
+from terrace.planner.memory import Memory, gradients_reach, optimizer_bytes, stage_memory, worst_pack
+from terrace.planner.parameters import active_parameters, parameter_counts, trainable_counts, trained_parts
+from terrace.planner.shapes import model_shape
 from terrace.planner.work import Work, has_images, stage_work
+from terrace.recipe.changes import stage_recipe
 from terrace.recipe.schema import PARTS, Gpu, PartName, Recipe, Stage
 
 WEIGHT_BYTES = 4  # checkpoints and final directories hold float32
-STATE_BYTES = 12  # a trained parameter's weight and two moments
 SECONDS_PER_HOUR = 3600.0
 
 
@@ -34,6 +36,7 @@ class StagePlan:
     workers: int
     gpus: int
     parameters: dict[PartName, int]
+    active: dict[PartName, int]  # of them, those that one token meets
     trainable: dict[PartName, int]
     work: Work
     memory: Memory
@@ -93,10 +96,9 @@ def make_plan(
     gpu_name = gpu or planning.gpu
     found = find_gpu(gpu_name, planning)
     price = price_per_gpu_hour or found.price_per_hour or planning.price_per_gpu_hour
-    shape = model_shape(recipe)
     share = mfu or planning.mfu
     stages = [
-        _stage_plan(recipe, stage, with_adapters(shape, stage, recipe.model), found, gpus, share, facts[index] if facts else {})
+        _stage_plan(stage_recipe(recipe, index), stage, found, gpus, share, facts[index] if facts else {})
         for index, stage in enumerate(recipe.stages)
     ]
     return Plan(recipe, gpu_name, found, share, price, stages)
@@ -113,9 +115,10 @@ def workers_for(stage: Stage, gpus: int | None) -> int:
 
 
 def _stage_plan(
-    recipe: Recipe, stage: Stage, shape: ModelShape, gpu: Gpu, gpus: int | None, mfu: float,
+    recipe: Recipe, stage: Stage, gpu: Gpu, gpus: int | None, mfu: float,
     facts: Mapping[str, SourceFacts],
 ) -> StagePlan:  # fmt: skip
+    shape = with_adapters(model_shape(recipe), stage, recipe.model)
     workers = workers_for(stage, gpus)
     used = int(workers * max(1.0, stage.resources.gpus_per_worker))
     work = stage_work(recipe, stage, shape, facts)
@@ -125,16 +128,21 @@ def _stage_plan(
     flops = training_flops(shape, work.pack, trained, checkpointed_parts(stage))
     peak = gpu.bf16_tflops * 1e12 * (0.5 if stage.precision == "fp32" else 1.0)  # TF32 runs at half the rate of bf16
     parameters = parameter_counts(shape)
-    everything, training = sum(parameters.values()), sum(trainable_counts(shape, stage).values())
-    checkpoint = WEIGHT_BYTES * everything + (STATE_BYTES - WEIGHT_BYTES) * training
+    everything = sum(parameters.values())
+    checkpoint = WEIGHT_BYTES * everything + optimizer_bytes(shape, stage)
     limit = usable_bytes(gpu, recipe.planning)
     notes = []
+    counted_first = counts_experts_first(recipe, stage, workers)
+    if counted_first:
+        notes.append("its packs run forward once more, to count what the experts of the whole batch get: expert_balance 0 spares that")
     if gpus is not None and used != gpus:
         notes.append(f"runs on {used} of {gpus} GPUs: its batch of {stage.batch.packs} packs must divide by the workers")
     if work.steps is None:
         notes.append("a budget in epochs needs an index: name prepared data with --data")
     if stage.objective == "grpo":
         notes.append("generation of responses is not part of this plan")
+    if stage.objective in ("dpo", "mpo", "kto"):
+        notes.append("one forward pass over every row for the reference is not part of this plan")
     if stage.rollout_workers:
         gpus_more = stage.rollout_workers * stage.resources.gpus_per_worker
         notes.append(f"{stage.rollout_workers} rollout workers ({gpus_more:g} GPUs) come on top of these")
@@ -144,19 +152,27 @@ def _stage_plan(
         workers=workers,
         gpus=used,
         parameters=parameters,
+        active=active_parameters(shape),
         trainable=trainable_counts(shape, stage),
         work=work,
         memory=memory,
         memory_checkpointed=stage_memory(shape, with_checkpointing(stage, True), workers, pack),
         memory_kept=stage_memory(shape, with_checkpointing(stage, False), workers, pack),
         pack_flops=flops,
-        step_seconds=flops.model * stage.batch.packs / (used * peak * mfu),
+        step_seconds=(flops.model + counted_first * sum(flops.forward.values())) * stage.batch.packs / (used * peak * mfu),
         usable_bytes=limit,
         checkpoint_bytes=checkpoint,
         storage_bytes=checkpoint * _kept_checkpoints(stage, work.steps) + WEIGHT_BYTES * everything,
         changes=[] if memory.total <= limit else nearest_changes(stage, shape, workers, pack, limit),
         notes=notes,
     )
+
+
+def counts_experts_first(recipe: Recipe, stage: Stage, workers: int) -> bool:
+    """Whether a load-balancing loss over the whole batch takes a forward pass of its own (objectives.experts)."""
+    family = family_class(recipe.model.architecture)
+    several = stage.batch.packs * stage.parallel.sequence_parallel > workers
+    return family.experts and not family.balances_sequences and several and balance_weight(recipe, stage) > 0
 
 
 def checkpointed_parts(stage: Stage) -> list[PartName]:

@@ -47,6 +47,7 @@ def _stage_values(stage: StagePlan, plan: Plan) -> dict[str, Any]:
     return {
         "name": stage.name,
         "parameters": {**stage.parameters, "total": sum(stage.parameters.values())},
+        "active_parameters": sum(stage.active.values()),
         "trainable_parameters": sum(stage.trainable.values()),
         "trainable_parameters_per_part": dict(stage.trainable),
         "sequence_length": stage.stage.sequence_length,
@@ -168,8 +169,10 @@ def _model_rows(plan: Plan) -> list[list[str]]:
     def part(name: str) -> Cell:
         return lambda stage: "trains" if stage.trainable[name] else "[dim]frozen[/dim]"  # type: ignore[index]
 
-    parameters = plan.stages[0].parameters
+    parameters, active = plan.stages[0].parameters, sum(plan.stages[0].active.values())
     rows = [_row(f"{name} ({si(parameters[name])})", plan, part(name)) for name in PARTS]
+    if active != sum(parameters.values()):  # a mixture of experts
+        rows.append(_row("parameters a token meets", plan, lambda s: si(sum(s.active.values())), f"of {si(sum(parameters.values()))}"))
     return [
         *rows,
         _row("trained parameters", plan, lambda s: si(sum(s.trainable.values())), f"of {si(sum(parameters.values()))}"),

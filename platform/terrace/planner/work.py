@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from terrace.data.family import family_of
@@ -11,7 +11,8 @@ from terrace.families.shapes import ModelShape
 from terrace.planner.data_facts import SampleMeans, SourceFacts
 from terrace.planner.flops import PackLoad, assumed_load
 from terrace.recipe.objectives import OBJECTIVES
-from terrace.recipe.schema import Recipe, Stage
+from terrace.recipe.schema import Budget, Recipe, Stage
+from terrace.recipe.stretches import stretches
 
 TEXT_BYTES_PER_TOKEN = 4.0
 FILL = 0.997  # share of a pack that packing fills
@@ -44,7 +45,48 @@ def has_images(recipe: Recipe, stage: Stage) -> bool:
 
 
 def stage_work(recipe: Recipe, stage: Stage, shape: ModelShape, facts: Mapping[str, SourceFacts]) -> Work:
-    """The work of one stage. `facts` of every source of its mixture make it exact."""
+    """The work of one stage. `facts` of every source of its mixture make it exact.
+
+    Of a stage with `changes` each stretch is worked out by itself; the average pack is that of all its steps.
+    """
+    parts, per_step = stretches(stage), stage.batch.packs * stage.sequence_length
+    if len(parts) == 1:
+        return _stretch_work(recipe, stage, shape, facts)
+    whole = stage.budget.steps or math.ceil((stage.budget.tokens or 0) / per_step)
+    ends = [step for step, _ in parts[1:]] + [whole]
+    works = []
+    for (first, part), end in zip(parts, ends):
+        bounds, budget = (part.pixels.min, part.pixels.max), Budget(steps=end - first)
+        here = {name: fact.at(bounds) for name, fact in facts.items()}
+        works.append(_stretch_work(recipe, part.model_copy(update={"budget": budget}), shape, here))
+    return _joined(works)
+
+
+def _joined(works: list[Work]) -> Work:
+    """Stretches one after another; all of them have steps."""
+    steps = [work.steps or 0 for work in works]
+    samples = sum(work.samples or 0 for work in works)
+
+    def mean(value: Callable[[Work], float]) -> float:
+        return sum(count * value(work) for count, work in zip(steps, works)) / sum(steps)
+
+    sources = {}
+    for name in dict.fromkeys(name for work in works for name in work.sources):
+        found = [work.sources[name] for work in works if name in work.sources]
+        taken, passes = sum(source.samples or 0 for source in found), [source.epochs for source in found]
+        sources[name] = SourceShare(taken / samples, taken, None if None in passes else sum(p for p in passes if p is not None))
+    return Work(
+        steps=sum(steps),
+        tokens=sum(work.tokens or 0 for work in works),
+        samples=samples,
+        exact=all(work.exact for work in works),
+        pack=PackLoad(*(mean(lambda work, field=field: getattr(work.pack, field)) for field in PackLoad.__dataclass_fields__)),
+        pack_bytes=mean(lambda work: work.pack_bytes),
+        sources=sources,
+    )
+
+
+def _stretch_work(recipe: Recipe, stage: Stage, shape: ModelShape, facts: Mapping[str, SourceFacts]) -> Work:
     exact = all(facts.get(name) is not None and facts[name].samples > 0 for name in stage.mixture.weights)
     shares = _shares(stage, facts if exact else {})
     if OBJECTIVES[stage.objective].fixed_packs:

@@ -19,11 +19,15 @@ from terrace.recipe.schema_inputs import is_plain_mixture
 
 INTEGER = re.compile(r"[-+]?[0-9][0-9_]*$|0o[0-7]+$|0x[0-9a-fA-F]+$")
 FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?$")
+_UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")  # that no YAML file may hold
 CONSTANTS = {"": None, "~": None, "null": None, "Null": None, "NULL": None} | {
     word: word.lower() == "true" for word in ("true", "True", "TRUE", "false", "False", "FALSE")
 }
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml where the wheel has it: ten times as fast
 MAX_NODES = 200_000  # far above any recipe; stops a file whose aliases multiply ("billion laughs")
+PLAIN_TAGS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
+MAX_DEPTH = 64  # of maps and lists in one another
+MAX_DIGITS = 64  # of a number
 
 # Of these keys one is chosen: a later layer that sets one of them drops the others of the layers below.
 ALTERNATIVES: dict[tuple[str, ...], tuple[str, ...]] = {
@@ -37,6 +41,7 @@ NAMED_MAPS: tuple[tuple[str, ...], ...] = (
     ("stages", "*", "mixture", "weights"),
     ("stages", "*", "mixture", "epoch_caps"),
     ("stages", "*", "rewards"),
+    ("planning", "source_tokens_per_sample"),
 )
 NEW_STAGE_KEYS = ("train", "mixture", "budget")  # what every stage gives, and hardly a change of a stage all at once
 MIXTURE_KEYS = ("weights", "unit", "temperature", "epoch_caps")
@@ -59,7 +64,11 @@ class Entry:
 
 def read_yaml(text: str, file: str) -> Entry:
     """The one document in `text`. Raises RecipeError for broken YAML, duplicate keys and tags."""
+    if unwritable := _UNWRITABLE.search(text):
+        line = text.count("\n", 0, unwritable.start()) + 1
+        raise RecipeError([Problem((), f"not valid YAML: it holds the character U+{ord(unwritable[0]):04X}", Place(file, line))])
     try:
+        _check_depth(text, file)
         node = yaml.compose(text, Loader=LOADER)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else None
@@ -73,6 +82,19 @@ def read_yaml(text: str, file: str) -> Entry:
     if reader.problems:
         raise RecipeError(reader.problems, file)
     return entry
+
+
+def _check_depth(text: str, file: str) -> None:
+    """Raise RecipeError where maps and lists are nested deeper than any recipe's: what reads them here calls itself."""
+    depth = 0
+    for event in yaml.parse(text, Loader=LOADER):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > MAX_DEPTH:
+                place = Place(file, event.start_mark.line + 1)
+                raise RecipeError([Problem((), f"maps and lists are nested more than {MAX_DEPTH} deep", place)])
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
 
 
 def read_value(text: str, place: Place) -> Entry:
@@ -105,6 +127,8 @@ class _Reader:
             raise RecipeError([Problem((), "aliases that contain themselves or multiply without end", place)])
         if isinstance(node, yaml.ScalarNode):
             return Entry(self.scalar(node, place), place)
+        if node.tag not in PLAIN_TAGS:
+            self.problems.append(Problem((), f"YAML tag {node.tag} is not used in recipes", place))
         self.open.add(id(node))
         if isinstance(node, yaml.SequenceNode):
             value: Any = [self.entry(item) for item in node.value]
@@ -118,7 +142,7 @@ class _Reader:
         merged: list[yaml.Node] = []
         for key_node, value_node in node.value:
             place = Place(self.file, key_node.start_mark.line + 1)
-            if not isinstance(key_node, yaml.ScalarNode):
+            if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.startswith("!"):
                 self.problems.append(Problem((), "a key must be a plain word", place))
             elif key_node.tag == "tag:yaml.org,2002:merge":
                 merged += value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
@@ -129,8 +153,14 @@ class _Reader:
                 result[key_node.value] = self.entry(value_node, place)
         for base in merged:
             if isinstance(base, yaml.MappingNode):
+                self.nodes += len(base.value)
+                if self.nodes > MAX_NODES or id(base) in self.open:
+                    place = Place(self.file, node.start_mark.line + 1)
+                    raise RecipeError([Problem((), "`<<` merges a map into itself", place)])
+                self.open.add(id(base))
                 for key, entry in self.mapping(base).items():
                     result.setdefault(key, entry)
+                self.open.discard(id(base))
             else:
                 place = Place(self.file, base.start_mark.line + 1)
                 self.problems.append(Problem((), "`<<` takes a map or a list of maps", place))
@@ -138,6 +168,9 @@ class _Reader:
 
     def scalar(self, node: yaml.ScalarNode, place: Place) -> Any:
         text = node.value
+        if unwritable := _UNWRITABLE.search(text):
+            self.problems.append(Problem((), f"a text holds the character U+{ord(unwritable[0]):04X}", place))
+            return text.replace(unwritable[0], "")
         if node.style:  # quoted or a block: text, whatever it looks like
             return text
         if node.tag.startswith("!"):
@@ -145,6 +178,9 @@ class _Reader:
             return text
         if text in CONSTANTS:
             return CONSTANTS[text]
+        if len(text) > MAX_DIGITS and (INTEGER.match(text) or FLOAT.match(text)):
+            self.problems.append(Problem((), f"a number of {len(text):,} characters is none that a recipe needs", place))
+            return 0
         if INTEGER.match(text):
             digits = text.replace("_", "")
             return int(digits, 0) if digits.startswith(("0x", "0o")) else int(digits)
@@ -177,7 +213,8 @@ def merge(base: Entry, layer: Entry, path: Path = ()) -> Entry:
     for pattern, keys in ALTERNATIVES.items():
         if matches(path, pattern) and any(key in layer.value and layer.value[key].value is not None for key in keys):
             for key in keys:
-                result.pop(key, None)
+                if not _continues(base, layer, key):
+                    result.pop(key, None)
     removable = any(matches(path, pattern) for pattern in NAMED_MAPS)
     for key, entry in layer.value.items():
         if removable and entry.value is None and key in result:
@@ -185,6 +222,15 @@ def merge(base: Entry, layer: Entry, path: Path = ()) -> Entry:
         else:
             result[key] = merge(result[key], entry, (*path, key)) if key in result else entry
     return Entry(result, layer.place)
+
+
+def _continues(base: Entry, layer: Entry, key: str) -> bool:
+    """Whether the layer's `key`, one of several that exclude each other, is a map that changes the base's: `model.config` of the
+    same architecture. Another architecture's configuration shares no key with it."""
+    if key not in base.value or not isinstance(getattr(layer.value.get(key), "value", None), dict):
+        return False
+    architectures = [entry.value["architecture"].value for entry in (base, layer) if "architecture" in entry.value]
+    return len(set(architectures)) < 2
 
 
 def _merge_stages(base: Entry, layer: Entry) -> Entry:

@@ -1,6 +1,8 @@
-"""Recipe files into `Recipe`: `extends`, overrides, errors with file and line, and the hashes that identify a run.
+"""Recipe files into `Recipe`: `extends`, overrides, and errors with file and line.
 
     recipe = load_recipe("jobs/recipes/demo.yaml", ["stages.alignment.budget.steps=5"])
+
+A path that a file gives is meant from the file's own folder, where something lies there (`beside.py`).
 
 Layers, later over earlier: the file that `extends:` names (relative to the extending file, or a shipped recipe's short name, any
 depth), the file, the overrides. Maps merge, lists are replaced, except that `stages` may be a map of changes by stage name (and of further
@@ -10,10 +12,9 @@ problems are reported at once (RecipeError).
 
 from __future__ import annotations
 
-import hashlib
 import json
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -21,12 +22,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from terrace.errors import nearest
-from terrace.recipe import document, shipped
+from terrace.recipe import beside, document, shipped
 from terrace.recipe.document import Entry
-from terrace.recipe.errors import Path, Place, Problem, RecipeError
-from terrace.recipe.schema import PARTS, Recipe
-from terrace.recipe.schema_inputs import REMEDIES
+from terrace.recipe.errors import Path, Place, Problem, RecipeError, dotted
+from terrace.recipe.schema import Recipe
+from terrace.recipe.schema_inputs import is_plain_mixture
 
+MAX_FILE_BYTES = 4 * 2**20
 FREE_FORM = {"config", "options"}  # maps whose values are passed on as they are
 
 
@@ -47,70 +49,21 @@ def parse_recipe(mapping: Mapping[str, Any], name: str = "recipe") -> Recipe:
     return _validate(document.expand_shorthands(_entry_of(mapping, Place(name))), name)
 
 
+def lines_in_use(path: FilePath | str) -> set[tuple[str, int]]:
+    """(file, line) of every value that a recipe ends up with, of its own and of what it extends: what was replaced is not among them."""
+
+    def walk(entry: Entry) -> Iterator[tuple[str, int]]:
+        if entry.place.line is not None:
+            yield entry.place.file, entry.place.line
+        for inner in entry.value.values() if isinstance(entry.value, dict) else entry.value if isinstance(entry.value, list) else ():
+            yield from walk(inner)
+
+    return set(walk(_read_layers(shipped.recipe_file(FilePath(path)), [])))
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """YAML that `load_recipe` reads back to an equal recipe: everything resolved, defaults written out."""
     return yaml.safe_dump(_shown(recipe), sort_keys=False, allow_unicode=True, width=120)
-
-
-def recipe_hash(recipe: Recipe) -> str:
-    """sha256 (hex) of what a recipe says of its run, however it was written (order of keys, 1e3 or 1000, extends)."""
-    return _digest(recipe.model_dump(mode="json", exclude={"planning", "notes"}))
-
-
-# What changes where and how fast a stage runs but not what it computes (up to rounding): absent from its hash, so that
-# a run may resume with other workers, another strategy or other checkpoint intervals.
-LAYOUT_KEYS = {
-    "after",
-    "resources",
-    "parallel",
-    "checkpoint",
-    "failure",
-    "gates",
-    "evaluate",
-    "profile",
-    "activation_offload",
-    "frozen_activation_checkpointing",
-    "loss_chunk_tokens",
-}
-LAYOUT_KEYS_GRPO = ("placement", "rollout_workers", "evaluation_samples", "max_reward_failure_rate", "max_logprob_mismatch")
-
-
-def stage_hash(recipe: Recipe, index: int) -> str:
-    """sha256 (hex) of what determines a stage's weights: model, tokenizer, its sources, itself, the stages before.
-
-    A checkpoint of the stage may be continued only under the same hash.
-    """
-    stage = recipe.stages[index]
-    settings = stage.model_dump(mode="json", exclude=LAYOUT_KEYS)
-    settings["data_loading"] = {key: settings["data_loading"][key] for key in ("window_samples", "max_visual_tokens_per_pack")}
-    if stage.final_precision == "auto":
-        del settings["final_precision"]
-    for part in PARTS:
-        if settings["train"][part]:
-            del settings["train"][part]["activation_checkpointing"]
-            if settings["train"][part]["lora"] is None:  # stages of before there were adapters go on
-                del settings["train"][part]["lora"]
-    for key in LAYOUT_KEYS_GRPO if settings["grpo"] else ():
-        del settings["grpo"][key]
-    before = start_index(recipe, index)
-    return _digest(
-        {
-            "model": recipe.model.model_dump(mode="json", exclude={"attention", "kernels", "stands_in_for"}),
-            "tokenizer": recipe.tokenizer.model_dump(mode="json"),
-            "data_seed": recipe.data.seed,
-            "sources": {name: recipe.data.sources[name].model_dump(mode="json", exclude=REMEDIES) for name in stage.mixture.weights},
-            "stage": settings,
-            "before": None if before is None else stage_hash(recipe, before),
-        }
-    )
-
-
-def start_index(recipe: Recipe, index: int) -> int | None:
-    """Index of the stage whose final weights stage `index` starts from; None: the recipe's initial weights."""
-    start = recipe.stages[index].start_from
-    if start is None:
-        return index - 1 if index else None
-    return next(place for place, stage in enumerate(recipe.stages) if stage.name == start)
 
 
 # ---------------------------------------------------------------- layers
@@ -122,14 +75,11 @@ def _read_layers(path: FilePath, chain: list[FilePath], named_by: Place | None =
     if real in chain:
         names = " -> ".join(file.name for file in [*chain[chain.index(real) :], real])
         raise RecipeError([Problem(("extends",), f"recipes extend each other in a circle: {names}", named_by)])
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise RecipeError([Problem((), f"cannot read the recipe {path}: {reason}{shipped.hint(path)}", named_by)]) from None
+    text = _read_text(path, named_by)
     root = document.expand_shorthands(document.read_yaml(text, str(path)))
     if not isinstance(root.value, dict):
         raise RecipeError([Problem((), "a recipe is a map of keys (name, model, data, stages, ...)", root.place)])
+    beside.found_beside(root, path.parent)
     extends = root.value.pop("extends", None)
     if extends is None:
         return root
@@ -140,6 +90,27 @@ def _read_layers(path: FilePath, chain: list[FilePath], named_by: Place | None =
     return document.merge(base, root)
 
 
+def _read_text(path: FilePath, named_by: Place | None) -> str:
+    """The text of a recipe file. A folder, a device, a pipe, a file of another size than recipes have: RecipeError, at once."""
+    reason = ""
+    try:
+        if not path.exists():
+            reason = f"No such file or directory{shipped.hint(path)}"
+        elif path.is_dir():
+            reason = "it is a folder; name the recipe file in it"
+        elif not path.is_file():
+            reason = "it is a device or a pipe, no file"
+        elif path.stat().st_size > MAX_FILE_BYTES:
+            reason = f"it has {path.stat().st_size:,} bytes, more than any recipe ({MAX_FILE_BYTES:,})"
+        else:
+            return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        reason = error.strerror
+    except UnicodeDecodeError as error:
+        reason = f"it is not UTF-8 text (byte {error.start})"
+    raise RecipeError([Problem((), f"cannot read the recipe {path}: {reason}", named_by)])
+
+
 def _apply_override(root: Entry, override: str) -> Entry:
     key, equals, text = override.partition("=")
     place = Place(f"override `{override}`")
@@ -147,10 +118,31 @@ def _apply_override(root: Entry, override: str) -> Entry:
         raise RecipeError([Problem((), "an override has the form key.path=value", place)])
     value = document.read_value(text, place)
     path = _resolve(root, key.strip().split("."), place)
+    if kept := _kept_keys(root, path, value):
+        raise RecipeError([Problem(path, f"the map is merged with what stands there, so {kept}", place)])
     layer = value
     for step in reversed(path):
         layer = Entry({step: layer}, place)
     return _merge_at(root, document.expand_shorthands(layer), path, ())
+
+
+# Maps of names that are chosen as a whole: whoever writes one of them on the command line means all of it.
+WHOLE_MAPS = (("stages", "*", "train"), ("stages", "*", "mixture", "weights"))
+
+
+def _kept_keys(root: Entry, path: Path, value: Entry) -> str:
+    """What an override that gives such a map as a whole would leave standing, in words; empty: nothing."""
+    path = (*path, "weights") if path[-1:] == ("mixture",) and is_plain_mixture(value.plain()) else path
+    if not isinstance(value.value, dict) or not any(document.matches(path, pattern) for pattern in WHOLE_MAPS):
+        return ""
+    found, there = _walk(root, path)
+    standing = [key for key, entry in there.value.items() if entry.value is not None] if isinstance(there.value, dict) else []
+    kept = [key for key in standing if key not in value.value]
+    if found != path or not kept:
+        return ""
+    key = dotted(path).removesuffix(".weights")
+    one, gone = next(iter(value.value), "NAME"), ", ".join(f"{key}.{name}=null" for name in kept)
+    return f"{', '.join(kept)} would stay: write {key}.{one}=... to change {one} alone, or add {gone}"
 
 
 def _merge_at(root: Entry, layer: Entry, path: Path, done: Path) -> Entry:
@@ -332,17 +324,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
-
-
-def _digest(value: Any) -> str:
-    canonical = json.dumps(_canonical(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _canonical(value: Any) -> Any:
-    """Whole floats as integers everywhere, so that 1e3, 1000 and 1000.0 are one number."""
-    if isinstance(value, Mapping):
-        return {str(key): _canonical(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_canonical(item) for item in value]
-    return int(value) if isinstance(value, float) and value.is_integer() else value

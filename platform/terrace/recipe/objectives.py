@@ -20,6 +20,7 @@ class ObjectiveEntry:
     refused_kinds: dict[str, str] = field(default_factory=dict)  # kinds of sources that it cannot learn from -> what can
     only_kind: str | None = None  # the one kind of source that it reads
     shares_packs: bool = False  # parallel.sequence_parallel is offered
+    needs_targets: bool = False  # samples in which nothing is supervised are left out
     answers: bool = True  # its model answers questions: evaluate.suites are offered
     model: str = "text"  # what its model gives (`families.interface.Family.gives`)
     fixed_packs: bool = False  # a pack is `batch.samples_per_pack` samples of one picture each, rather than a full sequence
@@ -40,11 +41,15 @@ class ObjectiveEntry:
 ASKED_SUITES = ("mmbench", "grounding", "gui", "counting", "ocr", "chart", "caption", "reasoning", "loss")
 PICTURE_SUITES = ("knn", "probe")  # of features of pictures
 VECTOR_SUITES = ("zero_shot", "retrieval", *PICTURE_SUITES)
+FOR_ANSWERS = {"preference": "dpo or reward_model", "prompt": "grpo", "picture": "mae"}  # kinds without a text to learn -> what learns them
 RETRIEVAL = ("loss", *(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)))
 
 OBJECTIVES: dict[str, ObjectiveEntry] = {
     "lm": ObjectiveEntry(
-        "terrace.objectives.lm", refused_kinds={"preference": "reward_model", "prompt": "grpo"}, shares_packs=True
+        "terrace.objectives.lm",
+        refused_kinds=FOR_ANSWERS,
+        shares_packs=True,
+        needs_targets=True,
     ),
     "grpo": ObjectiveEntry("terrace.rl.objective", "terrace.rl.prompt_feed"),
     "reward_model": ObjectiveEntry(
@@ -57,7 +62,18 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
         for name in ("clip", "siglip")
     },
     "mae": ObjectiveEntry("terrace.objectives.mae", answers=False, model="pictures", fixed_packs=True, figures=("loss",)),
+    **{
+        name: ObjectiveEntry(
+            f"terrace.objectives.{name}", refused_kinds=FOR_ANSWERS, needs_targets=True
+        )
+        for name in ("mtp", "medusa")
+    },
+    **{
+        name: ObjectiveEntry(f"terrace.objectives.{name}", "terrace.rl.answer_feed", only_kind="preference")
+        for name in ("dpo", "mpo", "kto", "orpo", "simpo")
+    },
 }
+OPTIONS = ("grpo", "mtp", "medusa", "dpo", "mpo", "kto", "orpo", "simpo")  # sections of a stage that only the objective of that name reads
 
 
 def _known(value: Any, validate: Any) -> Any:

@@ -55,9 +55,21 @@ def recipe_reference() -> str:
     return "\n".join(sections)
 
 
+# Maps of names in which a null removes what the extended recipe gave (document.NAMED_MAPS), by the schema's models.
+REMOVABLE = (
+    ("Data", "sources"), ("Mixture", "weights"), ("Mixture", "epoch_caps"), ("Stage", "rewards"), ("Planning", "source_tokens_per_sample"),
+)  # fmt: skip
+
+
 def recipe_json_schema() -> dict[str, Any]:
     """JSON Schema of a recipe file as a person writes it: with `extends` and the short forms."""
     schema = Recipe.model_json_schema()
+    for model, key in REMOVABLE:
+        named = schema["$defs"][model]["properties"][key]
+        if "patternProperties" in named:  # where names have a form
+            named["patternProperties"] = {form: _either(value, {"type": "null"}) for form, value in named["patternProperties"].items()}
+        else:
+            named["additionalProperties"] = _either(named["additionalProperties"], {"type": "null"})
     numbers = {"type": "object", "minProperties": 1, "additionalProperties": {"type": ["number", "null"]}}
     schema["$defs"]["Stage"]["properties"]["mixture"] = _either(numbers, schema["$defs"]["Stage"]["properties"]["mixture"])
     schema["properties"]["tokenizer"] = _either({"type": "string"}, schema["properties"]["tokenizer"])

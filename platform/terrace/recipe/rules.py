@@ -12,10 +12,23 @@ from pathlib import PurePath
 from terrace.errors import InputError, nearest
 from terrace.families.interface import Family
 from terrace.families.registry import make_family
-from terrace.recipe import rules_credentials, rules_lora, rules_model, rules_objectives, rules_order, rules_rl
+from terrace.recipe import (
+    rules_changes,
+    rules_credentials,
+    rules_lora,
+    rules_model,
+    rules_model_changes,
+    rules_objectives,
+    rules_optimizer,
+    rules_order,
+    rules_parallel,
+    rules_rl,
+)
+from terrace.recipe.changes import stage_recipe
 from terrace.recipe.errors import Path, Problem
 from terrace.recipe.objectives import ASKED_SUITES, OBJECTIVES, VECTOR_SUITES
 from terrace.recipe.schema import PARTS, Recipe, Stage
+from terrace.recipe.schema_heads import MedusaOptions, MtpOptions
 
 TEXT_KINDS = {"text"}
 SUITE_KINDS = (*ASKED_SUITES, *VECTOR_SUITES)  # as in terrace.evaluate
@@ -26,6 +39,8 @@ TRAIN_METRICS = (
     "train/data_wait_share",
     "train/pack_fill",
     "train/step_seconds",
+    "train/expert_balance_loss",
+    "train/expert_fullest_share",
 )
 
 
@@ -36,9 +51,15 @@ def check(recipe: Recipe) -> list[Problem]:
     problems += [*_planning(recipe), *rules_order.check(recipe)]
     for index, stage in enumerate(recipe.stages):
         at: Path = ("stages", index)
-        for rule in (_parts, _mixture, _budget, _resolution, _workers, _parallel, _precision, _failure, _evaluation, _checkpoint):
-            problems += rule(recipe, stage, at)
-        problems += [*rules_objectives.check(recipe, stage, at), *rules_rl.check(recipe, stage, at)]
+        seen = stage_recipe(recipe, index)
+        for rule in (_parts, _mixture, _budget, _resolution, _workers):
+            problems += rule(seen, stage, at)
+        for rule in (rules_parallel.check, _precision, _failure, _evaluation, _checkpoint):
+            problems += rule(seen, stage, at)
+        problems += [*rules_objectives.check(seen, stage, at), *rules_rl.check(recipe, stage, at)]
+        problems += rules_optimizer.check(recipe, stage, at)
+        problems += rules_changes.check(seen, stage, at, _resolution)
+        problems += rules_model_changes.check(recipe, stage, at, index)
         problems += rules_lora.check(recipe, stage, at, _before(recipe, index))
     return problems
 
@@ -103,7 +124,7 @@ def _before(recipe: Recipe, index: int) -> Stage | None:
 
 def _parts(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
     trained = _trained(stage)
-    if not trained:
+    if not trained and stage.train.heads is None:
         yield Problem((*at, "train"), "names no part, so the stage trains nothing; name vision, projector or language with its lr")
     sources = [recipe.data.sources[name] for name in stage.mixture.weights if name in recipe.data.sources]
     if trained and "language" not in trained and sources and all(source.kind in TEXT_KINDS for source in sources):
@@ -224,52 +245,6 @@ def _workers(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
         yield Problem((*at, "resources", "gpus_per_worker"), f"{gpus} is neither a share of one GPU nor a whole number of GPUs")
 
 
-def _parallel(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
-    parallel, key = stage.parallel, (*at, "parallel")
-    strategy = parallel.strategy
-    if parallel.offload_optimizer != "none" and strategy == "ddp":
-        yield Problem((*key, "offload_optimizer"), "ddp keeps the optimizer on its GPU; use zero1, zero2, zero3 or fsdp")
-    if parallel.offload_parameters != "none" and strategy not in ("zero3", "fsdp"):
-        yield Problem((*key, "offload_parameters"), f"{strategy} does not shard parameters; use zero3 or fsdp")
-    for name in ("offload_optimizer", "offload_parameters"):
-        if getattr(parallel, name) == "nvme":
-            if strategy != "zero3":
-                yield Problem((*key, name), f"nvme is offered by zero3 only, not by {strategy}")
-            if parallel.nvme_path is None:
-                yield Problem((*key, "nvme_path"), f"{name}: nvme needs the path of a local disk")
-    if parallel.nvme_path is not None and "nvme" not in (parallel.offload_optimizer, parallel.offload_parameters):
-        yield Problem((*key, "nvme_path"), "is given but nothing is offloaded to nvme")
-    if strategy != "fsdp":
-        if parallel.hybrid_shard_size is not None:
-            yield Problem((*key, "hybrid_shard_size"), f"is an option of fsdp, not of {strategy}")
-        if not parallel.reshard_after_forward:
-            yield Problem((*key, "reshard_after_forward"), f"is an option of fsdp, not of {strategy}")
-    elif parallel.hybrid_shard_size is not None:
-        workers = stage.resources.workers
-        for count in {workers} if isinstance(workers, int) else set(workers):
-            if count % parallel.hybrid_shard_size:
-                yield Problem((*key, "hybrid_shard_size"), f"{parallel.hybrid_shard_size} does not divide {count} workers")
-    if parallel.sequence_parallel > 1:
-        yield from _sequence_parallel(recipe, stage, (*key, "sequence_parallel"))
-
-
-def _sequence_parallel(recipe: Recipe, stage: Stage, key: Path) -> Iterator[Problem]:
-    """All-to-all deals whole attention heads, so their number decides how many ranks may share a pack."""
-    size = stage.parallel.sequence_parallel
-    if not OBJECTIVES[stage.objective].shares_packs:
-        yield Problem(key, f"{size} ranks may share a pack under the objective lm only, not under {stage.objective}")
-    text = (recipe.model.config or {}).get("text_config") or {}
-    heads, key_heads = text.get("num_attention_heads"), text.get("num_key_value_heads")
-    if not (isinstance(heads, int) and isinstance(key_heads, int) and heads > 0 and key_heads > 0):
-        return  # named elsewhere, or known only to the pretrained directory: checked again when training starts
-    if heads % size or (key_heads % size and size % key_heads):
-        yield Problem(
-            key,
-            f"{size} ranks cannot share {heads} attention heads and {key_heads} key/value heads evenly: it must divide "
-            f"{heads}, and divide {key_heads} or be a multiple of it",
-        )
-
-
 def _precision(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
     on_gpu = stage.resources.gpus_per_worker > 0
     if stage.precision == "fp16" and not on_gpu:
@@ -294,6 +269,13 @@ def _failure(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
 # ---------------------------------------------------------------- evaluation, gates, checkpoints
 
 
+def head_count(stage: Stage) -> int:
+    """Further tokens that the stage's heads predict."""
+    if stage.train.heads is None:
+        return 0
+    return (stage.medusa or MedusaOptions()).heads if stage.objective == "medusa" else (stage.mtp or MtpOptions()).depth
+
+
 def produced_metrics(recipe: Recipe, stage: Stage) -> list[str]:
     """Names of the metrics a stage reports that are known before it runs (suites add `eval/<suite>/<metric>`)."""
     sources = [recipe.data.sources[name] for name in stage.mixture.weights if name in recipe.data.sources]
@@ -301,12 +283,13 @@ def produced_metrics(recipe: Recipe, stage: Stage) -> list[str]:
     if stage.objective == "grpo":
         tasks = dict.fromkeys(source.task for source in sources if source.holds_out and source.task)
         metrics = [f"eval/{figure}/{task}" for task in tasks for figure in ("reward", "greedy_reward")]
-    elif stage.objective == "reward_model":
+    elif OBJECTIVES[stage.objective].only_kind == "preference":
         metrics = ["eval/preference/loss", "eval/preference/accuracy"] if kinds else []
     elif figures := OBJECTIVES[stage.objective].figures:
         metrics = [f"eval/{kind}/{figure}" for kind in kinds for figure in figures]
     else:
         metrics = [f"eval/{kind}/loss" for kind in kinds] + (["eval/loss"] if kinds else [])
+        metrics += [f"eval/acceptance/{number + 1}" for number in range(head_count(stage))] if kinds else []
     return metrics + list(TRAIN_METRICS)
 
 

@@ -12,7 +12,7 @@ from terrace.errors import InputError
 from terrace.families.interface import Family
 from terrace.families.registry import family_class
 from terrace.recipe.errors import Path, Problem
-from terrace.recipe.schema import Recipe
+from terrace.recipe.schema import Recipe, Stage
 
 CONFIG: Path = ("model", "config")
 
@@ -32,12 +32,36 @@ def check(recipe: Recipe) -> Iterator[Problem]:
     except InputError as error:
         yield Problem(("model", "architecture"), str(error).removeprefix("model.architecture: "))
         return
+    for index, stage in enumerate(recipe.stages):
+        yield from _stage(stage, family, ("stages", index))
+    if model.connector is not None and model.config is None:
+        yield Problem(("model", "connector"), "stands in a `config`; `pretrained` brings its own")
+    if model.connector is not None and not family.connects:
+        yield Problem(("model", "connector"), f"{family.name} has its own; architecture terrace_vlm takes the recipe's")
     if model.config is not None:
-        yield from _config(model.config, family, trained_tokenizer=tokenizer.train_vocabulary_size is not None)
+        trained = tokenizer.train_vocabulary_size is not None
+        yield from _config(model.config, family, trained_tokenizer=trained, recipe_says=model.connector is not None)
 
 
-def _config(config: dict[str, Any], family: type[Family], trained_tokenizer: bool) -> Iterator[Problem]:
+def _stage(stage: Stage, family: type[Family], at: Path) -> Iterator[Problem]:
+    """What the family cannot do in a stage."""
+    if (reason := family.refused_objectives.get(stage.objective)) is not None:
+        yield Problem((*at, "objective"), f"{stage.objective} cannot train a {family.name} here: {reason}")
+    if not stage.expert_balance:
+        return
+    key = (*at, "expert_balance")
+    if not family.experts:
+        yield Problem(key, f"{family.name} has no experts to spread tokens over; leave it out")
+    elif stage.objective != "lm":
+        yield Problem(key, f"is part of the objective lm; this stage's objective is {stage.objective}")
+    elif stage.train.language is None:
+        yield Problem(key, "moves the routers of the language model, which is frozen in this stage; leave it out, or train `language`")
+
+
+def _config(config: dict[str, Any], family: type[Family], trained_tokenizer: bool, recipe_says: bool) -> Iterator[Problem]:
+    """`recipe_says`: the connector in `config` was written as `model.connector`."""
     if config.get("model_type", family.name) != family.name:
         yield Problem((*CONFIG, "model_type"), f"`{config['model_type']}` is not model.architecture `{family.name}`")
     for path, message in family.check(config, trained_tokenizer):
-        yield Problem((*CONFIG, *path), message)
+        written = path[:1] == ("connector",) and recipe_says
+        yield Problem(("model", *path) if written else (*CONFIG, *path), message)

@@ -41,6 +41,8 @@ def check(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
 def _fixed_packs(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
     if stage.budget.tokens is not None:
         yield Problem((*at, "budget"), f"of objective {stage.objective} is steps, samples or epochs: its packs are no sequences of tokens")
+    if stage.changes:
+        yield Problem((*at, "changes"), f"are for packs of sequences; under objective {stage.objective} write a stage for each resolution")
     if stage.mixture.unit == "tokens":
         yield Problem((*at, "mixture", "unit"), f"is samples under objective {stage.objective}, whose packs hold a fixed number of them")
     for name in stage.mixture.weights:

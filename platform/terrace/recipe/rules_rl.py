@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from terrace.errors import nearest
 from terrace.recipe.errors import Path, Problem
-from terrace.recipe.objectives import OBJECTIVES
+from terrace.recipe.objectives import OBJECTIVES, OPTIONS
 from terrace.recipe.schema import Recipe, Stage
 
 REWARD_NAME = re.compile(r"[a-z][a-z0-9_]*|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
@@ -24,13 +24,24 @@ def check(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
                 key, f"`{name}` holds {source.kind}s, which objective {stage.objective} has no answer to learn from; use {use}"
             )
         if entry.only_kind is not None and source.kind != entry.only_kind:
-            what = stage.objective.replace("_", " ")
-            yield Problem(key, f"a {what} learns from pairs of kind {entry.only_kind}; `{name}` is of kind {source.kind}")
+            yield Problem(
+                key, f"objective {stage.objective} learns from answers of kind {entry.only_kind}; `{name}` is of kind {source.kind}"
+            )
+    for name in OPTIONS:
+        if name != stage.objective and getattr(stage, name) is not None:
+            yield Problem((*at, name), f"is an option of objective {name}; this stage's objective is {stage.objective}")
+    with_heads = stage.objective in ("mtp", "medusa")
+    if with_heads and stage.train.heads is None:
+        yield Problem((*at, "train"), f"objective {stage.objective} trains heads: give train.heads its lr")
+    elif not with_heads and stage.train.heads is not None:
+        yield Problem((*at, "train", "heads"), f"are trained by objectives mtp and medusa; this stage's objective is {stage.objective}")
     if stage.objective == "grpo":
         yield from _grpo(recipe, stage, at)
         return
-    if stage.grpo is not None:
-        yield Problem((*at, "grpo"), f"is an option of objective grpo; this stage's objective is {stage.objective}")
+    if entry.only_kind == "preference" and stage.budget.tokens is not None:
+        yield Problem((*at, "budget", "tokens"), f"objective {stage.objective} counts pairs: give steps, samples or epochs")
+    if stage.dpo is not None and stage.dpo.loss == "ipo" and stage.dpo.label_smoothing:
+        yield Problem((*at, "dpo", "label_smoothing"), "ipo's target margin has no labels to smooth; leave it out")
     if stage.rewards:
         yield Problem((*at, "rewards"), f"are given by objective grpo; this stage's objective is {stage.objective}")
 
@@ -68,6 +79,13 @@ def _grpo(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
     if options.placement == "colocated" and options.rollout_workers != 1:
         yield Problem((*key, "rollout_workers"), "counts the workers of placement separate; with colocated the training workers generate")
     if options.updates_per_rollout == 1:
-        for name in ("clip_low", "clip_high"):
+        for name in ("clip_low", "clip_high", "clip_ceiling"):
             if getattr(options, name) is not None:
                 yield Problem((*key, name), "clips a ratio that is always 1 with updates_per_rollout 1; leave it out")
+    if options.surrogate == "cispo" and (options.clip_low is not None or options.clip_ceiling is not None):
+        yield Problem((*key, "surrogate"), "`cispo` bounds the ratio by clip_high alone; leave clip_low and clip_ceiling out")
+    if options.overlong_buffer_tokens is not None and options.overlong_buffer_tokens > options.max_response_tokens:
+        told = f"{options.overlong_buffer_tokens} is more than max_response_tokens {options.max_response_tokens}"
+        yield Problem((*key, "overlong_buffer_tokens"), told)
+    if options.baseline == "leave_one_out" and options.normalise == "batch":
+        yield Problem((*key, "normalise"), "`batch` has no published form with baseline leave_one_out; use mean or batch")

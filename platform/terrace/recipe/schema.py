@@ -16,12 +16,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from terrace.recipe.objectives import ObjectiveName
+from terrace.recipe.schema_changes import ModelChanges
+from terrace.recipe.schema_heads import HeadsTraining, MedusaOptions, MtpOptions
 from terrace.recipe.schema_inputs import (
     PARTS,
     Data,
-    Initialisation,
     Mixture,
-    Model,
     Name,
     PartName,
     Positive,
@@ -31,8 +31,12 @@ from terrace.recipe.schema_inputs import (
     Storage,
     Strict,
     Tokenizer,
+    Weight,
 )
 from terrace.recipe.schema_lora import Lora
+from terrace.recipe.schema_model import Initialisation, Model
+from terrace.recipe.schema_pairs import PairOptions
+from terrace.recipe.schema_preference import DpoOptions, KtoOptions, MpoOptions, OrpoOptions, SimpoOptions
 
 # Names that readers of a recipe import from here, wherever in the schema they are defined.
 __all__ = ["PARTS", "Initialisation", "PartName", "Recipe", "SampleKind", "Source", "Stage", "Storage"]
@@ -58,6 +62,7 @@ class TrainedParts(Strict):
     vision: PartTraining | None = Field(None, description="How the vision tower trains; unset: frozen.")
     projector: PartTraining | None = Field(None, description="How the projector trains; unset: frozen.")
     language: PartTraining | None = Field(None, description="How the language model trains; unset: frozen.")
+    heads: HeadsTraining | None = Field(None, description="How heads that predict further tokens train (objectives mtp and medusa).")
 
 
 class Pixels(Strict):
@@ -65,6 +70,14 @@ class Pixels(Strict):
 
     min: int = Field(3136, ge=1, description="Smaller images are enlarged to this many pixels.")
     max: int = Field(1_003_520, ge=1, description="Larger images are reduced to this many pixels.")
+
+
+class Change(Strict):
+    """What differs from a step of the stage on; what is not given stays as it was."""
+
+    step: int = Field(ge=1, description="Steps of the stage that are done before: the change holds from the next one on.")
+    pixels: Pixels | None = Field(None, description="Bounds on the size of images from here on.")
+    weights: dict[Name, Weight] = Field({}, description="New weights of sources of the mixture; 0 leaves one out.")
 
 
 class Budget(Strict):
@@ -78,16 +91,15 @@ class Budget(Strict):
 
 class Batch(Strict):
     packs: int = Field(8, ge=1, description="Global batch of one optimizer step, in packed sequences, over all workers.")
-    samples_per_pack: int = Field(
-        64,
-        ge=1,
-        description="Samples of one pack under objectives whose packs are no sequences (clip, siglip): how many run through the model at"
-        " once. A step takes `packs * samples_per_pack` samples.",
-    )
+    samples_per_pack: int = Field(64, ge=1, description="Of objectives whose packs are no sequences: samples that run at once (clip, mae).")
 
 
 class Optimizer(Strict):
-    kind: Literal["adamw"] = Field("adamw", description="Optimizer.")
+    kind: Literal["adamw", "sgd", "adafactor", "muon"] = Field(
+        "adamw", description="Optimizer. muon is for the matrices of blocks and projector, with adamw for all other tensors."
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Of sgd (0: none) and muon (0: its usual 0.95).")
+    nesterov: bool = Field(False, description="sgd looks ahead by its momentum.")
     betas: tuple[Share, Share] = Field((0.9, 0.95), description="AdamW's two decay rates.")
     eps: Positive = Field(1e-8, description="AdamW's epsilon.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="Decoupled weight decay; a part may override it.")
@@ -95,9 +107,24 @@ class Optimizer(Strict):
 
 
 class Schedule(Strict):
-    kind: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape of the learning rate after the warm-up.")
+    kind: Literal["cosine", "linear", "constant", "wsd", "step"] = Field(
+        "cosine", description="Learning rate after the warm-up. wsd: stable at the peak, then a decay; step: falls at milestones."
+    )
     warmup: Annotated[float, Field(ge=0)] = Field(0.03, description="Share of the steps below 1, steps from 1 on.")
     min_ratio: Share = Field(0.1, description="Final learning rate as a share of the peak.")
+    decay: Annotated[float, Field(gt=0)] = Field(0.1, description="wsd: length of the decay; share of the steps below 1, steps from 1 on.")
+    decay_shape: Literal["linear", "cosine", "sqrt"] = Field("linear", description="wsd: how it falls; sqrt: by 1 - sqrt of the way.")
+    milestones: list[Annotated[float, Field(gt=0)]] = Field(
+        [], description="step: where the rate is multiplied by `factor`; shares of the steps below 1, steps from 1 on."
+    )
+    factor: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="step: what the rate is multiplied by at each milestone.")
+
+
+class WeightAverage(Strict):
+    """A running average of the trained weights: average = decay * average + (1 - decay) * weights after every step."""
+
+    decay: Annotated[float, Field(gt=0, lt=1)] = Field(0.999, description="Share of the average that stays in a step.")
+    export: bool = Field(False, description="Also write the averaged weights, to `final-ema/` beside `final/`.")
 
 
 class Parallel(Strict):
@@ -191,10 +218,44 @@ class GrpoOptions(Strict):
     temperature: Positive = Field(1.0, description="Sampling temperature.")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Nucleus sampling mass.")
     updates_per_rollout: int = Field(1, ge=1, description="Optimizer steps per rollout batch; 1 is on-policy.")
-    normalise: Literal["std", "none"] = Field("std", description="Whether advantages are divided by the group's standard deviation.")
-    baseline: Literal["mean", "leave_one_out"] = Field("mean", description="What is subtracted from rewards within a group.")
+    normalise: Literal["std", "batch", "none"] = Field(
+        "std", description="By which standard deviation of rewards advantages are divided: of the group, of all groups of the update, none."
+    )
+    baseline: Literal["mean", "leave_one_out", "batch"] = Field(
+        "mean",
+        description="What is subtracted from a reward: the mean of its group, of the others in it (RLOO), or of all groups of the update"
+        " (REINFORCE++).",
+    )
+    average: Literal["tokens", "responses", "constant"] = Field(
+        "tokens",
+        description="What weighs alike in the loss: response tokens (MORL, DAPO), responses (GRPO as first published), or tokens against"
+        " max_response_tokens (Dr. GRPO).",
+    )
+    ratio: Literal["token", "sequence"] = Field(
+        "token", description="Probability ratio of each token, or of the whole response as the mean over its tokens (GSPO)."
+    )
+    surrogate: Literal["clip", "cispo"] = Field(
+        "clip",
+        description="`clip`: a clipped token has no gradient any more (PPO); `cispo`: the ratio, at most 1 + clip_high, weighs the gradient"
+        " of every token (MiniMax-M1).",
+    )
     clip_low: Positive | None = Field(None, description="Lower clip of the probability ratio; unset: none.")
     clip_high: Positive | None = Field(None, description="Upper clip of the probability ratio; unset: none.")
+    clip_ceiling: Annotated[float, Field(gt=1)] | None = Field(
+        None, description="Bound of the ratio itself, which also holds where the advantage is negative (dual clip); unset: none."
+    )
+    truncated: Literal["train", "leave_out"] = Field(
+        "train",
+        description="Whether a response that ran into max_response_tokens trains; its reward counts in its group's baseline either way"
+        " (over-long filtering of DAPO).",
+    )
+    overlong_buffer_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Within so many tokens of max_response_tokens the reward falls linearly, to overlong_penalty less at the end (soft"
+        " punishment of DAPO); unset: never.",
+    )
+    overlong_penalty: Positive = Field(1.0, description="What a response of full length loses with overlong_buffer_tokens.")
     kl_coefficient: Annotated[float, Field(ge=0)] = Field(0.0, description="Weight of the KL penalty to the starting weights.")
     entropy_coefficient: float = Field(0.0, description="Weight of the entropy bonus.")
     dynamic_sampling: bool = Field(True, description="Sample further prompts where all rewards of a group are equal.")
@@ -215,15 +276,6 @@ class GrpoOptions(Strict):
     max_logprob_mismatch: Positive = Field(0.1, description="Allowed difference of log-probabilities between generation and training.")
 
 
-class PairOptions(Strict):
-    """Two towers over pairs of a picture and its caption (CLIP, SigLIP). LiT is a stage that does not train `vision`."""
-
-    masked_patches: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="Share of the patches of every picture that training leaves out, drawn anew in every epoch (FLIP: 0.5)."
-    )
-    highest_scale: Positive = Field(100.0, description="The scale of similarities (1 / temperature) is held at or below this.")
-
-
 class RewardRule(Strict):
     name: str = Field(description="A registered reward, e.g. counting, grounding, gui_point, visual_reasoning, remote.")
     weight: Positive = Field(1.0, description="Weight of the reward within its task.")
@@ -238,13 +290,19 @@ class Stage(Strict):
         [], max_length=8, description="With `stage_order: graph`: stages that must be complete before this one, besides `start_from`."
     )
     train: TrainedParts = Field(description="The parts that train and how; every other part is frozen.")
+    model_changes: ModelChanges | None = Field(None, description="What becomes of the model before the stage begins.")
     mixture: Mixture = Field(description="The sources and their shares.")
     sequence_length: int = Field(8192, ge=16, description="Tokens of one pack.")
     pixels: Pixels = Field(Pixels(), description="Bounds on the size of images.")
     budget: Budget = Field(description="Length of the stage; exactly one field is given.")
+    changes: list[Change] = Field(
+        [], max_length=32, description="Resolution and mixture that change inside the stage, at given steps. Budget in steps or tokens."
+    )
     batch: Batch = Field(Batch(), description="Global batch of one optimizer step.")
     optimizer: Optimizer = Field(Optimizer(), description="Optimizer settings.")
     schedule: Schedule = Field(Schedule(), description="Learning-rate schedule.")
+    ema: WeightAverage | None = Field(None, description="A running average of the trained weights, in checkpoints; unset: none.")
+    gradient_noise: bool = Field(False, description="Measure the gradient noise scale in every step with two or more packs per worker.")
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="Number format of the forward and backward pass.")
     final_precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="Number format of the weights in `final/`; `auto`: float32 where another stage follows, otherwise `precision`."
@@ -258,12 +316,24 @@ class Stage(Strict):
     )
     activation_offload: bool = Field(False, description="Keep activations in host memory between forward and backward.")
     loss_chunk_tokens: int = Field(1024, ge=1, description="Rows of logits that exist at once in the loss.")
+    expert_balance: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="Weight of the loss that spreads tokens over a mixture of experts (objective lm, a language model that trains); "
+        "default: the model configuration's.",
+    )
     evaluate: Evaluate = Field(Evaluate(), description="Held-out loss and suites.")
     gates: list[Gate] = Field([], description="Bounds on metrics that decide whether the next stage starts.")
     failure: Failure = Field(Failure(), description="What the stage survives.")
     profile: Profile = Field(Profile(), description="Steps to trace.")
     grpo: GrpoOptions | None = Field(None, description="Options of the objective grpo.")
     pairs: PairOptions | None = Field(None, description="Options of the objectives clip and siglip.")
+    mtp: MtpOptions | None = Field(None, description="Options of the objective mtp.")
+    medusa: MedusaOptions | None = Field(None, description="Options of the objective medusa.")
+    dpo: DpoOptions | None = Field(None, description="Options of the objective dpo.")
+    mpo: MpoOptions | None = Field(None, description="Options of the objective mpo.")
+    kto: KtoOptions | None = Field(None, description="Options of the objective kto.")
+    orpo: OrpoOptions | None = Field(None, description="Options of the objective orpo.")
+    simpo: SimpoOptions | None = Field(None, description="Options of the objective simpo.")
     rewards: dict[str, list[RewardRule]] = Field({}, description="Reward rules per task (objective grpo).")
     seed: int = Field(0, ge=0, description="Seed of the stage's own randomness.")
 

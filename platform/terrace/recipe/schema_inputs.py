@@ -1,4 +1,4 @@
-"""What goes into a curriculum: the model, the tokenizer, the sources and how they are mixed. Part of the schema."""
+"""What goes into a curriculum: the sources, the tokenizer and how samples are mixed. Part of the schema."""
 
 from __future__ import annotations
 
@@ -24,10 +24,12 @@ SampleKind = Literal[
     "video",
     "preference",
     "prompt",
+    "picture",
 ]
 
 Name = Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")]
 Positive = Annotated[float, Field(gt=0)]
+Weight = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -35,41 +37,6 @@ class Strict(BaseModel):
     """Base of every recipe model: unknown keys are refused, values are never silently given another meaning."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-
-# ---------------------------------------------------------------- model
-
-
-class Initialisation(Strict):
-    """Where each part's weights come from: a Hugging Face directory or s3:// URI, or `random`."""
-
-    vision: str = Field("random", description="Source of the vision tower's weights: a directory, s3:// URI, or `random`.")
-    projector: str = Field("random", description="Source of the projector's weights: a directory, s3:// URI, or `random`.")
-    language: str = Field("random", description="Source of the language model's weights: a directory, s3:// URI, or `random`.")
-
-
-class Model(Strict):
-    architecture: str = Field(
-        "qwen2_5_vl",
-        description="The model family: a transformers model type that Terrace knows, or `package.module` that holds one of your own.",
-    )
-    config: dict[str, Any] | None = Field(
-        None,
-        description="The transformers configuration, every shape field set: `text_config`, `vision_config`, token ids.",
-    )
-    pretrained: str | None = Field(None, description="Hugging Face directory or s3:// URI holding config.json and safetensors.")
-    init: Initialisation | None = Field(None, description="Per-part weights on top of `config`; parts not named start random.")
-    seed: int = Field(0, ge=0, description="Seed of the random initialisation.")
-    attention: Literal["auto", "varlen", "flash_attn", "sdpa_segments", "flex"] = Field(
-        "auto",
-        description="Attention kernels over the segments of a pack; `auto` picks by capability and logs the reason.",
-    )
-    kernels: Literal["auto", "liger", "torch"] = Field(
-        "auto", description="Norms and gates: Liger's fused kernels on CUDA where installed, or PyTorch's own operations."
-    )
-    stands_in_for: str | None = Field(
-        None, description="Says what the published model has instead, where this model only stands in for a part of it."
-    )
 
 
 # ---------------------------------------------------------------- data
@@ -188,7 +155,9 @@ def is_plain_mixture(value: Any) -> bool:
 class Mixture(Strict):
     """Written in a recipe as a plain map `{source: weight}`, or in full."""
 
-    weights: dict[Name, Positive] = Field(min_length=1, description="Share of each source; normalised.")
+    weights: dict[Name, Weight] = Field(
+        min_length=1, description="Share of each source; normalised. 0: the source waits until one of the stage's `changes` raises it."
+    )
     unit: Literal["samples", "tokens"] = Field("samples", description="Whether weights count samples or tokens.")
     temperature: Annotated[float, Field(ge=0, le=1)] | None = Field(
         None, description="Weights become weight * size^temperature (0: as written, 1: proportional to size)."

@@ -1,11 +1,12 @@
 """Rewards of a group of responses to one prompt -> advantages. Pure numpy.
 
-    A_i = (r_i - b_i) / s        b: mean of the group, or of the others (leave-one-out);  s: std of the group, or 1
+    A_i = (r_i - b_i) / s        b: mean of the group, of the others in it (leave-one-out), or of the batch
+                                 s: std of the group, of the batch, or 1
 
-MORL (MiMo-VL eq. 2) uses mean and std; Dr. GRPO leaves the std out, because it lifts groups that are nearly all right
-or all wrong; RLOO uses the mean of the others. The std is the unbiased one (n - 1), as verl and TRL have it, plus
-`epsilon` (verl 1e-6, TRL 1e-4). A response whose reward failed (NaN) is no part of its group: its advantage is 0 and it
-is excluded.
+MORL (MiMo-VL eq. 2) uses mean and std of the group; Dr. GRPO leaves the std out, because it lifts groups that are nearly
+all right or all wrong; RLOO uses the mean of the others; REINFORCE++ takes both from the batch, which is all groups of an
+update. The std is the unbiased one (n - 1) of the rewards themselves, as verl and TRL have it, plus `epsilon` (verl 1e-6, TRL
+1e-4). A response whose reward failed (NaN) is no part of its group: its advantage is 0 and it is excluded.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ EPSILON = 1e-6
 def group_advantages(
     rewards: np.ndarray,
     groups: np.ndarray,
-    normalise: Literal["std", "none"] = "std",
-    baseline: Literal["mean", "leave_one_out"] = "mean",
+    normalise: Literal["std", "batch", "none"] = "std",
+    baseline: Literal["mean", "leave_one_out", "batch"] = "mean",
     epsilon: float = EPSILON,
 ) -> tuple[np.ndarray, np.ndarray]:
     """float64 [N] advantages and bool [N] `counted`.
 
-    `rewards` float [N], NaN where the reward failed; `groups` int [N], equal numbers for responses to one prompt. A
-    group with fewer than two judged responses has no baseline: none of it counts.
+    `rewards` float [N], NaN where the reward failed; `groups` int [N], equal numbers for responses to one prompt; the batch
+    is all N. A group with fewer than two judged responses has no baseline: none of it counts.
     """
     rewards = np.asarray(rewards, np.float64)
     _, group = np.unique(np.asarray(groups), return_inverse=True)
@@ -39,11 +40,23 @@ def group_advantages(
     size = np.maximum(count, 2.0)
     mean = total / size
     centred = np.where(counted, values - mean[group], 0.0)
-    advantages = centred * (size / (size - 1))[group] if baseline == "leave_one_out" else centred.copy()
+    if baseline == "batch":
+        advantages = np.where(counted, values - values[judged].mean() if judged.any() else 0.0, 0.0)
+    else:
+        advantages = centred * (size / (size - 1))[group] if baseline == "leave_one_out" else centred.copy()
     if normalise == "std":
         variance = np.bincount(group, weights=centred**2) / (size - 1)
         advantages /= (np.sqrt(variance) + epsilon)[group]
+    elif normalise == "batch":
+        advantages /= (values[judged].std(ddof=1) if judged.sum() > 1 else 0.0) + epsilon
     return advantages, counted
+
+
+def overlong_penalties(lengths: np.ndarray, longest: int, buffer: int, most: float) -> np.ndarray:
+    """float64 [N], 0 or below, for responses of these lengths in tokens: DAPO's soft punishment (eq. 13), which falls from 0
+    where the last `buffer` tokens before `longest` begin to -`most` at `longest`."""
+    beyond = np.asarray(lengths, np.float64) - (longest - buffer)
+    return -most * np.clip(beyond / buffer, 0.0, 1.0)
 
 
 def zero_variance(rewards: np.ndarray) -> bool:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from terrace.objectives.interface import Counts
 from terrace.recipe.schema import GrpoOptions, Stage
-from terrace.rl.advantages import group_advantages
+from terrace.rl.advantages import group_advantages, overlong_penalties
 from terrace.rl.collect import Collected, Collector, Group
 from terrace.rl.figures import mean_reward
 from terrace.rl.pools import PASS_REWARD
@@ -30,18 +32,40 @@ def own_groups(
     missing = [group.drawn for group in mine if group.drawn not in collected.prompts]
     if missing:
         collected.prompts.update(zip(missing, collector.reader.read(missing)))
+    advantages = dict(zip((group.drawn for group in part), part_advantages(part, options)))
     made = []
     for group in mine:
-        advantages, counted = group_advantages(
-            group.rewards, [0] * len(group.rewards), options.normalise, options.baseline
-        )
-        chosen = [place for place, counts in enumerate(counted) if counts]
-        made.append(TrainGroup(
-            prompt=collected.prompts[group.drawn],
-            responses=tuple(group.responses[place] for place in chosen),
-            advantages=tuple(float(advantages[place]) for place in chosen),
-        ))  # fmt: skip
+        values = advantages[group.drawn]
+        chosen = [place for place, value in enumerate(values) if not np.isnan(value)]
+        if chosen:
+            made.append(TrainGroup(
+                prompt=collected.prompts[group.drawn],
+                responses=tuple(group.responses[place] for place in chosen),
+                advantages=tuple(float(values[place]) for place in chosen),
+            ))  # fmt: skip
     return made
+
+
+def part_advantages(part: Sequence[Group], options: GrpoOptions) -> list[np.ndarray]:
+    """The advantages of every group of an update, float64 [samples] each; NaN for a response that does not train."""
+    if not part:
+        return []
+    rewards = [shaped_rewards(group, options) for group in part]
+    places = np.repeat(np.arange(len(part)), [len(own) for own in rewards])
+    advantages, counted = group_advantages(np.concatenate(rewards), places, options.normalise, options.baseline)
+    if options.truncated == "leave_out":
+        counted &= np.asarray([response.finished for group in part for response in group.responses])
+    return np.split(np.where(counted, advantages, np.nan), np.cumsum([len(own) for own in rewards])[:-1])
+
+
+def shaped_rewards(group: Group, options: GrpoOptions) -> np.ndarray:
+    """float64 [samples]: the rewards, less what a response loses for its length. Which groups teach is decided before, by the
+    rewards alone: a group of equal answers would teach nothing but to be short."""
+    if options.overlong_buffer_tokens is None:
+        return group.rewards
+    lengths = np.asarray([len(response.tokens) for response in group.responses])
+    longest, buffer = options.max_response_tokens, options.overlong_buffer_tokens
+    return group.rewards + overlong_penalties(lengths, longest, buffer, options.overlong_penalty)
 
 
 def part_counts(part: Sequence[Group], stage: Stage) -> Counts:

@@ -104,7 +104,7 @@ class Grpo(Objective):
         backend, _ = choose_backend(recipe.model.attention, torch.device(context.device).type, stage.precision)
         use_shared_prompt_attention(run.strategy.model, backend)
         if self._options.kl_coefficient > 0:
-            reference = build_model(recipe.model, feed.config, context.device, start=opening.start_weights)
+            reference = build_model(recipe.model, feed.config, context.device, start=opening.start_weights, changes=stage.model_changes)
             self._reference = reference.eval().requires_grad_(False)
             use_shared_prompt_attention(self._reference, backend)
         sandbox = self._held.enter_context(SandboxPool(SANDBOX_WORKERS))
@@ -202,7 +202,14 @@ class Grpo(Objective):
     # ------------------------------------------------------------ a step
 
     def weight(self, example: PolicyPack) -> float:
-        """Response tokens that train: those of responses without a reward are not among them."""
+        """What weighs alike by `average`; responses without a reward are not among it."""
+        if self._options.average == "tokens":
+            return self._response_tokens(example)
+        responses = sum(len(group.responses) for group in example.groups)
+        return responses * (self._options.max_response_tokens if self._options.average == "constant" else 1)
+
+    @staticmethod
+    def _response_tokens(example: PolicyPack) -> int:
         return sum(group.response_tokens for group in example.groups)
 
     def count(self, taken: StepExamples) -> Counts:
@@ -210,7 +217,7 @@ class Grpo(Objective):
         counts = Counts()
         if self.opening.context.rank == 0:  # every rank knows all groups
             counts = part_counts(self._update.part, self.opening.stage)
-        counts.supervised_tokens = int(sum(self.weight(pack) for pack in taken.examples))
+        counts.supervised_tokens = sum(self._response_tokens(pack) for pack in taken.examples)
         counts.rows = sum(group.rows for pack in taken.examples for group in pack.groups)
         counts.damaged_samples = taken.damaged_samples
         return counts
@@ -266,6 +273,9 @@ class Grpo(Objective):
         assert self._update is not None
         collected = self._update.collected
         chosen = collected.selection
+        left_out = self._options.truncated == "leave_out" and collected.kept
+        if left_out and not any(response.finished for group in collected.kept for response in group.responses):
+            return "every response ran into max_response_tokens, and `truncated: leave_out` trains none of those"
         return (
             f"no group of the iteration teaches: of {len(collected.groups)}, {chosen.without_difference} without a "
             f"difference between rewards, {chosen.unjudged} with fewer than two rewards; {len(collected.damaged)} prompts "
@@ -334,6 +344,10 @@ def policy_options(stage: Stage, options: GrpoOptions, forbidden: tuple[int, ...
         temperature=options.temperature,
         clip_low=options.clip_low,
         clip_high=options.clip_high,
+        clip_ceiling=options.clip_ceiling,
+        sequence_ratio=options.ratio == "sequence",
+        cispo=options.surrogate == "cispo",
+        per_response=options.average == "responses",
         kl_coefficient=options.kl_coefficient,
         entropy_coefficient=options.entropy_coefficient,
         forbidden=forbidden,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from terrace.data.tokenizer import TextTokenizer
 from terrace.errors import InputError
 from terrace.families.interface import Family
 from terrace.generation.interface import Prompt, Response
+from terrace.objectives.answers import AnswerPack
+from terrace.objectives.grpo import response_rows
 from terrace.objectives.reward_model import PairPack, answer_rows
 from terrace.rl.units import TrainGroup, unit_pack
 
@@ -23,6 +25,8 @@ class Pair:
 
     prompt: Prompt
     answers: tuple[np.ndarray, ...]
+    wanted: tuple[bool, ...] = (True, False)  # of each answer: whether it is to become more likely
+    other: np.ndarray | None = None  # the answer to another prompt (kto)
 
     @property
     def rows(self) -> int:
@@ -52,6 +56,42 @@ def pack_pairs(pairs: Sequence[Pair], sequence_length: int) -> list[list[Pair]]:
         packs[-1].append(pair)
         filled += pair.rows
     return packs
+
+
+def lay_out_answers(pairs: Sequence[Pair]) -> AnswerPack:
+    """Pairs as one pack for log-probabilities: the last token of an answer is predicted and never fed."""
+    found = _answer_pack([(pair.prompt, pair.answers, pair.wanted) for pair in pairs])
+    others = [(pair.prompt, (pair.other,), (False,)) for pair in pairs if pair.other is not None]
+    return replace(found, mismatched=_answer_pack(others)) if others else found
+
+
+def _answer_pack(rows: Sequence[tuple[Prompt, tuple[np.ndarray, ...], tuple[bool, ...]]]) -> AnswerPack:
+    nothing = np.zeros(0, np.float32)
+    groups = [
+        TrainGroup(prompt, tuple(Response(answer, nothing, True) for answer in answers), (0.0,) * len(answers))
+        for prompt, answers, _ in rows
+    ]
+    example, units = unit_pack(groups)
+    lengths = [[len(response.tokens) for response in group.responses] for group in groups]
+    tokens = [response.tokens for group in groups for response in group.responses]
+    return AnswerPack(
+        pack=example,
+        units=units,
+        predicting=response_rows(units, lengths),
+        tokens=np.concatenate(tokens).astype(np.int64),
+        lengths=[length for of_group in lengths for length in of_group],
+        wanted=[one for _, _, wanted in rows for one in wanted],
+        answers=[len(answers) for _, answers, _ in rows],
+        names=[row_name(*prompt.key, prompt.id) for prompt, _, _ in rows],
+        sources=[prompt.key[0] for prompt, _, _ in rows],
+        rows=sum(group.rows for group in groups),
+        visual_tokens=sum(int(prompt.image_tokens.sum()) for prompt, _, _ in rows),
+    )
+
+
+def row_name(source: str, row: int, sample_id: str) -> str:
+    """What a row is called wherever something is kept about it."""
+    return f"{source}/{row}/{sample_id}"
 
 
 def lay_out(pairs: Sequence[Pair]) -> PairPack:

@@ -8,7 +8,7 @@ from typing import Any
 from terrace.data.tokenizer import TextTokenizer, load_tokenizer
 from terrace.models.build import model_config
 from terrace.objectives.interface import StageFeed
-from terrace.recipe.loading import stage_hash
+from terrace.recipe.identity import stage_hash
 from terrace.recipe.schema import GrpoOptions, Recipe
 from terrace.rl.prompts import PromptOrder, PromptReader, held_out
 from terrace.rl.readiness import Readiness, identity_of

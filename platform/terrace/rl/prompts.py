@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -72,6 +72,7 @@ class PromptOrder:
         self.position = 0
         self.draws = 0
         self._ahead: list[tuple[int, tuple[str, int]]] = []
+        self._rows: dict[str, np.ndarray] = {}
         budget = stage.budget
         if budget.steps is not None:
             self.iterations = -(-budget.steps // options.updates_per_rollout)
@@ -87,6 +88,14 @@ class PromptOrder:
     def may_draw(self) -> list[tuple[str, int]]:
         """(source, row) of every prompt that training may draw, in the order of the mixture's sources and their rows."""
         return [(source.name, int(row)) for source in self._plan.sources for row in np.unique(source.items.rows)]
+
+    def following(self, key: tuple[str, int]) -> tuple[str, int] | None:
+        """The next row of the same source that training may draw, after the last one the first. None: there is no other."""
+        if key[0] not in self._rows:
+            self._rows |= {source.name: np.unique(source.items.rows) for source in self._plan.sources}
+        rows = self._rows.get(key[0], np.zeros(0, np.int64))
+        place = int(np.searchsorted(rows, key[1], side="right")) % max(1, len(rows))
+        return None if not len(rows) or int(rows[place]) == key[1] else (key[0], int(rows[place]))
 
     def draw(self, count: int, drawn: Counter[tuple[str, int]]) -> list[Drawn]:
         """The next `count` prompts; `drawn` counts those of the iteration and is updated. Fewer when the order ends."""
@@ -280,11 +289,51 @@ class PairReader(PromptReader):
         rejected, chosen = sample.metadata.get("rejected"), sample.messages[-1]
         if rejected is None or chosen["role"] != "assistant":
             raise InputError(
-                f"source {drawn.key[0]}, sample {sample.id}: a preference row needs an assistant's answer and a rejected one"
+                f"source {drawn.key[0]}, sample {sample.id}: a preference row needs an assistant's answer and a rejected one; rows with "
+                "a `label` are for objective kto"
             )
-        texts = (text_of_items(chosen["content"], sample.id), text_of_items(rejected, sample.id))
-        answers = tuple(answer_tokens(text, self._tokenizer, self._prepared.family) for text in texts)
-        return Pair(self._encoded(drawn, sample, images, "preference"), answers)
+        return Pair(
+            self._encoded(drawn, sample, images, "preference"),
+            (self._answer(chosen["content"], sample), self._answer(rejected, sample)),
+        )
+
+    def _answer(self, items: Any, sample: Sample) -> np.ndarray:
+        return answer_tokens(text_of_items(items, sample.id), self._tokenizer, self._prepared.family)
+
+
+class LabelledReader(PairReader):
+    """References to rows of one answer with `metadata.label`, or to pairs; each with the answer to the next row of its source.
+
+    `following` gives that row: the same one whoever reads, so what is measured with it is measured once."""
+
+    def __init__(
+        self, recipe: Recipe, stage_index: int, prepared: Any, tokenizer: TextTokenizer,
+        following: Callable[[tuple[str, int]], tuple[str, int] | None],
+    ) -> None:  # fmt: skip
+        super().__init__(recipe, stage_index, prepared, tokenizer)
+        self._following = following
+
+    def _read(self, drawn: Sequence[Drawn]) -> list[Any]:
+        found = super()._read(drawn)
+        nexts = [self._following(one.key) for one in drawn]
+        keys = sorted({key for key in nexts if key is not None})
+        read = read_located([self._prepared.indexes[name].location(row) for name, row in keys])
+        others = {key: result for key, result in zip(keys, read) if not isinstance(result, DamagedData)}
+        return [
+            replace(pair, other=self._answer(others[key][0].messages[-1]["content"], others[key][0]))
+            if isinstance(pair, Pair) and key in others
+            else pair
+            for pair, key in zip(found, nexts)
+        ]
+
+    def _pair(self, drawn: Drawn, sample: Sample, images: list[bytes]) -> Pair:
+        label, answer = sample.metadata.get("label"), sample.messages[-1]
+        if label is None:
+            return super()._pair(drawn, sample, images)
+        if answer["role"] != "assistant":
+            raise InputError(f"source {drawn.key[0]}, sample {sample.id}: a row with a `label` needs an assistant's answer")
+        prompt = self._encoded(drawn, sample, images, "preference")
+        return Pair(prompt, (self._answer(answer["content"], sample),), (bool(label),))
 
 
 def prompt_text(sample: Sample) -> str:

@@ -132,4 +132,5 @@ def policy_batch(groups: Sequence[TrainGroup], device: torch.device | str, dtype
         advantages=torch.from_numpy(
             (np.concatenate(advantages) if advantages else np.zeros(0)).astype(np.float32)
         ).to(device),
+        lengths=torch.tensor([length for own in lengths for length in own], dtype=torch.int64, device=device),
     )  # fmt: skip

@@ -142,9 +142,9 @@ def chosen_engine(engine: str, device: str | None) -> str:
 
 
 def _config(directory: Path) -> Any:
-    from transformers import AutoConfig
+    from terrace.models.build import directory_config
 
-    return AutoConfig.from_pretrained(directory)
+    return directory_config(directory)
 
 
 def model_directory(path: Path) -> Path:

@@ -5,7 +5,7 @@
       state.json                       step, data position, schedule, optimizer steps, hashes, totals
       weights-00000.safetensors …      one file per kind and writing rank, keyed by parameter name
       exp_avg-00000.safetensors …
-      exp_avg_sq-00000.safetensors …
+      exp_avg_sq-00000.safetensors …   (or the state of another optimizer; average-…: of the weights)
       objective-00000.safetensors      the objective's own tensors, where it has any
 
 Neither the strategy nor the number of ranks leaves a trace in the format, so any may load what any other saved. Each
@@ -38,14 +38,15 @@ from terrace.recipe.schema import Checkpoint
 from terrace.storage.durable import file_digest, json_bytes, sync_folder, write_durably
 from terrace.storage.run_storage import RunStorage
 from terrace.train.checkpoint_storage import FENCE, MANIFEST, Superseded, folder_name, stored_checkpoints
+from terrace.train.optimizers import OPTIMIZER_KINDS, Kind
 from terrace.train.retention import superfluous
-from terrace.train.strategies.interface import OPTIMIZER_KINDS, Kind, Strategy
+from terrace.train.strategies.interface import Strategy
 from terrace.worker.context import WorkerContext
 
 log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-KINDS: tuple[Kind, ...] = ("weights", *OPTIMIZER_KINDS)
+KINDS: tuple[Kind, ...] = ("weights", *OPTIMIZER_KINDS, "average")
 OBJECTIVE = "objective"  # the objective's own tensors, beside those kinds
 Tensors = Iterable[tuple[str, torch.Tensor]]
 REPORT_TIMEOUT_S = 1800.0

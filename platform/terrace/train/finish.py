@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from terrace.models.export import KEPT_FILES, export_hf
+from terrace.models.heads import FOLDER, without_heads, write_heads
 from terrace.models.lora import merged, split, uses_lora, write_adapter
 from terrace.models.precision import DTYPE_NAMES, DTYPES
-from terrace.recipe.loading import start_index
+from terrace.recipe.identity import start_index
 from terrace.recipe.rules_lora import keeps_adapters
 from terrace.recipe.schema import PARTS, Model, Recipe, Stage
+from terrace.recipe.stretches import last_stretch
 from terrace.storage.durable import json_bytes, write_durably
 from terrace.storage.files import absolute, join, read_file
 from terrace.storage.run_storage import RunStorage
@@ -58,22 +60,34 @@ def export_final(
     """Gather the whole weights on rank 0 (host memory: 4 bytes per parameter) and write them. All ranks call it.
 
     Adapters are merged; they also stand by themselves in `adapter/`, with the model they belong to in `adapter/base/` unless
-    `base`, where the stage's weights come from, still is that model.
+    `base`, where the stage's weights come from, still is that model. The averaged weights, where the stage exports them, go to
+    `final-ema/` first: `final/` says that all is there.
     """
     stage = recipe.stages[stage_index]
-    state = {}
+    state, end = {}, last_stretch(stage).pixels
     for name, tensor in strategy.tensors("weights"):
         if context.rank == 0:
             state[name] = tensor.detach().to("cpu", copy=True)
+    averaged = dict(state)
+    for name, tensor in strategy.tensors("average") if stage.ema is not None and stage.ema.export else ():
+        if context.rank == 0:
+            averaged[name] = tensor.detach().to("cpu", copy=True)
     if context.rank == 0:
         stored, kept = DTYPES[final_precision(recipe, stage_index)], kept_files(recipe.model.pretrained)
-        how = (config, tokenizer_dir), ((stage.pixels.min, stage.pixels.max), DTYPE_NAMES[stage.precision], stored, kept)
+        trained, state = state, without_heads(state)
+        how = (config, tokenizer_dir), ((end.min, end.max), DTYPE_NAMES[stage.precision], stored, kept)
+        if stage.ema is not None and stage.ema.export:
+            beside = out_dir.with_name(f"{out_dir.name}-ema")
+            export_hf(dict(merged(strategy.model, without_heads(averaged).items())), *how[0], beside, *how[1])
+            storage.publish_final(beside)
         export_hf(dict(merged(strategy.model, state.items())), *how[0], out_dir, *how[1])
         if uses_lora(stage):
             plain, adapters = split(state)
             if base is None:
                 base = str(export_hf(plain, *how[0], out_dir / "adapter" / "base", *how[1]).absolute())
             write_adapter(strategy.model, adapters, base, out_dir / "adapter")
+        if stage.train.heads is not None:
+            write_heads(strategy.model, trained, out_dir / FOLDER)
         storage.publish_final(out_dir)
     barrier(context)
 

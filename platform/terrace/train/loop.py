@@ -19,7 +19,7 @@ from typing import Any
 from terrace.errors import Preempted
 from terrace.models.sequence_parallel import open_sequence_group
 from terrace.objectives.interface import Objective, Opening, OpenObjective, StageFeed, StageRun, StepExamples
-from terrace.recipe.loading import recipe_hash, stage_hash
+from terrace.recipe.identity import recipe_hash, stage_hash
 from terrace.recipe.schema import Recipe, Stage
 from terrace.storage.run_storage import OnThisDisk, RunStorage
 from terrace.train.checkpoint import CheckpointWriter

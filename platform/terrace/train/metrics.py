@@ -45,6 +45,7 @@ def step_line(
             line["memory_peak_bytes"] = outcome.memory_peak_bytes
     if counts.damaged_samples:
         line |= {"damaged_samples": counts.damaged_samples, "replaced_samples": counts.replaced_samples}
+    line |= outcome.gradient_noise
     if outcome.skipped:
         line["skipped"] = True
     return line

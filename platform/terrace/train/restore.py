@@ -17,7 +17,7 @@ from terrace.storage.durable import file_digest
 from terrace.storage.run_storage import RunStorage
 from terrace.train.checkpoint import FORMAT_VERSION, KINDS, OBJECTIVE
 from terrace.train.checkpoint_storage import StoredCheckpoints, folder_name, stored_checkpoints
-from terrace.train.strategies.interface import OPTIMIZER_KINDS, Strategy
+from terrace.train.strategies.interface import Strategy
 
 log = logging.getLogger(__name__)
 
@@ -120,14 +120,16 @@ def resume(strategy: Strategy, reader: CheckpointReader) -> None:
     """Put a checkpoint of the same stage into the strategy: weights, optimizer, loss scale."""
     strategy.load_weights(lambda name: reader.read("weights", name))
     strategy.load_optimizer(reader.read, {name: int(n) for name, n in reader.state["optimizer_steps"].items()})
+    if reader.names("average"):
+        strategy.load_average(lambda name: reader.read("average", name))
     if strategy.loss_scale is not None and reader.state.get("loss_scale"):
         strategy.loss_scale.restore(reader.state["loss_scale"])
 
 
 def keep_optimizer_state(strategy: Strategy, reader: CheckpointReader, names: list[str]) -> list[str]:
     """Carry the optimizer's state of `names` over from an earlier stage. Returns the names that had none there."""
-    available = set.intersection(*(reader.names(kind) for kind in OPTIMIZER_KINDS))
-    wanted = available & set(names)
+    held = {kind: reader.names(kind) for kind in KINDS}
+    wanted = {name for name in names if all(name in held[kind] for kind in strategy.state_kinds(name))}
     steps = {name: int(n) for name, n in reader.state["optimizer_steps"].items() if name in wanted}
     strategy.load_optimizer(reader.read, steps)
     return [name for name in names if name not in steps]

@@ -18,12 +18,14 @@ from terrace.errors import InputError
 from terrace.models.attention import activate_flash_attention_3, choose_backend, use_attention
 from terrace.models.build import meta_model
 from terrace.models.families.registry import family_of_model
+from terrace.models.heads import attach_heads, is_head, source_with_heads
 from terrace.models.kernels import choose_kernels, use_liger
 from terrace.models.lora import adapted_source, add_lora, is_adapter, plain_name, uses_lora
 from terrace.models.parts import part_parameters
 from terrace.models.sequence_parallel import use_sequence_parallel
 from terrace.models.weights import initial_weights
 from terrace.recipe.schema import PARTS, Model, Stage
+from terrace.recipe.schema_heads import MedusaOptions, MtpOptions
 from terrace.train.optimizer import parameter_groups
 from terrace.train.strategies.interface import Loss, Setup, Strategy
 from terrace.train.strategies.open import open_strategy
@@ -41,6 +43,9 @@ def freeze_parts(model: Any, stage: Stage) -> None:
             training = getattr(stage.train, part)
             trains = training is not None and (training.lora is None or is_adapter(name))
             parameter.requires_grad_(trains and plain_name(name) not in unused)
+    for name, parameter in model.named_parameters():
+        if is_head(name):
+            parameter.requires_grad_(True)
     if unused:
         log.info("never trained by this family: %d tensors, %s ...", len(unused), min(unused))
 
@@ -67,10 +72,13 @@ def prepare_strategy(
     """A strategy with the stage's initial weights (of `start_weights`, or the recipe's own), frozen parts and optimizer."""
     torch.set_float32_matmul_precision("highest" if stage.precision == "fp32" else "high")
     skeleton = meta_model(config)
-    source, _ = initial_weights(model, skeleton, start_weights)
+    source, _ = initial_weights(model, skeleton, start_weights, stage.model_changes)
     if uses_lora(stage):
         add_lora(skeleton, stage)
         source = adapted_source(skeleton, source, stage.seed)
+    if stage.train.heads is not None:
+        attach_heads(skeleton, *head_kind(stage))
+        source = source_with_heads(skeleton, source, start_weights, stage.seed)
     freeze_parts(skeleton, stage)
     checkpoint_activations(skeleton, stage)
     skeleton.train()
@@ -94,8 +102,17 @@ def prepare_strategy(
     )
 
 
+def head_kind(stage: Stage) -> tuple[str, int]:
+    """What heads the stage's objective trains, and how many."""
+    if stage.objective == "medusa":
+        return "medusa", (stage.medusa or MedusaOptions()).heads
+    return "mtp", (stage.mtp or MtpOptions()).depth
+
+
 def names_of_kept_parts(model: Any, stage: Stage) -> list[str]:
     """Trained parameters of the parts whose optimizer state the stage keeps."""
-    family, names = family_of_model(model), [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    family, names = family_of_model(model), [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and not is_head(name)
+    ]
     kept = {part for part in PARTS if (training := getattr(stage.train, part)) and training.optimizer_state == "keep"}
     return [name for name in names if family.part_of(name) in kept]

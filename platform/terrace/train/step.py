@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -64,6 +64,7 @@ class StepOutcome:
     memory_peak_bytes: float | None  # of the fullest rank, since its previous step's backward (train.measure)
     skipped: bool = False
     reason: str = ""
+    gradient_noise: dict[str, float] = field(default_factory=dict)  # `noise_scale`
 
 
 def nothing_done(reason: str) -> StepOutcome:
@@ -141,7 +142,7 @@ def run_step(
     Raises NonFinite before the optimizer steps; under fp16 a gradient overflow instead skips the step on every rank.
     """
     scale = 1.0 / max(1.0, divisor)
-    config, losses = strategy.model.config, []
+    config, losses, small = strategy.model.config, [], (0.0, 0.0)
     objective.before(examples, scale)
     for number, example in enumerate(examples):
         pack = objective.pack_of(example)
@@ -150,10 +151,12 @@ def run_step(
             batch = objective.batch(example)
             losses.append(strategy.accumulate(batch, scale, last=number == len(examples) - 1))
         objective.seen(example, batch)
+        if stage.gradient_noise and number == 0 and len(examples) > 1 and (weight := float(objective.weight(example))):
+            small = (strategy.gradient_square() / (weight * scale) ** 2, 1.0 / weight)  # of this pack's mean gradient
     doing("waiting for the losses of all ranks of")
     values = torch.stack(losses).double().cpu().numpy()
     bad = ~np.isfinite(values)
-    own = [float(values[~bad].sum()), float(bad.sum()), float(take_memory_peak(context.device))]
+    own = [float(values[~bad].sum()), float(bad.sum()), float(take_memory_peak(context.device)), *small]
     rows = gather_rows(own, context)
     peak = float(rows[:, 2].max())
     if rows[:, 1].sum():
@@ -174,7 +177,25 @@ def run_step(
         strategy.step(learning_rates)
     if strategy.loss_scale is not None:
         strategy.loss_scale.after_step()
-    return StepOutcome(loss, norm, peak)
+    small_ones = rows[:, 4] > 0
+    noise = noise_scale(rows[small_ones, 3], rows[small_ones, 4], norm**2, divisor) if small_ones.any() else {}
+    return StepOutcome(loss, norm, peak, gradient_noise=noise)
+
+
+def noise_scale(squares: np.ndarray, inverse_sizes: np.ndarray, whole: float, size: float) -> dict[str, float]:
+    """tr(covariance of one unit's gradient) / |mean gradient|^2 (McCandlish et al. 2018): about the batch size beyond which more of it
+    stops paying, in units of the divisor (supervised tokens of lm), and the estimates of both parts. `squares` are the squared norms of
+    small batches' mean gradients, `inverse_sizes` one over their sizes; `whole` and `size` are those of the whole batch, and
+    E|G_b|^2 = |G|^2 + tr / b.
+
+    One step's estimate is noisy, and its signal may come out negative (there is no scale then): average the parts over steps."""
+    small, inverse = float(squares.mean()), float(inverse_sizes.mean())
+    if inverse <= 1 / size:
+        return {}
+    trace = (small - whole) / (inverse - 1 / size)
+    signal = whole - trace / size
+    found = {"gradient_noise_trace": trace, "gradient_noise_signal": signal}
+    return found | ({"gradient_noise_scale": trace / signal} if signal > 0 else {})
 
 
 def _nonfinite(what: str, own: list[list[str]], step: int, context: WorkerContext) -> NonFinite:

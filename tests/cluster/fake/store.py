@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from fake import crd_rules
+from fake import crd_rules, object_meta
 from fake import schema as crd_schema
 from terrace.cluster.api import KINDS, AlreadyExists, ApiError, Conflict, KindAbsent, Refused
 
@@ -97,7 +97,9 @@ class Store:
         kind = body["kind"]
         self._count("create", kind)
         with self.lock:
-            name = body["metadata"].get("name") or f"{body['metadata']['generateName']}{uuid.uuid4().hex[:5]}"
+            name = body["metadata"].get("name") or f"{body['metadata'].get('generateName', '')}{uuid.uuid4().hex[:5]}"
+            if name in ("", name[-5:]) and not body["metadata"].get("name"):
+                raise Refused(f"{kind} is invalid: " + object_meta.errors({})[0], 422)
             if name in self.objects.get(kind, {}):
                 raise AlreadyExists(f'{kind} "{name}" already exists', 409)
             metadata = {**body["metadata"], "name": name, "namespace": self.namespace, "uid": uuid.uuid4().hex, "generation": 1,
@@ -218,6 +220,8 @@ class Store:
     def _admit(self, kind: str, body: Manifest, old: Manifest | None, strict: bool) -> Manifest:
         for hook in self.admission:
             body = hook(kind, body, old) or body
+        if (old is None or body["metadata"] != old["metadata"]) and (wrong := object_meta.errors(body["metadata"])):
+            raise Refused(f'{kind} "{body["metadata"].get("name", "")}" is invalid: ' + "; ".join(wrong), 422)
         return self._validated(kind, body, old, strict)
 
     def _validated(self, kind: str, body: Manifest, old: Manifest | None, strict: bool) -> Manifest:

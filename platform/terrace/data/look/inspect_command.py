@@ -87,7 +87,7 @@ def _is_recipe(target: str) -> bool:
 def _inspect_recipe(args: argparse.Namespace) -> int:
     from terrace.data.look.order_command import stage_number
     from terrace.data.look.samples import inspect_stage
-    from terrace.data.prepare import prepare_data
+    from terrace.data.prepare import prepare_data, stage_data
     from terrace.recipe.loading import load_recipe
 
     given = [name for name in SOURCE_ONLY if getattr(args, name) is not None]
@@ -95,11 +95,11 @@ def _inspect_recipe(args: argparse.Namespace) -> int:
         option = "--" + given[0].replace("_", "-")
         raise InputError(f"{option} goes with a source; {args.recipe} says it itself, or takes key.path=value")
     recipe = load_recipe(args.recipe, args.overrides)
-    if args.stage is None:
+    if args.stage is None and len(recipe.stages) > 1:
         names = ", ".join(stage.name for stage in recipe.stages)
         raise InputError(f"name a stage, {args.recipe}:STAGE; the stages of recipe {recipe.name} are {names}")
-    number = stage_number(recipe, args.stage)
-    prepared = prepare_data(recipe, args.run_dir, progress=Lines())
+    number = stage_number(recipe, args.stage) if args.stage is not None else 0
+    recipe, prepared = stage_data(recipe, number, prepare_data(recipe, args.run_dir, progress=Lines()))
     samples, packs = _counts(args, samples=0 if OBJECTIVES[recipe.stages[number].objective].reads_packs else 12, packs=3)
     found = inspect_stage(recipe, number, prepared, samples, packs, args.seed)
     stage = recipe.stages[number]

@@ -36,14 +36,15 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 def order_command(args: argparse.Namespace) -> int:
     """Print packs `start` to `start + packs`, as many of them as the stage has."""
-    from terrace.data.prepare import prepare_data
+    from terrace.data.prepare import prepare_data, stage_data
 
     if args.packs < 1 or args.start < 0 or args.workers < 1:
         raise InputError("terrace order: --packs and --workers start at 1, --start at 0")
     recipe = load_recipe(args.recipe, args.overrides)
     stage_index = stage_number(recipe, args.stage)
     prepared = prepare_data(recipe, args.run_dir, progress=_progress)
-    plan = plan_of(recipe, stage_index, prepared)
+    seen, prepared = stage_data(recipe, stage_index, prepared)
+    plan = plan_of(seen, stage_index, prepared)
     found = order_facts(plan, args.start, args.packs, args.workers)
     print(json.dumps(found, ensure_ascii=False) if args.json else order_text(found))
     return 0
@@ -104,7 +105,7 @@ def pack_facts(pack: PackSpec, sequence_length: int, batch: int) -> dict[str, An
         "pixel_rows": pack.pixel_rows,
         "fill": tokens / sequence_length,
         "samples": samples,
-    }
+    } | ({"pixels": list(pack.pixels)} if pack.pixels else {})
 
 
 def order_text(facts: dict[str, Any]) -> str:
@@ -119,6 +120,9 @@ def order_text(facts: dict[str, Any]) -> str:
             f"  {name}: {source['samples_per_epoch']} samples an epoch, {source['mean_tokens']:.0f} tokens on average,"
             f" {source['share_of_samples']:.2%} of the samples{changes}"
         )
+    for change in facts["changes"]:
+        shares = ", ".join(f"{name} {share:.2%}" for name, share in change["share_of_samples"].items())
+        lines.append(f"  from step {change['step']}: at most {change['pixels'][1]} pixels; {shares} of the samples")
     for pack in facts["packs"]:
         worker = f", worker {pack['worker']}" if "worker" in pack else ""
         lines.append(

@@ -280,9 +280,7 @@ def _segments(
 
 def _prompt(spec: PackSpec, number: int, loaded: LoadedSample, tokenizer: TextTokenizer, settings: CollateSettings) -> Segment:
     """A sample up to its answer, as a rollout reads it."""
-    limit = spec.pixels_max[number] if spec.pixels_max else 0
-    pixels = (min(settings.pixels[0], limit), limit) if limit else settings.pixels
-    encoded = encode_prompt(loaded.sample, loaded.sizes, tokenizer, settings.family, pixels)
+    encoded = encode_prompt(loaded.sample, loaded.sizes, tokenizer, settings.family, spec.bounds(number, settings.pixels))
     rows = [
         image_pixels(loaded, images, view, settings, spec.samples[number]) for images, view in zip(encoded.images, encoded.views)
     ]

@@ -9,6 +9,7 @@ forward pass.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from terrace.data.types import PackSpec
 from terrace.families.shapes import ModelShape
 from terrace.recipe.schema import Model
 
+COMPARED_TOGETHER = 2**20  # exchanges, while ranks are balanced
 TYPICAL_PATCHES = 1024  # that a patch attends to, of an image whose tower has no windows
 
 
@@ -41,8 +43,8 @@ class CostModel:
 def cost_model(shape: ModelShape, patches_per_row: int = 1) -> CostModel:
     """The cost model of a shape. A row of pixels holds `patches_per_row` patches: one, or all of a tile."""
     text, vision = shape.language, shape.vision
-    matrices = 3 if text.gated else 2
-    per_layer = 2 * text.width * (text.query_width + text.key_width) + matrices * text.width * text.intermediate
+    feed_forward = (3 if text.gated else 2) * text.mean_intermediate + text.router_width
+    per_layer = text.attention_matrices + text.width * feed_forward
     per_token = text.layers * per_layer + text.width * text.vocabulary
     seen = vision.window**2 if vision.window else patches_per_row if patches_per_row > 1 else TYPICAL_PATCHES
     products = 3 if vision.gated else 2
@@ -68,38 +70,50 @@ def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:
     if len(costs) % ranks:
         raise ValueError(f"{len(costs)} packs cannot be dealt evenly to {ranks} ranks")
     share = len(costs) // ranks
-    loads = [0.0] * ranks
     hands: list[list[int]] = [[] for _ in range(ranks)]
+    waiting = [(0.0, rank) for rank in range(ranks)] if share else []
     for pack in sorted(range(len(costs)), key=lambda number: (-costs[number], number)):
-        rank = min((r for r in range(ranks) if len(hands[r]) < share), key=lambda r: (loads[r], r))
+        load, rank = heapq.heappop(waiting)
         hands[rank].append(pack)
-        loads[rank] += costs[pack]
+        if len(hands[rank]) < share:
+            heapq.heappush(waiting, (load + costs[pack], rank))
+    held = np.asarray(hands, np.int64).reshape(ranks, share)
+    weights = np.asarray(costs, np.float64)
+    loads = np.zeros(ranks)
+    for place in range(share):  # in the order in which they were given
+        loads += weights[held[:, place]]
     for _ in range(2 * ranks):
-        if not _swap(hands, loads, costs):
+        if not share or not _swap(held, loads, weights):
             break
-    return [sorted(hand) for hand in hands]
+    return [sorted(hand) for hand in held.tolist()]
 
 
-def _swap(hands: list[list[int]], loads: list[float], costs: Sequence[float]) -> bool:
-    """Exchange one pack of the slowest rank for a lighter one elsewhere, where that lowers the higher of the two loads."""
-    slowest = max(range(len(loads)), key=lambda rank: (loads[rank], -rank))
-    own = np.asarray([costs[pack] for pack in hands[slowest]])
+def _swap(hands: np.ndarray, loads: np.ndarray, costs: np.ndarray) -> bool:
+    """Exchange one pack of the slowest rank for a lighter one elsewhere, where that lowers the higher of the two loads.
+
+    `hands` int64 [ranks, packs of each] and `loads` float64 [ranks] are changed. Of equally good exchanges the first: lower
+    rank, then earlier pack.
+    """
+    slowest = int(loads.argmax())
+    weights = costs[hands]
+    own, together = weights[slowest], max(1, COMPARED_TOGETHER // hands.shape[1] ** 2)
     best, found = loads[slowest] * (1 - 1e-9), None
-    for rank, hand in enumerate(hands):
-        if rank == slowest:
-            continue
-        moved = own[:, None] - np.asarray([costs[pack] for pack in hand])[None, :]
-        higher = np.maximum(loads[slowest] - moved, loads[rank] + moved)
-        place = int(np.argmin(higher))
+    for first in range(0, len(loads), together):
+        moved = own[None, :, None] - weights[first : first + together, None, :]
+        higher = np.maximum(loads[slowest] - moved, loads[first : first + together, None, None] + moved)
+        if first <= slowest < first + together:
+            higher[slowest - first] = np.inf
+        place = int(higher.argmin())
         if higher.flat[place] < best:
-            best, found = float(higher.flat[place]), (rank, *divmod(place, len(hand)))
+            rank, mine, theirs = (int(number) for number in np.unravel_index(place, higher.shape))
+            best, found = float(higher.flat[place]), (first + rank, mine, theirs)
     if found is None:
         return False
     rank, mine, theirs = found
-    moved = costs[hands[slowest][mine]] - costs[hands[rank][theirs]]
-    hands[slowest][mine], hands[rank][theirs] = hands[rank][theirs], hands[slowest][mine]
-    loads[slowest] -= moved
-    loads[rank] += moved
+    change = own[mine] - weights[rank, theirs]
+    hands[slowest, mine], hands[rank, theirs] = hands[rank, theirs], hands[slowest, mine]
+    loads[slowest] -= change
+    loads[rank] += change
     return True
 
 

@@ -57,9 +57,13 @@ class FixedPlan(StagePlan):
 
     def _packed(self, anchor: Anchor) -> Window | None:
         size = self.stage.batch.samples_per_pack
-        sources, draws, columns = self._drawn(anchor.position, anchor.position + PACKS_OF_A_WINDOW * size)
+        stop = anchor.position + PACKS_OF_A_WINDOW * size
+        if self.total_samples is not None:
+            stop = min(stop, self.total_samples)
+        sources, columns = self.stretches[0].columns(anchor.position, stop, self.seed)
         if not len(sources):
             return None
+        _, draws = self.interleave.draw(anchor.position, stop)
         counts = np.asarray([source.count for source in self.sources])
         epochs = draws // counts[sources]
         specs = []

@@ -4,6 +4,7 @@ Weights become whole numbers (0.7 and 0.3 are 7 and 3), so the interleave repeat
 every pick of a source has a window in which it must fall for the counts to stay within one sample of n times its
 share, and the earliest deadline goes first: the schedule known as Pfair, which always exists. After n samples every
 source stands strictly within one sample of its share, where drawing at random would be off by the square root of n.
+A period of more than `LONGEST_WRITTEN` picks (weights of seven decimals) is not written out: long_period.py computes it.
 
 A source whose epoch cap is reached drops out and the others go on in their proportions: a new phase of the interleave.
 """
@@ -11,14 +12,16 @@ A source whose epoch cap is reached drops out and the others go on in their prop
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import gcd, lcm
 
 import numpy as np
 
-MAX_PERIOD = 10_000_000  # exact weights with a longer common period are rounded like computed ones
+from terrace.data.order.long_period import LongPeriod
+
+LONGEST_WRITTEN = 1_000_000  # picks of a period that is written out: two seconds at most
 ROUNDED_PERIOD = 100_000  # parts into which computed weights (temperature, token unit) are rounded
 STRIDE = 4096  # prefix counts are kept at every so many picks
 
@@ -26,17 +29,13 @@ STRIDE = 4096  # prefix counts are kept at every so many picks
 def whole_weights(weights: Mapping[str, float | Fraction]) -> dict[str, int]:
     """Weights as the smallest whole numbers in the same proportion, read from their decimal notation.
 
-    0.1 means one tenth, not the nearest binary fraction. Weights whose period would pass `MAX_PERIOD` are rounded to
-    parts of `ROUNDED_PERIOD`; no weight becomes zero.
+    0.1 means one tenth, not the nearest binary fraction; nothing is rounded.
     """
     exact = {name: w if isinstance(w, Fraction) else Fraction(repr(float(w))) for name, w in weights.items()}
     scale = lcm(*(fraction.denominator for fraction in exact.values()))
     whole = {name: int(fraction * scale) for name, fraction in exact.items()}
     divisor = gcd(*whole.values())
-    whole = {name: value // divisor for name, value in whole.items()}
-    if sum(whole.values()) <= MAX_PERIOD:
-        return whole
-    return rounded_weights({name: float(fraction) for name, fraction in exact.items()})
+    return {name: value // divisor for name, value in whole.items()}
 
 
 def rounded_weights(weights: Mapping[str, float]) -> dict[str, int]:
@@ -85,6 +84,11 @@ class Period:
                 self._prefix.append(self._prefix[-1] + counts)
         return self._picks
 
+    def between(self, start: int, stop: int) -> np.ndarray:
+        """Sources of the picks from `start` to `stop` (without it), in any periods: int16."""
+        slots = np.arange(start, stop) % self.length
+        return self.picks(int(slots.max()) + 1)[slots]
+
     def counts(self, picks: int) -> np.ndarray:
         """Picks per source among the first `picks` (any number of periods): int64 [sources]."""
         periods, rest = divmod(picks, self.length)
@@ -110,34 +114,39 @@ class Phase:
     start: int  # first position
     counts: np.ndarray  # int64 [all sources]: samples given before `start`
     active: np.ndarray  # int64: numbers of the sources that take part
-    period: Period
+    period: Period | LongPeriod
 
 
 @dataclass
 class Interleave:
     """Position -> (source, how many-th sample of it), for the sources in the order of `names`.
 
-    `limits[i]` is the most samples source i gives (its epoch cap), or None. `total` is their sum, or None.
+    `limits[i]` is the most samples source i gives (its epoch cap), or None. `total` is their sum, or None. A weight of 0 gives none.
     """
 
     names: list[str]
     weights: dict[str, int]
     limits: list[int | None]
     total: int | None = None
+    given: Sequence[int] | None = None  # samples of each source before position 0 (a stretch of a stage after another)
     _phases: list[Phase] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if all(limit is not None for limit in self.limits):
             self.total = sum(limit for limit in self.limits if limit is not None)
-        zero = np.zeros(len(self.names), dtype=np.int64)
-        self._phases.append(self._phase(0, zero))
+        before = np.zeros(len(self.names), dtype=np.int64) if self.given is None else np.asarray(self.given, dtype=np.int64)
+        self._phases.append(self._phase(0, before))
 
     def _phase(self, start: int, counts: np.ndarray) -> Phase:
-        left = [limit is None or counts[number] < limit for number, limit in enumerate(self.limits)]
+        left = [
+            self.weights[name] > 0 and (limit is None or counts[number] < limit)
+            for number, (name, limit) in enumerate(zip(self.names, self.limits))
+        ]
         active = np.flatnonzero(left)
         whole = [self.weights[self.names[number]] for number in active]
         divisor = gcd(*whole) if whole else 1
-        return Phase(start, counts, active, Period(tuple(weight // divisor for weight in whole)))
+        period = LongPeriod if sum(whole) // divisor > LONGEST_WRITTEN else Period
+        return Phase(start, counts, active, period(tuple(weight // divisor for weight in whole)))
 
     def _end(self, phase: Phase) -> int | None:
         """The position after which a source of the phase has given all it may; None: never."""
@@ -184,8 +193,7 @@ class Interleave:
             if not phase.active.size:
                 break
             upto = stop if end is None else min(stop, end)
-            slots = np.arange(start - phase.start, upto - phase.start) % phase.period.length
-            local = phase.period.picks(int(slots.max()) + 1)[slots]
+            local = phase.period.between(start - phase.start, upto - phase.start)
             counts = self._counts_in(phase, start)
             numbers = np.empty(len(local), dtype=np.int64)
             for place, number in enumerate(phase.active):

@@ -17,7 +17,7 @@ import math
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -27,13 +27,16 @@ import numpy as np
 from terrace.data.order.arrange import repeats_apart, spread_packs
 from terrace.data.order.balance import CostModel, cost_of, deal, deal_in_order, max_over_mean
 from terrace.data.order.eligible import EligibleSource, StageSource, eligible_source, told_changes
-from terrace.data.order.mixture import Interleave, rounded_weights, whole_weights
+from terrace.data.order.mixture import LONGEST_WRITTEN
 from terrace.data.order.packing import default_window, lookahead, pack_window
-from terrace.data.order.permutation import seed_of, source_rows
+from terrace.data.order.permutation import seed_of
 from terrace.data.order.spares import PackSpares, spares_of_pack
+from terrace.data.order.stretches import COLUMNS, Stretch, make_stretches
 from terrace.data.types import PackSpec, SampleRef
 from terrace.errors import InputError
+from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import Recipe, Stage
+from terrace.recipe.stretches import stretches
 
 CACHED_WINDOWS = 16
 PADDING_WINDOW = -1  # the window of packs without samples that complete the last step
@@ -55,26 +58,27 @@ class Anchor:
 
     first_pack: int
     window: int
-    position: int  # samples of the mixture before it
+    position: int  # samples of the mixture before it, in its stretch
 
 
 class StagePlan:
     """The packs of one stage. Made by `StagePlan.build` from a recipe, or from sources directly (tests, planning)."""
 
     def __init__(
-        self, stage: Stage, sources: Mapping[str, StageSource], data_seed: int, costs: CostModel, basis: str = ""
-    ):
+        self, stage: Stage, sources: Mapping[str, StageSource], data_seed: int, costs: CostModel, basis: str = "",
+        later: Sequence[Mapping[str, StageSource]] = (),
+    ):  # fmt: skip
+        """`later`: the sources behind each of the stage's changes, where they differ."""
         self.stage = stage
-        self.names = list(stage.mixture.weights)
-        self.sources = [sources[name] for name in self.names]
+        self.stretches = make_stretches(stage, [sources, *(later or [sources] * len(stage.changes))])
+        self.sources = self.stretches[0].sources
         self.costs = costs
         self.recipe: Recipe | None = None  # None for a plan made from bare sources
         self.stage_index = 0
         self._check_sources()
         self.seed = seed_of("terrace order 2", data_seed, stage.name, stage.seed)
-        self.weights = _sample_weights(stage, self.sources)
-        limits = [_limit(stage, source) for source in self.sources]
-        self.interleave = Interleave(self.names, self.weights, limits)
+        self.weights = self.stretches[0].weights
+        self.interleave = self.stretches[0].begin([0] * len(self.sources))
         self.window_samples = stage.data_loading.window_samples or default_window(stage.sequence_length)
         self.total_samples: int | None = self.interleave.total
         if stage.budget.samples is not None:
@@ -97,34 +101,24 @@ class StagePlan:
     def build(cls, recipe: Recipe, stage_index: int, prepared: Any) -> StagePlan:
         """The plan of a recipe's stage over prepared data (`prepare.PreparedData`)."""
         stage = recipe.stages[stage_index]
-        pixels = (stage.pixels.min, stage.pixels.max)
-        sources = {}
-        for name in stage.mixture.weights:
-            index = prepared.indexes[name]
-            found = eligible_source(
-                name,
-                recipe.data.sources[name],
-                index,
-                np.asarray(index.train_rows),
-                pixels,
-                stage.sequence_length,
-                stage.data_loading.max_visual_tokens_per_pack,
-                needs_targets=stage.objective == "lm",
-            )
-            sources[name] = cls.fitting(found, index)
-            sources[name].changes.update(index.left_out)
-        basis = "|".join(source.mark for source in sources.values())
-        plan = cls(stage, sources, recipe.data.seed, cost_of(recipe.model), basis)
+        found: dict[tuple[int, int], dict[str, StageSource]] = {}
+        for _, part in stretches(stage):
+            pixels = (part.pixels.min, part.pixels.max)
+            if pixels not in found:
+                found[pixels] = {
+                    name: cls.fitting(_eligible(recipe, stage, name, prepared.indexes[name], pixels), prepared.indexes[name])
+                    for name in stage.mixture.weights
+                }
+        first, *later = [found[part.pixels.min, part.pixels.max] for _, part in stretches(stage)]
+        basis = "|".join(source.mark for sources in found.values() for source in sources.values() if isinstance(source, EligibleSource))
+        plan = cls(stage, first, recipe.data.seed, cost_of(recipe.model), basis, later)
         plan.recipe, plan.stage_index = recipe, stage_index
         return plan
 
-    @staticmethod
-    def fitting(source: EligibleSource, index: Any) -> EligibleSource:
-        """The items of a source that this kind of plan can use."""
-        return source
+    fitting = staticmethod(lambda source, index: source)  # the items of a source that this kind of plan can use
 
     def _check_sources(self) -> None:
-        for source in self.sources:
+        for source in (source for stretch in self.stretches for source in stretch.sources if stretch.weights[source.name]):
             if source.count == 0:
                 changes = told_changes(source.changes) or "it has no samples"
                 raise InputError(
@@ -159,6 +153,10 @@ class StagePlan:
             "batch": stage.batch.packs,
             "basis": basis,
         }
+        if any(sum(stretch.weights.values()) > LONGEST_WRITTEN for stretch in self.stretches):
+            facts["period"] = "long"  # computed since, in another order than when it was written out
+        if stage.changes:
+            facts["changes"] = [change.model_dump(mode="json") for change in stage.changes]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode("utf-8")).hexdigest()[:16]
 
     # ------------------------------------------------------------ steps
@@ -227,7 +225,8 @@ class StagePlan:
         """Who may stand in for each sample of a pack if its bytes are damaged: of sources with `on_damage: skip`."""
         assert self.recipe is not None
         rules = self.recipe.data.sources
-        tolerant = {s.name: s for s in self.sources if isinstance(s, EligibleSource) and rules[s.name].on_damage == "skip"}
+        sources = self._stretch_of(pack.pack).sources
+        tolerant = {s.name: s for s in sources if isinstance(s, EligibleSource) and rules[s.name].on_damage == "skip"}
         return spares_of_pack(pack, tolerant, self.seed) if tolerant else ()
 
     def balance(self, step: int, world_size: int) -> dict[str, float]:
@@ -246,6 +245,7 @@ class StagePlan:
         with self._lock:
             window = self._window_of(pack)
             anchor = self._anchor_of(pack)
+        stretch = self._stretch_of(anchor.first_pack)
         return {
             "version": 1,
             "plan": self.fingerprint,
@@ -254,7 +254,7 @@ class StagePlan:
             "window": anchor.window if window else PADDING_WINDOW,
             "window_first_pack": anchor.first_pack,
             "window_position": anchor.position,
-        }
+        } | ({"drawn_before_change": list(stretch.drawn)} if stretch.number else {})
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint's state without walking through the windows before it.
@@ -269,6 +269,8 @@ class StagePlan:
             )
         if state["window"] != PADDING_WINDOW:
             with self._lock:
+                if "drawn_before_change" in state:
+                    self._stretch_of(state["window_first_pack"]).begin(state["drawn_before_change"])
                 self._remember(Anchor(state["window_first_pack"], state["window"], state["window_position"]))
 
     def explain(self) -> dict[str, Any]:
@@ -288,9 +290,20 @@ class StagePlan:
                 }
                 for source, limit in zip(self.sources, self.interleave.limits)
             },
+            "changes": [
+                {
+                    "step": stretch.first_pack // self.stage.batch.packs,
+                    "pixels": [stretch.stage.pixels.min, stretch.stage.pixels.max],
+                    "share_of_samples": {name: weight / sum(stretch.weights.values()) for name, weight in stretch.weights.items()},
+                }
+                for stretch in self.stretches[1:]
+            ],
         }
 
     # ------------------------------------------------------------ windows
+
+    def _stretch_of(self, pack: int) -> Stretch:
+        return self.stretches[bisect_right(self.stretches, pack, key=lambda stretch: stretch.first_pack) - 1]
 
     def _remember(self, anchor: Anchor) -> None:
         place = bisect_right(self._anchors, anchor.first_pack, key=lambda known: known.first_pack)
@@ -318,33 +331,33 @@ class StagePlan:
         self._windows[anchor.window] = window
         if len(self._windows) > CACHED_WINDOWS:
             self._windows.popitem(last=False)
-        self._remember(Anchor(window.first_pack + len(window.packs), anchor.window + 1, window.next_position))
+        stretch, end, position = self._stretch_of(anchor.first_pack), window.first_pack + len(window.packs), window.next_position
+        if end == stretch.stop_pack:
+            assert stretch.interleave is not None
+            self.stretches[stretch.number + 1].goes_on(stretch, stretch.interleave.counts(position))
+            position = 0
+        self._remember(Anchor(end, anchor.window + 1, position))
         return window
 
-    def _drawn(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        """Samples [start, stop) of the order, or as many as are left: their sources, their draws of them, and their columns."""
-        if self.total_samples is not None:
-            stop = min(stop, self.total_samples)
-        sources, draws = self.interleave.draw(start, stop)
-        columns = {name: np.empty(len(sources), dtype=np.int64) for name in _COLUMNS}
-        for number, source in enumerate(self.sources):
-            here = np.flatnonzero(sources == number)
-            if here.size:
-                items = source.take(source_rows(draws[here], source.count, self.seed, source.name))
-                for name in _COLUMNS:
-                    columns[name][here] = getattr(items, name)
-        return sources, draws, columns
-
     def _packed(self, anchor: Anchor) -> Window | None:
-        target = self.window_samples
-        sources, _, columns = self._drawn(anchor.position, anchor.position + lookahead(target))
-        if not len(sources):
-            return None
-        _, keys = np.unique(np.stack([sources, columns["rows"], columns["starts"]]), axis=1, return_inverse=True)
-        limit = self.stage.data_loading.max_visual_tokens_per_pack
-        count, packs = pack_window(
-            columns["lengths"], self.stage.sequence_length, target, columns["visual_tokens"], limit, keys
-        )
+        """The window at an anchor: of as many samples as windows have, or of fewer, so that it ends before the next change."""
+        stretch, target = self._stretch_of(anchor.first_pack), self.window_samples
+        room = math.inf if stretch.stop_pack is None else stretch.stop_pack - anchor.first_pack
+        while True:
+            stop = anchor.position + lookahead(target)
+            if self.total_samples is not None:
+                stop = min(stop, self.total_samples)
+            sources, columns = stretch.columns(anchor.position, stop, self.seed)
+            if not len(sources):
+                return None
+            _, keys = np.unique(np.stack([sources, columns["rows"], columns["starts"]]), axis=1, return_inverse=True)
+            limit = self.stage.data_loading.max_visual_tokens_per_pack
+            count, packs = pack_window(
+                columns["lengths"], self.stage.sequence_length, target, columns["visual_tokens"], limit, keys
+            )
+            if len(packs) <= room:
+                break
+            target = max(1, min(target - 1, int(target * room) // len(packs)))
         held = [set(keys[members].tolist()) for members in packs]
         mean_lengths = [float(columns["lengths"][members].mean()) for members in packs]
         spread = spread_packs(mean_lengths, (seed_of(self.seed, "window", anchor.window) % 2**53) / 2**53)
@@ -358,10 +371,10 @@ class StagePlan:
     def _spec(
         self, pack: int, members: list[int], sources: np.ndarray, columns: dict[str, np.ndarray], window: int
     ) -> PackSpec:
-        chosen = {name: columns[name][members].tolist() for name in _COLUMNS}
-        refs = []
+        chosen = {name: columns[name][members].tolist() for name in COLUMNS}
+        refs, stretch = [], self._stretch_of(pack)
         for member, row in zip(members, chosen["rows"]):
-            source = self.sources[sources[member]]
+            source = stretch.sources[sources[member]]
             refs.append(SampleRef(source.name, row, source.id_of(row)))
         spans = tuple(None if end < 0 else (start, end) for start, end in zip(chosen["starts"], chosen["stops"]))
         return PackSpec(
@@ -373,31 +386,15 @@ class StagePlan:
             window=window,
             pixels_max=tuple(chosen["pixels_max"]) if any(chosen["pixels_max"]) else (),
             spans=spans if any(spans) else (),
+            pixels=stretch.pixels,
         )
 
 
-_COLUMNS = ("rows", "lengths", "visual_tokens", "pixel_rows", "pixels_max", "starts", "stops")
-
-
-def _sample_weights(stage: Stage, sources: list[StageSource]) -> dict[str, int]:
-    """The mixture's weights as whole numbers of samples.
-
-    Weights in tokens are divided by the mean length at the stage's resolution, so token shares are exact over whole
-    epochs and the order stays a formula. Computed weights (tokens, temperature) are rounded to parts of 100,000.
-    """
-    mixture = stage.mixture
-    if mixture.unit == "samples" and not mixture.temperature:
-        return whole_weights(mixture.weights)
-    computed = {}
-    for source in sources:
-        weight = float(mixture.weights[source.name])
-        size = source.count * (source.mean_tokens if mixture.unit == "tokens" else 1.0)
-        weight *= size ** (mixture.temperature or 0.0)
-        computed[source.name] = weight / (source.mean_tokens if mixture.unit == "tokens" else 1.0)
-    return rounded_weights(computed)
-
-
-def _limit(stage: Stage, source: StageSource) -> int | None:
-    """The most samples a source gives in the stage: its epoch cap, and the epochs of an `epochs` budget."""
-    epochs = [float(e) for e in (stage.mixture.epoch_caps.get(source.name), stage.budget.epochs) if e is not None]
-    return math.ceil(Fraction(repr(min(epochs))) * source.count) if epochs else None
+def _eligible(recipe: Recipe, stage: Stage, name: str, index: Any, pixels: tuple[int, int]) -> EligibleSource:
+    """The training items of a source at a resolution, with what the index left out counted among its changes."""
+    source = eligible_source(
+        name, recipe.data.sources[name], index, np.asarray(index.train_rows), pixels, stage.sequence_length,
+        stage.data_loading.max_visual_tokens_per_pack, needs_targets=OBJECTIVES[stage.objective].needs_targets,
+    )  # fmt: skip
+    source.changes.update(index.left_out)
+    return source

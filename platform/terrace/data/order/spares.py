@@ -44,6 +44,7 @@ class Spare:
             window=spec.window,
             pixels_max=(self.pixels_max,) if self.pixels_max else (),
             spans=((self.start, self.stop),) if self.stop >= 0 else (),
+            pixels=spec.pixels,
         )
 
 

@@ -90,7 +90,10 @@ def _converted(row: dict[str, Any], default_id: str, kind: str, rules: Rules) ->
         metadata |= form.metadata
         if form.rejected is not None:
             metadata["rejected"] = _rejected(form.rejected, reader)
-        label_of(fields, any(message["role"] == "assistant" for message in messages))
+        compared = kind == "preference" and form.rejected is None
+        label = label_of(fields, any(message["role"] == "assistant" for message in messages), compared)
+        if label is not None and compared:
+            metadata["label"] = label
         check_answers(messages, is_prompt=kind == "prompt" or "solution" in metadata)
     elif isinstance(content, list):
         fields.take("content")
@@ -103,7 +106,7 @@ def _converted(row: dict[str, Any], default_id: str, kind: str, rules: Rules) ->
     for name in fields.of(METADATA_KEYS):
         metadata[name] = fields.take(name)
     fields.finish()
-    if messages[0]["role"] == RUNNING_TEXT:
+    if messages[0]["role"] == RUNNING_TEXT and kind != "picture":
         check_text(messages[0]["content"])
     check_pictures(kind, len(images))
     _special_tokens(messages, rules)

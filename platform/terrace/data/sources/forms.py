@@ -43,16 +43,25 @@ def read_form(fields: Fields, kind: str) -> Turns | None:
     return _question(fields, question, kind)
 
 
-def label_of(fields: Fields, has_answer: bool) -> None:
-    """KTO's `label` (LLaMA-Factory's `kto_tag`): a row whose answer is not wanted is never learnt as one that is."""
+def label_of(fields: Fields, has_answer: bool, compared: bool) -> bool | None:
+    """KTO's `label` (LLaMA-Factory's `kto_tag`): whether the row's one answer is wanted, None where it is not said.
+
+    A row whose answer is not wanted is never learnt as one that is: it is refused unless its answer is `compared` (kind preference,
+    without a rejected reply beside it)."""
+    label = None
     for name in ("label", "kto_tag"):
         value = fields.look(name)
         if not has_answer or value is None:
             continue
         if value in (0, 1) or str(value).strip().lower() in ("true", "false"):
             fields.take(name)
-            if value == 0 or str(value).strip().lower() == "false":
+            wanted = not (value == 0 or str(value).strip().lower() == "false")
+            if label is not None and label != wanted:
+                raise Refusal("bad_row", "`label` and `kto_tag` contradict each other")
+            label = wanted
+            if not wanted and not compared:
                 raise Refusal("unwanted_answer", f"`{name}: {str(value).lower()}` says that this answer is not wanted; it is not trained")
+    return label
 
 
 # ---------------------------------------------------------------- forms

@@ -76,7 +76,7 @@ def ingest_source(
     if report is not None:
         require_samples(name, source.uri, report.samples, report.refused, folder)
         return report
-    root = _folder_of(source.uri, files)
+    root = folder_of(source.uri, files)
     tars = listing.files.get("webdataset", [])
     found, unreadable = _plain_tars(name, tars, folder, root, data.storage, progress, use_ray) if tars else ((), [])
     receipts = _ingest_rows(name, source, data, listing, folder, root, progress, use_ray)
@@ -190,7 +190,7 @@ def shard_uri(folder: str, stored: str) -> str:
     return stored if is_remote(stored) or stored.startswith("/") else join(folder, stored)
 
 
-def _folder_of(uri: str, files: list[StoredFile]) -> str:
+def folder_of(uri: str, files: list[StoredFile]) -> str:
     """The folder that origins and ids are shown relative to."""
     if len(files) == 1 or any(mark in uri for mark in "*?["):
         return os.path.commonpath([file.uri.rpartition("/")[0] for file in files]) if not is_remote(uri) else _common(files)

@@ -65,7 +65,7 @@ def ingest_unit(settings: UnitSettings, unit: Unit, inside: Callable[[int], None
                 own_id = default_id if len(rows) == 1 else f"{default_id}-{number}"
                 sample_id = row_id(row, own_id) if isinstance(row, dict) else own_id
                 try:
-                    sample, contents = _read(row, own_id, settings, rules, images)
+                    sample, contents = read_sample(row, own_id, settings, rules, images)
                     if sample_id != own_id:
                         repeats.check(sample, contents)
                     writer.add(sample, contents)
@@ -83,7 +83,7 @@ def ingest_unit(settings: UnitSettings, unit: Unit, inside: Callable[[int], None
     return receipt
 
 
-def _read(row: Any, default_id: str, settings: UnitSettings, rules: Rules, images: ImageLoader) -> tuple[Sample, list[bytes]]:
+def read_sample(row: Any, default_id: str, settings: UnitSettings, rules: Rules, images: ImageLoader) -> tuple[Sample, list[bytes]]:
     """A row's sample and its images' bytes. Raises Refusal, and beside it only what the storage raises."""
     if isinstance(row, Refusal):
         raise row

@@ -148,8 +148,7 @@ def make_segment(
 ) -> Segment:
     """Encode, decode and cut one sample of a pack as its specification says; pixels go straight into `room`."""
     ref = spec.samples[number]
-    limit = spec.pixels_max[number] if spec.pixels_max else 0
-    bounds = (min(settings.pixels[0], limit), limit) if limit else settings.pixels
+    bounds = spec.bounds(number, settings.pixels)
     supervise = settings.supervise.get(ref.source, "auto")
     try:
         encoded = encode_sample(loaded.sample, loaded.sizes, tokenizer, settings.family, bounds, supervise)

@@ -18,12 +18,13 @@ from terrace.data.stream.tasks import TaskSettings, make_pack, pack_task
 from terrace.data.types import PackedExample, PackSpec, SampleRef
 from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import Recipe
+from terrace.recipe.stretches import last_stretch
 
 
 def held_out_packs(
     recipe: Recipe, stage_index: int, prepared: Any, max_samples_per_kind: int | None = None
 ) -> dict[str, list[PackedExample]]:
-    """Packs of held-out samples by kind, at the stage's sequence length and resolution; kinds without any are left out.
+    """Packs of held-out samples by kind, at the sequence length and resolution of the stage's end; kinds without any are left out.
 
     `max_samples_per_kind` (default: the stage's `evaluate.max_samples_per_kind`) is shared between a kind's sources.
     """
@@ -40,6 +41,7 @@ def held_out_specs(
 ) -> dict[str, list[PackSpec]]:
     """The packs of `held_out_packs`, by reference."""
     stage = recipe.stages[stage_index]
+    end = last_stretch(stage).pixels  # of a stage that changes inside, so that before and after are measured alike
     most = max_samples_per_kind or stage.evaluate.max_samples_per_kind
     by_kind: dict[str, list[EligibleSource]] = {}
     for name in stage.mixture.weights:
@@ -53,10 +55,10 @@ def held_out_specs(
                 source,
                 prepared.indexes[name],
                 rows,
-                (stage.pixels.min, stage.pixels.max),
+                (end.min, end.max),
                 stage.sequence_length,
                 stage.data_loading.max_visual_tokens_per_pack,
-                needs_targets=stage.objective == "lm",
+                needs_targets=OBJECTIVES[stage.objective].needs_targets,
             )
             if OBJECTIVES[stage.objective].fixed_packs:
                 kept = with_one_picture(kept, prepared.indexes[name])
@@ -75,6 +77,7 @@ def _pack_kind(sources: list[EligibleSource], most: int, seed: int, stage: Any) 
                 chosen.append((source, source.take(order[turn : turn + 1])))
     column = {name: [int(getattr(items, name)[0]) for _, items in chosen] for name in Items.__dataclass_fields__}
     lengths, visual = np.asarray(column["lengths"]), np.asarray(column["visual_tokens"])
+    end = last_stretch(stage).pixels
     if OBJECTIVES[stage.objective].fixed_packs:
         packs = fixed_groups(len(chosen), stage.batch.samples_per_pack)
     else:
@@ -91,6 +94,7 @@ def _pack_kind(sources: list[EligibleSource], most: int, seed: int, stage: Any) 
             window=0,
             pixels_max=tuple(column["pixels_max"][m] for m in members),
             spans=tuple(None if column["stops"][m] < 0 else (column["starts"][m], column["stops"][m]) for m in members),
+            pixels=None if end == stage.pixels else (end.min, end.max),
         )
         for number, members in enumerate(packs)
     ]

@@ -28,7 +28,7 @@ from ray.data.datasource import ReadTask
 from terrace.data.stream.allocator import keep_freed_memory
 from terrace.data.stream.tasks import PackTask, TaskSettings, run_task
 from terrace.data.types import PackedExample
-from terrace.errors import DamagedData, TerraceError
+from terrace.errors import TerraceError
 from terrace.families.interface import Family
 from terrace.recipe.schema import Stage
 
@@ -248,8 +248,8 @@ def _terrace_error(error: BaseException | None) -> TerraceError | None:
     """The error of a decode task inside Ray's wrappers."""
     seen = 0
     while error is not None and seen < 10:
-        if isinstance(error, TerraceError):
-            return error if type(error).__module__.startswith("terrace") else DamagedData(str(error))
+        if isinstance(error, TerraceError) and type(error).__module__.startswith("terrace"):
+            return error  # not Ray's class of the same base, whose text is a coloured trace
         error = getattr(error, "cause", None) or error.__cause__
         seen += 1
     return None

@@ -55,7 +55,7 @@ class TaskSettings:
             CollateSettings(
                 tokenizer_dir=str(prepared.tokenizer_dir),
                 family=family_of(recipe.model),
-                pixels=(stage.pixels.min, stage.pixels.max),
+                pixels=(stage.pixels.min, stage.pixels.max),  # a pack behind a change brings its own
                 sequence_length=stage.sequence_length,
                 max_image_pixels=data.max_image_pixels,
                 supervise={name: data.sources[name].supervise for name in names},

@@ -18,6 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -43,6 +44,20 @@ class Features:
     def total(self) -> torch.Tensor:
         """The sum of everything that reaches the language model."""
         return self.pooled.sum() + sum((tensor.sum() for tensor in self.deep), torch.zeros((), device=self.pooled.device))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One router over t tokens and E experts."""
+
+    probabilities: torch.Tensor  # float32 [t, E], rows that sum to 1, with gradient
+    experts: torch.Tensor  # int64 [t, k]: where each token goes
+
+    def counts(self, tokens: int) -> torch.Tensor:
+        """float32 [E]: assignments of the first `tokens` tokens to each expert."""
+        chosen = self.experts[:tokens].reshape(-1)
+        zeros = torch.zeros(self.probabilities.shape[1], device=chosen.device)
+        return zeros.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=torch.float32))
 
 
 PUBLISHED = (  # spellings on the hub, the first that fits
@@ -73,7 +88,9 @@ class FamilyModel:
     head: ClassVar[str] = "lm_head.weight"
     segmented: ClassVar[bool] = True  # samples of a pack stand in one sequence; False: side by side, with transformers' own attention
     starts_around: ClassVar[int] = 0  # so many modules further out the class initialises weights too
+    held_buffers: ClassVar[tuple[str, ...]] = ()  # last names of buffers that a checkpoint keeps: here parameters that never train
     tower_attention: ClassVar[str] = "sdpa"  # `segments`: the tower takes images one after another with boundaries of its own
+    code: ClassVar[Mapping[str, str]] = {}  # of a class that transformers lacks: `auto_map` of an export's config.json
     mean: ClassVar[Sequence[float]] = (0.48145466, 0.4578275, 0.40821073)
     std: ClassVar[Sequence[float]] = (0.26862954, 0.26130258, 0.27577711)
 
@@ -111,7 +128,15 @@ class FamilyModel:
 
     def unused(self, config: Any, names: Iterable[str]) -> list[str]:
         """Parameters that never get a gradient, whatever trains: they stay frozen, which the log and the plan say."""
-        return []
+        return [name for name in names if name.rpartition(".")[2] in self.held_buffers]
+
+    def may_be_new(self, name: str) -> bool:
+        """Whether a tensor starts random where its part's checkpoint has none: it is no tensor of the part's own class."""
+        return False
+
+    def position_tables(self, names: Iterable[str]) -> list[str]:
+        """Learned positions of the tower's patches, one row each, behind those of other tokens."""
+        return [name for name in names if self.part_of(name) == "vision" and "position_embedding" in name]
 
     def canonical_name(self, name: str) -> str:
         """A tensor name of any published spelling, or of a tower's or language model's own checkpoint, as transformers names it here."""
@@ -122,15 +147,52 @@ class FamilyModel:
                 return here + name.removeprefix(published)
         return name
 
+    def canonical_names(self, stored: str) -> tuple[str, ...]:
+        """The tensors that a stored one holds, or a piece of: usually one, `canonical_name`."""
+        return (self.canonical_name(stored),)
+
     def published_name(self, name: str) -> str:
         """The inverse: the spelling in which the family's weights are published, which every loader reads."""
         return name
+
+    def code_files(self) -> list[Path]:
+        """Files that an export carries because `code` names them, or they are imported there."""
+        return []
 
     def vision(self, model: Any) -> Any:
         return model.model.vision_tower
 
     def language(self, model: Any) -> Any:
         return model.model.language_model
+
+    def stored(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+        """What an export writes of a tensor, by published name."""
+        return {self.published_name(name): tensor}
+
+    def joined(self, name: str, pieces: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> torch.Tensor:
+        """The tensor `name` from what a directory with this configuration stores of it, by stored name. Also asked on the meta
+        device, for its shape."""
+        [tensor] = pieces.values()
+        return tensor
+
+    # ------------------------------------------------------------ a mixture of experts
+
+    def routers(self, model: Any) -> list[Any]:
+        """The modules that send tokens to experts, in the order of layers; none in a dense model."""
+        return []
+
+    def choice(self, router: Any, output: Any) -> Choice:
+        """What a router's output says."""
+        raise NotImplementedError
+
+    def dropped(self, model: Any) -> list[torch.Tensor]:
+        """Assignments that the experts of each layer left out in the last forward pass with gradients; empty where none ever does."""
+        return []
+
+    def dense_sources(self, name: str) -> tuple[str, ...]:
+        """The dense tensors that each expert of a tensor [experts, rows, columns] is a copy of, one under the other, when a dense
+        model is upcycled; empty for other tensors."""
+        return ()
 
     # ------------------------------------------------------------ pixels
 

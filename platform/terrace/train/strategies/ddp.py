@@ -18,14 +18,8 @@ from terrace.models.build import materialise
 from terrace.models.precision import compute_context
 from terrace.models.weights import TensorSource
 from terrace.train.loss_scale import LossScale
-from terrace.train.strategies.interface import (
-    OPTIMIZER_KINDS,
-    Kind,
-    Setup,
-    StepModule,
-    optimizer_arguments,
-    torch_groups,
-)
+from terrace.train.optimizers import Kind, Optimizers
+from terrace.train.strategies.interface import Setup, StepModule
 
 
 class DataParallel:
@@ -42,8 +36,7 @@ class DataParallel:
         self._synchronised = context.world_size > 1
         if self._synchronised:
             self._module = DistributedDataParallel(self._module, forward_sync_buffers=False, gradient_as_bucket_view=True)
-        groups = torch_groups(setup.groups, self._parameters)
-        self._optimizer = torch.optim.AdamW(groups, fused=True, **optimizer_arguments(stage))
+        self._optimizers = Optimizers(stage, setup.groups, self._parameters, lambda target, whole: target.copy_(whole))
         self._trained = [name for group in setup.groups for name in group.names]
 
     def loss(self, batch: Any) -> torch.Tensor:
@@ -74,44 +67,42 @@ class DataParallel:
             torch.nn.utils.clip_grads_with_norm_([self._parameters[name] for name in self._trained], limit, norm)
         return float(norm)
 
+    def gradient_square(self) -> float:
+        gradients = [p.grad for p in (self._parameters[name] for name in self._trained) if p.grad is not None]
+        factor = self._world_size * (self.loss_scale.value if self.loss_scale else 1.0)
+        return (float(torch.nn.utils.get_total_norm(gradients)) / factor) ** 2
+
     def step(self, learning_rates: list[float]) -> None:
-        for group, rate in zip(self._optimizer.param_groups, learning_rates, strict=True):
-            group["lr"] = rate
-        self._optimizer.step()
-        self.discard()
+        self._optimizers.step(learning_rates)
 
     def discard(self) -> None:
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizers.zero()
 
     def tensors(self, kind: Kind) -> Iterator[tuple[str, torch.Tensor]]:
         if kind == "weights":
             for name, parameter in self._parameters.items():
                 yield name, parameter.detach()
             return
-        for name in self._trained:
-            state = self._optimizer.state.get(self._parameters[name])
-            if state:
-                yield name, state[kind]
+        yield from self._optimizers.tensors(kind)
 
     def optimizer_steps(self) -> dict[str, int]:
-        states = {name: self._optimizer.state.get(self._parameters[name]) for name in self._trained}
-        return {name: int(state["step"]) for name, state in states.items() if state}
+        return self._optimizers.steps()
+
+    def state_kinds(self, name: str) -> tuple[Kind, ...]:
+        return self._optimizers.kinds(name)
 
     def load_weights(self, source: TensorSource) -> None:
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(source(name))
+        self._optimizers.restart_average()
 
     def hold_below(self, name: str, highest: float) -> None:
         with torch.no_grad():
             self._parameters[name].clamp_(max=highest)
 
     def load_optimizer(self, source: Callable[[Kind, str], torch.Tensor], steps: dict[str, int]) -> None:
-        for name, count in steps.items():
-            parameter = self._parameters[name]
-            state: dict[str, torch.Tensor] = {
-                "step": torch.tensor(float(count), dtype=torch.float32, device=parameter.device)
-            }
-            for kind in OPTIMIZER_KINDS:
-                state[kind] = source(kind, name).to(parameter.device, torch.float32).clone()
-            self._optimizer.state[parameter] = state
+        self._optimizers.load(source, steps)
+
+    def load_average(self, source: TensorSource) -> None:
+        self._optimizers.load_average(source)

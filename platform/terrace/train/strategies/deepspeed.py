@@ -1,7 +1,7 @@
 """ZeRO-1, 2 and 3 through DeepSpeed; the only file that imports it.
 
 Optimizer state is split over ranks (1), gradients too (2), parameters too (3), with offload of optimizer and
-parameters to host memory or NVMe. The optimizer is torch's AdamW with the same groups as everywhere; clipping is
+parameters to host memory or NVMe. The optimizer is torch's AdamW or SGD with the same groups as everywhere; clipping is
 DeepSpeed's, at the recipe's limit. bf16: compute weights in bf16, float32 masters, float32 reduction. Trained and
 frozen parameters may be mixed at will.
 
@@ -26,16 +26,9 @@ from terrace.models.precision import DTYPES
 from terrace.models.weights import TensorSource
 from terrace.recipe.schema import Stage
 from terrace.train.loss_scale import LossScale
+from terrace.train.optimizers import Kind, kinds_of, torch_groups, torch_optimizer
 from terrace.train.strategies.build_locks import build_root, remove_abandoned_locks
-from terrace.train.strategies.interface import (
-    OPTIMIZER_KINDS,
-    Kind,
-    Setup,
-    StepModule,
-    optimizer_arguments,
-    scalars_as_vectors,
-    torch_groups,
-)
+from terrace.train.strategies.interface import Setup, StepModule, scalars_as_vectors
 from terrace.worker.context import WorkerContext, data_place
 
 BUCKET = 500_000_000  # gradients that are reduced at once, DeepSpeed's default
@@ -64,7 +57,9 @@ class Zero:
             deepspeed.zero.Init(module=self.model, config_dict_or_path=configuration, mem_efficient_linear=False)
         self._parameters: dict[str, Any] = dict(self.model.named_parameters())
         self._trained = [name for group in setup.groups for name in group.names]
-        optimizer = torch.optim.AdamW(torch_groups(setup.groups, self._parameters), fused=True, **optimizer_arguments(stage))
+        # The partitions are flat, so only rules that treat every number alike come here: the recipe's rules see to it.
+        self._kinds = kinds_of(setup.groups[0].rule, stage, dimensions=1)
+        optimizer = torch_optimizer(setup.groups[0].rule, stage, torch_groups(setup.groups, self._parameters))
         self._frozen_masters = _keep_frozen_masters(self._parameters, setup.source, stage)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=StepModule(self.model, setup.loss),
@@ -114,7 +109,7 @@ class Zero:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
         if kind != "weights":
-            for name in self._trained:
+            for name in self._trained if kind in self._kinds else ():
                 if self._steps[name]:
                     yield name, safe_get_full_optimizer_state(self._parameters[name], kind).view(self._shape(name))
             return
@@ -134,6 +129,15 @@ class Zero:
 
     def optimizer_steps(self) -> dict[str, int]:
         return {name: count for name, count in self._steps.items() if count}
+
+    def state_kinds(self, name: str) -> tuple[Kind, ...]:
+        return self._kinds
+
+    def load_average(self, source: TensorSource) -> None:
+        """There is none: the recipe's rules ask for ddp or fsdp."""
+
+    def gradient_square(self) -> float:
+        raise NotImplementedError("partitions are reduced before they can be measured; the recipe's rules ask for ddp")
 
     def load_weights(self, source: TensorSource) -> None:
         for name in self._parameters:
@@ -175,20 +179,21 @@ class Zero:
         for number, state in enumerate(self._flat_states()):
             for value in state.values():
                 value.zero_()
-            state["step"] += float(max(counts[owners[number] if owners else number]))
+            if "step" in state:
+                state["step"] += float(max(counts[owners[number] if owners else number]))
         for name, count in steps.items():
-            for kind in OPTIMIZER_KINDS:
+            for kind in self._kinds:
                 whole = source(kind, name).float().to(self._parameters[name].device)
                 whole = whole.view(1) if name in self._scalars else whole
                 safe_set_full_optimizer_state(self._parameters[name], whole, kind)
             self._steps[name] = count
 
     def _flat_states(self) -> list[dict[str, torch.Tensor]]:
-        """The AdamW state of this rank's flat partitions, one per group (and per sub-group under ZeRO-3)."""
+        """The optimizer's state of this rank's flat partitions, one per group (and per sub-group under ZeRO-3)."""
         return [self._optimizer.optimizer.state[flat] for flat in _flat_partitions(self._optimizer)]
 
     def _create_state(self) -> None:
-        """Create the AdamW state before the first step.
+        """Create the optimizer's state before the first step.
 
         ZeRO-1 and 2 link parameters to their state after the first group's first step, when the other groups have
         none yet.
@@ -196,14 +201,15 @@ class Zero:
         swapped = getattr(self._optimizer, "_swappable_optimizer_subgroup", lambda number: False)
         for number, flat in enumerate(_flat_partitions(self._optimizer)):
             state = self._optimizer.optimizer.state[flat]
-            state["step"] = torch.zeros((), device=flat.device)
+            if "exp_avg" in self._kinds:
+                state["step"] = torch.zeros((), device=flat.device)
             if swapped(number):  # on NVMe: the partition is empty but for the time that it is swapped in
                 self._optimizer._optimizer_states_and_gradient_swap_in(number)
-            for kind in OPTIMIZER_KINDS:
+            for kind in self._kinds:
                 state[kind] = torch.zeros_like(flat.data)
             if swapped(number):
                 self._optimizer._optimizer_states_and_gradient_swap_out(number)
-        if self._zero_stage != 3:
+        if self._zero_stage != 3 and self._kinds:
             self._optimizer._lazy_init_hp_params_optimizer_state()
 
 
@@ -212,7 +218,7 @@ class Zero:
 
 
 def _flat_partitions(optimizer: Any) -> list[torch.Tensor]:
-    """This rank's float32 partitions, which are the keys of AdamW's state."""
+    """This rank's float32 partitions, which are the keys of the optimizer's state."""
     for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
         if hasattr(optimizer, attribute):
             return list(getattr(optimizer, attribute))

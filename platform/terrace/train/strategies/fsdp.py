@@ -27,15 +27,8 @@ from terrace.models.precision import DTYPES
 from terrace.models.weights import TensorSource
 from terrace.recipe.schema import Stage
 from terrace.train.loss_scale import LossScale
-from terrace.train.strategies.interface import (
-    OPTIMIZER_KINDS,
-    Kind,
-    Setup,
-    StepModule,
-    optimizer_arguments,
-    scalars_as_vectors,
-    torch_groups,
-)
+from terrace.train.optimizers import Kind, Optimizers
+from terrace.train.strategies.interface import Setup, StepModule, scalars_as_vectors
 from terrace.worker.context import WorkerContext
 
 
@@ -61,10 +54,9 @@ class FullyShard:
         self._parameters: dict[str, Any] = dict(self.model.named_parameters())
         for name, parameter in self._parameters.items():
             parameter.requires_grad_(trainable[name])
-        self.load_weights(setup.source)
+        self._fill_weights(setup.source)
         self._trained = [name for group in setup.groups for name in group.names]
-        groups = torch_groups(setup.groups, self._parameters)
-        self._optimizer = torch.optim.AdamW(groups, fused=True, **optimizer_arguments(stage))
+        self._optimizers = Optimizers(stage, setup.groups, self._parameters, _fill)
 
     def loss(self, batch: Any) -> torch.Tensor:
         with torch.no_grad():
@@ -94,33 +86,32 @@ class FullyShard:
             torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
         return float(norm)
 
+    def gradient_square(self) -> float:
+        raise NotImplementedError("shards are reduced before they can be measured; the recipe's rules ask for ddp")
+
     def step(self, learning_rates: list[float]) -> None:
-        for group, rate in zip(self._optimizer.param_groups, learning_rates, strict=True):
-            group["lr"] = rate
-        self._optimizer.step()
-        self.discard()
+        self._optimizers.step(learning_rates)
 
     def discard(self) -> None:
-        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizers.zero()
 
     def tensors(self, kind: Kind) -> Iterator[tuple[str, torch.Tensor]]:
-        if kind == "weights":
-            for name, parameter in self._parameters.items():
-                yield name, self._shaped(name, _whole(parameter.detach(), self._device))
-            return
-        for name in self._trained:
-            state = self._optimizer.state.get(self._parameters[name])
-            if state:
-                yield name, self._shaped(name, _whole(state[kind], self._device))
-
-    def _shaped(self, name: str, whole: torch.Tensor) -> torch.Tensor:
-        return whole.reshape(()) if name in self._scalars else whole
+        found = ((n, p.detach()) for n, p in self._parameters.items()) if kind == "weights" else self._optimizers.tensors(kind)
+        for name, tensor in found:
+            whole = _whole(tensor, self._device)
+            yield name, whole.reshape(()) if name in self._scalars else whole
 
     def optimizer_steps(self) -> dict[str, int]:
-        states = {name: self._optimizer.state.get(self._parameters[name]) for name in self._trained}
-        return {name: int(state["step"]) for name, state in states.items() if state}
+        return self._optimizers.steps()
+
+    def state_kinds(self, name: str) -> tuple[Kind, ...]:
+        return self._optimizers.kinds(name)
 
     def load_weights(self, source: TensorSource) -> None:
+        self._fill_weights(source)
+        self._optimizers.restart_average()
+
+    def _fill_weights(self, source: TensorSource) -> None:
         for module in self._module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -133,13 +124,10 @@ class FullyShard:
             _local(self._parameters[name]).clamp_(max=highest)
 
     def load_optimizer(self, source: Callable[[Kind, str], torch.Tensor], steps: dict[str, int]) -> None:
-        for name, count in steps.items():
-            parameter = self._parameters[name]
-            state: dict[str, Any] = {"step": torch.tensor(float(count), device=self._device)}
-            for kind in OPTIMIZER_KINDS:
-                state[kind] = torch.zeros_like(parameter.detach())
-                _fill(state[kind], source(kind, name))
-            self._optimizer.state[parameter] = state
+        self._optimizers.load(source, steps)
+
+    def load_average(self, source: TensorSource) -> None:
+        self._optimizers.load_average(source)
 
 
 def _shard(module: Any, model: Any, stage: Stage, context: WorkerContext, on_host: bool) -> None:

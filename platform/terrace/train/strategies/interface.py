@@ -7,9 +7,9 @@ collective: all ranks call it in the same order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -18,10 +18,9 @@ from terrace.models.weights import TensorSource
 from terrace.recipe.schema import Stage
 from terrace.train.loss_scale import LossScale
 from terrace.train.optimizer import ParameterGroup
+from terrace.train.optimizers import Kind
 from terrace.worker.context import WorkerContext
 
-Kind = Literal["weights", "exp_avg", "exp_avg_sq"]
-OPTIMIZER_KINDS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq")
 Loss = Callable[[Any, Any], torch.Tensor]  # (transformers model, batch) -> summed loss, float32 scalar
 
 
@@ -59,19 +58,28 @@ class Strategy(Protocol):
         """Drop the gradients."""
 
     def tensors(self, kind: Kind) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, whole float32 tensor) in the same order on every rank; optimizer kinds for trained parameters only."""
+        """(name, whole float32 tensor) in the same order on every rank, of the parameters that have state of the kind."""
 
     def optimizer_steps(self) -> dict[str, int]:
         """Steps the optimizer has made, per trained parameter."""
 
+    def state_kinds(self, name: str) -> tuple[Kind, ...]:
+        """The kinds of optimizer state that a trained parameter has once it was stepped."""
+
     def load_weights(self, source: TensorSource) -> None:
-        """Replace every weight."""
+        """Replace every weight. An average of the weights begins anew."""
 
     def hold_below(self, name: str, highest: float) -> None:
         """Lower the numbers of a weight that lie above `highest` to it."""
 
     def load_optimizer(self, source: Callable[[Kind, str], torch.Tensor], steps: dict[str, int]) -> None:
         """Replace the optimizer's state of the parameters in `steps`."""
+
+    def load_average(self, source: TensorSource) -> None:
+        """Replace the average of the weights, where the stage keeps one."""
+
+    def gradient_square(self) -> float:
+        """Squared norm of the gradient that this rank has accumulated by itself before its last pack, as one of `loss * scale`."""
 
 
 class StepModule(nn.Module):
@@ -93,16 +101,3 @@ def scalars_as_vectors(model: Any) -> set[str]:
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(parameter.detach().reshape(1), parameter.requires_grad))
     return set(scalars)
-
-
-def optimizer_arguments(stage: Stage) -> dict[str, Any]:
-    """Keyword arguments of AdamW that do not depend on the group."""
-    return {"betas": tuple(stage.optimizer.betas), "eps": stage.optimizer.eps}
-
-
-def torch_groups(groups: list[ParameterGroup], parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The groups as a torch optimizer takes them; their learning rates are set before every step."""
-    return [
-        {"params": [parameters[name] for name in group.names], "lr": 0.0, "weight_decay": group.weight_decay}
-        for group in groups
-    ]

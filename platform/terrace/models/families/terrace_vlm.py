@@ -1,0 +1,77 @@
+"""A model of parts with torch: its class and configuration are ours (models.modules), and an export carries their files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+import terrace.models.modules as modules
+from terrace.families.llava import idle_blocks
+from terrace.models.families.interface import Choice, FamilyModel
+from terrace.models.modules.configuration_terrace_vlm import TerraceVlmConfig
+from terrace.models.modules.modeling_terrace_vlm import TerraceVlmForConditionalGeneration
+from terrace.models.modules.sparse_mlp import SparseMlp
+from terrace.recipe.schema import PartName
+
+AutoConfig.register(TerraceVlmConfig.model_type, TerraceVlmConfig, exist_ok=True)
+AutoModelForImageTextToText.register(TerraceVlmConfig, TerraceVlmForConditionalGeneration, exist_ok=True)
+
+
+BEHIND_THE_QUERIES = "model.multi_modal_projector.output_"
+
+
+class TerraceVlmFamily(FamilyModel):
+    code: ClassVar[Mapping[str, str]] = {
+        "AutoConfig": "configuration_terrace_vlm.TerraceVlmConfig",
+        "AutoModelForImageTextToText": "modeling_terrace_vlm.TerraceVlmForConditionalGeneration",
+    }
+
+    @property
+    def mean(self) -> tuple[float, ...]:  # type: ignore[override]
+        return self.family.mean  # type: ignore[attr-defined]
+
+    @property
+    def std(self) -> tuple[float, ...]:  # type: ignore[override]
+        return self.family.std  # type: ignore[attr-defined]
+
+    def part_of(self, name: str) -> PartName:
+        behind = self.family.output_in_tower and name.startswith(BEHIND_THE_QUERIES)  # type: ignore[attr-defined]
+        return "vision" if behind else super().part_of(name)
+
+    def may_be_new(self, name: str) -> bool:
+        return name.startswith(BEHIND_THE_QUERIES)
+
+    def routers(self, model: Any) -> list[Any]:
+        return [layer.mlp.gate for layer in self.blocks_of(model, "language") if isinstance(layer.mlp, SparseMlp)]
+
+    def choice(self, router: Any, output: Any) -> Choice:
+        probabilities = output.float().flatten(0, -2).softmax(dim=-1)
+        return Choice(probabilities, probabilities.topk(self.family.experts_per_token, dim=-1).indices)  # type: ignore[attr-defined]
+
+    def dropped(self, model: Any) -> list[torch.Tensor]:
+        layers = self.blocks_of(model, "language")
+        return [layer.mlp.dropped for layer in layers if isinstance(layer.mlp, SparseMlp) and layer.mlp.dropped is not None]
+
+    def dense_sources(self, name: str) -> tuple[str, ...]:
+        layer, _, leaf = name.rpartition(".mlp.")
+        found = {"gate_up_proj": ("gate_proj.weight", "up_proj.weight"), "down_proj": ("down_proj.weight",)}.get(leaf, ())
+        return tuple(f"{layer}.mlp.{source}" for source in found)
+
+    def code_files(self) -> list[Path]:
+        return sorted(path for path in Path(modules.__path__[0]).glob("*.py") if path.name != "__init__.py")
+
+    def unused(self, config: Any, names: Iterable[str]) -> list[str]:
+        """What lies behind the layer whose features are taken; CLIP's last norm is for its class token alone."""
+        depth = config.vision_config.num_hidden_layers
+        idle = idle_blocks(config.to_dict())
+        behind = [f"{self.blocks['vision']}.{number}." for number in range(depth - idle, depth)]
+        if idle or config.vision_config.model_type == "clip_vision_model":
+            behind.append("model.vision_tower.post_layernorm.")
+        return [name for name in names if name.startswith(tuple(behind))]
+
+
+MODEL = TerraceVlmFamily

@@ -1,0 +1,226 @@
+"""Heads that predict tokens further ahead, as one module `heads` of a model: MTP blocks or Medusa heads.
+
+MTP (MiMo, DeepSeek-V3), depth k at row i, with h of depth 0 the model's own hidden state after its final norm:
+
+    h_k[i] = norm(block(Linear(2H -> H)(concat[RMSNorm(h_{k-1}[i]), RMSNorm(embedding(token[i + k]))])))
+    the model's own output layer on h_k[i] predicts token[i + k + 1]
+
+The block and its norm are a language model of one layer of the model's own class, so positions and attention are those of the family. A
+token's embedding is that of its id: a picture's placeholder has its own, not the picture's features. Medusa: head k (from 1) predicts
+token[i + k + 1] from the model's hidden state by x + SiLU(Linear(x)) and an output layer of its own, which starts as the model's.
+
+Parameters are named `heads.…` and belong to none of the model's parts. An export has them in `final/heads/`, not among the model's tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from terrace.errors import InputError
+from terrace.models.build import restore_buffers
+from terrace.models.families.registry import family_of_model
+from terrace.models.head import LossHead
+from terrace.models.parts import HEADS as PREFIX
+from terrace.models.parts import mtp_models
+from terrace.models.weights import TensorSource, random_source
+
+FOLDER = "heads"  # beside an exported model
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+def is_head(name: str) -> bool:
+    """Whether a parameter belongs to the heads."""
+    return name.startswith(PREFIX)
+
+
+class MtpBlock(nn.Module):
+    """One depth."""
+
+    def __init__(self, language: Any, config: Any) -> None:
+        super().__init__()
+        config = copy.deepcopy(config)
+        config.num_hidden_layers = 1
+        if kinds := getattr(config, "layer_types", None):
+            config.layer_types = ["full_attention" if "full_attention" in kinds else kinds[-1]]
+        self.block = type(language)(config)
+        self.block.embed_tokens = nn.Identity()  # the embeddings are the model's
+        self.hidden_layernorm, self.token_layernorm = copy.deepcopy(self.block.norm), copy.deepcopy(self.block.norm)
+        self.input_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self, hidden: torch.Tensor, embeddings: torch.Tensor, positions: torch.Tensor, attention: Mapping[str, Any]
+    ) -> torch.Tensor:
+        """hidden and embeddings [1, L, H], positions as the language model takes them -> [L, H]."""
+        joined = self.input_proj(torch.cat([self.hidden_layernorm(hidden), self.token_layernorm(embeddings)], dim=-1))
+        output = self.block(inputs_embeds=joined, position_ids=positions, attention_mask=None, use_cache=False, **attention)
+        return output.last_hidden_state[0]
+
+
+class MtpHeads(nn.Module):
+    kind = "mtp"
+
+    def __init__(self, model: Any, count: int) -> None:
+        super().__init__()
+        language = family_of_model(model).language(model)
+        self.layers = nn.ModuleList(MtpBlock(language, model.config.text_config) for _ in range(count))
+
+    @property
+    def count(self) -> int:
+        return len(self.layers)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(width, width, bias=False)])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + F.silu(self.layers[0](x))
+
+
+class MedusaHeads(nn.Module):
+    kind = "medusa"
+
+    def __init__(self, model: Any, count: int) -> None:
+        super().__init__()
+        width, vocabulary = model.config.text_config.hidden_size, model.config.text_config.vocab_size
+        self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(count))
+        self.lm_heads = nn.ModuleList(LossHead(width, vocabulary, bias=False) for _ in range(count))
+
+    @property
+    def count(self) -> int:
+        return len(self.blocks)
+
+
+def attach_heads(model: Any, kind: str, count: int) -> None:
+    """Put heads into a skeleton; memory and weights come with the model's."""
+    with torch.device("meta"):
+        model.heads = (MtpHeads if kind == "mtp" else MedusaHeads)(model, count)
+    for block in mtp_models(model):
+        block.config._attn_implementation = model.config.text_config._attn_implementation
+
+
+def mtp_hidden(
+    model: Any, depth: int, hidden: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor, attention: Mapping[str, Any]
+) -> torch.Tensor:
+    """h of depth `depth` (from 1), [L, H], from that of the depth before [L, H], tokens int64 [L] and positions [P, 1, L]."""
+    family = family_of_model(model)
+    embeddings = family.language(model).embed_tokens(tokens.unsqueeze(0))
+    positions = positions if family.family.position_rows > 1 else positions[0]
+    return model.heads.layers[depth - 1](hidden.unsqueeze(0), embeddings, positions, attention)
+
+
+# ---------------------------------------------------------------- weights and files
+
+
+def source_with_heads(skeleton: Any, source: TensorSource, start: Path | None, seed: int) -> TensorSource:
+    """The source of a model with heads: those of the stage it starts from, where it has such, else their first weights."""
+    family, heads = family_of_model(skeleton), skeleton.heads
+    stored = read_heads(start / FOLDER, heads.kind, heads.count) if start is not None else None
+    tied = bool(getattr(skeleton.config, "tie_word_embeddings", False))
+    shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters() if is_head(name)}
+    random = random_source(skeleton, seed)
+
+    def read(name: str) -> torch.Tensor:
+        if not is_head(name):
+            return source(name)
+        if stored is not None:
+            return stored[name]
+        if heads.kind == "medusa":
+            return source(family.embedding if tied else family.head).clone() if "lm_heads" in name else torch.zeros(shapes[name])
+        return random(name)
+
+    return read
+
+
+def stored_name(name: str) -> str:
+    """The name of a head's tensor in a file: Medusa's as vLLM reads them, MTP's as MiMo published them."""
+    name = name.removeprefix(PREFIX)
+    if not name.startswith("layers."):
+        return name
+    _, number, rest = name.split(".", 2)
+    return f"model.mtp_layers.{number}.{rest.replace('block.layers.0.', '').replace('block.norm.', 'final_layernorm.')}"
+
+
+def without_heads(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of the model itself."""
+    return {name: tensor for name, tensor in state.items() if not is_head(name)}
+
+
+def heads_config(model: Any) -> dict[str, Any]:
+    """config.json beside the heads."""
+    text, heads = model.config.text_config, model.heads
+    shared = {"hidden_size": text.hidden_size, "vocab_size": text.vocab_size}
+    if heads.kind == "medusa":
+        return {"model_type": "medusa", "architectures": ["MedusaModel"], "num_heads": heads.count, "num_hidden_layers": 1, **shared}
+    return {"model_type": "mtp", "num_nextn_predict_layers": heads.count, **shared}
+
+
+def write_heads(model: Any, state: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Write the heads' tensors out of a model's state (names of the model in training) into a folder of their own."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {stored_name(name): tensor.contiguous() for name, tensor in state.items() if is_head(name)}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    (folder / WEIGHTS).chmod(0o644)
+    (folder / CONFIG).write_text(json.dumps(heads_config(model), indent=2, sort_keys=True) + "\n")
+
+
+def describe_heads(folder: Path) -> tuple[str, int] | None:
+    """(kind, count) of the heads in a folder; None where there are none."""
+    if not (folder / CONFIG).is_file():
+        return None
+    config = json.loads((folder / CONFIG).read_text())
+    return ("medusa", config["num_heads"]) if config["model_type"] == "medusa" else ("mtp", config["num_nextn_predict_layers"])
+
+
+def read_heads(folder: Path, kind: str, count: int) -> dict[str, torch.Tensor] | None:
+    """The tensors of stored heads under the names of a model in training. None where there are none. Raises InputError for others."""
+    from safetensors.torch import load_file
+
+    found = describe_heads(folder)
+    if found is None:
+        return None
+    if found != (kind, count):
+        raise InputError(
+            f"{folder} holds {found[1]} heads of kind {found[0]}, the stage trains {count} of kind {kind}: change the stage, or start it "
+            "from a stage without heads (`start_from`)"
+        )
+    tensors = {}
+    for name, tensor in load_file(folder / WEIGHTS).items():
+        if name.startswith("model.mtp_layers."):
+            number, rest = name.removeprefix("model.mtp_layers.").split(".", 1)
+            own = rest.split(".")[0] in ("hidden_layernorm", "token_layernorm", "input_proj")
+            rest = rest if own else rest.replace("final_layernorm.", "block.norm.") if "final" in rest else f"block.layers.0.{rest}"
+            name = f"layers.{number}.{rest}"
+        tensors[PREFIX + name] = tensor
+    return tensors
+
+
+def load_with_heads(model: Any, folder: Path) -> None:
+    """Give a whole model (on a device) the heads in a folder. Raises InputError if there are none."""
+    found = describe_heads(folder)
+    if found is None:
+        raise InputError(f"{folder} holds no heads: name the final/ of a stage of objective mtp or medusa")
+    attach_heads(model, *found)
+    tensors = read_heads(folder, *found)
+    assert tensors is not None
+    place = next(model.parameters())
+    model.heads.to_empty(device=place.device).to(place.dtype)
+    for block in mtp_models(model):
+        restore_buffers(block)
+        block.to(place.device)
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
+    model.heads.eval().requires_grad_(False)

@@ -1,0 +1,64 @@
+"""A tower, a connector and a language model as one transformers model. An export carries this file and those it imports."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel
+from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
+
+from .configuration_terrace_vlm import TerraceVlmConfig
+from .connectors import make_connector
+from .q_former import QFormer
+from .resampler import Resampler
+from .sparse_mlp import SparseMlp
+
+
+class TerraceVlmPreTrainedModel(LlavaPreTrainedModel):
+    config: TerraceVlmConfig
+    config_class = TerraceVlmConfig
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, Resampler | QFormer):
+            init.trunc_normal_(module.query, std=0.02)
+        elif isinstance(module, SparseMlp):
+            init.normal_(module.gate_up_proj, std=0.02)
+            init.normal_(module.down_proj, std=0.02)
+
+
+class TerraceVlmModel(TerraceVlmPreTrainedModel, LlavaModel):
+    def __init__(self, config: TerraceVlmConfig) -> None:
+        LlavaPreTrainedModel.__init__(self, config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        vision_width, width = config.vision_config.hidden_size, config.text_config.hidden_size
+        self.multi_modal_projector = make_connector(config.connector, vision_width, width)
+        self.language_model = AutoModel.from_config(config.text_config)
+        if (sparse := config.experts) is not None:
+            inner, capacity = config.text_config.intermediate_size, sparse["capacity_factor"]
+            for number in sparse["layers"]:
+                self.language_model.layers[number].mlp = SparseMlp(width, inner, sparse["count"], sparse["per_token"], capacity)
+        self.post_init()
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """[N, 3, S, S] -> `pooler_output`, N tensors [T, H]."""
+        layer, vision = self.config.vision_feature_layer, self.config.vision_config
+        outputs = self.vision_tower(pixel_values, output_hidden_states=layer != -1, return_dict=True)
+        features = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
+        across = vision.image_size // vision.patch_size
+        patches = features[:, features.shape[1] - across * across :]  # without a class token
+        return BaseModelOutputWithPooling(pooler_output=list(self.multi_modal_projector(patches, across, across)))
+
+
+class TerraceVlmForConditionalGeneration(TerraceVlmPreTrainedModel, LlavaForConditionalGeneration):
+    def __init__(self, config: TerraceVlmConfig) -> None:
+        LlavaPreTrainedModel.__init__(self, config)
+        self.model = TerraceVlmModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+
+__all__ = ["TerraceVlmForConditionalGeneration", "TerraceVlmModel"]

@@ -1,0 +1,60 @@
+"""The recipe as one stage sees it: its model with every change that the stages on the way to it have made.
+
+A pure function of the recipe, so plan, data, training, resumes and exports agree on the model of a stage without anything
+written between them, and `start_from` an earlier stage is the way back. The recipe as written stays with the result
+(`Model.written`): identities are those of the written one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from terrace.families.registry import family_class
+from terrace.recipe.schema import Recipe
+from terrace.recipe.schema_changes import ModelChanges
+from terrace.recipe.schema_model import Model
+
+
+def stage_recipe(recipe: Recipe, index: int) -> Recipe:
+    """The recipe whose `model` is that of stage `index`. Calling it again, for whatever stage, begins from the written one."""
+    model = stage_model(recipe, index)
+    return recipe if model is recipe.model else recipe.model_copy(update={"model": model})
+
+
+def stage_model(recipe: Recipe, index: int) -> Model:
+    """The model of a stage: that of the recipe, changed by the stages that it descends from and by itself."""
+    written = recipe.model.written
+    changes = [change for place in _line_of(recipe, index) if (change := recipe.stages[place].model_changes) is not None]
+    if not changes or written.config is None:
+        return written
+    config: dict[str, Any] = dict(written.config)
+    for change in changes:
+        config = changed_config(config, change, written.architecture)
+    return written.with_config(config)
+
+
+def changed_config(config: dict[str, Any], changes: ModelChanges, architecture: str) -> dict[str, Any]:
+    """A configuration map after a stage's changes. The given one stays as it is."""
+    if changes.interpolate_positions is not None:
+        config = dict(family_class(architecture).resized(config, changes.interpolate_positions) or config)
+    if changes.upcycle is not None:
+        wanted = changes.upcycle.model_dump()
+        experts = {"count": wanted.pop("experts"), **wanted}
+        config = dict(family_class(architecture).upcycled(config, experts) or config)
+    if changes.rope_base is not None:
+        text = dict(config.get("text_config") or {})
+        rope = dict(text.get("rope_parameters") or {"rope_type": "default"})
+        text.pop("rope_theta", None)
+        config = {**config, "text_config": {**text, "rope_parameters": {**rope, "rope_theta": changes.rope_base}}}
+    return config
+
+
+def _line_of(recipe: Recipe, index: int) -> list[int]:
+    """The stages that a stage descends from, the first one first, and itself."""
+    names, line = [stage.name for stage in recipe.stages], [index]
+    while True:
+        place, start = line[-1], recipe.stages[line[-1]].start_from
+        before = place - 1 if start is None else names.index(start) if start in names[:place] else -1  # a mistake, said elsewhere
+        if before < 0:
+            return line[::-1]
+        line.append(before)

@@ -1,0 +1,66 @@
+"""Rules about changes of the model between stages: what the family can change, and what training may go on beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from terrace.errors import InputError
+from terrace.families.interface import Family
+from terrace.families.registry import family_class
+from terrace.recipe.changes import stage_model
+from terrace.recipe.errors import Path, Problem
+from terrace.recipe.schema import PARTS, Recipe, Stage
+
+
+def check(recipe: Recipe, stage: Stage, at: Path, index: int) -> Iterator[Problem]:
+    changes, key = stage.model_changes, (*at, "model_changes")
+    if changes is None:
+        return
+    if not changes.model_dump(exclude_none=True):
+        yield Problem(key, "changes nothing; name a change or leave it out")
+    if recipe.model.config is None:
+        yield Problem(key, "needs the configuration written out: model.config with model.init in place of model.pretrained")
+        return
+    try:
+        family = family_class(recipe.model.architecture)
+    except InputError:
+        return  # an unknown family, which is said already
+    side = changes.interpolate_positions
+    if side is not None:
+        if family.resized(recipe.model.config, side) is None:
+            yield Problem((*key, "interpolate_positions"), f"{family.name} has no learned positions of one fixed picture size to stretch")
+        else:
+            before = {message for _, message in family.check(recipe.model.config, True)}
+            for path, message in family.check(stage_model(recipe, index).config or {}, True):
+                if message not in before:
+                    yield Problem((*key, "interpolate_positions"), f"{'.'.join(path)}: {message}")
+        if stage.train.vision is not None and stage.train.vision.optimizer_state == "keep":
+            yield Problem(
+                (*at, "train", "vision", "optimizer_state"),
+                "the moments of stretched positions have no meaning: set optimizer_state: reset in a stage that interpolates them",
+            )
+    if changes.upcycle is not None:
+        yield from _upcycle(recipe, stage, at, index, family)
+    for part in PARTS:
+        training = getattr(stage.train, part)
+        if training is not None and training.lora is not None and training.optimizer_state == "keep":
+            yield Problem((*at, "train", part), "adapters cannot go on through a change of the model; set optimizer_state: reset")
+
+
+def _upcycle(recipe: Recipe, stage: Stage, at: Path, index: int, family: type[Family]) -> Iterator[Problem]:
+    wanted, key = stage.model_changes.upcycle, (*at, "model_changes", "upcycle")  # type: ignore[union-attr]
+    without = stage.model_copy(update={"model_changes": None})
+    stages = [without if place == index else one for place, one in enumerate(recipe.stages)]
+    before = stage_model(recipe.model_copy(update={"stages": stages}), index)
+    if family.upcycled(recipe.model.config or {}, {"count": 2, "per_token": 1, "layers": "all"}) is None:
+        yield Problem(key, f"the class of {family.name} has no mixture of experts; architecture terrace_vlm has")
+    elif (before.config or {}).get("experts") is not None:
+        yield Problem(key, "the model is a mixture of experts already, since an earlier stage")
+    if wanted.per_token > wanted.experts:
+        yield Problem((*key, "per_token"), f"{wanted.per_token} is more than the {wanted.experts} experts")
+    if stage.train.language is None:
+        yield Problem(key, "makes experts that begin as equal copies, and the language model is frozen in this stage: train `language`")
+    elif stage.train.language.optimizer_state == "keep":
+        yield Problem(
+            (*at, "train", "language", "optimizer_state"), "the moments of a dense layer are not its experts': set optimizer_state: reset"
+        )

@@ -1,0 +1,127 @@
+"""Any shipped recipe in miniature: the same stages, parts, objectives, mixtures and schedules on tiny shapes, rows and budgets.
+
+`tiny(name, folder)` writes rows of every kind that the recipe's sources are, and gives a recipe that trains in seconds. What a
+published size means (learning rates, tokens, memory) is gone; what a recipe says about stages is all there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from families import CONFIGS, PIXELS
+from PIL import Image
+
+from terrace.recipe.loading import load_recipe, parse_recipe
+from terrace.recipe.schema import Recipe
+
+FAST = ("llava-1.5-7b", "ui-tars-7b")  # in `make test`; the others are slow tests of the same kind
+ROWS = 24
+LENGTH, LONGER = 512, 768  # tokens of a pack: of the recipe's shortest sequences, and of longer ones
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220)}
+RUN = {
+    "precision": "fp32", "batch": {"packs": 2}, "checkpoint": {"every_steps": 1}, "loss_chunk_tokens": 64, "gates": [],
+    "data_loading": {"engine": "inline", "window_samples": 16}, "evaluate": {"max_samples_per_kind": 2}, "resources": {}, "parallel": {},
+    "failure": {}, "profile": {},
+}  # fmt: skip
+
+
+def tiny(name: str, folder: Path, steps: int = 2) -> Recipe:
+    """The shipped recipe `name` in miniature, over rows that are written into `folder`."""
+    recipe = load_recipe(name)
+    whole = recipe.model_dump(mode="json", exclude_none=True)
+    architecture = recipe.model.architecture
+    whole["model"] = {"architecture": architecture, "config": shrunk(recipe.model.config or {}, CONFIGS[architecture])}
+    whole["tokenizer"] = {"train_vocabulary_size": 400}
+    write_pictures(folder)
+    for source, values in whole["data"]["sources"].items():
+        path = folder / f"{source}.jsonl"
+        path.write_text("".join(json.dumps(ROW[values["kind"]](number, values)) + "\n" for number in range(ROWS)))
+        values |= {"uri": str(path), "holdout_samples": min(values["holdout_samples"], 2)}
+    shortest = min(stage.sequence_length for stage in recipe.stages)
+    for values in whole["stages"]:
+        values |= RUN | {"sequence_length": LENGTH if values["sequence_length"] == shortest else LONGER, "budget": {"steps": steps}}
+        values["schedule"]["warmup"] = min(values["schedule"]["warmup"], 1)  # more is a number of the published steps
+        low, high = PIXELS.get(architecture, (784, 12_544))
+        values["pixels"] = {"min": low, "max": high}
+        if (changes := values.get("model_changes")) and "interpolate_positions" in changes:
+            changes["interpolate_positions"] = 84  # from 56
+        if values["objective"] == "grpo":
+            values["grpo"] |= {"prompts_per_iteration": 2, "samples_per_prompt": 3, "max_response_tokens": 8, "max_sampling_rounds": 1,
+                               "engine": "native"}  # fmt: skip
+            values["rewards"] = {task: [{"name": "rl_rules:share_of_digits"}] for task in values["rewards"]}
+    whole.pop("planning", None)
+    return parse_recipe(whole, f"tiny-{name}")
+
+
+def shrunk(published: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
+    """The published configuration with tiny numbers where it has numbers; what it says else (norms, biases, layers) stays."""
+    merged = dict(published)
+    for key, value in small.items():
+        merged[key] = shrunk(published.get(key) or {}, value) if isinstance(value, Mapping) else value
+    if "model_type" in published:
+        merged["model_type"] = published["model_type"]
+    return merged
+
+
+# ---------------------------------------------------------------- rows of every kind
+
+
+def write_pictures(folder: Path) -> None:
+    rng = np.random.default_rng(1)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(ROWS):
+        size = (int(rng.integers(40, 100)), int(rng.integers(40, 100)))
+        Image.fromarray(np.full((*size, 3), list(COLOURS.values())[number % 3], np.uint8)).save(folder / f"{number}.png")
+
+
+def colour(number: int) -> str:
+    return list(COLOURS)[number % 3]
+
+
+def caption(number: int, source: Mapping[str, Any]) -> dict[str, Any]:
+    return {"image": f"{number}.png", "caption": f"A picture in {colour(number)}, number {number}."}
+
+
+def text(number: int, source: Mapping[str, Any]) -> dict[str, Any]:
+    return {"text": f"Number {number} is {colour(number)}. " * 3}
+
+
+def document(number: int, source: Mapping[str, Any]) -> dict[str, Any]:
+    words = [{"type": "text", "text": f"Page {number} shows {colour(number)}:"}, {"type": "text", "text": "and nothing else."}]
+    return {"content": [words[0], {"type": "image", "image": f"{number}.png"}, words[1]]}
+
+
+def question(number: int, source: Mapping[str, Any]) -> dict[str, Any]:
+    said = [{"role": "user", "content": "<image>Which colour?"}, {"role": "assistant", "content": f"{colour(number)} {number}"}]
+    return {"messages": said, "images": [f"{number}.png"]}
+
+
+def grounding(number: int, source: Mapping[str, Any]) -> dict[str, Any]:
+    said = [{"role": "user", "content": "<image>Where?"}, {"role": "assistant", "content": f"{colour(number)} at <bbox>"}]
+    return {"messages": said, "images": [f"{number}.png"], "objects": {"bbox": [[2, 3, 30, 31]]}}
+
+
+def video(number: int, source: Mapping[str, Any]) -> dict[str, Any]:
+    frames = [f"{number}.png"] * 2
+    ask = [{"type": "video", "video": frames, "fps": 1.0}, {"type": "text", "text": "What happens?"}]
+    return {"messages": [{"role": "user", "content": ask}, {"role": "assistant", "content": f"{colour(number)} {number}"}]}
+
+
+def preference(number: int, source: Mapping[str, Any]) -> dict[str, Any]:
+    return {**question(number, source), "rejected_response": "purple"}
+
+
+def prompt(number: int, source: Mapping[str, Any]) -> dict[str, Any]:
+    ask = [{"role": "user", "content": f"<image>Digits: 0123456789 {number}"}]
+    return {"messages": ask, "images": [f"{number}.png"], "task": source["task"], "solution": str(number)}
+
+
+ROW: dict[str, Callable[[int, Mapping[str, Any]], dict[str, Any]]] = {
+    "caption": caption, "text": text, "document": document, "grounding": grounding, "video": video, "preference": preference,
+    "prompt": prompt,
+    **dict.fromkeys(("ocr", "gui", "qa", "counting", "chart", "instruction", "reasoning"), question),
+}  # fmt: skip
