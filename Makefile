@@ -24,7 +24,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found: install Python 3.11 or later, or name one with PYTHON=..." >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[test,deepspeed,kubernetes]'
+	@echo "installing the pinned versions into $(VENV): about 3 minutes"
+	$(BIN)/python -m pip install --progress-bar off -c constraints.txt -e '.[test,deepspeed,kubernetes]'
 	@touch $@
 
 install: $(STAMP)  ## .venv with the package and pinned versions
@@ -90,5 +91,5 @@ site: $(STAMP)  ## The documentation as pages in site/; a broken link is an erro
 	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-clean:  ## Removes the environment, caches and demo runs
-	rm -rf $(VENV) $(VLLM_VENV) runs build site .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info
+clean:  ## Removes the environment and caches; runs stay
+	rm -rf $(VENV) $(VLLM_VENV) build site .pytest_cache .ruff_cache .import_linter_cache .hypothesis *.egg-info

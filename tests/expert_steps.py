@@ -10,6 +10,7 @@ from typing import Any
 from families import CONFIGS, PIXELS, Case, case_of, conversation, pack_of
 from packs import tiny_recipe
 
+from terrace.families.registry import family_class
 from terrace.models.build import model_config
 from terrace.objectives.interface import StageFeed, StepExamples
 from terrace.objectives.lm import LanguageModelling
@@ -23,6 +24,8 @@ SAMPLES = [conversation(1, [(70, 60)]), conversation(2, []), conversation(3, [(6
 def moe_case(name: str, folder: Path) -> Case:
     """The tiny family with experts in both layers."""
     config = copy.deepcopy(CONFIGS[name])
+    if name == "terrace_vlm":  # as a stage upcycles it
+        config = family_class(name).upcycled(config, {"count": 4, "per_token": 2, "capacity_factor": None, "layers": "all"})
     config["text_config"] |= {"mlp_only_layers": []} if "mlp_only_layers" in config["text_config"] else {"first_k_dense_replace": 0}
     small = case_of(name, folder)
     section = Model.model_validate({"architecture": name, "config": config})

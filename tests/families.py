@@ -32,6 +32,8 @@ MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mro
 PATCHES = {"depth": 2, "num_heads": 2, "spatial_merge_size": 2, "temporal_patch_size": 2}
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
+SIGLIP = {"model_type": "siglip_vision_model", "patch_size": 14, "vision_use_head": False}
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2_vl": {
         "text_config": TEXT | MROPE,
@@ -74,6 +76,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vision_config": TOWER | {"patch_size": 14, "pos_emb_height": 8, "pos_emb_width": 8},
         "projection_hidden_size": 32, "tie_word_embeddings": False,
     },
+    "gemma3": {
+        "text_config": TEXT | {
+            "head_dim": 16, "sliding_window": 24, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 16,
+        },
+        "vision_config": TOWER | SIGLIP | {"image_size": 56}, "mm_tokens_per_image": 4, "tie_word_embeddings": False,
+    },
+    "paligemma": {
+        "text_config": TEXT | {"model_type": "gemma", "head_dim": 16}, "vision_config": TOWER | SIGLIP | {"image_size": 56},
+        "projection_dim": 64, "tie_word_embeddings": False,
+    },
     "llava": {
         "text_config": TEXT, "vision_config": TOWER | {"image_size": 56, "patch_size": 14}, "image_seq_length": 16,
     },
@@ -87,11 +99,67 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vision_config": TOWER | {"model_type": "clip_vision_model", "image_size": 56, "patch_size": 14},
         "connector": {"kind": "resampler", "queries": 9, "heads": 4}, "image_layout": "padded", "tie_word_embeddings": False,
     },
+    "llava_next": {
+        "text_config": TEXT, "vision_config": TOWER | {"image_size": 56, "patch_size": 14},
+        "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]],
+    },
+    "llava_onevision": {
+        "text_config": TEXT | {"model_type": "qwen2"},
+        "vision_config": TOWER | {"model_type": "siglip_vision_model", "image_size": 56, "patch_size": 14, "vision_use_head": False},
+        "image_grid_pinpoints": [[56 * rows, 56 * columns] for rows in range(1, 4) for columns in range(1, 4)],
+        "vision_aspect_ratio": "anyres_max_3",
+    },
+    "minicpmv4_6": {
+        "text_config": TEXT | {"model_type": "qwen2"}, "image_size": 112, "insert_layer_id": 0,
+        "vision_config": TOWER | {"image_size": 56, "patch_size": 14}, "tie_word_embeddings": False,
+    },
+    "idefics3": {
+        "text_config": TEXT, "vision_config": TOWER | {"image_size": 56, "patch_size": 14}, "scale_factor": 2,
+        "tie_word_embeddings": False,
+    },
+    "smolvlm": {
+        "text_config": TEXT, "vision_config": TOWER | {"image_size": 64, "patch_size": 16}, "scale_factor": 4,
+        "tie_word_embeddings": True,
+    },
+    "glm4v": {
+        "text_config": TEXT | {"rope_parameters": MROPE["rope_parameters"] | {"mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}},
+        "vision_config": PATCHES | {
+            "hidden_size": 32, "intermediate_size": 48, "out_hidden_size": 64, "patch_size": 14, "image_size": 56,
+        },
+    },
+    "fuyu": {"text_config": {key: value for key, value in TEXT.items() if key != "num_key_value_heads"}, "patch_size": 18},
+    "mistral3": {
+        "text_config": TEXT | {"model_type": "mistral", "sliding_window": None}, "vision_config": TOWER | {"patch_size": 14},
+        "tie_word_embeddings": False,
+    },
 }  # fmt: skip
 NAMES = tuple(CONFIGS)
 # Of these every check is in `make test`; of others the cheap ones.
 QUICK = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "llava", "internvl", "terrace_vlm")
-PIXELS: dict[str, Bounds] = {"qwen3_vl": (4_096, 40_000), "qwen3_vl_moe": (4_096, 40_000), "internvl": (3_136, 6 * 56 * 56)}
+TILED = ("llava_next", "llava_onevision")  # padding dropped and newlines added behind the projector: patches per placeholder differ
+MIDDLE_TOWER = {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4}
+MIDDLE: dict[str, dict[str, Any]] = {  # what `middle_case` changes of a configuration, beside the language model's sizes
+    "llava_next": {
+        "vision_config": MIDDLE_TOWER | {"image_size": 112},
+        "image_grid_pinpoints": [[112, 224], [224, 112], [224, 224], [336, 112], [112, 336]],
+    },
+    "llava_onevision": {
+        "vision_config": MIDDLE_TOWER | {"image_size": 112},
+        "image_grid_pinpoints": [[112 * rows, 112 * columns] for rows in range(1, 4) for columns in range(1, 4)],
+    },
+    "minicpmv4_6": {"vision_config": MIDDLE_TOWER, "insert_layer_id": 1},
+    "idefics3": {"vision_config": MIDDLE_TOWER | {"image_size": 112}},
+    "smolvlm": {"vision_config": MIDDLE_TOWER | {"image_size": 128}},
+    "mistral3": {"vision_config": MIDDLE_TOWER},
+    "fuyu": {},
+    "glm4v": {
+        "vision_config": {"hidden_size": 128, "intermediate_size": 344, "depth": 4, "num_heads": 4, "out_hidden_size": 256},
+    },
+}  # fmt: skip
+PIXELS: dict[str, Bounds] = {
+    "qwen3_vl": (4_096, 40_000), "qwen3_vl_moe": (4_096, 40_000), "internvl": (3_136, 6 * 56 * 56), "minicpmv4_6": (12_544, 5 * 112 * 112),
+    "idefics3": (3_136, 168 * 168), "smolvlm": (4_096, 192 * 192), "mistral3": (784, 140 * 140), "fuyu": (324, 162 * 288),
+}  # fmt: skip
 WORDS = ["How many circles are there? A red circle and 3 blue squares.\n", "USER: ASSISTANT: You are a helpful assistant. user system"]
 
 
@@ -117,7 +185,7 @@ def case_of(name: str, folder: Path) -> Case:
     section = Model.model_validate(recipe_model(name))
     family = make_family(name, CONFIGS[name])
     tokenizer = train_tokenizer(WORDS * 40, 400, folder / name, family)
-    return Case(name, section, family, tokenizer, model_config(section, tokenizer), PIXELS.get(name, (784, 12_544)))
+    return Case(name, section, tokenizer.fit(family), tokenizer, model_config(section, tokenizer), PIXELS.get(name, (784, 12_544)))
 
 
 def model_of(case: Case, deviation: float = 0.15) -> Any:
@@ -135,11 +203,11 @@ def model_of(case: Case, deviation: float = 0.15) -> Any:
 def picture(width: int, height: int, seed: int = 0) -> bytes:
     pixels = np.random.default_rng([seed, width, height]).integers(0, 256, (height, width, 3), dtype=np.uint8)
     out = io.BytesIO()
-    Image.fromarray(pixels).save(out, "PNG")
+    Image.fromarray(pixels).save(out, "PNG", compress_level=0)
     return out.getvalue()
 
 
-def conversation(number: int, sizes: Sequence[tuple[int, int]]) -> LoadedSample:
+def conversation(number: int, sizes: Sequence[tuple[int, int]], drawn: bool = True) -> LoadedSample:
     """A question about some pictures, with a box in the answer, and an answer without pictures where there are none."""
     content = [{"type": "image", "image": place} for place in range(len(sizes))]
     answer: list[dict[str, Any]] = [{"type": "text", "text": f"A red circle and {number} squares"}]
@@ -149,7 +217,7 @@ def conversation(number: int, sizes: Sequence[tuple[int, int]]) -> LoadedSample:
         {"role": "user", "content": [*content, {"type": "text", "text": "How many circles?" * (1 + number % 3)}]},
         {"role": "assistant", "content": answer},
     ]
-    images = [picture(*size, seed=number) for size in sizes]
+    images = [picture(*size, seed=number) if drawn else b"" for size in sizes]
     return LoadedSample(Sample(f"s{number}", "qa", messages), images, list(sizes))
 
 
@@ -190,6 +258,11 @@ def reference_inputs(case: Case, example: PackedExample | PromptInputs, model: A
     if len(example.image_rows):
         pixels = family.normalised(torch.from_numpy(example.pixels), torch.float32)
         inputs |= family.inputs(pixels, image_facts(example))
+    if case.name == "gemma3":  # what sees each other in both directions: images, or everything before the answer
+        inputs["token_type_ids"] = (ids == model.config.image_token_id).int()
+    if case.name == "paligemma":
+        learned = np.flatnonzero(getattr(example, "targets", np.zeros(0)) >= 0)
+        inputs["token_type_ids"] = (torch.arange(ids.shape[1])[None] > (learned[0] if len(learned) else ids.shape[1])).int()
     if case.family.position_rows > 1:
         inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).int()
     return inputs
@@ -198,21 +271,32 @@ def reference_inputs(case: Case, example: PackedExample | PromptInputs, model: A
 def middle_case(name: str, folder: Path) -> Case:
     """A shape at which activations outweigh what a plan rounds away: four layers, widths 128 and 256."""
     text = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4}
-    rope = {"qwen3_vl": [12, 10, 10], "qwen3_vl_moe": [12, 10, 10], "qwen2_vl": [8, 12, 12], "qwen2_5_vl": [8, 12, 12]}
+    rope = {
+        "qwen3_vl": [12, 10, 10], "qwen3_vl_moe": [12, 10, 10], "qwen2_vl": [8, 12, 12], "qwen2_5_vl": [8, 12, 12], "glm4v": [4, 6, 6]
+    }  # fmt: skip
     vision: dict[str, Any] = {
         "qwen2_vl": {"embed_dim": 128, "mlp_ratio": 3, "depth": 4, "num_heads": 4, "hidden_size": 256},
-        "llava": {"image_size": 112}, "kimi_k25": {}, "terrace_vlm": {"image_size": 112}, "internvl": {"image_size": [112, 112]},
+        "llava": {"image_size": 112}, "kimi_k25": {}, **{key: {"image_size": 112} for key in ("gemma3", "paligemma")},
+        "terrace_vlm": {"image_size": 112}, "internvl": {"image_size": [112, 112]},
     }.get(name, {"hidden_size": 128, "intermediate_size": 344, "depth": 4, "num_heads": 4, "out_hidden_size": 256})  # fmt: skip
-    if name in ("llava", "internvl", "kimi_k25", "terrace_vlm"):
+    if name in ("llava", "internvl", "kimi_k25", "gemma3", "paligemma", "terrace_vlm"):
         vision |= {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4}
     config = {**CONFIGS[name], "text_config": {**CONFIGS[name]["text_config"], **text}}
-    config["vision_config"] = {**CONFIGS[name]["vision_config"], **vision}
+    if name in MIDDLE:
+        vision = MIDDLE[name].get("vision_config", {})
+        config |= MIDDLE[name]
+    if "vision_config" in CONFIGS[name]:
+        config["vision_config"] = {**CONFIGS[name]["vision_config"], **vision}
     if name in rope:
         config["text_config"]["rope_parameters"] = {**config["text_config"]["rope_parameters"], "mrope_section": rope[name]}
     if name in ("qwen3_vl", "qwen3_vl_moe"):
         config["text_config"]["head_dim"] = 64
     if name == "qwen3_vl_moe":
         config["text_config"]["moe_intermediate_size"] = 256
+    if name == "paligemma":
+        config["projection_dim"] = 256
+    if name in ("gemma3", "paligemma"):
+        config["text_config"] |= {"head_dim": 64} | ({"layer_types": ["full_attention"] * 4} if name == "gemma3" else {})
     if name == "kimi_k25":
         config["projection_hidden_size"] = 128
         config["text_config"] |= {
@@ -222,4 +306,5 @@ def middle_case(name: str, folder: Path) -> Case:
     section = Model.model_validate({"architecture": name, "config": config})
     small = case_of(name, folder)
     pixels = (16_384, 100_000) if name in ("qwen3_vl", "qwen3_vl_moe") else (12_544, 100_352)
-    return Case(name, section, make_family(name, config), small.tokenizer, model_config(section, small.tokenizer), pixels)
+    family = small.tokenizer.fit(make_family(name, config))
+    return Case(name, section, family, small.tokenizer, model_config(section, small.tokenizer), pixels)

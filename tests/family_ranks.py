@@ -9,6 +9,7 @@ from families import Case, case_of, conversation, pack_of, recipe_model
 from packs import tiny_recipe
 
 from terrace.data.types import PackedExample
+from terrace.families.registry import family_class
 from terrace.objectives.interface import StageFeed, StepExamples
 from terrace.objectives.lm import LanguageModelling
 from terrace.recipe.schema import Recipe
@@ -24,7 +25,7 @@ def family_pack(case: Case, number: int, with_images: bool) -> PackedExample:
 
 
 def family_recipe(name: str, strategy: str) -> Recipe:
-    parts = {part: {"lr": 1e-3} for part in ("vision", "projector", "language")}
+    parts = {part: {"lr": 1e-3} for part in family_class(name).parts}
     return tiny_recipe(
         model=recipe_model(name), train=parts, budget={"steps": STEPS}, batch={"packs": 2}, parallel={"strategy": strategy}
     )

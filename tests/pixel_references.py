@@ -41,4 +41,17 @@ def kimi_k25(case: Any, data: bytes) -> np.ndarray:
     return patches.reshape(-1, 3 * 14 * 14)
 
 
-WRITTEN_OUT: dict[str, Callable[[Any, bytes], np.ndarray]] = {"kimi_k25": kimi_k25}
+def pillow(name: str, **settings: Any) -> Callable[[Any, bytes], np.ndarray]:
+    """A processor of transformers for Pillow that gives one tile."""
+
+    def tile(case: Any, data: bytes) -> np.ndarray:
+        side = {"height": case.family.side, "width": case.family.side}
+        processor = getattr(transformers, name)(size=side, do_rescale=False, do_normalize=False, **settings)
+        return processor([decoded(data)], return_tensors="np")["pixel_values"].reshape(-1, case.family.row_values)
+
+    return tile
+
+
+WRITTEN_OUT: dict[str, Callable[[Any, bytes], np.ndarray]] = {
+    "kimi_k25": kimi_k25, "gemma3": pillow("Gemma3ImageProcessorPil"), "paligemma": pillow("SiglipImageProcessorPil"),
+}  # fmt: skip

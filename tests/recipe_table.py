@@ -18,7 +18,7 @@ from terrace.recipe.loading import lines_in_use, load_recipe
 from terrace.recipe.schema import Recipe, Stage
 from terrace.recipe.shipped import names, shipped_file
 
-OWN = ("demo", "demo-morl", "five-tasks-morl")  # of no published system
+OWN = ("demo", "demo-morl", "five-tasks-morl", "sft")  # of no published system
 PUBLISHED = tuple(name for name in names() if name not in OWN)
 BEGIN, END = "<!-- recipes: written by `make docs` from the recipes -->", "<!-- /recipes -->"
 SURE = ("assumed", "borrowed", "recalled")
@@ -54,9 +54,9 @@ def stage_words(stage: Stage) -> str:
 
 
 def parity(recipe: Recipe) -> str:
-    """What the model is compared with: transformers' class of its family, or the formulas of our own modules."""
-    found = CLASSES.get(recipe.model.architecture)
-    return f"`{found}`" if found else f"the formula of its {(recipe.model.config or {})['connector']['kind']}"
+    """What the model is compared with: transformers' class of its family, or what the tests write out."""
+    name = CLASSES.get(recipe.model.architecture)
+    return f"`{name}`" if name else f"formula of its {recipe.model.connector.kind}, written out" if recipe.model.connector else "formula"
 
 
 def sureness(name: str, recipe: Recipe) -> str:

@@ -34,7 +34,7 @@ def tiny(name: str, folder: Path, steps: int = 2) -> Recipe:
     recipe = load_recipe(name)
     whole = recipe.model_dump(mode="json", exclude_none=True)
     architecture = recipe.model.architecture
-    whole["model"] = {"architecture": architecture, "config": shrunk(recipe.model.config or {}, CONFIGS[architecture])}
+    whole["model"] = tiny_model(recipe)
     whole["tokenizer"] = {"train_vocabulary_size": 400}
     write_pictures(folder)
     for source, values in whole["data"]["sources"].items():
@@ -44,11 +44,17 @@ def tiny(name: str, folder: Path, steps: int = 2) -> Recipe:
     shortest = min(stage.sequence_length for stage in recipe.stages)
     for values in whole["stages"]:
         values |= RUN | {"sequence_length": LENGTH if values["sequence_length"] == shortest else LONGER, "budget": {"steps": steps}}
+        for number, change in enumerate(values.get("changes", ())):  # one after each further step
+            values["budget"]["steps"] = steps + number + 1
+            change["step"] = steps + number
         values["schedule"]["warmup"] = min(values["schedule"]["warmup"], 1)  # more is a number of the published steps
         low, high = PIXELS.get(architecture, (784, 12_544))
-        values["pixels"] = {"min": low, "max": high}
-        if (changes := values.get("model_changes")) and "interpolate_positions" in changes:
-            changes["interpolate_positions"] = 84  # from 56
+        for bounds in (values, *values.get("changes", ())):
+            if "pixels" in bounds:
+                bounds["pixels"] = {"min": low, "max": high}
+        if side := values.get("model_changes", {}).get("interpolate_positions"):
+            before = (recipe.model.config or {})["vision_config"]["image_size"]
+            values["model_changes"]["interpolate_positions"] = side * whole["model"]["config"]["vision_config"]["image_size"] // before
         if values["objective"] == "grpo":
             values["grpo"] |= {"prompts_per_iteration": 2, "samples_per_prompt": 3, "max_response_tokens": 8, "max_sampling_rounds": 1,
                                "engine": "native"}  # fmt: skip
@@ -57,13 +63,24 @@ def tiny(name: str, folder: Path, steps: int = 2) -> Recipe:
     return parse_recipe(whole, f"tiny-{name}")
 
 
+def tiny_model(recipe: Recipe) -> dict[str, Any]:
+    """The family's tiny configuration, with what the recipe says beyond numbers; its connector with few queries."""
+    small = {key: value for key, value in CONFIGS[recipe.model.architecture].items() if key != "connector"}
+    model = {"architecture": recipe.model.architecture, "config": shrunk(recipe.model.config or {}, small)}
+    if recipe.model.connector is not None:
+        model["connector"] = recipe.model.connector.model_dump(exclude_none=True, exclude_defaults=True)
+        model["connector"] |= {key: few for key, few in (("queries", 9), ("heads", 4), ("width", 64)) if key in model["connector"]}
+    return model
+
+
 def shrunk(published: Mapping[str, Any], small: Mapping[str, Any]) -> dict[str, Any]:
     """The published configuration with tiny numbers where it has numbers; what it says else (norms, biases, layers) stays."""
     merged = dict(published)
     for key, value in small.items():
-        merged[key] = shrunk(published.get(key) or {}, value) if isinstance(value, Mapping) else value
-    if "model_type" in published:
-        merged["model_type"] = published["model_type"]
+        if isinstance(value, Mapping):
+            merged[key] = shrunk(published.get(key) or {}, value)
+        elif not (isinstance(value, str) and key in published):
+            merged[key] = value
     return merged
 
 

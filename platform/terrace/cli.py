@@ -133,9 +133,9 @@ def _draw_demo_scenes(parsed: argparse.Namespace) -> None:
     from terrace.recipe import shipped
     from terrace.recipe.loading import load_recipe
 
-    if not shipped.recipe_file(Path(path)).is_file():
-        return  # the subcommand says what is wrong
-
+    file = shipped.recipe_file(Path(path))
+    if not file.is_file() or file.suffix.lower() not in (".yaml", ".yml"):
+        return  # rows, or nothing: the subcommand says what is wrong
     sources = load_recipe(path, getattr(parsed, "overrides", ())).data.sources
     if any("demo-corpus" in source.uri for source in sources.values()):
         from terrace.demo.corpus import draw_missing

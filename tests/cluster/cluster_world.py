@@ -31,7 +31,8 @@ def tiny_stage(name: str, **values: Any) -> Manifest:
     } | values  # fmt: skip
 
 
-def tiny_curriculum(name: str = "tiny", stages: list[Manifest] | None = None, behaviour: Manifest | None = None, **spec: Any) -> Manifest:
+def tiny_curriculum(name: str = "tiny", stages: list[Manifest] | None = None, behaviour: Manifest | None = None,
+                    stage_order: str = "sequence", **spec: Any) -> Manifest:  # fmt: skip
     """A Curriculum that is right; `behaviour` is what the stand-in program does."""
     stages = stages or [tiny_stage("warmup"), tiny_stage("align")]
     return {
@@ -43,7 +44,7 @@ def tiny_curriculum(name: str = "tiny", stages: list[Manifest] | None = None, be
                 "tokenizer": {"path": "s3://bucket/tokenizer"},
                 "data": {"sources": {"captions": {"uri": "s3://bucket/captions/", "holdout_samples": 8}}},
                 "stages": stages,
-            },
+            } | ({"stage_order": stage_order} if stage_order != "sequence" else {}),
             "runtime": {
                 "image": "registry.example/terrace:test", "head": {"cpu": "1", "memory": "2Gi"},
                 "worker": {"cpu": "2", "memory": "4Gi"},

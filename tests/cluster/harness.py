@@ -28,6 +28,7 @@ class Harness:
     """An operator process on a cluster, and what tests do to both."""
 
     real = False
+    stall_seconds = 30  # of silence until an attempt counts as stalled
     lease_seconds = 1.0  # so that a new operator need not wait for a killed one's
     patience = 30.0  # seconds until a test gives up
 
@@ -106,8 +107,10 @@ class Harness:
         return {kind: names for kind, names in found.items() if names}
 
     def kubectl(self, *words: str) -> str:
-        command = ["kubectl", "--namespace", self.namespace, *words]
-        done = subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=60)
+        return self.kubectl_as_is("--namespace", self.namespace, *words)
+
+    def kubectl_as_is(self, *words: str) -> str:
+        done = subprocess.run(["kubectl", *words], env=self.environment, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -186,6 +189,7 @@ class RealHarness(Harness):
 
     real = True
     patience = 900.0
+    stall_seconds = 120
 
     def __init__(self, folder: Path) -> None:
         namespace = f"terrace-test-{uuid.uuid4().hex[:6]}"
@@ -198,15 +202,15 @@ class RealHarness(Harness):
             "pod-security.kubernetes.io/enforce": "restricted"}}})  # fmt: skip
         self.kubectl("wait", "--for=condition=Established", "crd/curricula.terrace.dev", "--timeout=60s")
         self._apply(*operator_objects(namespace))
-        operator.write_text(yaml.safe_dump(self._operator_config()))
+        operator.write_text(yaml.safe_dump(self._config_of("terrace-operator")))
         self._queues("None")
 
-    def _operator_config(self) -> Manifest:
-        """This cluster under a token of the operator's ServiceAccount, good for a day."""
-        token = self.kubectl("create", "token", "terrace-operator", "--duration=24h").strip()
+    def _config_of(self, account: str) -> Manifest:
+        """A kubeconfig of this cluster under a token of a ServiceAccount, good for a day."""
+        token = self.kubectl("create", "token", account, "--duration=24h").strip()
         shown = yaml.safe_load(self.kubectl("config", "view", "--raw", "--minify", "--flatten"))
-        shown["users"] = [{"name": "operator", "user": {"token": token}}]
-        shown["contexts"][0]["context"] |= {"user": "operator", "namespace": self.namespace}
+        shown["users"] = [{"name": account, "user": {"token": token}}]
+        shown["contexts"][0]["context"] |= {"user": account, "namespace": self.namespace}
         return shown
 
     def _apply(self, *bodies: Manifest) -> None:

@@ -169,6 +169,7 @@ class Simulation:
         self.store.absent |= {"RayJob"}  # KubeRay is installed after the first curricula were made
         self.at(400, "present", "RayJob")
         self.at(2000, "absent")
+        self.at(900, "borrow")
         while self.heap and len(self.finished) < self.curricula and self.clock.forward < self.wall_limit:
             due, _, kind, what = heapq.heappop(self.heap)
             self.clock.advance(max(due - self.clock.forward, 0.0))
@@ -243,6 +244,21 @@ class Simulation:
         self.store.absent.add(kind)
         self.at(self.numbers.uniform(60, 400), "present", kind)
         self.at(self.numbers.uniform(1000, 4000), "absent")
+
+    def _on_borrow(self, _: Any) -> None:
+        """Another queue of the cohort leaves quota unused: more fits, until that queue asks for it back."""
+        assert self.cluster.quota is not None
+        lent = max(1, self.curricula // 10)
+        self.cluster.quota += lent
+        self.at(self.numbers.uniform(300, 1500), "reclaim", lent)
+
+    def _on_reclaim(self, lent: int) -> None:
+        """Kueue takes from the lowest priorities what the borrower holds beyond its own (`reclaimWithinCohort`)."""
+        assert self.cluster.quota is not None
+        self.cluster.quota -= lent
+        if "RayJob" not in self.store.absent:
+            self.counts["quota reclaimed by its owner"] += self.cluster.reclaim()
+        self.at(self.numbers.uniform(300, 1500), "borrow")
 
     def _on_present(self, kind: str) -> None:
         self.store.absent.discard(kind)
@@ -320,7 +336,7 @@ class Simulation:
     def _on_pods_gone(self, name: str) -> None:
         job = self.store.objects.get("RayJob", {}).get(name)
         if job is not None and job["metadata"].get("deletionTimestamp"):
-            self.store._drop_finalizer(job, LINGER)
+            self.store.drop_finalizer(job, LINGER)
 
     def _on_node_dies(self, name: str) -> None:
         self.cluster.dead.add(name)

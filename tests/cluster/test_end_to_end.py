@@ -3,6 +3,7 @@
     pytest tests/cluster/test_end_to_end.py         # the fake API server, a simulated KubeRay and Kueue
     KUBECONFIG=... make test-cluster                # needs KubeRay's and Kueue's kinds; makes a namespace and a queue of its own
 
+On a control plane without nodes nobody runs a pod: KubeRay, Kueue and the kubelet are then played on it (see `played.py`).
 On a real cluster TERRACE_TEST_IMAGE names an image with Python and Ray (default rayproject/ray), TERRACE_TEST_RAY_VERSION its version,
 and TERRACE_TEST_KILL_NODE a command that takes down the node it is given (without it the test of a dead node is skipped).
 """
@@ -14,10 +15,11 @@ import random
 import time
 
 import pytest
-from cluster_world import condition, tiny_curriculum, tiny_stage
+from cluster_world import ROOT, condition, tiny_curriculum, tiny_stage
 from fake.podsecurity import enforce
 from fake.server import Server
 from harness import FakeHarness, RealHarness, is_gone
+from played import PlayedHarness, has_no_nodes
 from test_wrong_specs import RIGHT, WRONG
 
 from terrace.cluster.api import Refused
@@ -33,7 +35,7 @@ def cluster(request, crd, tmp_path_factory):
         asked = "cluster" in (request.config.getoption("markexpr") or "").replace("not cluster", "")
         if not (asked and os.environ.get("KUBECONFIG")):
             pytest.skip("a real cluster is used only with KUBECONFIG and `-m cluster`")
-        harness = RealHarness(folder)
+        harness = PlayedHarness(folder) if has_no_nodes(os.environ["KUBECONFIG"]) else RealHarness(folder)
         harness.start()
         harness.silent = silent_one(harness)
         yield harness
@@ -52,8 +54,8 @@ def cluster(request, crd, tmp_path_factory):
 def silent_one(harness):
     """A curriculum whose first attempt falls silent; it is made first, so that its half minute passes while other tests run."""
     behaviour = {"steps": 6, "stages": {"warmup": {"attempts": {"1": {"hang": True}}}}}
-    timeout = 120 if harness.real else 30
-    return harness.create("silent", behaviour=behaviour, failurePolicy={"stallTimeoutSeconds": timeout, "backoffSeconds": 0.2})
+    policy = {"stallTimeoutSeconds": harness.stall_seconds, "backoffSeconds": 0.2}
+    return harness.create("silent", behaviour=behaviour, failurePolicy=policy)
 
 
 def test_five_stages_to_succeeded_and_kubectl_shows_it(cluster):
@@ -167,9 +169,31 @@ def test_a_higher_priority_takes_the_quota_and_gives_it_back(cluster):
         cluster.open_queue()
 
 
+def test_branches_of_a_graph_run_side_by_side(cluster):
+    stages = [tiny_stage("base"), tiny_stage("reward", start_from="base"), tiny_stage("sft", start_from="base"),
+              tiny_stage("rl", start_from="sft", after=["reward"])]  # fmt: skip
+    behaviour = {"stages": {"sft": {"steps": 20}, "reward": {"steps": 20}}}
+    name = cluster.create("graph", stages=stages, stage_order="graph", behaviour=behaviour)
+    status = cluster.until(name, lambda s: [stage["phase"] for stage in s["stages"][1:3]] == ["Running", "Running"], "side by side")
+    assert status["currentStage"] == "reward,sft"
+    assert {f"{name}-s1-1", f"{name}-s2-1"} <= set(cluster.children(name)["RayJob"])
+    status = cluster.until(name, "Succeeded", patience=90.0)
+    assert [stage["attempt"] for stage in status["stages"]] == [1] * 4
+
+
+def test_every_manifest_is_taken(cluster):
+    """`kubectl apply -k` of everything under k8s/, as far as this cluster has the kinds, checked by its own API server."""
+    if not cluster.real:
+        pytest.skip("the fake API server has no Deployments; its own checks of these files are in test_references.py")
+    for folder in (".", "overlays/kueue", "overlays/mlflow", "overlays/s3"):
+        answer = cluster.kubectl_as_is("apply", "--dry-run=server", "--validate=strict", "-k", str(ROOT / "k8s" / folder))
+        assert "serviceaccount/terrace-operator" in answer or folder != "."
+
+
 @pytest.mark.slow  # half a minute of silence; with time under control: test_operator.py
 def test_a_node_that_dies_is_replaced_and_fenced(cluster):
-    policy = {"stallTimeoutSeconds": 120 if cluster.real else 30, "fenceTimeoutSeconds": 60 if cluster.real else 1, "backoffSeconds": 0.2}
+    fence = 60 if cluster.stall_seconds > 30 else 1
+    policy = {"stallTimeoutSeconds": cluster.stall_seconds, "fenceTimeoutSeconds": fence, "backoffSeconds": 0.2}
     name = cluster.create("node", behaviour={"steps": 20, "step_seconds": 0.2}, failurePolicy=policy)
     cluster.until(name, lambda status: status["stages"][0]["step"] >= 3, "at step 3")
     cluster.kill_node(f"{name}-s0-1")

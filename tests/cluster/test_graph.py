@@ -15,9 +15,8 @@ def graph(behaviour: dict | None = None, **spec) -> dict:
     """base; reward and sft start from it; rl starts from sft and waits for reward."""
     stages = [tiny_stage("base"), tiny_stage("reward", start_from="base"), tiny_stage("sft", start_from="base"),
               tiny_stage("rl", start_from="sft", after=["reward"])]  # fmt: skip
-    body = tiny_curriculum(stages=stages, behaviour={"steps": 10, "step_seconds": 0.5} | (behaviour or {}), **spec)
-    body["spec"]["recipe"]["stage_order"] = "graph"
-    return body
+    behaviour = {"steps": 10, "step_seconds": 0.5} | (behaviour or {})
+    return tiny_curriculum(stages=stages, behaviour=behaviour, stage_order="graph", **spec)
 
 
 def until(bench: Bench, test, seconds: float = 120.0) -> dict:

@@ -23,7 +23,7 @@ def test_curricula_with_everything_that_goes_wrong():
     assert run.started > 25 * 8  # there were failures to recover from
     for what in ("exit 1", "node dies", "preempted", "deleted by hand", "operator restarts", "watch events lost", "API errors met",
                  "closed as SubmissionFailed", "closed as waits", "closed as never", "submitter lost", "head replaced", "kinds absent",
-                 "preempted by priority", "started beside another branch"):  # fmt: skip
+                 "preempted by priority", "quota reclaimed by its owner", "started beside another branch"):  # fmt: skip
         assert run.counts[what] > 0, what
 
 

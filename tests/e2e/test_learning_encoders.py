@@ -59,7 +59,7 @@ def train(corpus: Path, run_dir: Path, name: str, objective: str, steps: int) ->
     return recipe, run_stage(recipe, 0, run_dir, 1, WorkerContext()).evaluation["after"]
 
 
-@pytest.mark.parametrize(("name", "r5"), [("clip", 0.25), ("siglip", 0.25)])
+@pytest.mark.parametrize(("name", "r5"), [("clip", 0.5), ("siglip", 0.12)])
 def test_two_towers_find_the_caption_of_a_scene(name, r5, corpus, tmp_path):
     """Of 200 held-out pairs, chance finds one in 40 among the first five."""
     torch.set_num_threads(1)

@@ -19,7 +19,7 @@ import pytest
 from newcomer_world import QUESTION, TEMPLATE_MARK, write_checkpoint, write_rows
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-pytestmark = [pytest.mark.slow, pytest.mark.ray]
+pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1800)]
 SECONDS = 300.0  # of machine time on two cores: what "the first ten minutes" may take of them
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForImageTextToText
 from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import load_balancing_loss_func
 
 from terrace.errors import InputError
-from terrace.models.build import build_model, meta_model
+from terrace.models.build import build_model, meta_model, restore_buffers
 from terrace.models.weights import initial_weights
 from terrace.planner.parameters import active_parameters, parameter_counts
 from terrace.planner.shapes import shape_of_config
@@ -96,6 +96,14 @@ def test_the_balance_is_that_of_one_process_under_every_strategy(name, tmp_path)
         for line, other in zip(alone[number % 2][1:3], together[number][1:3]):
             assert line["expert_tokens"] == other["expert_tokens"], run
             same(line, other, 1e-4)
+
+
+def test_computing_buffers_again_leaves_the_parameters_beside_them(name, tmp_path):
+    case = moe_case(name, tmp_path)
+    model = build_model(case.section, case.config)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    restore_buffers(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_active_and_total_parameters_are_counted(name, tmp_path):

@@ -18,7 +18,8 @@ from terrace.data.prepare import prepare_data
 from terrace.errors import Preempted
 from terrace.evaluate.replies import Settings
 from terrace.evaluate.run import evaluate_model
-from terrace.recipe.schema import Recipe
+from terrace.families.registry import family_class
+from terrace.recipe.schema import PARTS, Recipe
 from terrace.worker.context import WorkerContext
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220)}
@@ -53,8 +54,8 @@ def recipe_of(name: str, folder: Path) -> Recipe:
         "checkpoint": {"every_steps": 1}, "schedule": {"kind": "constant", "warmup": 0}, "loss_chunk_tokens": 64,
         "data_loading": {"engine": "inline", "window_samples": 32}, "evaluate": {"max_samples_per_kind": 2},
     }  # fmt: skip
-    everything = {part: {"lr": 1e-3} for part in ("vision", "projector", "language")}
-    everything["vision"]["layer_decay"] = 0.9
+    everything = {part: {"lr": 1e-3} for part in (PARTS if name == "toy" else family_class(name).parts)}
+    everything.get("vision", {})["layer_decay"] = 0.9
     grpo = {"prompts_per_iteration": 2, "samples_per_prompt": 3, "max_response_tokens": 8, "max_sampling_rounds": 1}
     kinds = {"captions": "caption", "questions": "grounding", "prompts": "prompt", "pairs": "preference"}
     sources = {

@@ -27,8 +27,9 @@ from terrace.models.weights import initial_weights
 from terrace.objectives.interface import Opening
 from terrace.objectives.medusa import Medusa
 from terrace.objectives.mtp import Mtp
+from terrace.planner.parameters import head_parameters
+from terrace.planner.shapes import model_shape
 from terrace.recipe.schema import Recipe
-from terrace.train.setup import head_kind
 from terrace.worker.context import WorkerContext
 
 HEADS = {"heads": {"lr": 1e-3}}
@@ -49,7 +50,7 @@ def opened(kind: str, folder: Path, seed: int = 3) -> tuple[Any, Any]:
     objective = {"mtp": Mtp, "medusa": Medusa}[kind](Opening(recipe, recipe.stages[0], memory_feed(recipe, 0, context), context, folder))
     skeleton = meta_model(model_config(recipe.model))
     source, _ = initial_weights(recipe.model, skeleton, None)
-    attach_heads(skeleton, *head_kind(recipe.stages[0]))
+    attach_heads(skeleton, *recipe.stages[0].head_kind)
     model = materialise(skeleton, source_with_heads(skeleton, source, None, 0), "cpu")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -158,6 +159,7 @@ def test_every_family_carries_heads(name, tmp_path_factory):
         with torch.no_grad():
             alone = sum(float(objective.loss(model, objective.batch(pack_of(case, [one])))) for one in samples)
         assert float(value.detach()) == pytest.approx(alone, rel=1e-5)
+        assert head_parameters(model_shape(recipe), recipe.stages[0]) == sum(tensor.numel() for tensor in model.heads.parameters())
         assert set(heads_config(model)) >= {"model_type", "hidden_size"}
 
 

@@ -185,14 +185,16 @@ def test_two_ranks_of_any_strategy_equal_one_process(tmp_path, reference):
             np.testing.assert_allclose(losses(tmp_path / "bf16" / name, index), losses(reference, index), rtol=2e-2, err_msg=name)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "qwen2_5_vl" else pytest.mark.slow) for name in NAMES])
+@pytest.mark.parametrize("name", [name if name == "qwen2_5_vl" else pytest.param(name, marks=pytest.mark.slow) for name in NAMES])
 def test_every_family_adapts_every_part_with_a_gradient_and_a_plan_that_counts_it(name, tmp_path):
     """Every adapted layer gets a gradient; parameters are exact; parts of different ranks become one adapter that peft loads."""
     torch.set_num_threads(1)
     case = case_of(name, tmp_path)
     recipe = family_recipe(name, "ddp")
     values = recipe.model_dump(mode="json")
-    for part, rank in (("vision", 2), ("projector", 3), ("language", 4)):
+    for part, rank in {"vision": 2, "projector": 3, "language": 4}.items():
+        if part not in case.family.parts:
+            continue
         values["stages"][0]["train"][part]["lora"] = {"rank": rank, "alpha": 8, "rank_stabilised": part == "vision"}
     recipe = type(recipe).model_validate(values)
     stage = recipe.stages[0]
@@ -204,7 +206,7 @@ def test_every_family_adapts_every_part_with_a_gradient_and_a_plan_that_counts_i
     counted = {part: sum(p.numel() for _, p in pairs if p.requires_grad) for part, pairs in part_parameters(model).items()}
     shape = with_adapters(shape_of_config(case.config.to_dict(), name), stage, recipe.model, case.config)
     assert trainable_counts(shape, stage) == counted
-    assert min(counted.values()) > 0
+    assert {part for part, count in counted.items() if count} == set(case.family.parts)
     named = list(itertools.chain.from_iterable(group.names for group in parameter_groups(model, stage)))
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert sorted(named) == sorted(trained)

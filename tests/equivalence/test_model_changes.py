@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from expert_steps import train_experts
 from families import CONFIGS
 from packs import tiny_recipe
 from PIL import Image
+from processes import run_ranks
 from transformers import AutoModelForImageTextToText
 
 from terrace.curriculum.attempt_worker import run_stage
@@ -243,6 +245,22 @@ def test_a_dense_model_is_upcycled_between_stages(tmp_path):
         run_stage(recipe, 1, again, 1, WorkerContext(should_stop=lambda: "told" if next(asked) >= 1 else None))
     run_stage(recipe, 1, again, 2, WorkerContext())
     assert weights_of(again, "02-changed") == weights_of(run_dir, "02-changed")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_upcycled_experts_train_alike_however_packed_and_under_every_strategy(tmp_path):
+    torch.set_num_threads(1)
+    three, two = [[0, 1], [2], [3, 4]], [[0, 1, 2], [3, 4]]
+    [alone, packed] = train_experts(0, 1, "terrace_vlm", [("ddp", three, {}), ("ddp", [[0, 1, 2, 3, 4]], {})], str(tmp_path))
+    runs = [(strategy, two, {}) for strategy in ("ddp", "fsdp", "zero2", "zero3")]
+    together = run_ranks(2, train_experts, "terrace_vlm", runs, str(tmp_path), timeout=800)[0]
+    for lines in (packed, *together):
+        for line, other in zip(alone[1:3], lines[1:3]):
+            for field in ("loss", "grad_norm", "expert_balance_loss"):
+                np.testing.assert_allclose(line[field], other[field], rtol=1e-4, err_msg=field)
+            assert line["expert_tokens"] == other["expert_tokens"]
+    assert sum(alone[1]["expert_tokens"]) > 0
 
 
 def test_mistakes_of_experts_are_named(tmp_path):

@@ -157,7 +157,7 @@ def test_documents_are_cut_whole_images_apart(total, limit, cuts, starts):
     images, last = [], 0
     for start in sorted(starts):
         if start >= last and start + 40 <= total:
-            images.append(VisualRange(start, start + 40, 38, 152))
+            images.append(VisualRange(start, start + 40, 38, 152, 38))
             last = start + 40
     inside = {token for image in images for token in range(image.start + 1, image.stop)}
     points = split_points(total, images, sorted({cut for cut in cuts if cut < total and cut not in inside}), limit)

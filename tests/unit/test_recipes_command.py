@@ -62,8 +62,8 @@ def test_a_short_name_stands_where_a_file_does(tmp_path: Path, monkeypatch: pyte
         load_recipe("mimo-vl-8b")
     with pytest.raises(RecipeError, match=r"cannot read the recipe qwen-vl-7b\.yaml: No such file or directory$"):
         load_recipe("qwen-vl-7b.yaml")
-    (tmp_path / "lost.yaml").write_text("extends: qwen-vl-8b\nname: lost\n")
-    with pytest.raises(RecipeError, match=r"lost\.yaml:1.*qwen-vl-8b"):
+    (tmp_path / "lost.yaml").write_text("extends: mimo-vl-8b\nname: lost\n")
+    with pytest.raises(RecipeError, match=r"lost\.yaml:1.*mimo-vl-8b"):
         load_recipe("lost.yaml")
 
 

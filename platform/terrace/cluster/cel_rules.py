@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from terrace.cluster.cluster_schema import QUALIFIED, SUBDOMAIN
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -183,6 +185,19 @@ MODEL_RULES: dict[str, list[Rule]] = {
         ),
         Rule("self.operator != 'Equal' || has(self.key)", "operator Equal needs a key", ".key"),
     ],
+    "Queue": [
+        Rule("self.scheduler != 'kueue' || !self.name.contains('.')", "a LocalQueue of Kueue has a name without dots", ".name"),
+        Rule(
+            "self.scheduler == 'kueue' || (!has(self.topologyRequired) && !has(self.topologyPreferred) && !self.topologyAware)",
+            "topologyRequired, topologyPreferred and topologyAware are Kueue's: leave them out, or set scheduler kueue",
+            ".scheduler",
+        ),
+        Rule(
+            "self.scheduler != 'yunikorn' || !has(self.priorityClass)",
+            "YuniKorn has no priority class of a job: leave it out (its queues have priorities)",
+            ".priorityClass",
+        ),
+    ],
     "Limits": [
         Rule("has(self.gpuHours) || has(self.wallHours) || has(self.cost)", "limits needs gpuHours, wallHours or cost"),
         Rule("!has(self.cost) || has(self.pricePerGpuHour)", "limits.cost needs pricePerGpuHour", ".cost"),
@@ -227,6 +242,12 @@ FIELD_RULES: dict[str, list[Rule]] = {
         Rule(at_most("self", MOST_BYTES), f"no machine has more than {MOST_BYTES} of scratch for one pod"),
     ],
     "PodSize.sharedMemory": [Rule(at_least("self", "'1Mi'"), "sharedMemory needs at least 1Mi")],
+    "Runtime.nodeSelector": [
+        Rule(
+            f"self.all(key, key.matches('^({SUBDOMAIN}/)?{QUALIFIED}$'))".replace("\\.", "[.]"),  # CEL knows no escape of a dot
+            "a key is no name of a label: [domain/]name of letters, digits, '-', '_' and '.', the name of at most 63 characters",
+        )
+    ],
     "Runtime.gpuResource": [
         Rule(
             "!self.contains('kubernetes.io/') && !self.startsWith('requests.')",  # IsExtendedResourceName

@@ -66,7 +66,10 @@ def _run_worker(config: dict[str, Any], run_dir: Path) -> None:
     if in_pod():
         stop_notice.begin()
     with Heartbeat(stage_dir, stage.name, attempt, rank, ray.get_runtime_context().get_node_id()):
+        should_stop = _stop_watch(stage_dir, attempt)
         try:
+            if context.get_world_size() == 1 and should_stop():  # of several ranks the first step's agreement tells
+                raise Preempted(f"stage {stage.name}: told to stop before it began")
             config["run_stage"](
                 recipe,
                 config["stage_index"],
@@ -77,7 +80,7 @@ def _run_worker(config: dict[str, Any], run_dir: Path) -> None:
                 local_rank=context.get_local_rank(),
                 device=device,
                 report=reporter(stage_dir, rank, attempt),
-                should_stop=_stop_watch(stage_dir, attempt),
+                should_stop=should_stop,
             )
             outcome["status"] = "succeeded"
         except Preempted as error:

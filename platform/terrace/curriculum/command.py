@@ -43,6 +43,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     validate = subparsers.add_parser("validate", help="check a recipe and print its stages and parameter counts")
     validate.add_argument("recipe", type=Path)
     validate.add_argument("overrides", nargs="*", metavar="key.path=value")
+    validate.add_argument("--offline", action="store_true", help="do not look whether sources, checkpoints and suites are there")
     validate.add_argument("--json", action="store_true", help="print the facts as JSON")
     validate.set_defaults(main=validate_command)
 
@@ -170,13 +171,30 @@ def _control(recipe: Any, arguments: argparse.Namespace, request: dict[str, Any]
 
 def validate_command(arguments: argparse.Namespace) -> int:
     from terrace.curriculum.validate import describe_recipe, print_description
-    from terrace.recipe.loading import load_recipe
+    from terrace.curriculum.validate_inputs import missing_inputs
+    from terrace.recipe.errors import RecipeError
+    from terrace.recipe.loading import load_recipe, placed
+    from terrace.recipe.questions import questions
 
-    description = describe_recipe(load_recipe(arguments.recipe, arguments.overrides))
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if not arguments.offline and (missing := missing_inputs(recipe)):
+        raise RecipeError(placed(missing, arguments.recipe, arguments.overrides), str(arguments.recipe))
+    asked = [str(question) for question in placed(questions(recipe), arguments.recipe, arguments.overrides)]
+    try:
+        description = {**describe_recipe(recipe), "questions": asked}
+    except InputError:
+        if not arguments.offline or recipe.model.pretrained is None:
+            raise
+        description = {"name": recipe.name, "stages": [stage.name for stage in recipe.stages], "questions": asked}
     if arguments.json:
         print(json.dumps(description, indent=2))
-    else:
+        return 0
+    if "parameters" in description:
         print_description(description)
+    else:
+        print(f"{recipe.name} is valid: {len(recipe.stages)} stages; its model is not here, so its parameters are not counted")
+    for question in asked:
+        print(f"question: {question}")
     return 0
 
 

@@ -64,7 +64,8 @@ def print_description(description: dict[str, Any]) -> None:
     if not console.is_terminal:
         console = Console(highlight=False, width=160)  # nobody's window: a log file must not cut the columns
     parameters = ", ".join(f"{part} {count:,}" for part, count in description["parameters"].items())
-    console.print(f"[bold]{escape(description['name'])}[/] is valid: {len(description['stages'])} stages", soft_wrap=True)
+    count = len(description["stages"])
+    console.print(f"[bold]{escape(description['name'])}[/] is valid: {count} stage{'s' if count > 1 else ''}", soft_wrap=True)
     console.print(f"parameters: {parameters}", soft_wrap=True)
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for name in (

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 from terrace.data.lines import Lines
 from terrace.data.look import order_command
+from terrace.data.sources.kinds import source_name
 from terrace.errors import InputError
-from terrace.recipe.schema import Data, Source
+from terrace.recipe.schema import Data, Source, Storage
 
 DETAIL_CHARACTERS = 160  # of a refusal's sentence in the table
 
@@ -39,12 +41,12 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 
 def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", nargs="?", type=Path, help="recipe file (YAML); or give --uri")
+    parser.add_argument("recipe", nargs="?", type=Path, help="recipe file (YAML), or rows: a file or folder, as with --uri")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the recipe")
     parser.add_argument("--source", action="append", metavar="NAME", help="only this source of the recipe (repeatable)")
     parser.add_argument("--uri", help="without a recipe: folder, file, glob or s3:// URI of one source")
     parser.add_argument("--name", default="source", help="with --uri: the source's name")
-    parser.add_argument("--kind", default="caption", help="with --uri: what the samples are (caption, document, qa, ...)")
+    parser.add_argument("--kind", help="with --uri: what the samples are (default: told from the first rows, otherwise caption)")
     parser.add_argument("--format", default="auto", help="with --uri: format of the files (default: told from their names)")
     parser.add_argument("--images-root", help="with --uri: folder that image paths are relative to (default: beside the rows)")
     parser.add_argument("--ignore", action="append", metavar="KEY", help="with --uri: leave this key or tar suffix out (repeatable)")
@@ -94,6 +96,7 @@ def index_command(args: argparse.Namespace) -> int:
         trained = recipe.tokenizer.path is None
         reports = {name: ingest_source(name, data.sources[name], data, out, progress) for name in data.sources if trained}
         tokenizer, family = prepare_tokenizer(recipe, reports, out, progress), family_of(recipe.model)
+    family = tokenizer.fit(family)
 
     folders: dict[str, str] = {}
 
@@ -138,11 +141,19 @@ def _chosen(args: argparse.Namespace) -> tuple[Data, str, Any]:
     from terrace.data.prepare import default_root
     from terrace.recipe.loading import load_recipe
 
+    if args.recipe is not None and args.uri is None and is_rows(args.recipe):
+        args.uri, args.recipe = re.sub("^s3:/+", "s3://", str(args.recipe)), None
+        if args.overrides:
+            raise InputError(f"{args.overrides[0]}: changes go with a recipe; of rows the options say everything")
+        if args.name == "source":
+            args.name = source_name(Path(args.uri).name.partition(".")[0])
+        args.out = args.out or f"{args.name}-shards"
     if (args.recipe is None) == (args.uri is None):
         raise InputError("give either a recipe file or --uri")
     if args.uri is not None:
         if args.out is None:
             raise InputError("with --uri, name the folder for the result with --out")
+        args.kind = args.kind or told_kind(args.uri, args.endpoint_url)
         try:
             source = source_of(args)
             data = Data(sources={args.name: source}, storage={"endpoint_url": args.endpoint_url})
@@ -155,6 +166,19 @@ def _chosen(args: argparse.Namespace) -> tuple[Data, str, Any]:
     if unknown:
         raise InputError(f"--source {unknown[0]}: the recipe's sources are {', '.join(recipe.data.sources)}")
     return recipe.data, out, recipe
+
+
+def is_rows(path: Path) -> bool:
+    """Whether what stands where a recipe may is rows: a folder, or a file of another name than recipes have."""
+    return path.is_dir() or (path.is_file() and path.suffix.lower() not in (".yaml", ".yml")) or str(path).startswith("s3:/")
+
+
+def told_kind(uri: str, endpoint_url: str | None = None) -> str:
+    """The kind that a source's first rows speak for; `caption` where they do not say, so that ingest names what is wrong."""
+    from terrace.data.sources.kinds import kind_of_source
+
+    kind = kind_of_source(uri, Storage(endpoint_url=endpoint_url))
+    return "caption" if kind in ("empty", "unknown") else kind
 
 
 def source_of(args: argparse.Namespace) -> Source:

@@ -89,8 +89,13 @@ class ArrayPicture(Picture):
         self.image = image
         self.height, self.width = image.shape[:2]
 
-    def planes(self, height: int, width: int) -> np.ndarray:
-        return _resized_planes(self.image, height, width)
+    def planes(self, height: int, width: int, bilinear: bool = False) -> np.ndarray:
+        return _resized_planes(self.image, height, width, bilinear)
+
+    def resampled(self, height: int, width: int) -> Picture:
+        if self.image.shape[:2] == (height, width):
+            return self
+        return ArrayPicture(np.asarray(Image.fromarray(self.image).resize((width, height), Image.Resampling.LANCZOS)))
 
     def padded_square(self, colour: tuple[int, int, int]) -> Picture:
         longest = max(self.height, self.width)
@@ -117,14 +122,17 @@ class FilePicture(Picture):
     def _whole(self) -> ArrayPicture:
         return ArrayPicture(decode_image(self._data, self._max_pixels))
 
-    def planes(self, height: int, width: int) -> np.ndarray:
+    def planes(self, height: int, width: int, bilinear: bool = False) -> np.ndarray:
         if self._data[:3] == JPEG_HEAD and min(self.height / height, self.width / width) >= 2 * DRAFT_RATIO:
             turned = orientation(self._data)
             stored = (width, height) if turned in SIDEWAYS else (height, width)
             decoded = _decode_jpeg(self._data, DRAFT_RATIO * stored[0], DRAFT_RATIO * stored[1])
             if decoded is not None:
-                return _resized_planes(upright(decoded, turned), height, width)
-        return self._whole.planes(height, width)
+                return _resized_planes(upright(decoded, turned), height, width, bilinear)
+        return self._whole.planes(height, width, bilinear)
+
+    def resampled(self, height: int, width: int) -> Picture:
+        return self._whole.resampled(height, width)
 
     def padded_square(self, colour: tuple[int, int, int]) -> Picture:
         return self._whole.padded_square(colour)
@@ -135,7 +143,7 @@ def resize_image(image: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.ascontiguousarray(_resized_planes(image, height, width).transpose(1, 2, 0))
 
 
-def _resized_planes(image: np.ndarray, height: int, width: int) -> np.ndarray:
+def _resized_planes(image: np.ndarray, height: int, width: int, bilinear: bool = False) -> np.ndarray:
     """uint8 [3, height, width], as the kernel leaves it: patches are channel-major too, and the way back to [H, W, 3] would
     cost as much as the resize."""
     if image.shape[:2] == (height, width):
@@ -144,7 +152,8 @@ def _resized_planes(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
     writable = np.require(image, requirements=["C", "W"])  # Pillow's arrays are read-only, which torch warns about
     tensor = torch.from_numpy(writable).permute(2, 0, 1)[None]  # channels-last view, no copy
-    return torch.nn.functional.interpolate(tensor, size=(height, width), mode="bicubic", antialias=True)[0].numpy()
+    mode = "bilinear" if bilinear else "bicubic"
+    return torch.nn.functional.interpolate(tensor, size=(height, width), mode=mode, antialias=True)[0].numpy()
 
 
 # ---------------------------------------------------------------- decoders

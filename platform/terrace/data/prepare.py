@@ -62,7 +62,7 @@ class PreparedData:
 def stage_data(recipe: Recipe, stage_index: int, prepared: PreparedData) -> tuple[Recipe, PreparedData]:
     """Recipe and data as a stage sees them, with the changes of the model on the way to it."""
     seen = stage_recipe(recipe, stage_index)
-    return seen, prepared if seen is recipe else prepared.seen_by(family_of(seen.model))
+    return seen, prepared if seen is recipe else prepared.seen_by(prepared.tokenizer().fit(family_of(seen.model)))
 
 
 def prepare_data(
@@ -84,6 +84,7 @@ def prepare_data(
     names, family = used_sources(recipe), family_of(recipe.model)
     reports = {name: ingest_source(name, recipe.data.sources[name], recipe.data, out_dir, progress, use_ray) for name in names}
     tokenizer = prepare_tokenizer(recipe, reports, out_dir, progress)
+    family = tokenizer.fit(family)
     entries = {}
     for name in names:
         source = recipe.data.sources[name]

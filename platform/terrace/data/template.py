@@ -11,6 +11,7 @@ cuts it (before an answer, in ChatML), the two sides are encoded apart.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -61,10 +62,11 @@ class Measure:
 
     def length(self, sizes: Sequence[Size], pixels: Bounds, family: Family) -> int:
         """Tokens of the sample when its images are resized within `pixels` = (min, max)."""
+        family = family.among(len(sizes))
         views = [family.view(width, height, pixels) for width, height in sizes]
         tokens = self.fixed_tokens
         for image, frames, _, _ in self.visuals:
-            tokens += int(family.frame_pairs(frames)) * views[image].tokens
+            tokens += int(family.frame_pairs(frames)) * views[image].length
         if self.coordinates:
             numbers = [family.coordinate(value, axis, sizes[image], views[image]) for image, axis, value in self.coordinates]
             tokens += int(family.coordinate_tokens(np.asarray(numbers, np.int64)).sum())
@@ -140,19 +142,19 @@ def _measure(
             # Where no target and no line ends inside the text, its tokens are only counted: their places take as long as they do.
             if breaks or len(flags) > 1:
                 tokens, offsets = tokenizer.encode_with_offsets(value)
-                count = len(tokens)
+                length = len(tokens)
             else:
-                count, offsets = tokenizer.count(value), []
+                length, offsets = tokenizer.count(value), []
             if first_target[0] < 0 and any(flag for _, _, flag in flags):
                 within = int(_token_flags(flags, offsets).argmax()) if len(flags) > 1 else 0
                 first_target = (ids + within, len(visuals), before)
             if breaks:
                 cuts += [ids + place + 1 for place, (_, end) in enumerate(offsets[:-1]) if value[end - 1] == "\n"]
-            ids += count
+            ids += length
             if len(flags) > 1:
                 supervised_tokens += int(_token_flags(flags, offsets).sum())
             elif flags[0][2]:
-                supervised_tokens += count
+                supervised_tokens += length
             text_to_learn |= any(flag and value[start:stop].strip() for start, stop, flag in flags)
         elif kind in ("mark", "token"):
             ids += 1
@@ -175,13 +177,13 @@ def _measure(
 
 
 def _pieces(sample: Sample, supervise: str, family: Family) -> Iterator[Piece]:
-    messages = sample.messages
+    messages, images = sample.messages, itertools.count()
     yield from (("mark", role, False) for role in family.beginning)
     if messages[0]["role"] == RUNNING_TEXT:
         if len(messages) != 1:
             raise InputError(f"sample {sample.id}: running text is one message, found {len(messages)} messages")
         supervised = supervise != "assistant"
-        yield from _content(sample, messages[0]["content"], supervised, family)
+        yield from family.running(_content(sample, messages[0]["content"], supervised, family, images))
         yield "mark", family.end_of_text, supervised
         return
     try:
@@ -191,25 +193,30 @@ def _pieces(sample: Sample, supervise: str, family: Family) -> Iterator[Piece]:
     yield from family.opening(messages)
     for message in messages:
         supervised = message.get("train", message["role"] == "assistant" or supervise == "all_text")
-        yield from _turn(sample, message["role"], message["content"], supervised, family)
+        yield from _turn(sample, message["role"], message["content"], supervised, family, images)
 
 
-def _turn(sample: Sample, role: str, content: list[dict[str, Any]], supervised: bool, family: Family) -> Iterator[Piece]:
+def _turn(
+    sample: Sample, role: str, content: list[dict[str, Any]], supervised: bool, family: Family, images: Iterator[int]
+) -> Iterator[Piece]:
     if role == RUNNING_TEXT:
         raise InputError(f"sample {sample.id}: a message of role `text` cannot stand in a conversation")
     try:
-        yield from family.turn(role, _content(sample, content, supervised, family), supervised)
+        yield from family.turn(role, _content(sample, content, supervised, family, images), supervised)
     except ValueError as error:
         raise InputError(f"sample {sample.id}: {error}") from error
 
 
-def _content(sample: Sample, content: list[dict[str, Any]], supervised: bool, family: Family) -> Iterator[Piece]:
+def _content(
+    sample: Sample, content: list[dict[str, Any]], supervised: bool, family: Family, images: Iterator[int]
+) -> Iterator[Piece]:
+    """`images` counts those of the whole sample."""
     for item in content:
         kind = item.get("type")
         if kind == "text":
             yield "text", item["text"], supervised
         elif kind == "image":
-            yield from family.heading(item["image"])
+            yield from family.heading(next(images))
             yield "image", {"frames": [item["image"]], "timestamps": None}, False
             yield from family.ending()
         elif kind == "video":
@@ -223,9 +230,9 @@ def _content(sample: Sample, content: list[dict[str, Any]], supervised: bool, fa
         elif kind == "token":
             yield "token", item["token"], supervised
         elif kind in ("box", "point"):
-            values, count = item[kind], 4 if kind == "box" else 2
-            if len(values) != count:
-                raise InputError(f"sample {sample.id}: a {kind} has {count} numbers, found {len(values)}")
+            values, wanted = item[kind], 4 if kind == "box" else 2
+            if len(values) != wanted:
+                raise InputError(f"sample {sample.id}: a {kind} has {wanted} numbers, found {len(values)}")
             yield "coordinates", {"image": item["image"], "values": values}, supervised
         else:
             raise InputError(f"sample {sample.id}: unknown content item type {kind!r}")
@@ -235,7 +242,9 @@ def _prompt_pieces(sample: Sample, family: Family) -> Iterator[Piece]:
     if sample.messages[0]["role"] == RUNNING_TEXT:
         pieces = list(_pieces(sample, "auto", family))
         last = max((place for place, piece in enumerate(pieces) if piece[0] in ("image", "video")), default=-1)
-        yield from pieces[: last + 1 + len(family.after)] if last >= 0 else ()
+        if last >= 0:  # the image, and what is written behind it before anything is learned
+            rest = itertools.takewhile(lambda piece: not piece[2], pieces[last + 1 :])
+            yield from (*pieces[: last + 1], *rest)
         return
     messages = sample.messages[:-1] if sample.messages[-1]["role"] == "assistant" else sample.messages
     yield from _pieces(Sample(sample.id, sample.kind, messages, sample.metadata), "auto", family)
@@ -290,6 +299,7 @@ def _encode(
 ) -> Encoded:
     _check_references(sample, len(sizes))
     marks = tokenizer.marks(family)
+    family = family.among(len(sizes))
     all_views = [family.view(width, height, pixels) for width, height in sizes]
 
     def at_this_resolution(image: int, axis: int, value: float) -> str:
@@ -315,7 +325,7 @@ def _encode(
             ids.append(tokenizer.token_id(value))
         else:
             visual, view = _visual(len(ids), value, all_views, family)
-            ids += [marks[kind]] * visual.tokens if visual.tokens else []  # a family without placeholders has no mark for them
+            ids += [marks[kind]] * visual.tokens if visual.seconds is not None else _image_tokens(view, family, tokenizer)
             visuals.append(visual)
             views.append(view)
             images.append(tuple(value["frames"]))
@@ -337,10 +347,23 @@ def _visual(start: int, value: dict[str, Any], views: Sequence[View], family: Fa
     frames, stamps = value["frames"], value["timestamps"]
     view = views[frames[0]]
     if stamps is None:
-        return Visual(start, view.tokens, view.facts), view
+        return Visual(start, view.tokens, view.facts, None, view.inner), view
     pairs = int(family.frame_pairs(len(frames)))
     seconds = tuple(float(second) - float(stamps[0]) for second in stamps[:: -(-len(stamps) // pairs)])
     return Visual(start, pairs * view.tokens, family.video_facts(view, len(frames)), seconds), view
+
+
+def _image_tokens(view: View, family: Family, tokenizer: TextTokenizer) -> list[int]:
+    """The tokens of one image: its placeholders and what the family writes among them."""
+    marks, ids = tokenizer.marks(family), list[int]()
+    for kind, value in family.written(view):
+        if kind == "inside":
+            ids += tokenizer.encode(family.inside[value])
+        else:
+            ids += [marks["image"]] * value if kind == "image" else [marks[value]]
+    if len(ids) != view.length:
+        raise InputError(f"{family.name} counts {view.length} tokens for an image and writes {len(ids)}")
+    return ids
 
 
 def _check_references(sample: Sample, image_count: int) -> None:

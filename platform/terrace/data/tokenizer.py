@@ -40,7 +40,7 @@ class TextTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.encode_special_tokens = True
         self._file = file
-        self._marks: dict[str, dict[str, int]] = {}
+        self._marks: dict[Family | type[Family], dict[str, int]] = {}
         self.fingerprint: str = hashlib.sha256(content).hexdigest()  # of tokenizer.json: part of every index and plan
         self.vocabulary_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.splits_digits: bool = self._digits_stand_alone()
@@ -50,15 +50,30 @@ class TextTokenizer:
 
     def marks(self, family: Family | type[Family]) -> dict[str, int]:
         """Role -> token id of the marks that the family writes. Raises InputError, naming them, where the tokenizer lacks some."""
-        if family.name not in self._marks:
+        if family not in self._marks:
             ids = {role: self._tokenizer.token_to_id(token) for role, token in family.marks.items()}
             missing = [family.marks[role] for role, token_id in ids.items() if token_id is None]
             if missing:
                 raise InputError(
                     f"tokenizer: {self._file} lacks the tokens {', '.join(missing)} that the templates of {family.name} write"
                 )
-            self._marks[family.name] = ids
-        return self._marks[family.name]
+            if not isinstance(family, type):
+                self._check_inside(family)
+            self._marks[family] = ids
+        return self._marks[family]
+
+    def fit(self, family: Family) -> Family:
+        """The family as this tokenizer writes the texts that stand inside its images."""
+        return family.fitted(self.count)
+
+    def _check_inside(self, family: Family) -> None:
+        for name, text in family.inside.items():
+            written, counted = self.count(text), family.inside_tokens(name)
+            if written != counted:
+                raise InputError(
+                    f"tokenizer: {self._file} writes {text!r}, which stands inside an image of {family.name}, as {written} tokens where"
+                    f" {counted} are counted; use the family's own tokenizer"
+                )
 
     def token_id(self, token: str) -> int | None:
         """The id of a special token, or None where there is none of that spelling."""

@@ -25,6 +25,7 @@ from terrace.evaluate.cases import Case
 from terrace.evaluate.model_files import model_sight
 from terrace.evaluate.replies import Reply, Settings
 from terrace.families.interface import Sight
+from terrace.generation.drafting import DraftingEngine
 from terrace.generation.interface import Prompt, Sampling
 from terrace.generation.native import NativeEngine
 from terrace.generation.tokens import forbidden_tokens, stop_tokens
@@ -33,6 +34,7 @@ from terrace.models.attention import choose_backend
 from terrace.models.batch import to_device
 from terrace.models.build import directory_config, materialise, meta_model
 from terrace.models.forward import pack_hidden
+from terrace.models.heads import FOLDER, describe_heads, load_with_heads
 from terrace.models.precision import DTYPES, compute_context
 from terrace.models.shared_prompt import use_shared_prompt_attention
 from terrace.models.weights import initial_weights
@@ -99,6 +101,7 @@ def load_model(
     precision = precision or ("bf16" if device.startswith("cuda") else "fp32")
     sight = Sight(directory_family(directory), pixels) if pixels else model_sight(directory)
     tokenizer = load_tokenizer(directory)
+    sight = Sight(tokenizer.fit(sight.family), sight.pixels)
     config = directory_config(directory)
     if config.image_token_id != tokenizer.marks(sight.family)["image"]:
         raise InputError(f"{directory}: config.json and tokenizer.json disagree on the image token")
@@ -109,10 +112,13 @@ def load_model(
     skeleton = meta_model(config)
     source, _ = initial_weights(section, skeleton, directory)
     network = materialise(skeleton, source, device, DTYPES[precision])
+    drafts = describe_heads(directory / FOLDER) is not None
+    if drafts:
+        load_with_heads(network, directory / FOLDER)
     backend, _ = choose_backend("auto", torch.device(device).type, precision)
     use_shared_prompt_attention(network, backend)
     network.eval()
-    native = NativeEngine(
+    native = (DraftingEngine if drafts else NativeEngine)(
         network, forbidden_tokens(tokenizer, config), stop_tokens(tokenizer, config), device, precision, max_rows=batch_size
     )
     return Model(directory, network, tokenizer, sight, native, device, precision)

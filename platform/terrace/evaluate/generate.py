@@ -54,7 +54,8 @@ def load_speaker(
 
     `pixels` defaults to what the directory's preprocessor_config.json says. Raises InputError when the directory is none.
     """
-    sight = Sight(directory_family(directory), pixels) if pixels else model_sight(directory)
+    sight, tokenizer = Sight(directory_family(directory), pixels) if pixels else model_sight(directory), load_tokenizer(directory)
+    sight = Sight(tokenizer.fit(sight.family), sight.pixels)
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -63,7 +64,7 @@ def load_speaker(
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
-    return Speaker(model.to(device).eval(), family_of_model(model), load_tokenizer(directory), sight)
+    return Speaker(model.to(device).eval(), family_of_model(model), tokenizer, sight)
 
 
 @torch.inference_mode()

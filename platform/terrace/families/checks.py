@@ -46,9 +46,9 @@ def head_size(text: Mapping[str, Any]) -> int:
 def mrope_section(text: Mapping[str, Any]) -> list[int] | None:
     """The split of a head's rotary frequencies over time, height and width, from either place transformers reads it."""
     for name in ("rope_parameters", "rope_scaling"):
-        section = (text.get(name) or {}).get("mrope_section")
+        section = text[name].get("mrope_section") if isinstance(text.get(name), Mapping) else None
         if section:
-            return list(section)
+            return list(section) if isinstance(section, list | tuple) else [section]
     return None
 
 
@@ -72,5 +72,5 @@ def language_rules(config: Mapping[str, Any], trained_tokenizer: bool, mrope: bo
     section, size = mrope_section(text), head_size(text)
     if section is None:
         yield at, f"needs `rope_parameters` with `mrope_section`: three numbers that sum to {size // 2} (half a head)"
-    elif len(section) != 3 or sum(section) * 2 != size:
+    elif len(section) != 3 or not all(map(whole, section)) or sum(section) * 2 != size:
         yield at, f"mrope_section {section} must be three numbers that sum to {size // 2} (half of head size {size})"

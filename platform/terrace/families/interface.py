@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -44,6 +44,12 @@ class View:
     facts: tuple[int, ...]  # for the device side; the same number of them for every image of a family
     size: tuple[int, int]  # (height, width) of the resized picture, all tiles together
     scale: tuple[int, int]  # (height, width) of the units in which coordinates are written
+    inner: int = 0  # tokens that stand among the placeholders: marks of tiles, ends of rows (`Family.written`)
+
+    @property
+    def length(self) -> int:
+        """Tokens from the first that belongs to the image to the last, without the marks around it."""
+        return self.tokens + self.inner
 
 
 @dataclass(frozen=True)
@@ -76,19 +82,36 @@ class Costs:
     rows: np.ndarray
     scale_heights: np.ndarray
     scale_widths: np.ndarray
+    inner: np.ndarray | None = None  # None: nothing stands among the placeholders of any image
+
+    def __getitem__(self, images: np.ndarray) -> Costs:
+        """Those of some images."""
+        inner = None if self.inner is None else self.inner[images]
+        return Costs(self.tokens[images], self.rows[images], self.scale_heights[images], self.scale_widths[images], inner)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """`View.length` of each, int64 [I]."""
+        return self.tokens if self.inner is None else self.tokens + self.inner
 
 
 @dataclass(frozen=True)
 class Visual:
     """The placeholder tokens of one image or video of a sample: where they start, how many, and its facts.
 
-    `seconds` is None for an image; for a video it is the time of each temporal patch, from the first one.
+    `seconds` is None for an image; for a video it is the time of each temporal patch, from the first one. `inner` further tokens
+    stand among the placeholders, so the image ends at `start + length`.
     """
 
     start: int
     tokens: int
     facts: tuple[int, ...]
     seconds: tuple[float, ...] | None = None
+    inner: int = 0
+
+    @property
+    def length(self) -> int:
+        return self.tokens + self.inner
 
 
 @dataclass(frozen=True)
@@ -97,9 +120,11 @@ class Family(ABC):
 
     name: ClassVar[str] = ""
     version: ClassVar[int] = 1  # part of every index: raise it when a sample's length changes
+    parts: ClassVar[tuple[str, ...]] = ("vision", "projector", "language")  # that it has; a stage that trains another is refused
     marks: ClassVar[Mapping[str, str]] = {}  # role -> special token; `image` is the placeholder
     before: ClassVar[tuple[str, ...]] = ()  # roles of the marks in front of an image's placeholders, and behind them
     after: ClassVar[tuple[str, ...]] = ()
+    inside: ClassVar[Mapping[str, str]] = {}  # name -> ordinary text that `written` puts among an image's placeholders
     beginning: ClassVar[tuple[str, ...]] = ()  # with which every sample begins
     begin_of_text: ClassVar[str] = "end_of_text"  # roles: bos_token_id, what ends an answer, and what ends a running text
     end_of_turn: ClassVar[str] = "end_of_turn"
@@ -155,12 +180,39 @@ class Family(ABC):
         """`view` of many images. This default asks once for each size that occurs."""
         sizes, back = np.unique(np.stack([widths, heights]), axis=1, return_inverse=True)
         views = [self.view(int(width), int(height), pixels) for width, height in sizes.T]
-        columns = np.asarray([(v.tokens, v.rows, *v.scale) for v in views], np.int64).reshape(-1, 4)
+        columns = np.asarray([(v.tokens, v.rows, *v.scale, v.inner) for v in views], np.int64).reshape(-1, 5)
         return Costs(*columns[back.reshape(-1)].T)
 
     def largest_image_tokens(self, most_pixels: int) -> int:
         """Placeholders of the largest image that `pixels.max` allows."""
         return most_pixels // self.unit
+
+    def among(self, images: int) -> Family:
+        """The family as it sees an image of a sample that has so many; this one where that changes nothing."""
+        return self
+
+    def fitted(self, count: Callable[[str], int]) -> Family:
+        """The family as a tokenizer writes it: `count` gives the tokens of a text of `inside`, encoded alone."""
+        return self
+
+    def inside_tokens(self, name: str) -> int:
+        """Tokens of a text of `inside`; a tokenizer that writes it with another number is refused by name."""
+        return 1
+
+    def heading(self, number: int) -> Iterator[Piece]:
+        """What stands in front of a sample's image `number`, counted from 0 in the order of the text."""
+        yield from (("mark", role, False) for role in self.before)
+
+    def heading_tokens(self, number: int) -> int:
+        """Tokens of `heading` at most: a document is not split there."""
+        return len(self.before)
+
+    def written(self, view: View) -> Iterator[tuple[str, Any]]:
+        """What stands for an image between `before` and `after`: ("image", placeholders), ("mark", role) or ("inside", name).
+
+        `view.tokens` placeholders and `view.inner` other tokens.
+        """
+        yield "image", view.tokens
 
     @abstractmethod
     def pixels(self, picture: Picture, view: View, out: np.ndarray | None = None) -> np.ndarray:
@@ -225,17 +277,17 @@ class Family(ABC):
         """A conversation as turns that `turn` writes: tools, calls and results as text. ValueError for what has no form."""
         return refuse_tools(messages, self.name)
 
-    def heading(self, image: int) -> Iterator[Piece]:
-        """What stands in front of an image's placeholders; `image` counts those of the sample."""
-        return (("mark", role, False) for role in self.before)
-
     def ending(self) -> Iterator[Piece]:
-        """What stands behind them."""
+        """What stands behind an image."""
         return (("mark", role, False) for role in self.after)
 
     def opening(self, messages: Sequence[Mapping[str, Any]]) -> Iterator[Piece]:
         """What stands before the first turn."""
         return iter(())
+
+    def running(self, content: Iterable[Piece]) -> Iterator[Piece]:
+        """A caption or a document, between `beginning` and the mark that ends it."""
+        return iter(content)
 
     @abstractmethod
     def turn(self, role: str, content: Iterable[Piece], supervised: bool) -> Iterator[Piece]:
@@ -301,14 +353,18 @@ class Family(ABC):
 
 
 class Picture(ABC):
-    """A decoded image that knows how to resize itself; `data.images.DecodedPicture` is the one that reads files."""
+    """A decoded image that knows how to resize itself; `data.images.FilePicture` is the one that reads files."""
 
     height: int
     width: int
 
     @abstractmethod
-    def planes(self, height: int, width: int) -> np.ndarray:
-        """uint8 [3, height, width], antialiased bicubic."""
+    def planes(self, height: int, width: int, bilinear: bool = False) -> np.ndarray:
+        """uint8 [3, height, width], antialiased; bicubic, or bilinear."""
+
+    @abstractmethod
+    def resampled(self, height: int, width: int) -> Picture:
+        """The picture at another size, by Pillow's Lanczos filter."""
 
     @abstractmethod
     def padded_square(self, colour: tuple[int, int, int]) -> Picture:

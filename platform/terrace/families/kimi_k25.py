@@ -95,10 +95,13 @@ class KimiK25(Family):
 
     # ------------------------------------------------------------ text
 
-    def heading(self, image: int) -> Iterator[Piece]:
+    def heading(self, number: int) -> Iterator[Piece]:
         yield "mark", "media_begin", False
         yield "text", "image", False
         yield "mark", "media_content", False
+
+    def heading_tokens(self, number: int) -> int:
+        return 2 + len("image")
 
     def turn(self, role: str, content: Iterable[Piece], supervised: bool) -> Iterator[Piece]:
         if role not in ROLES:

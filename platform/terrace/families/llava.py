@@ -211,9 +211,9 @@ def clip_block(width: int, inner: int) -> int:
     return 4 * width * width + 4 * width + 2 * width * inner + inner + width + 4 * width
 
 
-def idle_blocks(config: Mapping[str, Any]) -> int:
+def idle_blocks(config: Mapping[str, Any], default: int = -2) -> int:
     """Blocks of the tower behind the layer whose features are taken: they run, and never train."""
-    layer, depth = config.get("vision_feature_layer", -2), config["vision_config"]["num_hidden_layers"]
+    layer, depth = config.get("vision_feature_layer", default), config["vision_config"]["num_hidden_layers"]
     return depth - layer if layer >= 0 else -layer - 1
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,6 +22,10 @@ class Squares(Family):
 
     side: int = 224
     patch: int = 16
+
+    def written(self, view: View) -> Iterator[tuple[str, Any]]:
+        """No token stands for a picture."""
+        return iter(())
 
     @property
     def row_values(self) -> int:

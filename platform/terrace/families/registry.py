@@ -17,7 +17,10 @@ import terrace.families as folder
 from terrace.errors import InputError
 from terrace.families.interface import Family
 
-_SHARED = ("interface", "registry", "shapes", "squares", "connector", "checks", "chatml", "tools", "two_towers", "one_square")
+_SHARED = (
+    "interface", "registry", "shapes", "squares", "connector", "checks", "chatml", "tools", "anyres", "siglip_tower", "slicing", "one_tile",
+    "two_towers", "one_square",
+)  # fmt: skip
 _ELSEWHERE: dict[str, str] = {}  # name of a family -> the module outside of this folder that holds it
 
 
@@ -62,5 +65,10 @@ def family_values(family: Family) -> dict[str, Any]:
 
 def stored_family(values: Mapping[str, Any]) -> Family:
     """The family that `family_values` describes."""
-    numbers = dict(values)
+    numbers = {name: _hashable(value) for name, value in values.items()}
     return family_class(numbers.pop("architecture"))(**numbers)
+
+
+def _hashable(value: Any) -> Any:
+    """A field as the family had it: JSON has made lists of its tuples."""
+    return tuple(map(_hashable, value)) if isinstance(value, list) else value

@@ -27,6 +27,18 @@ class VisionShape:
     extra_tokens: int = 0  # per picture, beside its patches (a class token)
     unused_parameters: int = 0  # of those above, what never gets a gradient
     idle_blocks: int = 0  # blocks whose output nobody takes: they run forward only
+    outer_norms: int = 0  # RMSNorms over patches outside of the blocks
+    padded: bool = False  # patches are embedded for a rectangle around each picture that holds the largest of the pack
+    kept_inner: int = 3  # tensors of the feed-forward's width that its backward needs; 2 where its activation is one fused function
+    merged_blocks: int = 0  # of the blocks, those behind a merger inside the tower, with one row for `merged_patches` patches
+    merged_patches: int = 1
+    merger_products: int = 0  # that merger's multiply-adds per patch, and how many keys a patch's attention sees in it
+    merger_keys: int = 0
+
+    @property
+    def whole_blocks(self) -> float:
+        """Blocks that train, counted by the rows they see."""
+        return self.depth - self.idle_blocks - self.merged_blocks * (1 - 1 / self.merged_patches)
 
     @property
     def head_size(self) -> int:
@@ -42,6 +54,11 @@ class ProjectorShape:
     inner: int
     times: int = 1
     unused_parameters: int = 0  # of those, what never gets a gradient
+    first: bool = False  # it reads pixels, which need no gradient
+
+    def plus(self, parameters: int) -> ProjectorShape:
+        """With parameters that run in place of the language model's own, and so add no work."""
+        return replace(self, parameters=self.parameters + parameters) if parameters else self
 
 
 @dataclass(frozen=True)
@@ -89,11 +106,17 @@ class LanguageShape:
     tied: bool  # input and output embeddings are one matrix
     attention_biases: bool  # on query, key and value
     head_norms: bool = False  # RMSNorm over each query and key head
+    norms: int = 2  # of a layer, over its whole width
+    gated: bool = True  # SwiGLU and RMSNorms; otherwise two matrices with one activation between them, and LayerNorms
+    layer_biases: int = 0  # parameters of a layer beside those above
+    other_biases: int = 0  # of the final norm, likewise
+
+    @property
+    def feed_forward_matrices(self) -> int:
+        return 3 if self.gated else 2
     experts: ExpertsShape | None = None
     latent: LatentShape | None = None
-    gated: bool = True  # three matrices of a feed-forward layer, or two
-    layer_parameters: int | None = None  # of a layer that is not attention and a gated feed-forward without biases, with two RMSNorms
-    other_parameters: int = 0  # beside layers, embeddings of tokens and the weight of the final norm
+    masked: bool = False  # attention with a mask over each sample, which keeps keys and values as few as they are
 
     def with_latent(self, latent: LatentShape, experts: ExpertsShape) -> LanguageShape:
         size = latent.plain + latent.rotary
@@ -155,8 +178,7 @@ NO_ADAPTERS = AdapterShape(0, 0)
 
 
 NO_LANGUAGE = LanguageShape(
-    layers=0, width=0, intermediate=0, heads=0, key_heads=0, head_size=0, vocabulary=0, tied=True, attention_biases=False,
-    layer_parameters=0,
+    layers=0, width=0, intermediate=0, heads=0, key_heads=0, head_size=0, vocabulary=0, tied=True, attention_biases=False
 )  # of an encoder of pictures alone
 
 

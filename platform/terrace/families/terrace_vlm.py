@@ -23,7 +23,7 @@ from terrace.families.interface import Bounds, Costs, Family, Finding, Picture, 
 from terrace.families.internvl import COORDINATE_SCALE, InternVL
 from terrace.families.llava import PADDING, clip_block, idle_blocks
 from terrace.families.qwen2_vl import IMAGE_MEAN, IMAGE_STD, qwen_language
-from terrace.families.shapes import ExpertsShape, ModelShape, ProjectorShape, VisionShape
+from terrace.families.shapes import ExpertsShape, LanguageShape, ModelShape, ProjectorShape, VisionShape
 from terrace.families.squares import padded_coordinate, padded_coordinates
 
 LAYOUTS = ("square", "padded", "tiles")
@@ -41,6 +41,7 @@ class TerraceVlm(InternVL):
 
     layout: str = "square"
     output_in_tower: bool = False  # what stands behind the resampler's attention is a part of vision
+    visual_expert: bool = False
     experts_per_token: int = 0  # of an upcycled language model
     siglip: bool = False  # its own mean and deviation of pixels, no class token
 
@@ -51,7 +52,7 @@ class TerraceVlm(InternVL):
         connector = checked(config) or Connector()
         return cls(
             side, picture_tokens(connector, side // patch), patch, config.get("image_layout", "square"),
-            connector.output_projection == "vision", (config.get("experts") or {}).get("per_token", 0),
+            connector.output_projection == "vision", bool(config.get("visual_expert")), (config.get("experts") or {}).get("per_token", 0),
             vision.get("model_type", CLIP) == SIGLIP,
         )  # fmt: skip
 
@@ -128,7 +129,7 @@ class TerraceVlm(InternVL):
                 full_blocks=depth, patch_values=values, patches_per_token=patches / family.tokens, block_parameters=block,
                 other_parameters=other, extra_tokens=0 if family.siglip else 1, unused_parameters=idle * block + behind, idle_blocks=idle,
             ),
-            projector_shape(checked(config) or Connector(), width, language.width, patches),
+            projector_shape(checked(config) or Connector(), width, language.width, patches).plus(visual_expert(language, family)),
             language,
         )  # fmt: skip
 
@@ -151,6 +152,8 @@ class TerraceVlm(InternVL):
             yield (*at, "model_type"), f"must be {CLIP} or {SIGLIP}"
         elif vision.get("model_type") == SIGLIP and vision.get("vision_use_head", True):
             yield at, "needs `vision_use_head: false`: nobody takes what the pooling head gives"
+        if config.get("visual_expert") and config.get("experts"):
+            yield ("visual_expert",), "and a mixture of experts do not go together"
         if vision["image_size"] % vision["patch_size"]:
             yield (*at, "image_size"), f"{vision['image_size']} is no multiple of patch_size {vision['patch_size']}"
         if vision["hidden_size"] % vision["num_attention_heads"]:
@@ -205,6 +208,13 @@ def picture_tokens(connector: Connector, across: int) -> int:
     if connector.kind in ("resampler", "q_former"):
         return connector.queries
     return (across // (connector.merge if connector.kind == "pixel_shuffle_mlp" else 1)) ** 2
+
+
+def visual_expert(language: LanguageShape, family: TerraceVlm) -> int:
+    """Parameters of the image tokens' own matrices, which train with the projector; they run in place of the language model's."""
+    matrices = 2 * language.width * (language.query_width + language.key_width) + 3 * language.width * language.intermediate
+    biases = language.query_width + 2 * language.key_width if language.attention_biases else 0
+    return language.layers * (matrices + biases) if family.visual_expert else 0
 
 
 def output_parameters(width: int) -> int:

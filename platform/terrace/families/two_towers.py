@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from terrace.families.checks import complete, head_count_fits
 from terrace.families.interface import Finding, Piece
 from terrace.families.one_square import Squares
-from terrace.families.shapes import LanguageShape, ModelShape, ProjectorShape, VisionShape
+from terrace.families.shapes import LanguageShape, ModelShape, ProjectorShape, VisionShape, encoder_block
 
 TOWER_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
@@ -77,12 +77,6 @@ class TwoTowers(Squares):
         return ("image_size", "patch_size")
 
 
-def block_parameters(part: Mapping[str, Any]) -> int:
-    """Of a transformer block with LayerNorm and biases: attention, feed-forward, two norms."""
-    width, inner = int(part["hidden_size"]), int(part["intermediate_size"])
-    return 4 * width * width + 4 * width + 2 * width * inner + inner + width + 4 * width
-
-
 def vision_shape(
     vision: Mapping[str, Any], patches: int, other_parameters: int, extra_tokens: int = 0, unused: int = 0, missing_biases: int = 0
 ) -> VisionShape:
@@ -92,7 +86,8 @@ def vision_shape(
         depth=depth, width=int(vision["hidden_size"]), intermediate=int(vision["intermediate_size"]),
         heads=int(vision["num_attention_heads"]), gated=False, window=None, full_blocks=depth,
         patch_values=3 * int(vision["patch_size"]) ** 2, patches_per_token=patches,
-        block_parameters=block_parameters(vision) - missing_biases, other_parameters=other_parameters, extra_tokens=extra_tokens,
+        block_parameters=encoder_block(int(vision["hidden_size"]), int(vision["intermediate_size"])) - missing_biases,
+        other_parameters=other_parameters, extra_tokens=extra_tokens,
         unused_parameters=unused,
     )  # fmt: skip
 
@@ -103,8 +98,8 @@ def text_shape(text: Mapping[str, Any], vocabulary: int | None, head_parameters:
     return LanguageShape(
         layers=int(text["num_hidden_layers"]), width=width, intermediate=int(text["intermediate_size"]), heads=heads, key_heads=heads,
         head_size=width // heads, vocabulary=int(text.get("vocab_size") or vocabulary or 0), tied=True, attention_biases=True, gated=False,
-        layer_parameters=block_parameters(text),
-        other_parameters=int(text["max_position_embeddings"]) * width + width + head_parameters,  # and the bias of the final norm
+        layer_biases=4 * width + int(text["intermediate_size"]),  # of attention's output, the feed-forward and two norms
+        other_biases=int(text["max_position_embeddings"]) * width + width + head_parameters,  # positions, and the final norm's own
     )  # fmt: skip
 
 

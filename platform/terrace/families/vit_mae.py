@@ -15,8 +15,8 @@ import numpy as np
 from terrace.families.checks import complete, head_count_fits
 from terrace.families.interface import Bounds, Finding, Picture, Piece
 from terrace.families.one_square import Squares
-from terrace.families.shapes import NO_LANGUAGE, ModelShape, ProjectorShape
-from terrace.families.two_towers import TOWER_FIELDS, block_parameters, vision_shape
+from terrace.families.shapes import NO_LANGUAGE, ModelShape, ProjectorShape, encoder_block
+from terrace.families.two_towers import TOWER_FIELDS, vision_shape
 
 DECODER_FIELDS = ("decoder_hidden_size", "decoder_intermediate_size", "decoder_num_hidden_layers", "decoder_num_attention_heads")
 
@@ -52,8 +52,7 @@ class VitMae(Squares):
         positions, biases = (patches + 1) * width, 0 if config.get("qkv_bias", True) else 3 * width
         vision = vision_shape(config, patches, width + values * width + width + positions + 2 * width, 1, positions, biases)
         inner = int(config["decoder_hidden_size"])
-        decoder = {"hidden_size": inner, "intermediate_size": config["decoder_intermediate_size"]}
-        block = block_parameters(decoder) - (0 if config.get("qkv_bias", True) else 3 * inner)
+        block = encoder_block(inner, int(config["decoder_intermediate_size"])) - (0 if config.get("qkv_bias", True) else 3 * inner)
         depth, drawn = int(config["decoder_num_hidden_layers"]), (patches + 1) * inner
         total = width * inner + inner + inner + drawn + depth * block + 2 * inner + inner * values + values
         return ModelShape(vision, ProjectorShape(total, patches * (total - drawn), 0, unused_parameters=drawn), NO_LANGUAGE)

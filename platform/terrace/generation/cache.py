@@ -72,7 +72,7 @@ class SharedPromptCache:
         self._length += 1
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None = None
     ) -> torch.Tensor:
         """query [1, H, A, D], key and value [1, K, A, D] of one new token per row -> [1, A, H, D]."""
         heads, rows, size = query.shape[1], query.shape[2], query.shape[3]
@@ -81,17 +81,23 @@ class SharedPromptCache:
         own_key[:, :, self._length] = key[0].transpose(0, 1)
         own_value[:, :, self._length] = value[0].transpose(0, 1)
         grouped = query[0].transpose(0, 1).reshape(rows, kv_heads, heads // kv_heads, size) * scale
-        filled = slice(0, self._length + 1)
+        filled = slice(0 if window is None else max(0, self._length + 1 - window), self._length + 1)
+        hidden = self._hidden if window is None else self._hidden | self._behind(window)
         own = _partial(grouped, own_key[:, :, filled], own_value[:, :, filled], None)
         table = self._to_table(grouped)
         prompt = tuple(self._from_table(part, heads // kv_heads) for part in _partial(
-            table, *self._prompts[layer], self._hidden[:, None, None, :]
+            table, *self._prompts[layer], hidden[:, None, None, :]
         ))  # fmt: skip
         peak = torch.maximum(own[0], prompt[0])
         own_weight, prompt_weight = (own[0] - peak).exp(), (prompt[0] - peak).exp()
         out = own[2] * own_weight + prompt[2] * prompt_weight
         out = out / (own[1] * own_weight + prompt[1] * prompt_weight)
         return out.to(query.dtype).reshape(1, rows, heads, value.shape[3])
+
+    def _behind(self, window: int) -> torch.Tensor:
+        """bool [B, P]: tokens of each prompt that lie further back than `window` from the new token."""
+        lengths = (~self._hidden).sum(dim=1, keepdim=True)
+        return lengths + self._length - torch.arange(self._hidden.shape[1], device=self._hidden.device)[None] >= window
 
     def _to_table(self, grouped: torch.Tensor) -> torch.Tensor:
         """[A, K, h, D] -> [B, K, width * h, D], zeros where a group has fewer rows than the widest."""
@@ -119,7 +125,7 @@ def _partial(
     """Maximum [.., 1], sum [.., 1] and unnormalised output [.., D] of softmax attention, in float32."""
     scores = (query @ key.transpose(-1, -2)).float()
     if hidden is not None:
-        scores = scores.masked_fill(hidden, float("-inf"))
+        scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)  # finite: all of a prompt may be hidden
     peak = scores.amax(dim=-1, keepdim=True)
     weights = (scores - peak).exp()
     return peak, weights.sum(dim=-1, keepdim=True), (weights.to(value.dtype) @ value).float()

@@ -92,7 +92,7 @@ class NativeEngine:
         count, samples = len(prompts), sampling.samples
         hidden, cache = self._prefill(prompts, sampling)
         noise = np.stack([uniforms(sampling.seed, p, s, sampling.max_tokens) for p in prompts for s in range(samples)])
-        wave = _Wave(count, samples, sampling.max_tokens, ready)
+        wave = Wave(count, samples, sampling.max_tokens, ready)
         logits = self._model.lm_head(hidden).float().repeat_interleave(samples, dim=0)
         next_positions = torch.from_numpy(np.stack([prompt.next_positions for prompt in prompts])).to(self._device)  # [B, P]
         rows = torch.arange(count * samples, device=self._device)  # the sequence that each row of the batch decodes
@@ -177,7 +177,7 @@ def prompts_as_pack(prompts: Sequence[Prompt]) -> PackedExample:
     )
 
 
-class _Wave:
+class Wave:
     """The tokens of a wave's sequences as they come, on the host."""
 
     def __init__(self, prompts: int, samples: int, max_tokens: int, ready: GroupReady) -> None:

@@ -108,7 +108,8 @@ def use_attention(model: Any, implementation: str) -> None:
         block.config._attn_implementation = name
     # A name that transformers has no mask function for gets no mask, silently: only towers without masks take ours.
     segments = family_of_model(model).tower_attention == "segments"
-    model.config.vision_config._attn_implementation = name if segments or implementation not in BACKENDS else "sdpa"
+    if hasattr(model.config, "vision_config"):
+        model.config.vision_config._attn_implementation = name if segments or implementation not in BACKENDS else "sdpa"
 
 
 def give_language_attention(model: Any, name: str, plain_backend: str) -> None:
@@ -144,6 +145,38 @@ def runs_of_equal_length(boundaries: list[int]) -> list[tuple[int, int, int]]:
         else:
             runs.append((start, length, 1))
     return runs
+
+
+def visible_within(length: int, groups: torch.Tensor | None, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """bool [length, length]: what each token of a causal segment sees; None where that is everything before it.
+
+    Tokens of one group (`groups` int64 [length], from 0 on) see each other, too; nobody sees further back than `window` tokens.
+    """
+    if groups is None and (window is None or length <= window):
+        return None
+    places = torch.arange(length, device=device)
+    seen = places[:, None] >= places[None]
+    if groups is not None:
+        seen = seen | ((groups[:, None] == groups[None]) & (groups[:, None] >= 0))
+    if window is not None:
+        seen = seen & (places[:, None] - places[None] < window)
+    return seen
+
+
+def masked_segments(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: list[int], scale: float, groups: torch.Tensor | None,
+    window: int | None,
+) -> torch.Tensor:
+    """`sdpa_segments` of causal segments with groups or a window, one after another: a mask is as large as one segment."""
+    outputs = []
+    for start, end in itertools.pairwise(boundaries):
+        q, k, v = (tensor[:, :, start:end] for tensor in (query, key, value))
+        seen = visible_within(end - start, groups[start:end] if groups is not None else None, window, query.device)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs).unsqueeze(0)
 
 
 def sdpa_segments(
@@ -237,17 +270,22 @@ def _attention_function(backend: str) -> Callable[..., tuple[torch.Tensor, None]
         module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
         attention_mask: torch.Tensor | None, scaling: float | None = None, dropout: float = 0.0,
         cu_seq_lens_q: torch.Tensor | None = None, max_length_q: int | None = None, is_causal: bool | None = None,
-        segment_boundaries: list[int] | None = None, **_: Any,
+        segment_boundaries: list[int] | None = None, bidirectional_groups: torch.Tensor | None = None,
+        sliding_window: int | None = None, softcap: float | None = None, **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        if attention_mask is not None or dropout:
-            raise InputError("segment attention takes no mask and no dropout; set attention_dropout to 0")
+        if attention_mask is not None or dropout or softcap is not None:
+            raise InputError("segment attention takes no mask, no dropout and no cap; set attention_dropout to 0")
         if cu_seq_lens_q is None:
             raise InputError(
                 f"attention {backend!r} was called without segment boundaries: run the model through "
                 "terrace.models.forward, or switch to sdpa with terrace.models.attention.attention(model, 'sdpa')"
             )
         causal = module.is_causal if is_causal is None else is_causal
+        causal = causal or bidirectional_groups is not None  # a class that calls itself bidirectional means those
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if causal and (bidirectional_groups is not None or (sliding_window is not None and max_length_q and max_length_q > sliding_window)):
+            boundaries = segment_boundaries if segment_boundaries is not None else cu_seq_lens_q.tolist()
+            return masked_segments(query, key, value, boundaries, scale, bidirectional_groups, sliding_window), None
         if backend == "sdpa_segments":
             boundaries = segment_boundaries if causal and segment_boundaries is not None else cu_seq_lens_q.tolist()
             return sdpa_segments(query, key, value, boundaries, causal, scale), None

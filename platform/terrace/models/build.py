@@ -111,12 +111,15 @@ def restore_buffers(model: Any) -> None:
         for name, buffer in buffers.items():
             if buffer.is_floating_point():
                 setattr(module, name, buffer.float())
+        own = [(parameter, parameter.data.clone()) for parameter in module.parameters(recurse=False)]
         weights = list(module.parameters())
         for weight in weights:
             weight._is_hf_initialized = True
         owner._init_weights(module)
         for weight in weights:
             del weight._is_hf_initialized
+        for parameter, values in own:
+            parameter.data.copy_(values)
 
 
 def materialise(

@@ -37,7 +37,7 @@ def use_liger(model: Any) -> tuple[int, int]:
 
     norms = gates = 0
     for module in model.modules():
-        if type(module).__name__.endswith("RMSNorm"):
+        if type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon"):  # Gemma's has another form
             module.forward = functools.partial(_rms_norm, module, liger_rms_norm)
             norms += 1
         elif {"gate_proj", "up_proj", "down_proj"} <= set(dict(module.named_children())) and _is_silu(module.act_fn):

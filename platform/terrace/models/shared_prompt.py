@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from terrace.models.attention import give_language_attention, registered_name, use_attention
+from terrace.models.attention import give_language_attention, registered_name, use_attention, visible_within
 from terrace.models.batch import DeviceBatch
 from terrace.models.families.registry import family_of_model
 from terrace.models.forward import hidden_states
@@ -44,9 +44,9 @@ class DecodeAttention(Protocol):
     """What a decoding cache answers for one new token of each of A sequences."""
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None = None
     ) -> torch.Tensor:
-        """query [1, H, A, D], key and value [1, K, A, D] -> [1, A, H, D]."""
+        """query [1, H, A, D], key and value [1, K, A, D] -> [1, A, H, D]; no further back than `window` tokens."""
 
 
 def use_shared_prompt_attention(model: Any, backend: str) -> None:
@@ -56,18 +56,20 @@ def use_shared_prompt_attention(model: Any, backend: str) -> None:
 
 
 def unit_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, units: list[Unit], scale: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, units: list[Unit], scale: float, groups: torch.Tensor | None = None,
+    window: int | None = None,
 ) -> torch.Tensor:
-    """query [1, H, T, D], key and value [1, K, T, D] -> [1, T, H, D]."""
+    """query [1, H, T, D], key and value [1, K, T, D] -> [1, T, H, D]. `groups` and `window` as in models.attention.visible_within."""
     outputs = []
     for unit in units:
         prompt = slice(unit.start, unit.start + unit.prompt)
         q, k, v = query[:, :, prompt], key[:, :, prompt], value[:, :, prompt]
         grouped = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
+        seen = visible_within(unit.prompt, groups[prompt] if groups is not None else None, window, q.device)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=grouped)
         outputs.append(out[0].transpose(0, 1))
         if unit.responses and max(unit.responses):
-            outputs.append(_responses(query, key, value, k, v, unit, scale))
+            outputs.append(_responses(query, key, value, k, v, unit, scale, window))
     return torch.cat(outputs).unsqueeze(0)
 
 
@@ -79,6 +81,7 @@ def _responses(
     prompt_value: torch.Tensor,
     unit: Unit,
     scale: float,
+    window: int | None,
 ) -> torch.Tensor:
     """Attention of all responses of a unit to the prompt and themselves: [sum of responses, H, D]."""
     lengths, longest, count = unit.responses, max(unit.responses), len(unit.responses)
@@ -98,6 +101,9 @@ def _responses(
     rows = torch.arange(longest, device=q.device)
     visible = torch.ones(longest, unit.prompt + longest, dtype=torch.bool, device=q.device)
     visible[:, unit.prompt :] = rows[:, None] >= rows[None, :]
+    if window is not None:
+        places = torch.arange(unit.prompt + longest, device=q.device)
+        visible &= unit.prompt + rows[:, None] - places[None] < window
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     return torch.cat([out[place, :, :length].transpose(0, 1) for place, length in enumerate(lengths)])
 
@@ -112,6 +118,8 @@ def _attention(
     prompt_units: list[Unit] | None = None,
     decode: DecodeAttention | None = None,
     keep: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None,
+    bidirectional_groups: torch.Tensor | None = None,
+    sliding_window: int | None = None,
     **rest: Any,
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls. `keep` collects keys and values per layer (prefill); `decode` brings its own cache."""
@@ -119,12 +127,13 @@ def _attention(
     if value.dtype != query.dtype:  # rotary embedding in fp32 under autocast
         query, key = query.to(value.dtype), key.to(value.dtype)
     if decode is not None:
-        return decode.attend(module.layer_idx, query, key, value, scale), None
+        return decode.attend(module.layer_idx, query, key, value, scale, sliding_window), None
     if keep is not None:
         keep[module.layer_idx] = (key, value)
     if prompt_units is not None:
-        return unit_attention(query, key, value, prompt_units, scale), None
+        return unit_attention(query, key, value, prompt_units, scale, bidirectional_groups, sliding_window), None
     plain = ALL_ATTENTION_FUNCTIONS[registered_name(module.plain_backend)]
+    rest |= {"bidirectional_groups": bidirectional_groups, "sliding_window": sliding_window}
     return plain(module, query, key, value, attention_mask, scaling=scale, **rest)
 
 

@@ -101,6 +101,9 @@ def initial_weights(
 
     def read(name: str) -> torch.Tensor:
         directory = by_part[family.part_of(name)]
+        lacks = directory is None or name not in directory.names
+        if lacks and (other := family.copied_from(name)) is not None:
+            return read(other)
         if directory is None or (name not in directory.names and not surgery.makes(name)):
             return random(name)
         tensor = surgery.read(directory, name)
@@ -117,7 +120,7 @@ def _compare(
     shapes: dict[str, tuple[int, ...]], by_part: dict[PartName, Directory | None], report: LoadReport, family: FamilyModel,
     surgery: Surgery,
 ) -> set[str]:
-    """Fill the report; returns the names of tensors that are random in part (a vocabulary that grows) or wholly."""
+    """Fill the report; returns the names of vocabulary tensors that grow."""
     grown = set()
     for name, shape in shapes.items():
         directory = by_part[family.part_of(name)]
@@ -127,8 +130,8 @@ def _compare(
             report.notes.append(note)
             continue
         if name not in directory.names and family.may_be_new(name):
-            grown.add(name)
-            report.notes.append(f"{name} is not in {directory.path} and starts random")
+            begins = "random" if (other := family.copied_from(name)) is None else f"as a copy of {other}"
+            report.notes.append(f"{name} is not in {directory.path} and starts {begins}")
             continue
         if name not in directory.names:
             report.missing.append(f"{name} is missing in {directory.path}")

@@ -29,6 +29,7 @@ class PackLoad:
     pictures: float  # that the tower sees: images, or tiles of them
     image_squares: float  # sum of patches of a picture squared, its class token among them
     window_squares: float  # sum of patches of a window squared
+    padding: float = 0.0  # patches around pictures that are embedded and dropped
 
 
 def exact_load(shape: ModelShape, segments: Sequence[int], pictures: Iterable[tuple[int, int]], supervised_tokens: int) -> PackLoad:
@@ -48,7 +49,14 @@ def exact_load(shape: ModelShape, segments: Sequence[int], pictures: Iterable[tu
         pictures=len(grids),
         image_squares=sum(area * area for area in seen),
         window_squares=sum(_window_squares(height, width, shape.vision.window) for height, width in grids),
+        padding=_padding(grids) if shape.vision.padded else 0.0,
     )
+
+
+def _padding(grids: Sequence[tuple[int, int]]) -> float:
+    """Patches that pictures lack of the smallest rectangle that holds each of them."""
+    highest, widest = (max(sides) for sides in zip(*grids))
+    return sum(highest * widest - height * width for height, width in grids)
 
 
 def assumed_load(shape: ModelShape, tokens: float, visual_tokens: float, segment_tokens: float, image_tokens: float) -> PackLoad:
@@ -95,11 +103,12 @@ def _forward(shape: ModelShape, load: PackLoad) -> dict[PartName, dict[str, floa
     windowed = vision.depth - vision.full_blocks
     rows = load.patches + load.pictures * vision.extra_tokens
     squares = vision.full_blocks * load.image_squares + windowed * load.window_squares
-    matrices = 3 if language.gated else 2
-    feed_forward = matrices * language.mean_intermediate + language.router_width  # of the experts that a token goes to, not of all
+    squares -= vision.merged_blocks * load.image_squares * (1 - 1 / vision.merged_patches**2)
+    # Of the experts that a token goes to, not of all.
+    feed_forward = language.feed_forward_matrices * language.mean_intermediate + language.router_width
     layer = language.attention_matrices + language.width * feed_forward
-    of_block = vision.width * (4 * vision.width + products * vision.intermediate)
-    idle = vision.idle_blocks / vision.depth
+    matrices = vision.width * (4 * vision.width + products * vision.intermediate)
+    idle = vision.idle_blocks / max(1, vision.depth)
     adapters = {
         "vision": 2 * rows * shape.adapters_of("vision").parameters,
         "projector": 2 * load.visual_tokens * shape.projector.times * shape.adapters_of("projector").parameters,
@@ -108,14 +117,14 @@ def _forward(shape: ModelShape, load: PackLoad) -> dict[PartName, dict[str, floa
     return {
         "vision": {
             "adapters": adapters["vision"],
-            "embed": 2 * load.patches * vision.patch_values * vision.width,
-            "linear": 2 * rows * (vision.depth - vision.idle_blocks) * of_block,
-            "attention": 4 * vision.width * squares * (1 - idle),
-            "idle": 2 * rows * vision.idle_blocks * of_block + 4 * vision.width * squares * idle,  # forward only
+            "embed": 2 * (load.patches + load.padding) * vision.patch_values * vision.width,
+            "linear": 2 * rows * vision.whole_blocks * matrices + 2 * load.patches * vision.merger_products,
+            "attention": 4 * vision.width * (squares * (1 - idle) + load.patches * vision.merger_keys),
+            "idle": 2 * rows * vision.idle_blocks * matrices + 4 * vision.width * squares * idle,  # forward only
         },
         "projector": {
             "adapters": adapters["projector"],
-            "linear": 2 * load.visual_tokens * shape.projector.times * shape.projector.products,
+            "embed" if shape.projector.first else "linear": 2 * load.visual_tokens * shape.projector.times * shape.projector.products,
         },
         "language": {
             "adapters": adapters["language"],
@@ -154,7 +163,7 @@ def training_flops(shape: ModelShape, load: PackLoad, trained: Sequence[PartName
         adapters = shape.adapters_of(part).parameters
         weights = part in trained and not adapters  # gradients of this part's weights
         inputs = part in trained or any(before in trained for before in PARTS[:place])  # of what comes into it
-        linear = forward[part]["linear"] + forward[part].get("head", 0.0)
+        linear = forward[part].get("linear", 0.0) + forward[part].get("head", 0.0)
         backward[part] = (
             linear * (weights + inputs)
             + forward[part].get("attention", 0.0) * 2 * inputs  # two products forward, four backward

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from math import gcd
 
 from terrace.families.shapes import ModelShape
-from terrace.planner.parameters import part_sizes, trainable_counts, trains_whole
+from terrace.planner.parameters import head_parameters, part_sizes, trainable_counts, trains_whole
 from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import PARTS, PartName, Stage
 
@@ -129,7 +129,9 @@ def _state(shape: ModelShape, stage: Stage, workers: int, compute: int, on_gpu: 
     """Bytes of weights, gradients and optimizer per GPU, and of what the strategy needs to work on them."""
     sizes = part_sizes(shape)
     everything = sum(size.total + shape.adapters_of(part).parameters for part, size in sizes.items())
-    trained = sum(trainable_counts(shape, stage).values())
+    heads = head_parameters(shape, stage)
+    everything += heads
+    trained = sum(trainable_counts(shape, stage).values()) + heads
     largest_block = max(size.block for size in sizes.values())
     outer = shape.language.vocabulary * shape.language.width * (1 if shape.language.tied else 2)
     parallel, shards, states = stage.parallel, workers, optimizer_bytes(shape, stage)
@@ -173,7 +175,8 @@ def _state(shape: ModelShape, stage: Stage, workers: int, compute: int, on_gpu: 
 
 def optimizer_bytes(shape: ModelShape, stage: Stage) -> float:
     """Bytes of the optimizer's state over all workers, and of the average of weights where the stage keeps one."""
-    language, numbers, options = shape.language, sum(trainable_counts(shape, stage).values()), stage.optimizer
+    language, options = shape.language, stage.optimizer
+    numbers = sum(trainable_counts(shape, stage).values()) + head_parameters(shape, stage)
     if options.kind == "sgd":
         states = MOMENTUM * numbers if options.momentum else 0.0
     elif options.kind == "adafactor":  # a float32 sum per row and per column; matrices are about as wide as the model
@@ -228,7 +231,7 @@ def _language_activations(shape: ModelShape, stage: Stage, pack: PackSize, compu
     working = pack.tokens * (3 * language.mean_intermediate * compute + 2 * language.width * residual)
     if not gradients_reach(stage, "language"):
         return _Activations(0.0, working)
-    ends = pack.tokens * language.width * (1 + FP32 + (FP32 if train else 0))  # places of images, final norm
+    ends = pack.tokens * language.width * (1 + FP32 + (FP32 if train and language.gated else 0))  # places of images, final norm
     checkpointed = train.activation_checkpointing if train else stage.frozen_activation_checkpointing
     if checkpointed:
         return _Activations(pack.tokens * language.layers * language.width * residual + ends, pack.tokens * layer + working)
@@ -240,12 +243,14 @@ def _language_layer(shape: ModelShape, stage: Stage, compute: int, on_gpu: bool)
     language, trained = shape.language, stage.train.language is not None
     width, inner, query = language.width, language.mean_intermediate, language.query_width
     value = language.value_width
-    key = language.key_width if on_gpu else query  # exact attention on CPU repeats keys and values for every head
+    key = language.key_width if on_gpu or language.masked else query  # exact attention on CPU repeats keys and values for every head
     autocast = stage.parallel.strategy == "ddp" and compute < FP32
-    norms = 2 * FP32 * width
+    norms = language.norms * FP32 * width
     attention = compute * (query + key + value + min(key, value)) + FP32 * language.heads
     rotary = 2 * language.head_size * (FP32 if autocast else compute)
-    feed_forward = 3 * inner * compute
+    feed_forward = (3 if language.gated else 1) * inner * compute
+    if not language.gated and language.head_norms:  # LayerNorms of heads: what comes into them, query, key and value together
+        attention += 2 * compute * query
     if language.latent:  # the narrow vectors, their norms, and keys whose two pieces are put together
         ranks = language.latent.query_rank + language.latent.key_rank
         attention += 2 * FP32 * ranks + (compute * 2 * ranks if trained else 0)
@@ -254,9 +259,9 @@ def _language_layer(shape: ModelShape, stage: Stage, compute: int, on_gpu: bool)
         feed_forward += compute * width * copies * (2 if trained else 1) + 2 * FP32 * language.router_width
     if trained:
         if autocast:  # each of the five projections casts its input by itself
-            norms += 2 * FP32 * width + 5 * compute * width
+            norms += language.norms * FP32 * width + 5 * compute * width
         else:
-            norms += 2 * 2 * compute * width
+            norms += (2 if language.gated else 1) * language.norms * compute * width
         attention += 0 if on_gpu else compute * query
         feed_forward += inner * compute
     return norms + attention + rotary + feed_forward
@@ -274,22 +279,27 @@ def _vision_activations(shape: ModelShape, stage: Stage, pack: PackSize, compute
     vision, train = shape.vision, stage.train.vision
     patches = pack.visual_tokens * vision.patches_per_token
     residual = FP32 if stage.parallel.strategy == "ddp" else compute
-    block = _vision_block(shape, stage, compute, on_gpu) + _adapter_values(shape, "vision", compute) / vision.depth
+    block = _vision_block(shape, stage, compute, on_gpu) + _adapter_values(shape, "vision", compute) / max(1, vision.depth)
     products = 3 if vision.gated else 2
     working = patches * (products * vision.intermediate * compute + 2 * vision.width * residual)
     merged = shape.projector.inner * shape.projector.times
     kept = 0.0
     if gradients_reach(stage, "projector"):
         trained = stage.train.projector is not None
-        kept += patches * vision.width * (FP32 + (FP32 if trained else 0)) + pack.visual_tokens * merged * compute
+        kept += patches / vision.merged_patches * vision.width * (FP32 + (FP32 if trained else 0)) + pack.visual_tokens * merged * compute
         kept += 2 * pack.visual_tokens * merged * compute if trained else 0.0
-        kept += pack.visual_tokens * (shape.language.width * residual + _adapter_values(shape, "projector", compute))
+        given = 0 if shape.projector.first else shape.language.width * residual
+        kept += pack.visual_tokens * (given + _adapter_values(shape, "projector", compute))
     if train is None:
         return _Activations(kept, working)
     kept += patches * vision.patch_values * compute  # the pixels, for the patch embedding's gradient
+    kept += patches * vision.outer_norms * vision.width * (FP32 + compute)
+    blocks = vision.whole_blocks + vision.idle_blocks
+    if vision.merger_products:  # inside the tower, never checkpointed: two norms, attention, two matrices over merged patches
+        kept += patches * (compute * (8 * vision.width + 2 * vision.intermediate) + FP32 * (2 * vision.width + vision.heads))
     if train.activation_checkpointing:
-        return _Activations(kept + patches * vision.depth * vision.width * residual, patches * block + working)
-    return _Activations(kept + patches * vision.depth * block, working)
+        return _Activations(kept + patches * blocks * vision.width * residual, patches * block + working)
+    return _Activations(kept + patches * blocks * block, working)
 
 
 def _vision_block(shape: ModelShape, stage: Stage, compute: int, on_gpu: bool) -> float:
@@ -302,7 +312,7 @@ def _vision_block(shape: ModelShape, stage: Stage, compute: int, on_gpu: bool) -
         feed_forward = 4 * inner * compute
     else:
         norms = 2 * FP32 * width if autocast else 2 * compute * width
-        feed_forward = 3 * inner * compute
+        feed_forward = vision.kept_inner * inner * compute
     inputs = compute * width * ((3 if vision.gated else 2) if autocast else 2)
     attention = compute * width * (4 if on_gpu else 5) + FP32 * vision.heads
     return norms + inputs + attention + feed_forward

@@ -34,8 +34,7 @@ def part_sizes(shape: ModelShape) -> dict[PartName, PartSizes]:
         ),
         "projector": PartSizes(projector.parameters, projector.parameters, 1, projector.unused_parameters),
         "language": PartSizes(
-            language.layers * layer - smaller + language.width + embeddings + language.other_parameters, layer, language.layers, unused,
-            smaller,
+            language.layers * layer - smaller + language.width + language.other_biases + embeddings, layer, language.layers, unused, smaller
         ),
     }  # fmt: skip
 
@@ -53,6 +52,20 @@ def _language_blocks(shape: ModelShape) -> tuple[int, int, int]:
     return largest, sum((largest - size) * count for size, count in counts), experts.biases * language.sparse_layers
 
 
+def head_parameters(shape: ModelShape, stage: Stage) -> int:
+    """Parameters of the heads that the stage trains beside the model (models.heads)."""
+    if stage.head_kind is None:
+        return 0
+    kind, count = stage.head_kind
+    language, experts = shape.language, shape.language.experts
+    if kind == "medusa":
+        return count * (language.width**2 + language.vocabulary * language.width)
+    block = language_layer(shape)  # that of the model's first layer
+    if experts is not None and not experts.dense_layers:
+        block = _language_blocks(shape)[0]
+    return count * (block + 2 * language.width**2 + 3 * language.width)
+
+
 def active_parameters(shape: ModelShape) -> dict[PartName, int]:
     """Parameters that one token meets: all of them, without the experts that it does not go to."""
     counts, experts = parameter_counts(shape), shape.language.experts
@@ -65,15 +78,14 @@ def active_parameters(shape: ModelShape) -> dict[PartName, int]:
 def language_layer(shape: ModelShape, intermediate: int | None = None) -> int:
     """Attention, a feed-forward of this width inside (default: the dense one's) without biases, and two norms of one layer."""
     language = shape.language
-    if language.layer_parameters is not None:
-        return language.layer_parameters
     intermediate = language.intermediate if intermediate is None else intermediate
     query, key = language.query_width, language.key_width
     attention = language.attention_matrices
     attention += language.latent.query_rank + language.latent.key_rank if language.latent else 0  # their norms
     attention += query + 2 * key if language.attention_biases else 0
     attention += 2 * language.head_size if language.head_norms else 0
-    return attention + 3 * language.width * intermediate + 2 * language.width
+    feed_forward = language.feed_forward_matrices * language.width * intermediate
+    return attention + feed_forward + language.norms * language.width + language.layer_biases
 
 
 def parameter_counts(shape: ModelShape) -> dict[PartName, int]:

@@ -37,11 +37,20 @@ def load_recipe(path: FilePath | str, overrides: Sequence[str] = ()) -> Recipe:
 
     RecipeError names every problem with file and line.
     """
-    file = shipped.recipe_file(FilePath(path))
-    root = _read_layers(file, [])
+    return _validate(_entries(path, overrides), str(shipped.recipe_file(FilePath(path))))
+
+
+def _entries(path: FilePath | str, overrides: Sequence[str]) -> Entry:
+    root = _read_layers(shipped.recipe_file(FilePath(path)), [])
     for override in overrides:
         root = _apply_override(root, override)
-    return _validate(root, str(file))
+    return root
+
+
+def placed(problems: Sequence[Problem], path: FilePath | str, overrides: Sequence[str] = ()) -> list[Problem]:
+    """Problems that were found later, each with the file and line of its key in the recipe at `path`."""
+    root = _entries(path, overrides)
+    return [Problem(problem.path, problem.message, _place(root, problem.path)) for problem in problems]
 
 
 def parse_recipe(mapping: Mapping[str, Any], name: str = "recipe") -> Recipe:

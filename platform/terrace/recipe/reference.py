@@ -36,7 +36,9 @@ anything; every problem is reported at once with its file, line and the nearest 
   `tokenizer`) the later one wins.
 - **Overrides** on the command line, `key.path=value`, come last. Stages are named by number or by name:
   `stages.0.budget.steps=5`, `stages.alignment.budget.steps=5`. Values are YAML: `stages.0.resources.workers="[2,
-  4]"`.
+  4]"`. A map is merged with what stands there; one for `train` or `mixture` that would leave something standing is refused.
+- **Paths** are meant from the recipe's own folder where something lies there, otherwise from the current one; on the
+  command line always from the current one.
 - **Short forms**: `mixture: {captions: 1.0}` for `mixture: {weights: {captions: 1.0}}`, `tokenizer: DIR` for
   `tokenizer: {path: DIR}`.
 - **Completion in editors**: `terrace schema > recipe.schema.json`, then begin a recipe with `#

@@ -17,18 +17,18 @@ from terrace.recipe import (
     rules_credentials,
     rules_lora,
     rules_model,
-    rules_model_changes,
     rules_objectives,
     rules_optimizer,
     rules_order,
     rules_parallel,
+    rules_places,
     rules_rl,
+    rules_stretches,
 )
 from terrace.recipe.changes import stage_recipe
 from terrace.recipe.errors import Path, Problem
 from terrace.recipe.objectives import ASKED_SUITES, OBJECTIVES, VECTOR_SUITES
 from terrace.recipe.schema import PARTS, Recipe, Stage
-from terrace.recipe.schema_heads import MedusaOptions, MtpOptions
 
 TEXT_KINDS = {"text"}
 SUITE_KINDS = (*ASKED_SUITES, *VECTOR_SUITES)  # as in terrace.evaluate
@@ -46,7 +46,7 @@ TRAIN_METRICS = (
 
 def check(recipe: Recipe) -> list[Problem]:
     """Every problem of a recipe whose fields are well typed, in the order of its keys. Empty: the recipe may run."""
-    problems = [*rules_model.check(recipe), *rules_credentials.check(recipe)]
+    problems = [*rules_model.check(recipe), *rules_credentials.check(recipe), *rules_places.check(recipe)]
     problems += _data(recipe)
     problems += [*_planning(recipe), *rules_order.check(recipe)]
     for index, stage in enumerate(recipe.stages):
@@ -58,8 +58,7 @@ def check(recipe: Recipe) -> list[Problem]:
             problems += rule(seen, stage, at)
         problems += [*rules_objectives.check(seen, stage, at), *rules_rl.check(recipe, stage, at)]
         problems += rules_optimizer.check(recipe, stage, at)
-        problems += rules_changes.check(seen, stage, at, _resolution)
-        problems += rules_model_changes.check(recipe, stage, at, index)
+        problems += [*rules_changes.check(recipe, stage, at, index), *rules_stretches.check(seen, stage, at, _resolution)]
         problems += rules_lora.check(recipe, stage, at, _before(recipe, index))
     return problems
 
@@ -202,7 +201,7 @@ def _resolution(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
         tokens = visual_tokens_of_largest_image(family, stage, source.max_visual_tokens_per_image)
         if tokens + markers >= stage.sequence_length:
             told = f"{tokens} visual tokens and {markers} markers leave no room for text; raise it"
-            if tokens > fewest:  # otherwise every image has as many, whatever its size
+            if tokens > family.largest_image_tokens(1):  # otherwise pixels.max changes nothing
                 told += f" or lower pixels.max below {(stage.sequence_length - markers) * family.unit}"
             yield Problem(
                 (*at, "sequence_length"),
@@ -269,13 +268,6 @@ def _failure(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
 # ---------------------------------------------------------------- evaluation, gates, checkpoints
 
 
-def head_count(stage: Stage) -> int:
-    """Further tokens that the stage's heads predict."""
-    if stage.train.heads is None:
-        return 0
-    return (stage.medusa or MedusaOptions()).heads if stage.objective == "medusa" else (stage.mtp or MtpOptions()).depth
-
-
 def produced_metrics(recipe: Recipe, stage: Stage) -> list[str]:
     """Names of the metrics a stage reports that are known before it runs (suites add `eval/<suite>/<metric>`)."""
     sources = [recipe.data.sources[name] for name in stage.mixture.weights if name in recipe.data.sources]
@@ -289,7 +281,7 @@ def produced_metrics(recipe: Recipe, stage: Stage) -> list[str]:
         metrics = [f"eval/{kind}/{figure}" for kind in kinds for figure in figures]
     else:
         metrics = [f"eval/{kind}/loss" for kind in kinds] + (["eval/loss"] if kinds else [])
-        metrics += [f"eval/acceptance/{number + 1}" for number in range(head_count(stage))] if kinds else []
+        metrics += [f"eval/acceptance/{number + 1}" for number in range(stage.head_kind[1] if stage.head_kind else 0)] if kinds else []
     return metrics + list(TRAIN_METRICS)
 
 

@@ -1,61 +1,66 @@
-"""Rules of `changes` inside a stage, and of sources that wait for one with a weight of 0."""
+"""Rules about changes of the model between stages: what the family can change, and what training may go on beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
-from terrace.errors import nearest
+from terrace.errors import InputError
+from terrace.families.interface import Family
+from terrace.families.registry import family_class
+from terrace.recipe.changes import stage_model
 from terrace.recipe.errors import Path, Problem
-from terrace.recipe.objectives import OBJECTIVES
-from terrace.recipe.schema import Recipe, Stage
-from terrace.recipe.stretches import stretches
-
-Rule = Callable[[Recipe, Stage, Path], Iterator[Problem]]
+from terrace.recipe.schema import PARTS, Recipe, Stage
 
 
-def check(recipe: Recipe, stage: Stage, at: Path, resolution: Rule) -> Iterator[Problem]:
-    """`resolution` is the rule of a stage's image sizes, which every stretch must keep."""
-    raised = {name for change in stage.changes for name, weight in change.weights.items() if weight}
-    for name, weight in stage.mixture.weights.items():
-        if not weight and name not in raised:
-            yield Problem((*at, "mixture", "weights", name), "has weight 0 and no change of the stage raises it; leave the source out")
-    if not any(stage.mixture.weights.values()):
-        yield Problem((*at, "mixture"), "has no source with a weight above 0 at the stage's beginning")
-    if not stage.changes:
+def check(recipe: Recipe, stage: Stage, at: Path, index: int) -> Iterator[Problem]:
+    changes, key = stage.model_changes, (*at, "model_changes")
+    if changes is None:
         return
-    yield from _fits(stage, at)
-    before = 0
-    for number, change in enumerate(stage.changes):
-        here: Path = (*at, "changes", number)
-        if change.step <= before:
-            yield Problem((*here, "step"), f"{change.step} does not come after the change before it, at {before}")
-        before = change.step
-        if change.pixels is None and not change.weights:
-            yield Problem(here, "changes nothing; give pixels, weights or both")
-        for name in change.weights:
-            if name not in stage.mixture.weights:
-                told = f"`{name}` is not in the stage's mixture{nearest(name, stage.mixture.weights)}; name it there, with weight 0"
-                yield Problem((*here, "weights", name), told)
-    for number, (_, part) in enumerate(stretches(stage)[1:]):
-        if not part.mixture.weights:
-            yield Problem((*at, "changes", number, "weights"), "leaves no source with a weight above 0")
-        elif stage.changes[number].pixels is not None:
-            yield from resolution(recipe, part, (*at, "changes", number))
+    if not changes.model_dump(exclude_none=True):
+        yield Problem(key, "changes nothing; name a change or leave it out")
+    if recipe.model.config is None:
+        yield Problem(key, "needs the configuration written out: model.config with model.init in place of model.pretrained")
+        return
+    try:
+        family = family_class(recipe.model.architecture)
+    except InputError:
+        return  # an unknown family, which is said already
+    side = changes.interpolate_positions
+    if side is not None:
+        if family.resized(recipe.model.config, side) is None:
+            yield Problem((*key, "interpolate_positions"), f"{family.name} has no learned positions of one fixed picture size to stretch")
+        else:
+            before = {message for _, message in family.check(recipe.model.config, True)}
+            for path, message in family.check(stage_model(recipe, index).config or {}, True):
+                if message not in before:
+                    yield Problem((*key, "interpolate_positions"), f"{'.'.join(path)}: {message}")
+        if stage.train.vision is not None and stage.train.vision.optimizer_state == "keep":
+            yield Problem(
+                (*at, "train", "vision", "optimizer_state"),
+                "the moments of stretched positions have no meaning: set optimizer_state: reset in a stage that interpolates them",
+            )
+    if changes.upcycle is not None:
+        yield from _upcycle(recipe, stage, at, index, family)
+    for part in PARTS:
+        training = getattr(stage.train, part)
+        if training is not None and training.lora is not None and training.optimizer_state == "keep":
+            yield Problem((*at, "train", part), "adapters cannot go on through a change of the model; set optimizer_state: reset")
 
 
-def _fits(stage: Stage, at: Path) -> Iterator[Problem]:
-    """What a stage with changes may not be."""
-    here: Path = (*at, "changes")
-    if not OBJECTIVES[stage.objective].reads_packs:
-        yield Problem(here, f"the objective {stage.objective} draws its own batches: only stages that train on packs may change inside")
-    if stage.mixture.epoch_caps:
-        yield Problem((*at, "mixture", "epoch_caps"), "cannot stand beside changes, which count steps; use two stages")
-    budget = stage.budget
-    steps = budget.steps
-    if budget.tokens is not None:
-        steps = -int(-budget.tokens // (stage.batch.packs * stage.sequence_length))
-    if steps is None:
-        yield Problem((*at, "budget"), "a stage with changes has a budget in steps or tokens: changes count steps")
-    elif stage.changes[-1].step >= steps:
-        last = len(stage.changes) - 1
-        yield Problem((*here, last, "step"), f"{stage.changes[last].step} is not before the end of the stage's {steps} steps")
+def _upcycle(recipe: Recipe, stage: Stage, at: Path, index: int, family: type[Family]) -> Iterator[Problem]:
+    wanted, key = stage.model_changes.upcycle, (*at, "model_changes", "upcycle")  # type: ignore[union-attr]
+    without = stage.model_copy(update={"model_changes": None})
+    stages = [without if place == index else one for place, one in enumerate(recipe.stages)]
+    before = stage_model(recipe.model_copy(update={"stages": stages}), index)
+    if family.upcycled(recipe.model.config or {}, {"count": 2, "per_token": 1, "layers": "all"}) is None:
+        yield Problem(key, f"the class of {family.name} has no mixture of experts; architecture terrace_vlm has")
+    elif (before.config or {}).get("experts") is not None:
+        yield Problem(key, "the model is a mixture of experts already, since an earlier stage")
+    if wanted.per_token > wanted.experts:
+        yield Problem((*key, "per_token"), f"{wanted.per_token} is more than the {wanted.experts} experts")
+    if stage.train.language is None:
+        yield Problem(key, "makes experts that begin as equal copies, and the language model is frozen in this stage: train `language`")
+    elif stage.train.language.optimizer_state == "keep":
+        yield Problem(
+            (*at, "train", "language", "optimizer_state"), "the moments of a dense layer are not its experts': set optimizer_state: reset"
+        )

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from terrace.errors import InputError
-from terrace.families.interface import Family
+from terrace.families.interface import Family, Finding
 from terrace.families.registry import family_class
 from terrace.recipe.errors import Path, Problem
-from terrace.recipe.schema import Recipe, Stage
+from terrace.recipe.schema import PARTS, Recipe, Stage
 
 CONFIG: Path = ("model", "config")
 
@@ -47,6 +47,9 @@ def _stage(stage: Stage, family: type[Family], at: Path) -> Iterator[Problem]:
     """What the family cannot do in a stage."""
     if (reason := family.refused_objectives.get(stage.objective)) is not None:
         yield Problem((*at, "objective"), f"{stage.objective} cannot train a {family.name} here: {reason}")
+    for part in PARTS:
+        if part not in family.parts and getattr(stage.train, part) is not None:
+            yield Problem((*at, "train", part), f"{family.name} has no part {part}; it has {' and '.join(family.parts)}")
     if not stage.expert_balance:
         return
     key = (*at, "expert_balance")
@@ -62,6 +65,14 @@ def _config(config: dict[str, Any], family: type[Family], trained_tokenizer: boo
     """`recipe_says`: the connector in `config` was written as `model.connector`."""
     if config.get("model_type", family.name) != family.name:
         yield Problem((*CONFIG, "model_type"), f"`{config['model_type']}` is not model.architecture `{family.name}`")
-    for path, message in family.check(config, trained_tokenizer):
+    for path, message in _findings(config, family, trained_tokenizer):
         written = path[:1] == ("connector",) and recipe_says
         yield Problem(("model", *path) if written else (*CONFIG, *path), message)
+
+
+def _findings(config: dict[str, Any], family: type[Family], trained_tokenizer: bool) -> Iterator[Finding]:
+    """What the family finds wrong. The configuration is free of form, so a value may be of a kind that no check expects."""
+    try:
+        yield from family.check(config, trained_tokenizer)
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
+        yield (), f"holds a value of another kind than family {family.name} reads ({error})"

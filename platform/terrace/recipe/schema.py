@@ -20,10 +20,12 @@ from terrace.recipe.schema_changes import ModelChanges
 from terrace.recipe.schema_heads import HeadsTraining, MedusaOptions, MtpOptions
 from terrace.recipe.schema_inputs import (
     PARTS,
+    Batch,
     Data,
     Mixture,
     Name,
     PartName,
+    Pixels,
     Positive,
     SampleKind,
     Share,
@@ -65,13 +67,6 @@ class TrainedParts(Strict):
     heads: HeadsTraining | None = Field(None, description="How heads that predict further tokens train (objectives mtp and medusa).")
 
 
-class Pixels(Strict):
-    """Bounds on the pixels of a resized image; what sizes there are between them, the model family says."""
-
-    min: int = Field(3136, ge=1, description="Smaller images are enlarged to this many pixels.")
-    max: int = Field(1_003_520, ge=1, description="Larger images are reduced to this many pixels.")
-
-
 class Change(Strict):
     """What differs from a step of the stage on; what is not given stays as it was."""
 
@@ -87,11 +82,6 @@ class Budget(Strict):
     tokens: Positive | None = Field(None, description="Length of the stage in sequence positions; steps are derived and rounded up.")
     samples: Annotated[int, Field(gt=0)] | None = Field(None, description="Length of the stage in samples.")
     epochs: Positive | None = Field(None, description="Length of the stage in passes over the mixture.")
-
-
-class Batch(Strict):
-    packs: int = Field(8, ge=1, description="Global batch of one optimizer step, in packed sequences, over all workers.")
-    samples_per_pack: int = Field(64, ge=1, description="Of objectives whose packs are no sequences: samples that run at once (clip, mae).")
 
 
 class Optimizer(Strict):
@@ -336,6 +326,15 @@ class Stage(Strict):
     simpo: SimpoOptions | None = Field(None, description="Options of the objective simpo.")
     rewards: dict[str, list[RewardRule]] = Field({}, description="Reward rules per task (objective grpo).")
     seed: int = Field(0, ge=0, description="Seed of the stage's own randomness.")
+
+    @property
+    def head_kind(self) -> tuple[Literal["mtp", "medusa"], int] | None:
+        """What heads the stage trains and how many; None where it trains none."""
+        if self.train.heads is None:
+            return None
+        if self.objective == "medusa":
+            return "medusa", (self.medusa or MedusaOptions()).heads
+        return "mtp", (self.mtp or MtpOptions()).depth
 
     @property
     def rollout_workers(self) -> int:

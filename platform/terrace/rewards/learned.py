@@ -161,6 +161,6 @@ def _opened(path: str, device: str) -> _Judge:
     model = Model(architecture=json.loads((folder / "config.json").read_text())["model_type"], pretrained=path)
     built = build_model(model, model_config(model, tokenizer), device, torch.float32).eval()
     use_shared_prompt_attention(built, "sdpa_segments")
-    family = directory_family(path)
+    family = tokenizer.fit(directory_family(path))
     preprocessing = json.loads((folder / "preprocessor_config.json").read_text())
     return _Judge(built, tokenizer, family, family.exported_pixels(preprocessing))

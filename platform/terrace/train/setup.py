@@ -25,7 +25,6 @@ from terrace.models.parts import part_parameters
 from terrace.models.sequence_parallel import use_sequence_parallel
 from terrace.models.weights import initial_weights
 from terrace.recipe.schema import PARTS, Model, Stage
-from terrace.recipe.schema_heads import MedusaOptions, MtpOptions
 from terrace.train.optimizer import parameter_groups
 from terrace.train.strategies.interface import Loss, Setup, Strategy
 from terrace.train.strategies.open import open_strategy
@@ -76,8 +75,8 @@ def prepare_strategy(
     if uses_lora(stage):
         add_lora(skeleton, stage)
         source = adapted_source(skeleton, source, stage.seed)
-    if stage.train.heads is not None:
-        attach_heads(skeleton, *head_kind(stage))
+    if (heads := stage.head_kind) is not None:
+        attach_heads(skeleton, *heads)
         source = source_with_heads(skeleton, source, start_weights, stage.seed)
     freeze_parts(skeleton, stage)
     checkpoint_activations(skeleton, stage)
@@ -100,13 +99,6 @@ def prepare_strategy(
     return open_strategy(
         Setup(skeleton=skeleton, source=source, groups=groups, stage=stage, context=context, loss=loss)
     )
-
-
-def head_kind(stage: Stage) -> tuple[str, int]:
-    """What heads the stage's objective trains, and how many."""
-    if stage.objective == "medusa":
-        return "medusa", (stage.medusa or MedusaOptions()).heads
-    return "mtp", (stage.mtp or MtpOptions()).depth
 
 
 def names_of_kept_parts(model: Any, stage: Stage) -> list[str]:

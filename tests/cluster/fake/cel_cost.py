@@ -3,8 +3,11 @@
 Rules copied (each cited by its source file):
 - costs of identifiers, selections, calls and comprehensions, and how macros expand: google/cel-go `checker/cost.go`, `parser/macro.go`;
 - sizes of strings (4 bytes a character of maxLength, else a whole request), lists and maps: kubernetes
-  `staging/src/k8s.io/apiserver/pkg/cel/common/schemas.go`; keys of maps have no bound of their own;
-- a rule runs once for every item of every list and map around it: `.../apiextensions/validation/validation.go` (CELSchemaContext);
+  `staging/src/k8s.io/apiserver/pkg/cel/common/schemas.go`; keys of maps count as nothing (`.../schema/cel/compilation.go`, EstimateSize:
+  their type has no MaxElements), seen so on a real server;
+- a rule runs once for every item of each list and map around it: `.../apiextensions/validation/validation.go` (CELSchemaContext);
+  where one of them has no bound, as often as the least such value fits into a request (`.../schema/cel/compilation.go`,
+  maxCardinality);
 - the limits: `StaticEstimatedCostLimit` 10,000,000 for a rule and `StaticEstimatedCRDCostLimit` 100,000,000 for all, the same file
   (kubernetes.io/docs/tasks/extend-kubernetes/custom-resources/custom-resource-definitions, "Resource use by validation functions").
 """
@@ -12,6 +15,7 @@ Rules copied (each cited by its source file):
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -69,22 +73,33 @@ def costs(schema: Schema) -> Iterator[tuple[str, str, int]]:
     yield from _walk(root, "", 1)
 
 
-def _walk(schema: Schema, path: str, runs: int) -> Iterator[tuple[str, str, int]]:
+def _walk(schema: Schema, path: str, runs: int | None) -> Iterator[tuple[str, str, int]]:
+    """`runs` is None below a list or map without a bound."""
     for rule in schema.get("x-kubernetes-validations", ()):
-        yield path, rule["rule"], estimate(rule["rule"], schema) * runs
+        times = REQUEST_BYTES // (least_bytes(schema) + 1) if runs is None else runs
+        yield path, rule["rule"], estimate(rule["rule"], schema) * times
     for name, inner in schema.get("properties", {}).items():
         yield from _walk(inner, f"{path}.{name}", runs)
     if "items" in schema:
-        yield from _walk(schema["items"], f"{path}[]", min(runs * of_schema(schema).size, UNBOUNDED))
+        yield from _walk(schema["items"], f"{path}[]", _times(runs, schema.get("maxItems")))
     if isinstance(schema.get("additionalProperties"), dict):
-        yield from _walk(schema["additionalProperties"], f"{path}{{}}", min(runs * of_schema(schema).size, UNBOUNDED))
+        yield from _walk(schema["additionalProperties"], f"{path}{{}}", _times(runs, schema.get("maxProperties")))
+
+
+def _times(runs: int | None, most: int | None) -> int | None:
+    return None if runs is None or most is None else min(runs * most, UNBOUNDED)
 
 
 ENVIRONMENT = celpy.Environment()
+# Strings that are not raw know these escapes only (cel-spec doc/langdef.md, "String and Bytes Values"); celpy takes any.
+LITERAL = re.compile(r"""(?<![rR])(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
+ESCAPE = re.compile(r"""\\(?![abfnrtv\\?"'`]|[xX][0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8}|[0-3][0-7]{2}).""")
 
 
 def estimate(rule: str, schema: Schema) -> int:
     """The worst cost of one run of a rule on a value of this schema. CompileError where it names what is not there."""
+    if wrong := next(filter(None, map(ESCAPE.search, LITERAL.findall(rule))), None):
+        raise CompileError(f"{rule}: Syntax error: token recognition error at: {wrong[0]}")
     try:
         tree = ENVIRONMENT.compile(rule)
     except celpy.CELParseError as error:
@@ -221,7 +236,7 @@ class _Estimator:
         while isinstance(variable, Tree):
             variable = variable.children[0]
         schema = target.schema or {}
-        key = Value(0, "string", UNBOUNDED)
+        key = Value(0, "string", 0)
         item = of_schema(schema.get("items", {})) if target.kind == "list" else key
         inner = _Estimator({**self.variables, str(variable): item}).value(arguments[1])
         around = {"exists_one": 2, "map": 11, "filter": 11}.get(name, 1)

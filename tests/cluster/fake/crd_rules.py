@@ -118,8 +118,6 @@ def _structural(schema: Schema, path: str, root: bool = False) -> Iterator[str]:
         yield f"{where}.{PRESERVE}: Invalid value: must be false if {INT_OR_STRING} is true"  # [3]
     if schema.get("x-kubernetes-embedded-resource") and kind != "object":
         yield f"{where}.type: must be object if x-kubernetes-embedded-resource is true"  # [3]
-    if schema.get("additionalProperties") is False:
-        yield f"{where}.additionalProperties: Forbidden: additionalProperties cannot be set to false"  # [2]
     if "properties" in schema and "additionalProperties" in schema:
         yield f"{where}.additionalProperties: Forbidden: additionalProperties and properties are mutual exclusive"  # [2]
     if kind == "array" and "items" not in schema:
@@ -173,12 +171,9 @@ def _value_validation(schema: Schema, where: str, int_or_string: bool) -> Iterat
 
 def _default(schema: Schema, where: str) -> Iterator[str]:
     """[1] "Defaulting": a default is pruned, and must be valid as it stands, before nested defaults are filled in."""
-    if "default" not in schema:
+    if schema.get("default") is None:  # a null is read as none (seen on a real server)
         return
     value = schema["default"]
-    if value is None and not schema.get("nullable"):
-        yield f"{where}.default: Invalid value: null needs nullable"
-        return
     for name in unknown_fields(value, schema, ".default"):
         yield f"{where}.{name}: Invalid value: must not have unknown fields"
     for text in schema_errors(value, schema) + cel_errors(value, None, schema):

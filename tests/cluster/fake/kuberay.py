@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from fake.store import Store
+from fake.store import Store, stamp
 from terrace.cluster.manifests import LABEL_ATTEMPT, LABEL_CURRICULUM, progress_name
 
 Manifest = dict[str, Any]
@@ -139,7 +139,7 @@ class Cluster:
         if now >= self.waits.setdefault(name, now + self.grace_seconds):
             with self.store.lock:
                 if name in self.store.objects.get("Pod", {}):
-                    self.store._drop_finalizer(self.store.objects["Pod"][name], KUBELET)
+                    self.store.drop_finalizer(self.store.objects["Pod"][name], KUBELET)
 
     def _cluster_exists(self, job: Manifest) -> bool:
         cluster = (job.get("status") or {}).get("rayClusterName")
@@ -154,7 +154,7 @@ class Cluster:
         with self.store.lock:
             current = self.store.objects.get("RayJob", {}).get(job["metadata"]["name"])
             if current is not None and current["metadata"]["uid"] == job["metadata"]["uid"]:
-                self.store._store("MODIFIED", "RayJob", {**current, "status": {**(current.get("status") or {}), **values}})
+                self.store.modify("RayJob", {**current, "status": {**(current.get("status") or {}), **values}})
 
     # ------------------------------------------------------------ the program
 
@@ -308,6 +308,15 @@ class Cluster:
         lowest = min(held, default=None)
         return lowest[1] if lowest is not None and lowest[0] < mine else None
 
+    def reclaim(self) -> int:
+        """Preempt until what is held fits the quota, the lowest priority first; how many it took."""
+        held = [(self._priority(job), name) for name, job in self.store.objects.get("RayJob", {}).items() if self._holds(job)
+                and "kueue.x-k8s.io/queue-name" in job["metadata"]["labels"]]  # fmt: skip
+        excess = sorted(held)[: max(len(held) - (len(held) if self.quota is None else self.quota), 0)]
+        for _, name in excess:
+            self.preempt(name)
+        return len(excess)
+
     def _priority(self, job: Manifest) -> int:
         return self.priorities.get(job["metadata"]["labels"].get("kueue.x-k8s.io/priority-class", ""), 0)
 
@@ -319,7 +328,7 @@ class Cluster:
         with self.store.lock:
             job = self.store.objects.get("RayJob", {}).get(name)
             if job is not None and bool(job["spec"].get("suspend")) != value:
-                self.store._store("MODIFIED", "RayJob", {**job, "spec": {**job["spec"], "suspend": value}})
+                self.store.modify("RayJob", {**job, "spec": {**job["spec"], "suspend": value}})
 
     def preempt(self, name: str) -> None:
         """What Kueue does to make room: suspend the job; KubeRay then deletes its cluster."""
@@ -335,12 +344,19 @@ class Cluster:
             conditions.append({"type": "Evicted", "status": "True", "reason": evicted, "message": message})
         known = self.store.objects.get("Workload", {}).get(name)
         if known is None:
-            known = self.store.create({"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "Workload", "spec": {}, "metadata": {
+            head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]
+            pods = {"podSets": [{"name": "head", "count": 1, "template": {"spec": head["spec"]}}]}
+            known = self.store.create({"apiVersion": "kueue.x-k8s.io/v1beta2", "kind": "Workload", "spec": pods, "metadata": {
                 "name": name, "ownerReferences": [_owner(job)]}})  # fmt: skip
+        times = {item["type"]: item for item in (known.get("status") or {}).get("conditions") or ()}
+        for item in conditions:
+            old = times.get(item["type"], {})
+            same = old.get("status") == item["status"]
+            item["lastTransitionTime"] = old["lastTransitionTime"] if same else stamp(self.store.clock())
         if (known.get("status") or {}).get("conditions") != conditions:
             with self.store.lock:
                 if name in self.store.objects.get("Workload", {}):
-                    self.store._store("MODIFIED", "Workload", {**known, "status": {"conditions": conditions}})
+                    self.store.modify("Workload", {**known, "status": {"conditions": conditions}})
 
 
 def _owner(body: Manifest) -> Manifest:

@@ -27,9 +27,9 @@ def errors(metadata: Manifest) -> list[str]:
     found += [f'metadata.annotations: Invalid value: "{key}"' for key in annotations if not is_label_name(key.lower())]
     if sum(len(key.encode()) + len(value.encode()) for key, value in annotations.items()) > MAX_ANNOTATIONS_BYTES:
         found.append(f"metadata.annotations: Too long: may not be more than {MAX_ANNOTATIONS_BYTES} bytes")
-    for finalizer in metadata.get("finalizers") or ():  # ValidateFinalizerName; without a domain only the API server's own
-        if not is_label_name(finalizer) or ("/" not in finalizer and finalizer not in ("foregroundDeletion", "orphan", "kubernetes")):
-            found.append(f'metadata.finalizers: Invalid value: "{finalizer}": name is neither a standard finalizer nor fully qualified')
+    for finalizer in metadata.get("finalizers") or ():  # ValidateFinalizerName; of custom kinds a domain is not asked for
+        if not is_label_name(finalizer):
+            found.append(f'metadata.finalizers: Invalid value: "{finalizer}": name part must consist of alphanumeric characters')
     owners = metadata.get("ownerReferences") or ()
     for owner in owners:  # validateOwnerReference
         empty = [key for key in ("apiVersion", "kind", "name", "uid") if not owner.get(key)]

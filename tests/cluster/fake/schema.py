@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import celpy
@@ -80,13 +82,61 @@ def schema_errors(value: Any, schema: Schema) -> list[str]:
     """Violations of types and limits, in the API server's style."""
     validator = VALIDATORS.get(id(schema))
     if validator is None:
-        validator = VALIDATORS[id(schema)] = jsonschema.Draft4Validator(_nullable(schema))
+        validator = VALIDATORS[id(schema)] = Validator(_nullable(schema))
         KEPT.append(schema)  # an id is only unique while its object lives
     errors = []
     for error in validator.iter_errors(value):
         path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error.absolute_path)
-        errors.append(f"{path[1:]}: Invalid value: {error.message[:300]}")
+        errors.append(in_its_words(path[1:], error))
     return sorted(errors)
+
+
+def in_its_words(path: str, error: jsonschema.ValidationError) -> str:
+    """As kube-openapi's validation and apimachinery's field errors say it; seen on Kubernetes 1.36."""
+    value, wanted, quoted = error.instance, error.validator_value, json.dumps(error.instance)
+    exclusive = error.schema.get("exclusiveMinimum" if error.validator == "minimum" else "exclusiveMaximum")
+    equal = "" if exclusive else " or equal to"
+    match error.validator:
+        case "maxLength":
+            return f"{path}: Too long: may not be more than {wanted} bytes"
+        case "maxItems" | "maxProperties":
+            return f"{path}: Too many: {len(value)}: must have at most {wanted} items"
+        case "minItems" | "minProperties":
+            return f"{path}: Invalid value: {len(value)}: {path} in body should have at least {wanted} {error.validator[3:].lower()}"
+        case "minLength":
+            return f"{path}: Invalid value: {quoted}: {path} in body should be at least {wanted} chars long"
+        case "enum":
+            return f"{path}: Unsupported value: {quoted}: supported values: {', '.join(json.dumps(item) for item in wanted)}"
+        case "pattern":
+            return f"{path}: Invalid value: {quoted}: {path} in body should match '{wanted}'"
+        case "minimum" | "maximum":
+            side = "greater" if error.validator == "minimum" else "less"
+            return f"{path}: Invalid value: {quoted}: {path} in body should be {side} than{equal} {wanted}"
+        case "required":
+            missing = re.search(r"'(.*)' is a required property", error.message)
+            return f"{path}.{missing[1] if missing else ''}: Required value".lstrip(".")
+        case "type":
+            names = {bool: "boolean", int: "integer", float: "float64", str: "string", list: "array", dict: "object", type(None): "null"}
+            given = names[type(value)]
+            kind = "int64" if wanted == "integer" and given in ("integer", "float64") else wanted
+            return f'{path}: Invalid value: "{given}": {path} in body must be of type {kind}: "{given}"'
+    return f"{path}: Invalid value: {error.message[:300]}"
+
+
+def _pattern(validator: Any, pattern: str, value: Any, schema: Schema) -> Iterator[jsonschema.ValidationError]:
+    """RE2, where `$` is the very end: Python's would let a newline follow."""
+    if isinstance(value, str) and not re.search(re.sub(r"\$$", r"\\Z", pattern), value):
+        yield jsonschema.ValidationError(f"{value!r} does not match {pattern!r}")
+
+
+def _is_integer(checker: Any, value: Any) -> bool:
+    """64 bits: a longer number is read as a float (apimachinery pkg/util/json)."""
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+
+
+Validator = jsonschema.validators.extend(
+    jsonschema.Draft4Validator, {"pattern": _pattern}, type_checker=jsonschema.Draft4Validator.TYPE_CHECKER.redefine("integer", _is_integer)
+)
 
 
 def _nullable(schema: Any) -> Any:

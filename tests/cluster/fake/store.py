@@ -277,9 +277,13 @@ class Store:
             siblings.discard((kind, name))
             owner = self.objects.get(reference["kind"], {}).get(reference["name"])
             if owner and not siblings and FOREGROUND in owner["metadata"].get("finalizers", ()):
-                self._drop_finalizer(owner, FOREGROUND)
+                self.drop_finalizer(owner, FOREGROUND)
 
-    def _drop_finalizer(self, body: Manifest, finalizer: str) -> None:
+    def modify(self, kind: str, body: Manifest) -> Manifest:
+        """What a controller writes of an object, its status included."""
+        return self._store("MODIFIED", kind, body)
+
+    def drop_finalizer(self, body: Manifest, finalizer: str) -> None:
         left = [item for item in body["metadata"]["finalizers"] if item != finalizer]
         if left:
             self._store("MODIFIED", body["kind"], {**body, "metadata": {**body["metadata"], "finalizers": left}})

@@ -145,16 +145,17 @@ class SourceIndex:
         if bounds not in self._lengths:
             columns, starts, family = self.columns, self.starts, self.family
             widths, heights = columns["width"], columns["height"]
-            costs = family.costs(widths, heights, bounds)
+            costs = _image_costs(family, widths, heights, bounds, np.diff(starts["image"]))
             pairs = family.frame_pairs(columns["visual_frames"])
             image = np.repeat(starts["image"][:-1], np.diff(starts["visual"])) + columns["visual_image"]
-            visual, rows = (_sums(of_image[image] * pairs, starts["visual"]) for of_image in (costs.tokens, costs.rows))
-            owner = np.repeat(starts["image"][:-1], np.diff(starts["coordinate"])) + columns["coordinate_image"]
-            of_owner = Costs(*(getattr(costs, name)[owner] for name in Costs.__dataclass_fields__))
-            numbers = family.coordinates(
-                columns["coordinate_value"], columns["coordinate_axis"], widths[owner], heights[owner], of_owner
+            visual, rows, written = (
+                _sums(of_image[image] * pairs, starts["visual"]) for of_image in (costs.tokens, costs.rows, costs.lengths)
             )
-            total = columns["fixed_tokens"] + visual + _sums(family.coordinate_tokens(numbers), starts["coordinate"])
+            owner = np.repeat(starts["image"][:-1], np.diff(starts["coordinate"])) + columns["coordinate_image"]
+            numbers = family.coordinates(
+                columns["coordinate_value"], columns["coordinate_axis"], widths[owner], heights[owner], costs[owner]
+            )
+            total = columns["fixed_tokens"] + written + _sums(family.coordinate_tokens(numbers), starts["coordinate"])
             self._lengths[bounds] = (total.astype(np.int32), visual.astype(np.int32), rows.astype(np.int32))
         return self._lengths[bounds]
 
@@ -313,6 +314,22 @@ def _flat(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
     array = _one(column)
     offsets = array.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
     return array.flatten(), offsets - offsets[0]
+
+
+def _image_costs(family: Family, widths: np.ndarray, heights: np.ndarray, pixels: Bounds, images: np.ndarray) -> Costs:
+    """The costs of all images of samples that have so many `images` each, int64 [N]; a family may see one among several as another."""
+    if family.among(2) is family:
+        return family.costs(widths, heights, pixels)
+    counts = np.repeat(images, images)
+    parts = {int(count): np.flatnonzero(counts == count) for count in np.unique(counts)}
+    costs = [family.among(count).costs(widths[part], heights[part], pixels) for count, part in parts.items()]
+    back = np.argsort(np.concatenate([*parts.values(), np.zeros(0, np.int64)]).astype(np.int64))
+
+    def joined(name: str) -> np.ndarray:
+        return np.concatenate([getattr(one, name) for one in costs] or [np.zeros(0, np.int64)])[back]
+
+    inner = [one.lengths - one.tokens for one in costs] or [np.zeros(0, np.int64)]
+    return Costs(*map(joined, ("tokens", "rows", "scale_heights", "scale_widths")), np.concatenate(inner)[back])
 
 
 def _sums(values: np.ndarray, starts: np.ndarray) -> np.ndarray:

@@ -124,7 +124,7 @@ def _inspect_source(args: argparse.Namespace, folder: str) -> int:
         prepare_tokenizer(recipe, {}, folder)  # a wrong one is told before a long ingest
     report = ingest_source(name, source, data, folder, progress)
     tokenizer = prepare_tokenizer(recipe, {name: report}, folder, progress)
-    family = family_of(recipe.model)
+    family = tokenizer.fit(family_of(recipe.model))
     index = build_index(name, source, report, tokenizer, family, data.max_image_pixels, data.storage, progress)
     prepared = PreparedData({name: load_index(index, family, storage=data.storage)}, tokenizer.directory, Path(folder), family)
     samples, packs = _counts(args, samples=12, packs=1)

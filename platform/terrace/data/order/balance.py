@@ -43,7 +43,7 @@ class CostModel:
 def cost_model(shape: ModelShape, patches_per_row: int = 1) -> CostModel:
     """The cost model of a shape. A row of pixels holds `patches_per_row` patches: one, or all of a tile."""
     text, vision = shape.language, shape.vision
-    feed_forward = (3 if text.gated else 2) * text.mean_intermediate + text.router_width
+    feed_forward = text.feed_forward_matrices * text.mean_intermediate + text.router_width
     per_layer = text.attention_matrices + text.width * feed_forward
     per_token = text.layers * per_layer + text.width * text.vocabulary
     seen = vision.window**2 if vision.window else patches_per_row if patches_per_row > 1 else TYPICAL_PATCHES

@@ -198,6 +198,7 @@ class VisualRange:
     stop: int
     tokens: int  # of them, placeholders
     rows: int  # of pixels
+    length: int  # of them, the image's own: placeholders and what stands among them
 
 
 def _fitted(
@@ -221,19 +222,20 @@ def _fitted(
 
 def visual_ranges(measure: Measure, images: Sized, bounds: tuple[int, int]) -> list[VisualRange]:
     """The images with the marks around them, in order, at a resolution."""
-    family, ranges, shown = images.family, [], 0
+    family, ranges, shown = images.family.among(len(images.sizes)), [], 0
     longer = _longer_coordinates(measure, images, bounds)
-    for image, frames, place, coordinates in measure.visuals:
+    for number, (image, frames, place, coordinates) in enumerate(measure.visuals):
         view, pairs = family.view(*images.sizes[image], bounds), int(family.frame_pairs(frames))
-        tokens, start = pairs * view.tokens, place + shown + sum(longer[:coordinates])
-        ranges.append(VisualRange(start - len(family.before), start + tokens + len(family.after), tokens, pairs * view.rows))
-        shown += tokens
+        length, start = pairs * view.length, place + shown + sum(longer[:coordinates])
+        stop = start + length + len(family.after)
+        ranges.append(VisualRange(start - family.heading_tokens(number), stop, pairs * view.tokens, pairs * view.rows, length))
+        shown += length
     return ranges
 
 
 def _longer_coordinates(measure: Measure, images: Sized, bounds: tuple[int, int]) -> list[int]:
     """Of each coordinate the tokens that it has beyond the one that a measure's places count."""
-    family, longer = images.family, []
+    family, longer = images.family.among(len(images.sizes)), []
     for image, axis, value in measure.coordinates:
         size = images.sizes[image]
         number = family.coordinate(value, axis, size, family.view(*size, bounds))
@@ -246,7 +248,7 @@ def _first_target(measure: Measure, images: Sized, bounds: tuple[int, int]) -> i
     place, visuals, coordinates = measure.first_target
     if place < 0:
         return 2**31
-    shown = sum(visual.tokens for visual in visual_ranges(measure, images, bounds)[:visuals])
+    shown = sum(visual.length for visual in visual_ranges(measure, images, bounds)[:visuals])
     return max(1, place + shown + sum(_longer_coordinates(measure, images, bounds)[:coordinates]))
 
 
@@ -255,7 +257,7 @@ def _cut_tokens(measure: Measure, ranges: list[VisualRange]) -> list[int]:
     cuts, shown, number = [], 0, 0
     for cut in measure.cuts:
         while number < len(ranges) and measure.visuals[number][2] < cut:
-            shown += ranges[number].tokens
+            shown += ranges[number].length
             number += 1
         cuts.append(cut + shown)
     return cuts

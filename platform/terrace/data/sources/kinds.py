@@ -8,10 +8,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
+from itertools import islice
+from pathlib import PurePath
 from typing import Any
 
 from terrace.data.sources.conventions import RUNNING_TEXT, convert_row
+from terrace.data.sources.listing import list_source
+from terrace.data.sources.planning import plan_units
+from terrace.data.sources.readers import read_rows
 from terrace.data.sources.refusals import Refusal
+from terrace.recipe.schema import Source, Storage
+from terrace.storage.files import absolute
+
+FIRST_ROWS = 40
 
 CONVERSATION_NAMES = {  # part of a file's name -> kind
     "ocr": "ocr",
@@ -76,3 +85,15 @@ def source_name(stem: str, taken: Collection[str] = ()) -> str:
     letters = (letter if letter.isascii() and (letter.isalnum() or letter in "._-") else "-" for letter in stem)
     name = "".join(letters).strip("._-")[:55].strip("._-") or "rows"
     return next(name for name in (name, *(f"{name}-{number}" for number in range(2, len(taken) + 3))) if name not in taken)
+
+
+def kind_of_source(uri: str, storage: Storage) -> str:
+    """`kind_of_rows` of the first rows at a file or folder; `unknown` for shards. Raises InputError where nothing is there."""
+    where = absolute(uri)
+    listing = list_source("rows", Source(uri=where), storage)
+    if "webdataset" in listing.files:
+        return "unknown"
+    units = plan_units(listing, where.rpartition("/")[0], storage)
+    share = -(-FIRST_ROWS // max(1, len(units)))
+    rows = [row for unit in units[:FIRST_ROWS] for _, _, row, _ in islice(read_rows(unit, storage), share)]
+    return kind_of_rows([row for row in rows if isinstance(row, dict)], PurePath(where).stem)

@@ -210,7 +210,7 @@ def cut_encoded(encoded: Encoded, span: tuple[int, int], family: Family) -> Enco
     kept = [
         (replace(visual, start=visual.start - start), view, images)
         for visual, view, images in zip(encoded.visuals, encoded.views, encoded.images)
-        if start <= visual.start and visual.start + visual.tokens <= stop
+        if start <= visual.start and visual.start + visual.length <= stop
     ]
     visuals, views, images = zip(*kept) if kept else ((), (), ())
     ids = encoded.input_ids[start:stop].copy()

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
-from terrace.data.family import family_of
 from terrace.data.index.source_index import SampleLocation, locate
 from terrace.data.order.spares import PackSpares, SparesOf
 from terrace.data.sources.placeholders import resolve_coordinates
@@ -54,7 +53,7 @@ class TaskSettings:
         return cls(
             CollateSettings(
                 tokenizer_dir=str(prepared.tokenizer_dir),
-                family=family_of(recipe.model),
+                family=prepared.family,
                 pixels=(stage.pixels.min, stage.pixels.max),  # a pack behind a change brings its own
                 sequence_length=stage.sequence_length,
                 max_image_pixels=data.max_image_pixels,

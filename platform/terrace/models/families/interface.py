@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from transformers import AutoModelForImageTextToText
 
@@ -93,6 +94,8 @@ class FamilyModel:
     code: ClassVar[Mapping[str, str]] = {}  # of a class that transformers lacks: `auto_map` of an export's config.json
     mean: ClassVar[Sequence[float]] = (0.48145466, 0.4578275, 0.40821073)
     std: ClassVar[Sequence[float]] = (0.26862954, 0.26130258, 0.27577711)
+    published: ClassVar[Sequence[tuple[str, str]]] = PUBLISHED
+    blank_value: ClassVar[float] = 0.0  # of the text-only guard's picture, normalised
 
     def __init__(self, family: Family) -> None:
         self.family = family
@@ -134,6 +137,10 @@ class FamilyModel:
         """Whether a tensor starts random where its part's checkpoint has none: it is no tensor of the part's own class."""
         return False
 
+    def copied_from(self, name: str) -> str | None:
+        """The tensor that one begins as a copy of where its part has no checkpoint, or one without it; None: it begins random."""
+        return None
+
     def position_tables(self, names: Iterable[str]) -> list[str]:
         """Learned positions of the tower's patches, one row each, behind those of other tokens."""
         return [name for name in names if self.part_of(name) == "vision" and "position_embedding" in name]
@@ -142,7 +149,7 @@ class FamilyModel:
         """A tensor name of any published spelling, or of a tower's or language model's own checkpoint, as transformers names it here."""
         if name.startswith(tuple(prefix for prefix, _ in self.parts)):
             return name
-        for published, here in PUBLISHED:
+        for published, here in self.published:
             if name.startswith(published):
                 return here + name.removeprefix(published)
         return name
@@ -204,9 +211,9 @@ class FamilyModel:
         return (values * scale.view(1, 3, 1) - shift.view(1, 3, 1)).to(dtype)
 
     def blank(self, device: torch.device, dtype: torch.dtype) -> tuple[torch.Tensor, ImageFacts]:
-        """Normalised rows [R, 3, values / 3] of zeros and facts of the smallest image, for the text-only guard."""
+        """Normalised rows [R, 3, values / 3] of one colour and facts of the smallest image, for the text-only guard."""
         view = self.family.view(1, 1, (1, 1))
-        rows = torch.zeros(view.rows, 3, self.family.row_values // 3, device=device, dtype=dtype)
+        rows = torch.full((view.rows, 3, self.family.row_values // 3), self.blank_value, device=device, dtype=dtype)
         counts = [torch.tensor([number]) for number in (view.tokens, view.rows)]
         return rows, ImageFacts(torch.tensor([view.facts]), *counts)
 
@@ -231,6 +238,10 @@ class FamilyModel:
         """Token ids of the placeholders."""
         return (config.image_token_id,)
 
+    def groups(self, model: Any, batch: DeviceBatch, attention: Mapping[str, Any]) -> np.ndarray | None:
+        """int [tokens of the pack]: tokens of one number from 0 on see each other in both directions within their sample."""
+        return None
+
     def language_inputs(self, features: Features, places: torch.Tensor) -> dict[str, Any]:
         """Further arguments of the language model for a pack with images."""
         return {}
@@ -252,6 +263,10 @@ class FamilyModel:
             more = self.language_inputs(features, places)
         elif batch.sequence is None:
             embeddings = embeddings + 0.0 * features.total().to(embeddings.dtype)  # the text-only guard
+        if (groups := self.groups(model, batch, attention)) is not None:
+            padded = np.full(batch.boundaries[-1], -1, np.int64)
+            padded[: len(groups)] = groups
+            more = {**more, "bidirectional_groups": torch.from_numpy(padded).to(batch.device, non_blocking=True)}
         return self.run_language(model, embeddings, batch.position_ids, {**attention, **more})
 
     def run_language(self, model: Any, embeddings: torch.Tensor, positions: torch.Tensor, options: Mapping[str, Any]) -> torch.Tensor:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 import terrace.models.modules as modules
 from terrace.families.llava import idle_blocks
-from terrace.models.families.interface import Choice, FamilyModel
+from terrace.models.families.interface import Choice, FamilyModel, Features
 from terrace.models.modules.configuration_terrace_vlm import TerraceVlmConfig
 from terrace.models.modules.modeling_terrace_vlm import TerraceVlmForConditionalGeneration
 from terrace.models.modules.sparse_mlp import SparseMlp
@@ -21,6 +21,7 @@ AutoConfig.register(TerraceVlmConfig.model_type, TerraceVlmConfig, exist_ok=True
 AutoModelForImageTextToText.register(TerraceVlmConfig, TerraceVlmForConditionalGeneration, exist_ok=True)
 
 
+OF_IMAGES = ".image."  # in the name of a visual expert's matrix
 BEHIND_THE_QUERIES = "model.multi_modal_projector.output_"
 
 
@@ -39,11 +40,20 @@ class TerraceVlmFamily(FamilyModel):
         return self.family.std  # type: ignore[attr-defined]
 
     def part_of(self, name: str) -> PartName:
+        if self.copied_from(name) is not None:
+            return "projector"  # CogVLM trains its experts with the connector, while the language model is frozen
         behind = self.family.output_in_tower and name.startswith(BEHIND_THE_QUERIES)  # type: ignore[attr-defined]
         return "vision" if behind else super().part_of(name)
 
     def may_be_new(self, name: str) -> bool:
-        return name.startswith(BEHIND_THE_QUERIES)
+        return name.startswith(BEHIND_THE_QUERIES) or self.copied_from(name) is not None
+
+    def copied_from(self, name: str) -> str | None:
+        owner, found, leaf = name.rpartition(OF_IMAGES)
+        return f"{owner}.{leaf}" if found and name.startswith(self.blocks["language"]) else None
+
+    def language_inputs(self, features: Features, places: torch.Tensor) -> dict[str, Any]:
+        return {"image_places": places} if self.family.visual_expert else {}  # type: ignore[attr-defined]
 
     def routers(self, model: Any) -> list[Any]:
         return [layer.mlp.gate for layer in self.blocks_of(model, "language") if isinstance(layer.mlp, SparseMlp)]

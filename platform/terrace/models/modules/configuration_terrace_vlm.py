@@ -21,6 +21,7 @@ class TerraceVlmConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     connector: dict[str, Any] | None = None
     experts: dict[str, Any] | None = None  # count, per_token, capacity_factor, auxiliary_loss, layers: of an upcycled language model
+    visual_expert: bool = False  # own matrices for image tokens in every layer of the language model
     image_layout: str = "square"
     image_token_id: int = 0
     vision_feature_layer: int = -2

@@ -14,6 +14,7 @@ from .connectors import make_connector
 from .q_former import QFormer
 from .resampler import Resampler
 from .sparse_mlp import SparseMlp
+from .visual_expert import add_visual_experts
 
 
 class TerraceVlmPreTrainedModel(LlavaPreTrainedModel):
@@ -41,7 +42,14 @@ class TerraceVlmModel(TerraceVlmPreTrainedModel, LlavaModel):
             inner, capacity = config.text_config.intermediate_size, sparse["capacity_factor"]
             for number in sparse["layers"]:
                 self.language_model.layers[number].mlp = SparseMlp(width, inner, sparse["count"], sparse["per_token"], capacity)
+        if config.visual_expert:
+            add_visual_experts(self.language_model)
         self.post_init()
+
+    def forward(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        if self.config.visual_expert and input_ids is not None and bool((places := input_ids == self.config.image_token_id).any()):
+            kwargs["image_places"] = places
+        return super().forward(input_ids, **kwargs)
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """[N, 3, S, S] -> `pooler_output`, N tensors [T, H]."""

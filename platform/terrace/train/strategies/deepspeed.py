@@ -338,7 +338,8 @@ def _partitioned(setup: Setup, configuration: dict[str, Any]) -> Any:
         for module in whole.modules() if whole in blocks else (whole,):
             _fill_module(module, names[id(module)], setup.source, setup.context.device, dtype)
         model.tie_weights()  # filling the embeddings made a new parameter of them
-        if whole in blocks or next(whole.parameters(recurse=False), None) is not None:
+        own = next(whole.parameters(recurse=False), None)
+        if whole in blocks or (own is not None and not own.is_meta):  # an output layer that waits for the embeddings it is tied to
             deepspeed.zero.Init(module=whole, config_dict_or_path=configuration, mem_efficient_linear=False)
     restore_buffers(model)
     return model

@@ -1,0 +1,43 @@
+"""Where files may lie: in folders and on S3. Every other address is named here, before anything is asked of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from terrace.recipe.errors import Path, Problem
+from terrace.recipe.schema import PARTS, Recipe
+
+READ = ("s3", "file")
+INSTEAD = {
+    "gs": "Google's storage speaks S3 at https://storage.googleapis.com (data.storage.endpoint_url, with HMAC keys), or copy it",
+    "hf": "fetch it first: hf download NAME --local-dir FOLDER",
+    "http": "fetch it first", "https": "fetch it first; of a hub: hf download NAME --local-dir FOLDER",
+}  # fmt: skip
+
+
+def check(recipe: Recipe) -> Iterator[Problem]:
+    """A problem for each file or folder with an address that nobody reads."""
+    for path, uri in named_places(recipe):
+        scheme, mark, _ = uri.partition("://")
+        if mark and scheme.lower() not in READ:
+            instead = INSTEAD.get(scheme.lower(), "copy it there")
+            yield Problem(path, f"{scheme}:// is not read here, only folders and s3:// are: {instead}")
+
+
+def named_places(recipe: Recipe) -> Iterator[tuple[Path, str]]:
+    """(key, URI) of every file or folder that a recipe reads."""
+    model = recipe.model
+    if model.pretrained is not None:
+        yield ("model", "pretrained"), model.pretrained
+    for part in PARTS:
+        if model.init is not None and getattr(model.init, part) != "random":
+            yield ("model", "init", part), getattr(model.init, part)
+    if recipe.tokenizer.path is not None:
+        yield ("tokenizer", "path"), recipe.tokenizer.path
+    for name, source in recipe.data.sources.items():
+        yield ("data", "sources", name, "uri"), source.uri
+        if source.images_root is not None:
+            yield ("data", "sources", name, "images_root"), source.images_root
+    for index, stage in enumerate(recipe.stages):
+        for place, suite in enumerate(stage.evaluate.suites):
+            yield ("stages", index, "evaluate", "suites", place), suite.partition(":")[2]

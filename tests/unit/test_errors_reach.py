@@ -1,0 +1,86 @@
+"""Errors reach the person who runs Terrace: one line, the sentence first, the right exit status, and no retry that cannot help."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+
+import pytest
+
+from terrace import cli
+from terrace.cluster.attempt_files import write_outcome
+from terrace.cluster.attempt_outcome import outcome
+from terrace.cluster.start_ray import require_answer
+from terrace.errors import DamagedData, InputError
+from terrace.models.build import model_config
+from terrace.recipe.schema import Model
+
+SENTENCE = "sample rows/7 in shard 3: its picture cannot be decoded; set on_damage: skip, or index the source again"
+
+
+def test_a_damaged_sample_inside_rays_wrappers_is_the_sentence_alone():
+    """Ray raises a class of its own that also is a DamagedData, and whose text is a coloured trace."""
+    from ray.exceptions import RayTaskError
+
+    from terrace.data.stream.ray_stream import _terrace_error
+
+    cause = DamagedData(SENTENCE)
+    wrapped = RayTaskError("ReadPacks", "\x1b[36mray::ReadPacks()\x1b[39m\nTraceback ...", cause).as_instanceof_cause()
+    assert isinstance(wrapped, DamagedData)
+    assert "\x1b[36m" in str(wrapped)
+    found = _terrace_error(wrapped)
+    assert found is cause
+    outer = RuntimeError("the pipeline ended")
+    outer.__cause__ = wrapped
+    assert _terrace_error(outer) is cause
+
+
+def test_what_a_retry_cannot_mend_is_not_retried(tmp_path):
+    error = DamagedData(SENTENCE)
+    assert error.exit_status == 2
+    values = {"status": "failed", "error": "DamagedData", "message": SENTENCE, "exit_status": error.exit_status, "time": time.time()}
+    write_outcome(tmp_path, 1, 0, {"rank": 0, **values})
+    seen = outcome(tmp_path, "one", 1)
+    assert seen.failure == "input"  # which the state machine does not try again
+    assert seen.message == f"{SENTENCE} (rank 0)"
+    assert json.dumps(seen.message).count("\\u001b") == 0
+
+
+def test_a_cluster_that_is_not_there_is_said_at_once():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}", "auto", "local"):
+            require_answer(address)
+    started = time.monotonic()
+    for address in (f"127.0.0.1:{port}", f"ray://localhost:{port}", f"[::1]:{port}", "127.0.0.1:99999"):
+        with pytest.raises(InputError, match=r"RAY_ADDRESS=.* no Ray cluster answers there"):
+            require_answer(address)
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "/proc/nope"), 2, "terrace: /proc/nope: No such file or directory"),
+        (PermissionError(13, "Permission denied", "/root/x"), 2, "terrace: /root/x: Permission denied"),
+        (OSError(28, "No space left on device", "/data/x"), 1, "terrace: /data/x: No space left on device"),
+        (OSError("something else"), 1, "terrace: OSError: something else"),
+        (KeyboardInterrupt(), 130, "terrace: interrupted"),
+        (DamagedData(SENTENCE), 2, f"terrace: {SENTENCE}"),
+        (ZeroDivisionError("division by zero"), 1, "terrace: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_errors_end_as_one_line_and_a_status(error, status, line, monkeypatch, capsys):
+    def fail(given):
+        raise error
+
+    monkeypatch.setattr(cli, "run_subcommand", fail)
+    assert cli.main(["status", "x"]) == status
+    assert capsys.readouterr().err.startswith(line)
+
+
+def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
+    for directory, words in ((tmp_path / "none", "there is no such folder"), (tmp_path, r"no config\.json in it")):
+        with pytest.raises(InputError, match=rf"model\.pretrained: .*{words}"):
+            model_config(Model(architecture="qwen2_vl", pretrained=str(directory)))
