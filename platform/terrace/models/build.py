@@ -110,10 +110,18 @@ def restore_buffers(model: Any) -> None:
             for name, buffer in buffers.items():
                 if buffer.is_floating_point():
                     setattr(module, name, buffer.float())
-            own = [(parameter, parameter.data.clone()) for parameter in module.parameters(recurse=False)]
-            owner._init_weights(module)
-            for parameter, values in own:
-                parameter.data.copy_(values)
+            owner._init_weights(_with_empty_parameters(module))
+
+
+def _with_empty_parameters(module: Any) -> Any:
+    """The module with its buffers, and in place of its parameters (which a strategy may have split) ones that hold nothing."""
+    shell = copy.copy(module)
+    shell.__dict__["_parameters"] = {
+        name: parameter if parameter is None
+        else torch.nn.Parameter(torch.empty(tuple(getattr(parameter, "ds_shape", parameter.shape)), device="meta"), requires_grad=False)
+        for name, parameter in module._parameters.items()
+    }  # fmt: skip
+    return shell
 
 
 def materialise(

@@ -56,6 +56,8 @@ def random_source(skeleton: Any, seed: int) -> TensorSource:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int.from_bytes(digest[:7], "big"))
             owners[module_name]._init_weights(module)
+            if (own := getattr(module, "reset_own_parameters", None)) is not None:  # a module of ours inside a class of transformers
+                own()
         return getattr(module, leaf).detach()
 
     return read
