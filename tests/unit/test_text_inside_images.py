@@ -128,6 +128,19 @@ def test_a_part_that_a_family_lacks_is_refused_by_name():
     assert any("train.vision: fuyu has no part vision; it has projector and language" in line for line in told)
 
 
+def test_vllm_is_refused_where_pictures_cannot_be_given_back_whole():
+    values = {
+        "name": "r", "model": recipe_model("llava_next"), "tokenizer": {"train_vocabulary_size": 400},
+        "data": {"sources": {"a": {"uri": "x", "kind": "prompt", "task": "t"}}},
+        "stages": [{"name": "s", "objective": "grpo", "train": {"language": {"lr": 1e-3}}, "mixture": {"weights": {"a": 1.0}},
+                    "budget": {"steps": 1}, "grpo": {"engine": "vllm"}, "rewards": {"t": [{"name": "exact"}]}}],
+    }  # fmt: skip
+    told = [str(problem) for problem in check(Recipe.model_validate(values))]
+    assert any("grpo.engine: vllm cannot answer for llava_next" in line for line in told)
+    values["model"] = recipe_model("mistral3")
+    assert not any("grpo.engine" in str(problem) for problem in check(Recipe.model_validate(values)))
+
+
 def test_canvases_survive_a_manifest():
     family = make_family("llava_onevision", recipe_model("llava_onevision")["config"])
     stored = stored_family(json.loads(json.dumps(family_values(family))))

@@ -184,6 +184,7 @@ class ModelShape:
     projector: ProjectorShape
     language: LanguageShape
     adapters: Mapping[str, AdapterShape] = field(default_factory=dict)  # part -> those that a stage trains in its place
+    partly: Mapping[str, int] = field(default_factory=dict)  # part -> parameters that a stage trains, where it trains only some
 
     def adapters_of(self, part: str) -> AdapterShape:
         return self.adapters.get(part, NO_ADAPTERS)

@@ -65,3 +65,8 @@ def has_weight_decay(name: str) -> bool:
     """Norm weights, layer scales and all biases are not decayed; matrices, convolutions and embeddings are."""
     *_, module, leaf = name.split(".")
     return not (leaf == "bias" or leaf.startswith("lambda_") or "norm" in module or module in ("ln_q", "pre_layrnorm"))
+
+
+def has_words(name: str, wanted: Iterable[str]) -> bool:
+    """Whether one of the wanted words, or dotted rows of words, stands in a parameter's name."""
+    return any(f".{words}." in f".{name}." for words in wanted)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from terrace.families.shapes import ModelShape
+from terrace.planner.parameters import part_sizes
 from terrace.recipe.schema import PARTS, PartName
 
 
@@ -161,7 +162,9 @@ def training_flops(shape: ModelShape, load: PackLoad, trained: Sequence[PartName
     backward: dict[PartName, float] = {}
     for place, part in enumerate(PARTS):
         adapters = shape.adapters_of(part).parameters
-        weights = part in trained and not adapters  # gradients of this part's weights
+        weights = float(part in trained and not adapters)  # gradients of this part's weights, or a share of them
+        if part in shape.partly:
+            weights = shape.partly[part] / part_sizes(shape)[part].total
         inputs = part in trained or any(before in trained for before in PARTS[:place])  # of what comes into it
         linear = forward[part].get("linear", 0.0) + forward[part].get("head", 0.0)
         backward[part] = (
