@@ -173,6 +173,8 @@ def training_flops(shape: ModelShape, load: PackLoad, trained: Sequence[PartName
             + forward[part].get("embed", 0.0) * weights
             + forward[part].get("adapters", 0.0) * 2
         )
+    if "projector" in trained and "vision" not in trained:  # what the tower gives takes no gradient
+        backward["projector"] -= 2 * load.visual_tokens * shape.projector.outer
     recompute = {
         part: sum(forward[part].get(kind, 0.0) for kind in ("linear", "attention")) if part in checkpointed else 0.0 for part in PARTS
     }

@@ -32,7 +32,7 @@ def part_sizes(shape: ModelShape) -> dict[PartName, PartSizes]:
             vision.depth * vision.block_parameters + vision.other_parameters, vision.block_parameters, vision.depth,
             vision.unused_parameters,
         ),
-        "projector": PartSizes(projector.parameters, projector.parameters, 1),
+        "projector": PartSizes(projector.parameters, projector.parameters, 1, projector.unused_parameters),
         "language": PartSizes(
             language.layers * layer - smaller + language.width + language.other_biases + embeddings, layer, language.layers, unused, smaller
         ),
@@ -63,7 +63,7 @@ def head_parameters(shape: ModelShape, stage: Stage) -> int:
     block = language_layer(shape)  # that of the model's first layer
     if experts is not None and not experts.dense_layers:
         block = _language_blocks(shape)[0]
-    return count * (block + 2 * language.width**2 + 3 * language.width)
+    return count * (block + 2 * language.width**2 + 3 * (language.width + language.other_biases))
 
 
 def active_parameters(shape: ModelShape) -> dict[PartName, int]:
