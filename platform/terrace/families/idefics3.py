@@ -18,7 +18,7 @@ from terrace.families.checks import complete, language_rules
 from terrace.families.interface import Bounds, Family, Finding, Picture, Piece, View, cut_tiles
 from terrace.families.qwen2_vl import qwen_language
 from terrace.families.shapes import ModelShape, ProjectorShape
-from terrace.families.siglip import siglip_tower
+from terrace.families.siglip_tower import siglip_tower
 
 COORDINATE_SCALE = 1000
 MOST_ALONG = 6  # tiles along a side that have a mark
