@@ -137,6 +137,7 @@ class Family(ABC):
     experts: ClassVar[bool] = False  # its language model is a mixture of experts
     balances_sequences: ClassVar[bool] = False  # whose load-balancing loss is that of each sequence, not of the whole batch
     refused_objectives: ClassVar[Mapping[str, str]] = {}  # objective -> why the model cannot be trained with it here
+    whole_pictures: ClassVar[bool] = True  # of what `pictures_of` shows, the published processor makes the same rows again
     connects: ClassVar[bool] = False  # tower and language model of different origin, with the recipe's connector between them
     chat_template: ClassVar[str] = ""  # Jinja, the same tokens as `conversation`: for tokenizers trained here
     token_names: ClassVar[Mapping[str, str]] = {}  # attributes that transformers' processor asks its tokenizer for -> role, likewise

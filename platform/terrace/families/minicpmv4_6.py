@@ -43,6 +43,7 @@ class MiniCPMV(ChatML):
         for name in ("image", "image_start", "image_end", "slice_start", "slice_end", "image_id_start", "image_id_end")
     } | {"video_token": "end_of_text"}  # asked for; stands for nothing, since no videos are read here
     fact_count: ClassVar[int] = 6
+    whole_pictures: ClassVar[bool] = False  # the overview is shown
     chat_template: ClassVar[str] = chat_template("<|image_pad|>")
 
     scale: int = 448  # side of a slice of aspect 1

@@ -36,9 +36,8 @@ class PaliGemma(OneTile):
         "{% for message in messages %}{% if message['role'] == 'user' %}"
         "{% if message['content'] is string %}<bos>{{ message['content'] }}{% else %}"
         "{% for item in message['content'] %}{% if item['type'] == 'image' %}<image>{% endif %}{% endfor %}<bos>"
-        "{% for item in message['content'] %}{% if item['type'] == 'text' %}{{ item['text'] }}{% endif %}{% endfor %}{% endif %}"
-        "{{ '\n' }}{% else %}"
-        "{{ message['content'] if message['content'] is string else message['content'][0]['text'] }}<eos>{% endif %}{% endfor %}"
+        "{% for item in message['content'] %}{% if item['type'] == 'text' %}{{ item['text'] }}{% endif %}{% endfor %}{% endif %}{{ '\\n' }}"
+        "{% else %}{{ message['content'] if message['content'] is string else message['content'][0]['text'] }}<eos>{% endif %}{% endfor %}"
     )
 
     @classmethod

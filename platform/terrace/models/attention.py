@@ -103,6 +103,8 @@ def use_attention(model: Any, implementation: str) -> None:
         return
     name = registered_name(implementation) if implementation in BACKENDS else implementation
     model.config._attn_implementation = name  # this sets every part, so it comes first
+    for part in model.config.sub_configs:  # connectors of transformers' own, too
+        getattr(model.config, part)._attn_implementation = name if implementation not in BACKENDS else "sdpa"
     model.config.text_config._attn_implementation = name
     for block in mtp_models(model):
         block.config._attn_implementation = name

@@ -19,6 +19,7 @@ from terrace.errors import InputError
 from terrace.families.registry import built_in, family_class
 from terrace.models.families.interface import configurations
 from terrace.models.families.registry import family_model, family_model_named, family_of_model
+from terrace.models.head import install_loss_head
 from terrace.models.parts import part_parameters
 from terrace.models.tensor_files import local_config
 from terrace.models.weights import TensorSource, initial_weights
@@ -84,7 +85,10 @@ def meta_model(config: Any) -> Any:
     transformers_logging.set_verbosity_error()
     try:
         with torch.device("meta"):
-            model = family_model(config).skeleton(config)
+            family = family_model(config)
+            model = family.skeleton(config)
+            if family.family.gives == "text":
+                install_loss_head(model)
     finally:
         transformers_logging.set_verbosity(verbosity)
     model.tie_weights()
@@ -111,15 +115,23 @@ def restore_buffers(model: Any) -> None:
         for name, buffer in buffers.items():
             if buffer.is_floating_point():
                 setattr(module, name, buffer.float())
-        own = [(parameter, parameter.data.clone()) for parameter in module.parameters(recurse=False)]
-        weights = list(module.parameters())
-        for weight in weights:
-            weight._is_hf_initialized = True
-        owner._init_weights(module)
-        for weight in weights:
-            del weight._is_hf_initialized
-        for parameter, values in own:
-            parameter.data.copy_(values)
+        inside = list(module.parameters())
+        for parameter in inside:  # some classes draw the weights of a module's children too, unless these are marked as there
+            parameter._is_hf_initialized = True
+        owner._init_weights(_with_empty_parameters(module))
+        for parameter in inside:
+            del parameter._is_hf_initialized
+
+
+def _with_empty_parameters(module: Any) -> Any:
+    """The module with its buffers, and in place of its parameters (which a strategy may have split) ones that hold nothing."""
+    shell = copy.copy(module)
+    shell.__dict__["_parameters"] = {
+        name: parameter if parameter is None
+        else torch.nn.Parameter(torch.empty(tuple(getattr(parameter, "ds_shape", parameter.shape)), device="meta"), requires_grad=False)
+        for name, parameter in module._parameters.items()
+    }  # fmt: skip
+    return shell
 
 
 def materialise(

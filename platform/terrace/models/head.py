@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from terrace.models.families.registry import family_of_model
+
 
 class LossHead(nn.Linear):
     """transformers' `lm_head`, which with `targets` returns the summed cross-entropy instead of logits."""
@@ -31,13 +33,23 @@ class LossHead(nn.Linear):
 
 def install_loss_head(model: Any) -> None:
     """Give a transformers model the head above; parameter, name and tying stay what they were."""
-    old = model.lm_head
+    old = output_layer(model)
     if old.bias is not None:
         raise ValueError("the output layer has a bias, which the chunked loss does not support")
     with torch.device("meta"):
         head = LossHead(old.in_features, old.out_features, bias=False)
     head.weight = old.weight
-    model.lm_head = head
+    owner, _, leaf = _path_of_head(model).rpartition(".")
+    setattr(model.get_submodule(owner), leaf, head)
+
+
+def output_layer(model: Any) -> Any:
+    """The layer that gives logits, wherever the class keeps it."""
+    return model.get_submodule(_path_of_head(model))
+
+
+def _path_of_head(model: Any) -> str:
+    return family_of_model(model).head.removesuffix(".weight")
 
 
 def summed_cross_entropy(

@@ -23,6 +23,7 @@ from terrace.models.attention import give_language_attention, registered_name, u
 from terrace.models.batch import DeviceBatch
 from terrace.models.families.registry import family_of_model
 from terrace.models.forward import hidden_states
+from terrace.models.head import output_layer
 
 NAME = "terrace_flash_shared_prompt"  # "flash" as in models.attention: transformers then builds no mask
 
@@ -152,4 +153,4 @@ def decode_logits(model: Any, tokens: torch.Tensor, positions: torch.Tensor, cac
     family = family_of_model(model)
     embeddings = family.language(model).embed_tokens(tokens.unsqueeze(0))
     hidden = family.run_language(model, embeddings, positions.unsqueeze(1), {"decode": cache})
-    return model.lm_head(hidden).float()
+    return output_layer(model)(hidden).float()

@@ -64,7 +64,9 @@ def random_source(skeleton: Any, seed: int) -> TensorSource:
             torch.manual_seed(int.from_bytes(digest[:7], "big"))
             for level in levels:
                 owners[".".join(path[:level])]._init_weights(around.get_submodule(".".join(path[levels[-1] : level])))
-        module = around.get_submodule(".".join(path[levels[-1] :]))
+            module = around.get_submodule(".".join(path[levels[-1] :]))
+            if (own := getattr(module, "reset_own_parameters", None)) is not None:  # a module of ours inside a class of transformers
+                own()
         return getattr(module, leaf).detach()
 
     return read

@@ -247,7 +247,7 @@ def _language_layer(shape: ModelShape, stage: Stage, compute: int, on_gpu: bool)
     autocast = stage.parallel.strategy == "ddp" and compute < FP32
     norms = language.norms * FP32 * width
     attention = compute * (query + key + value + min(key, value)) + FP32 * language.heads
-    rotary = 2 * language.head_size * (FP32 if autocast else compute)
+    rotary = 2 * language.head_size * (FP32 if autocast else compute) if language.rotary else 0.0
     feed_forward = (3 if language.gated else 1) * inner * compute
     if not language.gated and language.head_norms:  # LayerNorms of heads: what comes into them, query, key and value together
         attention += 2 * compute * query
@@ -263,7 +263,7 @@ def _language_layer(shape: ModelShape, stage: Stage, compute: int, on_gpu: bool)
         else:
             norms += (2 if language.gated else 1) * language.norms * compute * width
         attention += 0 if on_gpu else compute * query
-        feed_forward += inner * compute
+        feed_forward += inner * compute if language.rotary else 0  # plain ReLU keeps what it gives alone
     return norms + attention + rotary + feed_forward
 
 

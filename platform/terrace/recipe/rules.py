@@ -47,7 +47,6 @@ TRAIN_METRICS = (
 def check(recipe: Recipe) -> list[Problem]:
     """Every problem of a recipe whose fields are well typed, in the order of its keys. Empty: the recipe may run."""
     problems = [*rules_model.check(recipe), *rules_credentials.check(recipe), *rules_places.check(recipe)]
-    problems += _data(recipe)
     problems += [*_planning(recipe), *rules_order.check(recipe)]
     for index, stage in enumerate(recipe.stages):
         at: Path = ("stages", index)
@@ -84,20 +83,6 @@ def visual_tokens_of_largest_image(family: Family, stage: Stage, source_limit: i
 
 
 # ---------------------------------------------------------------- data
-
-
-def _data(recipe: Recipe) -> Iterator[Problem]:
-    for name, source in recipe.data.sources.items():
-        at: Path = ("data", "sources", name)
-        if not source.uri.strip():
-            yield Problem((*at, "uri"), "is empty; name a folder, a file, a glob or an s3:// URI")
-        if source.max_samples is not None and source.holdout_samples >= source.max_samples:
-            yield Problem(
-                (*at, "holdout_samples"),
-                f"holds out {source.holdout_samples} of at most {source.max_samples} samples: none is left to train on",
-            )
-        if source.holdout_samples and source.holdout_share:
-            yield Problem((*at, "holdout_share"), "holdout_samples says a number already; keep one of the two")
 
 
 def _planning(recipe: Recipe) -> Iterator[Problem]:
