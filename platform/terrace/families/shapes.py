@@ -53,8 +53,8 @@ class ProjectorShape:
     products: int
     inner: int
     times: int = 1
-    unused_parameters: int = 0  # of those, what never gets a gradient
     outer: int = 0  # of `products`, those with what the tower gives: no gradient flows back through them where it is frozen
+    unused_parameters: int = 0  # of those, what never gets a gradient
     first: bool = False  # it reads pixels, which need no gradient
 
     def plus(self, parameters: int) -> ProjectorShape:

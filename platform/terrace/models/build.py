@@ -19,7 +19,6 @@ from terrace.errors import InputError
 from terrace.families.registry import built_in, family_class
 from terrace.models.families.interface import configurations
 from terrace.models.families.registry import family_model, family_model_named, family_of_model
-from terrace.models.head import install_loss_head
 from terrace.models.parts import part_parameters
 from terrace.models.tensor_files import local_config
 from terrace.models.weights import TensorSource, initial_weights
@@ -85,10 +84,7 @@ def meta_model(config: Any) -> Any:
     transformers_logging.set_verbosity_error()
     try:
         with torch.device("meta"):
-            family = family_model(config)
-            model = family.skeleton(config)
-            if family.family.gives == "text":
-                install_loss_head(model)
+            model = family_model(config).skeleton(config)
     finally:
         transformers_logging.set_verbosity(verbosity)
     model.tie_weights()
@@ -115,12 +111,12 @@ def restore_buffers(model: Any) -> None:
         for name, buffer in buffers.items():
             if buffer.is_floating_point():
                 setattr(module, name, buffer.float())
-        inside = list(module.parameters())
-        for parameter in inside:  # some classes draw the weights of a module's children too, unless these are marked as there
-            parameter._is_hf_initialized = True
+        inside = list(module.parameters())  # of modules inside it, too, which keep what they have
+        for weight in inside:
+            weight._is_hf_initialized = True
         owner._init_weights(_with_empty_parameters(module))
-        for parameter in inside:
-            del parameter._is_hf_initialized
+        for weight in inside:
+            del weight._is_hf_initialized
 
 
 def _with_empty_parameters(module: Any) -> Any:

@@ -207,9 +207,7 @@ class Stage(Strict):
     name: Name = Field(description="Name of the stage, unique in the recipe.")
     objective: ObjectiveName = Field("lm", description="What a step optimises.")
     start_from: Name | None = Field(None, description="The stage whose final weights this one starts from; default: the previous.")
-    after: list[Name] = Field(
-        [], max_length=8, description="With `stage_order: graph`: stages that must be complete before this one, besides `start_from`."
-    )
+    after: list[Name] = Field([], max_length=8, description="With `stage_order: graph`: stages to wait for, besides `start_from`.")
     train: TrainedParts = Field(description="The parts that train and how; every other part is frozen.")
     model_changes: ModelChanges | None = Field(None, description="What becomes of the model before the stage begins.")
     mixture: Mixture = Field(description="The sources and their shares.")
@@ -319,9 +317,7 @@ class Recipe(Strict):
     data: Data = Field(description="The sources of samples.")
     stages: list[Stage] = Field(min_length=1, max_length=32, description="The stages, in the order they run.")
     stage_order: Literal["sequence", "graph"] = Field(
-        "sequence",
-        description="`sequence`: one after the other. `graph`: a stage waits only for the one it starts from and those in `after`, so "
-        "branches run side by side where there is room for both (on Kubernetes; elsewhere one at a time). Cannot change later.",
+        "sequence", description="`graph`: a stage waits only for `start_from` and `after`, and on Kubernetes branches run side by side."
     )
     tracking: Tracking = Field(Tracking(), description="Where metrics go.")
     planning: Planning = Field(Planning(), description="Assumptions of `terrace plan`.")

@@ -28,6 +28,7 @@ from transformers import AutoModelForImageTextToText
 from terrace.errors import InputError
 from terrace.families.interface import Family
 from terrace.models.batch import DeviceBatch, ImageFacts
+from terrace.models.head import install_loss_head
 from terrace.recipe.schema import PARTS, PartName
 
 
@@ -100,8 +101,10 @@ class FamilyModel:
         self.family = family
 
     def skeleton(self, config: Any) -> Any:
-        """The transformers model, made where torch's default device is."""
-        return AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        """The transformers model, made where torch's default device is; its output layer computes the loss."""
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        install_loss_head(model, self.head.removesuffix(".weight"))
+        return model
 
     def initial(self, name: str, config: Any, shape: torch.Size) -> torch.Tensor | None:
         """The start of a parameter that the class leaves as it is, or starts otherwise than published; None: the class's own."""
