@@ -15,6 +15,7 @@ import numpy as np
 from families import CONFIGS, PIXELS
 from PIL import Image
 
+from terrace.families.connector import OPTIONS
 from terrace.recipe.loading import load_recipe, parse_recipe
 from terrace.recipe.schema import Recipe
 
@@ -44,9 +45,14 @@ def tiny(name: str, folder: Path, steps: int = 2) -> Recipe:
     shortest = min(stage.sequence_length for stage in recipe.stages)
     for values in whole["stages"]:
         values |= RUN | {"sequence_length": LENGTH if values["sequence_length"] == shortest else LONGER, "budget": {"steps": steps}}
+        for number, change in enumerate(values.get("changes", ())):  # one after each further step
+            values["budget"]["steps"] = steps + number + 1
+            change["step"] = steps + number
         values["schedule"]["warmup"] = min(values["schedule"]["warmup"], 1)  # more is a number of the published steps
         low, high = PIXELS.get(architecture, (784, 12_544))
-        values["pixels"] = {"min": low, "max": high}
+        for bounds in (values, *values.get("changes", ())):
+            if "pixels" in bounds:
+                bounds["pixels"] = {"min": low, "max": high}
         if side := values.get("model_changes", {}).get("interpolate_positions"):
             before = (recipe.model.config or {})["vision_config"]["image_size"]
             values["model_changes"]["interpolate_positions"] = side * whole["model"]["config"]["vision_config"]["image_size"] // before
@@ -64,7 +70,8 @@ def tiny_model(recipe: Recipe) -> dict[str, Any]:
     model = {"architecture": recipe.model.architecture, "config": shrunk(recipe.model.config or {}, small)}
     if recipe.model.connector is not None:
         model["connector"] = recipe.model.connector.model_dump(exclude_none=True, exclude_defaults=True)
-        model["connector"] |= {key: few for key, few in (("queries", 9), ("heads", 4), ("width", 64)) if key in model["connector"]}
+        few = {"queries": 9, "heads": 4, "width": 64, "layers": 2}
+        model["connector"] |= {key: few[key] for key in OPTIONS[recipe.model.connector.kind] if key in few}
     return model
 
 

@@ -19,7 +19,7 @@ INSTALL = {
 
 def lacking(spec: CurriculumSpec, absent: frozenset[str]) -> list[str]:
     """Kinds that this Curriculum needs and the cluster does not know."""
-    needed = ["RayJob", *(["Workload"] if spec.queue else [])]
+    needed = ["RayJob", *(["Workload"] if spec.queue and spec.queue.scheduler == "kueue" else [])]
     return [kind for kind in needed if kind in absent]
 
 

@@ -33,11 +33,19 @@ def merge(old: list[Manifest], findings: list[Finding], generation: int, now: st
     return merged
 
 
+OTHERS = {"Volcano": "volcano.sh/queue-name", "YuniKorn": "yunikorn.apache.org/queue"}
+
+
 def quota_message(job: Manifest | None, workload: Manifest | None) -> Finding:
     """Why Kueue does or does not admit: its own words, which otherwise only the Workload shows."""
     if job is None:
         return Finding("QuotaReserved", "Unknown", "NoAttempt", "no attempt is in the cluster")
-    if "kueue.x-k8s.io/queue-name" not in job["metadata"].get("labels", {}):
+    labels = job["metadata"].get("labels", {})
+    for name, label in OTHERS.items():
+        if label in labels:
+            text = f"{name} places the pods when queue {labels[label]} has room: its own objects say what they wait for"
+            return Finding("QuotaReserved", "Unknown", "OtherScheduler", text)
+    if "kueue.x-k8s.io/queue-name" not in labels:
         return Finding("QuotaReserved", "True", "NoQueue", "no queue is set: pods are created at once")
     conditions = {c["type"]: c for c in ((workload or {}).get("status") or {}).get("conditions") or []}
     reserved, evicted = conditions.get("QuotaReserved"), conditions.get("Evicted")

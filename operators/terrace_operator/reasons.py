@@ -4,8 +4,8 @@ from __future__ import annotations
 
 ACCEPTED = ("Valid", "InvalidSpec", "EditIgnored", "EditRefused")
 QUOTA_RESERVED = (
-    "NoAttempt", "NoQueue", "QuotaReserved", "Admitted", "Pending", "Inadmissible", "Misconfigured", "EvictedPreempted",
-    "EvictedPodsReadyTimeout", "EvictedAdmissionCheck", "EvictedClusterQueueStopped", "EvictedLocalQueueStopped",
+    "NoAttempt", "NoQueue", "OtherScheduler", "QuotaReserved", "Admitted", "Pending", "Inadmissible", "Misconfigured",
+    "EvictedPreempted", "EvictedPodsReadyTimeout", "EvictedAdmissionCheck", "EvictedClusterQueueStopped", "EvictedLocalQueueStopped",
     "EvictedNodeFailures", "EvictedDeactivated", "NoWorkload",
 )  # fmt: skip
 PROGRESSING = (

@@ -169,6 +169,7 @@ class Simulation:
         self.store.absent |= {"RayJob"}  # KubeRay is installed after the first curricula were made
         self.at(400, "present", "RayJob")
         self.at(2000, "absent")
+        self.at(900, "borrow")
         while self.heap and len(self.finished) < self.curricula and self.clock.forward < self.wall_limit:
             due, _, kind, what = heapq.heappop(self.heap)
             self.clock.advance(max(due - self.clock.forward, 0.0))
@@ -243,6 +244,21 @@ class Simulation:
         self.store.absent.add(kind)
         self.at(self.numbers.uniform(60, 400), "present", kind)
         self.at(self.numbers.uniform(1000, 4000), "absent")
+
+    def _on_borrow(self, _: Any) -> None:
+        """Another queue of the cohort leaves quota unused: more fits, until that queue asks for it back."""
+        assert self.cluster.quota is not None
+        lent = max(1, self.curricula // 10)
+        self.cluster.quota += lent
+        self.at(self.numbers.uniform(300, 1500), "reclaim", lent)
+
+    def _on_reclaim(self, lent: int) -> None:
+        """Kueue takes from the lowest priorities what the borrower holds beyond its own (`reclaimWithinCohort`)."""
+        assert self.cluster.quota is not None
+        self.cluster.quota -= lent
+        if "RayJob" not in self.store.absent:
+            self.counts["quota reclaimed by its owner"] += self.cluster.reclaim()
+        self.at(self.numbers.uniform(300, 1500), "borrow")
 
     def _on_present(self, kind: str) -> None:
         self.store.absent.discard(kind)
@@ -351,24 +367,9 @@ class Simulation:
         if self.running.get(slot(self, name)) == name:
             del self.running[slot(self, name)]
 
-    # ------------------------------------------------------------ figures
-
     @property
     def started(self) -> int:
         return sum(stage["attempt"] for number in range(self.curricula) for stage in self.status(f"c{number}").get("stages", ()))
-
-    def figures(self) -> dict[str, float]:
-        phases = Counter(self.status(f"c{number}").get("phase") for number in range(self.curricula))
-        calls = sum(count for call, count in self.calls.items() if not call.endswith(" Event"))
-        return {
-            "curricula": self.curricula, "stage attempts": self.started, "succeeded": phases["Succeeded"],
-            "failed (budget spent)": phases["Failed"], "invariants broken": len(self.broken),
-            "reconciles per attempt": round(self.reconciles / max(self.started, 1), 1),
-            "CPU milliseconds per reconcile": round(1000 * self.reconcile_seconds / max(self.reconciles, 1), 2),
-            "API calls per attempt (without events)": round(calls / max(self.started, 1), 1),
-            "status writes per attempt": round(self.calls["replace_status Curriculum"] / max(self.started, 1), 1),
-            "virtual hours": round(self.clock.forward / 3600, 1),
-        }  # fmt: skip
 
 
 def main() -> int:

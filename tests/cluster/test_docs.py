@@ -13,7 +13,7 @@ from terrace_operator import reasons
 WORDS = {  # words of Kubernetes, Ray and our own phases that look like reasons
     "Accepted", "Complete", "ConfigMap", "Curriculum", "Deactivated", "Degraded", "Evicted", "Failed", "False", "GatePassed",
     "Initializing", "Not", "Progressing", "QueuePreempted", "Queued", "RayJob", "ReplicaFailure", "Restarting",
-    "StageCleared", "Suspending", "True", "Unknown", "Workload",
+    "StageCleared", "Suspending", "True", "Unknown", "Volcano", "Workload", "YuniKorn",
 }  # fmt: skip
 
 

@@ -16,6 +16,8 @@ from terrace.cluster.cluster_schema import CurriculumSpec
 from terrace.cluster.render import load_cluster, render_curriculum, to_yaml
 from terrace.errors import InputError
 from terrace.recipe.loading import load_recipe
+from terrace_operator.absent import lacking
+from terrace_operator.conditions import quota_message
 
 VERSION = "1.36"
 
@@ -88,6 +90,21 @@ def test_rayjob_says_what_the_real_operators_need():
     wait = int(worker["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1])
     assert wait < worker["terminationGracePeriodSeconds"]
     assert worker["terminationGracePeriodSeconds"] >= 60 + 30  # the stage's preemption grace and a margin
+
+
+def test_other_schedulers_get_their_labels_and_no_suspension():
+    volcano = built(queue={"name": "training", "scheduler": "volcano", "priorityClass": "high"})
+    yunikorn = built(queue={"name": "root.team", "scheduler": "yunikorn"})
+    for job in (volcano, yunikorn):
+        assert job["spec"]["suspend"] is False
+        assert not [label for label in job["metadata"]["labels"] if "kueue" in label]
+    assert volcano["metadata"]["labels"].items() >= {"volcano.sh/queue-name": "training", "ray.io/priority-class-name": "high"}.items()
+    expected = {"yunikorn.apache.org/queue": "root.team", "yunikorn.apache.org/app-id": yunikorn["metadata"]["name"],
+                "ray.io/gang-scheduling-enabled": "true"}  # fmt: skip
+    assert yunikorn["metadata"]["labels"].items() >= expected.items()
+    assert quota_message(volcano, None).reason == quota_message(yunikorn, None).reason == "OtherScheduler"
+    spec = CurriculumSpec.model_validate(tiny_curriculum(queue={"name": "q", "scheduler": "volcano"})["spec"])
+    assert lacking(spec, frozenset({"Workload"})) == []
 
 
 def test_without_a_queue_nothing_waits_for_kueue():

@@ -130,6 +130,9 @@ WRONG = {
     "topology of no form": (put("queue", {"name": "q", "topologyRequired": "not a label!"}), SERVER, "topologyRequired: Invalid"),
     "topology with two slashes": (put("queue", {"name": "q", "topologyPreferred": "a/b/c"}), SERVER, "topologyPreferred: Invalid"),
     "queue with a blank": (put("queue", {"name": "my queue"}), SERVER, "queue.name: Invalid"),
+    "queue of Kueue with a dot": (put("queue", {"name": "root.a"}), SERVER, "without dots"),
+    "topology without Kueue": (put("queue", {"name": "q", "scheduler": "volcano", "topologyRequired": "rack"}), SERVER, "are Kueue's"),
+    "priority of YuniKorn": (put("queue", {"name": "q", "scheduler": "yunikorn", "priorityClass": "a"}), SERVER, "YuniKorn has no"),
     "priority class of no form": (put("queue", {"name": "q", "priorityClass": "High!"}), SERVER, "priorityClass: Invalid"),
     # images
     "image with a leading blank": (put("runtime", "image", " terrace:1"), SERVER, "image: Invalid value"),
@@ -289,6 +292,8 @@ RIGHT = {
     "labels of their own": lambda b: b["metadata"].update(labels={"example.com/team": "vision_2"}, annotations={"a.b/C": "x y"}),
     "a bucket alone": put("storage", "uri", "s3://my-bucket.example"),
     "MLflow on Databricks": put("tracking", {"mlflowUri": "databricks"}),
+    "a queue of YuniKorn": put("queue", {"name": "root.team-a", "scheduler": "yunikorn"}),
+    "a queue of Volcano": put("queue", {"name": "training", "scheduler": "volcano", "priorityClass": "high"}),
     "topology by host": put("queue", {"name": "training", "topologyRequired": "kubernetes.io/hostname"}),
     "a development version of Ray": put("runtime", "rayVersion", "3.0.0.dev0"),
 }  # fmt: skip

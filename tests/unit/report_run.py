@@ -162,8 +162,8 @@ def _row(step: int, last: int, stage: Any, number: int) -> dict[str, Any]:
     if stage.objective == "grpo" and step % 2 == 1:
         figures = {"groups": 4.0, "reward": 0.1 + 0.02 * step, "pass_rate": 0.5, "zero_variance": 0.2, "response_tokens": 30.0 + step,
                    "truncated": 0.1, "reward_failures": 0.01, "distinct": 0.9, "entropy": 1.2}  # fmt: skip
-        row |= {"iteration": step // 2 + 1, "tasks": dict.fromkeys(TASKS, figures), "groups_drawn": 8, "groups_kept": 6,
-                "rollout_seconds": 2.0, "reward_seconds": 0.2, "kl": 0.01, "clipped": 0.0, "logprob_mismatch_mean": 1e-4,
+        row |= {"iteration": step // 2 + 1, "reward": figures["reward"], "tasks": dict.fromkeys(TASKS, figures), "groups_drawn": 8,
+                "groups_kept": 6, "rollout_seconds": 2.0, "reward_seconds": 0.2, "kl": 0.01, "clipped": 0.0, "logprob_mismatch_mean": 1e-4,
                 "update_seconds": 0.4, "easy_pool": 1}  # fmt: skip
     return row
 

@@ -102,7 +102,7 @@ def test_the_installed_command_runs_without_the_source_tree(installed: Path, tmp
     assert said(installed, tmp_path, "--version") == f"terrace {terrace.__version__}\n"
     listed = said(installed, tmp_path, "recipes", "list").splitlines()
     assert [line.split()[0] for line in listed] == names()
-    assert "qwen2.5-vl-7b is valid: 3 stages" in said(installed, tmp_path, "validate", "qwen2.5-vl-7b")
+    assert "qwen2.5-vl-7b is valid: 3 stages" in said(installed, tmp_path, "validate", "qwen2.5-vl-7b", "--offline")
     # A copy works from anywhere, with what it extends found by name.
     assert "wrote mimo-vl-7b-rl.yaml" in said(installed, tmp_path, "recipes", "copy", "mimo-vl-7b-rl")
     assert '"recipe": "mimo-vl-7b-rl"' in said(installed, tmp_path, "plan", "mimo-vl-7b-rl.yaml", "--json")

@@ -112,6 +112,7 @@ def test_mutants_are_read_or_refused(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_ten_thousand_mutants_are_read_or_refused(tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     run(10_000, 2, tmp_path)

@@ -185,6 +185,19 @@ MODEL_RULES: dict[str, list[Rule]] = {
         ),
         Rule("self.operator != 'Equal' || has(self.key)", "operator Equal needs a key", ".key"),
     ],
+    "Queue": [
+        Rule("self.scheduler != 'kueue' || !self.name.contains('.')", "a LocalQueue of Kueue has a name without dots", ".name"),
+        Rule(
+            "self.scheduler == 'kueue' || (!has(self.topologyRequired) && !has(self.topologyPreferred) && !self.topologyAware)",
+            "topologyRequired, topologyPreferred and topologyAware are Kueue's: leave them out, or set scheduler kueue",
+            ".scheduler",
+        ),
+        Rule(
+            "self.scheduler != 'yunikorn' || !has(self.priorityClass)",
+            "YuniKorn has no priority class of a job: leave it out (its queues have priorities)",
+            ".priorityClass",
+        ),
+    ],
     "Limits": [
         Rule("has(self.gpuHours) || has(self.wallHours) || has(self.cost)", "limits needs gpuHours, wallHours or cost"),
         Rule("!has(self.cost) || has(self.pricePerGpuHour)", "limits.cost needs pricePerGpuHour", ".cost"),

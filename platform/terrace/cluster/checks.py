@@ -176,7 +176,13 @@ def _sizes(spec: CurriculumSpec) -> Iterator[str]:
 
 def _policy(spec: CurriculumSpec) -> Iterator[str]:
     """The delays that are in force for a stage: the cluster's where it says one, else the stage's own."""
-    policy, limits = spec.failure_policy, spec.limits
+    policy, limits, queue = spec.failure_policy, spec.limits, spec.queue
+    if queue is not None and queue.scheduler == "kueue" and "." in queue.name:
+        yield f"queue.name: {queue.name} is no LocalQueue of Kueue: a name without dots"
+    if queue is not None and queue.scheduler != "kueue" and (queue.topology_required or queue.topology_preferred or queue.topology_aware):
+        yield "queue.scheduler: topologyRequired, topologyPreferred and topologyAware are Kueue's: leave them out"
+    if queue is not None and queue.scheduler == "yunikorn" and queue.priority_class:
+        yield "queue.priorityClass: YuniKorn has no priority class of a job: leave it out (its queues have priorities)"
     if limits is not None and limits.gpu_hours is limits.wall_hours is limits.cost is None:
         yield "limits: needs gpuHours, wallHours or cost"
     if limits is not None and limits.cost is not None and limits.price_per_gpu_hour is None:

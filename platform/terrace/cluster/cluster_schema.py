@@ -120,12 +120,19 @@ class Runtime(ClusterModel):
 
 
 class Queue(ClusterModel):
-    """Kueue: who waits for quota, in which queue, at which priority, in which topology."""
+    """Who waits for quota, in which queue, at which priority, in which topology."""
 
-    name: Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")] = Field(
-        description="LocalQueue in the namespace of the Curriculum; a name without dots."
+    scheduler: Literal["kueue", "volcano", "yunikorn"] = Field(
+        "kueue",
+        description="Whose queue it is. Volcano and YuniKorn need KubeRay with `--batch-scheduler` of that name; what they say of a "
+        "job that waits stays on their own objects.",
     )
-    priority_class: DnsName | None = Field(None, description="WorkloadPriorityClass; decides who preempts whom.")
+    name: DnsName = Field(
+        description="Kueue: LocalQueue in the namespace of the Curriculum, a name without dots. Else the queue of that scheduler."
+    )
+    priority_class: DnsName | None = Field(
+        None, description="Decides who preempts whom. Kueue: WorkloadPriorityClass; Volcano: PriorityClass; YuniKorn: not to be set."
+    )
     topology_required: LabelKey | None = Field(
         None, description="Node label level that all workers must share, for example a rack. Pending until one is free."
     )

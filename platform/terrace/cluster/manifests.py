@@ -20,7 +20,7 @@ import math
 import shlex
 from typing import Any
 
-from terrace.cluster.cluster_schema import CurriculumSpec, PodSize, Runtime
+from terrace.cluster.cluster_schema import CurriculumSpec, PodSize, Queue, Runtime
 from terrace.recipe.schema import Recipe, Stage
 
 Manifest = dict[str, Any]
@@ -188,10 +188,7 @@ def build_rayjob(owner: Manifest, spec: CurriculumSpec, stage_index: int, attemp
     curriculum = owner["metadata"]["name"]
     labels = {LABEL_STAGE: str(stage_index), LABEL_ATTEMPT: str(attempt)}
     metadata = _metadata(owner, rayjob_name(curriculum, stage_index, attempt), **labels)
-    if spec.queue:
-        metadata["labels"]["kueue.x-k8s.io/queue-name"] = spec.queue.name
-        if spec.queue.priority_class:
-            metadata["labels"]["kueue.x-k8s.io/priority-class"] = spec.queue.priority_class
+    metadata["labels"] |= queue_labels(spec.queue, metadata["name"])
     pods = _PodBuilder(owner, spec, stage, labels, recipe_map, attempt)
     least, most = worker_pods(stage, spec.runtime)
     return {
@@ -207,7 +204,7 @@ def build_rayjob(owner: Manifest, spec: CurriculumSpec, stage_index: int, attemp
             "shutdownAfterJobFinishes": True,
             "ttlSecondsAfterFinished": 0,
             "preRunningDeadlineSeconds": spec.failure_policy.pre_running_timeout_seconds,
-            "suspend": spec.queue is not None,  # Kueue admits it by setting false
+            "suspend": spec.queue is not None and spec.queue.scheduler == "kueue",  # Kueue admits it by setting false
             "submitterPodTemplate": pods.submitter(),
             "rayClusterSpec": {
                 "rayVersion": spec.runtime.ray_version,
@@ -226,6 +223,20 @@ def build_rayjob(owner: Manifest, spec: CurriculumSpec, stage_index: int, attemp
             },
         },
     }  # fmt: skip
+
+
+def queue_labels(queue: Queue | None, rayjob: str) -> dict[str, str]:
+    """What tells the scheduler of the queue: Kueue reads the RayJob, the others what KubeRay passes on of it (kuberay
+    ray-operator/controllers/ray/batchscheduler)."""
+    if queue is None:
+        return {}
+    if queue.scheduler == "kueue":
+        labels = {"kueue.x-k8s.io/queue-name": queue.name, "kueue.x-k8s.io/priority-class": queue.priority_class}
+    elif queue.scheduler == "volcano":
+        labels = {"volcano.sh/queue-name": queue.name, "ray.io/priority-class-name": queue.priority_class}
+    else:
+        labels = {"yunikorn.apache.org/app-id": rayjob, "yunikorn.apache.org/queue": queue.name, "ray.io/gang-scheduling-enabled": "true"}
+    return {key: value for key, value in labels.items() if value}
 
 
 class _PodBuilder:
@@ -350,7 +361,7 @@ class _PodBuilder:
 
     def _topology(self, role: str) -> dict[str, str]:
         queue = self.spec.queue
-        if queue is None:
+        if queue is None or queue.scheduler != "kueue":
             return {}
         if role == "worker" and queue.topology_required:
             return {"kueue.x-k8s.io/podset-required-topology": queue.topology_required}

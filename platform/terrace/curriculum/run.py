@@ -246,8 +246,7 @@ def describe(event: dict[str, Any]) -> str | None:
         case "stage_attempt_started" if attempt > 1:
             return f"stage {stage}: attempt {attempt}"
         case "stop_requested":
-            until = max(0, round(event["deadline"] - event["time"])) if event.get("deadline") else 0
-            return f"stage {stage}: asked to stop, which saves a checkpoint" + (f" (at most {until} s)" if until else "")
+            return f"stage {stage}: asked to stop; it saves a checkpoint first"
         case "handed_over":
             return f"stage {stage} starts from the weights of {event['from']}"
         case "stage_attempt_failed":

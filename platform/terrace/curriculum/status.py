@@ -19,6 +19,7 @@ from terrace.curriculum.watch import planned_steps
 from terrace.recipe.schema import Recipe
 from terrace.storage.mirror import place_of, uri_of
 from terrace.storage.run_layout import stage_directory
+from terrace.track.figures import evaluation_mean, last_measured, measure_of
 from terrace.track.follow import last_row
 from terrace.track.progress import duration
 
@@ -55,10 +56,25 @@ def run_status(run_dir: Path) -> dict[str, Any]:
         "controller": {key: holder[key] for key in ("host", "pid", "acquired")} if holder else None,
         "started_at": state.started_at,
         "ended_at": state.ended_at,
+        "seen_at": _seen_at(content.events, phase),
         "torn_journal_characters": len(content.torn),
         "mlflow_run": state.tracking_run,
-        "stages": [_stage_status(recipe, stage, run_dir) for stage in state.stages],
+        "stages": [_stage_status(recipe, stage, run_dir, phase) for stage in state.stages],
     }
+
+
+def _seen_at(events: list[dict[str, Any]], phase: str) -> float | None:
+    """When somebody last worked on a run that rests; None while it runs. Its clocks stand still there."""
+    if phase == "running":
+        return None
+    return max((event["time"] for event in events if isinstance(event.get("time"), int | float)), default=None)
+
+
+def _stage_phase(stage: StageState, phase: str) -> str:
+    """A stage that waits for another attempt which will not come is what its run is."""
+    if stage.phase in ("waiting", "running") and phase in ("failed", "cancelled", "stopped"):
+        return phase
+    return stage.phase
 
 
 def _why(state: RunState, holder: dict[str, Any] | None) -> str:
@@ -76,10 +92,12 @@ def _why(state: RunState, holder: dict[str, Any] | None) -> str:
     return ""
 
 
-def _stage_status(recipe: Recipe, stage: StageState, run_dir: Path) -> dict[str, Any]:
+def _stage_status(recipe: Recipe, stage: StageState, run_dir: Path, phase: str) -> dict[str, Any]:
     folder = stage_directory(run_dir, stage.index, stage.name)
     row = last_row(folder / "metrics.jsonl") if stage.attempt else None
-    result = stage.result or (read_json(folder / "result.json") if stage.attempt and not stage.must_clear else None) or {}
+    judged = (last_row(folder / "metrics.jsonl", with_key="reward") if recipe.stages[stage.index].objective == "grpo" else None) or row
+    written = read_json(folder / "result.json") if stage.attempt and not stage.must_clear else None
+    result = {**(written or {}), **(stage.result or {})}
     checkpoints = [f"step-{step:06d}" for step in checkpoint_steps(folder)]
     final, uri = folder / "final", uri_of(folder / "final")
     stored = uri if uri and stage.phase == "completed" else None
@@ -87,11 +105,13 @@ def _stage_status(recipe: Recipe, stage: StageState, run_dir: Path) -> dict[str,
     total = result.get("steps") or plan.get("total_steps") or planned_steps(recipe.stages[stage.index])
     return {
         "name": stage.name,
-        "phase": stage.phase,
+        "phase": _stage_phase(stage, phase),
         "attempt": stage.attempt,
         "step": result.get("steps") or (row["step"] if row else 0),
         "total_steps": total,
         "loss": row["loss"] if row else None,
+        "measure": measure_of(judged) if judged else None,
+        "last": last_measured(judged) if judged else None,
         "tokens_per_second": row.get("tokens_per_second") if row else None,
         "evaluation": result.get("evaluation") or {},
         "gates": [stage.gates[number] for number in sorted(stage.gates)],
@@ -129,33 +149,35 @@ def print_status(status: dict[str, Any]) -> None:
     )
     if status["message"]:
         console.print(escape(status["message"]), style=style, soft_wrap=True)
-    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
-    for name, justify in (
-        ("stage", "left"),
-        ("phase", "left"),
-        ("step", "right"),
-        ("loss", "right"),
-        ("before", "right"),
-        ("after", "right"),
-        ("checkpoint", "left"),
-        ("attempts", "right"),
-        ("time", "right"),
-    ):
-        table.add_column(name, justify=justify, no_wrap=True)
+    columns = (
+        ("stage", "left"), ("phase", "left"), ("step", "right"), ("loss", "right"), ("before", "right"), ("after", "right"),
+        ("checkpoint", "left"), ("attempts", "right"), ("time", "right"),
+    )  # fmt: skip
+    rows = []
     for number, stage in enumerate(status["stages"], start=1):
-        before, after = (_mean(stage["evaluation"].get(when)) for when in ("before", "after"))
-        table.add_row(
+        before, after = (evaluation_mean(stage["evaluation"].get(when)) for when in ("before", "after"))
+        rows.append((
             f"{number} {escape(stage['name'])}",
             f"[{_STYLES.get(stage['phase'], 'dim')}]{stage['phase']}[/]",
             f"{stage['step']}/{stage['total_steps'] or '?'}",
-            _number(stage["loss"]),
+            _number(stage["last"]) + (f" {stage['measure']}" if stage["measure"] == "reward" else ""),
             _number(before),
             _number(after),
             "final" if stage["final"] else (stage["checkpoints"][-1] if stage["checkpoints"] else "-"),
             str(stage["attempt"] or "-"),
-            _stage_time(stage),
-        )
-    console.print(table)
+            _stage_time(stage, status["seen_at"]),
+        ))  # fmt: skip
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for name, justify in columns:
+        table.add_column(name, justify=justify, no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    if Console(width=10_000).measure(table).maximum <= console.width:
+        console.print(table)
+    else:  # a narrow window: every figure in words, instead of columns that are cut
+        for row in rows:
+            named = [f"{name} {value}" for (name, _), value in zip(columns[2:], row[2:], strict=True) if value != "-"]
+            console.print(f"[bold]{row[0]}[/]  {row[1]}\n  {', '.join(named)}")
     for stage in status["stages"]:
         for gate in stage["gates"]:
             if not gate["passed"]:
@@ -177,21 +199,15 @@ def print_status(status: dict[str, Any]) -> None:
 def _times(status: dict[str, Any]) -> str:
     if status["started_at"] is None:
         return ""
-    end = status["ended_at"] or time.time()
+    end = status["ended_at"] or status["seen_at"] or time.time()
     started = time.strftime("%Y-%m-%d %H:%M", time.gmtime(status["started_at"]))
     return f"started {started} UTC, {duration(end - status['started_at'])}"
 
 
-def _stage_time(stage: dict[str, Any]) -> str:
+def _stage_time(stage: dict[str, Any], seen_at: float | None) -> str:
     if stage["started_at"] is None:
         return "-"
-    return duration((stage["completed_at"] or time.time()) - stage["started_at"])
-
-
-def _mean(losses: dict[str, Any] | None) -> float | None:
-    """The mean over kinds, for one number per stage; --json has each."""
-    values = [value for value in (losses or {}).values() if isinstance(value, int | float)]
-    return sum(values) / len(values) if values else None
+    return duration(max(0.0, (stage["completed_at"] or seen_at or time.time()) - stage["started_at"]))
 
 
 def _number(value: float | None) -> str:

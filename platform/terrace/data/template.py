@@ -14,7 +14,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import count
 from typing import Any
 
 import numpy as np
@@ -104,7 +103,7 @@ def encode_answer(text: str, tokenizer: TextTokenizer, family: Family) -> list[i
 def measure_sample(sample: Sample, sizes: Sequence[Size], tokenizer: TextTokenizer, family: Family) -> Measure:
     """The resolution-independent size of a sample. InputError, naming the sample, when it cannot be trained on."""
     measure, text_to_learn = _measure(sample, sizes, tokenizer, family, _pieces(sample, "auto", family))
-    if not text_to_learn and sample.kind != "prompt":
+    if not text_to_learn and sample.kind not in ("prompt", "picture"):
         raise InputError(f"sample {sample.id}: it has no text to learn from (empty answer or empty caption)")
     return measure
 
@@ -178,7 +177,7 @@ def _measure(
 
 
 def _pieces(sample: Sample, supervise: str, family: Family) -> Iterator[Piece]:
-    messages, images = sample.messages, count()
+    messages, images = sample.messages, itertools.count()
     yield from (("mark", role, False) for role in family.beginning)
     if messages[0]["role"] == RUNNING_TEXT:
         if len(messages) != 1:

@@ -17,7 +17,6 @@ from terrace.families.checks import complete, head_size
 from terrace.families.interface import Bounds, Family, Finding, Picture, Piece, View
 from terrace.families.qwen2_vl import cut_patches, joined_patches, qwen_language
 from terrace.families.shapes import ModelShape, ProjectorShape, VisionShape
-from terrace.recipe.schema import PartName
 
 COORDINATE_SCALE = 1000
 CANVAS = (9, 16)  # height and width of the canvas, as they relate
@@ -30,7 +29,7 @@ class Fuyu(Family):
     """Facts of an image: (rows, columns) of its patches."""
 
     name: ClassVar[str] = "fuyu"
-    parts: ClassVar[tuple[PartName, ...]] = ("projector", "language")
+    parts: ClassVar[tuple[str, ...]] = ("projector", "language")
     marks: ClassVar[Mapping[str, str]] = {
         "start": "<s>", "end_of_turn": "|ENDOFTEXT|", "answer": "<0x04>", "image": "|SPEAKER|", "row_end": "|NEWLINE|"
     }  # fmt: skip
@@ -113,6 +112,15 @@ class Fuyu(Family):
         content = messages[0]["content"]
         if not content or content[0].get("type") != "image":
             yield "mark", "start", False
+
+    def running(self, content: Iterable[Piece]) -> Iterator[Piece]:
+        pieces = iter(content)
+        first = next(pieces, None)
+        if first is None or first[0] != "image":
+            yield "mark", "start", False
+        if first is not None:
+            yield first
+        yield from pieces
 
     def turn(self, role: str, content: Iterable[Piece], supervised: bool) -> Iterator[Piece]:
         if role not in ("system", "user", "assistant"):

@@ -24,7 +24,6 @@ import numpy as np
 from terrace.errors import InputError
 from terrace.families.shapes import ModelShape
 from terrace.families.tools import refuse_tools
-from terrace.recipe.schema import PARTS, PartName
 
 # A piece of a sample is (kind, value, supervised): text (str), mark (role of a special token), image or video
 # ({"frames", "timestamps"}), coordinates ({"image", "values"}), which become text once the resolution is known, or
@@ -121,7 +120,7 @@ class Family(ABC):
 
     name: ClassVar[str] = ""
     version: ClassVar[int] = 1  # part of every index: raise it when a sample's length changes
-    parts: ClassVar[tuple[PartName, ...]] = PARTS  # that it has; a stage that trains another is refused
+    parts: ClassVar[tuple[str, ...]] = ("vision", "projector", "language")  # that it has; a stage that trains another is refused
     marks: ClassVar[Mapping[str, str]] = {}  # role -> special token; `image` is the placeholder
     before: ClassVar[tuple[str, ...]] = ()  # roles of the marks in front of an image's placeholders, and behind them
     after: ClassVar[tuple[str, ...]] = ()
@@ -138,10 +137,14 @@ class Family(ABC):
     experts: ClassVar[bool] = False  # its language model is a mixture of experts
     balances_sequences: ClassVar[bool] = False  # whose load-balancing loss is that of each sequence, not of the whole batch
     refused_objectives: ClassVar[Mapping[str, str]] = {}  # objective -> why the model cannot be trained with it here
+    whole_pictures: ClassVar[bool] = True  # of what `pictures_of` shows, the published processor makes the same rows again
     connects: ClassVar[bool] = False  # tower and language model of different origin, with the recipe's connector between them
     chat_template: ClassVar[str] = ""  # Jinja, the same tokens as `conversation`: for tokenizers trained here
     token_names: ClassVar[Mapping[str, str]] = {}  # attributes that transformers' processor asks its tokenizer for -> role, likewise
     token_fields: ClassVar[Mapping[str, str]] = {"image_token_id": "image"}  # configuration field -> role
+    text_fields: ClassVar[Mapping[str, str]] = {}  # further fields of `text_config` -> role
+    gives: ClassVar[str] = "text"  # what the model gives: text, `vectors` of pictures and texts, or `pictures`
+    keeps_end: ClassVar[bool] = False  # a sample that is cut keeps its last token
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Family:
@@ -332,6 +335,10 @@ class Family(ABC):
         """What is wrong with a stage's `pixels`, whose configuration has nothing wrong."""
         if low > high:
             yield ("min",), f"{low} is more than pixels.max {high}"
+
+    def check_length(self, tokens: int) -> Iterator[str]:
+        """What is wrong with a stage's `sequence_length`, whose configuration has nothing wrong."""
+        return iter(())
 
     @abstractmethod
     def preprocessor(self, pixels: Bounds) -> dict[str, Any]:

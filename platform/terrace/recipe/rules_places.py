@@ -1,4 +1,4 @@
-"""Where files may lie: in folders and on S3. Every other address is named here, before anything is asked of it."""
+"""Rules about sources, and where files may lie: in folders and on S3. Every other address is named before anything is asked of it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,27 @@ INSTEAD = {
 
 
 def check(recipe: Recipe) -> Iterator[Problem]:
-    """A problem for each file or folder with an address that nobody reads."""
+    """A problem for each file or folder with an address that nobody reads, and for sources of which nothing is left."""
+    yield from _sources(recipe)
     for path, uri in named_places(recipe):
         scheme, mark, _ = uri.partition("://")
         if mark and scheme.lower() not in READ:
             instead = INSTEAD.get(scheme.lower(), "copy it there")
             yield Problem(path, f"{scheme}:// is not read here, only folders and s3:// are: {instead}")
+
+
+def _sources(recipe: Recipe) -> Iterator[Problem]:
+    for name, source in recipe.data.sources.items():
+        at: Path = ("data", "sources", name)
+        if not source.uri.strip():
+            yield Problem((*at, "uri"), "is empty; name a folder, a file, a glob or an s3:// URI")
+        if source.max_samples is not None and source.holdout_samples >= source.max_samples:
+            yield Problem(
+                (*at, "holdout_samples"),
+                f"holds out {source.holdout_samples} of at most {source.max_samples} samples: none is left to train on",
+            )
+        if source.holdout_samples and source.holdout_share:
+            yield Problem((*at, "holdout_share"), "holdout_samples says a number already; keep one of the two")
 
 
 def named_places(recipe: Recipe) -> Iterator[tuple[Path, str]]:

@@ -36,8 +36,8 @@ class MetricsFollower:
                 yield json.loads(line)
 
 
-def last_row(path: Path) -> dict[str, Any] | None:
-    """The newest complete row of a metrics file, read from its end."""
+def last_row(path: Path, with_key: str | None = None) -> dict[str, Any] | None:
+    """The newest complete row of a metrics file, read from its end; with `with_key` the newest of the last ones that has it."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, 2)
@@ -45,4 +45,7 @@ def last_row(path: Path) -> dict[str, Any] | None:
             lines = file.read().split(b"\n")[:-1]
     except FileNotFoundError:
         return None
+    if with_key is not None:
+        found = (json.loads(line) for line in reversed(lines[1:] if size > 65536 else lines) if f'"{with_key}"'.encode() in line)
+        return next((row for row in found if with_key in row), None)
     return json.loads(lines[-1]) if lines and lines[-1] else None

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from terrace.recipe.schema import Stage
+from terrace.track.figures import evaluation_mean
 from terrace.train.optimizer import part_learning_rates
 from terrace.train.step import BatchCounts, StepOutcome
 
@@ -57,8 +58,8 @@ def measured(line: Mapping[str, Any]) -> dict[str, float]:
     found = {f"train/{key}": value for key, value in line.items() if isinstance(value, int | float) and not isinstance(value, bool)}
     losses = line.get("evaluation") or {}
     found |= {f"eval/{kind}" if "/" in kind else f"eval/{kind}/loss": value for kind, value in losses.items()}
-    if losses:
-        found["eval/loss"] = sum(losses.values()) / len(losses)
+    if any("/" not in kind for kind in losses):
+        found["eval/loss"] = evaluation_mean(losses)
     return {key: float(value) for key, value in found.items() if math.isfinite(value) and key != "train/step"}
 
 

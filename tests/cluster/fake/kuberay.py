@@ -308,6 +308,15 @@ class Cluster:
         lowest = min(held, default=None)
         return lowest[1] if lowest is not None and lowest[0] < mine else None
 
+    def reclaim(self) -> int:
+        """Preempt until what is held fits the quota, the lowest priority first; how many it took."""
+        held = [(self._priority(job), name) for name, job in self.store.objects.get("RayJob", {}).items() if self._holds(job)
+                and "kueue.x-k8s.io/queue-name" in job["metadata"]["labels"]]  # fmt: skip
+        excess = sorted(held)[: max(len(held) - (len(held) if self.quota is None else self.quota), 0)]
+        for _, name in excess:
+            self.preempt(name)
+        return len(excess)
+
     def _priority(self, job: Manifest) -> int:
         return self.priorities.get(job["metadata"]["labels"].get("kueue.x-k8s.io/priority-class", ""), 0)
 

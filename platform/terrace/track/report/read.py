@@ -8,14 +8,16 @@ that leaves out what it does not understand would be believed.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from terrace.errors import InputError
 from terrace.recipe.schema import Recipe, Stage
 from terrace.storage.run_layout import stage_directory
+from terrace.track.figures import StageFigures, stage_figures
 from terrace.track.report.answers import Answer, read_gallery
 
 Event = Mapping[str, Any]
@@ -76,18 +78,22 @@ class StageReport:
     plan: Mapping[str, Any] | None = None
     judgements: Mapping[str, Any] | None = None  # of a grpo stage: the state of its `track.calibration.Calibration`, and `pictures`
 
+    @cached_property
+    def figures(self) -> StageFigures:
+        """Without start-up, evaluation and what was done twice."""
+        return stage_figures(self.rows)
+
     @property
     def steps(self) -> int:
-        return int(self.rows[-1]["step"]) if self.rows else 0
+        return self.figures.steps
 
     @property
     def seconds(self) -> float:
-        """Seconds in optimizer steps, without start-up, evaluation and what was done twice."""
-        return total(self.rows, "step_seconds")
+        return self.figures.seconds
 
     @property
     def tokens(self) -> int:
-        return int(total(self.rows, "tokens"))
+        return self.figures.tokens
 
 
 @dataclass(frozen=True)
@@ -147,11 +153,6 @@ def read_answers(run_dir: Path) -> list[Answer]:
 def read_data_mark(run_dir: Path) -> str:
     path = run_dir / "data" / "prepared.json"
     return str(_object(path).get("mark", "")) if path.is_file() else ""
-
-
-def total(rows: Iterable[Row], key: str) -> float:
-    """Sum of a field over rows, where it is a number."""
-    return float(sum(value for row in rows if isinstance(value := row.get(key), int | float)))
 
 
 # ---------------------------------------------------------------- one stage

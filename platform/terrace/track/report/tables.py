@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from terrace.recipe.schema import Stage
+from terrace.recipe.schema_grpo import GrpoOptions
 from terrace.track.report.curves import is_better_high
 from terrace.track.report.numbers import clock, file_size, percent, short_number, span
 from terrace.track.report.read import RunReport, StageReport
@@ -45,16 +46,16 @@ def stages_table(run: RunReport) -> str:
             [
                 f"<b>{stage.number} {escape(stage.name)}</b><small>{escape(stage.phase)}</small>",
                 f"{escape(wanted.objective)}<small>{_trained(wanted)}</small>",
-                f"{wanted.batch.packs:,} × {wanted.sequence_length:,}<small>packs × tokens</small>",
+                _batch(wanted),
                 f"{wanted.pixels.max:,}<small>at most</small>",
                 f"{escape(wanted.parallel.strategy)}, {escape(wanted.precision)}<small>{_workers(stage)}</small>",
                 f"{stage.steps:,}{of}",
                 f"{stage.tokens:,}",
-                f"{_of_rows(stage, 'loss')}",
+                _last(stage),
                 f"{len(stage.attempts) or DASH}{f'<small>{resumed} resumed</small>' if resumed else ''}",
             ]
         )
-    head = ("stage", "objective, parts that train", "batch", "pixels", "layout", "steps", "tokens", "last loss", "attempts")
+    head = ("stage", "objective, parts that train", "batch", "pixels", "layout", "steps", "tokens", "last loss or reward", "attempts")
     return table(head, rows, texts=(1,))
 
 
@@ -71,11 +72,20 @@ def _workers(stage: StageReport) -> str:
     return f"workers: {wanted if isinstance(wanted, int) else '{} to {}'.format(*wanted)}"
 
 
-def _of_rows(stage: StageReport, key: str) -> str:
-    values = [row[key] for row in stage.rows[-1:] if isinstance(row.get(key), int | float)]
-    if not values:
+def _batch(stage: Stage) -> str:
+    """What one step is made of."""
+    if stage.objective == "grpo":
+        options = stage.grpo or GrpoOptions()
+        return f"{options.prompts_per_iteration:,} × {options.samples_per_prompt:,}<small>prompts × answers</small>"
+    return f"{stage.batch.packs:,} × {stage.sequence_length:,}<small>packs × tokens</small>"
+
+
+def _last(stage: StageReport) -> str:
+    value, measure = stage.figures.last, stage.figures.measure
+    if value is None:
         return DASH
-    return f"{values[0]:.4f}" if abs(values[0]) >= 0.001 else short_number(values[0])
+    text = f"{value:.4f}" if abs(value) >= 0.001 else short_number(value)
+    return f"{text}<small>{measure}</small>" if measure != "loss" else text
 
 
 def held_out_table(run: RunReport) -> str:
@@ -133,9 +143,9 @@ def plan_table(run: RunReport) -> str:
     for stage in run.stages:
         plan = stage.plan or {}
         share = stage.steps / plan["steps"] if plan.get("steps") else None
-        samples = sum(row.get("samples", 0) for row in stage.rows)
+        measured = stage.figures
+        samples = measured.samples
         seconds = plan["hours"] * 3600 if plan.get("hours") is not None else None
-        speed = plan["flops"] * share / stage.seconds if plan.get("flops") and share and stage.seconds else None
         checkpoint = stage.checkpoints[-1].bytes if stage.checkpoints else None
         rows.append(
             [
@@ -144,17 +154,21 @@ def plan_table(run: RunReport) -> str:
                 _against(stage.tokens or None, plan.get("tokens"), short_number(stage.tokens), short_number, share),
                 _against(samples or None, plan.get("samples"), f"{samples:,}", lambda value: f"{value:,.0f}", share),
                 _against(stage.seconds or None, seconds, span(stage.seconds), span, share, ratio=False),
-                f"{short_number(speed)}FLOP/s<small>of {short_number(plan.get('flops'))}FLOP</small>" if speed else DASH,
+                _against(measured.flops_per_second, None, f"{short_number(measured.flops_per_second)}FLOP/s", str, told="measured"),
                 _against(checkpoint, plan.get("checkpoint_bytes"), file_size(checkpoint), file_size),
-                f"{DASH}<small>plan {file_size((plan.get('memory_per_gpu_bytes') or {}).get('total'))}</small>",
+                _against(
+                    measured.memory_peak_bytes, (plan.get("memory_per_gpu_bytes") or {}).get("total"),
+                    file_size(measured.memory_peak_bytes), file_size, ratio=stage.stage.resources.gpus_per_worker > 0,
+                ),
             ]
         )
-    head = ("stage", "steps", "tokens", "samples", "time in steps", "FLOP/s reached", "checkpoint", "memory")
+    head = ("stage", "steps", "tokens", "samples", "time in steps", "FLOP/s reached", "checkpoint", "peak memory")
     gpu = run.plan["gpu"]["name"]
     on = f"Planned: {escape(gpu)} at {percent(run.plan['mfu'])} of its peak, {escape(run.plan_note)}."
     without = all(stage.stage.resources.gpus_per_worker == 0 for stage in run.stages)
     cpu = " This run trained on CPUs: its times are no measure of the plan's." if without else ""
-    note = "Planned tokens count sequence positions, measured ones leave out the padding. Runs do not record their peak memory."
+    note = "Planned tokens count sequence positions, measured ones leave out the padding. FLOP/s and peak memory (of one"
+    note += " process; on CPUs all that it holds) are measured in the steps that trained alone."
     return table(head, rows, kind="plan") + f'<p class="note">{on}{cpu} {note}</p>'
 
 
@@ -164,12 +178,15 @@ def _parameters(plan: Mapping[str, Any]) -> str:
     return f"<small>{short_number(plan['trainable_parameters'])} of {short_number(plan['parameters']['total'])} parameters train</small>"
 
 
-def _against(measured: float | None, planned: float | None, text: str, unit: Any, share: float | None = None, ratio: bool = True) -> str:
-    """`share` of the plan is done so far; None compares with the whole plan."""
+def _against(
+    measured: float | None, planned: float | None, text: str, unit: Any, share: float | None = None, ratio: bool = True,
+    told: str = "no plan",
+) -> str:
+    """`share` of the plan is done so far; None compares with the whole plan. `told`: what stands where nothing is planned."""
     if measured is None:
         return f"{DASH}<small>plan {unit(planned)}</small>" if planned is not None else DASH
     if planned is None:
-        return f"{text}<small>no plan</small>"
+        return f"{text}<small>{told}</small>"
     part = planned * min(1.0, share) if share is not None else planned
     return f"{text}<small>plan {unit(planned)}{f' · {percent(measured / part)}' if ratio and part else ''}</small>"
 
