@@ -21,10 +21,12 @@ from terrace.recipe.schema_grpo import GrpoOptions, RewardRule
 from terrace.recipe.schema_heads import HeadsTraining, MedusaOptions, MtpOptions
 from terrace.recipe.schema_inputs import (
     PARTS,
+    Batch,
     Data,
     Mixture,
     Name,
     PartName,
+    Pixels,
     Positive,
     SampleKind,
     Share,
@@ -36,6 +38,7 @@ from terrace.recipe.schema_inputs import (
 )
 from terrace.recipe.schema_lora import Lora
 from terrace.recipe.schema_model import Initialisation, Model
+from terrace.recipe.schema_pairs import PairOptions
 from terrace.recipe.schema_preference import DpoOptions, KtoOptions, MpoOptions, OrpoOptions, SimpoOptions
 
 # Names that readers of a recipe import from here, wherever in the schema they are defined.
@@ -68,13 +71,6 @@ class TrainedParts(Strict):
     heads: HeadsTraining | None = Field(None, description="How heads that predict further tokens train (objectives mtp and medusa).")
 
 
-class Pixels(Strict):
-    """Bounds on the pixels of a resized image; what sizes there are between them, the model family says."""
-
-    min: int = Field(3136, ge=1, description="Smaller images are enlarged to this many pixels.")
-    max: int = Field(1_003_520, ge=1, description="Larger images are reduced to this many pixels.")
-
-
 class Change(Strict):
     """What differs from a step of the stage on; what is not given stays as it was."""
 
@@ -90,10 +86,6 @@ class Budget(Strict):
     tokens: Positive | None = Field(None, description="Length of the stage in sequence positions; steps are derived and rounded up.")
     samples: Annotated[int, Field(gt=0)] | None = Field(None, description="Length of the stage in samples.")
     epochs: Positive | None = Field(None, description="Length of the stage in passes over the mixture.")
-
-
-class Batch(Strict):
-    packs: int = Field(8, ge=1, description="Global batch of one optimizer step, in packed sequences, over all workers.")
 
 
 class Optimizer(Strict):
@@ -215,9 +207,7 @@ class Stage(Strict):
     name: Name = Field(description="Name of the stage, unique in the recipe.")
     objective: ObjectiveName = Field("lm", description="What a step optimises.")
     start_from: Name | None = Field(None, description="The stage whose final weights this one starts from; default: the previous.")
-    after: list[Name] = Field(
-        [], max_length=8, description="With `stage_order: graph`: stages that must be complete before this one, besides `start_from`."
-    )
+    after: list[Name] = Field([], max_length=8, description="With `stage_order: graph`: stages to wait for, besides `start_from`.")
     train: TrainedParts = Field(description="The parts that train and how; every other part is frozen.")
     model_changes: ModelChanges | None = Field(None, description="What becomes of the model before the stage begins.")
     mixture: Mixture = Field(description="The sources and their shares.")
@@ -255,6 +245,7 @@ class Stage(Strict):
     failure: Failure = Field(Failure(), description="What the stage survives.")
     profile: Profile = Field(Profile(), description="Steps to trace.")
     grpo: GrpoOptions | None = Field(None, description="Options of the objective grpo.")
+    pairs: PairOptions | None = Field(None, description="Options of the objectives clip and siglip.")
     mtp: MtpOptions | None = Field(None, description="Options of the objective mtp.")
     medusa: MedusaOptions | None = Field(None, description="Options of the objective medusa.")
     dpo: DpoOptions | None = Field(None, description="Options of the objective dpo.")
@@ -326,9 +317,7 @@ class Recipe(Strict):
     data: Data = Field(description="The sources of samples.")
     stages: list[Stage] = Field(min_length=1, max_length=32, description="The stages, in the order they run.")
     stage_order: Literal["sequence", "graph"] = Field(
-        "sequence",
-        description="`sequence`: one after the other. `graph`: a stage waits only for the one it starts from and those in `after`, so "
-        "branches run side by side where there is room for both (on Kubernetes; elsewhere one at a time). Cannot change later.",
+        "sequence", description="`graph`: a stage waits only for `start_from` and `after`, and on Kubernetes branches run side by side."
     )
     tracking: Tracking = Field(Tracking(), description="Where metrics go.")
     planning: Planning = Field(Planning(), description="Assumptions of `terrace plan`.")
