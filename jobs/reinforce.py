@@ -40,7 +40,9 @@ if __name__ == "__main__":
     parser.add_argument("--images-root", type=Path)
     options, rest = parser.parse_known_args()
     if options.prompts:
-        recipe = next((word for word in rest if word.endswith((".yaml", ".yml"))), "")
+        from terrace.recipe.shipped import shipped_file
+
+        recipe = next((word for word in rest if word.endswith((".yaml", ".yml")) or shipped_file(word)), "")
         overrides = [word for word in rest if "=" in word and not word.startswith("-")]
         rest += moved_prompts(recipe, overrides, options.prompts, options.images_root)
     sys.exit(main(["run", *rest]))

@@ -34,6 +34,14 @@ TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 
 SIGLIP = {"model_type": "siglip_vision_model", "patch_size": 14, "vision_use_head": False}
 
+OPT = {
+    "model_type": "opt", "vocab_size": VOCABULARY, "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "word_embed_proj_dim": 64, "max_position_embeddings": 1024, "dropout": 0.0, "tie_word_embeddings": False,
+}  # fmt: skip
+Q_FORMER = TOWER | {
+    "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "cross_attention_frequency": 2, "encoder_hidden_size": 32,
+}  # fmt: skip
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2_vl": {
         "text_config": TEXT | MROPE,
@@ -86,6 +94,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "text_config": TEXT | {"model_type": "gemma", "head_dim": 16}, "vision_config": TOWER | SIGLIP | {"image_size": 56},
         "projection_dim": 64, "tie_word_embeddings": False,
     },
+    "blip_2": {
+        "text_config": OPT, "vision_config": TOWER | {"image_size": 56, "patch_size": 14}, "qformer_config": Q_FORMER,
+        "num_query_tokens": 4,
+    },
     "llava": {
         "text_config": TEXT, "vision_config": TOWER | {"image_size": 56, "patch_size": 14}, "image_seq_length": 16,
     },
@@ -118,7 +130,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
     "smolvlm": {
-        "text_config": TEXT, "vision_config": TOWER | {"image_size": 64, "patch_size": 16}, "scale_factor": 4,
+        "text_config": TEXT, "vision_config": TOWER | {"image_size": 66, "patch_size": 16}, "scale_factor": 4,
         "tie_word_embeddings": True,
     },
     "glm4v": {
@@ -149,7 +161,11 @@ MIDDLE: dict[str, dict[str, Any]] = {  # what `middle_case` changes of a configu
     },
     "minicpmv4_6": {"vision_config": MIDDLE_TOWER, "insert_layer_id": 1},
     "idefics3": {"vision_config": MIDDLE_TOWER | {"image_size": 112}},
-    "smolvlm": {"vision_config": MIDDLE_TOWER | {"image_size": 128}},
+    "smolvlm": {"vision_config": MIDDLE_TOWER | {"image_size": 130}},
+    "blip_2": {
+        "vision_config": MIDDLE_TOWER | {"image_size": 112}, "qformer_config": Q_FORMER | MIDDLE_TOWER | {"encoder_hidden_size": 128},
+        "text_config": OPT | {"hidden_size": 256, "ffn_dim": 688, "num_hidden_layers": 4, "word_embed_proj_dim": 256},
+    },
     "mistral3": {"vision_config": MIDDLE_TOWER},
     "fuyu": {},
     "glm4v": {
@@ -158,7 +174,7 @@ MIDDLE: dict[str, dict[str, Any]] = {  # what `middle_case` changes of a configu
 }  # fmt: skip
 PIXELS: dict[str, Bounds] = {
     "qwen3_vl": (4_096, 40_000), "qwen3_vl_moe": (4_096, 40_000), "internvl": (3_136, 6 * 56 * 56), "minicpmv4_6": (12_544, 5 * 112 * 112),
-    "idefics3": (3_136, 168 * 168), "smolvlm": (4_096, 192 * 192), "mistral3": (784, 140 * 140), "fuyu": (324, 162 * 288),
+    "idefics3": (3_136, 168 * 168), "smolvlm": (4_356, 198 * 198), "mistral3": (784, 140 * 140), "fuyu": (324, 162 * 288),
 }  # fmt: skip
 WORDS = ["How many circles are there? A red circle and 3 blue squares.\n", "USER: ASSISTANT: You are a helpful assistant. user system"]
 
@@ -258,6 +274,11 @@ def reference_inputs(case: Case, example: PackedExample | PromptInputs, model: A
     if len(example.image_rows):
         pixels = family.normalised(torch.from_numpy(example.pixels), torch.float32)
         inputs |= family.inputs(pixels, image_facts(example))
+    if case.name == "blip_2" and "pixel_values" not in inputs:  # the class wants features, even none
+        from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVisionQformerOutputs
+
+        empty = torch.zeros(0, model.config.num_query_tokens, model.config.text_config.hidden_size)
+        inputs |= {"pixel_values": None, "mm_encoder_outputs": {"image": BaseModelOutputWithVisionQformerOutputs(pooler_output=empty)}}
     if case.name == "gemma3":  # what sees each other in both directions: images, or everything before the answer
         inputs["token_type_ids"] = (ids == model.config.image_token_id).int()
     if case.name == "paligemma":

@@ -15,6 +15,7 @@ import numpy as np
 from families import CONFIGS, PIXELS
 from PIL import Image
 
+from terrace.families.connector import OPTIONS
 from terrace.recipe.loading import load_recipe, parse_recipe
 from terrace.recipe.schema import Recipe
 
@@ -69,7 +70,8 @@ def tiny_model(recipe: Recipe) -> dict[str, Any]:
     model = {"architecture": recipe.model.architecture, "config": shrunk(recipe.model.config or {}, small)}
     if recipe.model.connector is not None:
         model["connector"] = recipe.model.connector.model_dump(exclude_none=True, exclude_defaults=True)
-        model["connector"] |= {key: few for key, few in (("queries", 9), ("heads", 4), ("width", 64)) if key in model["connector"]}
+        few = {"queries": 9, "heads": 4, "width": 64, "layers": 2}
+        model["connector"] |= {key: few[key] for key in OPTIONS[recipe.model.connector.kind] if key in few}
     return model
 
 

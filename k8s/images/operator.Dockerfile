@@ -8,10 +8,12 @@ WORKDIR /src
 COPY pyproject.toml setup.py constraints.txt README.md LICENSE ./
 COPY platform platform
 COPY operators operators
+COPY k8s/images/bill_of_materials.py ./
 COPY jobs/recipes jobs/recipes
 # --no-deps: the package's own dependencies are for training; the operator needs these seven.
 RUN /opt/venv/bin/pip install -c constraints.txt kopf kubernetes prometheus_client pydantic pyyaml psutil numpy \
- && /opt/venv/bin/pip install --no-deps .
+ && /opt/venv/bin/pip install --no-deps . \
+ && /opt/venv/bin/python bill_of_materials.py terrace-operator "$(/opt/venv/bin/pip show terrace | sed -n 's/^Version: //p')" > /opt/venv/bom.json
 
 FROM ${PYTHON_IMAGE}
 COPY --from=build /opt/venv /opt/venv

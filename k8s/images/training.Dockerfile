@@ -13,12 +13,14 @@ WORKDIR /src
 COPY pyproject.toml setup.py constraints.txt README.md LICENSE ./
 COPY platform platform
 COPY operators operators
+COPY k8s/images/bill_of_materials.py ./
 COPY jobs/recipes jobs/recipes
 # constraints.txt pins the CPU build of torch (torch==X+cpu); for CUDA the same version is taken from the CUDA index.
 RUN if [ "$VARIANT" = cuda ]; then INDEX="https://download.pytorch.org/whl/${CUDA_TAG}"; else INDEX=https://download.pytorch.org/whl/cpu; fi \
  && sed -E 's/^(torch==[0-9.]+)\+cpu/\1/' constraints.txt > /tmp/constraints.txt \
  && /opt/venv/bin/pip install --extra-index-url "$INDEX" -c /tmp/constraints.txt ".[deepspeed,kubernetes]" \
- && if [ "$VARIANT" = cuda ]; then /opt/venv/bin/pip install -c /tmp/constraints.txt liger-kernel; fi
+ && if [ "$VARIANT" = cuda ]; then /opt/venv/bin/pip install -c /tmp/constraints.txt liger-kernel; fi \
+ && /opt/venv/bin/python bill_of_materials.py "terrace-$VARIANT" "$(/opt/venv/bin/pip show terrace | sed -n 's/^Version: //p')" > /opt/venv/bom.json
 
 FROM ${PYTHON_IMAGE}
 # DeepSpeed compiles one small operation at its first start; wget and procps are what KubeRay's probes and Ray's agent call.

@@ -49,6 +49,7 @@ from terrace.planner.parameters import parameter_counts, part_sizes
 from terrace.planner.shapes import shape_of_config
 from terrace.recipe.schema import PARTS
 
+ONE_QUESTION = ("paligemma", "blip_2")  # families whose conversations have one turn of each
 CHEAP = (
     "test_every_family_is_checked_here",
     "test_length_by_arithmetic_is_what_is_written_and_what_the_model_gives",
@@ -64,7 +65,7 @@ CHEAP = (
 STRETCHED = tuple(name for name in NAMES if issubclass(family_class(name), OneTile))
 # Families whose resize is not bicubic, or does not keep the aspect.
 DISTORTING = ("internvl", "minicpmv4_6", "mistral3", "fuyu", *TILED, *STRETCHED)
-WHOLE_PROCESSORS = {"llava": "<image>", "llava_next": "<image>", "idefics3": "<image>"}  # without torchvision; what stands for an image
+WHOLE_PROCESSORS = ("llava", "llava_next", "idefics3")  # that can be made without torchvision
 
 
 def pytest_generate_tests(metafunc):
@@ -87,7 +88,7 @@ def case(name, folder):
 
 
 def test_every_family_is_checked_here(name):
-    assert set(built_in()) == set(NAMES)
+    assert {family for family in built_in() if family_class(family).gives == "text"} == set(NAMES)
 
 
 def test_length_by_arithmetic_is_what_is_written_and_what_the_model_gives(case):
@@ -239,6 +240,7 @@ def test_the_planner_s_flops_are_those_of_the_flop_counter(case, trained):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         summed_loss(model, batch, 64).backward()
     assert counter.get_total_flops() == pytest.approx(training_flops(shape, load, trained).model, rel=0.01)
+    model.requires_grad_(False)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         summed_loss(model, batch, 64)
     assert counter.get_total_flops() == pytest.approx(sum(forward_flops(shape, load).values()), rel=0.01)
@@ -282,6 +284,8 @@ def test_greedy_decoding_equals_generate(case):
     groups = engine.generate(prompts, Sampling(samples=2, max_tokens=8, temperature=0.0))
     for prompt, group in zip(prompts, groups):
         inputs = reference_inputs(case, prompt, reference)
+        if inputs.get("pixel_values", 0) is None:  # BLIP-2 generates nothing without an image
+            continue
         out = reference.generate(
             **inputs, max_new_tokens=8, do_sample=False, suppress_tokens=list(never), eos_token_id=list(stop), pad_token_id=stop[0]
         )
@@ -419,7 +423,7 @@ def test_the_export_s_image_processor_and_tokenizer_need_nothing_of_terrace(case
     assert tokenizer.convert_tokens_to_ids(case.family.marks["image"]) == case.config.image_token_id
     assert tokenizer.decode(example.input_ids) == case.tokenizer.decode(example.input_ids)
     turns = [("user", "How many circles?"), ("assistant", "3"), ("user", "A red circle?"), ("assistant", "A blue circle")]
-    turns = turns[:2] if case.name == "paligemma" else turns  # whose form is one question
+    turns = turns[:2] if case.name in ONE_QUESTION else turns
     written = encode_sample(_turns(turns), [], case.tokenizer, case.family, case.pixels).input_ids.tolist()
     messages = [{"role": role, "content": text} for role, text in turns]
     assert tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False) == written
@@ -427,8 +431,11 @@ def test_the_export_s_image_processor_and_tokenizer_need_nothing_of_terrace(case
     assert tokenizer.apply_chat_template(messages[:-1], tokenize=True, add_generation_prompt=True, return_dict=False) == asked
     if case.name in WHOLE_PROCESSORS:
         processor = AutoProcessor.from_pretrained(final)
-        read = processor(text=f"USER: {WHOLE_PROCESSORS[case.name]}What?", images=[image], return_tensors="pt")
-        assert int((read["input_ids"] == case.config.image_token_id).sum()) == example.visual_tokens
+        question = [{"type": "image", "image": 0}, {"type": "text", "text": "What?"}]
+        sample = Sample("s", "qa", [{"role": "user", "content": question}])
+        asked = encode_prompt(sample, [image.size], case.tokenizer, case.family, case.pixels)
+        text = tokenizer.apply_chat_template([{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True)
+        assert processor(text=text, images=[image], return_tensors="pt")["input_ids"][0].tolist() == asked.input_ids.tolist()
 
 
 def _turns(turns):

@@ -192,12 +192,13 @@ def test_heads_train_resume_and_are_exported_beside_the_model(kind, frozen, tmp_
     skeleton = meta_model(model_config(Recipe.model_validate(values).model))
     attach_heads(skeleton, kind, 2)
     read = source_with_heads(skeleton, lambda name: torch.zeros(1), folder, 0)
-    stored = read_heads(folder / "heads", kind, 2)
+    stored = read_heads(folder / "heads", skeleton.heads)
     assert stored is not None
     assert set(stored) == {name for name, _ in skeleton.named_parameters() if name.startswith("heads.")}
     assert all(torch.equal(read(name), tensor) for name, tensor in stored.items())
+    attach_heads(skeleton, kind, 3)
     with pytest.raises(InputError, match=rf"holds 2 heads of kind {kind}, the stage trains 3"):
-        read_heads(folder / "heads", kind, 3)
+        read_heads(folder / "heads", skeleton.heads)
 
 
 @pytest.mark.slow

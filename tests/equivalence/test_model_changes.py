@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from expert_steps import train_experts
+from expert_steps import moe_case, train_experts
 from families import CONFIGS
 from packs import tiny_recipe
 from PIL import Image
@@ -252,6 +252,8 @@ def test_a_dense_model_is_upcycled_between_stages(tmp_path):
 def test_upcycled_experts_train_alike_however_packed_and_under_every_strategy(tmp_path):
     torch.set_num_threads(1)
     three, two = [[0, 1], [2], [3, 4]], [[0, 1, 2], [3, 4]]
+    random = build_model(moe_case("terrace_vlm", tmp_path / "own").section, moe_case("terrace_vlm", tmp_path / "own").config)
+    assert all(0.01 < float(layer.mlp.gate_up_proj.detach().std()) < 0.03 for layer in random.model.language_model.layers)
     [alone, packed] = train_experts(0, 1, "terrace_vlm", [("ddp", three, {}), ("ddp", [[0, 1, 2, 3, 4]], {})], str(tmp_path))
     runs = [(strategy, two, {}) for strategy in ("ddp", "fsdp", "zero2", "zero3")]
     together = run_ranks(2, train_experts, "terrace_vlm", runs, str(tmp_path), timeout=800)[0]

@@ -7,7 +7,7 @@ import socket
 import pytest
 
 from terrace.errors import InputError
-from terrace.recipe.schema import RewardRule
+from terrace.recipe.schema_grpo import RewardRule
 from terrace.rewards.remote import remote
 from terrace.rewards.service import serve_application
 from terrace.rewards.types import RewardItem

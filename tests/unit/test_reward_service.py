@@ -12,7 +12,7 @@ import pytest
 from starlette.requests import Request
 
 from terrace.errors import InputError
-from terrace.recipe.schema import RewardRule
+from terrace.recipe.schema_grpo import RewardRule
 from terrace.rewards.alarm import AlarmLimits, Form, distinct_share, hacking_alarms
 from terrace.rewards.remote import RewardServiceError, remote
 from terrace.rewards.router import Router

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from terrace.errors import InputError
-from terrace.recipe.schema import RewardRule
+from terrace.recipe.schema_grpo import RewardRule
 from terrace.rewards.router import Router
 from terrace.rewards.sandbox import SandboxError, SandboxPool
 from terrace.rewards.types import RewardItem

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from terrace.generation.interface import Response
-from terrace.recipe.schema import GrpoOptions
+from terrace.recipe.schema_grpo import GrpoOptions
 from terrace.rl.advantages import group_advantages, overlong_penalties, zero_variance
 from terrace.rl.collect import Group
 from terrace.rl.dynamic_sampling import prompts_to_draw, select_groups

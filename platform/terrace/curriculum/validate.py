@@ -16,7 +16,7 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     from terrace.data.family import family_of
     from terrace.models.build import parameter_counts
     from terrace.planner.adapters import with_adapters
-    from terrace.planner.parameters import trains_whole
+    from terrace.planner.parameters import trainable_counts, trains_whole
     from terrace.planner.shapes import model_shape
 
     begin = parameter_counts(recipe)
@@ -26,13 +26,13 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
         family, counts = family_of(seen.model), begin if seen is recipe else parameter_counts(seen)
         trained = [part for part in PARTS if getattr(stage.train, part)]
         whole = all(trains_whole(stage, part) for part in trained)
-        adapters = {} if whole else with_adapters(model_shape(seen), stage, seen.model).adapters
+        numbers = counts if whole else trainable_counts(with_adapters(model_shape(seen), stage, seen.model), stage)
         stages.append(
             {
                 "name": stage.name,
                 "objective": stage.objective,
                 "trains": {part: getattr(stage.train, part).lr for part in trained},
-                "trained_parameters": sum(adapters[part].parameters if part in adapters else counts[part] for part in trained),
+                "trained_parameters": sum(numbers[part] for part in trained),
                 "starts_from": source_stage(recipe, index),
                 "sequence_length": stage.sequence_length,
                 "batch_packs": stage.batch.packs,

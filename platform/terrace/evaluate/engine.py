@@ -33,6 +33,7 @@ from terrace.generation.vllm_directory import DirectoryEngine
 from terrace.models.attention import choose_backend
 from terrace.models.batch import to_device
 from terrace.models.build import directory_config, materialise, meta_model
+from terrace.models.families.registry import output_layer
 from terrace.models.forward import pack_hidden
 from terrace.models.heads import FOLDER, describe_heads, load_with_heads
 from terrace.models.precision import DTYPES, compute_context
@@ -73,7 +74,7 @@ class Model:
         with torch.no_grad(), compute_context(self.precision, self.device):
             batch = to_device(example, torch.device(self.device), DTYPES[self.precision])
             hidden = pack_hidden(self.network, batch).index_select(0, batch.supervised_rows)
-            return float(self.network.lm_head(hidden, batch.targets, LOSS_CHUNK_TOKENS))
+            return float(output_layer(self.network)(hidden, batch.targets, LOSS_CHUNK_TOKENS))
 
 
 def use_threads_of_worker(worker: int, settings: Settings) -> str | None:

@@ -27,7 +27,7 @@ from terrace.generation.tokens import forbidden_tokens, stop_tokens
 from terrace.models.batch import image_facts
 from terrace.models.build import directory_config
 from terrace.models.families.interface import FamilyModel
-from terrace.models.families.registry import family_of_model
+from terrace.models.families.registry import family_of_model, output_layer
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def answer(speaker: Speaker, prompt: Sample, images: Sequence[bytes], max_new_to
             inputs_embeds=embeddings, position_ids=positions if len(positions) > 1 else positions[0],
             past_key_values=cache, use_cache=True, **more,
         ).last_hidden_state  # fmt: skip
-        logits = model.lm_head(hidden[0, -1]).index_fill(0, never, float("-inf"))
+        logits = output_layer(model)(hidden[0, -1]).index_fill(0, never, float("-inf"))
         token = int(logits.argmax())
         if token in ends:
             return Answer(tokenizer.decode(token_ids).strip(), token_ids, True)

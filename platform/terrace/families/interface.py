@@ -137,10 +137,14 @@ class Family(ABC):
     experts: ClassVar[bool] = False  # its language model is a mixture of experts
     balances_sequences: ClassVar[bool] = False  # whose load-balancing loss is that of each sequence, not of the whole batch
     refused_objectives: ClassVar[Mapping[str, str]] = {}  # objective -> why the model cannot be trained with it here
+    whole_pictures: ClassVar[bool] = True  # of what `pictures_of` shows, the published processor makes the same rows again
     connects: ClassVar[bool] = False  # tower and language model of different origin, with the recipe's connector between them
     chat_template: ClassVar[str] = ""  # Jinja, the same tokens as `conversation`: for tokenizers trained here
     token_names: ClassVar[Mapping[str, str]] = {}  # attributes that transformers' processor asks its tokenizer for -> role, likewise
     token_fields: ClassVar[Mapping[str, str]] = {"image_token_id": "image"}  # configuration field -> role
+    text_fields: ClassVar[Mapping[str, str]] = {}  # further fields of `text_config` -> role
+    gives: ClassVar[str] = "text"  # what the model gives: text, `vectors` of pictures and texts, or `pictures`
+    keeps_end: ClassVar[bool] = False  # a sample that is cut keeps its last token
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Family:
@@ -331,6 +335,10 @@ class Family(ABC):
         """What is wrong with a stage's `pixels`, whose configuration has nothing wrong."""
         if low > high:
             yield ("min",), f"{low} is more than pixels.max {high}"
+
+    def check_length(self, tokens: int) -> Iterator[str]:
+        """What is wrong with a stage's `sequence_length`, whose configuration has nothing wrong."""
+        return iter(())
 
     @abstractmethod
     def preprocessor(self, pixels: Bounds) -> dict[str, Any]:

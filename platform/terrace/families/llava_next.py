@@ -27,6 +27,7 @@ class LlavaNext(Llava):
 
     name: ClassVar[str] = "llava_next"
     fact_count: ClassVar[int] = 2
+    whole_pictures: ClassVar[bool] = False  # the overview is shown
     processor_class: ClassVar[str] = "LlavaNextProcessor"
     image_processor: ClassVar[str] = "LlavaNextImageProcessor"
 

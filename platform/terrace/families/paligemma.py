@@ -19,7 +19,7 @@ from terrace.families.interface import Finding, Piece, Visual
 from terrace.families.one_tile import OneTile
 from terrace.families.qwen2_vl import qwen_language
 from terrace.families.shapes import ModelShape, ProjectorShape
-from terrace.families.siglip import siglip_tower
+from terrace.families.siglip_tower import siglip_tower
 from terrace.families.tools import refuse_tools
 
 
@@ -36,9 +36,8 @@ class PaliGemma(OneTile):
         "{% for message in messages %}{% if message['role'] == 'user' %}"
         "{% if message['content'] is string %}<bos>{{ message['content'] }}{% else %}"
         "{% for item in message['content'] %}{% if item['type'] == 'image' %}<image>{% endif %}{% endfor %}<bos>"
-        "{% for item in message['content'] %}{% if item['type'] == 'text' %}{{ item['text'] }}{% endif %}{% endfor %}{% endif %}"
-        "{{ '\n' }}{% else %}"
-        "{{ message['content'] if message['content'] is string else message['content'][0]['text'] }}<eos>{% endif %}{% endfor %}"
+        "{% for item in message['content'] %}{% if item['type'] == 'text' %}{{ item['text'] }}{% endif %}{% endfor %}{% endif %}{{ '\\n' }}"
+        "{% else %}{{ message['content'] if message['content'] is string else message['content'][0]['text'] }}<eos>{% endif %}{% endfor %}"
     )
 
     @classmethod

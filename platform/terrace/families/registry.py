@@ -18,8 +18,10 @@ from terrace.errors import InputError
 from terrace.families.interface import Family
 
 _SHARED = (
-    "interface", "registry", "shapes", "squares", "connector", "checks", "chatml", "tools", "anyres", "siglip", "slicing", "one_tile"
+    "interface", "registry", "shapes", "squares", "connector", "checks", "chatml", "tools", "anyres", "siglip_tower", "slicing", "one_tile",
+    "two_towers", "one_square",
 )  # fmt: skip
+_SPELT = {"blip-2": "blip_2"}  # model types that are no module's name
 _ELSEWHERE: dict[str, str] = {}  # name of a family -> the module outside of this folder that holds it
 
 
@@ -31,6 +33,7 @@ def built_in() -> tuple[str, ...]:
 
 def family_class(architecture: str) -> type[Family]:
     """The class of a family by its name, or by `package.module`. Raises InputError, with the list, for an unknown one."""
+    architecture = _SPELT.get(architecture, architecture)
     if architecture in built_in():
         return importlib.import_module(f"terrace.families.{architecture}").FAMILY
     module = architecture if "." in architecture else _ELSEWHERE.get(architecture)
@@ -49,7 +52,7 @@ def family_class(architecture: str) -> type[Family]:
 def family_module(architecture: str, here: str) -> str:
     """The module that holds the other side of a family: `here`.NAME for a built-in one, otherwise the module itself."""
     name = family_class(architecture).name
-    return _ELSEWHERE.get(name) or f"{here}.{name}"
+    return _ELSEWHERE.get(name) or f"{here}.{_SPELT.get(name, name)}"
 
 
 def make_family(architecture: str, config: Mapping[str, Any]) -> Family:

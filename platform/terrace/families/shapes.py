@@ -53,6 +53,8 @@ class ProjectorShape:
     products: int
     inner: int
     times: int = 1
+    outer: int = 0  # of `products`, those with what the tower gives: no gradient flows back through them where it is frozen
+    unused_parameters: int = 0  # of those, what never gets a gradient
     first: bool = False  # it reads pixels, which need no gradient
 
     def plus(self, parameters: int) -> ProjectorShape:
@@ -108,11 +110,8 @@ class LanguageShape:
     norms: int = 2  # of a layer, over its whole width
     gated: bool = True  # SwiGLU and RMSNorms; otherwise two matrices with one activation between them, and LayerNorms
     layer_biases: int = 0  # parameters of a layer beside those above
-    other_biases: int = 0  # of the final norm, likewise
-
-    @property
-    def feed_forward_matrices(self) -> int:
-        return 3 if self.gated else 2
+    other_biases: int = 0  # of the final norm, likewise, and learned positions
+    rotary: bool = True  # positions turn queries and keys; else they are learned and added
     experts: ExpertsShape | None = None
     latent: LatentShape | None = None
     masked: bool = False  # attention with a mask over each sample, which keeps keys and values as few as they are
@@ -120,6 +119,10 @@ class LanguageShape:
     def with_latent(self, latent: LatentShape, experts: ExpertsShape) -> LanguageShape:
         size = latent.plain + latent.rotary
         return replace(self, latent=latent, experts=experts, head_size=size, key_heads=self.heads)
+
+    @property
+    def feed_forward_matrices(self) -> int:
+        return 3 if self.gated else 2
 
     @property
     def value_width(self) -> int:
@@ -176,12 +179,18 @@ class AdapterShape:
 NO_ADAPTERS = AdapterShape(0, 0)
 
 
+NO_LANGUAGE = LanguageShape(
+    layers=0, width=0, intermediate=0, heads=0, key_heads=0, head_size=0, vocabulary=0, tied=True, attention_biases=False
+)  # of an encoder of pictures alone
+
+
 @dataclass(frozen=True)
 class ModelShape:
     vision: VisionShape
     projector: ProjectorShape
     language: LanguageShape
     adapters: Mapping[str, AdapterShape] = field(default_factory=dict)  # part -> those that a stage trains in its place
+    partly: Mapping[str, int] = field(default_factory=dict)  # part -> parameters that a stage trains, where it trains only some
 
     def adapters_of(self, part: str) -> AdapterShape:
         return self.adapters.get(part, NO_ADAPTERS)

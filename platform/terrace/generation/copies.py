@@ -14,8 +14,9 @@ from terrace.generation.tokens import forbidden_tokens, stop_tokens
 from terrace.models.attention import choose_backend
 from terrace.models.build import materialise, meta_model
 from terrace.models.shared_prompt import use_shared_prompt_attention
-from terrace.recipe.schema import GrpoOptions, Stage
 from terrace.recipe.schema import Model as ModelSection
+from terrace.recipe.schema import Stage
+from terrace.recipe.schema_grpo import GrpoOptions
 from terrace.worker.context import WorkerContext
 
 

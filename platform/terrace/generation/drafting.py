@@ -19,7 +19,7 @@ from terrace.generation.draft_cache import DraftCache
 from terrace.generation.interface import GroupReady, Prompt, Response, Sampling, uniforms
 from terrace.generation.native import COMPACT_SHARE, NativeEngine, Wave, prompts_as_pack, sample_tokens
 from terrace.models.batch import to_device
-from terrace.models.families.registry import family_of_model
+from terrace.models.families.registry import family_of_model, output_layer
 from terrace.models.heads import mtp_hidden
 from terrace.models.precision import DTYPES
 from terrace.models.shared_prompt import Unit, units_hidden
@@ -59,7 +59,7 @@ class DraftingEngine(NativeEngine):
 
         # The first token of every row comes from the prompt's last hidden state.
         source = hidden[ends].repeat_interleave(samples, dim=0)  # [A, H]: what the newest token was sampled from
-        tokens, logprobs = self._sampled(model.lm_head(source).float(), noise[:, :1], sampling)
+        tokens, logprobs = self._sampled(output_layer(model)(source).float(), noise[:, :1], sampling)
         positions = batch.position_ids[:, 0, ends].repeat_interleave(samples, dim=1)  # [P, A] of `source`
         fed, counts = source[:, None], np.ones(len(rows), np.int64)
         while True:
@@ -84,7 +84,7 @@ class DraftingEngine(NativeEngine):
             positions = (next_positions[rows // samples].T[:, :, None] + steps).flatten(1)  # [P, A * n]
             fed = self._run(given.flatten(), positions, cache).view(len(rows), most, -1)
             wanted = noise[rows.cpu().numpy()[:, None], np.maximum(lengths, 0)[:, None] + np.arange(most)]
-            tokens, logprobs = self._sampled(model.lm_head(fed.flatten(0, 1)).float(), wanted, sampling)
+            tokens, logprobs = self._sampled(output_layer(model)(fed.flatten(0, 1)).float(), wanted, sampling)
             agreed = (tokens[:, :-1] == drafts).long().cumprod(dim=1).sum(dim=1).cpu().numpy()
             self.drafted += int(live.sum()) * drafts_of_row
             self.accepted += int(agreed[live].sum())
@@ -107,7 +107,7 @@ class DraftingEngine(NativeEngine):
     def _drafts(self, hidden: torch.Tensor, shared: bool, count: int) -> torch.Tensor:
         """int64 [A, count]: the most likely token of each head."""
         heads = self._model.heads
-        layers = [self._model.lm_head(hidden)] if shared else [
+        layers = [output_layer(self._model)(hidden)] if shared else [
             layer(block(hidden)) for block, layer in zip(heads.blocks, heads.lm_heads)
         ]  # fmt: skip
         masked = [logits.index_fill(1, self._forbidden, float("-inf")) if len(self._forbidden) else logits for logits in layers[:count]]

@@ -9,8 +9,9 @@ from terrace.generation.copies import open_copy_engine
 from terrace.generation.interface import RolloutEngine
 from terrace.generation.native import NativeEngine
 from terrace.generation.tokens import forbidden_tokens, stop_tokens
-from terrace.recipe.schema import GrpoOptions, Stage
 from terrace.recipe.schema import Model as ModelSection
+from terrace.recipe.schema import Stage
+from terrace.recipe.schema_grpo import GrpoOptions
 from terrace.worker.context import WorkerContext
 
 SHARDING = ("zero3", "fsdp")  # no rank holds whole parameters: the native engine decodes with a copy

@@ -23,6 +23,7 @@ from terrace.data.types import PackedExample, joined_pixels
 from terrace.generation.cache import SharedPromptCache
 from terrace.generation.interface import GroupReady, Heard, Prompt, Response, Sampling, uniforms
 from terrace.models.batch import to_device
+from terrace.models.families.registry import output_layer
 from terrace.models.precision import DTYPES, compute_context
 from terrace.models.shared_prompt import Unit, decode_logits, units_hidden
 from terrace.objectives.grpo import token_logprobs
@@ -93,7 +94,7 @@ class NativeEngine:
         hidden, cache = self._prefill(prompts, sampling)
         noise = np.stack([uniforms(sampling.seed, p, s, sampling.max_tokens) for p in prompts for s in range(samples)])
         wave = Wave(count, samples, sampling.max_tokens, ready)
-        logits = self._model.lm_head(hidden).float().repeat_interleave(samples, dim=0)
+        logits = output_layer(self._model)(hidden).float().repeat_interleave(samples, dim=0)
         next_positions = torch.from_numpy(np.stack([prompt.next_positions for prompt in prompts])).to(self._device)  # [B, P]
         rows = torch.arange(count * samples, device=self._device)  # the sequence that each row of the batch decodes
         live = np.ones(count * samples, bool)  # by row

@@ -20,8 +20,9 @@ import numpy as np
 
 from terrace.errors import InputError, TerraceError
 from terrace.generation.interface import GroupReady, Prompt, Response, Sampling
-from terrace.recipe.schema import GrpoOptions, Stage
 from terrace.recipe.schema import Model as ModelSection
+from terrace.recipe.schema import Stage
+from terrace.recipe.schema_grpo import GrpoOptions
 from terrace.worker.collectives import from_rank_zero
 from terrace.worker.context import WorkerContext
 

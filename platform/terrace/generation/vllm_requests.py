@@ -22,6 +22,8 @@ def request_of(prompt: Prompt, family: Family, image_token: int) -> dict[str, An
         raise InputError(
             f"prompt {prompt.id}: {len(prompt.image_tokens)} images; engine vllm is opened for {MOST_IMAGES} in a prompt, choose native"
         )
+    if len(prompt.image_tokens) and not family.whole_pictures:
+        raise InputError(f"prompt {prompt.id}: {family.name} cuts tiles of its pictures, which cannot be given back whole; choose native")
     request: dict[str, Any] = {"prompt_token_ids": collapsed(prompt, image_token)}
     if pictures := pictures_of(prompt, family):
         request["multi_modal_data"] = {"image": pictures}

@@ -12,7 +12,7 @@ import torch
 
 from terrace.errors import DamagedData
 from terrace.models.batch import DeviceBatch
-from terrace.models.families.registry import family_of_model
+from terrace.models.families.registry import family_of_model, output_layer
 
 
 def check_placeholders(batch: DeviceBatch, visual_ids: tuple[int, ...]) -> None:
@@ -48,4 +48,4 @@ def pack_hidden(model: Any, batch: DeviceBatch) -> torch.Tensor:
 def pack_logits_hidden(model: Any, batch: DeviceBatch) -> tuple[torch.Tensor, torch.Tensor]:
     """(logits [L, vocabulary], hidden [L, hidden]) of a pack. For tests and small evaluations: all logits exist at once."""
     hidden = pack_hidden(model, batch)
-    return model.lm_head(hidden), hidden
+    return output_layer(model)(hidden), hidden

@@ -29,15 +29,16 @@ class LossHead(nn.Linear):
         return summed_cross_entropy(hidden, self.weight, targets, chunk_tokens)
 
 
-def install_loss_head(model: Any) -> None:
-    """Give a transformers model the head above; parameter, name and tying stay what they were."""
-    old = model.lm_head
+def install_loss_head(model: Any, name: str) -> None:
+    """Give a transformers model the head above in place of the layer of this name; parameter, name and tying stay what they were."""
+    old = model.get_submodule(name)
     if old.bias is not None:
         raise ValueError("the output layer has a bias, which the chunked loss does not support")
     with torch.device("meta"):
         head = LossHead(old.in_features, old.out_features, bias=False)
     head.weight = old.weight
-    model.lm_head = head
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, head)
 
 
 def summed_cross_entropy(

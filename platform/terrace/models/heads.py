@@ -33,6 +33,7 @@ from terrace.models.parts import mtp_models
 from terrace.models.weights import TensorSource, random_source
 
 FOLDER = "heads"  # beside an exported model
+FINAL_NORMS = ("norm", "final_layernorm")  # as the classes of language models name it
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 
@@ -52,7 +53,8 @@ class MtpBlock(nn.Module):
             config.layer_types = ["full_attention" if "full_attention" in kinds else kinds[-1]]
         self.block = type(language)(config)
         self.block.embed_tokens = nn.Identity()  # the embeddings are the model's
-        self.hidden_layernorm, self.token_layernorm = copy.deepcopy(self.block.norm), copy.deepcopy(self.block.norm)
+        norm = next(getattr(self.block, name) for name in FINAL_NORMS if hasattr(self.block, name))
+        self.hidden_layernorm, self.token_layernorm = copy.deepcopy(norm), copy.deepcopy(norm)
         self.input_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
 
     def forward(
@@ -124,7 +126,7 @@ def mtp_hidden(
 def source_with_heads(skeleton: Any, source: TensorSource, start: Path | None, seed: int) -> TensorSource:
     """The source of a model with heads: those of the stage it starts from, where it has such, else their first weights."""
     family, heads = family_of_model(skeleton), skeleton.heads
-    stored = read_heads(start / FOLDER, heads.kind, heads.count) if start is not None else None
+    stored = read_heads(start / FOLDER, heads) if start is not None else None
     tied = bool(getattr(skeleton.config, "tie_word_embeddings", False))
     shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters() if is_head(name)}
     random = random_source(skeleton, seed)
@@ -147,7 +149,9 @@ def stored_name(name: str) -> str:
     if not name.startswith("layers."):
         return name
     _, number, rest = name.split(".", 2)
-    return f"model.mtp_layers.{number}.{rest.replace('block.layers.0.', '').replace('block.norm.', 'final_layernorm.')}"
+    for norm in FINAL_NORMS:
+        rest = rest.replace(f"block.{norm}.", "final_layernorm.")
+    return f"model.mtp_layers.{number}.{rest.replace('block.layers.0.', '')}"
 
 
 def without_heads(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -183,27 +187,24 @@ def describe_heads(folder: Path) -> tuple[str, int] | None:
     return ("medusa", config["num_heads"]) if config["model_type"] == "medusa" else ("mtp", config["num_nextn_predict_layers"])
 
 
-def read_heads(folder: Path, kind: str, count: int) -> dict[str, torch.Tensor] | None:
-    """The tensors of stored heads under the names of a model in training. None where there are none. Raises InputError for others."""
+def read_heads(folder: Path, heads: Any) -> dict[str, torch.Tensor] | None:
+    """The tensors of stored heads under the names of a model in training. None where there are none. Raises InputError for others
+    than `heads` (MtpHeads or MedusaHeads)."""
     from safetensors.torch import load_file
 
     found = describe_heads(folder)
     if found is None:
         return None
-    if found != (kind, count):
+    if found != (heads.kind, heads.count):
         raise InputError(
-            f"{folder} holds {found[1]} heads of kind {found[0]}, the stage trains {count} of kind {kind}: change the stage, or start it "
-            "from a stage without heads (`start_from`)"
+            f"{folder} holds {found[1]} heads of kind {found[0]}, the stage trains {heads.count} of kind {heads.kind}: change the stage, "
+            "or start it from a stage without heads (`start_from`)"
         )
-    tensors = {}
-    for name, tensor in load_file(folder / WEIGHTS).items():
-        if name.startswith("model.mtp_layers."):
-            number, rest = name.removeprefix("model.mtp_layers.").split(".", 1)
-            own = rest.split(".")[0] in ("hidden_layernorm", "token_layernorm", "input_proj")
-            rest = rest if own else rest.replace("final_layernorm.", "block.norm.") if "final" in rest else f"block.layers.0.{rest}"
-            name = f"layers.{number}.{rest}"
-        tensors[PREFIX + name] = tensor
-    return tensors
+    stored = load_file(folder / WEIGHTS)
+    names = [f"{PREFIX}{name}" for name, _ in heads.named_parameters()]
+    if missing := sorted({stored_name(name) for name in names} ^ set(stored)):
+        raise InputError(f"{folder / WEIGHTS} does not hold the heads of this model: {', '.join(missing[:4])}")
+    return {name: stored[stored_name(name)] for name in names}
 
 
 def load_with_heads(model: Any, folder: Path) -> None:
@@ -212,7 +213,7 @@ def load_with_heads(model: Any, folder: Path) -> None:
     if found is None:
         raise InputError(f"{folder} holds no heads: name the final/ of a stage of objective mtp or medusa")
     attach_heads(model, *found)
-    tensors = read_heads(folder, *found)
+    tensors = read_heads(folder, model.heads)
     assert tensors is not None
     place = next(model.parameters())
     model.heads.to_empty(device=place.device).to(place.dtype)

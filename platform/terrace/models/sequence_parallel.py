@@ -87,7 +87,7 @@ def open_sequence_group(size: int, rank: int, world_size: int) -> SequenceGroup 
 
 def check_heads(text_config: Any, size: int) -> None:
     """Raise InputError if the heads of the language model cannot be dealt to `size` ranks."""
-    heads, key_heads = text_config.num_attention_heads, text_config.num_key_value_heads
+    heads, key_heads = text_config.num_attention_heads, getattr(text_config, "num_key_value_heads", None) or text_config.num_attention_heads
     if heads % size or (key_heads % size and size % key_heads):
         raise InputError(
             f"parallel.sequence_parallel {size}: {heads} attention heads and {key_heads} key/value heads cannot be dealt "

@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from terrace.models.attention import give_language_attention, registered_name, use_attention, visible_within
 from terrace.models.batch import DeviceBatch
-from terrace.models.families.registry import family_of_model
+from terrace.models.families.registry import family_of_model, output_layer
 from terrace.models.forward import hidden_states
 
 NAME = "terrace_flash_shared_prompt"  # "flash" as in models.attention: transformers then builds no mask
@@ -152,4 +152,4 @@ def decode_logits(model: Any, tokens: torch.Tensor, positions: torch.Tensor, cac
     family = family_of_model(model)
     embeddings = family.language(model).embed_tokens(tokens.unsqueeze(0))
     hidden = family.run_language(model, embeddings, positions.unsqueeze(1), {"decode": cache})
-    return model.lm_head(hidden).float()
+    return output_layer(model)(hidden).float()

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from terrace.data.types import PackedExample
 from terrace.models.batch import DeviceBatch, to_device
+from terrace.models.families.registry import output_layer
 from terrace.models.shared_prompt import Unit, units_hidden
 from terrace.objectives.grpo import token_logprobs
 from terrace.objectives.lm import empty_pack
@@ -75,7 +76,7 @@ def answer_logprobs(model: Any, batch: AnswerBatch, chunk_tokens: int) -> torch.
     """float32 [A]: log-probability of each answer. Without answers [0], but it hangs on the model: ranks run the same collectives."""
     hidden = units_hidden(model, batch.batch, batch.units)
     if not batch.lengths:
-        return model.lm_head(hidden[:1]).float().sum().expand(1)[:0]
+        return output_layer(model)(hidden[:1]).float().sum().expand(1)[:0]
     selected = hidden.index_select(0, batch.predicting)
     again = torch.is_grad_enabled() and len(selected) > chunk_tokens
     found = []
@@ -87,4 +88,4 @@ def answer_logprobs(model: Any, batch: AnswerBatch, chunk_tokens: int) -> torch.
 
 
 def _row_logprobs(model: Any, rows: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    return token_logprobs(model.lm_head(rows).float(), tokens, 1.0)
+    return token_logprobs(output_layer(model)(rows).float(), tokens, 1.0)

@@ -26,6 +26,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from terrace.models.batch import DeviceBatch
+from terrace.models.families.registry import output_layer
 from terrace.models.shared_prompt import Unit, units_hidden
 
 
@@ -132,7 +133,7 @@ def logprobs_and_entropies(
     model: Any, hidden: torch.Tensor, tokens: torch.Tensor, forbidden: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """float32 [N] each, of rows of hidden states [N, H]."""
-    logits = model.lm_head(hidden).float()
+    logits = output_layer(model)(hidden).float()
     if len(forbidden):
         logits = logits.index_fill(1, forbidden, float("-inf"))
     tempered = logits / scale if scale != 1.0 else logits
@@ -160,7 +161,7 @@ def summed_policy_loss(model: Any, batch: PolicyBatch, options: PolicyOptions) -
         logprobs.append(made[0])
         entropies.append(made[1])
     if not logprobs:  # a pack without responses still runs the model, for the collectives
-        return 0.0 * model.lm_head(hidden[:1]).float().sum()
+        return 0.0 * output_layer(model)(hidden[:1]).float().sum()
     joined, entropy = torch.cat(logprobs), torch.cat(entropies)
     losses, sums = token_losses(
         joined, entropy, batch.advantages, batch.old_logprobs, batch.reference_logprobs, options, batch.lengths

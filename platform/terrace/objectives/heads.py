@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from terrace.models.batch import DeviceBatch
+from terrace.models.families.registry import output_layer
 from terrace.models.forward import pack_hidden
 from terrace.objectives.interface import Opening
 from terrace.objectives.lm import LanguageModelling
@@ -76,13 +77,13 @@ class HeadsObjective(LanguageModelling):
         chunk = self.opening.stage.loss_chunk_tokens
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._with_own_loss):
             hidden = pack_hidden(model, batch)
-            own = model.lm_head(hidden.index_select(0, batch.supervised_rows), batch.targets, chunk)
+            own = output_layer(model)(hidden.index_select(0, batch.supervised_rows), batch.targets, chunk)
         outputs = self.outputs(model, batch, hidden)
         heads = [layer(rows, batch.targets.index_select(0, what.places), chunk) for what, rows, layer in outputs]
         total = sum((weight * loss for weight, loss in zip(self.weights(), heads)), own if self._with_own_loss else 0.0 * own.detach())
         self._found.append(torch.stack([own.detach(), *(loss.detach() for loss in heads)]))
         if self._accepted is not None:
-            chosen = self._chosen(model.lm_head, hidden.index_select(0, batch.supervised_rows))
+            chosen = self._chosen(output_layer(model), hidden.index_select(0, batch.supervised_rows))
             right = [(self._chosen(layer, rows) == chosen.index_select(0, what.places)).sum() for what, rows, layer in outputs]
             drafts = [torch.tensor(len(what.rows), device=chosen.device) for what, *_ in outputs]
             self._accepted.append(torch.stack([*right, *drafts]))

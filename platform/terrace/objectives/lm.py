@@ -15,7 +15,7 @@ import torch
 from terrace.data.order.balance import CostModel, cost_of
 from terrace.data.types import PackedExample, no_pixels
 from terrace.models.batch import DeviceBatch, to_device
-from terrace.models.families.registry import family_model, family_of_model
+from terrace.models.families.registry import family_model, family_of_model, output_layer
 from terrace.models.forward import pack_hidden
 from terrace.models.sequence_parallel import shard_to_device
 from terrace.objectives.experts import ExpertBalance
@@ -104,7 +104,7 @@ open_objective = LanguageModelling
 def summed_loss(model: Any, batch: DeviceBatch, chunk_tokens: int) -> torch.Tensor:
     """Float32 scalar. Only supervised rows meet the output layer: image tokens and prompts cost no logits."""
     hidden = pack_hidden(model, batch)
-    return model.lm_head(hidden.index_select(0, batch.supervised_rows), batch.targets, chunk_tokens)
+    return output_layer(model)(hidden.index_select(0, batch.supervised_rows), batch.targets, chunk_tokens)
 
 
 def count_packs(packs: list[PackedExample], sources: list[str], cost: CostModel) -> Counts:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from terrace.models.batch import DeviceBatch
+from terrace.models.families.registry import output_layer
 from terrace.models.heads import mtp_hidden
 from terrace.objectives.heads import Ahead, HeadsObjective, ahead
 from terrace.objectives.interface import Opening, StepExamples
@@ -41,7 +42,7 @@ class Mtp(HeadsObjective):
             tokens = tokens.roll(-1)
             hidden = mtp_hidden(model, depth, hidden, tokens, batch.position_ids, attention)
             what = ahead(batch, depth)
-            found.append((what, hidden.index_select(0, what.rows), model.lm_head))
+            found.append((what, hidden.index_select(0, what.rows), output_layer(model)))
         return found
 
 

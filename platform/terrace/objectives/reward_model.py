@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from terrace.data.types import PackedExample
 from terrace.models.attention import choose_backend
 from terrace.models.batch import DeviceBatch, to_device
-from terrace.models.families.registry import family_of_model
+from terrace.models.families.registry import family_of_model, output_layer
 from terrace.models.shared_prompt import Unit, units_hidden, use_shared_prompt_attention
 from terrace.objectives.interface import Counts, Objective, Opening, StageRun, StepExamples
 from terrace.objectives.lm import empty_pack
@@ -133,7 +133,7 @@ def score_token(model: Any) -> int:
 def scores(model: Any, batch: PairBatch) -> torch.Tensor:
     """float32 [N]: the score of each answer."""
     hidden = units_hidden(model, batch.batch, batch.units)
-    return model.lm_head(hidden.index_select(0, batch.rows)).float()[:, score_token(model)]
+    return output_layer(model)(hidden.index_select(0, batch.rows)).float()[:, score_token(model)]
 
 
 def summed_preference_loss(model: Any, batch: PairBatch) -> torch.Tensor:

@@ -1,18 +1,21 @@
-"""What low-rank adapters add to a model's shape. Which layers a stage adapts is asked of the model itself, on the meta device."""
+"""What of a part a stage trains, where that is not all of it: low-rank adapters, or only some tensors. Which layers and tensors those
+are is asked of the model itself, on the meta device."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
 
+from terrace.errors import InputError
 from terrace.families.shapes import AdapterShape, ModelShape
 from terrace.recipe.schema import PARTS, Model, Stage
 
 
 def with_adapters(shape: ModelShape, stage: Stage, model: Model, config: Any | None = None) -> ModelShape:
-    """The shape of a stage: that of the model, and its adapters where the stage has any. Only then is the model built (without
-    memory, from `config` or the recipe's own). Raises InputError for a target that no layer has."""
-    if not any((training := getattr(stage.train, part)) is not None and training.lora is not None for part in PARTS):
+    """The shape of a stage: that of the model, with its adapters, or what it trains of a part where that is not all. Only then is the
+    model built (without memory, from `config` or the recipe's own). Raises InputError for a name that no layer or tensor has."""
+    special = [training for part in PARTS if (training := getattr(stage.train, part)) is not None and (training.lora or training.only)]
+    if not special:
         return shape
     from terrace.models.build import meta_model, model_config
     from terrace.models.families.registry import family_of_model
@@ -27,4 +30,22 @@ def with_adapters(shape: ModelShape, stage: Stage, model: Model, config: Any | N
             dropped=layer.in_features if lora.dropout else 0,
         )
         found[part] = found[part].plus(own) if part in found else own
-    return replace(shape, adapters=found)
+    return replace(shape, adapters=found, partly=_partly(built, stage))
+
+
+def _partly(model: Any, stage: Stage) -> dict[str, int]:
+    from terrace.models.families.registry import family_of_model
+    from terrace.models.parts import has_words
+
+    family = family_of_model(model)
+    names, counts = dict(model.named_parameters()), {}
+    unused = set(family.unused(model.config, names))
+    for part in PARTS:
+        training = getattr(stage.train, part)
+        if training is None or not training.only:
+            continue
+        own = [name for name in names if family.part_of(name) == part and name not in unused and has_words(name, training.only)]
+        counts[part] = sum(names[name].numel() for name in own)
+        if not counts[part]:
+            raise InputError(f"stage {stage.name}: train.{part}.only: no tensor of {part} has {', '.join(training.only)} in its name")
+    return counts

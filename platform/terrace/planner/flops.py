@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from terrace.families.shapes import ModelShape
+from terrace.planner.parameters import part_sizes
 from terrace.recipe.schema import PARTS, PartName
 
 
@@ -161,7 +162,9 @@ def training_flops(shape: ModelShape, load: PackLoad, trained: Sequence[PartName
     backward: dict[PartName, float] = {}
     for place, part in enumerate(PARTS):
         adapters = shape.adapters_of(part).parameters
-        weights = part in trained and not adapters  # gradients of this part's weights
+        weights = float(part in trained and not adapters)  # gradients of this part's weights, or a share of them
+        if part in shape.partly:
+            weights = shape.partly[part] / part_sizes(shape)[part].total
         inputs = part in trained or any(before in trained for before in PARTS[:place])  # of what comes into it
         linear = forward[part].get("linear", 0.0) + forward[part].get("head", 0.0)
         backward[part] = (
@@ -170,6 +173,8 @@ def training_flops(shape: ModelShape, load: PackLoad, trained: Sequence[PartName
             + forward[part].get("embed", 0.0) * weights
             + forward[part].get("adapters", 0.0) * 2
         )
+    if "projector" in trained and "vision" not in trained:  # what the tower gives takes no gradient
+        backward["projector"] -= 2 * load.visual_tokens * shape.projector.outer
     recompute = {
         part: sum(forward[part].get(kind, 0.0) for kind in ("linear", "attention")) if part in checkpointed else 0.0 for part in PARTS
     }

@@ -32,7 +32,7 @@ def part_sizes(shape: ModelShape) -> dict[PartName, PartSizes]:
             vision.depth * vision.block_parameters + vision.other_parameters, vision.block_parameters, vision.depth,
             vision.unused_parameters,
         ),
-        "projector": PartSizes(projector.parameters, projector.parameters, 1),
+        "projector": PartSizes(projector.parameters, projector.parameters, 1, projector.unused_parameters),
         "language": PartSizes(
             language.layers * layer - smaller + language.width + language.other_biases + embeddings, layer, language.layers, unused, smaller
         ),
@@ -63,7 +63,7 @@ def head_parameters(shape: ModelShape, stage: Stage) -> int:
     block = language_layer(shape)  # that of the model's first layer
     if experts is not None and not experts.dense_layers:
         block = _language_blocks(shape)[0]
-    return count * (block + 2 * language.width**2 + 3 * language.width)
+    return count * (block + 2 * language.width**2 + 3 * (language.width + language.other_biases))
 
 
 def active_parameters(shape: ModelShape) -> dict[PartName, int]:
@@ -98,14 +98,14 @@ def trained_parts(stage: Stage) -> list[PartName]:
 
 
 def trains_whole(stage: Stage, part: PartName) -> bool:
-    """Whether the part's own weights train, rather than nothing or its adapters."""
+    """Whether all of the part's own weights train, rather than none, some, or its adapters."""
     training = getattr(stage.train, part)
-    return training is not None and training.lora is None
+    return training is not None and training.lora is None and not training.only
 
 
 def trainable_counts(shape: ModelShape, stage: Stage) -> dict[PartName, int]:
     """Parameters that the stage trains, 0 for frozen parts. `shape` knows the stage's adapters (planner.adapters)."""
     return {
-        part: sizes.total - sizes.unused if trains_whole(stage, part) else shape.adapters_of(part).parameters
+        part: sizes.total - sizes.unused if trains_whole(stage, part) else shape.partly.get(part, shape.adapters_of(part).parameters)
         for part, sizes in part_sizes(shape).items()
     }

@@ -15,6 +15,8 @@ def check(recipe: Recipe, stage: Stage, at: Path, before: Stage | None) -> Itera
         if training is None or training.lora is None:
             continue
         key: Path = (*at, "train", part)
+        if training.only:
+            yield Problem((*key, "only"), "names tensors of the part, and its adapters train in their place; give one of `only` and `lora`")
         doubled = sorted({target for target in training.lora.targets if training.lora.targets.count(target) > 1})
         if doubled:
             yield Problem((*key, "lora", "targets"), f"names {', '.join(doubled)} twice")

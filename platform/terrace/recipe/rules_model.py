@@ -50,6 +50,9 @@ def _stage(stage: Stage, family: type[Family], at: Path) -> Iterator[Problem]:
     for part in PARTS:
         if part not in family.parts and getattr(stage.train, part) is not None:
             yield Problem((*at, "train", part), f"{family.name} has no part {part}; it has {' and '.join(family.parts)}")
+    if stage.grpo is not None and stage.grpo.engine == "vllm" and not family.whole_pictures:
+        told = f"vllm cannot answer for {family.name}, whose tiles cannot be given back as whole pictures; choose native"
+        yield Problem((*at, "grpo", "engine"), told)
     if not stage.expert_balance:
         return
     key = (*at, "expert_balance")

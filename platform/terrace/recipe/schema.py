@@ -11,19 +11,22 @@ tokens, made of whole samples ("segments"). A *batch* is the packs of one optimi
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from terrace.recipe.objectives import ObjectiveName
 from terrace.recipe.schema_changes import ModelChanges
+from terrace.recipe.schema_grpo import GrpoOptions, RewardRule
 from terrace.recipe.schema_heads import HeadsTraining, MedusaOptions, MtpOptions
 from terrace.recipe.schema_inputs import (
     PARTS,
+    Batch,
     Data,
     Mixture,
     Name,
     PartName,
+    Pixels,
     Positive,
     SampleKind,
     Share,
@@ -35,6 +38,7 @@ from terrace.recipe.schema_inputs import (
 )
 from terrace.recipe.schema_lora import Lora
 from terrace.recipe.schema_model import Initialisation, Model
+from terrace.recipe.schema_pairs import PairOptions
 from terrace.recipe.schema_preference import DpoOptions, KtoOptions, MpoOptions, OrpoOptions, SimpoOptions
 
 # Names that readers of a recipe import from here, wherever in the schema they are defined.
@@ -52,6 +56,9 @@ class PartTraining(Strict):
     optimizer_state: Literal["reset", "keep"] = Field("reset", description="At the stage's start, if the part trained before.")
     activation_checkpointing: bool = Field(False, description="Recompute the part's activations in the backward pass to save memory.")
     weight_decay: Annotated[float, Field(ge=0)] | None = Field(None, description="Overrides the optimizer's for this part.")
+    only: list[Annotated[str, Field(min_length=1)]] = Field(
+        [], description="Only tensors with one of these words in their names train (`mlp`, `self_attn.q_proj`); none given: all."
+    )
     lora: Lora | None = Field(None, description="Low-rank adapters train in place of the part's own weights.")
 
 
@@ -62,13 +69,6 @@ class TrainedParts(Strict):
     projector: PartTraining | None = Field(None, description="How the projector trains; unset: frozen.")
     language: PartTraining | None = Field(None, description="How the language model trains; unset: frozen.")
     heads: HeadsTraining | None = Field(None, description="How heads that predict further tokens train (objectives mtp and medusa).")
-
-
-class Pixels(Strict):
-    """Bounds on the pixels of a resized image; what sizes there are between them, the model family says."""
-
-    min: int = Field(3136, ge=1, description="Smaller images are enlarged to this many pixels.")
-    max: int = Field(1_003_520, ge=1, description="Larger images are reduced to this many pixels.")
 
 
 class Change(Strict):
@@ -86,10 +86,6 @@ class Budget(Strict):
     tokens: Positive | None = Field(None, description="Length of the stage in sequence positions; steps are derived and rounded up.")
     samples: Annotated[int, Field(gt=0)] | None = Field(None, description="Length of the stage in samples.")
     epochs: Positive | None = Field(None, description="Length of the stage in passes over the mixture.")
-
-
-class Batch(Strict):
-    packs: int = Field(8, ge=1, description="Global batch of one optimizer step, in packed sequences, over all workers.")
 
 
 class Optimizer(Strict):
@@ -207,86 +203,11 @@ class Profile(Strict):
     )
 
 
-class GrpoOptions(Strict):
-    """MORL as published: on-policy, one step per rollout batch, no clip, no KL (MiMo-VL section 3.3)."""
-
-    prompts_per_iteration: int = Field(32, ge=1, description="Prompts of one on-policy iteration.")
-    samples_per_prompt: int = Field(8, ge=2, description="Responses sampled for each prompt (the group).")
-    max_response_tokens: int = Field(512, ge=1, description="Longest response.")
-    temperature: Positive = Field(1.0, description="Sampling temperature.")
-    top_p: Annotated[float, Field(gt=0, le=1)] = Field(1.0, description="Nucleus sampling mass.")
-    updates_per_rollout: int = Field(1, ge=1, description="Optimizer steps per rollout batch; 1 is on-policy.")
-    normalise: Literal["std", "batch", "none"] = Field(
-        "std", description="By which standard deviation of rewards advantages are divided: of the group, of all groups of the update, none."
-    )
-    baseline: Literal["mean", "leave_one_out", "batch"] = Field(
-        "mean",
-        description="What is subtracted from a reward: the mean of its group, of the others in it (RLOO), or of all groups of the update"
-        " (REINFORCE++).",
-    )
-    average: Literal["tokens", "responses", "constant"] = Field(
-        "tokens",
-        description="What weighs alike in the loss: response tokens (MORL, DAPO), responses (GRPO as first published), or tokens against"
-        " max_response_tokens (Dr. GRPO).",
-    )
-    ratio: Literal["token", "sequence"] = Field(
-        "token", description="Probability ratio of each token, or of the whole response as the mean over its tokens (GSPO)."
-    )
-    surrogate: Literal["clip", "cispo"] = Field(
-        "clip",
-        description="`clip`: a clipped token has no gradient any more (PPO); `cispo`: the ratio, at most 1 + clip_high, weighs the gradient"
-        " of every token (MiniMax-M1).",
-    )
-    clip_low: Positive | None = Field(None, description="Lower clip of the probability ratio; unset: none.")
-    clip_high: Positive | None = Field(None, description="Upper clip of the probability ratio; unset: none.")
-    clip_ceiling: Annotated[float, Field(gt=1)] | None = Field(
-        None, description="Bound of the ratio itself, which also holds where the advantage is negative (dual clip); unset: none."
-    )
-    truncated: Literal["train", "leave_out"] = Field(
-        "train",
-        description="Whether a response that ran into max_response_tokens trains; its reward counts in its group's baseline either way"
-        " (over-long filtering of DAPO).",
-    )
-    overlong_buffer_tokens: int | None = Field(
-        None,
-        ge=1,
-        description="Within so many tokens of max_response_tokens the reward falls linearly, to overlong_penalty less at the end (soft"
-        " punishment of DAPO); unset: never.",
-    )
-    overlong_penalty: Positive = Field(1.0, description="What a response of full length loses with overlong_buffer_tokens.")
-    kl_coefficient: Annotated[float, Field(ge=0)] = Field(0.0, description="Weight of the KL penalty to the starting weights.")
-    entropy_coefficient: float = Field(0.0, description="Weight of the entropy bonus.")
-    dynamic_sampling: bool = Field(True, description="Sample further prompts where all rewards of a group are equal.")
-    max_sampling_rounds: int = Field(4, ge=1, description="Rounds of dynamic sampling at most.")
-    easy_pool_probability: Share = Field(0.0, description="Chance to draw a prompt that is already solved.")
-    drop_pass_rate_above: Share | None = Field(None, description="Prompts solved more often than this leave the pool.")
-    engine: Literal["native", "vllm"] = Field("native", description="What generates responses.")
-    placement: Literal["colocated", "separate"] = Field(
-        "colocated", description="Whether the training workers generate, or rollout workers of their own."
-    )
-    rollout_workers: int = Field(
-        1, ge=1, description="Rollout workers of placement separate, each with the CPUs and GPUs of a training worker."
-    )
-    evaluation_samples: int = Field(
-        4, ge=1, description="Sampled responses to each held-out prompt in an evaluation, beside a greedy one."
-    )
-    max_reward_failure_rate: Share = Field(0.2, description="Share of failed rewards above which the stage stops.")
-    max_logprob_mismatch: Positive = Field(0.1, description="Allowed difference of log-probabilities between generation and training.")
-
-
-class RewardRule(Strict):
-    name: str = Field(description="A registered reward, e.g. counting, grounding, gui_point, visual_reasoning, remote.")
-    weight: Positive = Field(1.0, description="Weight of the reward within its task.")
-    options: dict[str, Any] = Field({}, description="Options of the reward.")
-
-
 class Stage(Strict):
     name: Name = Field(description="Name of the stage, unique in the recipe.")
     objective: ObjectiveName = Field("lm", description="What a step optimises.")
     start_from: Name | None = Field(None, description="The stage whose final weights this one starts from; default: the previous.")
-    after: list[Name] = Field(
-        [], max_length=8, description="With `stage_order: graph`: stages that must be complete before this one, besides `start_from`."
-    )
+    after: list[Name] = Field([], max_length=8, description="With `stage_order: graph`: stages to wait for, besides `start_from`.")
     train: TrainedParts = Field(description="The parts that train and how; every other part is frozen.")
     model_changes: ModelChanges | None = Field(None, description="What becomes of the model before the stage begins.")
     mixture: Mixture = Field(description="The sources and their shares.")
@@ -324,6 +245,7 @@ class Stage(Strict):
     failure: Failure = Field(Failure(), description="What the stage survives.")
     profile: Profile = Field(Profile(), description="Steps to trace.")
     grpo: GrpoOptions | None = Field(None, description="Options of the objective grpo.")
+    pairs: PairOptions | None = Field(None, description="Options of the objectives clip and siglip.")
     mtp: MtpOptions | None = Field(None, description="Options of the objective mtp.")
     medusa: MedusaOptions | None = Field(None, description="Options of the objective medusa.")
     dpo: DpoOptions | None = Field(None, description="Options of the objective dpo.")
@@ -395,9 +317,7 @@ class Recipe(Strict):
     data: Data = Field(description="The sources of samples.")
     stages: list[Stage] = Field(min_length=1, max_length=32, description="The stages, in the order they run.")
     stage_order: Literal["sequence", "graph"] = Field(
-        "sequence",
-        description="`sequence`: one after the other. `graph`: a stage waits only for the one it starts from and those in `after`, so "
-        "branches run side by side where there is room for both (on Kubernetes; elsewhere one at a time). Cannot change later.",
+        "sequence", description="`graph`: a stage waits only for `start_from` and `after`, and on Kubernetes branches run side by side."
     )
     tracking: Tracking = Field(Tracking(), description="Where metrics go.")
     planning: Planning = Field(Planning(), description="Assumptions of `terrace plan`.")

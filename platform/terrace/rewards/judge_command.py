@@ -82,7 +82,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _rewards(args: argparse.Namespace) -> dict[str, Any]:
     """Task -> rules: of a recipe's stage, of one rule, or of the rules that the rows name."""
-    from terrace.recipe.schema import RewardRule
+    from terrace.recipe.schema_grpo import RewardRule
     from terrace.rewards.command import stage_with_rewards
     from terrace.rewards.judging import rules_of_rows
 

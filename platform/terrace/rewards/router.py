@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from terrace.errors import InputError
-from terrace.recipe.schema import RewardRule
+from terrace.recipe.schema_grpo import RewardRule
 from terrace.rewards.registry import load_reward, place_of
 from terrace.rewards.sandbox import SandboxPool
 from terrace.rewards.types import Outcome, RewardItem, Score, outcomes_of, without_images

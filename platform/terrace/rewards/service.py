@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from terrace.errors import InputError, TerraceError
-from terrace.recipe.schema import RewardRule
+from terrace.recipe.schema_grpo import RewardRule
 from terrace.rewards.router import Router
 from terrace.rewards.sandbox import SandboxPool
 from terrace.rewards.types import RewardItem, Score

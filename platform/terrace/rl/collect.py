@@ -21,7 +21,7 @@ from terrace.data.order.permutation import seed_of
 from terrace.data.tokenizer import TextTokenizer
 from terrace.errors import TerraceError
 from terrace.generation.interface import Prompt, Response, RolloutEngine, Sampling
-from terrace.recipe.schema import GrpoOptions
+from terrace.recipe.schema_grpo import GrpoOptions
 from terrace.rewards.router import Router
 from terrace.rewards.types import RewardItem, Score
 from terrace.rl.dynamic_sampling import Selection, prompts_to_draw, select_groups

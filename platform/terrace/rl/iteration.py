@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from terrace.objectives.interface import Counts
-from terrace.recipe.schema import GrpoOptions, Stage
+from terrace.recipe.schema import Stage
+from terrace.recipe.schema_grpo import GrpoOptions
 from terrace.rl.advantages import group_advantages, overlong_penalties
 from terrace.rl.collect import Collected, Collector, Group
 from terrace.rl.figures import mean_reward

@@ -31,7 +31,8 @@ from terrace.models.precision import compute_context
 from terrace.models.shared_prompt import use_shared_prompt_attention
 from terrace.objectives.grpo import PolicyBatch, PolicyOptions, summed_policy_loss
 from terrace.objectives.interface import Counts, Objective, Opening, StageRun, StepExamples
-from terrace.recipe.schema import GrpoOptions, Stage
+from terrace.recipe.schema import Stage
+from terrace.recipe.schema_grpo import GrpoOptions
 from terrace.rewards.alarm import hacking_alarms
 from terrace.rewards.router import Router
 from terrace.rewards.sandbox import SandboxPool

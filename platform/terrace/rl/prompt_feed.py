@@ -9,7 +9,8 @@ from terrace.data.tokenizer import TextTokenizer, load_tokenizer
 from terrace.models.build import model_config
 from terrace.objectives.interface import StageFeed
 from terrace.recipe.identity import stage_hash
-from terrace.recipe.schema import GrpoOptions, Recipe
+from terrace.recipe.schema import Recipe
+from terrace.recipe.schema_grpo import GrpoOptions
 from terrace.rl.prompts import PromptOrder, PromptReader, held_out
 from terrace.rl.readiness import Readiness, identity_of
 from terrace.worker.context import WorkerContext

@@ -24,7 +24,8 @@ from terrace.data.tokenizer import TextTokenizer
 from terrace.data.types import Sample
 from terrace.errors import DamagedData, InputError
 from terrace.generation.interface import Prompt
-from terrace.recipe.schema import GrpoOptions, Recipe
+from terrace.recipe.schema import Recipe
+from terrace.recipe.schema_grpo import GrpoOptions
 from terrace.rewards.ready import Prompt as Judged
 from terrace.rl.pairs import Pair, answer_tokens, text_of_items
 from terrace.rl.pools import EasyPool

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from terrace.models.families.registry import family_of_model
 from terrace.models.lora import is_adapter
-from terrace.models.parts import HEADS, has_weight_decay, last_layers, layer_number
-from terrace.recipe.schema import PARTS, PartName, Schedule, Stage
+from terrace.models.parts import HEADS, has_weight_decay, has_words, last_layers, layer_number
+from terrace.recipe.schema import PARTS, PartName, PartTraining, Schedule, Stage
 
 Rule = Literal["adamw", "sgd", "adafactor", "muon"]
 
@@ -37,6 +37,13 @@ def parameter_rule(name: str, dimensions: int, stage: Stage) -> Rule:
     return stage.optimizer.kind
 
 
+def takes_part(name: str, training: PartTraining) -> bool:
+    """Whether a parameter of a trained part trains: an adapter where the part has some, or one with a word of `only`."""
+    if training.lora is not None:
+        return is_adapter(name)
+    return not training.only or has_words(name, training.only)
+
+
 def parameter_groups(model: Any, stage: Stage) -> list[ParameterGroup]:
     """The groups of the stage's trainable parameters, in the order of parts and layers; frozen parts have none, nor have
     tensors that the family never trains, nor the own weights of a part whose adapters train."""
@@ -47,7 +54,7 @@ def parameter_groups(model: Any, stage: Stage) -> list[ParameterGroup]:
     for name in names:
         part = family.part_of(name)
         training = getattr(stage.train, part)
-        if training is None or name in unused or (training.lora is not None and not is_adapter(name)):
+        if training is None or name in unused or not takes_part(name, training):
             continue
         layer = layer_number(name, depths, family) if training.layer_decay < 1 else depths[part]
         rule = parameter_rule(name, dimensions[name], stage)

@@ -20,12 +20,12 @@ from terrace.models.build import meta_model
 from terrace.models.families.registry import family_of_model
 from terrace.models.heads import attach_heads, is_head, source_with_heads
 from terrace.models.kernels import choose_kernels, use_liger
-from terrace.models.lora import adapted_source, add_lora, is_adapter, plain_name, uses_lora
+from terrace.models.lora import adapted_source, add_lora, plain_name, uses_lora
 from terrace.models.parts import part_parameters
 from terrace.models.sequence_parallel import use_sequence_parallel
 from terrace.models.weights import initial_weights
 from terrace.recipe.schema import PARTS, Model, Stage
-from terrace.train.optimizer import parameter_groups
+from terrace.train.optimizer import parameter_groups, takes_part
 from terrace.train.strategies.interface import Loss, Setup, Strategy
 from terrace.train.strategies.open import open_strategy
 from terrace.worker.context import WorkerContext
@@ -40,8 +40,11 @@ def freeze_parts(model: Any, stage: Stage) -> None:
     for part, pairs in part_parameters(model).items():
         for name, parameter in pairs:
             training = getattr(stage.train, part)
-            trains = training is not None and (training.lora is None or is_adapter(name))
+            trains = training is not None and takes_part(name, training)
             parameter.requires_grad_(trains and plain_name(name) not in unused)
+        if getattr(stage.train, part) is not None and pairs and not any(parameter.requires_grad for _, parameter in pairs):
+            words = ", ".join(getattr(stage.train, part).only)
+            raise InputError(f"stage {stage.name}: train.{part}.only: no tensor of {part} has {words} in its name, such as {pairs[-1][0]}")
     for name, parameter in model.named_parameters():
         if is_head(name):
             parameter.requires_grad_(True)

@@ -27,8 +27,7 @@ class TerraceVlmPreTrainedModel(LlavaPreTrainedModel):
         if isinstance(module, Resampler | QFormer):
             init.trunc_normal_(module.query, std=0.02)
         elif isinstance(module, SparseMlp):
-            init.normal_(module.gate_up_proj, std=0.02)
-            init.normal_(module.down_proj, std=0.02)
+            module.reset_own_parameters()
 
 
 class TerraceVlmModel(TerraceVlmPreTrainedModel, LlavaModel):

@@ -13,6 +13,7 @@ import math
 
 import torch
 from torch import nn
+from transformers import initialization as init
 
 
 class SparseMlp(nn.Module):
@@ -25,6 +26,11 @@ class SparseMlp(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * inner, width))
         self.down_proj = nn.Parameter(torch.empty(experts, width, inner))
         self.dropped: torch.Tensor | None = None  # assignments left out by the last call with gradients
+
+    def reset_own_parameters(self) -> None:
+        """Random matrices. The class of the language model around it knows nothing of them."""
+        init.normal_(self.gate_up_proj, std=0.02)
+        init.normal_(self.down_proj, std=0.02)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         tokens = hidden.reshape(-1, hidden.shape[-1])

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from terrace.recipe.schema import GrpoOptions, Stage
+from terrace.recipe.schema import Stage
+from terrace.recipe.schema_grpo import GrpoOptions
 from terrace.track.report.curves import is_better_high
 from terrace.track.report.numbers import clock, file_size, percent, short_number, span
 from terrace.track.report.read import RunReport, StageReport
