@@ -119,6 +119,12 @@ def test_two_line_ends_are_as_many_tokens_as_the_tokenizer_makes_of_them(folder)
     assert found == {"split": 2, "joined": 1}
 
 
+def test_a_language_model_that_cannot_be_packed_is_refused_wherever_it_comes_from():
+    config = recipe_model("minicpmv4_6")["config"]
+    with pytest.raises(InputError, match="minicpmv4_6 with a language model of type qwen3_5_text, whose attention cannot be packed here"):
+        make_family("minicpmv4_6", {**config, "text_config": {**config["text_config"], "model_type": "qwen3_5_text"}})
+
+
 def test_a_part_that_a_family_lacks_is_refused_by_name():
     values = {
         "name": "r", "model": recipe_model("fuyu"), "tokenizer": {"train_vocabulary_size": 400}, "data": {"sources": {"a": {"uri": "x"}}},

@@ -103,7 +103,7 @@ def encode_answer(text: str, tokenizer: TextTokenizer, family: Family) -> list[i
 def measure_sample(sample: Sample, sizes: Sequence[Size], tokenizer: TextTokenizer, family: Family) -> Measure:
     """The resolution-independent size of a sample. InputError, naming the sample, when it cannot be trained on."""
     measure, text_to_learn = _measure(sample, sizes, tokenizer, family, _pieces(sample, "auto", family))
-    if not text_to_learn and sample.kind != "prompt":
+    if not text_to_learn and sample.kind not in ("prompt", "picture"):
         raise InputError(f"sample {sample.id}: it has no text to learn from (empty answer or empty caption)")
     return measure
 

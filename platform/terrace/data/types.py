@@ -55,6 +55,7 @@ class PackSpec:
     window: int  # packing window this pack came from
     pixels_max: tuple[int, ...] = ()  # per sample, when `too_long: reduce_resolution` lowered it below the stage's limit
     spans: tuple[tuple[int, int] | None, ...] = ()  # per sample, the token range kept (`split`, `truncate_text`)
+    epochs: tuple[int, ...] = ()  # per sample, passes over its source before this one; of packs of a fixed number of samples
     pixels: tuple[int, int] | None = None  # bounds on an image's size, behind one of the stage's `changes` of resolution
 
     def bounds(self, number: int, stage: tuple[int, int]) -> tuple[int, int]:
@@ -86,6 +87,7 @@ class PackedExample:
     sequence_length: int  # the stage's length, for the fill
     damaged: tuple[str, ...] = ()  # samples that could not be read, of sources with `on_damage: skip`, as "source/id"
     replaced: int = 0  # of them, those in whose place another sample stands; the others left a gap
+    epochs: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))  # int32 [S], as of `PackSpec`, where that has them
 
     @property
     def tokens(self) -> int:

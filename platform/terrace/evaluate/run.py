@@ -99,7 +99,7 @@ def suite_scores(suite: Suite, rows: Sequence[Row], pixels: tuple[int, int] | No
         raise TerraceError(f"suite {suite.label}: no answer could be judged; the first: {rows[0].failure}")
     categories = sorted({row.category for row in judged if row.category})
     groups = {name: [row for row in judged if row.category == name] for name in categories}
-    by_category = len(groups) > 1 or suite.kind.judge is None  # the loss is told per kind, be there one or several
+    by_category = len(groups) > 1 or suite.kind.name == "loss"  # which is told per kind, be there one or several
     return {
         "kind": suite.kind.name,
         "path": str(suite.path),
@@ -172,7 +172,14 @@ def open_suites(model: Path, suites: Sequence[str], settings: Settings) -> tuple
     if settings.pixels:
         sight = replace(sight, pixels=settings.pixels)
     reading = Reading(sight, settings.images_root, settings.limit, settings.max_new_tokens)
-    return load_suites(suites, reading), sight
+    loaded = load_suites(suites, reading)
+    for suite in loaded:
+        if sight.family.gives not in suite.kind.gives:
+            raise InputError(
+                f"suite {suite.label}: it asks a model that gives {' or '.join(suite.kind.gives)}; {sight.family.name} gives"
+                f" {sight.family.gives}"
+            )
+    return loaded, sight
 
 
 def worker_replies(
@@ -189,6 +196,8 @@ def worker_replies(
 
     device = use_threads_of_worker(worker, settings)
     suites = suites if suites is not None else open_suites(model, texts, settings)[0]
+    if all("text" not in suite.kind.gives for suite in suites):
+        return _measured_vectors(model, suites, settings, worker, device, progress)
     speaker = load_model(model, device, settings.precision, settings.batch_size, settings.pixels, settings.engine)
     measures = {suite.label: loss_measure(suite.path, speaker) for suite in suites if suite.kind.judge is None}
 
@@ -202,6 +211,24 @@ def worker_replies(
             suite.label: replies_of_worker(suite, answerer, settings.batch_size, worker, settings.workers, progress)
             for suite in suites
         }
+
+
+def _measured_vectors(
+    model: Path, suites: Sequence[Suite], settings: Settings, worker: int, device: str | None, progress: Progress | None
+) -> dict[str, dict[int, Reply]]:
+    """Of a model that gives vectors: figures of this worker's share of every suite."""
+    from terrace.evaluate.vectors import load_vector_model, vector_measure
+
+    loaded = load_vector_model(model, device, settings.precision, settings.batch_size, settings.pixels)
+    found = {}
+    for suite in suites:
+        measure = vector_measure(suite.kind.name, suite.cases, loaded)
+
+        def answerer(_: Suite, cases: Sequence[Case], measure: Any = measure) -> list[Reply]:
+            return [Reply("", measured=measured) for measured in measure(cases)]
+
+        found[suite.label] = replies_of_worker(suite, answerer, settings.batch_size, worker, settings.workers, progress)
+    return found
 
 
 def _in_processes(model: Path, suites: Sequence[str], settings: Settings) -> list[dict[str, dict[int, Reply]]]:

@@ -75,10 +75,11 @@ class SuiteKind:
     name: str
     what: str
     read: Callable[[Path, Reading], list[Case]]
-    judge: Judge | None  # None: nothing is generated, the loss is measured
+    judge: Judge | None  # None: nothing is generated, figures are measured
     statistics: Callable[[Sequence[Row]], dict[str, Statistic]]
     max_new_tokens: int
     version: int = 2
+    gives: tuple[str, ...] = ("text",)  # what a model must give (`families.interface.Family.gives`) to be asked
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,22 @@ KINDS: dict[str, SuiteKind] = {
         SuiteKind(
             "loss", "loss per kind on the held-out samples of prepared data",
             lambda path, reading: held_out_cases(path, reading.sight.pixels, reading.limit), None, _loss_statistics, 0,
+        ),
+        SuiteKind(
+            "zero_shot", "pictures and the class of each: two towers choose among the classes by `a photo of a CLASS.`",
+            _rows(rows_of.expected_text), None, _shares("accuracy", "accuracy_of_5"), 0, gives=("vectors",),
+        ),
+        SuiteKind(
+            "retrieval", "pictures and their captions: recall at 1, 5 and 10 both ways", _rows(rows_of.expected_text), None,
+            _shares(*(f"{way}_r{place}" for way in ("image_to_text", "text_to_image") for place in (1, 5, 10))), 0, gives=("vectors",),
+        ),
+        SuiteKind(
+            "knn", "pictures and the class of each: the 20 nearest others vote, by the encoder's features",
+            _rows(rows_of.expected_text), None, _shares("accuracy"), 0, gives=("vectors", "pictures"),
+        ),
+        SuiteKind(
+            "probe", "pictures and the class of each: a linear map of the encoder's features, fitted on four fifths",
+            _rows(rows_of.expected_text), None, _shares("accuracy"), 0, gives=("vectors", "pictures"),
         ),
     )
 }  # fmt: skip

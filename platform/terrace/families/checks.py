@@ -33,6 +33,12 @@ def complete(part: Mapping[str, Any], wanted: Iterable[str], at: tuple[str, ...]
     return good
 
 
+def head_count_fits(part: Mapping[str, Any], at: tuple[str, ...]) -> Iterator[Finding]:
+    """Of a tower: its heads divide its width."""
+    if part["hidden_size"] % part["num_attention_heads"]:
+        yield (*at, "num_attention_heads"), f"{part['num_attention_heads']} heads do not divide hidden_size {part['hidden_size']}"
+
+
 def head_size(text: Mapping[str, Any]) -> int:
     return int(text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"])
 

@@ -15,7 +15,7 @@ from terrace.families.interface import Finding, Piece
 from terrace.families.one_tile import OneTile
 from terrace.families.qwen2_vl import qwen_language
 from terrace.families.shapes import ModelShape, ProjectorShape
-from terrace.families.siglip import siglip_tower
+from terrace.families.siglip_tower import siglip_tower
 from terrace.families.tools import refuse_tools
 
 

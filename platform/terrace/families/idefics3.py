@@ -18,7 +18,7 @@ from terrace.families.checks import complete, language_rules
 from terrace.families.interface import Bounds, Family, Finding, Picture, Piece, View, cut_tiles
 from terrace.families.qwen2_vl import qwen_language
 from terrace.families.shapes import ModelShape, ProjectorShape
-from terrace.families.siglip import siglip_tower
+from terrace.families.siglip_tower import siglip_tower
 
 COORDINATE_SCALE = 1000
 MOST_ALONG = 6  # tiles along a side that have a mark
@@ -182,9 +182,9 @@ class Idefics3(Family):
         if vision["hidden_size"] % vision["num_attention_heads"]:
             yield (*at, "num_attention_heads"), f"{vision['num_attention_heads']} heads do not divide {vision['hidden_size']}"
         shuffle = config.get("scale_factor", cls().shuffle)
-        if vision["image_size"] % (vision["patch_size"] * shuffle):
-            token = vision["patch_size"] * shuffle
-            yield (*at, "image_size"), f"{vision['image_size']} is no multiple of patch_size x scale_factor, {token}"
+        across = vision["image_size"] // vision["patch_size"]
+        if across < shuffle or across % shuffle:
+            yield (*at, "image_size"), f"its {across} x {across} patches cannot be merged by scale_factor {shuffle}"
 
     def check_pixels(self, low: int, high: int) -> Iterator[Finding]:
         if high < self.side * self.side:

@@ -142,6 +142,9 @@ class Family(ABC):
     chat_template: ClassVar[str] = ""  # Jinja, the same tokens as `conversation`: for tokenizers trained here
     token_names: ClassVar[Mapping[str, str]] = {}  # attributes that transformers' processor asks its tokenizer for -> role, likewise
     token_fields: ClassVar[Mapping[str, str]] = {"image_token_id": "image"}  # configuration field -> role
+    text_fields: ClassVar[Mapping[str, str]] = {}  # further fields of `text_config` -> role
+    gives: ClassVar[str] = "text"  # what the model gives: text, `vectors` of pictures and texts, or `pictures`
+    keeps_end: ClassVar[bool] = False  # a sample that is cut keeps its last token
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Family:
@@ -332,6 +335,10 @@ class Family(ABC):
         """What is wrong with a stage's `pixels`, whose configuration has nothing wrong."""
         if low > high:
             yield ("min",), f"{low} is more than pixels.max {high}"
+
+    def check_length(self, tokens: int) -> Iterator[str]:
+        """What is wrong with a stage's `sequence_length`, whose configuration has nothing wrong."""
+        return iter(())
 
     @abstractmethod
     def preprocessor(self, pixels: Bounds) -> dict[str, Any]:

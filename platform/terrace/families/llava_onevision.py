@@ -21,7 +21,7 @@ from terrace.families.llava import SHARES, idle_blocks
 from terrace.families.llava_next import LlavaNext, check_canvases
 from terrace.families.qwen2_vl import qwen_language
 from terrace.families.shapes import ModelShape, ProjectorShape
-from terrace.families.siglip import siglip_tower
+from terrace.families.siglip_tower import siglip_tower
 
 PINPOINTS = tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7))
 PADDING = (127, 127, 127)  # SigLIP's mean as a colour

@@ -18,7 +18,8 @@ from terrace.errors import InputError
 from terrace.families.interface import Family
 
 _SHARED = (
-    "interface", "registry", "shapes", "squares", "connector", "checks", "chatml", "tools", "anyres", "siglip", "slicing", "one_tile"
+    "interface", "registry", "shapes", "squares", "connector", "checks", "chatml", "tools", "anyres", "siglip_tower", "slicing", "one_tile",
+    "two_towers", "one_square",
 )  # fmt: skip
 _SPELT = {"blip-2": "blip_2"}  # model types that are no module's name
 _ELSEWHERE: dict[str, str] = {}  # name of a family -> the module outside of this folder that holds it

@@ -54,6 +54,7 @@ class ProjectorShape:
     inner: int
     times: int = 1
     outer: int = 0  # of `products`, those with what the tower gives: no gradient flows back through them where it is frozen
+    unused_parameters: int = 0  # of those, what never gets a gradient
     first: bool = False  # it reads pixels, which need no gradient
 
     def plus(self, parameters: int) -> ProjectorShape:
@@ -176,6 +177,11 @@ class AdapterShape:
 
 
 NO_ADAPTERS = AdapterShape(0, 0)
+
+
+NO_LANGUAGE = LanguageShape(
+    layers=0, width=0, intermediate=0, heads=0, key_heads=0, head_size=0, vocabulary=0, tied=True, attention_biases=False
+)  # of an encoder of pictures alone
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from terrace.errors import InputError
+from terrace.models.families.interface import configurations
 from terrace.models.families.registry import family_of_model
 from terrace.models.parts import mtp_models
 
@@ -93,7 +94,13 @@ def restore_flash_attention_2() -> None:
 
 
 def use_attention(model: Any, implementation: str) -> None:
-    """Set the attention of a model and its parts: one of BACKENDS, or a name of transformers' own (`sdpa`, `eager`)."""
+    """Set the attention of a model and its parts: one of BACKENDS, or a name of transformers' own (`sdpa`, `eager`).
+
+    A model whose samples stand side by side has no segments: it runs PyTorch's own attention whatever backend is named."""
+    if not family_of_model(model).segmented:
+        for part in configurations(model.config):
+            part._attn_implementation = "sdpa" if implementation in BACKENDS else implementation
+        return
     name = registered_name(implementation) if implementation in BACKENDS else implementation
     model.config._attn_implementation = name  # this sets every part, so it comes first
     for part in model.config.sub_configs:  # connectors of transformers' own, too

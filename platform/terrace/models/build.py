@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from terrace.errors import InputError
 from terrace.families.registry import built_in, family_class
-from terrace.models.families.registry import family_model_named, family_of_model
-from terrace.models.head import install_loss_head
+from terrace.models.families.interface import configurations
+from terrace.models.families.registry import family_model, family_model_named, family_of_model
 from terrace.models.parts import part_parameters
 from terrace.models.tensor_files import local_config
 from terrace.models.weights import TensorSource, initial_weights
@@ -36,6 +36,8 @@ def model_config(model: Model, tokenizer: Any | None = None) -> Any:
         config = directory_config(local_config(model.pretrained))
         if config.model_type != family.name:
             raise InputError(f"model.pretrained is a {config.model_type}, model.architecture says {model.architecture}")
+    elif family.gives == "pictures":
+        config = AutoConfig.for_model(family.name, **(model.config or {}))
     else:
         values = dict(model.config or {})
         text = dict(values.get("text_config") or {})
@@ -45,9 +47,12 @@ def model_config(model: Model, tokenizer: Any | None = None) -> Any:
             text.setdefault("bos_token_id", marks[family.begin_of_text])
             text.setdefault("eos_token_id", marks[family.end_of_turn])
             values |= {field: marks[role] for field, role in family.token_fields.items()}
+            text = {field: marks[role] for field, role in family.text_fields.items()} | text
         values["text_config"] = text
         family_model_named(model.architecture)  # a class that transformers lacks is registered with its family
         config = AutoConfig.for_model(family.name, **values)
+    if family.gives == "pictures":
+        return config
     if tokenizer is not None and tokenizer.vocabulary_size > config.text_config.vocab_size:
         raise InputError(
             f"the tokenizer has {tokenizer.vocabulary_size} tokens, model.config.text_config.vocab_size is "
@@ -70,22 +75,16 @@ def directory_config(directory: str | Path) -> Any:
     return AutoConfig.from_pretrained(directory)
 
 
-def configs_of(config: Any) -> list[Any]:
-    """The configuration and those of its parts; a model may have no tower."""
-    return [config, config.text_config, *([config.vision_config] if hasattr(config, "vision_config") else [])]
-
-
 def meta_model(config: Any) -> Any:
     """The model's shape on the meta device: parameters have names and sizes and take no memory. `config` is copied."""
     config = copy.deepcopy(config)
-    for sub in configs_of(config):  # outermost first: it sets the others
+    for sub in configurations(config):
         sub._attn_implementation = "sdpa"
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-            install_loss_head(model)
+            model = family_model(config).skeleton(config)
     finally:
         transformers_logging.set_verbosity(verbosity)
     model.tie_weights()
@@ -100,17 +99,24 @@ def meta_model(config: Any) -> Any:
 
 def restore_buffers(model: Any) -> None:
     """Compute the buffers that no checkpoint holds (rotary frequencies, numbers of positions): those with a fraction in
-    float32 whatever the weights are, whole numbers as they are. Parameters stay what they are, those of the same modules too."""
+    float32 whatever the weights are, whole numbers as they are. Weights stay: some classes draw those of a module in the same
+    function, which leaves alone what is marked as there."""
     owner = model
     for module in model.modules():
         if isinstance(module, PreTrainedModel):
             owner = module
         buffers = dict(module.named_buffers(recurse=False))
-        if buffers:
-            for name, buffer in buffers.items():
-                if buffer.is_floating_point():
-                    setattr(module, name, buffer.float())
-            owner._init_weights(_with_empty_parameters(module))
+        if not buffers:
+            continue
+        for name, buffer in buffers.items():
+            if buffer.is_floating_point():
+                setattr(module, name, buffer.float())
+        inside = list(module.parameters())  # of modules inside it, too, which keep what they have
+        for weight in inside:
+            weight._is_hf_initialized = True
+        owner._init_weights(_with_empty_parameters(module))
+        for weight in inside:
+            del weight._is_hf_initialized
 
 
 def _with_empty_parameters(module: Any) -> Any:
@@ -158,7 +164,7 @@ def parameter_counts(recipe: Recipe, config: Any | None = None) -> dict[PartName
     if config is None:
         config = model_config(recipe.model)
         trained, text = recipe.tokenizer.train_vocabulary_size, (recipe.model.config or {}).get("text_config") or {}
-        if trained is not None and recipe.model.pretrained is None and "vocab_size" not in text:
+        if trained is not None and recipe.model.pretrained is None and "vocab_size" not in text and hasattr(config, "text_config"):
             config.text_config.vocab_size = trained
     shape = meta_model(config)
     return {part: sum(p.numel() for _, p in pairs) for part, pairs in part_parameters(shape).items()}

@@ -20,7 +20,8 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import GenerationConfig
 
-from terrace.models.build import configs_of, meta_model
+from terrace.models.build import meta_model
+from terrace.models.families.interface import configurations
 from terrace.models.families.registry import family_of_model
 
 SHARD_SIZE = "4GB"
@@ -44,7 +45,7 @@ def export_hf(
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     config = copy.deepcopy(config)
-    for sub in configs_of(config):
+    for sub in configurations(config):
         sub.dtype = dtype
     model = meta_model(config)
     config.architectures = [type(model).__name__]
@@ -54,7 +55,8 @@ def export_hf(
     config.save_pretrained(work)
     for file in family.code_files():
         shutil.copyfile(file, work / file.name)
-    GenerationConfig(eos_token_id=config.text_config.eos_token_id, do_sample=False).save_pretrained(work)
+    if family.family.gives == "text":
+        GenerationConfig(eos_token_id=config.text_config.eos_token_id, do_sample=False).save_pretrained(work)
     save_torch_state_dict(_published(model, state, stored), work, max_shard_size=SHARD_SIZE)
     _write_json(work / "preprocessor_config.json", family.family.preprocessor(pixels))
     if processor := family.family.processor():
@@ -64,7 +66,8 @@ def export_hf(
             if (tokenizer_dir / name).is_file():
                 shutil.copyfile(tokenizer_dir / name, work / name)
         own = {name: (tokenizer_dir / name).read_bytes() for name in TEMPLATE_FILES if (tokenizer_dir / name).is_file()}
-        (work / "chat_template.jinja").write_text(chat_template(kept) or chat_template(own) or family.family.chat_template)
+        if template := chat_template(kept) or chat_template(own) or family.family.chat_template:
+            (work / "chat_template.jinja").write_text(template)
     for name in ("generation_config.json", "video_preprocessor_config.json"):
         if name in kept:
             (work / name).write_bytes(kept[name])

@@ -62,9 +62,10 @@ def last_layers(names: Iterable[str], family: FamilyModel) -> dict[PartName, int
 
 
 def has_weight_decay(name: str) -> bool:
-    """Norm weights, layer scales and all biases are not decayed; matrices, convolutions and embeddings are."""
-    *_, module, leaf = name.split(".")
-    return not (leaf == "bias" or leaf.startswith("lambda_") or "norm" in module or module in ("ln_q", "pre_layrnorm"))
+    """Norm weights, layer scales, temperatures and all biases are not decayed; matrices, convolutions and embeddings are."""
+    *_, module, leaf = ("", *name.split("."))
+    alone = leaf.endswith("bias") or leaf.startswith(("lambda_", "logit_")) or leaf == "class_embedding"
+    return not (alone or "norm" in module or module in ("ln_q", "pre_layrnorm"))
 
 
 def has_words(name: str, wanted: Iterable[str]) -> bool:

@@ -43,6 +43,7 @@ class LoadReport:
 
 def random_source(skeleton: Any, seed: int) -> TensorSource:
     """transformers' own initialisation of the model's classes, drawn per module from (seed, module name), in float32."""
+    family = family_of_model(skeleton)
     skeleton = copy.deepcopy(skeleton)  # a strategy may shard or fill the original before the last call
     owners: dict[str, Any] = {}
     for name, module in skeleton.named_modules():
@@ -51,11 +52,19 @@ def random_source(skeleton: Any, seed: int) -> TensorSource:
 
     def read(name: str) -> torch.Tensor:
         module_name, _, leaf = name.rpartition(".")
-        module = copy.deepcopy(skeleton.get_submodule(module_name)).to_empty(device="cpu").float()
+        start = family.initial(name, skeleton.config, skeleton.get_parameter(name).shape)
+        if start is not None:
+            return start
+        path = module_name.split(".") if module_name else []
+        levels = range(len(path), max(0, len(path) - family.starts_around) - 1, -1)  # from the module itself outwards
+        outer = ".".join(path[: levels[-1]])
+        around = copy.deepcopy(skeleton.get_submodule(outer)).to_empty(device="cpu").float()
         digest = hashlib.sha256(f"{seed}:{module_name}".encode()).digest()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int.from_bytes(digest[:7], "big"))
-            owners[module_name]._init_weights(module)
+            for level in levels:
+                owners[".".join(path[:level])]._init_weights(around.get_submodule(".".join(path[levels[-1] : level])))
+            module = around.get_submodule(".".join(path[levels[-1] :]))
             if (own := getattr(module, "reset_own_parameters", None)) is not None:  # a module of ours inside a class of transformers
                 own()
         return getattr(module, leaf).detach()
@@ -149,6 +158,8 @@ def _compare_positions(config: Any, directory: Directory | None, report: LoadRep
     if directory is None:
         return
     text = directory.config.get("text_config") or directory.config
+    if not hasattr(config, "text_config"):
+        return
     trained = (text.get("rope_parameters") or {}).get("rope_theta", text.get("rope_theta"))
     wanted = (getattr(config.text_config, "rope_parameters", None) or {}).get("rope_theta")
     if trained is not None and wanted is not None and float(trained) != float(wanted):

@@ -17,6 +17,7 @@ from math import gcd
 
 from terrace.families.shapes import ModelShape
 from terrace.planner.parameters import head_parameters, part_sizes, trainable_counts, trains_whole
+from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import PARTS, PartName, Stage
 
 FP32 = 4
@@ -60,7 +61,10 @@ class PackSize:
 
 
 def worst_pack(stage: Stage, has_images: bool) -> PackSize:
-    """The largest pack: full, visual tokens up to the stage's bound, all other tokens supervised."""
+    """The largest pack: full, visual tokens up to the stage's bound, all other tokens supervised. One of a fixed number of
+    samples: as many texts of full length and pictures, which meet no output layer."""
+    if OBJECTIVES[stage.objective].fixed_packs:
+        return PackSize(stage.batch.samples_per_pack * stage.sequence_length, stage.batch.samples_per_pack, 0)
     length = stage.sequence_length / stage.parallel.sequence_parallel
     limit = stage.data_loading.max_visual_tokens_per_pack or stage.sequence_length
     visual = min(limit, stage.sequence_length) / stage.parallel.sequence_parallel if has_images else 1
@@ -202,6 +206,8 @@ def matrices_in_backward(shape: ModelShape, stage: Stage) -> float:
 
 def _head_buffers(shape: ModelShape, stage: Stage, compute: int, pack: PackSize) -> float:
     """The output layer's matrix in compute precision, its running float32 gradient and one product added to it."""
+    if not pack.supervised_tokens:
+        return 0.0
     matrix = shape.language.vocabulary * shape.language.width
     copies = compute * matrix if compute < FP32 and stage.parallel.strategy == "ddp" else 0
     if trains_whole(stage, "language"):

@@ -32,7 +32,7 @@ def part_sizes(shape: ModelShape) -> dict[PartName, PartSizes]:
             vision.depth * vision.block_parameters + vision.other_parameters, vision.block_parameters, vision.depth,
             vision.unused_parameters,
         ),
-        "projector": PartSizes(projector.parameters, projector.parameters, 1),
+        "projector": PartSizes(projector.parameters, projector.parameters, 1, projector.unused_parameters),
         "language": PartSizes(
             language.layers * layer - smaller + language.width + language.other_biases + embeddings, layer, language.layers, unused, smaller
         ),

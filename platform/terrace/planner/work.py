@@ -10,6 +10,7 @@ from terrace.data.family import family_of
 from terrace.families.shapes import ModelShape
 from terrace.planner.data_facts import SampleMeans, SourceFacts
 from terrace.planner.flops import PackLoad, assumed_load
+from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import Budget, Recipe, Stage
 from terrace.recipe.stretches import stretches
 
@@ -88,7 +89,12 @@ def _joined(works: list[Work]) -> Work:
 def _stretch_work(recipe: Recipe, stage: Stage, shape: ModelShape, facts: Mapping[str, SourceFacts]) -> Work:
     exact = all(facts.get(name) is not None and facts[name].samples > 0 for name in stage.mixture.weights)
     shares = _shares(stage, facts if exact else {})
-    if exact:
+    if OBJECTIVES[stage.objective].fixed_packs:
+        pack, sample_tokens = _fixed(stage, shape), stage.sequence_length / stage.batch.samples_per_pack
+        pack_bytes = stage.batch.samples_per_pack * (
+            _mixed({name: facts[name].means for name in shares}, shares).bytes if exact else recipe.planning.bytes_per_visual_token
+        )
+    elif exact:
         mean = _mixed({name: facts[name].means for name in shares}, shares)
         per_pack = FILL * stage.sequence_length / mean.tokens
         pack, pack_bytes = _load(mean.scaled(per_pack), shape), mean.bytes * per_pack
@@ -121,6 +127,14 @@ def _stretch_work(recipe: Recipe, stage: Stage, shape: ModelShape, facts: Mappin
         for name, share in shares.items()
     }
     return Work(steps, tokens, samples, exact, pack, pack_bytes, sources)
+
+
+def _fixed(stage: Stage, shape: ModelShape) -> PackLoad:
+    """A pack of a fixed number of samples: a whole picture and a text of full length each; one visual token is a picture."""
+    samples, length = stage.batch.samples_per_pack, stage.sequence_length
+    patches = shape.vision.patches_per_token
+    squares = samples * (patches + shape.vision.extra_tokens) ** 2
+    return PackLoad(samples * length, 0, samples * length**2, samples * patches, samples, samples, squares, squares)
 
 
 def _shares(stage: Stage, facts: Mapping[str, SourceFacts]) -> dict[str, float]:

@@ -22,6 +22,15 @@ class ObjectiveEntry:
     shares_packs: bool = False  # parallel.sequence_parallel is offered
     needs_targets: bool = False  # samples in which nothing is supervised are left out
     answers: bool = True  # its model answers questions: evaluate.suites are offered
+    model: str = "text"  # what its model gives (`families.interface.Family.gives`)
+    fixed_packs: bool = False  # a pack is `batch.samples_per_pack` samples of one picture each, rather than a full sequence
+    figures: tuple[str, ...] = ()  # what it measures of every kind of held-out samples, as `eval/KIND/FIGURE`; none: the loss
+
+    @property
+    def suites(self) -> tuple[str, ...]:
+        """Kinds of suites that its model can be asked at the stage's end."""
+        asked = ASKED_SUITES if self.answers else ()
+        return {"text": asked, "vectors": VECTOR_SUITES, "pictures": PICTURE_SUITES}[self.model]
 
     @property
     def reads_packs(self) -> bool:
@@ -29,10 +38,16 @@ class ObjectiveEntry:
         return self.feed == PACKS
 
 
+ASKED_SUITES = ("mmbench", "grounding", "gui", "counting", "ocr", "chart", "caption", "reasoning", "loss")
+PICTURE_SUITES = ("knn", "probe")  # of features of pictures
+VECTOR_SUITES = ("zero_shot", "retrieval", *PICTURE_SUITES)
+FOR_ANSWERS = {"preference": "dpo or reward_model", "prompt": "grpo", "picture": "mae"}  # kinds without a text to learn -> what learns them
+RETRIEVAL = ("loss", *(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)))
+
 OBJECTIVES: dict[str, ObjectiveEntry] = {
     "lm": ObjectiveEntry(
         "terrace.objectives.lm",
-        refused_kinds={"preference": "dpo or reward_model", "prompt": "grpo"},
+        refused_kinds=FOR_ANSWERS,
         shares_packs=True,
         needs_targets=True,
     ),
@@ -42,7 +57,14 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
     ),
     **{
         name: ObjectiveEntry(
-            f"terrace.objectives.{name}", refused_kinds={"preference": "dpo or reward_model", "prompt": "grpo"}, needs_targets=True
+            f"terrace.objectives.{name}", only_kind="caption", answers=False, model="vectors", fixed_packs=True, figures=RETRIEVAL
+        )
+        for name in ("clip", "siglip")
+    },
+    "mae": ObjectiveEntry("terrace.objectives.mae", answers=False, model="pictures", fixed_packs=True, figures=("loss",)),
+    **{
+        name: ObjectiveEntry(
+            f"terrace.objectives.{name}", refused_kinds=FOR_ANSWERS, needs_targets=True
         )
         for name in ("mtp", "medusa")
     },

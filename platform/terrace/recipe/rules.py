@@ -17,19 +17,21 @@ from terrace.recipe import (
     rules_credentials,
     rules_lora,
     rules_model,
+    rules_objectives,
     rules_optimizer,
     rules_order,
+    rules_parallel,
     rules_places,
     rules_rl,
     rules_stretches,
 )
 from terrace.recipe.changes import stage_recipe
 from terrace.recipe.errors import Path, Problem
-from terrace.recipe.objectives import OBJECTIVES
+from terrace.recipe.objectives import ASKED_SUITES, OBJECTIVES, VECTOR_SUITES
 from terrace.recipe.schema import PARTS, Recipe, Stage
 
 TEXT_KINDS = {"text"}
-SUITE_KINDS = ("mmbench", "grounding", "gui", "counting", "ocr", "chart", "caption", "reasoning", "loss")  # as in terrace.evaluate
+SUITE_KINDS = (*ASKED_SUITES, *VECTOR_SUITES)  # as in terrace.evaluate
 TRAIN_METRICS = (
     "train/loss",
     "train/grad_norm",
@@ -49,9 +51,12 @@ def check(recipe: Recipe) -> list[Problem]:
     for index, stage in enumerate(recipe.stages):
         at: Path = ("stages", index)
         seen = stage_recipe(recipe, index)
-        for rule in (_parts, _mixture, _budget, _resolution, _workers, _parallel, _precision, _failure, _evaluation, _checkpoint):
+        for rule in (_parts, _mixture, _budget, _resolution, _workers):
             problems += rule(seen, stage, at)
-        problems += [*rules_rl.check(recipe, stage, at), *rules_optimizer.check(recipe, stage, at)]
+        for rule in (rules_parallel.check, _precision, _failure, _evaluation, _checkpoint):
+            problems += rule(seen, stage, at)
+        problems += [*rules_objectives.check(seen, stage, at), *rules_rl.check(recipe, stage, at)]
+        problems += rules_optimizer.check(recipe, stage, at)
         problems += [*rules_changes.check(recipe, stage, at, index), *rules_stretches.check(seen, stage, at, _resolution)]
         problems += rules_lora.check(recipe, stage, at, _before(recipe, index))
     return problems
@@ -224,52 +229,6 @@ def _workers(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
         yield Problem((*at, "resources", "gpus_per_worker"), f"{gpus} is neither a share of one GPU nor a whole number of GPUs")
 
 
-def _parallel(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
-    parallel, key = stage.parallel, (*at, "parallel")
-    strategy = parallel.strategy
-    if parallel.offload_optimizer != "none" and strategy == "ddp":
-        yield Problem((*key, "offload_optimizer"), "ddp keeps the optimizer on its GPU; use zero1, zero2, zero3 or fsdp")
-    if parallel.offload_parameters != "none" and strategy not in ("zero3", "fsdp"):
-        yield Problem((*key, "offload_parameters"), f"{strategy} does not shard parameters; use zero3 or fsdp")
-    for name in ("offload_optimizer", "offload_parameters"):
-        if getattr(parallel, name) == "nvme":
-            if strategy != "zero3":
-                yield Problem((*key, name), f"nvme is offered by zero3 only, not by {strategy}")
-            if parallel.nvme_path is None:
-                yield Problem((*key, "nvme_path"), f"{name}: nvme needs the path of a local disk")
-    if parallel.nvme_path is not None and "nvme" not in (parallel.offload_optimizer, parallel.offload_parameters):
-        yield Problem((*key, "nvme_path"), "is given but nothing is offloaded to nvme")
-    if strategy != "fsdp":
-        if parallel.hybrid_shard_size is not None:
-            yield Problem((*key, "hybrid_shard_size"), f"is an option of fsdp, not of {strategy}")
-        if not parallel.reshard_after_forward:
-            yield Problem((*key, "reshard_after_forward"), f"is an option of fsdp, not of {strategy}")
-    elif parallel.hybrid_shard_size is not None:
-        workers = stage.resources.workers
-        for count in {workers} if isinstance(workers, int) else set(workers):
-            if count % parallel.hybrid_shard_size:
-                yield Problem((*key, "hybrid_shard_size"), f"{parallel.hybrid_shard_size} does not divide {count} workers")
-    if parallel.sequence_parallel > 1:
-        yield from _sequence_parallel(recipe, stage, (*key, "sequence_parallel"))
-
-
-def _sequence_parallel(recipe: Recipe, stage: Stage, key: Path) -> Iterator[Problem]:
-    """All-to-all deals whole attention heads, so their number decides how many ranks may share a pack."""
-    size = stage.parallel.sequence_parallel
-    if not OBJECTIVES[stage.objective].shares_packs:
-        yield Problem(key, f"{size} ranks may share a pack under the objective lm only, not under {stage.objective}")
-    text = (recipe.model.config or {}).get("text_config") or {}
-    heads, key_heads = text.get("num_attention_heads"), text.get("num_key_value_heads")
-    if not (isinstance(heads, int) and isinstance(key_heads, int) and heads > 0 and key_heads > 0):
-        return  # named elsewhere, or known only to the pretrained directory: checked again when training starts
-    if heads % size or (key_heads % size and size % key_heads):
-        yield Problem(
-            key,
-            f"{size} ranks cannot share {heads} attention heads and {key_heads} key/value heads evenly: it must divide "
-            f"{heads}, and divide {key_heads} or be a multiple of it",
-        )
-
-
 def _precision(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
     on_gpu = stage.resources.gpus_per_worker > 0
     if stage.precision == "fp16" and not on_gpu:
@@ -303,6 +262,8 @@ def produced_metrics(recipe: Recipe, stage: Stage) -> list[str]:
         metrics = [f"eval/{figure}/{task}" for task in tasks for figure in ("reward", "greedy_reward")]
     elif OBJECTIVES[stage.objective].only_kind == "preference":
         metrics = ["eval/preference/loss", "eval/preference/accuracy"] if kinds else []
+    elif figures := OBJECTIVES[stage.objective].figures:
+        metrics = [f"eval/{kind}/{figure}" for kind in kinds for figure in figures]
     else:
         metrics = [f"eval/{kind}/loss" for kind in kinds] + (["eval/loss"] if kinds else [])
         metrics += [f"eval/acceptance/{number + 1}" for number in range(stage.head_kind[1] if stage.head_kind else 0)] if kinds else []
@@ -347,8 +308,9 @@ def _evaluation(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
             yield Problem(key, f"name its file as {kind}:PATH")
         elif suite_label(suite) in labels:
             yield Problem(key, f"another suite is {suite_label(suite)} too; rename one of the files")
-        elif not OBJECTIVES[stage.objective].answers:
-            yield Problem(key, "a reward model answers no questions; leave the suites to the other stages")
+        elif kind not in (offered := OBJECTIVES[stage.objective].suites):
+            can = f"its suites are {', '.join(offered)}" if offered else "leave the suites to the other stages"
+            yield Problem(key, f"a model of objective {stage.objective} cannot be asked {kind}; {can}")
         labels.append(suite_label(suite))
     measured = any(metric.startswith("eval/") for metric in produced_metrics(recipe, stage))
     if stage.evaluate.every_steps is not None and not measured and not stage.evaluate.suites:

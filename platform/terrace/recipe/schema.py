@@ -21,10 +21,12 @@ from terrace.recipe.schema_grpo import GrpoOptions, RewardRule
 from terrace.recipe.schema_heads import HeadsTraining, MedusaOptions, MtpOptions
 from terrace.recipe.schema_inputs import (
     PARTS,
+    Batch,
     Data,
     Mixture,
     Name,
     PartName,
+    Pixels,
     Positive,
     SampleKind,
     Share,
@@ -36,6 +38,7 @@ from terrace.recipe.schema_inputs import (
 )
 from terrace.recipe.schema_lora import Lora
 from terrace.recipe.schema_model import Initialisation, Model
+from terrace.recipe.schema_pairs import PairOptions
 from terrace.recipe.schema_preference import DpoOptions, KtoOptions, MpoOptions, OrpoOptions, SimpoOptions
 
 # Names that readers of a recipe import from here, wherever in the schema they are defined.
@@ -68,13 +71,6 @@ class TrainedParts(Strict):
     heads: HeadsTraining | None = Field(None, description="How heads that predict further tokens train (objectives mtp and medusa).")
 
 
-class Pixels(Strict):
-    """Bounds on the pixels of a resized image; what sizes there are between them, the model family says."""
-
-    min: int = Field(3136, ge=1, description="Smaller images are enlarged to this many pixels.")
-    max: int = Field(1_003_520, ge=1, description="Larger images are reduced to this many pixels.")
-
-
 class Change(Strict):
     """What differs from a step of the stage on; what is not given stays as it was."""
 
@@ -90,10 +86,6 @@ class Budget(Strict):
     tokens: Positive | None = Field(None, description="Length of the stage in sequence positions; steps are derived and rounded up.")
     samples: Annotated[int, Field(gt=0)] | None = Field(None, description="Length of the stage in samples.")
     epochs: Positive | None = Field(None, description="Length of the stage in passes over the mixture.")
-
-
-class Batch(Strict):
-    packs: int = Field(8, ge=1, description="Global batch of one optimizer step, in packed sequences, over all workers.")
 
 
 class Optimizer(Strict):
@@ -253,6 +245,7 @@ class Stage(Strict):
     failure: Failure = Field(Failure(), description="What the stage survives.")
     profile: Profile = Field(Profile(), description="Steps to trace.")
     grpo: GrpoOptions | None = Field(None, description="Options of the objective grpo.")
+    pairs: PairOptions | None = Field(None, description="Options of the objectives clip and siglip.")
     mtp: MtpOptions | None = Field(None, description="Options of the objective mtp.")
     medusa: MedusaOptions | None = Field(None, description="Options of the objective medusa.")
     dpo: DpoOptions | None = Field(None, description="Options of the objective dpo.")

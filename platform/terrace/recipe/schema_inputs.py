@@ -24,6 +24,7 @@ SampleKind = Literal[
     "video",
     "preference",
     "prompt",
+    "picture",
 ]
 
 Name = Annotated[str, Field(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")]
@@ -167,3 +168,15 @@ class Mixture(Strict):
     @classmethod
     def _from_plain_map(cls, value: Any) -> Any:
         return {"weights": value} if is_plain_mixture(value) else value
+
+
+class Pixels(Strict):
+    """Bounds on the pixels of a resized image; what sizes there are between them, the model family says."""
+
+    min: int = Field(3136, ge=1, description="Smaller images are enlarged to this many pixels.")
+    max: int = Field(1_003_520, ge=1, description="Larger images are reduced to this many pixels.")
+
+
+class Batch(Strict):
+    packs: int = Field(8, ge=1, description="Global batch of one optimizer step, in packed sequences, over all workers.")
+    samples_per_pack: int = Field(64, ge=1, description="Of objectives whose packs are no sequences: samples that run at once (clip, mae).")

@@ -12,14 +12,14 @@ from terrace.worker.context import WorkerContext, data_place
 
 def open_feed(recipe: Recipe, stage_index: int, prepared: Any, context: WorkerContext) -> StageFeed:
     """The feed of a stage from prepared data (data.prepare.PreparedData)."""
-    from terrace.data.order.plan import StagePlan
+    from terrace.data.order.fixed import plan_of
     from terrace.data.stream.held_out import held_out_packs
     from terrace.data.stream.rank_stream import open_stream
     from terrace.data.tokenizer import load_tokenizer
     from terrace.models.build import model_config
 
     stage = recipe.stages[stage_index]
-    plan = StagePlan.build(recipe, stage_index, prepared)
+    plan = plan_of(recipe, stage_index, prepared)
     rank, ranks = data_place(context, stage.parallel.sequence_parallel)
 
     def stream(start_step: int) -> Iterator[Any]:

@@ -22,6 +22,31 @@ def gather_rows(values: Sequence[float], context: WorkerContext) -> np.ndarray:
     return torch.stack(rows).cpu().numpy()
 
 
+def gather_tensors(rows: torch.Tensor, counts: Sequence[int], context: WorkerContext) -> torch.Tensor:
+    """[sum of counts, ...]: the rows of every rank, in the order of ranks; `counts` says how many each has."""
+    if context.world_size == 1:
+        return rows
+    most = max(counts)
+    padded = rows.new_zeros(most, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts)])
+
+
+def pass_on(tensors: Sequence[torch.Tensor], context: WorkerContext) -> list[torch.Tensor]:
+    """Give tensors to the next rank and take as many, of the same shapes, from the one before; ranks form a ring."""
+    if context.world_size == 1:
+        return list(tensors)
+    following, before = (context.rank + 1) % context.world_size, (context.rank - 1) % context.world_size
+    taken = [torch.empty_like(tensor) for tensor in tensors]
+    moves = [dist.P2POp(dist.isend, tensor.contiguous(), following) for tensor in tensors]
+    moves += [dist.P2POp(dist.irecv, tensor, before) for tensor in taken]
+    for move in dist.batch_isend_irecv(moves):
+        move.wait()
+    return taken
+
+
 def sum_over_ranks(values: Sequence[float], context: WorkerContext) -> np.ndarray:
     """float64 [len(values)]: the ranks' rows added up, the same on every rank; for rows too long to be gathered."""
     if context.world_size == 1:

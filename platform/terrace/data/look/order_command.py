@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from terrace.data.order.eligible import told_changes
+from terrace.data.order.fixed import plan_of
 from terrace.data.order.plan import StagePlan
 from terrace.data.types import PackSpec
 from terrace.errors import InputError
@@ -43,7 +44,7 @@ def order_command(args: argparse.Namespace) -> int:
     stage_index = stage_number(recipe, args.stage)
     prepared = prepare_data(recipe, args.run_dir, progress=_progress)
     seen, prepared = stage_data(recipe, stage_index, prepared)
-    plan = StagePlan.build(seen, stage_index, prepared)
+    plan = plan_of(seen, stage_index, prepared)
     found = order_facts(plan, args.start, args.packs, args.workers)
     print(json.dumps(found, ensure_ascii=False) if args.json else order_text(found))
     return 0

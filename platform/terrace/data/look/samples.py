@@ -16,6 +16,7 @@ import numpy as np
 
 from terrace.data.index.source_index import SourceIndex
 from terrace.data.order.eligible import source_pixels
+from terrace.data.order.fixed import plan_of
 from terrace.data.order.permutation import permute, seed_of
 from terrace.data.order.plan import PADDING_WINDOW, StagePlan
 from terrace.data.sources.ingest import iter_refused
@@ -140,7 +141,7 @@ def inspect_stage(recipe: Recipe, stage_index: int, prepared: Any, samples: int,
     stage = recipe.stages[stage_index]
     settings = TaskSettings.of(recipe, stage_index, prepared)
     tokenizer = prepared.tokenizer()
-    plan = StagePlan.build(recipe, stage_index, prepared) if OBJECTIVES[stage.objective].reads_packs else None
+    plan = plan_of(recipe, stage_index, prepared) if OBJECTIVES[stage.objective].reads_packs else None
     planned = _planned_packs(plan)
     facts = plan.explain()["sources"] if plan else {}
     taken = Counter(ref.source for spec in planned for ref in spec.samples)

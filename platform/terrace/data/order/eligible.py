@@ -86,6 +86,7 @@ class EligibleSource:
 
 CHANGES = {  # a count's key -> what is said of so many samples
     "no_target": "without a target",
+    "not_one_picture": "without exactly one picture, left out",
     "refused": "too long, left out",
     "split": "too long, split",
     "truncate_text": "too long, text cut",

@@ -105,12 +105,17 @@ class StagePlan:
         for _, part in stretches(stage):
             pixels = (part.pixels.min, part.pixels.max)
             if pixels not in found:
-                found[pixels] = {name: _eligible(recipe, stage, name, prepared.indexes[name], pixels) for name in stage.mixture.weights}
+                found[pixels] = {
+                    name: cls.fitting(_eligible(recipe, stage, name, prepared.indexes[name], pixels), prepared.indexes[name])
+                    for name in stage.mixture.weights
+                }
         first, *later = [found[part.pixels.min, part.pixels.max] for _, part in stretches(stage)]
         basis = "|".join(source.mark for sources in found.values() for source in sources.values() if isinstance(source, EligibleSource))
         plan = cls(stage, first, recipe.data.seed, cost_of(recipe.model), basis, later)
         plan.recipe, plan.stage_index = recipe, stage_index
         return plan
+
+    fitting = staticmethod(lambda source, index: source)  # the items of a source that this kind of plan can use
 
     def _check_sources(self) -> None:
         for source in (source for stretch in self.stretches for source in stretch.sources if stretch.weights[source.name]):

@@ -106,7 +106,7 @@ def _converted(row: dict[str, Any], default_id: str, kind: str, rules: Rules) ->
     for name in fields.of(METADATA_KEYS):
         metadata[name] = fields.take(name)
     fields.finish()
-    if messages[0]["role"] == RUNNING_TEXT:
+    if messages[0]["role"] == RUNNING_TEXT and kind != "picture":
         check_text(messages[0]["content"])
     check_pictures(kind, len(images))
     _special_tokens(messages, rules)

@@ -18,8 +18,13 @@ ALTERNATIVE_KEYS = ("captions", "caption", "sentences", "description", "alt_text
 
 
 def caption_or_text(fields: Fields, reader: PlaceholderReader, kind: str) -> list[Item]:
-    """Items of a row that has pictures and a text: where the text says `<image>` for each, else pictures first."""
+    """Items of a row that has pictures and a text: where the text says `<image>` for each, else pictures first. Of a picture
+    that stands for itself the text may be missing."""
     texts = [(name, text) for name in fields.of(TEXT_KEYS) if (text := _joined(name, fields.take(name), kind)) is not None]
+    if kind == "picture" and not any(text.strip() for _, text in texts):
+        items = reader.rest()
+        reader.finish()
+        return items
     if not texts:
         keys = ", ".join(f"`{name}`" for name in fields.names()[:12])
         raise Refusal("empty_text" if reader.images else "unknown_convention", f"no known text in a row with {keys}")

@@ -70,7 +70,7 @@ def _sample(key: str, data: dict[str, bytes], default_id: str, kind: str, rules:
             raise Refusal("unknown_field", f"{key}: the text member and the `text` of its json differ; write one of them into `ignore`")
     elif text is not None:
         raise Refusal("unknown_field", f"{key}: nobody reads the text member beside a conversation in the json; write `ignore: [txt]`")
-    if not row:
+    if not row and kind != "picture":
         raise Refusal("empty_text", f"{key} has no text, only {', '.join(sorted(data)[:8])}")
     if not named:  # the members are the pictures; `url` and its like say where they came from
         row = {**{name: value for name, value in row.items() if plain_name(name) not in MAYBE_IMAGE_KEYS}, "images": suffixes}

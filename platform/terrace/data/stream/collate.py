@@ -74,6 +74,7 @@ def collate(
     refs: list[SampleRef] = []
     kinds: list[str] = []
     damaged: list[str] = []
+    epochs: list[int] = []
     replaced = 0
     for number, (ref, loaded) in enumerate(zip(spec.samples, samples)):
         used = room.used
@@ -94,6 +95,7 @@ def collate(
         segments.append(segment)
         refs.append(ref)
         kinds.append(kind)
+        epochs += spec.epochs[number : number + 1]
     lengths = [len(segment.encoded.input_ids) for segment in segments]
     pixels = [part for segment in segments for part in segment.pixels]
     visuals = [visual for segment in segments for visual in segment.encoded.visuals]
@@ -113,6 +115,7 @@ def collate(
         sequence_length=settings.sequence_length,
         damaged=tuple(damaged),
         replaced=replaced,
+        epochs=np.asarray(epochs, np.int32),
     )
 
 
@@ -210,8 +213,11 @@ def cut_encoded(encoded: Encoded, span: tuple[int, int], family: Family) -> Enco
         if start <= visual.start and visual.start + visual.length <= stop
     ]
     visuals, views, images = zip(*kept) if kept else ((), (), ())
+    ids = encoded.input_ids[start:stop].copy()
+    if family.keeps_end:
+        ids[-1] = encoded.input_ids[-1]
     return Encoded(
-        input_ids=encoded.input_ids[start:stop],
+        input_ids=ids,
         supervised=encoded.supervised[start:stop],
         positions=family.positions(stop - start, visuals),
         visuals=visuals,

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from terrace.data.order.eligible import EligibleSource, Items, eligible_source
+from terrace.data.order.fixed import fixed_groups, with_one_picture
 from terrace.data.order.packing import pack_best_fit
 from terrace.data.order.permutation import permute, seed_of
 from terrace.data.stream.tasks import TaskSettings, make_pack, pack_task
@@ -59,6 +60,8 @@ def held_out_specs(
                 stage.data_loading.max_visual_tokens_per_pack,
                 needs_targets=OBJECTIVES[stage.objective].needs_targets,
             )
+            if OBJECTIVES[stage.objective].fixed_packs:
+                kept = with_one_picture(kept, prepared.indexes[name])
             if kept.count:
                 by_kind.setdefault(source.kind, []).append(kept)
     return {kind: _pack_kind(sources, most, recipe.data.seed, stage) for kind, sources in sorted(by_kind.items())}
@@ -75,7 +78,10 @@ def _pack_kind(sources: list[EligibleSource], most: int, seed: int, stage: Any) 
     column = {name: [int(getattr(items, name)[0]) for _, items in chosen] for name in Items.__dataclass_fields__}
     lengths, visual = np.asarray(column["lengths"]), np.asarray(column["visual_tokens"])
     end = last_stretch(stage).pixels
-    packs = pack_best_fit(lengths, stage.sequence_length, visual, stage.data_loading.max_visual_tokens_per_pack)
+    if OBJECTIVES[stage.objective].fixed_packs:
+        packs = fixed_groups(len(chosen), stage.batch.samples_per_pack)
+    else:
+        packs = pack_best_fit(lengths, stage.sequence_length, visual, stage.data_loading.max_visual_tokens_per_pack)
     return [
         PackSpec(
             pack=number,

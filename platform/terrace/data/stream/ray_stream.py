@@ -41,7 +41,7 @@ AHEAD = "terrace.ahead"  # key of an execution's `Ahead`
 # Field, dtype, shape behind the ragged axis. All arrays are C-contiguous.
 _ARRAYS = (
     ("input_ids", np.int32), ("targets", np.int32), ("position_ids", np.int32), ("segment_ends", np.int32), ("pixels", np.uint8),
-    ("image_facts", np.int32), ("image_tokens", np.int32), ("image_rows", np.int32),
+    ("image_facts", np.int32), ("image_tokens", np.int32), ("image_rows", np.int32), ("epochs", np.int32),
 )  # fmt: skip
 _NUMBERS = ("pack", "sequence_length", "replaced")
 _LISTS = ("sample_ids", "sources", "kinds", "damaged")

@@ -23,10 +23,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from transformers import AutoModelForImageTextToText
 
 from terrace.errors import InputError
 from terrace.families.interface import Family
 from terrace.models.batch import DeviceBatch, ImageFacts
+from terrace.models.head import install_loss_head
 from terrace.recipe.schema import PARTS, PartName
 
 
@@ -85,6 +87,8 @@ class FamilyModel:
     }  # fmt: skip
     embedding: ClassVar[str] = "model.language_model.embed_tokens.weight"
     head: ClassVar[str] = "lm_head.weight"
+    segmented: ClassVar[bool] = True  # samples of a pack stand in one sequence; False: side by side, with transformers' own attention
+    starts_around: ClassVar[int] = 0  # so many modules further out the class initialises weights too
     held_buffers: ClassVar[tuple[str, ...]] = ()  # last names of buffers that a checkpoint keeps: here parameters that never train
     tower_attention: ClassVar[str] = "sdpa"  # `segments`: the tower takes images one after another with boundaries of its own
     code: ClassVar[Mapping[str, str]] = {}  # of a class that transformers lacks: `auto_map` of an export's config.json
@@ -95,6 +99,16 @@ class FamilyModel:
 
     def __init__(self, family: Family) -> None:
         self.family = family
+
+    def skeleton(self, config: Any) -> Any:
+        """The transformers model, made where torch's default device is; its output layer computes the loss."""
+        model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+        install_loss_head(model, self.head.removesuffix(".weight"))
+        return model
+
+    def initial(self, name: str, config: Any, shape: torch.Size) -> torch.Tensor | None:
+        """The start of a parameter that the class leaves as it is, or starts otherwise than published; None: the class's own."""
+        return None
 
     # ------------------------------------------------------------ names
 
@@ -266,3 +280,8 @@ class FamilyModel:
     def compute_dtype(self, model: Any) -> torch.dtype:
         """What the tower computes in where a pack brings no pixels."""
         return next(self.vision(model).parameters()).dtype
+
+
+def configurations(config: Any) -> list[Any]:
+    """A configuration and those of its parts, outermost first: setting the attention of the first sets the others."""
+    return [config, *(part for name in ("text_config", "vision_config") if (part := getattr(config, name, None)) is not None)]

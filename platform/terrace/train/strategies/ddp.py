@@ -97,6 +97,10 @@ class DataParallel:
                 parameter.copy_(source(name))
         self._optimizers.restart_average()
 
+    def hold_below(self, name: str, highest: float) -> None:
+        with torch.no_grad():
+            self._parameters[name].clamp_(max=highest)
+
     def load_optimizer(self, source: Callable[[Kind, str], torch.Tensor], steps: dict[str, int]) -> None:
         self._optimizers.load(source, steps)
 

@@ -28,7 +28,7 @@ from terrace.recipe.schema import Stage
 from terrace.train.loss_scale import LossScale
 from terrace.train.optimizers import Kind, kinds_of, torch_groups, torch_optimizer
 from terrace.train.strategies.build_locks import build_root, remove_abandoned_locks
-from terrace.train.strategies.interface import Setup, StepModule
+from terrace.train.strategies.interface import Setup, StepModule, scalars_as_vectors
 from terrace.worker.context import WorkerContext, data_place
 
 BUCKET = 500_000_000  # gradients that are reduced at once, DeepSpeed's default
@@ -46,6 +46,7 @@ class Zero:
         self.loss_scale = LossScale() if stage.precision == "fp16" else None
         trained = sum(parameter.numel() for parameter in setup.skeleton.parameters() if parameter.requires_grad)
         configuration = _configuration(stage, context, trained)
+        self._scalars = scalars_as_vectors(setup.skeleton)
         # Its swapper wants to see all parameters at once, so for nvme the whole model is built first.
         by_block = self._zero_stage == 3 and stage.parallel.offload_parameters != "nvme"
         if by_block:
@@ -118,9 +119,11 @@ class Zero:
             elif name in self._frozen_masters:
                 yield name, self._frozen_masters[name]
             else:
-                yield name, _gathered(parameter)
+                yield name, _gathered(parameter).view(self._shape(name))
 
     def _shape(self, name: str) -> torch.Size:
+        if name in self._scalars:
+            return torch.Size(())
         parameter = self._parameters[name]
         return getattr(parameter, "ds_shape", parameter.shape)
 
@@ -137,17 +140,30 @@ class Zero:
         raise NotImplementedError("partitions are reduced before they can be measured; the recipe's rules ask for ddp")
 
     def load_weights(self, source: TensorSource) -> None:
-        import deepspeed
-        from deepspeed.utils import safe_set_full_fp32_param
-
-        for name, parameter in self._parameters.items():
+        for name in self._parameters:
             whole = source(name).float()
             if name in self._frozen_masters:
                 self._frozen_masters[name].copy_(whole)
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self._zero_stage == 3):
-                parameter.data.copy_(whole)
-            if name in self._steps:
-                safe_set_full_fp32_param(parameter, whole.to(parameter.device))
+            self._set(name, whole)
+
+    def _set(self, name: str, whole: torch.Tensor) -> None:
+        """A weight in compute precision, and its master where it trains."""
+        import deepspeed
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        parameter = self._parameters[name]
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=self._zero_stage == 3):
+            parameter.data.copy_(whole)
+        if name in self._steps:
+            safe_set_full_fp32_param(parameter, whole.to(parameter.device).view(getattr(parameter, "ds_shape", parameter.shape)))
+
+    def hold_below(self, name: str, highest: float) -> None:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        parameter = self._parameters[name]
+        whole = safe_get_full_fp32_param(parameter) if name in self._steps else None
+        if whole is not None and bool((whole > highest).any()):
+            self._set(name, whole.view(self._shape(name)).clamp(max=highest))
 
     def load_optimizer(self, source: Callable[[Kind, str], torch.Tensor], steps: dict[str, int]) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state
@@ -168,6 +184,7 @@ class Zero:
         for name, count in steps.items():
             for kind in self._kinds:
                 whole = source(kind, name).float().to(self._parameters[name].device)
+                whole = whole.view(1) if name in self._scalars else whole
                 safe_set_full_optimizer_state(self._parameters[name], whole, kind)
             self._steps[name] = count
 
@@ -339,7 +356,7 @@ def _fill_module(module: torch.nn.Module, name: str, source: TensorSource, devic
     module.to_empty(device=device, recurse=False)
     with torch.no_grad():
         for leaf, parameter in module.named_parameters(recurse=False):
-            parameter.data = source(f"{name}.{leaf}").to(device, dtype)
+            parameter.data = source(f"{name}.{leaf}".removeprefix(".")).to(device, dtype).reshape(parameter.shape)
 
 
 def _rotary_in_float32(model: Any) -> None:

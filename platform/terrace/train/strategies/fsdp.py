@@ -28,7 +28,7 @@ from terrace.models.weights import TensorSource
 from terrace.recipe.schema import Stage
 from terrace.train.loss_scale import LossScale
 from terrace.train.optimizers import Kind, Optimizers
-from terrace.train.strategies.interface import Setup, StepModule
+from terrace.train.strategies.interface import Setup, StepModule, scalars_as_vectors
 from terrace.worker.context import WorkerContext
 
 
@@ -45,6 +45,7 @@ class FullyShard:
         on_host = "cpu" in (stage.parallel.offload_parameters, stage.parallel.offload_optimizer)
         self._device = torch.device("cpu" if on_host else context.device)
         trainable = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
+        self._scalars = scalars_as_vectors(self.model)
         _shard(self._module, self.model, stage, context, on_host)
         self.model.to_empty(device=self._device)
         self.model.tie_weights()
@@ -97,7 +98,8 @@ class FullyShard:
     def tensors(self, kind: Kind) -> Iterator[tuple[str, torch.Tensor]]:
         found = ((n, p.detach()) for n, p in self._parameters.items()) if kind == "weights" else self._optimizers.tensors(kind)
         for name, tensor in found:
-            yield name, _whole(tensor, self._device)
+            whole = _whole(tensor, self._device)
+            yield name, whole.reshape(()) if name in self._scalars else whole
 
     def optimizer_steps(self) -> dict[str, int]:
         return self._optimizers.steps()
@@ -116,6 +118,10 @@ class FullyShard:
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 _fill(parameter, source(name))
+
+    def hold_below(self, name: str, highest: float) -> None:
+        with torch.no_grad():
+            _local(self._parameters[name]).clamp_(max=highest)
 
     def load_optimizer(self, source: Callable[[Kind, str], torch.Tensor], steps: dict[str, int]) -> None:
         self._optimizers.load(source, steps)
@@ -162,8 +168,13 @@ def _buffers_to(model: Any, device: torch.device) -> None:
             setattr(module, name, buffer.to(device))
 
 
+def _local(tensor: Any) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def _fill(target: Any, whole: torch.Tensor) -> None:
     """Copy this rank's part of a whole tensor into a sharded (or plain) one."""
+    whole = whole.reshape(target.shape) if target.dim() != whole.dim() else whole
     if not isinstance(target, DTensor):
         target.copy_(whole)
         return

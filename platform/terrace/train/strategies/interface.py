@@ -69,6 +69,9 @@ class Strategy(Protocol):
     def load_weights(self, source: TensorSource) -> None:
         """Replace every weight. An average of the weights begins anew."""
 
+    def hold_below(self, name: str, highest: float) -> None:
+        """Lower the numbers of a weight that lie above `highest` to it."""
+
     def load_optimizer(self, source: Callable[[Kind, str], torch.Tensor], steps: dict[str, int]) -> None:
         """Replace the optimizer's state of the parameters in `steps`."""
 
@@ -89,3 +92,12 @@ class StepModule(nn.Module):
 
     def forward(self, batch: Any) -> torch.Tensor:
         return self._loss(self.model, batch)
+
+
+def scalars_as_vectors(model: Any) -> set[str]:
+    """Make parameters without axes vectors of one element, which `fully_shard` and DeepSpeed ask for; their names."""
+    scalars = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() == 0}
+    for name, parameter in scalars.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(parameter.detach().reshape(1), parameter.requires_grad))
+    return set(scalars)

@@ -1,0 +1,110 @@
+"""Masked autoencoder: draw the patches that the encoder did not see.
+
+    loss = sum over pictures of the mean, over their masked patches, of the mean squared difference of pixels
+
+The loop divides by the pictures of the global batch. `mask_ratio` and `norm_pix_loss` are the model's own configuration; which
+patches a picture shows is drawn from (stage seed, source, sample, epoch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from terrace.data.order.balance import cost_of
+from terrace.data.types import PackedExample
+from terrace.models.batch import ImageFacts, image_facts
+from terrace.models.families.registry import family_model, family_of_model
+from terrace.objectives.chance import patch_noise
+from terrace.objectives.interface import Counts, Objective, Opening, StepExamples
+from terrace.objectives.lm import count_packs, empty_pack
+from terrace.objectives.two_towers import wide
+
+EPSILON = 1e-6  # beside a patch's variance
+HELD_OUT = -1  # the epoch of held-out pictures: the same patches at every evaluation
+
+
+@dataclass
+class PictureBatch:
+    """Pictures on the device; none: `pixels` is None."""
+
+    pictures: int
+    pixels: torch.Tensor | None  # uint8 rows
+    images: ImageFacts
+    noise: torch.Tensor  # float32 [B, patches]
+    dtype: torch.dtype
+
+
+class MaskedAutoencoder(Objective):
+    """Packs of a fixed number of pictures."""
+
+    measured = True
+
+    def __init__(self, opening: Opening) -> None:
+        super().__init__(opening)
+        self._cost = cost_of(opening.recipe.model)
+        self._family = family_model(opening.feed.config)
+
+    def weight(self, example: PackedExample) -> float:
+        return len(example.sample_ids)
+
+    def count(self, taken: StepExamples) -> Counts:
+        return count_packs(taken.examples, sorted(self.opening.stage.mixture.weights), self._cost)
+
+    def pack_of(self, example: PackedExample) -> PackedExample:
+        return example
+
+    def empty(self) -> PackedExample:
+        return empty_pack()
+
+    def batch(self, example: PackedExample) -> PictureBatch:
+        opening, pictures = self.opening, len(example.sample_ids)
+        epochs = example.epochs.tolist() or [HELD_OUT] * pictures
+        noise = patch_noise(opening.stage.seed, example.sources, example.sample_ids, epochs, self._family.family.patches)
+        noise = noise if pictures else np.zeros((1, noise.shape[1]), np.float32)
+        device = torch.device(opening.context.device)
+        pixels = torch.from_numpy(example.pixels).to(device) if pictures else None
+        return PictureBatch(pictures, pixels, image_facts(example), torch.from_numpy(noise).to(device), opening.dtype)
+
+    def loss(self, model: Any, batch: PictureBatch) -> torch.Tensor:
+        return summed_loss(model, batch)
+
+    def evaluate(self, alive: Callable[[], None]) -> dict[str, float]:
+        """Mean loss per picture of each kind of held-out samples."""
+        alive()
+        context, found = self.opening.context, {}
+        self.strategy.model.eval()
+        for kind, packs in sorted(self.opening.feed.held_out.items()):
+            sums = [0.0, 0.0]
+            for start in range(0, len(packs), context.world_size):
+                place = start + context.rank
+                pack = packs[place] if place < len(packs) else empty_pack()
+                sums[0] += float(self.strategy.loss(self.batch(pack)))
+                sums[1] += len(pack.sample_ids)
+                alive()
+            total = self.opening.gather(sums).sum(axis=0)
+            found[f"{kind}/loss"] = float(total[0] / total[1])
+        self.strategy.model.train()
+        return found
+
+
+open_objective = MaskedAutoencoder
+
+
+def summed_loss(model: Any, batch: PictureBatch) -> torch.Tensor:
+    """Summed over the pictures; a batch without any runs a blank one, for the collectives."""
+    family = family_of_model(model)
+    if batch.pixels is None:
+        blank = family.blank(batch.noise.device, family.compute_dtype(model))
+        return 0.0 * family.drawn(model, *blank, batch.noise)[0].float().sum()
+    values = family.normalised(batch.pixels, batch.dtype)
+    drawn, there, mask = family.drawn(model, values, batch.images, batch.noise)
+    there = wide(there)
+    if model.config.norm_pix_loss:
+        there = (there - there.mean(-1, keepdim=True)) / (there.var(-1, keepdim=True) + EPSILON).sqrt()
+    difference = (wide(drawn) - there).square().mean(-1)
+    return ((difference * mask).sum(1) / mask.sum(1)).sum()

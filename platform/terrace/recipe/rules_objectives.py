@@ -1,0 +1,54 @@
+"""Rules about an objective and the rest of its stage: the model that it trains, packs of a fixed number of samples, its own options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from terrace.errors import InputError
+from terrace.families.registry import built_in, family_class, make_family
+from terrace.recipe.errors import Path, Problem
+from terrace.recipe.objectives import OBJECTIVES
+from terrace.recipe.schema import Recipe, Stage
+
+GIVES = {"text": "writes text", "vectors": "gives vectors of pictures and of texts", "pictures": "draws pictures"}
+
+
+def check(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
+    entry = OBJECTIVES[stage.objective]
+    try:
+        family = make_family(recipe.model.architecture, recipe.model.config or {})
+    except (InputError, TypeError, ValueError, AttributeError):
+        return  # named elsewhere
+    if family.gives != entry.model:
+        fitting = [name for name, one in OBJECTIVES.items() if one.model == family.gives]
+        models = [name for name in built_in() if family_class(name).gives == entry.model]
+        yield Problem(
+            (*at, "objective"),
+            f"{stage.objective} trains a model that {GIVES[entry.model]} ({', '.join(models)}); model.architecture {family.name}"
+            f" {GIVES[family.gives]}: train it with {' or '.join(fitting)}",
+        )
+        return
+    if entry.fixed_packs:
+        yield from _fixed_packs(recipe, stage, at)
+        for problem in family.check_length(stage.sequence_length):
+            yield Problem((*at, "sequence_length"), problem)
+    if family.gives == "pictures" and stage.train.language is not None:
+        yield Problem((*at, "train", "language"), f"{family.name} has no language part; name vision and projector")
+    if stage.pairs is not None and entry.model != "vectors":
+        yield Problem((*at, "pairs"), f"is an option of objectives clip and siglip; this stage's objective is {stage.objective}")
+
+
+def _fixed_packs(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
+    if stage.budget.tokens is not None:
+        yield Problem((*at, "budget"), f"of objective {stage.objective} is steps, samples or epochs: its packs are no sequences of tokens")
+    if stage.changes:
+        yield Problem((*at, "changes"), f"are for packs of sequences; under objective {stage.objective} write a stage for each resolution")
+    if stage.mixture.unit == "tokens":
+        yield Problem((*at, "mixture", "unit"), f"is samples under objective {stage.objective}, whose packs hold a fixed number of them")
+    for name in stage.mixture.weights:
+        source = recipe.data.sources.get(name)
+        if source is not None and source.too_long == "split":
+            yield Problem(
+                ("data", "sources", name, "too_long"),
+                f"a caption that is cut up would leave texts without a picture under objective {stage.objective}; use truncate_text",
+            )

@@ -1,0 +1,55 @@
+"""Rules about how a stage is spread over its workers: what each strategy offers, and which ranks may share a pack."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from terrace.recipe.errors import Path, Problem
+from terrace.recipe.objectives import OBJECTIVES
+from terrace.recipe.schema import Recipe, Stage
+
+
+def check(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
+    parallel, key = stage.parallel, (*at, "parallel")
+    strategy = parallel.strategy
+    if parallel.offload_optimizer != "none" and strategy == "ddp":
+        yield Problem((*key, "offload_optimizer"), "ddp keeps the optimizer on its GPU; use zero1, zero2, zero3 or fsdp")
+    if parallel.offload_parameters != "none" and strategy not in ("zero3", "fsdp"):
+        yield Problem((*key, "offload_parameters"), f"{strategy} does not shard parameters; use zero3 or fsdp")
+    for name in ("offload_optimizer", "offload_parameters"):
+        if getattr(parallel, name) == "nvme":
+            if strategy != "zero3":
+                yield Problem((*key, name), f"nvme is offered by zero3 only, not by {strategy}")
+            if parallel.nvme_path is None:
+                yield Problem((*key, "nvme_path"), f"{name}: nvme needs the path of a local disk")
+    if parallel.nvme_path is not None and "nvme" not in (parallel.offload_optimizer, parallel.offload_parameters):
+        yield Problem((*key, "nvme_path"), "is given but nothing is offloaded to nvme")
+    if strategy != "fsdp":
+        if parallel.hybrid_shard_size is not None:
+            yield Problem((*key, "hybrid_shard_size"), f"is an option of fsdp, not of {strategy}")
+        if not parallel.reshard_after_forward:
+            yield Problem((*key, "reshard_after_forward"), f"is an option of fsdp, not of {strategy}")
+    elif parallel.hybrid_shard_size is not None:
+        workers = stage.resources.workers
+        for count in {workers} if isinstance(workers, int) else set(workers):
+            if count % parallel.hybrid_shard_size:
+                yield Problem((*key, "hybrid_shard_size"), f"{parallel.hybrid_shard_size} does not divide {count} workers")
+    if parallel.sequence_parallel > 1:
+        yield from _sequence_parallel(recipe, stage, (*key, "sequence_parallel"))
+
+
+def _sequence_parallel(recipe: Recipe, stage: Stage, key: Path) -> Iterator[Problem]:
+    """All-to-all deals whole attention heads, so their number decides how many ranks may share a pack."""
+    size = stage.parallel.sequence_parallel
+    if not OBJECTIVES[stage.objective].shares_packs:
+        yield Problem(key, f"{size} ranks may share a pack under the objective lm only, not under {stage.objective}")
+    text = (recipe.model.config or {}).get("text_config") or {}
+    heads, key_heads = text.get("num_attention_heads"), text.get("num_key_value_heads")
+    if not (isinstance(heads, int) and isinstance(key_heads, int) and heads > 0 and key_heads > 0):
+        return  # named elsewhere, or known only to the pretrained directory: checked again when training starts
+    if heads % size or (key_heads % size and size % key_heads):
+        yield Problem(
+            key,
+            f"{size} ranks cannot share {heads} attention heads and {key_heads} key/value heads evenly: it must divide "
+            f"{heads}, and divide {key_heads} or be a multiple of it",
+        )
