@@ -33,8 +33,8 @@ from terrace.generation.vllm_directory import DirectoryEngine
 from terrace.models.attention import choose_backend
 from terrace.models.batch import to_device
 from terrace.models.build import directory_config, materialise, meta_model
+from terrace.models.families.registry import output_layer
 from terrace.models.forward import pack_hidden
-from terrace.models.head import output_layer
 from terrace.models.heads import FOLDER, describe_heads, load_with_heads
 from terrace.models.precision import DTYPES, compute_context
 from terrace.models.shared_prompt import use_shared_prompt_attention

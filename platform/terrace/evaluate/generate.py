@@ -27,8 +27,7 @@ from terrace.generation.tokens import forbidden_tokens, stop_tokens
 from terrace.models.batch import image_facts
 from terrace.models.build import directory_config
 from terrace.models.families.interface import FamilyModel
-from terrace.models.families.registry import family_of_model
-from terrace.models.head import output_layer
+from terrace.models.families.registry import family_of_model, output_layer
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ from terrace.generation.draft_cache import DraftCache
 from terrace.generation.interface import GroupReady, Prompt, Response, Sampling, uniforms
 from terrace.generation.native import COMPACT_SHARE, NativeEngine, Wave, prompts_as_pack, sample_tokens
 from terrace.models.batch import to_device
-from terrace.models.families.registry import family_of_model
-from terrace.models.head import output_layer
+from terrace.models.families.registry import family_of_model, output_layer
 from terrace.models.heads import mtp_hidden
 from terrace.models.precision import DTYPES
 from terrace.models.shared_prompt import Unit, units_hidden

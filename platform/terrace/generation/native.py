@@ -23,7 +23,7 @@ from terrace.data.types import PackedExample, joined_pixels
 from terrace.generation.cache import SharedPromptCache
 from terrace.generation.interface import GroupReady, Heard, Prompt, Response, Sampling, uniforms
 from terrace.models.batch import to_device
-from terrace.models.head import output_layer
+from terrace.models.families.registry import output_layer
 from terrace.models.precision import DTYPES, compute_context
 from terrace.models.shared_prompt import Unit, decode_logits, units_hidden
 from terrace.objectives.grpo import token_logprobs

@@ -12,8 +12,7 @@ import torch
 
 from terrace.errors import DamagedData
 from terrace.models.batch import DeviceBatch
-from terrace.models.families.registry import family_of_model
-from terrace.models.head import output_layer
+from terrace.models.families.registry import family_of_model, output_layer
 
 
 def check_placeholders(batch: DeviceBatch, visual_ids: tuple[int, ...]) -> None:

@@ -16,8 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from terrace.models.families.registry import family_of_model
-
 
 class LossHead(nn.Linear):
     """transformers' `lm_head`, which with `targets` returns the summed cross-entropy instead of logits."""
@@ -31,25 +29,16 @@ class LossHead(nn.Linear):
         return summed_cross_entropy(hidden, self.weight, targets, chunk_tokens)
 
 
-def install_loss_head(model: Any) -> None:
-    """Give a transformers model the head above; parameter, name and tying stay what they were."""
-    old = output_layer(model)
+def install_loss_head(model: Any, path: str = "lm_head") -> None:
+    """Give a transformers model the head above in place of its module `path`; parameter, name and tying stay what they were."""
+    old = model.get_submodule(path)
     if old.bias is not None:
         raise ValueError("the output layer has a bias, which the chunked loss does not support")
     with torch.device("meta"):
         head = LossHead(old.in_features, old.out_features, bias=False)
     head.weight = old.weight
-    owner, _, leaf = _path_of_head(model).rpartition(".")
+    owner, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(owner), leaf, head)
-
-
-def output_layer(model: Any) -> Any:
-    """The layer that gives logits, wherever the class keeps it."""
-    return model.get_submodule(_path_of_head(model))
-
-
-def _path_of_head(model: Any) -> str:
-    return family_of_model(model).head.removesuffix(".weight")
 
 
 def summed_cross_entropy(

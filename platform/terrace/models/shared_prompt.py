@@ -21,9 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from terrace.models.attention import give_language_attention, registered_name, use_attention, visible_within
 from terrace.models.batch import DeviceBatch
-from terrace.models.families.registry import family_of_model
+from terrace.models.families.registry import family_of_model, output_layer
 from terrace.models.forward import hidden_states
-from terrace.models.head import output_layer
 
 NAME = "terrace_flash_shared_prompt"  # "flash" as in models.attention: transformers then builds no mask
 

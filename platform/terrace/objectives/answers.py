@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from terrace.data.types import PackedExample
 from terrace.models.batch import DeviceBatch, to_device
-from terrace.models.head import output_layer
+from terrace.models.families.registry import output_layer
 from terrace.models.shared_prompt import Unit, units_hidden
 from terrace.objectives.grpo import token_logprobs
 from terrace.objectives.lm import empty_pack

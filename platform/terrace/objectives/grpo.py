@@ -26,7 +26,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from terrace.models.batch import DeviceBatch
-from terrace.models.head import output_layer
+from terrace.models.families.registry import output_layer
 from terrace.models.shared_prompt import Unit, units_hidden
 
 

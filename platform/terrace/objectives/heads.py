@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from terrace.models.batch import DeviceBatch
+from terrace.models.families.registry import output_layer
 from terrace.models.forward import pack_hidden
-from terrace.models.head import output_layer
 from terrace.objectives.interface import Opening
 from terrace.objectives.lm import LanguageModelling
 from terrace.recipe.schema import PARTS

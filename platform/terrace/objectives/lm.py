@@ -15,9 +15,8 @@ import torch
 from terrace.data.order.balance import CostModel, cost_of
 from terrace.data.types import PackedExample, no_pixels
 from terrace.models.batch import DeviceBatch, to_device
-from terrace.models.families.registry import family_model, family_of_model
+from terrace.models.families.registry import family_model, family_of_model, output_layer
 from terrace.models.forward import pack_hidden
-from terrace.models.head import output_layer
 from terrace.models.sequence_parallel import shard_to_device
 from terrace.objectives.experts import ExpertBalance
 from terrace.objectives.interface import Counts, Objective, Opening, StageRun, StepExamples

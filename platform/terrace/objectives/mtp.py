@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from terrace.models.batch import DeviceBatch
-from terrace.models.head import output_layer
+from terrace.models.families.registry import output_layer
 from terrace.models.heads import mtp_hidden
 from terrace.objectives.heads import Ahead, HeadsObjective, ahead
 from terrace.objectives.interface import Opening, StepExamples

@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from terrace.data.types import PackedExample
 from terrace.models.attention import choose_backend
 from terrace.models.batch import DeviceBatch, to_device
-from terrace.models.families.registry import family_of_model
-from terrace.models.head import output_layer
+from terrace.models.families.registry import family_of_model, output_layer
 from terrace.models.shared_prompt import Unit, units_hidden, use_shared_prompt_attention
 from terrace.objectives.interface import Counts, Objective, Opening, StageRun, StepExamples
 from terrace.objectives.lm import empty_pack

@@ -103,7 +103,7 @@ class FamilyModel:
     def skeleton(self, config: Any) -> Any:
         """The transformers model, made where torch's default device is; its output layer computes the loss."""
         model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
-        install_loss_head(model)
+        install_loss_head(model, self.head.removesuffix(".weight"))
         return model
 
     def initial(self, name: str, config: Any, shape: torch.Size) -> torch.Tensor | None:

@@ -28,3 +28,8 @@ def family_of_model(model: Any) -> FamilyModel:
     if found is None:
         found = model.__dict__["_terrace_family"] = family_model(model.config)
     return found
+
+
+def output_layer(model: Any) -> Any:
+    """The layer that gives logits, wherever the class keeps it."""
+    return model.get_submodule(family_of_model(model).head.removesuffix(".weight"))
