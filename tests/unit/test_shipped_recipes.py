@@ -76,6 +76,7 @@ STATED = [
     ("qwen-vl-7b", ("projector",), 0.08e9, 0.005 / 0.08),  # two figures at most; the tower's "1.9B" is not what its class has
     ("qwen-vl-7b", ("language",), 7.7e9, 0.05 / 7.7),
     ("qwen-vl-7b", PARTS, 9.6e9, 0.06 / 9.6),
+    ("cogvlm-17b", ("projector",), 6.5e9, 0.05 / 6.5),  # "6.5B trainable"
     ("kimi-vl-a3b", ("language",), 16e9, 0.5 / 16),  # "16B", with 2.8B active
     ("kimi-vl-a3b", ("vision",), 400e6, 50 / 400),  # "400M"
 ]
