@@ -36,31 +36,17 @@ from terrace.recipe.schema_inputs import (
     Tokenizer,
     Weight,
 )
-from terrace.recipe.schema_lora import Lora
 from terrace.recipe.schema_model import Initialisation, Model
 from terrace.recipe.schema_optimizer import Optimizer, Schedule, WeightAverage
 from terrace.recipe.schema_pairs import PairOptions
 from terrace.recipe.schema_preference import DpoOptions, KtoOptions, MpoOptions, OrpoOptions, SimpoOptions
+from terrace.recipe.schema_training import PartTraining
 
 # Names that readers of a recipe import from here, wherever in the schema they are defined.
 __all__ = ["PARTS", "Initialisation", "PartName", "Recipe", "SampleKind", "Source", "Stage", "Storage"]
 
 
 # ---------------------------------------------------------------- stage
-
-
-class PartTraining(Strict):
-    lr: Positive = Field(description="Peak learning rate of the part.")
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="Learning rate of layer l is lr * layer_decay^(layers - l) (BEiT, Qwen-VL: 0.95 for the ViT)."
-    )
-    optimizer_state: Literal["reset", "keep"] = Field("reset", description="At the stage's start, if the part trained before.")
-    activation_checkpointing: bool = Field(False, description="Recompute the part's activations in the backward pass to save memory.")
-    weight_decay: Annotated[float, Field(ge=0)] | None = Field(None, description="Overrides the optimizer's for this part.")
-    only: list[Annotated[str, Field(min_length=1)]] = Field(
-        [], description="Only tensors with one of these words in their names train (`mlp`, `self_attn.q_proj`); none given: all."
-    )
-    lora: Lora | None = Field(None, description="Low-rank adapters train in place of the part's own weights.")
 
 
 class TrainedParts(Strict):
