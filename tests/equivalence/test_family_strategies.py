@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from expert_steps import train_experts
 from families import NAMES, QUICK
 from family_ranks import STEPS, train_families
 from processes import run_ranks
 
+SHARED = ("kimi_k25", "gemma3", "paligemma")  # whose attention is more than causal over heads of one width
 OTHERS = [name for name in NAMES if name not in QUICK]
 
 
@@ -22,3 +24,16 @@ def test_two_ranks_one_of_them_without_a_picture_equal_one_process(tmp_path, nam
         assert len(alone[name, "ddp"]) == STEPS
         for strategy in ("ddp", "fsdp", "zero3"):
             np.testing.assert_allclose(together[name, strategy], alone[name, "ddp"], rtol=2e-5, err_msg=f"{name} under {strategy}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ranks_that_share_a_pack_equal_one_process(tmp_path):
+    """Narrower values (latent attention), and groups and windows of the whole pack, through the all-to-all of sequence parallelism."""
+    torch.set_num_threads(1)
+    packs, shared = [[0, 1], [2, 3, 4]], {"parallel": {"strategy": "ddp", "sequence_parallel": 2}}
+    for name in SHARED:
+        [alone] = train_experts(0, 1, name, [("ddp", packs, {})], str(tmp_path / name))
+        [together] = run_ranks(2, train_experts, name, [("ddp", packs, shared)], str(tmp_path / name), timeout=800)[0]
+        for line, other in zip(alone[1:3], together[1:3]):
+            np.testing.assert_allclose([other["loss"], other["grad_norm"]], [line["loss"], line["grad_norm"]], rtol=1e-4, err_msg=name)

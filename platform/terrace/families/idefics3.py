@@ -166,7 +166,7 @@ class Idefics3(Family):
     def shape(cls, config: Mapping[str, Any], vocabulary: int | None = None) -> ModelShape:
         language = qwen_language(config, vocabulary, attention_biases=bool(config["text_config"].get("attention_bias", False)))
         shuffled = config.get("scale_factor", cls().shuffle) ** 2
-        tower = siglip_tower(config["vision_config"], patches_per_token=shuffled, post_norm=True)
+        tower = siglip_tower(config["vision_config"], patches_per_token=shuffled, post_norm=True, tiles=True)
         products = tower.width * shuffled * language.width
         return ModelShape(tower, ProjectorShape(products, products, 0), language)
 

@@ -148,7 +148,8 @@ class MiniCPMV(ChatML):
                 depth=depth, width=width, intermediate=inner, heads=vision["num_attention_heads"], gated=False, window=None,
                 full_blocks=depth, patch_values=values, patches_per_token=MERGE**2, block_parameters=block,
                 other_parameters=values * width + width + places * width + norm + merger,
-                kept_inner=2, merged_blocks=depth - 1 - config.get("insert_layer_id", 6), merged_patches=window,
+                tile_patches=(config.get("image_size", 448) // vision["patch_size"]) ** 2, kept_inner=2,
+                merged_blocks=depth - 1 - config.get("insert_layer_id", 6), merged_patches=window,
                 merger_products=4 * width * width + window * width * inner + inner * width, merger_keys=window,
             ),
             ProjectorShape(

@@ -32,6 +32,12 @@ class Blip2Model(FamilyModel):
     def canonical_name(self, name: str) -> str:
         return name
 
+    def initial(self, name: str, config: Any, shape: torch.Size) -> torch.Tensor | None:
+        """The class starts all queries at zero: equal, they would stay equal. The published code draws them."""
+        if name != "query_tokens":
+            return None
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)) * config.qformer_config.initializer_range
+
     def vision(self, model: Any) -> Any:
         return model.vision_model
 
