@@ -87,6 +87,9 @@ class FakeEngine:
         for internal in list(self.waiting)[::-1][: self.seen.answered_together]:
             name, prompt, parameters = self.waiting.pop(internal)
             outputs.append(self._answer(name, prompt, parameters))
+        for name, _, _ in self.waiting.values():  # begun: one token so far, as vLLM tells it, all tokens each time
+            begun = SimpleNamespace(token_ids=[int(name) % 50], finish_reason=None)
+            outputs.append(SimpleNamespace(request_id=name, finished=False, outputs=[begun]))
         return outputs
 
     def _answer(self, name: str, prompt: dict, parameters: SamplingParams) -> Any:

@@ -130,7 +130,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
     },
     "smolvlm": {
-        "text_config": TEXT, "vision_config": TOWER | {"image_size": 64, "patch_size": 16}, "scale_factor": 4,
+        "text_config": TEXT, "vision_config": TOWER | {"image_size": 66, "patch_size": 16}, "scale_factor": 4,
         "tie_word_embeddings": True,
     },
     "glm4v": {
@@ -161,7 +161,7 @@ MIDDLE: dict[str, dict[str, Any]] = {  # what `middle_case` changes of a configu
     },
     "minicpmv4_6": {"vision_config": MIDDLE_TOWER, "insert_layer_id": 1},
     "idefics3": {"vision_config": MIDDLE_TOWER | {"image_size": 112}},
-    "smolvlm": {"vision_config": MIDDLE_TOWER | {"image_size": 128}},
+    "smolvlm": {"vision_config": MIDDLE_TOWER | {"image_size": 130}},
     "blip_2": {
         "vision_config": MIDDLE_TOWER | {"image_size": 112}, "qformer_config": Q_FORMER | MIDDLE_TOWER | {"encoder_hidden_size": 128},
         "text_config": OPT | {"hidden_size": 256, "ffn_dim": 688, "num_hidden_layers": 4, "word_embed_proj_dim": 256},
@@ -174,7 +174,7 @@ MIDDLE: dict[str, dict[str, Any]] = {  # what `middle_case` changes of a configu
 }  # fmt: skip
 PIXELS: dict[str, Bounds] = {
     "qwen3_vl": (4_096, 40_000), "qwen3_vl_moe": (4_096, 40_000), "internvl": (3_136, 6 * 56 * 56), "minicpmv4_6": (12_544, 5 * 112 * 112),
-    "idefics3": (3_136, 168 * 168), "smolvlm": (4_096, 192 * 192), "mistral3": (784, 140 * 140), "fuyu": (324, 162 * 288),
+    "idefics3": (3_136, 168 * 168), "smolvlm": (4_356, 198 * 198), "mistral3": (784, 140 * 140), "fuyu": (324, 162 * 288),
 }  # fmt: skip
 WORDS = ["How many circles are there? A red circle and 3 blue squares.\n", "USER: ASSISTANT: You are a helpful assistant. user system"]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from packs import random_pack
 
-from terrace.curriculum.attempt_worker import complete_stage
+from terrace.curriculum.attempt_worker import complete_stage, run_stage
 from terrace.data.types import PackedExample
 from terrace.models.build import model_config
 from terrace.objectives.interface import StageFeed
@@ -86,6 +86,12 @@ def train_stages(
         start = stage_dir(Path(run_dir), index - 1) / "final" if index else None
         results.append(train(recipe, index, memory_feed(recipe, index, context), folder, start, context))
     return results
+
+
+def run_prepared(rank: int, world_size: int, recipe_values: dict[str, Any], run_dir: str, attempt: int) -> None:
+    """The first stage of a recipe over data that was prepared in `run_dir`, from its newest checkpoint."""
+    context = WorkerContext(rank=rank, world_size=world_size, local_rank=rank)
+    run_stage(Recipe.model_validate(recipe_values), 0, Path(run_dir), attempt, context)
 
 
 def train_each(rank: int, world_size: int, recipes: dict[str, dict[str, Any]], out: str) -> None:

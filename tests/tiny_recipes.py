@@ -33,7 +33,7 @@ RUN = {
 def tiny(name: str, folder: Path, steps: int = 2) -> Recipe:
     """The shipped recipe `name` in miniature, over rows that are written into `folder`."""
     recipe = load_recipe(name)
-    whole = recipe.model_dump(mode="json", exclude_none=True)
+    whole = recipe.model_dump(mode="json")
     architecture = recipe.model.architecture
     whole["model"] = tiny_model(recipe)
     whole["tokenizer"] = {"train_vocabulary_size": 400}
@@ -51,11 +51,12 @@ def tiny(name: str, folder: Path, steps: int = 2) -> Recipe:
         values["schedule"]["warmup"] = min(values["schedule"]["warmup"], 1)  # more is a number of the published steps
         low, high = PIXELS.get(architecture, (784, 12_544))
         for bounds in (values, *values.get("changes", ())):
-            if "pixels" in bounds:
+            if bounds["pixels"]:
                 bounds["pixels"] = {"min": low, "max": high}
-        if side := values.get("model_changes", {}).get("interpolate_positions"):
-            before = (recipe.model.config or {})["vision_config"]["image_size"]
-            values["model_changes"]["interpolate_positions"] = side * whole["model"]["config"]["vision_config"]["image_size"] // before
+        if side := (values["model_changes"] or {}).get("interpolate_positions"):
+            published, small = ((model or {})["vision_config"] for model in (recipe.model.config, whole["model"]["config"]))
+            patches = side * small["image_size"] // published["image_size"] // small["patch_size"]
+            values["model_changes"]["interpolate_positions"] = patches * small["patch_size"]
         if values["objective"] == "grpo":
             values["grpo"] |= {"prompts_per_iteration": 2, "samples_per_prompt": 3, "max_response_tokens": 8, "max_sampling_rounds": 1,
                                "engine": "native"}  # fmt: skip

@@ -254,7 +254,7 @@ def _findings(
         why = (absent.reason(lacking), absent.message(lacking))
         findings += [quota, Finding("Progressing", "False", *why), Finding("Degraded", "True", *why)]
     else:
-        findings += [quota, _progressing(state, current, shown, waiting, quota), _degraded(name, current, world)]
+        findings += [quota, _progressing(state, current, shown, waiting, quota), _degraded(name, state, current, world)]
     # At a missed gate nothing runs and nothing is held either, and suspend must not answer the gate.
     at_rest = state.phase == "suspended" or (state.phase == "paused" and accepted.spec.suspend)
     for kind, holds in (("Suspended", at_rest), ("Succeeded", state.phase == "succeeded")):
@@ -290,14 +290,15 @@ def _progressing(state: RunState, current: StageState | None, shown: Manifest, w
     return Finding("Progressing", "True", reason, text)
 
 
-def _degraded(name: str, current: StageState | None, world: World) -> Finding:
+def _degraded(name: str, state: RunState, current: StageState | None, world: World) -> Finding:
     """What is not as it should be while it still goes on."""
     stuck = [job for job, seconds in world.deleting_seconds.items() if seconds > 120.0 and job in world.rayjobs]
     if stuck:
         text = f"pods of {stuck[0]} do not end; their node is probably dead: taint it with node.kubernetes.io/out-of-service"
         return Finding("Degraded", "True", "OldPodsTerminating", text)
-    if current is not None and current.phase == "waiting" and current.reason in ("Stalled", "HeadLost", "AttemptLost"):
-        return Finding("Degraded", "True", current.reason, current.message)
+    for stage in state.stages:
+        if stage.phase == "waiting" and stage.reason in ("Stalled", "HeadLost", "AttemptLost"):
+            return Finding("Degraded", "True", stage.reason, stage.message)
     job = _job(name, current, world)
     if current and job is not None and not observe.is_queued(job) and not observe.status_of(job) and world.quiet(current) > SILENT_SECONDS:
         text = f"KubeRay has not looked at RayJob {job['metadata']['name']}: is its operator running, and does it watch this namespace?"

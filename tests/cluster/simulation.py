@@ -367,24 +367,9 @@ class Simulation:
         if self.running.get(slot(self, name)) == name:
             del self.running[slot(self, name)]
 
-    # ------------------------------------------------------------ figures
-
     @property
     def started(self) -> int:
         return sum(stage["attempt"] for number in range(self.curricula) for stage in self.status(f"c{number}").get("stages", ()))
-
-    def figures(self) -> dict[str, float]:
-        phases = Counter(self.status(f"c{number}").get("phase") for number in range(self.curricula))
-        calls = sum(count for call, count in self.calls.items() if not call.endswith(" Event"))
-        return {
-            "curricula": self.curricula, "stage attempts": self.started, "succeeded": phases["Succeeded"],
-            "failed (budget spent)": phases["Failed"], "invariants broken": len(self.broken),
-            "reconciles per attempt": round(self.reconciles / max(self.started, 1), 1),
-            "CPU milliseconds per reconcile": round(1000 * self.reconcile_seconds / max(self.reconciles, 1), 2),
-            "API calls per attempt (without events)": round(calls / max(self.started, 1), 1),
-            "status writes per attempt": round(self.calls["replace_status Curriculum"] / max(self.started, 1), 1),
-            "virtual hours": round(self.clock.forward / 3600, 1),
-        }  # fmt: skip
 
 
 def main() -> int:

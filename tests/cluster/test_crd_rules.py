@@ -86,6 +86,8 @@ WRONG = {
     # defaults
     "default of another type": (field(type="integer", default="x"), "default"),
     "default below the minimum": (field(type="integer", minimum=3, default=2), "default"),
+    "default at an exclusive bound with a fraction": (
+        field(type="number", maximum=0.5, exclusiveMaximum=True, default=0), "should be less than 0"),
     "default with an unknown field": (
         field(type="object", properties={"a": {"type": "string"}}, default={"b": "x"}), "must not have unknown fields"),
     "default that breaks a rule": (

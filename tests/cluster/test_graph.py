@@ -79,6 +79,7 @@ def test_silence_of_one_branch_is_not_hidden_by_the_other(bench):
     behaviour = {"stages": {"reward": {"attempts": {"1": {"hang": True}}}, "sft": {"steps": 200}}}
     bench.store.create(graph(behaviour, failurePolicy={"stallTimeoutSeconds": 30, "backoffSeconds": 0.2}))
     until(bench, both_run)
+    until(bench, lambda status: condition(status, "Degraded")["reason"] == "Stalled", 60)
     status = until(bench, lambda status: status["stages"][1]["attempt"] == 2, 60)
     assert (status["stages"][1]["infraRestarts"], status["stages"][2]["attempt"]) == (1, 1)
 

@@ -7,6 +7,7 @@ import logging
 import pytest
 from simulation import Simulation
 from simulation_checks import LIMITS
+from simulation_table import figures
 
 
 @pytest.fixture(autouse=True)
@@ -68,6 +69,6 @@ def test_a_thousand_curricula_and_flat_cost():
     small, large = Simulation(100, seed=1).run(), Simulation(1000, seed=1).run()
     assert small.broken == large.broken == []
     assert large.started >= 9_000
-    few, many = small.figures(), large.figures()
+    few, many = figures(small), figures(large)
     for what in ("reconciles per attempt", "API calls per attempt (without events)"):
         assert many[what] < 1.15 * few[what]

@@ -206,10 +206,11 @@ def test_heads_train_resume_and_are_exported_beside_the_model(kind, frozen, tmp_
 def test_every_strategy_gives_the_losses_of_one_process(tmp_path):
     torch.set_num_threads(1)
     jobs = {}
-    for kind in STAGES:
-        train_stages(0, 1, recipe_of(kind).model_dump(mode="json"), str(tmp_path / kind))
+    for kind, frozen in (("mtp", False), ("medusa", False), ("medusa", True)):
+        name = f"{kind}{'_frozen' if frozen else ''}"
+        train_stages(0, 1, recipe_of(kind, frozen).model_dump(mode="json"), str(tmp_path / name))
         for strategy in ("ddp", "fsdp", "zero2", "zero3"):
-            jobs[f"{kind}-{strategy}"] = recipe_of(kind, parallel={"strategy": strategy}).model_dump(mode="json")
+            jobs[f"{name}-{strategy}"] = recipe_of(kind, frozen, parallel={"strategy": strategy}).model_dump(mode="json")
     run_ranks(2, train_each, jobs, str(tmp_path), timeout=900)
     for name in jobs:
         np.testing.assert_allclose(losses(tmp_path / name), losses(tmp_path / name.split("-")[0]), rtol=2e-5, err_msg=name)

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 
 import pytest
+from processes import run_ranks
+from ranks import run_prepared
 from tiny_recipes import tiny
 
 from terrace.curriculum.attempt_worker import run_stage
@@ -68,3 +70,21 @@ def test_a_changing_stage_is_resumed_exactly_and_ends_as_it_became(tmp_path: Pat
                 run_stage(recipe, 0, again, attempt, WorkerContext(should_stop=lambda asked=asked: next(asked, "told")))
         run_stage(recipe, 0, again, len(stops) + 1, WorkerContext())
         assert weights(again) == weights(run_dir)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [1, 3])
+def test_it_goes_on_with_another_number_of_workers(stop: int, tmp_path: Path) -> None:
+    """Saved by one worker before or behind the change, continued by two: the losses of the uninterrupted run."""
+    recipe, run_dir, again = recipe_of(tmp_path / "rows"), tmp_path / "run", tmp_path / "again"
+    for folder in (run_dir, again):
+        prepare_data(recipe, folder, use_ray=False)
+    run_stage(recipe, 0, run_dir, 1, WorkerContext())
+    asked = iter([None] * (stop - 1))
+    with pytest.raises(Preempted, match=f"saved at step {stop};"):
+        run_stage(recipe, 0, again, 1, WorkerContext(should_stop=lambda: next(asked, "told")))
+    run_ranks(2, run_prepared, recipe.model_dump(mode="json"), str(again), 2, timeout=300)
+    alone, continued = lines(run_dir), lines(again)
+    assert [line["step"] for line in continued] == [1, 2, 3, 4]
+    assert [line["loss"] for line in continued] == pytest.approx([line["loss"] for line in alone], rel=1e-5)
+    assert [line["visual_tokens"] for line in continued] == [line["visual_tokens"] for line in alone]

@@ -93,6 +93,7 @@ def test_the_command_answers_lines_of_a_pipe_and_keeps_the_conversation(run_dir,
     ("given", "words"),
     [
         (["{}/nothing"], "no such folder"),
+        (["s3://bucket/runs/mine"], "copy the stage's final/ here"),
         (["{}/picture.png"], "no folder"),
         (["{}/runs"], "no config.json"),
         (["{}/runs/mine", "--image", "{}/none.png"], "no such file"),

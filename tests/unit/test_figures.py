@@ -15,7 +15,7 @@ from report_run import START, write_run  # a run with a kill, a failure and an R
 
 from terrace.curriculum.report_command import collect_run
 from terrace.curriculum.status import print_status, run_status
-from terrace.track.figures import evaluation_mean, last_measured, measure_of, stage_figures
+from terrace.track.figures import evaluation_mean, last_measured, measure_of, parameters_of, stage_figures
 from terrace.track.points import stage_points
 from terrace.track.report.page import write_page
 
@@ -34,6 +34,18 @@ def test_figures_are_measured_or_absent():
     assert (bare.flops_per_second, bare.flops, bare.memory_peak_bytes) == (None, None, None)
     assert stage_figures([]).last is None
     assert stage_figures(rows[:2]).last is None  # the newest loss was not finite
+
+
+def test_parameters_are_those_that_lie_there(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    assert parameters_of(tmp_path) is None
+    save_file({"a": torch.zeros(3, 5), "b": torch.zeros(7)}, tmp_path / "model-1.safetensors", {"format": "pt"})
+    save_file({"c": torch.zeros(2, 2, 2, dtype=torch.bfloat16)}, tmp_path / "model-2.safetensors")
+    assert parameters_of(tmp_path) == 15 + 7 + 8
+    (tmp_path / "model-3.safetensors").write_bytes(b"\0" * 100)
+    assert parameters_of(tmp_path) is None
 
 
 def test_losses_and_rewards_are_not_averaged_with_each_other():

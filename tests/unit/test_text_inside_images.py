@@ -20,6 +20,7 @@ from terrace.data.tokenizer import train_tokenizer
 from terrace.data.types import Sample
 from terrace.errors import InputError
 from terrace.families.registry import family_values, make_family, stored_family
+from terrace.planner.flops import assumed_load, exact_load
 from terrace.recipe.rules import check
 from terrace.recipe.schema import Recipe
 
@@ -119,6 +120,12 @@ def test_two_line_ends_are_as_many_tokens_as_the_tokenizer_makes_of_them(folder)
     assert found == {"split": 2, "joined": 1}
 
 
+def test_a_language_model_that_cannot_be_packed_is_refused_wherever_it_comes_from():
+    config = recipe_model("minicpmv4_6")["config"]
+    with pytest.raises(InputError, match="minicpmv4_6 with a language model of type qwen3_5_text, whose attention cannot be packed here"):
+        make_family("minicpmv4_6", {**config, "text_config": {**config["text_config"], "model_type": "qwen3_5_text"}})
+
+
 def test_a_part_that_a_family_lacks_is_refused_by_name():
     values = {
         "name": "r", "model": recipe_model("fuyu"), "tokenizer": {"train_vocabulary_size": 400}, "data": {"sources": {"a": {"uri": "x"}}},
@@ -139,6 +146,19 @@ def test_vllm_is_refused_where_pictures_cannot_be_given_back_whole():
     assert any("grpo.engine: vllm cannot answer for llava_next" in line for line in told)
     values["model"] = recipe_model("mistral3")
     assert not any("grpo.engine" in str(problem) for problem in check(Recipe.model_validate(values)))
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "idefics3", "internvl"])
+def test_an_estimate_without_data_counts_attention_within_tiles(name, folder):
+    case = case_of(name, folder)
+    shape = case.family.shape(case.config.to_dict())
+    view = case.family.view(900, 900, case.pixels)
+    pictures = case.family.tower_pictures(view.facts)
+    exact = exact_load(shape, [512], pictures, 1)
+    assumed = assumed_load(shape, 512, exact.visual_tokens, 512, exact.visual_tokens)
+    assert len(pictures) > 1
+    assert assumed.pictures == pytest.approx(len(pictures))
+    assert assumed.image_squares == pytest.approx(sum((rows * columns) ** 2 for rows, columns in pictures))
 
 
 def test_canvases_survive_a_manifest():

@@ -186,6 +186,17 @@ def test_prompts_are_un_expanded_and_every_sample_has_its_own_seed(engine_of, se
     assert [parameters.seed for _, parameters in seen.calls[-1][1]] == seeds[3:], "whatever else is in the batch"
 
 
+def test_tokens_are_told_as_they_come_each_once(engine_of, seen):
+    engine = engine_of()
+    engine.update_weights(weights)
+    told: dict[tuple[int, int], list[list[int]]] = {}
+    groups = engine._loaded.generate(PROMPTS, SAMPLING, None, lambda *who: told.setdefault(who[:2], []).append(list(who[2])))
+    for place, group in enumerate(groups):
+        for sample, response in enumerate(group):
+            assert [token for piece in told[place, sample] for token in piece] == response.tokens.tolist()
+    assert any(len(pieces) > 1 for pieces in told.values()), "some came in pieces"
+
+
 def test_neighbouring_images_stay_images_of_their_own(engine_of, seen):
     engine = engine_of()
     engine.update_weights(weights)

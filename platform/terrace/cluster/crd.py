@@ -62,7 +62,10 @@ def structural(schema: dict[str, Any], definitions: dict[str, Any], path: str = 
     node: dict[str, Any] = {key: schema[key] for key in KEPT if key in schema}
     for bound, exclusive in (("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")):
         if exclusive in schema:
-            node |= {bound: schema[exclusive], exclusive: True}
+            # The API server compares a whole number with the whole part of a bound, so 0 would not be below 0.5: such a bound is
+            # inclusive there, and the operator refuses the bound itself.
+            whole = float(schema[exclusive]).is_integer()
+            node |= {bound: schema[exclusive], **({exclusive: True} if whole else {})}
     if node.get("type") == "integer":
         node["format"] = "int64"
     if node.get("type") == "string" and "enum" not in node:

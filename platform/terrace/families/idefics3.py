@@ -166,7 +166,7 @@ class Idefics3(Family):
     def shape(cls, config: Mapping[str, Any], vocabulary: int | None = None) -> ModelShape:
         language = qwen_language(config, vocabulary, attention_biases=bool(config["text_config"].get("attention_bias", False)))
         shuffled = config.get("scale_factor", cls().shuffle) ** 2
-        tower = siglip_tower(config["vision_config"], patches_per_token=shuffled, post_norm=True)
+        tower = siglip_tower(config["vision_config"], patches_per_token=shuffled, post_norm=True, tiles=True)
         products = tower.width * shuffled * language.width
         return ModelShape(tower, ProjectorShape(products, products, 0), language)
 
@@ -182,9 +182,9 @@ class Idefics3(Family):
         if vision["hidden_size"] % vision["num_attention_heads"]:
             yield (*at, "num_attention_heads"), f"{vision['num_attention_heads']} heads do not divide {vision['hidden_size']}"
         shuffle = config.get("scale_factor", cls().shuffle)
-        if vision["image_size"] % (vision["patch_size"] * shuffle):
-            token = vision["patch_size"] * shuffle
-            yield (*at, "image_size"), f"{vision['image_size']} is no multiple of patch_size x scale_factor, {token}"
+        across = vision["image_size"] // vision["patch_size"]
+        if across < shuffle or across % shuffle:
+            yield (*at, "image_size"), f"its {across} x {across} patches cannot be merged by scale_factor {shuffle}"
 
     def check_pixels(self, low: int, high: int) -> Iterator[Finding]:
         if high < self.side * self.side:

@@ -124,7 +124,7 @@ class InternVL(ChatML):
             VisionShape(
                 depth=depth, width=width, intermediate=inner, heads=vision["num_attention_heads"], gated=False, window=None,
                 full_blocks=depth, patch_values=values, patches_per_token=patches / family.tokens, block_parameters=block,
-                other_parameters=other + unused, extra_tokens=1,
+                other_parameters=other + unused, extra_tokens=1, tile_patches=patches,
             ),
             ProjectorShape(
                 2 * merged + merged * language.width + language.width * language.width + 2 * language.width,

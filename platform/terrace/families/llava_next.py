@@ -92,7 +92,8 @@ class LlavaNext(Llava):
     def shape(cls, config: Mapping[str, Any], vocabulary: int | None = None) -> ModelShape:
         shape = super().shape(config, vocabulary)
         newline = shape.language.width
-        return replace(shape, projector=replace(shape.projector, parameters=shape.projector.parameters + newline))
+        projector = replace(shape.projector, parameters=shape.projector.parameters + newline)
+        return replace(shape, projector=projector, vision=replace(shape.vision, tile_patches=cls.of(config).cells ** 2))
 
     @classmethod
     def check(cls, config: Mapping[str, Any], trained_tokenizer: bool) -> Iterator[Finding]:

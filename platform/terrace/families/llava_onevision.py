@@ -91,7 +91,7 @@ class LlavaOnevision(ChatML, LlavaNext):
     @classmethod
     def shape(cls, config: Mapping[str, Any], vocabulary: int | None = None) -> ModelShape:
         language = qwen_language(config, vocabulary, attention_biases=True)
-        tower, width = siglip_tower(config["vision_config"], idle_blocks(config, -1)), language.width
+        tower, width = siglip_tower(config["vision_config"], idle_blocks(config, -1), tiles=True), language.width
         first = tower.width * width + width * width
         biases = 2 * width if config.get("multimodal_projector_bias", True) else 0
         return ModelShape(tower, ProjectorShape(first + biases + width, first, width), language)

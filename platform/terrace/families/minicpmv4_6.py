@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from terrace.errors import InputError
 from terrace.families.chatml import MARKS, ChatML, chat_template
 from terrace.families.checks import complete, language_rules
 from terrace.families.interface import Bounds, Finding, Picture, Piece, View
@@ -51,7 +52,9 @@ class MiniCPMV(ChatML):
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> MiniCPMV:
-        vision = config.get("vision_config") or {}
+        vision, kind = config.get("vision_config") or {}, (config.get("text_config") or {}).get("model_type")
+        if kind is not None and kind not in LANGUAGES:  # also where a checkpoint brings it
+            raise InputError(f"model: {cls.name} with a language model of type {_refused(kind)}")
         return cls(config.get("image_size", 448), vision.get("patch_size", 14))
 
     # ------------------------------------------------------------ an image
@@ -145,7 +148,8 @@ class MiniCPMV(ChatML):
                 depth=depth, width=width, intermediate=inner, heads=vision["num_attention_heads"], gated=False, window=None,
                 full_blocks=depth, patch_values=values, patches_per_token=MERGE**2, block_parameters=block,
                 other_parameters=values * width + width + places * width + norm + merger,
-                kept_inner=2, merged_blocks=depth - 1 - config.get("insert_layer_id", 6), merged_patches=window,
+                tile_patches=(config.get("image_size", 448) // vision["patch_size"]) ** 2, kept_inner=2,
+                merged_blocks=depth - 1 - config.get("insert_layer_id", 6), merged_patches=window,
                 merger_products=4 * width * width + window * width * inner + inner * width, merger_keys=window,
             ),
             ProjectorShape(
@@ -160,7 +164,7 @@ class MiniCPMV(ChatML):
         yield from language_rules(config, trained_tokenizer)
         kind = (config.get("text_config") or {}).get("model_type", "qwen3_5_text")
         if kind not in LANGUAGES:
-            yield ("text_config", "model_type"), f"{kind} (linear attention) cannot be packed here; there are {', '.join(LANGUAGES)}"
+            yield ("text_config", "model_type"), _refused(kind)
         vision, at = config.get("vision_config"), ("vision_config",)
         fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
         if not isinstance(vision, dict) or not (yield from complete(vision, fields, at)):
@@ -210,6 +214,10 @@ class MiniCPMV(ChatML):
 
     def processor(self) -> dict[str, Any]:
         return {"processor_class": "MiniCPMV4_6Processor"}
+
+
+def _refused(kind: str) -> str:
+    return f"{kind}, whose attention cannot be packed here; there are {', '.join(LANGUAGES)}"
 
 
 FAMILY = MiniCPMV

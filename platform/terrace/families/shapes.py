@@ -27,6 +27,7 @@ class VisionShape:
     extra_tokens: int = 0  # per picture, beside its patches (a class token)
     unused_parameters: int = 0  # of those above, what never gets a gradient
     idle_blocks: int = 0  # blocks whose output nobody takes: they run forward only
+    tile_patches: int | None = None  # of a picture at most, where an image is cut into tiles; None: the tower sees an image whole
     outer_norms: int = 0  # RMSNorms over patches outside of the blocks
     padded: bool = False  # patches are embedded for a rectangle around each picture that holds the largest of the pack
     kept_inner: int = 3  # tensors of the feed-forward's width that its backward needs; 2 where its activation is one fused function

@@ -29,15 +29,15 @@ class LossHead(nn.Linear):
         return summed_cross_entropy(hidden, self.weight, targets, chunk_tokens)
 
 
-def install_loss_head(model: Any, path: str = "lm_head") -> None:
-    """Give a transformers model the head above in place of its module `path`; parameter, name and tying stay what they were."""
-    old = model.get_submodule(path)
+def install_loss_head(model: Any, name: str) -> None:
+    """Give a transformers model the head above in place of the layer of this name; parameter, name and tying stay what they were."""
+    old = model.get_submodule(name)
     if old.bias is not None:
         raise ValueError("the output layer has a bias, which the chunked loss does not support")
     with torch.device("meta"):
         head = LossHead(old.in_features, old.out_features, bias=False)
     head.weight = old.weight
-    owner, _, leaf = path.rpartition(".")
+    owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, head)
 
 

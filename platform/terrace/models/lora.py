@@ -25,7 +25,7 @@ from terrace.errors import InputError, nearest
 from terrace.models.families.registry import family_of_model
 from terrace.models.weights import TensorSource
 from terrace.recipe.schema import PARTS, Stage
-from terrace.recipe.schema_lora import Lora
+from terrace.recipe.schema_training import Lora
 
 ADAPTER = "default"  # peft's name of the only adapter
 BASE, DOWN, UP = ".base_layer.", f".lora_A.{ADAPTER}.", f".lora_B.{ADAPTER}."

@@ -10,6 +10,7 @@ its input's gradient (where anything before it trains). So a frozen part costs f
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -64,7 +65,7 @@ def assumed_load(shape: ModelShape, tokens: float, visual_tokens: float, segment
     """The load of a pack of equal segments and equal images; every token that is not visual is supervised."""
     merge = shape.vision.patches_per_token
     patches = max(visual_tokens, 1.0) * merge
-    image = max(1.0, min(image_tokens, visual_tokens)) * merge
+    image = min(max(1.0, min(image_tokens, visual_tokens)) * merge, shape.vision.tile_patches or math.inf)
     window = image if shape.vision.window is None else min(image, shape.vision.window**2)
     return PackLoad(
         tokens=tokens,

@@ -19,7 +19,7 @@ from terrace.planner.data_facts import SourceFacts
 from terrace.planner.flops import PackFlops, training_flops
 from terrace.planner.gpus import find_gpu, usable_bytes
 from terrace.planner.memory import Memory, gradients_reach, optimizer_bytes, stage_memory, worst_pack
-from terrace.planner.parameters import active_parameters, parameter_counts, trainable_counts, trained_parts
+from terrace.planner.parameters import active_parameters, head_parameters, parameter_counts, trainable_counts, trained_parts
 from terrace.planner.shapes import model_shape
 from terrace.planner.work import Work, has_images, stage_work
 from terrace.recipe.changes import stage_recipe
@@ -129,7 +129,7 @@ def _stage_plan(
     peak = gpu.bf16_tflops * 1e12 * (0.5 if stage.precision == "fp32" else 1.0)  # TF32 runs at half the rate of bf16
     parameters = parameter_counts(shape)
     everything = sum(parameters.values())
-    checkpoint = WEIGHT_BYTES * everything + optimizer_bytes(shape, stage)
+    checkpoint = WEIGHT_BYTES * (everything + head_parameters(shape, stage)) + optimizer_bytes(shape, stage)
     limit = usable_bytes(gpu, recipe.planning)
     notes = []
     counted_first = counts_experts_first(recipe, stage, workers)

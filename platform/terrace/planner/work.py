@@ -160,7 +160,8 @@ def _mixed(means: Mapping[str, SampleMeans], shares: Mapping[str, float]) -> Sam
 def _load(mean: SampleMeans, shape: ModelShape) -> PackLoad:
     merge = shape.vision.patches_per_token
     patches = max(mean.visual_tokens, 1.0) * merge
-    image = max(mean.image_squares * merge**2 / patches, float(merge))  # mean patches that a patch sees in its image
+    image = max(mean.image_squares * merge**2 / patches, float(merge))  # mean patches that a patch sees in its image, or its tile
+    image = min(image, shape.vision.tile_patches or math.inf)
     window = image if shape.vision.window is None else min(image, float(shape.vision.window**2))
     return PackLoad(
         tokens=mean.tokens,

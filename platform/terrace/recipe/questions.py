@@ -39,7 +39,7 @@ def _stage(stage: Stage, at: Path) -> Iterator[Problem]:
     workers = stage.resources.workers
     if (count := workers if isinstance(workers, int) else workers[1]) > MOST_WORKERS:
         yield Problem((*at, "resources", "workers"), f"are {count:,} workers meant?")
-    weights = stage.mixture.weights
-    if max(weights.values()) > MOST_RATIO * min(weights.values()):
+    weights = {name: weight for name, weight in stage.mixture.weights.items() if weight > 0}
+    if weights and max(weights.values()) > MOST_RATIO * min(weights.values()):
         rare = min(weights, key=lambda name: weights[name])
         yield Problem((*at, "mixture", "weights", rare), f"is {weights[rare]:g} meant? Others have more than a million times that")

@@ -262,6 +262,7 @@ def produced_metrics(recipe: Recipe, stage: Stage) -> list[str]:
         metrics = [f"eval/{figure}/{task}" for task in tasks for figure in ("reward", "greedy_reward")]
     elif OBJECTIVES[stage.objective].only_kind == "preference":
         metrics = ["eval/preference/loss", "eval/preference/accuracy"] if kinds else []
+        metrics += ["eval/preference/margin"] if kinds and OBJECTIVES[stage.objective].answers else []
     elif figures := OBJECTIVES[stage.objective].figures:
         metrics = [f"eval/{kind}/{figure}" for kind in kinds for figure in figures]
     else:

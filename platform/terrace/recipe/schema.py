@@ -36,30 +36,17 @@ from terrace.recipe.schema_inputs import (
     Tokenizer,
     Weight,
 )
-from terrace.recipe.schema_lora import Lora
 from terrace.recipe.schema_model import Initialisation, Model
+from terrace.recipe.schema_optimizer import Optimizer, Schedule, WeightAverage
 from terrace.recipe.schema_pairs import PairOptions
 from terrace.recipe.schema_preference import DpoOptions, KtoOptions, MpoOptions, OrpoOptions, SimpoOptions
+from terrace.recipe.schema_training import PartTraining
 
 # Names that readers of a recipe import from here, wherever in the schema they are defined.
 __all__ = ["PARTS", "Initialisation", "PartName", "Recipe", "SampleKind", "Source", "Stage", "Storage"]
 
 
 # ---------------------------------------------------------------- stage
-
-
-class PartTraining(Strict):
-    lr: Positive = Field(description="Peak learning rate of the part.")
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = Field(
-        1.0, description="Learning rate of layer l is lr * layer_decay^(layers - l) (BEiT, Qwen-VL: 0.95 for the ViT)."
-    )
-    optimizer_state: Literal["reset", "keep"] = Field("reset", description="At the stage's start, if the part trained before.")
-    activation_checkpointing: bool = Field(False, description="Recompute the part's activations in the backward pass to save memory.")
-    weight_decay: Annotated[float, Field(ge=0)] | None = Field(None, description="Overrides the optimizer's for this part.")
-    only: list[Annotated[str, Field(min_length=1)]] = Field(
-        [], description="Only tensors with one of these words in their names train (`mlp`, `self_attn.q_proj`); none given: all."
-    )
-    lora: Lora | None = Field(None, description="Low-rank adapters train in place of the part's own weights.")
 
 
 class TrainedParts(Strict):
@@ -86,39 +73,6 @@ class Budget(Strict):
     tokens: Positive | None = Field(None, description="Length of the stage in sequence positions; steps are derived and rounded up.")
     samples: Annotated[int, Field(gt=0)] | None = Field(None, description="Length of the stage in samples.")
     epochs: Positive | None = Field(None, description="Length of the stage in passes over the mixture.")
-
-
-class Optimizer(Strict):
-    kind: Literal["adamw", "sgd", "adafactor", "muon"] = Field(
-        "adamw", description="Optimizer. muon is for the matrices of blocks and projector, with adamw for all other tensors."
-    )
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Of sgd (0: none) and muon (0: its usual 0.95).")
-    nesterov: bool = Field(False, description="sgd looks ahead by its momentum.")
-    betas: tuple[Share, Share] = Field((0.9, 0.95), description="AdamW's two decay rates.")
-    eps: Positive = Field(1e-8, description="AdamW's epsilon.")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="Decoupled weight decay; a part may override it.")
-    clip: Positive | None = Field(1.0, description="Global gradient norm limit; null: none.")
-
-
-class Schedule(Strict):
-    kind: Literal["cosine", "linear", "constant", "wsd", "step"] = Field(
-        "cosine", description="Learning rate after the warm-up. wsd: stable at the peak, then a decay; step: falls at milestones."
-    )
-    warmup: Annotated[float, Field(ge=0)] = Field(0.03, description="Share of the steps below 1, steps from 1 on.")
-    min_ratio: Share = Field(0.1, description="Final learning rate as a share of the peak.")
-    decay: Annotated[float, Field(gt=0)] = Field(0.1, description="wsd: length of the decay; share of the steps below 1, steps from 1 on.")
-    decay_shape: Literal["linear", "cosine", "sqrt"] = Field("linear", description="wsd: how it falls; sqrt: by 1 - sqrt of the way.")
-    milestones: list[Annotated[float, Field(gt=0)]] = Field(
-        [], description="step: where the rate is multiplied by `factor`; shares of the steps below 1, steps from 1 on."
-    )
-    factor: Annotated[float, Field(gt=0, lt=1)] = Field(0.1, description="step: what the rate is multiplied by at each milestone.")
-
-
-class WeightAverage(Strict):
-    """A running average of the trained weights: average = decay * average + (1 - decay) * weights after every step."""
-
-    decay: Annotated[float, Field(gt=0, lt=1)] = Field(0.999, description="Share of the average that stays in a step.")
-    export: bool = Field(False, description="Also write the averaged weights, to `final-ema/` beside `final/`.")
 
 
 class Parallel(Strict):
@@ -207,9 +161,7 @@ class Stage(Strict):
     name: Name = Field(description="Name of the stage, unique in the recipe.")
     objective: ObjectiveName = Field("lm", description="What a step optimises.")
     start_from: Name | None = Field(None, description="The stage whose final weights this one starts from; default: the previous.")
-    after: list[Name] = Field(
-        [], max_length=8, description="With `stage_order: graph`: stages that must be complete before this one, besides `start_from`."
-    )
+    after: list[Name] = Field([], max_length=8, description="With `stage_order: graph`: stages to wait for, besides `start_from`.")
     train: TrainedParts = Field(description="The parts that train and how; every other part is frozen.")
     model_changes: ModelChanges | None = Field(None, description="What becomes of the model before the stage begins.")
     mixture: Mixture = Field(description="The sources and their shares.")
@@ -319,9 +271,7 @@ class Recipe(Strict):
     data: Data = Field(description="The sources of samples.")
     stages: list[Stage] = Field(min_length=1, max_length=32, description="The stages, in the order they run.")
     stage_order: Literal["sequence", "graph"] = Field(
-        "sequence",
-        description="`sequence`: one after the other. `graph`: a stage waits only for the one it starts from and those in `after`, so "
-        "branches run side by side where there is room for both (on Kubernetes; elsewhere one at a time). Cannot change later.",
+        "sequence", description="`graph`: a stage waits only for `start_from` and `after`, and on Kubernetes branches run side by side."
     )
     tracking: Tracking = Field(Tracking(), description="Where metrics go.")
     planning: Planning = Field(Planning(), description="Assumptions of `terrace plan`.")

@@ -149,6 +149,8 @@ def _config(directory: Path) -> Any:
 
 def model_directory(path: Path) -> Path:
     """A model directory, or the newest `final/` of a run directory. Raises InputError where there is neither."""
+    if str(path).startswith("s3:/"):
+        raise InputError(f"{path}: a model is loaded from a folder of this machine; copy the stage's final/ here first")
     if (path / "config.json").is_file():
         return path
     finals = sorted(file.parent for file in path.glob("stages/*/final/config.json"))

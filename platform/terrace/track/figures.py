@@ -7,12 +7,16 @@ rewards of greedy answers, which are another measurement of the same thing.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 Row = Mapping[str, Any]
 Measure = Literal["loss", "reward"]
+MOST_HEADER_BYTES = 100 * 2**20  # of one file
 SAMPLED = "reward/"  # evaluations of sampled answers; those of greedy ones are `greedy_reward/`
 
 
@@ -75,3 +79,19 @@ def evaluation_mean(evaluation: Mapping[str, Any] | None) -> float | None:
 def _number(row: Row, key: str) -> float | None:
     value = row.get(key)
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def parameters_of(folder: Path) -> int | None:
+    """Parameters of a Hugging Face directory, from the headers of its safetensors alone; None where there are none to read."""
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with open(file, "rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            if not 2 <= size <= MOST_HEADER_BYTES:
+                return None
+            try:
+                header = json.loads(stream.read(size))
+            except ValueError:
+                return None
+        total += sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
+    return total or None

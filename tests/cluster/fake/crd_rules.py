@@ -174,6 +174,8 @@ def _default(schema: Schema, where: str) -> Iterator[str]:
     if schema.get("default") is None:  # a null is read as none (seen on a real server)
         return
     value = schema["default"]
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # YAML's 0.0 is JSON's 0 (sigs.k8s.io/yaml)
     for name in unknown_fields(value, schema, ".default"):
         yield f"{where}.{name}: Invalid value: must not have unknown fields"
     for text in schema_errors(value, schema) + cel_errors(value, None, schema):

@@ -17,7 +17,7 @@ from typing import Any
 from terrace.errors import InputError
 from terrace.recipe.schema import Recipe, Stage
 from terrace.storage.run_layout import stage_directory
-from terrace.track.figures import StageFigures, stage_figures
+from terrace.track.figures import StageFigures, parameters_of, stage_figures
 from terrace.track.report.answers import Answer, read_gallery
 
 Event = Mapping[str, Any]
@@ -71,6 +71,7 @@ class StageReport:
     result: Mapping[str, Any] | None
     checkpoints: list[Checkpoint]
     final_bytes: int | None
+    parameters: int | None  # that `final/` holds
     examples: list[Mapping[str, Any]]
     nonfinite: list[Mapping[str, Any]]
     total_steps: int | None
@@ -185,6 +186,7 @@ def _read_stage(run_dir: Path, index: int, stage: Stage, events: list[Event], ph
         result=result,
         checkpoints=read_checkpoints(folder / "checkpoints"),
         final_bytes=sum(path.stat().st_size for path in final.iterdir() if path.is_file()) if final.is_dir() else None,
+        parameters=parameters_of(final),
         examples=read_rows(folder / "examples.jsonl"),
         judgements=_object(folder / "calibration.json") if (folder / "calibration.json").is_file() else None,
         nonfinite=read_rows(folder / "nonfinite.jsonl"),

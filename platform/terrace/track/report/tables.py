@@ -149,7 +149,7 @@ def plan_table(run: RunReport) -> str:
         checkpoint = stage.checkpoints[-1].bytes if stage.checkpoints else None
         rows.append(
             [
-                f"<b>{stage.number} {escape(stage.name)}</b>{_parameters(plan)}",
+                f"<b>{stage.number} {escape(stage.name)}</b>{_parameters(plan, stage.parameters)}",
                 _against(stage.steps or None, plan.get("steps"), f"{stage.steps:,}", lambda value: f"{value:,.0f}"),
                 _against(stage.tokens or None, plan.get("tokens"), short_number(stage.tokens), short_number, share),
                 _against(samples or None, plan.get("samples"), f"{samples:,}", lambda value: f"{value:,.0f}", share),
@@ -172,10 +172,13 @@ def plan_table(run: RunReport) -> str:
     return table(head, rows, kind="plan") + f'<p class="note">{on}{cpu} {note}</p>'
 
 
-def _parameters(plan: Mapping[str, Any]) -> str:
+def _parameters(plan: Mapping[str, Any], measured: int | None) -> str:
+    """What the plan counts; and what `final/` holds where that is another number, as with a tokenizer that was trained on few words."""
     if not plan:
         return "<small>not planned</small>"
-    return f"<small>{short_number(plan['trainable_parameters'])} of {short_number(plan['parameters']['total'])} parameters train</small>"
+    total = plan["parameters"]["total"]
+    held = f", planned; final/ holds {measured:,}" if measured is not None and measured != total else ""
+    return f"<small>{short_number(plan['trainable_parameters'])} of {short_number(total)} parameters train{held}</small>"
 
 
 def _against(
