@@ -107,9 +107,11 @@ def test_preemption_by_the_queue_and_return(cluster):
     cluster.until(name, lambda status: status["stages"][0]["step"] >= 3, "at step 3")
     cluster.hold_queue()
     try:
-        status = cluster.until(name, lambda s: s["phase"] == "Queued" and condition(s, "QuotaReserved")["message"], "queued again")
+        # The RayJob and its Workload are watched apart: that it is suspended may be seen before why.
+        waits = lambda s: s["phase"] == "Queued" and condition(s, "QuotaReserved")["status"] == "False"  # noqa: E731
+        status = cluster.until(name, waits, "queued again")
         assert condition(status, "Progressing")["reason"] == "Preempted"
-        assert condition(status, "QuotaReserved")["status"] == "False"
+        assert condition(status, "QuotaReserved")["message"]
         time.sleep(0.5)
     finally:
         cluster.open_queue()
