@@ -7,7 +7,7 @@ quota; people suspend, pause and delete RayJobs; kinds are absent for minutes; w
 fail before or after they took effect; the operator is killed and restarted; the wall clock jumps by up to an hour. After every start
 of a program the invariants are checked.
 
-    python tests/cluster/simulation.py --curricula 1000 --write docs/reliability.md
+    python tests/cluster/simulation.py --curricula 100 300 --write docs/reliability.md
 """
 
 from __future__ import annotations

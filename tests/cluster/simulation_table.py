@@ -42,7 +42,7 @@ SECTION = "## Operator simulation"
 TEXT = f"""{SECTION}
 
 The operator's controller, unchanged, runs curricula of 8 stages in virtual time on the fake API server with a simulated KubeRay and
-Kueue (`python tests/cluster/simulation.py --curricula 100 1000 --write docs/reliability.md`). Three curricula in ten have two branches
+Kueue (`python tests/cluster/simulation.py --curricula 100 300 --write docs/reliability.md`). Three curricula in ten have two branches
 of two stages. Programs fail, are killed, hang; KubeRay closes their RayJobs with reasons of its own, waits for its submitter, or never
 closes them; submitter pods are evicted and head pods replaced; nodes die and their pods never end; two thirds of the curricula fit the
 quota, those of the higher priority preempt the others, and a cohort lends quota and takes it back; people suspend, pause and delete

@@ -82,7 +82,7 @@ def test_drafts_change_no_token(kind):
     assert DraftingEngine(model, FORBIDDEN, (), "cpu", "fp32").acceptance is None
 
 
-@pytest.mark.parametrize("kind", ["mtp", "medusa"])
+@pytest.mark.parametrize("kind", ["mtp", pytest.param("medusa", marks=pytest.mark.slow)])
 def test_drafts_are_what_the_heads_say_in_training(kind, monkeypatch):
     """Every draft of a greedy decoding is the choice of the training forward on prompt and response."""
     model = model_with(kind)
@@ -133,6 +133,7 @@ def test_drafts_are_what_the_heads_say_in_training(kind, monkeypatch):
     assert engine.drafted >= compared
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma3", "kimi_k25", "qwen3_vl"])
 def test_drafts_change_no_token_of_a_family(name, tmp_path_factory):
     """A window of attention, keys and values of different widths, features added further up."""

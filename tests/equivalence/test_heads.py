@@ -136,7 +136,9 @@ def test_value_and_gradients_are_those_of_single_segments(kind, tmp_path):
     assert float(empty.detach()) == 0.0
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=() if name in ("qwen3_vl", "llava") else pytest.mark.slow) for name in NAMES
+])
 def test_every_family_carries_heads(name, tmp_path_factory):
     """Packed is the sum of single samples, and every tensor of the heads gets a gradient."""
     torch.set_num_threads(1)
@@ -163,7 +165,7 @@ def test_every_family_carries_heads(name, tmp_path_factory):
         assert set(heads_config(model)) >= {"model_type", "hidden_size"}
 
 
-@pytest.mark.parametrize(("kind", "frozen"), [("mtp", False), ("medusa", True)])
+@pytest.mark.parametrize(("kind", "frozen"), [pytest.param("mtp", False, marks=pytest.mark.slow), ("medusa", True)])
 def test_heads_train_resume_and_are_exported_beside_the_model(kind, frozen, tmp_path):
     torch.set_num_threads(1)
     values = recipe_of(kind, frozen, checkpoint={"every_steps": 1}).model_dump(mode="json")

@@ -38,7 +38,7 @@ def final(folder: Path, name: str = "final") -> dict[str, torch.Tensor]:
     return load_file(stage_dir(folder, 0) / name / "model.safetensors")
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=() if kind == "muon" else pytest.mark.slow) for kind in KINDS])
 def test_an_optimizer_resumes_bit_for_bit_and_its_average_is_the_formula(kind, tmp_path):
     torch.set_num_threads(1)
     train_stages(0, 1, values(kind), str(tmp_path / "whole"))

@@ -127,7 +127,7 @@ def formula(name: str, policy: Any, first: Any, pairs: list[Any]) -> torch.Tenso
     return total / len(pairs) + share * likelihood / tokens
 
 
-@pytest.mark.parametrize("name", list(OBJECTIVES))
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in ("mpo", "kto") else pytest.mark.slow) for name in OBJECTIVES])
 def test_value_and_gradients_are_those_of_separate_sequences(folder, name):
     """In packs of several units, cut into three examples and with an empty one between, with a policy that has moved."""
     recipe = recipe_of(folder, name, sequence_length=256)

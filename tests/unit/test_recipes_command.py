@@ -70,7 +70,7 @@ def test_a_short_name_stands_where_a_file_does(tmp_path: Path, monkeypatch: pyte
 CASES = [
     ("terrace pla", {"plan"}),
     ("terrace plan mimo-vl-7b-", {"mimo-vl-7b-rl"}),
-    ("terrace recipes c", {"copy"}),
+    ("terrace recipes cop", {"copy"}),
     ("terrace run demo --launcher k", {"kubernetes"}),
     ("terrace run demo --run-d", {"--run-dir"}),
     ("terrace validate ./mine", {"./mine.yaml"}),

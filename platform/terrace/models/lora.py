@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,8 @@ def add_lora(model: Any, stage: Stage) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     targets = lora_targets(model, stage)
-    with torch.device("meta"):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # the parts' adapters are one, made in turn
         for lora in dict.fromkeys(map(_key, targets.values())):
             own = [name for name, other in targets.items() if _key(other) == lora]
             rank, alpha, dropout, stabilised = lora

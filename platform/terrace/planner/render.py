@@ -165,9 +165,16 @@ def _row(title: str, plan: Plan, cell: Cell, total: str = "") -> list[str]:
     return [title, *(cell(stage) for stage in plan.stages), total]
 
 
+def _how_it_trains(stage: StagePlan, part: str) -> str:
+    training = getattr(stage.stage.train, part)
+    if training is None:
+        return "[dim]frozen[/dim]"
+    return "adapters" if training.lora else "some of it" if training.only else "trains"
+
+
 def _model_rows(plan: Plan) -> list[list[str]]:
     def part(name: str) -> Cell:
-        return lambda stage: "trains" if stage.trainable[name] else "[dim]frozen[/dim]"  # type: ignore[index]
+        return lambda stage: _how_it_trains(stage, name)
 
     parameters, active = plan.stages[0].parameters, sum(plan.stages[0].active.values())
     rows = [_row(f"{name} ({si(parameters[name])})", plan, part(name)) for name in PARTS]
