@@ -116,6 +116,7 @@ def test_active_and_total_parameters_are_counted(name, tmp_path):
     assert sum(parameter_counts(shape).values()) - sum(active_parameters(shape).values()) == idle
 
 
+@pytest.mark.slow
 def test_published_matrices_of_experts_are_read_and_written_as_published(name, tmp_path):
     """transformers' own `save_pretrained` writes the published order; a directory of it is a start like any other."""
     case = moe_case(name, tmp_path)
