@@ -230,7 +230,7 @@ def variant_recipe(args: argparse.Namespace, settings: dict[str, Any]) -> Recipe
 def fast_source(device: str) -> Callable[..., Any]:
     """Random weights drawn on the device, in place of the recipe's (half a minute for 3 billion on a CPU)."""
 
-    def initial(_model: Any, skeleton: Any, _start: Any = None) -> Any:
+    def initial(_model: Any, skeleton: Any, _start: Any = None, _changes: Any = None) -> Any:
         shapes = {name: parameter.shape for name, parameter in skeleton.named_parameters()}
         torch.manual_seed(0)
 

@@ -43,6 +43,9 @@ class _Model:
         if unknown := set(values) - set(hints):
             raise TypeError(f"{type(self).__name__} has no {', '.join(sorted(unknown))}")
         for name, hint in hints.items():
+            if name.startswith("_"):  # a PrivateAttr, which no map gives
+                object.__setattr__(self, name, getattr(type(self), name, None))
+                continue
             value = values.get(name, getattr(type(self), name, REQUIRED))
             if value is REQUIRED:
                 raise TypeError(f"{type(self).__name__} needs {name}")
@@ -84,6 +87,8 @@ def stand_in_where_missing() -> bool:
         pass
     module = types.ModuleType("pydantic")
     module.BaseModel, module.ConfigDict, module.Field, module.model_validator = _Model, dict, _field, _validator  # type: ignore[attr-defined]
+    module.ValidationError = ValueError  # type: ignore[attr-defined]
+    module.PrivateAttr = _field  # type: ignore[attr-defined]
     module.WrapValidator = lambda check: check  # type: ignore[attr-defined]
     sys.modules["pydantic"] = module
     return True

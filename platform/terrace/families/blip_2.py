@@ -28,6 +28,9 @@ class Blip2(OneTile):
     end_of_text: ClassVar[str] = "end_of_turn"
     never: ClassVar[tuple[str, ...]] = ("image", "pad")
     answer_prefix: ClassVar[str] = " "
+    refused_objectives: ClassVar[Mapping[str, str]] = {
+        "mtp": "its OPT decoder embeds positions itself, where a further block would see them twice; use medusa"
+    }
     token_fields: ClassVar[Mapping[str, str]] = {"image_token_index": "image"}
     mean: ClassVar[tuple[float, ...]] = IMAGE_MEAN
     std: ClassVar[tuple[float, ...]] = IMAGE_STD
