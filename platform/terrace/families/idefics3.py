@@ -19,6 +19,7 @@ from terrace.families.interface import Bounds, Family, Finding, Picture, Piece, 
 from terrace.families.qwen2_vl import qwen_language
 from terrace.families.shapes import ModelShape, ProjectorShape
 from terrace.families.siglip_tower import siglip_tower
+from terrace.families.tiles import EqualTiles
 
 COORDINATE_SCALE = 1000
 MOST_ALONG = 6  # tiles along a side that have a mark
@@ -38,7 +39,7 @@ def template(start: str) -> str:
 
 
 @dataclass(frozen=True)
-class Idefics3(Family):
+class Idefics3(EqualTiles, Family):
     """Facts of an image: (rows, columns) of its tiles, 0 for a picture that is one tile."""
 
     name: ClassVar[str] = "idefics3"
@@ -79,22 +80,6 @@ class Idefics3(Family):
     def tokens(self) -> int:
         """Of a tile."""
         return (self.side // self.patch // self.shuffle) ** 2
-
-    @property
-    def row_values(self) -> int:
-        return 3 * self.side * self.side
-
-    @property
-    def unit(self) -> int:
-        return self.side * self.side // self.tokens
-
-    @property
-    def shown_grid(self) -> int:
-        return self.side
-
-    @property
-    def fewest_pixels(self) -> int:
-        return self.side * self.side
 
     def most_along(self, most_pixels: int) -> int:
         """Tiles along the longer side."""

@@ -18,13 +18,14 @@ from terrace.families.checks import complete, language_rules
 from terrace.families.interface import Bounds, Finding, Picture, View, cut_tiles
 from terrace.families.qwen2_vl import qwen_language
 from terrace.families.shapes import ModelShape, ProjectorShape, VisionShape
+from terrace.families.tiles import EqualTiles
 
 COORDINATE_SCALE = 1000
 MOST_TILES = 40  # no published model goes further
 
 
 @dataclass(frozen=True)
-class InternVL(ChatML):
+class InternVL(EqualTiles, ChatML):
     """Facts of an image: (rows, columns) of its tiles; a thumbnail follows where there are several."""
 
     name: ClassVar[str] = "internvl"
@@ -50,22 +51,6 @@ class InternVL(ChatML):
         return cls(side, int(side // patch * config.get("downsample_ratio", 0.5)) ** 2, patch)
 
     # ------------------------------------------------------------ an image
-
-    @property
-    def row_values(self) -> int:
-        return 3 * self.side * self.side
-
-    @property
-    def unit(self) -> int:
-        return self.side * self.side // self.tokens
-
-    @property
-    def shown_grid(self) -> int:
-        return self.side
-
-    @property
-    def fewest_pixels(self) -> int:
-        return self.side * self.side
 
     def most_tiles(self, most_pixels: int) -> int:
         return max(1, min(MOST_TILES, most_pixels // (self.side * self.side)))
