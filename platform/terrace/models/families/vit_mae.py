@@ -15,6 +15,16 @@ from terrace.models.families.interface import FamilyModel
 from terrace.recipe.schema import PartName
 
 FIXED = {"vit.embeddings.position_embeddings": "hidden_size", "decoder.decoder_pos_embed": "decoder_hidden_size"}
+PUBLISHED = (  # spellings on the hub, and of what transformers writes, in this order
+    ("vit.encoder.layer.", "vit.layers."),
+    ("decoder.decoder_encoder.layer.", "decoder.decoder_layers."),
+    (".attention.attention.query.", ".attention.q_proj."),
+    (".attention.attention.key.", ".attention.k_proj."),
+    (".attention.attention.value.", ".attention.v_proj."),
+    (".attention.output.dense.", ".attention.o_proj."),
+    (".intermediate.dense.", ".mlp.fc1."),
+    (".output.dense.", ".mlp.fc2."),
+)
 
 
 class VitMaeModel(FamilyModel):
@@ -42,6 +52,8 @@ class VitMaeModel(FamilyModel):
         return [name for name in names if name in FIXED]
 
     def canonical_name(self, name: str) -> str:
+        for published, here in PUBLISHED:
+            name = name.replace(published, here, 1)
         return name
 
     def vision(self, model: Any) -> Any:
