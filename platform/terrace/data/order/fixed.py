@@ -55,6 +55,12 @@ class FixedPlan(StagePlan):
             )
         return [packs[rank * share : (rank + 1) * share] for rank in range(world_size)]
 
+    @property
+    def total_packs(self) -> int:
+        if self.total_samples is None:
+            return super().total_packs
+        return -(-self.total_samples // self.stage.batch.samples_per_pack)
+
     def _packed(self, anchor: Anchor) -> Window | None:
         size = self.stage.batch.samples_per_pack
         stop = anchor.position + PACKS_OF_A_WINDOW * size

@@ -6,7 +6,8 @@ Nothing is materialised: the plan keeps three numbers per window it has passed, 
 costs 9 microseconds per sample, a two hundredth of decoding one.
 
 Where a window starts depends on the windows before it, so reaching step n walks through them. `restore(state)` with the
-state of a checkpoint (a few integers) starts at once anywhere in a stage of any size.
+state of a checkpoint (a few integers) starts at once anywhere in a stage of any size. The packs of a budget in samples or
+epochs are counted once, by planning all of them; the number is part of the state from then on.
 """
 
 from __future__ import annotations
@@ -246,7 +247,7 @@ class StagePlan:
             window = self._window_of(pack)
             anchor = self._anchor_of(pack)
         stretch = self._stretch_of(anchor.first_pack)
-        return {
+        state = {
             "version": 1,
             "plan": self.fingerprint,
             "step": step,
@@ -254,7 +255,10 @@ class StagePlan:
             "window": anchor.window if window else PADDING_WINDOW,
             "window_first_pack": anchor.first_pack,
             "window_position": anchor.position,
-        } | ({"drawn_before_change": list(stretch.drawn)} if stretch.number else {})
+        }
+        if self._total_packs is not None:  # counted by planning all of it: never again
+            state["total_packs"] = self._total_packs
+        return state | ({"drawn_before_change": list(stretch.drawn)} if stretch.number else {})
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint's state without walking through the windows before it.
@@ -267,11 +271,11 @@ class StagePlan:
                 f" ({self.fingerprint}): sources, mixture, seed, sequence length, pixels or batch changed since;"
                 " restore them, or start the stage in a new run directory"
             )
-        if state["window"] != PADDING_WINDOW:
-            with self._lock:
-                if "drawn_before_change" in state:
-                    self._stretch_of(state["window_first_pack"]).begin(state["drawn_before_change"])
-                self._remember(Anchor(state["window_first_pack"], state["window"], state["window_position"]))
+        self._total_packs = state.get("total_packs", self._total_packs)
+        with self._lock:
+            if "drawn_before_change" in state:
+                self._stretch_of(state["window_first_pack"]).begin(state["drawn_before_change"])
+            self._remember(Anchor(state["window_first_pack"], state["window"], state["window_position"]))
 
     def explain(self) -> dict[str, Any]:
         """What the plan decided, for people: shares, samples, tokens, what was refused or changed."""
