@@ -27,11 +27,13 @@ import numpy as np
 
 from terrace.data.order.arrange import repeats_apart, spread_packs
 from terrace.data.order.balance import CostModel, cost_of, deal, deal_in_order, max_over_mean
-from terrace.data.order.eligible import EligibleSource, StageSource, eligible_source, told_changes
+from terrace.data.order.eligible import Fitting, told_changes
+from terrace.data.order.items import EligibleSource, StageSource
 from terrace.data.order.mixture import LONGEST_WRITTEN
 from terrace.data.order.packing import default_window, lookahead, pack_window
 from terrace.data.order.permutation import seed_of
 from terrace.data.order.spares import PackSpares, spares_of_pack
+from terrace.data.order.stored import stored_source
 from terrace.data.order.stretches import COLUMNS, Stretch, make_stretches
 from terrace.data.types import PackSpec, SampleRef
 from terrace.errors import InputError
@@ -106,8 +108,11 @@ class StagePlan:
         for _, part in stretches(stage):
             pixels = (part.pixels.min, part.pixels.max)
             if pixels not in found:
+                wanted = Fitting(
+                    pixels, stage.sequence_length, stage.data_loading.max_visual_tokens_per_pack, OBJECTIVES[stage.objective].needs_targets
+                )
                 found[pixels] = {
-                    name: cls.fitting(_eligible(recipe, stage, name, prepared.indexes[name], pixels), prepared.indexes[name])
+                    name: stored_source(name, recipe.data.sources[name], prepared.indexes[name], wanted, cls.one_picture)
                     for name in stage.mixture.weights
                 }
         first, *later = [found[part.pixels.min, part.pixels.max] for _, part in stretches(stage)]
@@ -116,7 +121,7 @@ class StagePlan:
         plan.recipe, plan.stage_index = recipe, stage_index
         return plan
 
-    fitting = staticmethod(lambda source, index: source)  # the items of a source that this kind of plan can use
+    one_picture = False  # whether this kind of plan can use but samples of exactly one picture
 
     def _check_sources(self) -> None:
         for source in (source for stretch in self.stretches for source in stretch.sources if stretch.weights[source.name]):
@@ -393,12 +398,3 @@ class StagePlan:
             pixels=stretch.pixels,
         )
 
-
-def _eligible(recipe: Recipe, stage: Stage, name: str, index: Any, pixels: tuple[int, int]) -> EligibleSource:
-    """The training items of a source at a resolution, with what the index left out counted among its changes."""
-    source = eligible_source(
-        name, recipe.data.sources[name], index, np.asarray(index.train_rows), pixels, stage.sequence_length,
-        stage.data_loading.max_visual_tokens_per_pack, needs_targets=OBJECTIVES[stage.objective].needs_targets,
-    )  # fmt: skip
-    source.changes.update(index.left_out)
-    return source
