@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,23 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from processes import run_ranks
 from safetensors.torch import load_file
 from transformers import ViTModel
 from view_stages import CASES, gradients_of_step, gradients_of_steps, learner_of, train_views, views_recipe
 
+from terrace.curriculum.attempt_worker import run_stage
+from terrace.data.look.inspect_page import inspection_page
+from terrace.data.look.samples import inspect_stage
+from terrace.data.prepare import prepare_data
+from terrace.data.views.plans import plan_views
 from terrace.models.families.registry import family_of_model
 from terrace.planner.parameters import head_parameters
 from terrace.planner.shapes import shape_of_config
+from terrace.recipe.rules import check
+from terrace.recipe.schema import Recipe
+from terrace.worker.context import WorkerContext
 
 # ---------------------------------------------------------------- the formulas, written out
 
@@ -254,3 +264,31 @@ def test_two_ranks_under_every_strategy_give_the_losses_of_one(strategy, tmp_pat
     run_ranks(2, train_views, two, str(tmp_path / "two"), timeout=600)
     for case in CASES:
         np.testing.assert_allclose(losses(tmp_path / "two" / case), losses(tmp_path / "one" / case), rtol=2e-4, err_msg=case)
+
+
+def test_pictures_of_a_source_train_in_any_packs_and_their_views_can_be_looked_at(tmp_path):
+    torch.set_num_threads(1)
+    rng = np.random.default_rng(1)
+    (tmp_path / "pictures").mkdir()
+    for number in range(16):
+        Image.fromarray(rng.integers(0, 256, (20, 26, 3), dtype=np.uint8)).save(tmp_path / "pictures" / f"{number}.png")
+    recipe = views_recipe("dino", budget={"epochs": 1.5}, batch={"packs": 3, "samples_per_pack": 2})
+    source = {"uri": str(tmp_path / "pictures"), "kind": "picture", "holdout_samples": 4}
+    recipe = Recipe.model_validate(recipe.model_dump() | {"data": {"sources": {"pictures": source}}})
+    assert check(recipe) == []
+    prepared = prepare_data(recipe, tmp_path / "run", use_ray=False)
+    run_stage(recipe, 0, tmp_path / "run", 1, WorkerContext())
+    shutil.copytree(tmp_path / "run", tmp_path / "other", ignore=shutil.ignore_patterns("stages"))
+    [stage] = recipe.stages
+    batch = stage.batch.model_copy(update={"packs": 1, "samples_per_pack": 6})
+    run_stage(recipe.model_copy(update={"stages": [stage.model_copy(update={"batch": batch})]}), 0, tmp_path / "other", 1, WorkerContext())
+    found = losses(tmp_path / "run" / "stages" / "01-one")
+    assert len(found) == 3
+    np.testing.assert_allclose(losses(tmp_path / "other" / "stages" / "01-one"), found, rtol=1e-5)
+    shown = inspect_stage(recipe, 0, prepared, 0, 3)
+    [first, *views] = shown.packs[0].segments[0].pictures
+    assert first.pixels.shape == (16, 16, 3)
+    assert [view.pixels.shape[0] for view in views] == [16, 16, 8, 8]
+    assert views[0].made.endswith(str(plan_views(stage.planned_views, 16, 0, "pictures", shown.packs[0].segments[0].id, 0)[0]))
+    assert shown.packs[2].segments[0].pictures[1].made != views[0].made
+    assert "view: " in inspection_page(shown, "title", "subtitle")

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from terrace.objectives.augment import make_views
-from terrace.objectives.views import ViewPlan, plan_views
+from terrace.data.views.augment import make_views
+from terrace.data.views.plans import ViewPlan, plan_views
 from terrace.recipe.rules import check
 from terrace.recipe.schema import Recipe
 from terrace.recipe.schema_views import PUBLISHED_VIEWS, View

@@ -26,16 +26,16 @@ import torch.nn.functional as F
 from terrace.data.order.balance import cost_of
 from terrace.data.order.permutation import seed_of
 from terrace.data.types import PackedExample
+from terrace.data.views.augment import make_views
+from terrace.data.views.plans import plan_views, single_views
 from terrace.models.families.registry import family_model, family_of_model
 from terrace.models.precision import compute_context
-from terrace.objectives.augment import make_views
 from terrace.objectives.interface import Counts, Objective, Opening, StepExamples
 from terrace.objectives.lm import count_packs, empty_pack
 from terrace.objectives.mae import HELD_OUT
 from terrace.objectives.teacher import Teacher, momentum_at
 from terrace.objectives.together import Together
 from terrace.objectives.two_towers import wide
-from terrace.objectives.views import plan_views, single_views
 
 Views = Sequence[torch.Tensor]
 

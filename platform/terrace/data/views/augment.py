@@ -1,4 +1,4 @@
-"""Views carried out on the device: from squares of uint8 pixels and plans (objectives.views) to pixels as the tower takes them.
+"""Views carried out on the device: from squares of uint8 pixels and plans (data.views.plans) to pixels as the tower takes them.
 
 Cutting, resizing, mirroring and blurring are products with matrices that differ from picture to picture, so that a batch of any plans is
 two batched multiplications; resizing averages where it makes smaller (a triangle as wide as the step between pixels), as Pillow's
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from terrace.objectives.views import ViewPlan
+from terrace.data.views.plans import ViewPlan
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow turns colours into grey
 

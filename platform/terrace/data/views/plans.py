@@ -1,6 +1,6 @@
 """What chance decides of the views of a picture: pure functions of (stage seed, source, sample, epoch, view).
 
-A plan is a small value that can be printed; objectives.augment carries it out. Nothing here depends on rank, pack or step, so a resumed
+A plan is a small value that can be printed; data.views.augment carries it out. Nothing here depends on rank, pack or step, so a resumed
 stage and one on other workers see the same views.
 """
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from terrace.objectives.chance import generator_of
+from terrace.data.order.permutation import generator_of
 from terrace.recipe.schema_views import View
 
 ATTEMPTS = 10  # at a cut that lies in the picture, before the middle is taken
