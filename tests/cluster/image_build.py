@@ -79,6 +79,18 @@ def built(dockerfile: Path, context: Path, work: Path, arguments: dict[str, str]
         shutil.rmtree(work, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def machine_files(image: Image) -> Iterator[None]:
+    """/proc, /dev and /sys inside the image while the block runs, as a container engine gives them."""
+    try:
+        for name in ("proc", "dev", "sys"):
+            subprocess.run(["mount", "--bind", f"/{name}", str(image.root / name)], check=True)
+        yield
+    finally:
+        for name in ("sys", "dev", "proc"):
+            subprocess.run(["umount", "--lazy", str(image.root / name)], check=False)
+
+
 def _overlay(folder: Path) -> Path:
     parts = {name: folder / name for name in ("upper", "work", "root")}
     subprocess.run(["mkdir", "-p", *map(str, parts.values())], check=True)
