@@ -8,20 +8,28 @@ the only one that waits for none: by the time that two stages run side by side, 
 from __future__ import annotations
 
 from terrace.curriculum.state import RunState, StageState
+from terrace.recipe.identity import start_index, taken_from
 from terrace.recipe.schema import Recipe
 
 
+def source_stages(recipe: Recipe, index: int) -> list[str]:
+    """The stages whose final weights stage `index` starts from: one as a whole, or of several their parts; none for the first."""
+    whole = start_index(recipe, index)
+    found = taken_from(recipe, index).values() if whole is None else [whole]
+    return [recipe.stages[place].name for place in sorted(set(found))]
+
+
 def source_stage(recipe: Recipe, index: int) -> str | None:
-    """The stage whose final weights stage `index` starts from; None for the first."""
-    return recipe.stages[index].start_from or (recipe.stages[index - 1].name if index else None)
+    """`source_stages` in words; None where there is none."""
+    return ", ".join(source_stages(recipe, index)) or None
 
 
 def waits_for(recipe: Recipe, index: int) -> set[str]:
     """Stages that must be complete before stage `index` begins."""
     if recipe.stage_order == "sequence":
         return {stage.name for stage in recipe.stages[:index]}
-    source = source_stage(recipe, index)
-    return {*recipe.stages[index].after, *([source] if source else [])}
+    named = {*recipe.stages[index].after, *source_stages(recipe, index)}
+    return named or {stage.name for stage in recipe.stages[: min(index, 1)]}  # a model of its own that takes nothing: after the first
 
 
 def with_dependents(recipe: Recipe, name: str) -> list[str]:

@@ -138,7 +138,7 @@ def collect(
     stages = read_stages(recipe, run_dir)
     final = run_dir / "stages" / f"{len(stages):02d}-{stages[-1].name}" / "final"
     speaker = load_speaker(final)
-    prepared = load_prepared(run_dir / "data")
+    prepared = load_prepared(run_dir / "data").read_by(speaker.sight.family.name)
     asked: list[tuple[str, Question, list[bytes]]] = []
     for kind in TASKS:
         sources = [name for name, source in recipe.data.sources.items() if source.kind == kind and name in prepared.indexes]

@@ -20,6 +20,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import GenerationConfig
 
+from terrace.data.tokenizer import file_for
 from terrace.models.build import meta_model
 from terrace.models.families.interface import configurations
 from terrace.models.families.registry import family_of_model
@@ -62,10 +63,11 @@ def export_hf(
     if processor := family.family.processor():
         _write_json(work / "processor_config.json", processor)
     if tokenizer_dir is not None:
+        there = {name: file_for(tokenizer_dir, name, family.family.name) for name in {*TOKENIZER_FILES, *TEMPLATE_FILES}}
         for name in TOKENIZER_FILES:
-            if (tokenizer_dir / name).is_file():
-                shutil.copyfile(tokenizer_dir / name, work / name)
-        own = {name: (tokenizer_dir / name).read_bytes() for name in TEMPLATE_FILES if (tokenizer_dir / name).is_file()}
+            if there[name].is_file():
+                shutil.copyfile(there[name], work / name)
+        own = {name: there[name].read_bytes() for name in TEMPLATE_FILES if there[name].is_file()}
         if template := chat_template(kept) or chat_template(own) or family.family.chat_template:
             (work / "chat_template.jinja").write_text(template)
     for name in ("generation_config.json", "video_preprocessor_config.json"):

@@ -51,6 +51,7 @@ def stage_hash(recipe: Recipe, index: int) -> str:
     """
     stage = recipe.stages[index]
     before = start_index(recipe, index)
+    taken = {part: stage_hash(recipe, place) for part, place in taken_from(recipe, index).items()}
     return _digest(
         {
             "model": recipe.model.written.model_dump(mode="json", exclude=_MODEL_LAYOUT_KEYS, exclude_defaults=True),
@@ -63,19 +64,32 @@ def stage_hash(recipe: Recipe, index: int) -> str:
             "stage": _stage_settings(stage),
             "before": None if before is None else stage_hash(recipe, before),
         }
+        | ({"taken": taken} if taken else {})
     )
 
 
 def start_index(recipe: Recipe, index: int) -> int | None:
-    """Index of the stage whose final weights stage `index` starts from; None: the recipe's initial weights."""
+    """Index of the stage whose final weights stage `index` starts from as a whole; None: the initial weights of its model."""
     start = recipe.stages[index].start_from
+    if recipe.stages[index].model is not None:
+        return None
     if start is None:
         return index - 1 if index else None
     return next(place for place, stage in enumerate(recipe.stages) if stage.name == start)
 
 
+def taken_from(recipe: Recipe, index: int) -> dict[str, int]:
+    """Part -> index of the earlier stage whose final weights it begins with, of a stage that brings a model of its own."""
+    model, names = recipe.stages[index].model, [stage.name for stage in recipe.stages]
+    if model is None or model.init is None:
+        return {}
+    return {part: names.index(name) for part, name in model.init.stages().items()}
+
+
 def _stage_settings(stage: Stage) -> dict[str, Any]:
     exclude: Any = {**dict.fromkeys(LAYOUT_KEYS, True), **_LAYOUT_KEYS_INSIDE}
+    if stage.model is not None:
+        exclude["model"] = _MODEL_LAYOUT_KEYS
     settings = stage.model_dump(mode="json", exclude=exclude, exclude_defaults=True)
     return {key: value for key, value in settings.items() if value != {} or key not in ("data_loading", "grpo")}
 
