@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,6 +99,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "text_config": OPT, "vision_config": TOWER | {"image_size": 56, "patch_size": 14}, "qformer_config": Q_FORMER,
         "num_query_tokens": 4,
     },
+    "instructblip": {
+        "text_config": TEXT | {"model_type": "llama"}, "vision_config": TOWER | {"image_size": 56, "patch_size": 14},
+        "qformer_config": Q_FORMER | {"vocab_size": VOCABULARY}, "num_query_tokens": 4,
+    },
     "llava": {
         "text_config": TEXT, "vision_config": TOWER | {"image_size": 56, "patch_size": 14}, "image_seq_length": 16,
     },
@@ -165,6 +170,10 @@ MIDDLE: dict[str, dict[str, Any]] = {  # what `middle_case` changes of a configu
     "blip_2": {
         "vision_config": MIDDLE_TOWER | {"image_size": 112}, "qformer_config": Q_FORMER | MIDDLE_TOWER | {"encoder_hidden_size": 128},
         "text_config": OPT | {"hidden_size": 256, "ffn_dim": 688, "num_hidden_layers": 4, "word_embed_proj_dim": 256},
+    },
+    "instructblip": {
+        "vision_config": MIDDLE_TOWER | {"image_size": 112},
+        "qformer_config": Q_FORMER | MIDDLE_TOWER | {"encoder_hidden_size": 128, "vocab_size": VOCABULARY},
     },
     "mistral3": {"vision_config": MIDDLE_TOWER},
     "fuyu": {},
@@ -274,11 +283,13 @@ def reference_inputs(case: Case, example: PackedExample | PromptInputs, model: A
     if len(example.image_rows):
         pixels = family.normalised(torch.from_numpy(example.pixels), torch.float32)
         inputs |= family.inputs(pixels, image_facts(example))
-    if case.name == "blip_2" and "pixel_values" not in inputs:  # the class wants features, even none
-        from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVisionQformerOutputs
+    if case.name in ("blip_2", "instructblip") and "pixel_values" not in inputs:  # the class wants features, even none
+        module = importlib.import_module(type(model).__module__)
 
         empty = torch.zeros(0, model.config.num_query_tokens, model.config.text_config.hidden_size)
-        inputs |= {"pixel_values": None, "mm_encoder_outputs": {"image": BaseModelOutputWithVisionQformerOutputs(pooler_output=empty)}}
+        given = module.BaseModelOutputWithVisionQformerOutputs(pooler_output=empty)
+        inputs |= {"pixel_values": None, "mm_encoder_outputs": {"image": given}}
+        inputs |= {"qformer_input_ids": None} if case.name == "instructblip" else {}
     if case.name == "gemma3":  # what sees each other in both directions: images, or everything before the answer
         inputs["token_type_ids"] = (ids == model.config.image_token_id).int()
     if case.name == "paligemma":

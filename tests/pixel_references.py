@@ -54,5 +54,5 @@ def pillow(name: str, **settings: Any) -> Callable[[Any, bytes], np.ndarray]:
 
 WRITTEN_OUT: dict[str, Callable[[Any, bytes], np.ndarray]] = {
     "kimi_k25": kimi_k25, "gemma3": pillow("Gemma3ImageProcessorPil"), "paligemma": pillow("SiglipImageProcessorPil"),
-    "blip_2": pillow("BlipImageProcessorPil"),
+    "blip_2": pillow("BlipImageProcessorPil"), "instructblip": pillow("BlipImageProcessorPil"),
 }  # fmt: skip
