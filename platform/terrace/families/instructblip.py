@@ -1,7 +1,7 @@
 """InstructBLIP with a decoder (Vicuna): BLIP-2 whose Q-Former reads the question together with the picture.
 
 The sample reads: images, the mark of the beginning, the question, the answer. The Q-Former has a vocabulary of its own, and a tokenizer
-where the folder of the run's tokenizer has one in it (`qformer_tokenizer`, as published); else the run's tokenizer writes its questions too.
+where the folder of the run's has one in it (`qformer_tokenizer`, as published); else the run's tokenizer writes its questions too.
 The question travels with each image as facts: how many tokens, and their ids. A caption asks nothing.
 """
 
