@@ -31,6 +31,7 @@ from transformers import AutoModelForImageTextToText
 from terrace.data.images import image_size, load_pixels
 from terrace.data.template import encode_prompt, encode_sample, measure_sample
 from terrace.data.types import Sample
+from terrace.families.configurations import language_config
 from terrace.families.one_tile import OneTile
 from terrace.families.registry import built_in, family_class
 from terrace.generation.engines import forbidden_tokens, stop_tokens
@@ -155,7 +156,8 @@ def test_packed_equals_alone_and_a_leak_would_show(case):
         together.segment_ends = together.segment_ends[-1:]  # the control: one segment
         leaking, _ = pack_logits_hidden(model, to_device(together, "cpu", torch.float32))
     scale = float(torch.cat(alone).abs().max())
-    assert float((packed - torch.cat(alone)).abs().max()) <= 1e-6 * max(1.0, scale)
+    rounding = 3e-6 if case.family.crosses else 1e-6  # twice the layers
+    assert float((packed - torch.cat(alone)).abs().max()) <= rounding * max(1.0, scale)
     assert float((leaking - torch.cat(alone)).abs().max()) > 0.01 * scale
 
 
@@ -197,7 +199,8 @@ def test_a_text_only_pack_gives_every_trained_tensor_a_gradient(case):
         if kind == "text":
             outside = [name for part in ("vision", "projector") for name, _ in part_parameters(model)[part]]
             gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-            assert all(not gradients[name].any() for name in outside if gradients[name] is not None)
+            text_too = [name for name in outside if "gated_cross_attn" in name and ".cross_attn" not in name]  # whatever a token sees
+            assert all(not gradients[name].any() for name in {*outside} - {*text_too} if gradients[name] is not None)
     family = family_of_model(model)
     assert missing["text"] == missing["image"] == set(family.unused(case.config, [n for n, _ in model.named_parameters()]))
 
@@ -336,7 +339,7 @@ def test_attention_keywords_reach_every_language_layer(case):
     example = pack_of(case, [conversation(1, [])])
     with torch.no_grad():
         hidden_states(model, to_device(example, "cpu", torch.float32), prompt_units=[Unit(0, example.tokens)], keep=kept)
-    assert sorted(kept) == list(range(CONFIGS[case.name]["text_config"]["num_hidden_layers"]))
+    assert sorted(layer for layer in kept if layer >= 0) == list(range(language_config(CONFIGS[case.name])["num_hidden_layers"]))
 
 
 def test_a_recipe_of_the_family_validates_and_its_mistakes_are_named(name):
@@ -353,7 +356,7 @@ def test_a_recipe_of_the_family_validates_and_its_mistakes_are_named(name):
 
     assert problems(recipe_model(name)) == []
     broken = json.loads(json.dumps(recipe_model(name)))
-    del broken["config"]["text_config"]["num_hidden_layers"]
+    del language_config(broken["config"])["num_hidden_layers"]
     broken["config"].pop("vision_config", None)
     told = problems(broken)
     assert any("needs `num_hidden_layers`" in line for line in told)
@@ -398,7 +401,7 @@ def test_the_planner_s_activations_are_what_autograd_saves(name, folder, trained
     measured = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     size = PackSize(example.tokens, example.visual_tokens, example.supervised_tokens)
     memory = stage_memory(shape_of_config(case.config.to_dict(), name), stage, 1, size, on_gpu=False)
-    width, vocabulary = case.config.text_config.hidden_size, case.config.text_config.vocab_size
+    width, vocabulary = language_config(case.config).hidden_size, language_config(case.config).vocab_size
     head = 4 * example.supervised_tokens * width + (4 * vocabulary * width if "language" in trained else 0)  # gradients, made forward
     assert measured == pytest.approx(memory.vision_activations + memory.language_activations + head, rel=0.1)
 
@@ -419,6 +422,7 @@ def test_the_export_s_image_processor_and_tokenizer_need_nothing_of_terrace(case
     if case.name in NEEDS_TORCHVISION:
         pytest.skip("its image processor needs torchvision")
     given = AutoImageProcessor.from_pretrained(final)([image], return_tensors="pt")
+    given = {"pixel_values": given} if isinstance(given, torch.Tensor) else given  # Idefics' gives them bare
     if "pixel_values" in given:  # Fuyu's whole processor cuts the patches
         ours = reference_inputs(case, example, model)["pixel_values"]
         assert given["pixel_values"].numel() == ours.numel()

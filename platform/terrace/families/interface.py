@@ -143,6 +143,8 @@ class Family(ABC):
     token_names: ClassVar[Mapping[str, str]] = {}  # attributes that transformers' processor asks its tokenizer for -> role, likewise
     token_fields: ClassVar[Mapping[str, str]] = {"image_token_id": "image"}  # configuration field -> role
     text_fields: ClassVar[Mapping[str, str]] = {}  # further fields of `text_config` -> role
+    flat: ClassVar[bool] = False  # the configuration holds the language model's fields itself, not in `text_config`
+    crosses: ClassVar[bool] = False  # pictures stay beside the sequence, whose tokens read them by cross-attention
     gives: ClassVar[str] = "text"  # what the model gives: text, `vectors` of pictures and texts, or `pictures`
     keeps_end: ClassVar[bool] = False  # a sample that is cut keeps its last token
     reads_questions: ClassVar[bool] = False  # a question is read with each picture of its sample, beside the language model: `asked`

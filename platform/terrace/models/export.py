@@ -21,6 +21,7 @@ from huggingface_hub import save_torch_state_dict
 from transformers import GenerationConfig
 
 from terrace.data.tokenizer import QUESTION_TOKENIZER
+from terrace.families.configurations import language_config
 from terrace.models.build import meta_model
 from terrace.models.families.interface import configurations
 from terrace.models.families.registry import family_of_model
@@ -57,7 +58,7 @@ def export_hf(
     for file in family.code_files():
         shutil.copyfile(file, work / file.name)
     if family.family.gives == "text":
-        GenerationConfig(eos_token_id=config.text_config.eos_token_id, do_sample=False).save_pretrained(work)
+        GenerationConfig(eos_token_id=language_config(config).eos_token_id, do_sample=False).save_pretrained(work)
     save_torch_state_dict(_published(model, state, stored), work, max_shard_size=SHARD_SIZE)
     _write_json(work / "preprocessor_config.json", family.family.preprocessor(pixels))
     if processor := family.family.processor():
