@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from families import case_of, conversation, model_of, picture
+from families import NAMES, case_of, conversation, model_of, picture
 
 from terrace.data.prompt import read_observation, read_prompt
 from terrace.data.template import encode_prompt
@@ -19,11 +19,17 @@ from terrace.generation.native import NativeEngine
 from terrace.generation.tokens import forbidden_tokens, stop_tokens
 from terrace.generation.turns import converse
 from terrace.generation.turns_cache import TurnsCache
+from terrace.models.families.interface import FamilyModel
+from terrace.models.families.registry import family_model_named
 from terrace.models.shared_prompt import use_shared_prompt_attention
 from terrace.objectives.grpo import PolicyOptions, summed_policy_loss
 from terrace.rl.units import TrainGroup, policy_batch
 
-FAMILIES = ("qwen2_5_vl", "qwen3_vl", "llava", "idefics3", "internvl")
+QUICK = ("qwen2_5_vl", "llava")
+ALONE = {  # families that cannot read an observation, or none with a picture, and what they say
+    "gemma3": "both ways", "llava_onevision": "when one more comes", "paligemma": "one question and its answer",
+    "blip_2": "one question and its answer",
+}  # fmt: skip
 
 
 def talk_of(case, number: int, sizes):
@@ -78,7 +84,18 @@ class Plain:
         self.generate = engine.generate
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def test_what_no_family_can_be_shown_is_refused_by_name(tmp_path_factory):
+    for name, said in ALONE.items():
+        case = case_of(name, tmp_path_factory.getbasetemp())
+        with pytest.raises(InputError, match=said):
+            read_observation(
+                *talk_of(case, 1, [(50, 70)]), case.tokenizer, case.family, case.pixels, np.zeros(case.family.position_rows, np.int64)
+            )
+    two_ways = {name for name in NAMES if type(family_model_named(name)).groups is not FamilyModel.groups}
+    assert two_ways <= set(ALONE)
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in NAMES if n not in ALONE])
 def test_conversations(name, tmp_path_factory, monkeypatch):
     case = case_of(name, tmp_path_factory.getbasetemp())
     # Encoded in parts it is the conversation encoded as a whole, ids, positions and pixels.
@@ -86,10 +103,11 @@ def test_conversations(name, tmp_path_factory, monkeypatch):
     asked = replace(sample, messages=sample.messages[:1])
     begun = read_prompt(asked, images[:-1], sizes[:-1], case.tokenizer, case.family, case.pixels).inputs
     whole = read_prompt(sample, images, sizes, case.tokenizer, case.family, case.pixels)
-    answered = encode_prompt(replace(sample, messages=[*sample.messages, sample.messages[1]]), sizes, case.tokenizer, case.family, case.pixels)
+    again = replace(sample, messages=[*sample.messages, sample.messages[1]])
+    answered = encode_prompt(again, sizes, case.tokenizer, case.family, case.pixels)
     assert np.array_equal(answered.input_ids, whole.inputs.input_ids)
-    marks = case.tokenizer.marks(case.family)
-    end = len(begun.input_ids) + int(np.flatnonzero(whole.inputs.input_ids[len(begun.input_ids) :] == marks[case.family.end_of_turn])[0]) + 1
+    mark, start = case.tokenizer.marks(case.family)[case.family.end_of_turn], len(begun.input_ids)
+    end = start + int(np.flatnonzero(whole.inputs.input_ids[start:] == mark)[0]) + 1
     following = next_positions(whole.inputs.positions[:, :end])
     rest = read_observation(sample, images, sizes, case.tokenizer, case.family, case.pixels, following)
     assert np.array_equal(rest.input_ids, whole.inputs.input_ids[end:])
@@ -114,7 +132,8 @@ def test_conversations(name, tmp_path_factory, monkeypatch):
     turns = set()
     for one, other in zip((r for group in kept for r in group), (r for group in again for r in group)):
         assert one.tokens.tolist() == other.tokens.tolist()
-        assert np.array_equal(one.observed.sampled, other.observed.sampled) and one.observed.sampled[-1]
+        assert np.array_equal(one.observed.sampled, other.observed.sampled)
+        assert one.observed.sampled[-1]
         assert np.nanmax(np.abs(one.logprobs - other.logprobs)) < 1e-5
         assert np.array_equal(np.isnan(one.logprobs), ~one.observed.sampled)
         assert np.array_equal(one.observed.inputs.positions, other.observed.inputs.positions)
@@ -139,10 +158,11 @@ def test_conversations(name, tmp_path_factory, monkeypatch):
     total = 0.0
     for group in groups:  # each conversation alone, unshared
         for response, advantage in zip(group.responses, group.advantages):
-            one = summed_policy_loss(model, policy_batch([TrainGroup(group.prompt, (response,), (advantage,))], "cpu", torch.float32), options)
+            single = policy_batch([TrainGroup(group.prompt, (response,), (advantage,))], "cpu", torch.float32)
+            one = summed_policy_loss(model, single, options)
             one.backward()
-            total += float(one)
-    assert abs(total - float(loss)) < 1e-3
+            total += one.item()
+    assert abs(total - loss.item()) < 1e-3
     for key, parameter in model.named_parameters():
         if parameter.grad is not None:
             assert torch.allclose(parameter.grad, shared[key], atol=2e-4, rtol=1e-3), key

@@ -11,7 +11,6 @@ from terrace.data.images import DEFAULT_MAX_IMAGE_PIXELS, load_pixels
 from terrace.data.template import Encoded, encode_observation, encode_prompt
 from terrace.data.tokenizer import TextTokenizer
 from terrace.data.types import PromptInputs, Sample, no_pixels
-from terrace.errors import InputError
 from terrace.families.interface import Bounds, Family
 
 
