@@ -15,13 +15,16 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from terrace.data.family import family_of
 from terrace.data.index.build import build_index
 from terrace.data.index.content import leaking_rows, repeated_rows
-from terrace.data.index.source_index import SourceIndex, load_index
+from terrace.data.index.source_index import LeftOut, SourceIndex, load_index
 from terrace.data.parallel import Progress
 from terrace.data.sources.conventions import Rules
 from terrace.data.sources.ingest import IngestReport, ingest_source
@@ -130,12 +133,23 @@ def load_prepared(root: str | Path) -> PreparedData:
 
 
 def leave_out_repeats(indexes: Mapping[str, SourceIndex], drop: bool) -> None:
-    """Nothing that any source holds out is trained through another row; with `drop`, nothing is trained through two."""
-    for name, rows in leaking_rows(indexes).items():
-        indexes[name].leave_out("held_out_elsewhere", rows)
-    if drop:
-        for name, rows in repeated_rows(indexes).items():
-            indexes[name].leave_out("duplicate", rows)
+    """Nothing that any source holds out is trained through another row; with `drop`, nothing is trained through two.
+
+    Which rows that are is found when somebody asks, from the indexes as they are now; whoever keeps the answer knows it by its mark.
+    """
+    sources = dict(indexes)
+    marks = [[name, index.identity, index.wanted.mark] for name, index in sources.items()]
+
+    @cache
+    def found() -> dict[str, dict[str, np.ndarray]]:
+        rows = {name: {"held_out_elsewhere": leaking} for name, leaking in leaking_rows(sources).items()}
+        for name, repeats in (repeated_rows(sources) if drop else {}).items():
+            rows[name]["duplicate"] = repeats
+        return rows
+
+    leaving = LeftOut(hashlib.sha256(json.dumps([marks, drop]).encode()).hexdigest(), found)
+    for index in sources.values():
+        index.leaving = leaving
 
 
 def used_sources(recipe: Recipe) -> list[str]:

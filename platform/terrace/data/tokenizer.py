@@ -81,11 +81,11 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text; marks of turns and images in it are text like any other."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids if text else []
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids if text else []  # without offsets
 
     def count(self, text: str) -> int:
         """How many tokens `encode` gives."""
-        return len(self._tokenizer.encode(text, add_special_tokens=False)) if text else 0
+        return len(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]) if text else 0  # without offsets
 
     def encode_behind(self, before: str, text: str) -> list[int]:
         """Token ids of `text` where it follows `before` in one string, as a tokenizer that looks at the first letter writes it."""

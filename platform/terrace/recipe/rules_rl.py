@@ -31,11 +31,12 @@ def check(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
     for name in OPTIONS:
         if name != stage.objective and getattr(stage, name) is not None:
             yield Problem((*at, name), f"is an option of objective {name}; this stage's objective is {stage.objective}")
-    with_heads = stage.objective in ("mtp", "medusa")
+    with_heads, heads = entry.heads, [name for name, one in OBJECTIVES.items() if one.heads]
     if with_heads and stage.train.heads is None:
         yield Problem((*at, "train"), f"objective {stage.objective} trains heads: give train.heads its lr")
     elif not with_heads and stage.train.heads is not None:
-        yield Problem((*at, "train", "heads"), f"are trained by objectives mtp and medusa; this stage's objective is {stage.objective}")
+        names = f"{', '.join(heads[:-1])} and {heads[-1]}"
+        yield Problem((*at, "train", "heads"), f"are trained by objectives {names}; this stage's objective is {stage.objective}")
     if stage.objective == "grpo":
         yield from _grpo(recipe, stage, at)
         return
