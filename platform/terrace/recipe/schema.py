@@ -17,7 +17,7 @@ from pydantic import Field
 
 from terrace.recipe.objectives import ObjectiveName
 from terrace.recipe.schema_changes import ModelChanges
-from terrace.recipe.schema_grpo import GrpoOptions, RewardRule
+from terrace.recipe.schema_grpo import EnvironmentRule, GrpoOptions, RewardRule
 from terrace.recipe.schema_heads import HeadsTraining, MedusaOptions, MtpOptions
 from terrace.recipe.schema_inputs import (
     PARTS,
@@ -237,6 +237,7 @@ class Stage(Strict):
     instance_discrimination: InstanceOptions | None = Field(None, description="Options of the objective instance_discrimination.")
     cpc: CpcOptions | None = Field(None, description="Options of the objective cpc.")
     rewards: dict[str, list[RewardRule]] = Field({}, description="Reward rules per task (objective grpo).")
+    environment: dict[str, EnvironmentRule] = Field({}, description="What answers back, per task (objective grpo).")
     seed: int = Field(0, ge=0, description="Seed of the stage's own randomness.")
 
     @property
@@ -247,6 +248,13 @@ class Stage(Strict):
         if self.objective == "medusa":
             return "medusa", (self.medusa or MedusaOptions()).heads
         return "mtp", (self.mtp or MtpOptions()).depth
+
+    @property
+    def longest_conversation(self) -> int:
+        """Tokens behind a prompt at most, of objective grpo: one response, or the answers and observations of several turns."""
+        answer = (self.grpo or GrpoOptions()).max_response_tokens
+        talks = [rule.turns * answer + (rule.turns - 1) * rule.max_observation_tokens for rule in self.environment.values()]
+        return max([answer, *talks])
 
     @property
     def view_options(self) -> Projector | None:
