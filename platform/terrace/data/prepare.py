@@ -15,13 +15,16 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from terrace.data.family import family_of
 from terrace.data.index.build import build_index
 from terrace.data.index.content import leaking_rows, repeated_rows
-from terrace.data.index.source_index import SourceIndex, load_index
+from terrace.data.index.source_index import LeftOut, SourceIndex, load_index
 from terrace.data.parallel import Progress
 from terrace.data.sources.conventions import Rules
 from terrace.data.sources.ingest import IngestReport, ingest_source
@@ -158,13 +161,32 @@ def load_prepared(root: str | Path) -> PreparedData:
 
 
 def leave_out_repeats(views: Sequence[Mapping[str, SourceIndex]], drop: bool) -> None:
-    """Nothing that any source holds out, of whatever model, is trained through another row; with `drop`, no model sees a row twice."""
+    """Nothing that any source holds out, of whatever model, is trained through another row; with `drop`, no model sees a row twice.
+
+    Which rows that are is found when somebody asks, from the indexes as they are now; whoever keeps the answer knows it by its mark.
+    """
     every = {f"{number}/{name}": index for number, indexes in enumerate(views) for name, index in indexes.items()}
-    for name, rows in leaking_rows(every).items():
-        every[name].leave_out("held_out_elsewhere", rows)
-    for indexes in views if drop else ():
-        for name, rows in repeated_rows(indexes).items():
-            indexes[name].leave_out("duplicate", rows)
+    marks = [[key, index.identity, index.wanted.mark] for key, index in every.items()]
+    mark = hashlib.sha256(json.dumps([marks, drop]).encode()).hexdigest()
+
+    @cache
+    def found() -> dict[str, dict[str, np.ndarray]]:
+        rows = {key: {"held_out_elsewhere": leaking} for key, leaking in leaking_rows(every).items()}
+        for number, indexes in enumerate(views if drop else ()):
+            for name, repeats in repeated_rows(indexes).items():
+                rows[f"{number}/{name}"]["duplicate"] = repeats
+        return rows
+
+    for number, indexes in enumerate(views):
+        leaving = LeftOut(f"{mark}-{number}", partial(_of_view, found, number, list(indexes)))
+        for index in indexes.values():
+            index.leaving = leaving
+
+
+def _of_view(
+    found: Callable[[], dict[str, dict[str, np.ndarray]]], number: int, names: list[str]
+) -> dict[str, dict[str, np.ndarray]]:
+    return {name: found()[f"{number}/{name}"] for name in names}
 
 
 def readers(recipe: Recipe) -> list[tuple[Family, list[str]]]:

@@ -23,6 +23,7 @@ CONFIG = "tokenizer_config.json"
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QUESTION_TOKENIZER = "qformer_tokenizer"  # folder beside a tokenizer's own files, as InstructBLIP is published
 
 
 class TextTokenizer:
@@ -83,11 +84,19 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text; marks of turns and images in it are text like any other."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids if text else []
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids if text else []  # without offsets
+
+    def encode_question(self, text: str) -> list[int]:
+        """Token ids as the part of the model that reads the question with the picture takes them: by the tokenizer in the folder
+        `qformer_tokenizer`, between its own marks, or by this one where there is no such folder."""
+        own = self.directory / QUESTION_TOKENIZER
+        if not own.is_dir():
+            return self.encode(text)
+        return load_tokenizer(own)._tokenizer.encode(text, add_special_tokens=True).ids
 
     def count(self, text: str) -> int:
         """How many tokens `encode` gives."""
-        return len(self._tokenizer.encode(text, add_special_tokens=False)) if text else 0
+        return len(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]) if text else 0  # without offsets
 
     def encode_behind(self, before: str, text: str) -> list[int]:
         """Token ids of `text` where it follows `before` in one string, as a tokenizer that looks at the first letter writes it."""

@@ -19,6 +19,7 @@ import torch
 from transformers import PreTrainedModel
 
 from terrace.errors import InputError
+from terrace.families.configurations import language_config
 from terrace.models.families.interface import FamilyModel
 from terrace.models.families.registry import family_of_model
 from terrace.models.part_sources import differences, part_directory
@@ -163,10 +164,8 @@ def _compare_positions(config: Any, directory: Directory | None, report: LoadRep
     if directory is None:
         return
     text = directory.config.get("text_config") or directory.config
-    if not hasattr(config, "text_config"):
-        return
     trained = (text.get("rope_parameters") or {}).get("rope_theta", text.get("rope_theta"))
-    wanted = (getattr(config.text_config, "rope_parameters", None) or {}).get("rope_theta")
+    wanted = (getattr(language_config(config), "rope_parameters", None) or {}).get("rope_theta")
     if trained is not None and wanted is not None and float(trained) != float(wanted):
         report.notes.append(f"the language weights of {directory.path} have RoPE base {trained:g}, the model has {wanted:g}")
 

@@ -46,10 +46,12 @@ def changed_config(config: dict[str, Any], changes: ModelChanges, architecture: 
         experts = {"count": wanted.pop("experts"), **wanted}
         config = dict(family_class(architecture).upcycled(config, experts) or config)
     if changes.rope_base is not None:
-        text = dict(config.get("text_config") or {})
+        flat = family_class(architecture).flat
+        text = dict(config if flat else config.get("text_config") or {})
         rope = dict(text.get("rope_parameters") or {"rope_type": "default"})
         text.pop("rope_theta", None)
-        config = {**config, "text_config": {**text, "rope_parameters": {**rope, "rope_theta": changes.rope_base}}}
+        text = {**text, "rope_parameters": {**rope, "rope_theta": changes.rope_base}}
+        config = text if flat else {**config, "text_config": text}
     return config
 
 

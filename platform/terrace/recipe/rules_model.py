@@ -65,6 +65,9 @@ def _stage(stage: Stage, family: type[Family], at: Path) -> Iterator[Problem]:
     if stage.grpo is not None and stage.grpo.engine == "vllm" and not family.whole_pictures:
         told = f"vllm cannot answer for {family.name}, whose tiles cannot be given back as whole pictures; choose native"
         yield Problem((*at, "grpo", "engine"), told)
+    if stage.parallel.sequence_parallel > 1 and family.crosses:
+        told = f"ranks cannot share a pack of {family.name}: its pictures are read by cross-attention, which is not split here"
+        yield Problem((*at, "parallel", "sequence_parallel"), told)
     if not stage.expert_balance:
         return
     key = (*at, "expert_balance")
