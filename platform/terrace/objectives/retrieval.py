@@ -30,12 +30,31 @@ def recalls(images: torch.Tensor, texts: torch.Tensor, captions: Sequence[object
     return found
 
 
+def recalls_of_scores(scores: torch.Tensor, captions: Sequence[object]) -> dict[str, float]:
+    """Likewise of similarities [N, N] that are no product of two vectors: picture i with text j."""
+    first: dict[object, int] = {}
+    numbers = torch.tensor([first.setdefault(caption, len(first)) for caption in captions], device=scores.device)
+    places = torch.tensor([list(captions).index(caption) for caption in first], device=scores.device)
+    own, distinct, found = torch.arange(len(first), device=scores.device), scores[:, places], {}
+    for name, ranks in (
+        ("image_to_text", ranks_of_right(distinct, numbers[:, None] == own[None])),
+        ("text_to_image", ranks_of_right(distinct.T, own[:, None] == numbers[None])),
+    ):
+        found |= {f"{name}_r{place}": float((ranks < place).double().mean()) for place in PLACES}
+    return found
+
+
+def ranks_of_right(scores: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """int64 [Q]: how many wrong keys are as near to each query as its nearest right one, or nearer."""
+    best = scores.masked_fill(~right, -torch.inf).max(dim=1, keepdim=True).values
+    return ((scores >= best) & ~right).sum(dim=1)
+
+
 def wrong_before_right(queries: torch.Tensor, wanted: torch.Tensor, keys: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """int64 [Q]: how many wrong keys are as near to each query as its nearest right one, or nearer."""
     ranks = []
     for start in range(0, len(queries), ROWS_AT_ONCE):
         scores = queries[start : start + ROWS_AT_ONCE] @ keys.T
         right = wanted[start : start + ROWS_AT_ONCE, None] == labels[None]
-        best = scores.masked_fill(~right, -torch.inf).max(dim=1, keepdim=True).values
-        ranks.append(((scores >= best) & ~right).sum(dim=1))
+        ranks.append(ranks_of_right(scores, right))
     return torch.cat(ranks)

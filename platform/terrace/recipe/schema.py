@@ -38,7 +38,7 @@ from terrace.recipe.schema_inputs import (
 )
 from terrace.recipe.schema_model import Initialisation, Model
 from terrace.recipe.schema_optimizer import Optimizer, Schedule, WeightAverage
-from terrace.recipe.schema_pairs import PairOptions
+from terrace.recipe.schema_pairs import MatchingOptions, PairOptions
 from terrace.recipe.schema_preference import DpoOptions, KtoOptions, MpoOptions, OrpoOptions, SimpoOptions
 from terrace.recipe.schema_training import PartTraining
 from terrace.recipe.schema_views import (
@@ -220,6 +220,7 @@ class Stage(Strict):
     profile: Profile = Field(Profile(), description="Steps to trace.")
     grpo: GrpoOptions | None = Field(None, description="Options of the objective grpo.")
     pairs: PairOptions | None = Field(None, description="Options of the objectives clip and siglip.")
+    matching: MatchingOptions | None = Field(None, description="Options of the objective matching.")
     mtp: MtpOptions | None = Field(None, description="Options of the objective mtp.")
     medusa: MedusaOptions | None = Field(None, description="Options of the objective medusa.")
     dpo: DpoOptions | None = Field(None, description="Options of the objective dpo.")
