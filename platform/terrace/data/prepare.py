@@ -41,7 +41,7 @@ from terrace.recipe.schema_inputs import REMEDIES
 from terrace.storage.files import absolute, is_remote, join, list_files, read_file, write_file
 
 TOKENIZER_TEXT_CHARACTERS = 4_000_000  # per source, from its first shards: enough for the small vocabularies trained here
-PREPARED_VERSION = 4
+PREPARED_VERSION = 5
 
 
 @dataclass
@@ -134,7 +134,7 @@ def load_prepared(root: str | Path) -> PreparedData:
         raise InputError(f"there is no prepared data in {root}; the run prepares it before its first stage")
     try:
         storage = Storage(**manifest["storage"])
-        views = [manifest, *manifest.get("others", [])]
+        views = [manifest, *manifest["others"]]
         families = [stored_family(one["family"]) for one in views]
         drop = manifest["deduplicate"] == "drop"
         tokenizer_dir = Path(_resolved(manifest["tokenizer_dir"], root))
