@@ -41,6 +41,7 @@ SAMPLES = {
     "rl/counting": 1000,
     "rl/grounding": 1000,
     "rl/arithmetic": 1000,
+    "rl/clicking": 600,
 }
 
 
