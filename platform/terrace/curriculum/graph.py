@@ -1,14 +1,15 @@
 """Which stage waits for which. Pure.
 
 By default stages run one after the other, in the order they are written. With `stage_order: graph` a stage waits only for the one whose
-weights it starts from and for those named in `after`; both stand before it in the recipe, so there is no circle. The first stage is
-the only one that waits for none: by the time that two stages run side by side, the data is prepared.
+weights it starts from (or those that it takes parts of), those that judge its answers and those named in `after`; all stand before it
+in the recipe, so there is no circle. The first stage is the only one that waits for none: by the time that two stages run side by
+side, the data is prepared.
 """
 
 from __future__ import annotations
 
 from terrace.curriculum.state import RunState, StageState
-from terrace.recipe.identity import start_index, taken_from
+from terrace.recipe.identity import judges_of, start_index, taken_from
 from terrace.recipe.schema import Recipe
 
 
@@ -28,8 +29,11 @@ def waits_for(recipe: Recipe, index: int) -> set[str]:
     """Stages that must be complete before stage `index` begins."""
     if recipe.stage_order == "sequence":
         return {stage.name for stage in recipe.stages[:index]}
-    named = {*recipe.stages[index].after, *source_stages(recipe, index)}
-    return named or {stage.name for stage in recipe.stages[: min(index, 1)]}  # a model of its own that takes nothing: after the first
+    judges = [recipe.stages[place].name for place in judges_of(recipe, index).values()]
+    named = {*recipe.stages[index].after, *source_stages(recipe, index), *judges}
+    if source_stages(recipe, index) or recipe.stages[index].after:
+        return named
+    return named | {stage.name for stage in recipe.stages[: min(index, 1)]}  # a model of its own that takes nothing: after the first
 
 
 def with_dependents(recipe: Recipe, name: str) -> list[str]:

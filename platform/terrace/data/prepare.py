@@ -118,7 +118,7 @@ def prepare_data(
 
     first, *others = [view(tokenizer.fit(family), read) for family, read in readers(recipe)]
     manifest = {
-        "version": PREPARED_VERSION, "mark": mark, "seed": recipe.data.seed, **first, "others": others,
+        "version": PREPARED_VERSION, "mark": mark, "seed": recipe.data.seed, **first, **({"others": others} if others else {}),
         "tokenizer_dir": _relative(str(tokenizer.directory), str(root)), "storage": recipe.data.storage.model_dump(),
         "deduplicate": recipe.data.deduplicate,
     }  # fmt: skip

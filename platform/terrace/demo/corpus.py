@@ -38,6 +38,7 @@ SAMPLES = {
     "charts": 1400,
     "reasoning": 500,
     "albums": 120,
+    "pairs": 900,
     "rl/counting": 1000,
     "rl/grounding": 1000,
     "rl/arithmetic": 1000,

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig
 
 from terrace.models.families.interface import FamilyModel
+from terrace.models.families.registry import family_model_named
 from terrace.models.tensor_files import Directory
 from terrace.recipe.schema import PartName
 
@@ -70,6 +71,7 @@ class VitAsTower(Directory):
     def __init__(self, source: Directory, family: FamilyModel, wanted: set[str]) -> None:
         self.path, self._source, self._target = source.path, source, family
         self.__dict__["config"] = source.config  # in place of the cached property
+        self._stored = {family_model_named(source.config["model_type"]).canonical_name(name): name for name in source.names}
         self._class_token = family.canonical_name(f"{TOWER}embeddings.class_embedding") in wanted
         self._of = {self._target.canonical_name(TOWER + name): stored for name, stored in self._spelling().items()}
 
@@ -85,7 +87,7 @@ class VitAsTower(Directory):
             names["embeddings.class_embedding"] = ("vit.embeddings.cls_token",)
         else:
             names["embeddings.patch_embedding.bias"] = (f"{patches}.bias",)
-        for stored in self._source.names:
+        for stored in self._stored:
             _, layer, rest = stored.partition("vit.layers.")
             number, _, inner = rest.partition(".")
             for vit, tower in LAYER.items() if layer else ():
@@ -95,7 +97,7 @@ class VitAsTower(Directory):
 
     @property
     def names(self) -> set[str]:
-        return {name for name, stored in self._of.items() if self._source.names.issuperset(stored)}
+        return {name for name, stored in self._of.items() if self._stored.keys() >= set(stored)}
 
     def begins_new(self, name: str) -> bool:
         return ".pre_layrnorm." in name or name.startswith(self._target.canonical_name(f"{TOWER}head."))
@@ -106,11 +108,11 @@ class VitAsTower(Directory):
         return [f"the class token of {self.path} and its position are left out: the tower has none"]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        pieces = [torch.empty(self._source.shape(stored), device="meta") for stored in self._of[name]]
+        pieces = [torch.empty(self._source.shape(self._stored[stored]), device="meta") for stored in self._of[name]]
         return tuple(self._made(name, pieces).shape)
 
     def read(self, name: str) -> torch.Tensor:
-        return self._made(name, [self._source.read(stored) for stored in self._of[name]])
+        return self._made(name, [self._source.read(self._stored[stored]) for stored in self._of[name]])
 
     def _made(self, name: str, pieces: list[torch.Tensor]) -> torch.Tensor:
         first = pieces[0]

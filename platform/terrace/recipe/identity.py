@@ -13,6 +13,7 @@ from typing import Any
 
 from terrace.recipe.schema import PARTS, Recipe, Stage
 from terrace.recipe.schema_inputs import REMEDIES
+from terrace.recipe.schema_model import FROM_STAGE
 
 # What changes where and how fast a stage runs but not what it computes (up to rounding): absent from its hash, so that
 # a run may resume with other workers, another strategy or other checkpoint intervals.
@@ -51,7 +52,7 @@ def stage_hash(recipe: Recipe, index: int) -> str:
     """
     stage = recipe.stages[index]
     before = start_index(recipe, index)
-    taken = {part: stage_hash(recipe, place) for part, place in taken_from(recipe, index).items()}
+    taken = {key: stage_hash(recipe, place) for key, place in {**taken_from(recipe, index), **judges_of(recipe, index)}.items()}
     return _digest(
         {
             "model": recipe.model.written.model_dump(mode="json", exclude=_MODEL_LAYOUT_KEYS, exclude_defaults=True),
@@ -84,6 +85,19 @@ def taken_from(recipe: Recipe, index: int) -> dict[str, int]:
     if model is None or model.init is None:
         return {}
     return {part: names.index(name) for part, name in model.init.stages().items()}
+
+
+def judges_of(recipe: Recipe, index: int) -> dict[str, int]:
+    """Name -> index of the stages whose final weights judge the answers of a stage."""
+    names = [stage.name for stage in recipe.stages]
+    return {name: names.index(name) for name in judge_names(recipe.stages[index]) if name in names}
+
+
+def judge_names(stage: Stage) -> list[str]:
+    """The stages that options of its rewards name (`stage:NAME`)."""
+    values = [value for rules in stage.rewards.values() for rule in rules for value in rule.options.values()]
+    named = [value.removeprefix(FROM_STAGE) for value in values if isinstance(value, str) and value.startswith(FROM_STAGE)]
+    return list(dict.fromkeys(named))
 
 
 def _stage_settings(stage: Stage) -> dict[str, Any]:

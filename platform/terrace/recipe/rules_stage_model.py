@@ -13,6 +13,7 @@ from terrace.families.registry import family_class
 from terrace.families.shapes import ModelShape
 from terrace.recipe.changes import stage_model
 from terrace.recipe.errors import Path, Problem
+from terrace.recipe.identity import judge_names
 from terrace.recipe.schema import Recipe, Stage
 from terrace.recipe.schema_model import FROM_STAGE, Model
 
@@ -27,6 +28,10 @@ def check(recipe: Recipe, stage: Stage, at: Path, index: int) -> Iterator[Proble
     if index == 0 and recipe.model.init is not None:
         for part in recipe.model.init.stages():
             yield Problem(("model", "init", part), "there is no earlier stage; `stage:NAME` stands in the model of a stage")
+    names = [one.name for one in recipe.stages]
+    for name in judge_names(stage):
+        if name not in names[:index]:
+            yield Problem((*at, "rewards"), f"stage `{name}` {_not_before(name, names, index)}; earlier stages judge answers")
     if stage.model is None:
         return
     key: Path = (*at, "model")
@@ -38,14 +43,16 @@ def check(recipe: Recipe, stage: Stage, at: Path, index: int) -> Iterator[Proble
             f"a stage with a `model` of its own takes no stage's weights as a whole; name the parts: model.init.vision: {FROM_STAGE}"
             f"{stage.start_from}",
         )
-    names = [one.name for one in recipe.stages]
     for part, name in (stage.model.init.stages() if stage.model.init is not None else {}).items():
         place: Path = (*key, "init", part)
         if name not in names[:index]:
-            why = "does not run before this one" if name in names else f"does not exist{nearest(name, names[:index])}"
-            yield Problem(place, f"stage `{name}` {why}; a part comes from an earlier stage")
+            yield Problem(place, f"stage `{name}` {_not_before(name, names, index)}; a part comes from an earlier stage")
             continue
         yield from _fits(stage.model, stage_model(recipe, names.index(name)), part, name, place)
+
+
+def _not_before(name: str, names: list[str], index: int) -> str:
+    return "does not run before this one" if name in names else f"does not exist{nearest(name, names[:index])}"
 
 
 def _fits(model: Model, source: Model, part: str, name: str, place: Path) -> Iterator[Problem]:
@@ -59,6 +66,9 @@ def _fits(model: Model, source: Model, part: str, name: str, place: Path) -> Ite
             return  # said elsewhere
     ours, theirs = _shape(model), _shape(source)
     if ours is None or theirs is None or part == "projector":
+        return
+    if part == "language" and not theirs.language.layers:
+        yield Problem(place, f"stage `{name}` trains a {source.architecture}, which has no language part")
         return
     fields = VISION if part == "vision" else LANGUAGE
     differing = [
