@@ -117,6 +117,16 @@ def encode_answer(text: str, tokenizer: TextTokenizer, family: Family) -> list[i
     return [*ids, tokenizer.marks(family)[family.end_of_turn]]
 
 
+def written_texts(sample: Sample, family: Family) -> Iterator[str]:
+    """What the model reads of a sample between two marks or numbers: its own text and the words the family writes around turns.
+
+    A tokenizer is trained on it: without the turns' own words `You are a helpful assistant.` was 20 tokens of every short sample.
+    Raises InputError, naming the sample, for one that the family cannot write."""
+    yield from (value for kind, value, _ in _pieces(sample, "auto", family) if kind == "text")
+    if sample.messages[-1]["role"] == "user":  # a prompt: the header of the answer to come
+        yield from (value for kind, value, _ in family.generation() if kind == "text")
+
+
 def measure_sample(sample: Sample, sizes: Sequence[Size], tokenizer: TextTokenizer, family: Family) -> Measure:
     """The resolution-independent size of a sample. InputError, naming the sample, when it cannot be trained on."""
     measure, text_to_learn = _measure(sample, sizes, tokenizer, family, _pieces(sample, "auto", family))
