@@ -136,6 +136,7 @@ class Family(ABC):
     position_rows: ClassVar[int] = 1
     fact_count: ClassVar[int] = 1
     videos: ClassVar[bool] = False
+    images_both_ways: ClassVar[bool] = False  # tokens of an image see each other in both directions in the language model
     experts: ClassVar[bool] = False  # its language model is a mixture of experts
     balances_sequences: ClassVar[bool] = False  # whose load-balancing loss is that of each sequence, not of the whole batch
     refused_objectives: ClassVar[Mapping[str, str]] = {}  # objective -> why the model cannot be trained with it here

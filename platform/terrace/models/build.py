@@ -165,11 +165,15 @@ def parameter_counts(recipe: Recipe, config: Any | None = None) -> dict[PartName
 
     A tokenizer that is still to be trained counts with the vocabulary that the recipe asks for.
     """
-    if config is None:
-        config = model_config(recipe.model)
-        trained, text = recipe.tokenizer.train_vocabulary_size, language_config(recipe.model.config or {})
-        counted = language_config(config)
-        if trained is not None and recipe.model.pretrained is None and "vocab_size" not in text and hasattr(counted, "vocab_size"):
-            counted.vocab_size = trained
-    shape = meta_model(config)
+    shape = meta_model(config if config is not None else planned_config(recipe))
     return {part: sum(p.numel() for _, p in pairs) for part, pairs in part_parameters(shape).items()}
+
+
+def planned_config(recipe: Recipe) -> Any:
+    """The configuration before there is a tokenizer: one that is still to be trained has the vocabulary that the recipe asks for."""
+    config = model_config(recipe.model)
+    trained, text = recipe.tokenizer.train_vocabulary_size, language_config(recipe.model.config or {})
+    counted = language_config(config)
+    if trained is not None and recipe.model.pretrained is None and "vocab_size" not in text and hasattr(counted, "vocab_size"):
+        counted.vocab_size = trained
+    return config

@@ -20,7 +20,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import GenerationConfig
 
-from terrace.data.tokenizer import QUESTION_TOKENIZER
+from terrace.data.tokenizer import QUESTION_TOKENIZER, file_for
 from terrace.families.configurations import language_config
 from terrace.models.build import meta_model
 from terrace.models.families.interface import configurations
@@ -64,14 +64,15 @@ def export_hf(
     if processor := family.family.processor():
         _write_json(work / "processor_config.json", processor)
     if tokenizer_dir is not None:
+        there = {name: file_for(tokenizer_dir, name, family.family.name) for name in {*TOKENIZER_FILES, *TEMPLATE_FILES}}
         for name in TOKENIZER_FILES:
-            if (tokenizer_dir / name).is_file():
-                shutil.copyfile(tokenizer_dir / name, work / name)
+            if there[name].is_file():
+                shutil.copyfile(there[name], work / name)
         if family.family.reads_questions:  # the class's processor wants a tokenizer of its own for them
             questions = tokenizer_dir / QUESTION_TOKENIZER
             copied = shutil.ignore_patterns(QUESTION_TOKENIZER)
             shutil.copytree(questions if questions.is_dir() else tokenizer_dir, work / QUESTION_TOKENIZER, ignore=copied)
-        own = {name: (tokenizer_dir / name).read_bytes() for name in TEMPLATE_FILES if (tokenizer_dir / name).is_file()}
+        own = {name: there[name].read_bytes() for name in TEMPLATE_FILES if there[name].is_file()}
         if template := chat_template(kept) or chat_template(own) or family.family.chat_template:
             (work / "chat_template.jinja").write_text(template)
     for name in ("generation_config.json", "video_preprocessor_config.json"):
