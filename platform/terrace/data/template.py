@@ -117,6 +117,16 @@ def encode_answer(text: str, tokenizer: TextTokenizer, family: Family) -> list[i
     return [*ids, tokenizer.marks(family)[family.end_of_turn]]
 
 
+def written_texts(sample: Sample, family: Family) -> Iterator[str]:
+    """What the model reads of a sample between two marks or numbers: its own text and the words the family writes around turns.
+
+    A tokenizer is trained on it: without the turns' own words `You are a helpful assistant.` was 20 tokens of every short sample.
+    Raises InputError, naming the sample, for one that the family cannot write."""
+    yield from (value for kind, value, _ in _pieces(sample, "auto", family) if kind == "text")
+    if sample.messages[-1]["role"] == "user":  # a prompt: the header of the answer to come
+        yield from (value for kind, value, _ in family.generation() if kind == "text")
+
+
 def measure_sample(sample: Sample, sizes: Sequence[Size], tokenizer: TextTokenizer, family: Family) -> Measure:
     """The resolution-independent size of a sample. InputError, naming the sample, when it cannot be trained on."""
     measure, text_to_learn = _measure(sample, sizes, tokenizer, family, _pieces(sample, "auto", family))
@@ -327,6 +337,10 @@ def _encode(
     visuals: list[Visual] = []
     views: list[View] = []
     images: list[tuple[int, ...]] = []
+    asked: list[int] | None = None
+    if family.reads_questions:
+        pieces, question = itertools.tee(pieces)
+        asked = tokenizer.encode_question(_question(question, at_this_resolution))
     for kind, value, flags in _joined(_known_tokens(pieces, tokenizer, family), at_this_resolution):
         if kind == "text" and len(flags) > 1:
             tokens, offsets = tokenizer.encode_with_offsets(value)
@@ -342,6 +356,8 @@ def _encode(
             ids.append(tokenizer.token_id(value))
         else:
             visual, view = _visual(len(ids), value, all_views, family)
+            if asked is not None:
+                visual = replace(visual, facts=family.asked(visual.facts, asked))
             ids += [marks[kind]] * visual.tokens if visual.seconds is not None else _image_tokens(view, family, tokenizer)
             visuals.append(visual)
             views.append(view)
@@ -357,6 +373,13 @@ def _encode(
         views=tuple(views),
         images=tuple(images),
     )
+
+
+def _question(pieces: Iterator[Piece], render: Callable[[int, int, float], str]) -> str:
+    """The text in front of the first cut, which parts a question from its answer; empty for running text, which asks nothing."""
+    before = list(pieces)
+    cut = next((place for place, piece in enumerate(before) if piece[0] == "cut"), 0)
+    return "".join(value for kind, value, _ in _joined(iter(before[:cut]), render) if kind == "text")
 
 
 def _visual(start: int, value: dict[str, Any], views: Sequence[View], family: Family) -> tuple[Visual, View]:

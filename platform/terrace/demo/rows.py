@@ -228,6 +228,16 @@ def _reasoning(rng: random.Random) -> tuple[Row, list[Scene]]:
     return _chat([(RESULT_QUESTION + " Explain.", answer)]), [scene]
 
 
+def _pairs(rng: random.Random) -> tuple[Row, list[Scene]]:
+    """A question about a number, its answer and a wrong one beside it."""
+    scene = scenes.draw_shapes(rng.getrandbits(40), most=5, colours=3)
+    question, answer = ("How many shapes are in the picture?", str(len(scene.things)))
+    if rng.random() < 0.5:
+        question, answer = _count_question(rng, scene)
+    wrong = rng.choice([number for number in range(6) if number != int(answer)])
+    return {**_chat([(question, answer)]), "rejected_response": str(wrong)}, [scene]
+
+
 # ---------------------------------------------------------------- prompts with a checkable answer
 
 
@@ -278,6 +288,7 @@ WRITERS: dict[str, Callable[[random.Random], tuple[Row, list[Scene]]]] = {
     "counting": _counting,
     "charts": _chart,
     "reasoning": _reasoning,
+    "pairs": _pairs,
     "rl/counting": _rl_counting,
     "rl/grounding": _rl_grounding,
     "rl/arithmetic": _rl_arithmetic,

@@ -177,6 +177,10 @@ class Stage(Strict):
     name: Name = Field(description="Name of the stage, unique in the recipe.")
     objective: ObjectiveName = Field("lm", description="What a step optimises.")
     start_from: Name | None = Field(None, description="The stage whose final weights this one starts from; default: the previous.")
+    model: Model | None = Field(
+        None, description="Another model from this stage on; its `init` may take parts of earlier stages (`stage:NAME`). Unset: that of the"
+        " stage it starts from.",
+    )  # fmt: skip
     after: list[Name] = Field([], max_length=8, description="With `stage_order: graph`: stages to wait for, besides `start_from`.")
     train: TrainedParts = Field(description="The parts that train and how; every other part is frozen.")
     model_changes: ModelChanges | None = Field(None, description="What becomes of the model before the stage begins.")
@@ -310,7 +314,7 @@ class Planning(Strict):
 class Recipe(Strict):
     name: Name = Field(description="Name of the curriculum in reports and MLflow. Cannot change later.")
     description: str = Field("", description="What the curriculum is for.")
-    model: Model = Field(description="The model that all stages train. Cannot change later.")
+    model: Model = Field(description="The model of every stage up to one with a `model` of its own. Cannot change later.")
     tokenizer: Tokenizer = Field(description="The tokenizer. Cannot change later.")
     data: Data = Field(description="The sources of samples.")
     stages: list[Stage] = Field(min_length=1, max_length=32, description="The stages, in the order they run.")

@@ -44,6 +44,7 @@ from terrace.rl.judgements import Judgements
 from terrace.rl.stored import forget_iterations, iteration_folder
 from terrace.rl.units import TrainGroup, pack_groups, policy_batch
 from terrace.rl.update import UpdateFigures
+from terrace.train.start import settled
 from terrace.worker.collectives import gather_objects
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ class Grpo(Objective):
             self._reference = reference.eval().requires_grad_(False)
             use_shared_prompt_attention(self._reference, backend)
         sandbox = self._held.enter_context(SandboxPool(SANDBOX_WORKERS))
-        router = Router(stage.rewards, sandbox, bool(stage.environment))
+        router = Router(settled(stage.rewards, recipe, opening.stage_dir.parent), sandbox, bool(stage.environment))
         environments = Environments(stage.environment, tuple(stage.rewards), sandbox, feed.reader.sights)
         self._held.callback(environments.close)
         alive = functools.partial(run.mark, 1, "judging the stage's prompts before")
