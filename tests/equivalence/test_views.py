@@ -152,7 +152,7 @@ def test_value_and_gradients_are_the_formula_s_in_any_packs(case):
     for name, gradient in found.items():
         np.testing.assert_allclose(in_packs[name], gradient, rtol=1e-7, atol=1e-9, err_msg=name)
         if "." in name and "state" not in name:
-            assert float(np.abs(in_float32[name] - gradient).max()) < 1e-5 * largest, name
+            assert float(np.abs(in_float32[name] - gradient).max()) < 5e-6 * largest, name
     model, [stage] = learner.strategy.model, learner.opening.recipe.stages
     shape = shape_of_config(model.config.to_dict(), "vit")
     planned = sum(patches for patches, share in seen_patches(stage, shape) if share == 1)
