@@ -39,7 +39,7 @@ class Image:
     entrypoint: list[str] = field(default_factory=list)
     command: list[str] = field(default_factory=list)
 
-    def run(self, words: list[str], timeout: float = 900.0, as_root: bool = False) -> str:
+    def run(self, words: list[str], timeout: float = 3000.0, as_root: bool = False) -> str:
         """The output of a command in the image, as its user; BuildError where it fails."""
         inherited = {key: value for key, value in os.environ.items() if key.startswith(PASSED_ON)}
         base = {"PATH": f"{Path(sys.base_prefix) / 'bin'}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/tmp"}

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from terrace.errors import InputError
+from terrace.families.configurations import language_config
 from terrace.models.build import restore_buffers
 from terrace.models.families.registry import family_of_model
 from terrace.models.head import LossHead
@@ -76,7 +77,7 @@ class MtpHeads(nn.Module):
     def __init__(self, model: Any, count: int) -> None:
         super().__init__()
         language = family_of_model(model).language(model)
-        self.layers = nn.ModuleList(MtpBlock(language, model.config.text_config) for _ in range(count))
+        self.layers = nn.ModuleList(MtpBlock(language, language_config(model.config)) for _ in range(count))
 
     @property
     def count(self) -> int:
@@ -97,7 +98,8 @@ class MedusaHeads(nn.Module):
 
     def __init__(self, model: Any, count: int) -> None:
         super().__init__()
-        width, vocabulary = model.config.text_config.hidden_size, model.config.text_config.vocab_size
+        text = language_config(model.config)
+        width, vocabulary = text.hidden_size, text.vocab_size
         self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(count))
         self.lm_heads = nn.ModuleList(LossHead(width, vocabulary, bias=False) for _ in range(count))
 
@@ -111,7 +113,7 @@ def attach_heads(model: Any, kind: str, count: int) -> None:
     with torch.device("meta"):
         model.heads = (MtpHeads if kind == "mtp" else MedusaHeads)(model, count)
     for block in mtp_models(model):
-        block.config._attn_implementation = model.config.text_config._attn_implementation
+        block.config._attn_implementation = language_config(model.config)._attn_implementation
 
 
 def mtp_hidden(
@@ -168,7 +170,7 @@ def heads_config(model: Any) -> dict[str, Any]:
     heads = model.heads
     if heads.kind == VIEWS:
         return {"model_type": VIEWS, **heads.settings}
-    text = model.config.text_config
+    text = language_config(model.config)
     shared = {"hidden_size": text.hidden_size, "vocab_size": text.vocab_size}
     if heads.kind == "medusa":
         return {"model_type": "medusa", "architectures": ["MedusaModel"], "num_heads": heads.count, "num_hidden_layers": 1, **shared}

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from terrace.recipe.objectives import ObjectiveName
 from terrace.recipe.schema_changes import ModelChanges
-from terrace.recipe.schema_grpo import GrpoOptions, RewardRule
+from terrace.recipe.schema_grpo import EnvironmentRule, GrpoOptions, RewardRule
 from terrace.recipe.schema_heads import HeadsTraining, MedusaOptions, MtpOptions
 from terrace.recipe.schema_inputs import (
     PARTS,
@@ -177,6 +177,10 @@ class Stage(Strict):
     name: Name = Field(description="Name of the stage, unique in the recipe.")
     objective: ObjectiveName = Field("lm", description="What a step optimises.")
     start_from: Name | None = Field(None, description="The stage whose final weights this one starts from; default: the previous.")
+    model: Model | None = Field(
+        None, description="Another model from this stage on; its `init` may take parts of earlier stages (`stage:NAME`). Unset: that of the"
+        " stage it starts from.",
+    )  # fmt: skip
     after: list[Name] = Field([], max_length=8, description="With `stage_order: graph`: stages to wait for, besides `start_from`.")
     train: TrainedParts = Field(description="The parts that train and how; every other part is frozen.")
     model_changes: ModelChanges | None = Field(None, description="What becomes of the model before the stage begins.")
@@ -235,6 +239,7 @@ class Stage(Strict):
     instance_discrimination: InstanceOptions | None = Field(None, description="Options of the objective instance_discrimination.")
     cpc: CpcOptions | None = Field(None, description="Options of the objective cpc.")
     rewards: dict[str, list[RewardRule]] = Field({}, description="Reward rules per task (objective grpo).")
+    environment: dict[str, EnvironmentRule] = Field({}, description="What answers back, per task (objective grpo).")
     seed: int = Field(0, ge=0, description="Seed of the stage's own randomness.")
 
     @property
@@ -245,6 +250,13 @@ class Stage(Strict):
         if self.objective == "medusa":
             return "medusa", (self.medusa or MedusaOptions()).heads
         return "mtp", (self.mtp or MtpOptions()).depth
+
+    @property
+    def longest_conversation(self) -> int:
+        """Tokens behind a prompt at most, of objective grpo: one response, or the answers and observations of several turns."""
+        answer = (self.grpo or GrpoOptions()).max_response_tokens
+        talks = [rule.turns * answer + (rule.turns - 1) * rule.max_observation_tokens for rule in self.environment.values()]
+        return max([answer, *talks])
 
     @property
     def view_options(self) -> Projector | None:
@@ -304,7 +316,7 @@ class Planning(Strict):
 class Recipe(Strict):
     name: Name = Field(description="Name of the curriculum in reports and MLflow. Cannot change later.")
     description: str = Field("", description="What the curriculum is for.")
-    model: Model = Field(description="The model that all stages train. Cannot change later.")
+    model: Model = Field(description="The model of every stage up to one with a `model` of its own. Cannot change later.")
     tokenizer: Tokenizer = Field(description="The tokenizer. Cannot change later.")
     data: Data = Field(description="The sources of samples.")
     stages: list[Stage] = Field(min_length=1, max_length=32, description="The stages, in the order they run.")
