@@ -230,7 +230,9 @@ class Stage(Strict):
     kto: KtoOptions | None = Field(None, description="Options of the objective kto.")
     orpo: OrpoOptions | None = Field(None, description="Options of the objective orpo.")
     simpo: SimpoOptions | None = Field(None, description="Options of the objective simpo.")
-    views: list[View] = Field([], max_length=8, description="Views of a picture (objectives over views); default: as published.")
+    views: list[View] = Field(
+        [], max_length=8, description="Views of a picture (objectives over views; mae: one, or none); default: as published."
+    )
     simclr: SimclrOptions | None = Field(None, description="Options of the objective simclr.")
     moco: MocoOptions | None = Field(None, description="Options of the objective moco.")
     byol: ByolOptions | None = Field(None, description="Options of the objective byol.")
