@@ -27,16 +27,16 @@ FOLDER_NAME = "demo-corpus"  # recipes that point into a folder of this name get
 
 # Samples per file. A file's name and content are the source's; see `jobs/recipes/demo.yaml` for kinds and mixtures.
 SAMPLES = {
-    "captions": 4000,
+    "captions": 3600,
     "interleaved": 400,
-    "text": 400,
-    "ocr": 1500,
+    "text": 1200,
+    "ocr": 2600,
     "grounding": 2400,
-    "gui": 1400,
+    "gui": 1600,
     "qa": 1400,
     "counting": 1400,
     "charts": 1400,
-    "reasoning": 1400,
+    "reasoning": 1600,
     "albums": 120,
     "rl/counting": 1000,
     "rl/grounding": 1000,
