@@ -49,7 +49,7 @@ def held_out_questions(
     recipe: Recipe, run_dir: Path, sight: Sight, kinds: Sequence[str], judged: Collection[str], per_kind: int, shown_per_kind: int
 ) -> list[Asked]:
     """Up to `per_kind` held-out questions of every kind that is judged, `shown_per_kind` of the others."""
-    prepared = load_prepared(run_dir / "data")
+    prepared = load_prepared(run_dir / "data").read_by(sight.family.name)
     asked: list[Asked] = []
     for kind in kinds:
         sources = [name for name, source in recipe.data.sources.items() if source.kind == kind and name in prepared.indexes]
