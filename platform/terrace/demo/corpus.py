@@ -143,7 +143,8 @@ def draw_missing(
     So that jobs/recipes/demo.yaml, and what extends it, runs on a fresh machine without a step before it.
     """
     for folder in drawn_folders(sources):
-        named = {str(Path(source.uri).relative_to(folder).with_suffix("")) for source in sources.values() if folder in Path(source.uri).parents}
+        files = [Path(source.uri) for source in sources.values()]
+        named = {str(file.relative_to(folder).with_suffix("")) for file in files if folder in file.parents}
         samples = {name: count for name, count in SAMPLES.items() if name in named} or SAMPLES
         if not (folder / "corpus.json").is_file():
             say(f"drawing the demo's corpus into {folder} ({sum(samples.values()):,} samples)")
