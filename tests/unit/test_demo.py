@@ -329,11 +329,11 @@ def test_an_onlooker_tells_every_stage_but_the_last_and_survives_an_error(tmp_pa
         if stages == 2:
             raise OSError("no room")
 
-    with Onlooker(recipe, tmp_path, finished, lambda text: (messages.append(text), told.set())):
+    with Onlooker(recipe, tmp_path, finished, messages.append):
         for number, stage in enumerate(recipe.stages, start=1):
-            told.clear()
             folder = tmp_path / "stages" / f"{number:02d}-{stage.name}"
             folder.mkdir(parents=True)
+            told.clear()
             (folder / "result.json").write_text("{}")
             assert number == len(recipe.stages) or told.wait(5)
             while number == 2 and not messages:
