@@ -23,13 +23,14 @@ from terrace.demo.folder import find_sources, kind_of_rows, stage_weights
 from terrace.demo.gallery import write_sheet
 from terrace.demo.page import write_page
 from terrace.demo.results import Results, Said, Shown, StageLosses, _chosen, read_stages
-from terrace.demo.summary import answers_table, in_words, losses_table, rewards_table, summary_of, write_summary
+from terrace.demo.summary import answers_table, fell_in_rl, in_words, losses_table, rewards_table, summary_of, write_summary
 from terrace.errors import InputError
 from terrace.evaluate.answers import iou, is_right, numbers_in_brackets, questions_of
 from terrace.families.interface import Sight
 from terrace.families.qwen2_5_vl import Qwen25VL
 from terrace.recipe.loading import load_recipe
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 FEW = dict.fromkeys(corpus.SAMPLES, 3)
 SIGHT = Sight(Qwen25VL(), (3136, 7056))
 
@@ -294,6 +295,8 @@ def test_a_summary_is_what_the_tables_of_pages_are_made_of(tmp_path: Path):
     assert answers_table(summary).split("\n")[2:] == answers
     assert rewards_table(summary).split("\n")[2:] == ["| Counting | 0.250 -> 0.750 | 0.125 -> 0.625 |"]
     assert in_words(summary).startswith("4 of 6 held-out questions right (67 %); 1,000,000 parameters; ")
+    assert fell_in_rl(summary) == {}
+    assert fell_in_rl(summary, margin=0) == {"qa": (4, 3)}
     assert in_short(results) == "4 of 6 held-out questions right (answering 3/4, clicking 1/2)"
 
 
@@ -340,3 +343,16 @@ def test_an_onlooker_tells_every_stage_but_the_last_and_survives_an_error(tmp_pa
                 time.sleep(0.005)
     assert heard == [1, 2, 3, 4]
     assert messages == ["the answers after stage 2 could not be shown (no room); training goes on"]
+
+
+def test_pages_tell_what_the_demo_wrote():
+    """docs/demo.json is the summary.json of a real `make demo`; nothing of the demo stands on a page that is not in it."""
+    summary = json.loads((REPOSITORY / "docs" / "demo.json").read_text(encoding="utf-8"))
+    readme, rl = ((REPOSITORY / name).read_text(encoding="utf-8") for name in ("README.md", "docs/rl.md"))
+    for part in (in_words(summary), answers_table(summary), losses_table(summary)):
+        assert part in readme, f"README.md lacks, or has an older form of:\n{part}"
+    assert rewards_table(summary) in rl
+    recipe = load_recipe(DRAWN_RECIPE)
+    assert [stage["name"] for stage in summary["stages"]] == [stage.name for stage in recipe.stages]
+    assert [stage["steps"] for stage in summary["stages"]] == [stage.budget.steps for stage in recipe.stages], "run the demo again"
+    assert fell_in_rl(summary) == {}
