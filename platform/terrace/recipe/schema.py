@@ -147,7 +147,9 @@ class DataLoading(Strict):
     window_samples: int | None = Field(None, ge=1, description="Samples packed together; default: 2,000, or half the sequence length.")
     prefetch_packs: int = Field(8, ge=1, description="Decoded packs kept ready per worker.")
     packs_per_task: int = Field(8, ge=1, description="Packs that one decode task reads, decodes and yields.")
-    engine: Literal["ray", "inline"] = Field("ray", description="`inline` decodes in the training process (debugging, torchrun).")
+    engine: Literal["ray", "inline"] = Field(
+        "ray", description="`inline` decodes in a thread of the training process (small pictures, debugging, torchrun)."
+    )
     max_visual_tokens_per_pack: int | None = Field(None, ge=1, description="Bound on the visual tokens of one pack (vision memory).")
 
 
