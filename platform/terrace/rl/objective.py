@@ -34,6 +34,7 @@ from terrace.objectives.interface import Counts, Objective, Opening, StageRun, S
 from terrace.recipe.schema import Stage
 from terrace.recipe.schema_grpo import GrpoOptions
 from terrace.rewards.alarm import hacking_alarms
+from terrace.rewards.places import settled
 from terrace.rewards.router import Router
 from terrace.rewards.sandbox import SandboxPool
 from terrace.rl.collect import Collected, Collector, Group
@@ -44,7 +45,6 @@ from terrace.rl.judgements import Judgements
 from terrace.rl.stored import forget_iterations, iteration_folder
 from terrace.rl.units import TrainGroup, pack_groups, policy_batch
 from terrace.rl.update import UpdateFigures
-from terrace.train.start import settled
 from terrace.worker.collectives import gather_objects
 
 log = logging.getLogger(__name__)
