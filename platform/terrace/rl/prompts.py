@@ -28,6 +28,7 @@ from terrace.generation.interface import Prompt
 from terrace.recipe.schema import Recipe
 from terrace.recipe.schema_grpo import GrpoOptions
 from terrace.rewards.ready import Prompt as Judged
+from terrace.rewards.registry import load_reward, place_of
 from terrace.rl.environments import Sights
 from terrace.rl.pairs import Pair, answer_tokens, text_of_items
 from terrace.rl.pools import EasyPool
@@ -191,7 +192,7 @@ class PromptReader:
         """What rewards would know of the prompt, without opening an image. Raises InputError where it could not be drawn."""
         _, scales = self._measured(drawn, sample)
         task = self._task(drawn, sample)
-        if task and "solution" not in sample.metadata:
+        if task and "solution" not in sample.metadata and self._needs_solution(task):
             self._refuse(drawn, sample)
         return Judged(sample.id, task or "", sample.metadata.get("solution"), self._metadata(drawn, sample, scales))
 
@@ -239,9 +240,15 @@ class PromptReader:
 
     def _prompt(self, drawn: Drawn, sample: Sample, images: list[bytes]) -> Prompt:
         task = self._task(drawn, sample)
-        if task is None or "solution" not in sample.metadata:
+        if task is None or ("solution" not in sample.metadata and self._needs_solution(task)):
             self._refuse(drawn, sample)
         return self._encoded(drawn, sample, images, str(task))
+
+    def _needs_solution(self, task: str) -> bool:
+        """Whether a rule of the task reads one: services, reward models and environments may do without, so that the rows that trained a
+        reward model are prompts too."""
+        rules = [rule.name for rule in self._stage.rewards.get(task, ())]
+        return any(place_of(name) == "sandbox" and getattr(load_reward(name), "needs_solution", True) for name in rules)
 
     def _task(self, drawn: Drawn, sample: Sample) -> str | None:
         return sample.metadata.get("task") or self._recipe.data.sources[drawn.key[0]].task
