@@ -196,9 +196,9 @@ class ViewsObjective(Objective):
             plan_views(self.views, side, opening.stage.seed, source, sample, int(epoch))
             for source, sample, epoch in zip(example.sources, example.sample_ids, epochs, strict=True)
         ]
-        mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (self._family.mean, self._family.std))
-        views = [(make_views(squares, column) - mean) / std for column in zip(*plans)]
-        return ViewBatch(pictures, self.shown([view.to(self.dtype) for view in views]), keys, purpose)
+        views = [make_views(squares, column) for column in zip(*plans)]
+        views = [self._family.normalised(255.0 * view.flatten(1), self.dtype).view(view.shape) for view in views]
+        return ViewBatch(pictures, self.shown(views), keys, purpose)
 
     def loss(self, model: Any, batch: ViewBatch) -> torch.Tensor:
         wanted = self.student_views()
@@ -315,7 +315,7 @@ class ViewsObjective(Objective):
     def load(self, source: Callable[[str], torch.Tensor]) -> None:
         self.step = int(source("step"))
         device = self.opening.context.device
-        self.kept = {name: source(name).to(device) for name in self.kept}
+        self.kept = {name: source(name).to(device).clone() for name in self.kept}  # where memory begins decides the last bits of products
         if self.teacher_views():
             self._teacher = self._new_teacher()
             self._teacher.load(source)
@@ -355,6 +355,11 @@ def _detached(told: Told) -> Told:
 def spread(mean: np.ndarray) -> float:
     """Root of 1 - |mean|^2 of vectors of length 1: their deviation around their mean."""
     return float(np.sqrt(max(0.0, 1.0 - float((mean**2).sum()))))
+
+
+def newest(rows: torch.Tensor, more: torch.Tensor, most: int) -> torch.Tensor:
+    """The last `most` of both, in memory of their own: products of a part of other memory differ in their last bits."""
+    return torch.cat([rows, more.to(rows)])[-most:].clone()
 
 
 def unit(vectors: torch.Tensor) -> torch.Tensor:

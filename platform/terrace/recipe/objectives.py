@@ -72,7 +72,9 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
         )
         for name in ("clip", "siglip")
     },
-    "mae": ObjectiveEntry("terrace.objectives.mae", answers=False, model="pictures", fixed_packs=True, figures=("loss",)),
+    "mae": ObjectiveEntry(
+        "terrace.objectives.mae", answers=False, model="pictures", fixed_packs=True, views=True, figures=("loss",)
+    ),
     **{
         name: ObjectiveEntry(
             f"terrace.objectives.{name}", refused_kinds=FOR_ANSWERS, needs_targets=True, heads=True

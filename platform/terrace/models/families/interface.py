@@ -205,7 +205,7 @@ class FamilyModel:
     # ------------------------------------------------------------ pixels
 
     def normalised(self, pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """uint8 [R, values] -> dtype [R, 3, values / 3]: (x / 255 - mean) / std per channel, in float32."""
+        """uint8, or float of the same range, [R, values] -> dtype [R, 3, values / 3]: (x / 255 - mean) / std per channel, in float32."""
         mean, std = (torch.tensor(values, device=pixels.device) for values in (self.mean, self.std))
         scale, shift = 1.0 / (255.0 * std), mean / std
         values = pixels.view(len(pixels), 3, -1).float()
