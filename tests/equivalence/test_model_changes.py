@@ -310,11 +310,12 @@ def test_tokens_are_added_between_stages(tmp_path):
     with pytest.raises(InputError, match=f"the tokenizer has {size} tokens, .*{size - 10}"):
         model_config(narrow.model, case.tokenizer)
     example = pack_of(case, [conversation(1, [])])
-    example.input_ids[3] = size - 9
-    with pytest.raises(DamagedData, match=f"has the token {size - 9} and the model of this stage {size - 10} rows"):
+    example.input_ids[3] = size - 1
+    with pytest.raises(DamagedData, match=f"has the token {size - 1} and the model of this stage {size - 10} rows"):
         pack_hidden(build_model(early, model_config(early, case.tokenizer)), to_device(example, "cpu", torch.float32))
-    frozen = recipe_of(tmp_path, {"add_tokens": 16})
-    frozen.stages[1].train.language = None
+    values = recipe.model_dump(mode="json")
+    values["stages"][1]["train"]["language"] = None
+    frozen = Recipe.model_validate(values)
     assert ["which nothing trains in this stage" in str(problem) for problem in check(frozen)] == [True]
     trained = recipe_of(tmp_path, {"add_tokens": 16}, {**CONFIGS["terrace_vlm"], "text_config": WITHOUT})
     assert ["needs `vocab_size` in model.config" in str(problem) for problem in check(trained)] == [True]
