@@ -27,9 +27,10 @@ from terrace.worker.context import WorkerContext
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-DIRECTIONS, SIDE, TRAINED, ASKED = 6, 32, 4_000, 1_200
+DIRECTIONS, SIDE, TRAINED, ASKED = 6, 32, 1_600, 600
 TOWER = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "image_size": SIDE, "patch_size": 8}
 COLOURS = {"jitter": 1.0, "saturation": 0.4, "hue": 0.3, "flip": 0.0, "blur": 0.0}  # a mirrored hatching has another direction
+WHOLE = {"count": 2, "area": [0.4, 1.0], **COLOURS}
 HEAD = {"hidden_width": 128, "output_width": 64}
 
 
@@ -103,8 +104,12 @@ def before_and_after(drawn: Path, run_dir: Path, recipe: Recipe) -> tuple[dict[s
 
 
 CASES = {
-    "simclr": (600, 1e-3, {"simclr": {**HEAD, "temperature": 0.2}, "views": [{"count": 2, "area": [0.4, 1.0], **COLOURS}]}),
-}
+    "simclr": (200, 1e-3, {"simclr": {**HEAD, "temperature": 0.2}, "views": [WHOLE]}),
+    "dino": (200, 1e-3, {
+        "dino": {**HEAD, "norm": "batch", "prototypes": 128, "momentum": 0.99, "teacher_temperature": 0.05},
+        "views": [WHOLE, {"side": 16, "area": [0.2, 0.4], **COLOURS}],
+    }),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("objective", CASES)
@@ -112,4 +117,13 @@ def test_views_teach_the_direction_of_hatching(objective, drawn, tmp_path):
     steps, lr, options = CASES[objective]
     recipe = recipe_of(drawn, objective, steps, lr, {"architecture": "vit", "config": TOWER}, **options)
     before, after = before_and_after(drawn, tmp_path, recipe)
+    assert after["probe"] > before["probe"] + 0.2
+
+
+def test_drawing_what_is_hidden_teaches_the_direction_of_hatching(drawn, tmp_path):
+    """A masked autoencoder with small patches, half of them hidden."""
+    decoder = {"decoder_hidden_size": 48, "decoder_intermediate_size": 96, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 4}
+    encoder = {**TOWER, "hidden_size": 48, "intermediate_size": 96, "patch_size": 4}
+    model = {"architecture": "vit_mae", "config": {**encoder, **decoder, "mask_ratio": 0.5, "norm_pix_loss": True}}
+    before, after = before_and_after(drawn, tmp_path, recipe_of(drawn, "mae", 500, 2e-3, model))
     assert after["probe"] > before["probe"] + 0.2
