@@ -136,7 +136,7 @@ def load_prepared(root: str | Path) -> PreparedData:
         raise InputError(f"there is no prepared data in {root}; the run prepares it before its first stage")
     try:
         storage = Storage(**manifest["storage"])
-        views = [manifest, *manifest["others"]]
+        views = [manifest, *manifest.get("others", [])]
         families = [stored_family(one["family"]) for one in views]
         drop = manifest["deduplicate"] == "drop"
         tokenizer_dir = Path(_resolved(manifest["tokenizer_dir"], root))

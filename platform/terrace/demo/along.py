@@ -62,11 +62,12 @@ class Onlooker:
 
     def __init__(self, recipe: Recipe, run_dir: Path, finished: Callable[[int], None], say: Callable[[str], None]) -> None:
         self._folders = [run_dir / "stages" / f"{number:02d}-{stage.name}" for number, stage in enumerate(recipe.stages, start=1)]
-        self._finished, self._say = finished, say
+        self._finished, self._say, self._seen = finished, say, 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look_on, name="onlooker", daemon=True)
 
     def __enter__(self) -> Onlooker:
+        self._seen = self._done()  # a demo that is continued has shown these
         self._thread.start()
         return self
 
@@ -75,12 +76,11 @@ class Onlooker:
         self._thread.join()
 
     def _look_on(self) -> None:
-        seen = self._done()  # a demo that is continued has shown these
         while not self._stop.wait(LOOK_SECONDS):
             done = self._done()
-            if done == seen or done == len(self._folders):
+            if done == self._seen or done == len(self._folders):
                 continue  # the whole is shown at the end
-            seen = done
+            self._seen = done
             try:
                 self._finished(done)
             except Exception as error:

@@ -26,6 +26,7 @@ from terrace.generation.interface import Prompt, Sampling
 from terrace.recipe.schema import Recipe
 
 MOST_TOKENS = 72  # of an answer
+SPARE_TOKENS = 12  # that an answer may have more than the right one
 TOGETHER = 96  # questions that are decoded at a time
 MOST_IMAGES = 4  # of a question: the pages of an album would fill the gallery
 
@@ -98,16 +99,24 @@ def _mark(stage_dir: Path, asked: Sequence[Asked]) -> str:
 
 
 def _ask(model: Model, asked: Sequence[Asked]) -> list[str]:
-    prompts = [_prompt(item, model) for item in asked]
-    # Prompts of one length decode together: the batch shrinks as answers end.
-    order = sorted(range(len(asked)), key=lambda place: (len(asked[place].question.expected), place))
-    groups = model.engine.generate([prompts[place] for place in order], Sampling(1, MOST_TOKENS, temperature=0.0))
+    """Answers of one wanted length decode together, and none goes on far beyond it: a judged one is wrong by then."""
+    wanted = [len(model.tokenizer.encode(item.question.expected)) + SPARE_TOKENS if item.judged else MOST_TOKENS for item in asked]
+    order = sorted(range(len(asked)), key=wanted.__getitem__)
     said = [""] * len(asked)
-    for place, [response] in zip(order, groups):
-        tokens = response.tokens[:-1] if response.finished else response.tokens
-        text = model.tokenizer.decode(tokens.tolist()).strip()
-        said[place] = text.split("\n\n")[0] if asked[place].is_text else text  # the paragraph after the picture
+    for start in range(0, len(order), TOGETHER):
+        places = order[start : start + TOGETHER]
+        prompts = [_prompt(asked[place], model) for place in places]
+        groups = model.engine.generate(prompts, Sampling(1, min(MOST_TOKENS, wanted[places[-1]]), temperature=0.0))
+        for place, [response] in zip(places, groups):
+            tokens = response.tokens[:-1] if response.finished else response.tokens
+            text = _printable(model.tokenizer.decode(tokens.tolist()).strip())
+            said[place] = text.split("\n\n")[0] if asked[place].is_text else text  # the paragraph after the picture
     return said
+
+
+def _printable(text: str) -> str:
+    """What a model in its first steps says is not always text: bytes that make no letter become a dot."""
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\u00b7" for letter in text.replace("\ufffd", "\u00b7"))
 
 
 def _prompt(item: Asked, model: Model) -> Prompt:

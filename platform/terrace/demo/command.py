@@ -99,8 +99,11 @@ def _folder_recipe(folder: Path, run_dir: Path, overrides: list[str], display) -
 
 
 def _collect(recipe: Recipe, run_dir: Path, folder: Path | None):
+    import torch
+
     from terrace.demo.results import EXACT, TASKS, collect
 
+    torch.set_num_threads(1)  # the workers of the next stage have the cores, and one-token steps are too small to share
     return collect(recipe, run_dir, judged=tuple(TASKS) if folder is None else EXACT)
 
 

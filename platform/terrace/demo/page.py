@@ -23,7 +23,7 @@ td .arrow { color: var(--faint); padding: 0 5px; }
 td b { font-weight: 600; }
 td.up b { color: var(--wrong); }
 .none { color: var(--faint); }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(244px, 1fr)); gap: 18px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(205px, 1fr)); gap: 18px; }
 .card { background: var(--panel); border: 1px solid var(--line); border-radius: 12px; overflow: hidden; display: flex;
   flex-direction: column; break-inside: avoid; }
 .card figure { margin: 0; background: var(--soft); border-bottom: 1px solid var(--line); }

@@ -102,6 +102,8 @@ def _text(rng: random.Random) -> tuple[Row, list[Scene]]:
                     f"{a} + {b} = {a + b}.",
                     f"{NUMBERS[a].capitalize()} and {NUMBERS[b]} make {NUMBERS[a + b]}.",
                     f"With {a} {colours[0]} and {b} {colours[1]} {shape}s there are {a + b} {shape}s.",
+                    f"There are {a} {colours[0]} {shape}s and {b} {colours[1]} {shape}s: {a} {colours[0]} and {b} {colours[1]},"
+                    f" {a} + {b} = {a + b}.",
                     f"{a + b} is more than {a}.",
                     f"Take {b} from {a + b} and {a} are left.",
                 ]

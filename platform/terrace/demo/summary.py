@@ -5,12 +5,15 @@ A page never holds a number of the demo that this module did not write: a test c
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
 
 from terrace.demo.along import Clock
 from terrace.demo.results import RL_TASKS, TASKS, Results
+
+MARGIN = 2  # of about 40 questions of a kind: so many answers may an RL stage cost before it counts as a loss
 
 
 def summary_of(results: Results, clock: Clock | None, first_shown_seconds: float | None) -> dict[str, Any]:
@@ -74,6 +77,16 @@ def rewards_table(summary: dict[str, Any]) -> str:
         for task, values in stage["reward"].items()
     ]
     return _table(["task", "sampled answers", "greedy answer"], rows)
+
+
+def fell_in_rl(summary: dict[str, Any], margin: int = MARGIN) -> dict[str, tuple[int, int]]:
+    """Kinds with more than `margin` fewer right answers after an RL stage than before it: (before, after) of each."""
+    stages, found = summary["stages"], {}
+    for before, stage in itertools.pairwise(stages):
+        if "reward" in stage:
+            pairs = {kind: (before["right"][kind][0], right) for kind, (right, _) in stage["right"].items()}
+            found |= {kind: pair for kind, pair in pairs.items() if pair[1] < pair[0] - margin}
+    return found
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
