@@ -60,6 +60,7 @@ class Response:
     tokens: np.ndarray
     logprobs: np.ndarray
     finished: bool  # a stop token came; else it was cut at the length limit
+    versions: np.ndarray | None = None  # int32 [T]: the number of the weights that sampled each token, where the engine tells
 
 
 GroupReady = Callable[
