@@ -146,12 +146,12 @@ def break_at(where: str, iteration: int, action: Callable[[], None]) -> Callable
         "update": (Grpo, "_plain_batch"),
     }
     owner, method = targets[where]
-    original, collect = getattr(owner, method), Collector.collect
+    original, iterate = getattr(owner, method), Grpo._iteration
     reached = {"iteration": -1, "calls": 0}
 
-    def counted(self: Any, number: int, stage_folder: Path, doing: Callable[[str], None]) -> Any:
+    def counted(self: Any, number: int) -> Any:
         reached.update(iteration=number, calls=0)
-        return collect(self, number, stage_folder, doing)
+        return iterate(self, number)
 
     def breaking(*arguments: Any, **keywords: Any) -> Any:
         if reached["iteration"] == iteration:
@@ -160,11 +160,11 @@ def break_at(where: str, iteration: int, action: Callable[[], None]) -> Callable
                 action()
         return original(*arguments, **keywords)
 
-    Collector.collect = counted
+    Grpo._iteration = counted  # type: ignore[method-assign]
     setattr(owner, method, breaking)
 
     def undo() -> None:
-        Collector.collect = collect
+        Grpo._iteration = iterate  # type: ignore[method-assign]
         setattr(owner, method, original)
 
     return undo

@@ -59,7 +59,14 @@ class GrpoOptions(Strict):
     kl_coefficient: Annotated[float, Field(ge=0)] = Field(0.0, description="Weight of the KL penalty to the starting weights.")
     entropy_coefficient: float = Field(0.0, description="Weight of the entropy bonus.")
     dynamic_sampling: bool = Field(True, description="Sample further prompts where all rewards of a group are equal.")
-    max_sampling_rounds: int = Field(4, ge=1, description="Rounds of dynamic sampling at most.")
+    max_sampling_rounds: int = Field(
+        4, ge=1, description="Rounds of dynamic sampling at most; with rollout seamless so many times prompts_per_iteration are drawn at most."
+    )
+    rollout: Literal["rounds", "seamless"] = Field(
+        "rounds",
+        description="`rounds`: all groups of a round end before further prompts are drawn; `seamless`: the next prompt begins wherever a"
+        " place is free, until enough groups teach something.",
+    )
     easy_pool_probability: Share = Field(0.0, description="Chance to draw a prompt that is already solved.")
     drop_pass_rate_above: Share | None = Field(None, description="Prompts solved more often than this leave the pool.")
     engine: Literal["native", "vllm"] = Field("native", description="What generates responses.")

@@ -88,6 +88,10 @@ class Collector:
     seed: int
     stage_hash: str
     context: WorkerContext
+    new_prompts: dict[Drawn, Prompt] = field(default_factory=dict)  # that this rank has read in the iteration
+
+    def close(self) -> None:
+        """End what is generated beside the iterations."""
 
     def collect(self, iteration: int, folder: Path, doing: Callable[[str], None]) -> Collected:
         """Rounds of prompts until `prompts_per_iteration` groups are kept, the rounds are used up, or the order
@@ -118,7 +122,7 @@ class Collector:
         prompts = [prompt for _, prompt in usable]
         groups = self.engine.generate(prompts, sampling) if prompts else []
         futures = [self._submit(prompt, group) for prompt, group in zip(prompts, groups)]
-        rewards = [_values(future.result()) for future in futures]
+        rewards = [reward_values(future.result()) for future in futures]
         own = [self._group(*four) for four in zip([one for one, _ in usable], prompts, groups, rewards)]
         return self._exchange(own, drawn)[0]
 
@@ -171,7 +175,7 @@ class Collector:
             rewards = []
             for place in range(len(groups)):
                 doing("waiting for the rewards of")
-                rewards.append(_values(futures[place].result()))
+                rewards.append(reward_values(futures[place].result()))
             save_rewards(reward_file, identity, rewards)
         collected.rollout_seconds += decoded - started
         collected.reward_seconds += time.perf_counter() - decoded
@@ -234,5 +238,6 @@ class Collector:
             )
 
 
-def _values(scores: Sequence[Score]) -> list[StoredReward]:
+def reward_values(scores: Sequence[Score]) -> list[StoredReward]:
+    """What of scores is kept on disk."""
     return [(score.value, score.failure, score.reasons) for score in scores]

@@ -40,6 +40,7 @@ from terrace.rl.collect import Collected, Collector, Group
 from terrace.rl.figures import examples, form_of, past_forms, task_figures
 from terrace.rl.iteration import iteration_figures, own_groups, part_counts, pass_rate
 from terrace.rl.judgements import Judgements
+from terrace.rl.seamless import SeamlessCollector
 from terrace.rl.stored import forget_iterations, iteration_folder
 from terrace.rl.units import TrainGroup, pack_groups, policy_batch
 from terrace.rl.update import UpdateFigures
@@ -117,7 +118,8 @@ class Grpo(Objective):
         self.unready_prompts = len(rows)
         engine = open_engine(recipe.model, stage, run.strategy.model, feed.config, feed.tokenizer, context)
         self._engine = self._held.enter_context(closing(engine))
-        self._collector = Collector(
+        collector = SeamlessCollector if self._options.rollout == "seamless" else Collector
+        self._collector = collector(
             order=feed.order,
             reader=feed.reader,
             engine=self._engine,

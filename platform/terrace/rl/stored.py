@@ -41,9 +41,18 @@ def save_rollout(path: Path, identity: dict[str, Any], groups: Sequence[Sequence
         if responses
         else np.zeros(0, np.float32),
         finished=np.asarray([response.finished for response in responses], bool),
+        versions=np.concatenate([_versions(response) for response in responses]) if responses else np.zeros(0, np.int32),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path, buffer.getvalue())
+
+
+def stored_identity(path: Path) -> dict[str, Any] | None:
+    """Of which rollout a file is, or None if there is none."""
+    if not path.is_file():
+        return None
+    with np.load(path) as stored:
+        return json.loads(stored["identity"].tobytes())
 
 
 def load_rollout(path: Path, identity: dict[str, Any]) -> list[list[Response]] | None:
@@ -55,13 +64,19 @@ def load_rollout(path: Path, identity: dict[str, Any]) -> list[list[Response]] |
             return None
         ends = np.cumsum(stored["lengths"])[:-1]
         tokens, logprobs = np.split(stored["tokens"], ends), np.split(stored["logprobs"], ends)
-        flat = [Response(*three) for three in zip(tokens, logprobs, stored["finished"].tolist())]
+        versions = np.split(stored["versions"], ends) if "versions" in stored else [None] * len(tokens)
+        flat = [Response(*four) for four in zip(tokens, logprobs, stored["finished"].tolist(), versions)]
         counts = stored["groups"].tolist()
     groups, start = [], 0
     for count in counts:
         groups.append(flat[start : start + count])
         start += count
     return groups
+
+
+def _versions(response: Response) -> np.ndarray:
+    """int32 [T]; -1 where the engine does not tell."""
+    return np.full(len(response.tokens), -1, np.int32) if response.versions is None else response.versions
 
 
 def save_rewards(path: Path, identity: dict[str, Any], rewards: Sequence[Sequence[StoredReward]]) -> None:
