@@ -138,8 +138,9 @@ def figures_of(folder: Path, name: str) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- killing points
 
 
-def break_at(where: str, iteration: int, action: Callable[[], None]) -> Callable[[], None]:
-    """Run `action` in the middle of rollout, reward or update of an iteration (from 0). Returns how to undo it."""
+def break_at(where: str, iteration: int, action: Callable[[], None], call: int = 2) -> Callable[[], None]:
+    """Run `action` in the middle of rollout, reward or update of an iteration (from 0), at the `call`-th call of what is broken.
+    Returns how to undo it."""
     targets = {
         "rollout": (NativeEngine, "_decode"),
         "reward": (Collector, "_submit"),
@@ -156,7 +157,7 @@ def break_at(where: str, iteration: int, action: Callable[[], None]) -> Callable
     def breaking(*arguments: Any, **keywords: Any) -> Any:
         if reached["iteration"] == iteration:
             reached["calls"] += 1
-            if reached["calls"] == 2:
+            if reached["calls"] == call:
                 action()
         return original(*arguments, **keywords)
 

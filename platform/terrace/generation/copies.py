@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from terrace.data.tokenizer import TextTokenizer
 from terrace.generation.interface import GroupReady, Prompt, Response, RolloutEngine, Sampling
 from terrace.generation.native import NativeEngine
 from terrace.generation.tokens import forbidden_tokens, stop_tokens
+from terrace.generation.usage import Usage
 from terrace.models.attention import choose_backend
 from terrace.models.build import materialise, meta_model
 from terrace.models.shared_prompt import use_shared_prompt_attention
@@ -48,21 +49,26 @@ def _zeros_like(model: Any) -> Callable[[str], torch.Tensor]:
 
 
 class EngineOnCopy:
-    """The native engine on a whole copy of a sharded model (4 bytes per parameter and rank), renewed every iteration."""
+    """The native engine on a whole copy of a model that is sharded or changes meanwhile, renewed every iteration, also while it decodes."""
 
     def __init__(self, model: Any, engine: NativeEngine) -> None:
         self._model, self._engine = model, engine
 
     def generate(
-        self, prompts: list[Prompt], sampling: Sampling, ready: GroupReady | None = None
-    ) -> list[list[Response]]:
-        return self._engine.generate(prompts, sampling, ready)
+        self, prompts: Iterable[Prompt | None], sampling: Sampling, ready: GroupReady | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> list[list[Response]]:  # fmt: skip
+        return self._engine.generate(prompts, sampling, ready, stop=stop)
 
-    def update_weights(self, tensors: Callable[[], Iterator[tuple[str, Any]]]) -> None:
+    def update_weights(self, tensors: Callable[[], Iterator[tuple[str, Any]]], version: int = 0) -> None:
         own = dict(self._model.named_parameters())
-        with torch.no_grad():
+        with self._engine.replacing(version), torch.no_grad():
             for name, tensor in tensors():
                 own[name].copy_(tensor)
+
+    @property
+    def usage(self) -> Usage:
+        return self._engine.usage
 
     def sleep(self) -> None:
         """The copy stays."""

@@ -75,10 +75,14 @@ class RolloutEngine(Protocol):
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, ready: GroupReady | None = None
     ) -> list[list[Response]]:
-        """G responses per prompt, in order. `ready` is called early, so that rewards overlap with decoding."""
+        """G responses per prompt, in order. `ready` is called early, so that rewards overlap with decoding.
 
-    def update_weights(self, tensors: Callable[[], Iterator[tuple[str, Any]]]) -> None:
-        """Take over the policy's weights; nothing to do where the engine runs on the training model."""
+        Engines of `rollout: seamless` take an iterator as well, which they ask as they have room (None: not now), and `stop`, which
+        ends generation with what is complete."""
+
+    def update_weights(self, tensors: Callable[[], Iterator[tuple[str, Any]]], version: int = 0) -> None:
+        """Take over the policy's weights; nothing to do where the engine runs on the training model. `version`: iterations that were
+        trained before, which responses name. May be called while another thread generates, where `rollout: seamless` is offered."""
 
     def sleep(self) -> None:
         """Release memory for the policy step."""

@@ -53,7 +53,7 @@ class VllmEngine:
         self._folder = path / "model"
         self._loaded: Vllm | None = None
 
-    def update_weights(self, tensors: Callable[[], Iterator[tuple[str, Any]]]) -> None:
+    def update_weights(self, tensors: Callable[[], Iterator[tuple[str, Any]]], version: int = 0) -> None:
         """Write the policy as a Hugging Face directory, once per machine, and let vLLM read it (again)."""
         state = {}
         for name, tensor in tensors():  # collective where the parameters are sharded: every rank goes through

@@ -69,6 +69,13 @@ class Collected:
     prompts: dict[Drawn, Prompt] = field(default_factory=dict)  # those that this rank has read
     damaged: list[str] = field(default_factory=list)  # `source/sample` that some rank could not read and left out
     unready: list[str] = field(default_factory=list)  # `source/sample` that was drawn and cannot be judged, left out
+    # Without rounds, by the numbers of draws:
+    draws: tuple[int, int] | None = None  # those that are decided: the first, and behind the last
+    damaged_draws: list[int] = field(default_factory=list)
+    unready_draws: list[int] = field(default_factory=list)
+    stale: list[Group] = field(default_factory=list)  # too old to train, beside `groups`
+    overlapped: bool = False  # generation goes on meanwhile
+    waiting: int = 0  # judged groups that are kept for the next iteration
 
     @property
     def kept(self) -> list[Group]:

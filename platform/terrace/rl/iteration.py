@@ -97,8 +97,23 @@ def iteration_figures(
         "groups_surplus": collected.selection.surplus,
         **({"unready_prompts": len(collected.unready)} if collected.unready else {}),
         "sampling_rounds": collected.rounds,
+        **staleness(iteration, collected),
         "easy_pool": easy_pool,
         "sync_seconds": sync_seconds,
         "rollout_seconds": collected.rollout_seconds,
         "reward_seconds": collected.reward_seconds,
     }
+
+
+def staleness(iteration: int, collected: Collected) -> dict[str, float]:
+    """How many iterations older the weights were that sampled what trains, per token: mean and most; and which groups were too old."""
+    if not collected.overlapped:
+        return {}
+    versions = [one.versions for group in collected.kept for one in group.responses if one.versions is not None]
+    if not versions:
+        return {"groups_stale": float(len(collected.stale)), "groups_waiting": float(collected.waiting)}
+    behind = iteration - np.concatenate(versions)
+    return {
+        "staleness_mean": float(behind.mean()), "staleness_max": float(behind.max()),
+        "groups_stale": float(len(collected.stale)), "groups_waiting": float(collected.waiting),
+    }  # fmt: skip

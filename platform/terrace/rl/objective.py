@@ -36,13 +36,15 @@ from terrace.recipe.schema_grpo import GrpoOptions
 from terrace.rewards.alarm import hacking_alarms
 from terrace.rewards.router import Router
 from terrace.rewards.sandbox import SandboxPool
+from terrace.rl import ledger
 from terrace.rl.collect import Collected, Collector, Group
 from terrace.rl.figures import examples, form_of, past_forms, task_figures
 from terrace.rl.iteration import iteration_figures, own_groups, part_counts, pass_rate
 from terrace.rl.judgements import Judgements
+from terrace.rl.overlap import OverlappedCollector
 from terrace.rl.seamless import SeamlessCollector
 from terrace.rl.stored import forget_iterations, iteration_folder
-from terrace.rl.units import TrainGroup, pack_groups, policy_batch
+from terrace.rl.units import TrainGroup, pack_groups, policy_batch, sampled_logprobs
 from terrace.rl.update import UpdateFigures
 
 log = logging.getLogger(__name__)
@@ -92,9 +94,12 @@ class Grpo(Objective):
         self._figures = UpdateFigures()
         self._held = ExitStack()
         self._reference: Any = None
+        self._collector: Any = None
         self._history: dict[str, list[Any]] = {}
         self._update: Update | None = None
         self._mismatch = 0.0
+        self._version = 0  # iterations that were trained, as far as the weights go
+        self._ran = False
         self._judgements = Judgements(opening.stage.seed, opening.recipe.data.max_image_pixels)
 
     # ------------------------------------------------------------ a stage
@@ -118,8 +123,7 @@ class Grpo(Objective):
         self.unready_prompts = len(rows)
         engine = open_engine(recipe.model, stage, run.strategy.model, feed.config, feed.tokenizer, context)
         self._engine = self._held.enter_context(closing(engine))
-        collector = SeamlessCollector if self._options.rollout == "seamless" else Collector
-        self._collector = collector(
+        self._collector = collector_of(self._options)(
             order=feed.order,
             reader=feed.reader,
             engine=self._engine,
@@ -148,14 +152,18 @@ class Grpo(Objective):
         return found
 
     def _wake_engine(self) -> None:
-        self._engine.update_weights(lambda: merged(self.strategy.model, self.strategy.tensors("weights")))
+        self._engine.update_weights(lambda: merged(self.strategy.model, self.strategy.tensors("weights")), self._version)
         self._engine.wake()
 
     def steps(self, start: int) -> Iterator[StepExamples]:
         if self.opening.context.rank == 0:
             self._history = past_forms(self.opening.stage_dir / "metrics.jsonl")
-        for iteration in range(start // self._updates, self.opening.feed.order.iterations):
-            yield from self._iteration(iteration)
+            ledger.forget_after(self.opening.stage_dir, start)
+        try:
+            for iteration in range(start // self._updates, self.opening.feed.order.iterations):
+                yield from self._iteration(iteration)
+        finally:
+            self._collector.close()
 
     def _iteration(self, iteration: int) -> Iterator[StepExamples]:
         """One batch of rollouts, in as many parts as it has optimizer steps. All parts' old log-probabilities come before
@@ -164,12 +172,13 @@ class Grpo(Objective):
         opening, order = self.opening, self.opening.feed.order
         doing = functools.partial(self.run.mark, iteration * self._updates + 1)
         started = time.perf_counter()
+        self._version = iteration
         doing("giving the engine the weights of")
         self._wake_engine()
         synced = time.perf_counter()
         collected = self._collector.collect(iteration, iteration_folder(opening.stage_dir, iteration), doing)
         self._engine.sleep()
-        if not collected.groups and not collected.damaged and not collected.unready:
+        if not collected.groups and not collected.damaged and not collected.unready and not collected.stale:
             return  # the order has ended
         self._judgements.add(collected.groups, collected.prompts, iteration + 1, opening.context)
         for group in collected.groups:
@@ -229,7 +238,7 @@ class Grpo(Objective):
         return PolicyPack(())
 
     def before(self, examples: Sequence[PolicyPack], scale: float) -> None:
-        self._figures = UpdateFigures()
+        self._figures = UpdateFigures(self._version)
 
     def batch(self, example: PolicyPack) -> PolicyBatch:
         batch = self._plain_batch(example)
@@ -237,6 +246,8 @@ class Grpo(Objective):
             batch.old_logprobs = example.old.to(batch.tokens.device)
         if self._reference is not None:
             batch.reference_logprobs = self._reference_logprobs(example)
+        if self._policy.correction is not None:
+            batch.sampled_logprobs = sampled_logprobs(example.groups).to(batch.tokens.device)
         return batch
 
     def _plain_batch(self, example: PolicyPack) -> PolicyBatch:
@@ -262,6 +273,7 @@ class Grpo(Objective):
     def values(self, ran: bool) -> dict[str, Any]:
         update = self._update
         assert update is not None
+        self._ran = ran
         if not ran:
             self._mismatch = 0.0
             return {"pack_fill": 0.0, **update.shared}
@@ -293,8 +305,13 @@ class Grpo(Objective):
                 f"iteration {update.iteration + 1}: log-probabilities of the rollout engine and the trainer differ by "
                 f"{self._mismatch:.3f} on average, more than max_logprob_mismatch"
             )
+        if update.last:
+            self._version = update.iteration + 1
         if not update.last or context.rank != 0:
             return
+        if line := ledger.fates(update.collected):
+            about = {"step": step, "iteration": update.iteration + 1, **({} if self._ran else {"skipped": True})}
+            ledger.append(self.opening.stage_dir, about | line)
         for task, values in update.figures.items():
             self._history.setdefault(task, []).append(form_of(values))
             messages = hacking_alarms(task, self._history[task])
@@ -319,12 +336,16 @@ class Grpo(Objective):
 
     def state(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield "judgements", self._judgements.tensor()
+        if isinstance(self._collector, OverlappedCollector):
+            yield "rollouts", torch.frombuffer(bytearray(self._collector.state()), dtype=torch.uint8)
 
     def load(self, source: Callable[[str], torch.Tensor]) -> None:
         try:
             self._judgements.load(source("judgements"))
         except TerraceError:  # a checkpoint of before there was a sample
             log.info("the checkpoint has no sample of judgements; a new one begins")
+        if isinstance(self._collector, OverlappedCollector):
+            self._collector.restore(source("rollouts").numpy().tobytes())
 
     def finished(self) -> None:
         if self.opening.context.rank == 0:
@@ -333,6 +354,8 @@ class Grpo(Objective):
 
     def close(self) -> None:
         super().close()
+        if self._collector is not None:
+            self._collector.close()
         self._held.close()
         self._reference = None
 
@@ -340,9 +363,17 @@ class Grpo(Objective):
 open_objective = Grpo
 
 
+def collector_of(options: GrpoOptions) -> type[Collector]:
+    """What collects the groups of an iteration."""
+    if options.rollout == "rounds":
+        return Collector
+    return OverlappedCollector if options.overlap is not None and options.overlap.max_staleness > 0 else SeamlessCollector
+
+
 def policy_options(stage: Stage, options: GrpoOptions, forbidden: tuple[int, ...]) -> PolicyOptions:
     """The loss's part of the recipe. With several updates per rollout the ratio is clipped only if the recipe says
     so."""
+    overlap = options.overlap
     return PolicyOptions(
         temperature=options.temperature,
         clip_low=options.clip_low,
@@ -351,6 +382,9 @@ def policy_options(stage: Stage, options: GrpoOptions, forbidden: tuple[int, ...
         sequence_ratio=options.ratio == "sequence",
         cispo=options.surrogate == "cispo",
         per_response=options.average == "responses",
+        correction=None if overlap is None or not overlap.max_staleness or overlap.correction == "none" else overlap.correction,
+        correction_bound=overlap.bound if overlap else 2.0,
+        correction_masks=overlap is not None and overlap.beyond == "mask",
         kl_coefficient=options.kl_coefficient,
         entropy_coefficient=options.entropy_coefficient,
         forbidden=forbidden,

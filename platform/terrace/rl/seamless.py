@@ -17,15 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from terrace.data.order.permutation import seed_of
 from terrace.generation.interface import Prompt, Sampling
 from terrace.rl.collect import Collected, Collector, Group, reward_values
 from terrace.rl.draws import Draws
 from terrace.rl.dynamic_sampling import Selection, select_groups
 from terrace.rl.prompts import Drawn
-from terrace.rl.stored import load_rewards, load_rollout, save_rewards, save_rollout, stored_identity
+from terrace.rl.stored import StoredReward, load_rewards, load_rollout, save_rewards, save_rollout, stored_identity
 from terrace.rl.stream import Answered, Stream
 from terrace.worker.collectives import gather_objects
 
@@ -76,7 +74,9 @@ class SeamlessCollector(Collector):
         if known is None:
             known = self._generated(iteration, doing, begin, folder)
         selection, end = self._chosen(known)
-        return self._collected(known, selection, end, time.time() - started)
+        collected = self._collected(known, selection, end, time.time() - started)
+        collected.draws = (begin[1], end)
+        return collected
 
     def _generated(self, iteration: int, doing: Callable[[str], None], begin: tuple[int, int], folder: Path) -> Known:
         options = self.options
@@ -161,7 +161,9 @@ class SeamlessCollector(Collector):
         return select_groups([known.groups[number].rewards for number in within], wanted, self.options.dynamic_sampling), end
 
     def _collected(self, known: Known, selection: Selection, end: int, seconds: float) -> Collected:
-        groups = [known.groups[number] for number in known.prefix() if number < end]
+        groups = self._decided_groups(known, end)
+        damaged = [number for number in sorted(known.damaged) if number < end]
+        unready = [number for number in sorted(known.unready) if number < end]
         return Collected(
             groups=groups,
             selection=selection,
@@ -169,9 +171,14 @@ class SeamlessCollector(Collector):
             rollout_seconds=seconds,
             reward_seconds=0.0,
             prompts=self.new_prompts,
-            damaged=[known.damaged[number] for number in sorted(known.damaged) if number < end],
-            unready=[known.unready[number] for number in sorted(known.unready) if number < end],
+            damaged=[known.damaged[number] for number in damaged],
+            unready=[known.unready[number] for number in unready],
+            damaged_draws=damaged,
+            unready_draws=unready,
         )
+
+    def _decided_groups(self, known: Known, end: int) -> list[Group]:
+        return [known.groups[number] for number in known.prefix() if number < end]
 
     # ------------------------------------------------------------ what is kept on disk
 
@@ -191,7 +198,7 @@ class SeamlessCollector(Collector):
         rollouts, rewards = self._files(folder)
         groups = [mine[number] for number in sorted(mine)]
         save_rollout(rollouts, identity, [group.responses for group in groups])
-        save_rewards(rewards, identity, [_stored(group) for group in groups])
+        save_rewards(rewards, identity, [stored_rewards(group) for group in groups])
 
     def _from_disk(self, iteration: int, folder: Path, doing: Callable[[str], None]) -> Known | None:
         """What all ranks have kept of this iteration; None, and the order as it was, where one has not."""
@@ -227,7 +234,8 @@ class SeamlessCollector(Collector):
         return known
 
 
-def _stored(group: Group) -> list[Any]:
+def stored_rewards(group: Group) -> list[StoredReward]:
+    """The group's rewards as they are kept on disk."""
     failures = iter(group.failures)
     reasons = group.reasons or ({},) * len(group.rewards)
     return [

@@ -53,8 +53,12 @@ Judge = Callable[[Prompt, list[Response]], Future[list[Score]]]
 class Stream:
     """`source` yields the prompts in order, None where none may begin now. `close` gives up what is not answered."""
 
-    def __init__(self, engine: RolloutEngine, sampling: Sampling, source: Iterator[Begun | None], judge: Judge) -> None:
-        self._engine, self._sampling, self._source, self._judge = engine, sampling, source, judge
+    def __init__(
+        self, engine: RolloutEngine, sampling: Sampling, source: Iterator[Begun | None], judge: Judge,
+        told: Callable[[Answered], None] = lambda _: None,
+    ) -> None:  # fmt: skip
+        """`told` hears of every answer at once, in whatever thread it came."""
+        self._engine, self._sampling, self._source, self._judge, self._told = engine, sampling, source, judge, told
         self._begun: list[Begun] = []
         self._answered: list[Answered] = []
         self._open = 0  # groups that are decoded and not judged
@@ -129,7 +133,9 @@ class Stream:
         with self._changed:
             self._open -= 1
             if error is None:
-                self._answered.append(Answered(begun, group, future.result(), decoded_at, time.time()))
+                answered = Answered(begun, group, future.result(), decoded_at, time.time())
+                self._told(answered)
+                self._answered.append(answered)
             self._changed.notify_all()
         if error is not None:
             self._failed(error)

@@ -134,3 +134,9 @@ def policy_batch(groups: Sequence[TrainGroup], device: torch.device | str, dtype
         ).to(device),
         lengths=torch.tensor([length for own in lengths for length in own], dtype=torch.int64, device=device),
     )  # fmt: skip
+
+
+def sampled_logprobs(groups: Sequence[TrainGroup]) -> torch.Tensor:
+    """float32 [response tokens]: the log-probabilities that the engine sampled them with; NaN where it does not know."""
+    found = [response.logprobs for group in groups for response in group.responses]
+    return torch.from_numpy(np.concatenate(found).astype(np.float32) if found else np.zeros(0, np.float32))
