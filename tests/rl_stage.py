@@ -138,9 +138,9 @@ def figures_of(folder: Path, name: str) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- killing points
 
 
-def break_at(where: str, iteration: int, action: Callable[[], None], call: int = 2) -> Callable[[], None]:
-    """Run `action` in the middle of rollout, reward or update of an iteration (from 0), at the `call`-th call of what is broken.
-    Returns how to undo it."""
+def break_at(where: str, iteration: int | None, action: Callable[[], None], call: int = 2) -> Callable[[], None]:
+    """Run `action` in the middle of rollout, reward or update of an iteration (from 0; None: of all), at the `call`-th call of what is
+    broken. Returns how to undo it."""
     targets = {
         "rollout": (NativeEngine, "_decode"),
         "reward": (Collector, "_submit"),
@@ -151,11 +151,12 @@ def break_at(where: str, iteration: int, action: Callable[[], None], call: int =
     reached = {"iteration": -1, "calls": 0}
 
     def counted(self: Any, number: int) -> Any:
-        reached.update(iteration=number, calls=0)
+        if iteration is not None:
+            reached.update(iteration=number, calls=0)
         return iterate(self, number)
 
     def breaking(*arguments: Any, **keywords: Any) -> Any:
-        if reached["iteration"] == iteration:
+        if iteration is None or reached["iteration"] == iteration:
             reached["calls"] += 1
             if reached["calls"] == call:
                 action()

@@ -46,6 +46,12 @@ def test_enough_groups_train_and_the_order_goes_on_after_the_last_of_them(folder
         assert line["groups_surplus"] == 0
         assert line["groups_drawn"] == 4 + line["groups_without_difference"]
         assert line["logprob_mismatch_max"] < 1e-4
+    trace = json.loads((folder / "undisturbed" / "iteration-trace.json").read_text())
+    assert trace["iteration"] == 3
+    assert set(trace["lanes"]) == {"weights", "prompts", "decoding", "rewards", "training"}
+    assert 0 <= trace["idle"] <= 1
+    for spans in trace["lanes"].values():
+        assert all(0 <= begin <= end <= trace["seconds"] + 0.01 and 0 <= share <= 1 for begin, end, share in spans)
     checkpoint = sorted((folder / "undisturbed" / "checkpoints").glob("step-*"))[-1]
     state = json.loads((checkpoint / "state.json").read_text())["data"]
     assert state["draws"] == sum(line["groups_drawn"] for line in undisturbed)

@@ -15,6 +15,7 @@ import numpy as np
 
 from terrace.data.order.permutation import seed_of
 from terrace.data.types import PromptInputs
+from terrace.generation.usage import Usage
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,10 @@ Heard = Callable[[int, int, Sequence[int]], None]  # (place of the prompt, sampl
 
 
 class RolloutEngine(Protocol):
+    @property
+    def usage(self) -> Usage | None:
+        """What it did since it was last asked, where it knows."""
+
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, ready: GroupReady | None = None
     ) -> list[list[Response]]:

@@ -122,10 +122,11 @@ class NativeEngine:
                 if state.live.mean() <= 1 - COMPACT_SHARE and source.empty and not state.waiting:
                     cache.keep_rows(state.keep_live())
                 if state.live.any():
+                    began, live = time.time(), int(state.live.sum())
                     logits = self._decode(self._on_device(state.newest), self._on_device(state.positions), cache)
                     cache.advance()
                     self._sample(logits, np.arange(state.rows), state, cache, sampling)
-                    self.usage.step(rows, int(state.live.sum()))
+                    self.usage.step(rows, live, began)
             if not state.live.any():
                 self.usage.end()
                 time.sleep(PAUSE)  # for the next prompt

@@ -101,6 +101,8 @@ class SeparateEngine:
         share = range(context.rank, count, context.world_size) or [context.rank % count]
         self._workers = [ray.get_actor(names[number]) for number in share]
 
+    usage = None  # not known
+
     def update_weights(self, tensors: Callable[[], Iterator[tuple[str, Any]]], version: int = 0) -> None:
         """Push the policy to every rollout worker. Gathering the tensors is collective: every rank takes part."""
         import ray

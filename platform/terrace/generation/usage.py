@@ -17,17 +17,19 @@ class Usage:
     capacity: int = 0
     live_steps: int = 0  # rows with a sequence, summed over steps
     steps: int = 0
+    busy_seconds: float = 0.0  # of all rows together: half of them for a second is half a second
     spans: list[tuple[float, float, float]] = field(default_factory=list)  # (begin, end, mean rows with a sequence)
     prefills: list[tuple[float, float]] = field(default_factory=list)
     _span: list[float] = field(default_factory=list)  # begin, rows summed, steps
 
-    def step(self, rows: int, live: int) -> None:
-        """A decoding step of `rows` rows is over, `live` of which had a sequence that goes on."""
+    def step(self, rows: int, live: int, began: float) -> None:
+        """A decoding step of `rows` rows, `live` of which had a sequence, has run since `began`."""
         self.capacity = max(self.capacity, rows)
         self.live_steps, self.steps = self.live_steps + live, self.steps + 1
         now = time.time()
+        self.busy_seconds += (now - began) * live / max(rows, 1)
         if not self._span:
-            self._span = [now, 0.0, 0.0]
+            self._span = [began, 0.0, 0.0]
         self._span[1], self._span[2] = self._span[1] + live, self._span[2] + 1
         if now - self._span[0] >= FINEST:
             self.end(now)
@@ -45,6 +47,7 @@ class Usage:
         begin = time.time()
         yield
         self.prefills.append((begin, time.time()))
+        self.busy_seconds += self.prefills[-1][1] - begin
 
     @property
     def idle_share(self) -> float | None:
@@ -54,16 +57,6 @@ class Usage:
     def taken(self) -> Usage:
         """What was noted since the last time, and begin anew."""
         self.end()
-        taken = Usage(self.capacity, self.live_steps, self.steps, self.spans, self.prefills)
+        taken = Usage(self.capacity, self.live_steps, self.steps, self.busy_seconds, self.spans, self.prefills)
         self.__init__()  # type: ignore[misc]
         return taken
-
-
-def joined(usages: list[Usage]) -> Usage:
-    """The usage of several engines as that of one: rows side by side, idle while another one still decodes."""
-    longest = max((usage.steps for usage in usages), default=0)
-    found = Usage(sum(usage.capacity for usage in usages), sum(usage.live_steps for usage in usages), longest)
-    for usage in usages:
-        found.spans += usage.spans
-        found.prefills += usage.prefills
-    return found

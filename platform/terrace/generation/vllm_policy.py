@@ -72,6 +72,8 @@ class VllmEngine:
         )
         self._loaded = Vllm(loading, self._family, self._config, self._tokens)
 
+    usage = None  # not known
+
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, ready: GroupReady | None = None) -> list[list[Response]]:
         assert self._loaded is not None, "update_weights comes first"
         return self._loaded.generate(prompts, sampling, ready)

@@ -27,6 +27,7 @@ from terrace.rewards.types import RewardItem, Score
 from terrace.rl.dynamic_sampling import Selection, prompts_to_draw, select_groups
 from terrace.rl.prompts import Drawn, PromptOrder, PromptReader
 from terrace.rl.stored import StoredReward, load_rewards, load_rollout, save_rewards, save_rollout
+from terrace.rl.trace import Trace
 from terrace.worker.collectives import gather_objects
 from terrace.worker.context import WorkerContext
 
@@ -96,6 +97,8 @@ class Collector:
     stage_hash: str
     context: WorkerContext
     new_prompts: dict[Drawn, Prompt] = field(default_factory=dict)  # that this rank has read in the iteration
+
+    trace: Trace = field(default_factory=Trace)
 
     def close(self) -> None:
         """End what is generated beside the iterations."""
@@ -193,11 +196,13 @@ class Collector:
         return found
 
     def _submit(self, prompt: Prompt, group: Sequence[Response]) -> Future[list[Score]]:
-        metadata = prompt.reward_metadata
-        return self.router.submit([
+        metadata, begin, trace = prompt.reward_metadata, time.time(), self.trace
+        future = self.router.submit([
             (prompt.task, RewardItem(prompt.text, self.text_of(response), prompt.solution, metadata))
             for response in group
         ])  # fmt: skip
+        future.add_done_callback(lambda _: trace.note("rewards", begin))
+        return future
 
     def text_of(self, response: Response) -> str:
         """The response as text, without end marks."""

@@ -23,6 +23,8 @@ def pass_rate(group: Group) -> float:
     judged = group.rewards[group.rewards == group.rewards]
     return float((judged >= PASS_REWARD).mean()) if len(judged) else 0.0
 
+IDLE = "idle_share_of_rollout_seconds"  # of the engine's rows: nothing was decoded in them
+
 
 def own_groups(
     part: Sequence[Group], options: GrpoOptions, collected: Collected, collector: Collector, context: WorkerContext
@@ -83,7 +85,8 @@ def part_counts(part: Sequence[Group], stage: Stage) -> Counts:
 
 
 def iteration_figures(
-    iteration: int, collected: Collected, figures: dict[str, dict[str, float]], easy_pool: int, sync_seconds: float
+    iteration: int, collected: Collected, figures: dict[str, dict[str, float]], easy_pool: int, sync_seconds: float,
+    idle: float | None = None,
 ) -> dict[str, Any]:
     """The fields of metrics.jsonl that an iteration has once, in the line of its first update."""
     return {
@@ -102,6 +105,7 @@ def iteration_figures(
         "sync_seconds": sync_seconds,
         "rollout_seconds": collected.rollout_seconds,
         "reward_seconds": collected.reward_seconds,
+        **({} if idle is None else {IDLE: idle}),
     }
 
 

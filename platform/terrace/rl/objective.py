@@ -29,21 +29,21 @@ from terrace.models.build import build_model
 from terrace.models.lora import merged
 from terrace.models.precision import compute_context
 from terrace.models.shared_prompt import use_shared_prompt_attention
-from terrace.objectives.grpo import PolicyBatch, PolicyOptions, summed_policy_loss
+from terrace.objectives.grpo import PolicyBatch, summed_policy_loss
 from terrace.objectives.interface import Counts, Objective, Opening, StageRun, StepExamples
-from terrace.recipe.schema import Stage
 from terrace.recipe.schema_grpo import GrpoOptions
 from terrace.rewards.alarm import hacking_alarms
 from terrace.rewards.router import Router
 from terrace.rewards.sandbox import SandboxPool
 from terrace.rl import ledger
-from terrace.rl.collect import Collected, Collector, Group
+from terrace.rl.collect import Collected, Group
 from terrace.rl.figures import examples, form_of, past_forms, task_figures
-from terrace.rl.iteration import iteration_figures, own_groups, part_counts, pass_rate
+from terrace.rl.iteration import IDLE, iteration_figures, own_groups, part_counts, pass_rate
 from terrace.rl.judgements import Judgements
 from terrace.rl.overlap import OverlappedCollector
-from terrace.rl.seamless import SeamlessCollector
+from terrace.rl.policy import collector_of, policy_options
 from terrace.rl.stored import forget_iterations, iteration_folder
+from terrace.rl.trace import Trace
 from terrace.rl.units import TrainGroup, pack_groups, policy_batch, sampled_logprobs
 from terrace.rl.update import UpdateFigures
 
@@ -100,6 +100,8 @@ class Grpo(Objective):
         self._mismatch = 0.0
         self._version = 0  # iterations that were trained, as far as the weights go
         self._ran = False
+        self._trace = Trace()
+        self._trained_from = self._engine_seen = time.time()
         self._judgements = Judgements(opening.stage.seed, opening.recipe.data.max_image_pixels)
 
     # ------------------------------------------------------------ a stage
@@ -172,11 +174,17 @@ class Grpo(Objective):
         opening, order = self.opening, self.opening.feed.order
         doing = functools.partial(self.run.mark, iteration * self._updates + 1)
         started = time.perf_counter()
-        self._version = iteration
+        self._version, self._trace = iteration, Trace()
+        self._collector.trace = self._trace
         doing("giving the engine the weights of")
         self._wake_engine()
         synced = time.perf_counter()
+        self._trace.note("weights", self._trace.begin)
+        if not isinstance(self._collector, OverlappedCollector):
+            self._engine_seen = time.time()  # else it decodes all the time
         collected = self._collector.collect(iteration, iteration_folder(opening.stage_dir, iteration), doing)
+        idle = self._trace.engine(self._engine.usage.taken() if self._engine.usage else None, self._engine_seen)
+        self._engine_seen = self._trained_from = time.time()
         self._engine.sleep()
         if not collected.groups and not collected.damaged and not collected.unready and not collected.stale:
             return  # the order has ended
@@ -184,7 +192,7 @@ class Grpo(Objective):
         for group in collected.groups:
             order.pool.record(group.drawn.key, pass_rate(group))
         figures = task_figures(collected.groups)
-        shared = iteration_figures(iteration, collected, figures, len(order.pool.members), synced - started)
+        shared = iteration_figures(iteration, collected, figures, len(order.pool.members), synced - started, idle)
         parts = [collected.kept[number :: self._updates] for number in range(self._updates)]
         packs = [
             self._packs(own_groups(part, self._options, collected, self._collector, opening.context)) for part in parts
@@ -309,6 +317,8 @@ class Grpo(Objective):
             self._version = update.iteration + 1
         if not update.last or context.rank != 0:
             return
+        self._trace.note("training", self._trained_from)
+        self._trace.write(self.opening.stage_dir, update.iteration + 1, {"idle": update.shared.get(IDLE)})
         if line := ledger.fates(update.collected):
             about = {"step": step, "iteration": update.iteration + 1, **({} if self._ran else {"skipped": True})}
             ledger.append(self.opening.stage_dir, about | line)
@@ -361,33 +371,3 @@ class Grpo(Objective):
 
 
 open_objective = Grpo
-
-
-def collector_of(options: GrpoOptions) -> type[Collector]:
-    """What collects the groups of an iteration."""
-    if options.rollout == "rounds":
-        return Collector
-    return OverlappedCollector if options.overlap is not None and options.overlap.max_staleness > 0 else SeamlessCollector
-
-
-def policy_options(stage: Stage, options: GrpoOptions, forbidden: tuple[int, ...]) -> PolicyOptions:
-    """The loss's part of the recipe. With several updates per rollout the ratio is clipped only if the recipe says
-    so."""
-    overlap = options.overlap
-    return PolicyOptions(
-        temperature=options.temperature,
-        clip_low=options.clip_low,
-        clip_high=options.clip_high,
-        clip_ceiling=options.clip_ceiling,
-        sequence_ratio=options.ratio == "sequence",
-        cispo=options.surrogate == "cispo",
-        per_response=options.average == "responses",
-        correction=None if overlap is None or not overlap.max_staleness or overlap.correction == "none" else overlap.correction,
-        correction_bound=overlap.bound if overlap else 2.0,
-        correction_masks=overlap is not None and overlap.beyond == "mask",
-        kl_coefficient=options.kl_coefficient,
-        entropy_coefficient=options.entropy_coefficient,
-        forbidden=forbidden,
-        chunk_tokens=stage.loss_chunk_tokens,
-        one_head_call=stage.parallel.strategy == "zero3",
-    )
