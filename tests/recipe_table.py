@@ -18,7 +18,7 @@ from terrace.recipe.loading import lines_in_use, load_recipe
 from terrace.recipe.schema import Recipe, Stage
 from terrace.recipe.shipped import names, shipped_file
 
-OWN = ("demo", "demo-morl", "five-tasks-morl", "sft")  # of no published system
+OWN = ("clicking", "demo", "demo-encoder-to-morl", "demo-morl", "five-tasks-morl", "sft")  # of no published system
 PUBLISHED = tuple(name for name in names() if name not in OWN)
 BEGIN, END = "<!-- recipes: written by `make docs` from the recipes -->", "<!-- /recipes -->"
 SURE = ("assumed", "borrowed", "recalled")

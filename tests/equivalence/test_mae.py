@@ -123,7 +123,7 @@ def test_pictures_of_a_source_train_resume_and_export(tmp_path):
     recipe = recipe_of(tmp_path)
     assert check(recipe) == []
     told = [str(problem) for problem in check(recipe_of(tmp_path, train={"language": {"lr": 1.0}}))]
-    assert any("has no language part" in line for line in told)
+    assert any("has no part language" in line for line in told)
     run, again, packed = tmp_path / "run", tmp_path / "again", tmp_path / "packed"
     for folder in (run, again, packed):
         prepare_data(recipe, folder, use_ray=False)

@@ -36,11 +36,13 @@ SAMPLES = {
     "qa": 1400,
     "counting": 1400,
     "charts": 1400,
-    "reasoning": 500,
+    "reasoning": 1400,
     "albums": 120,
+    "pairs": 900,
     "rl/counting": 1000,
     "rl/grounding": 1000,
     "rl/arithmetic": 1000,
+    "rl/clicking": 600,
 }
 
 
@@ -57,7 +59,7 @@ def write_corpus(
     """
     samples = SAMPLES if samples is None else samples
     stamp = folder / "corpus.json"
-    wanted = {"seed": seed, "samples": samples, "version": 5}
+    wanted = {"seed": seed, "samples": samples, "version": 6}
     if stamp.is_file() and json.loads(stamp.read_text()) == wanted:
         return folder
     stamp.unlink(missing_ok=True)

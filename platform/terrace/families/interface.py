@@ -134,6 +134,7 @@ class Family(ABC):
     position_rows: ClassVar[int] = 1
     fact_count: ClassVar[int] = 1
     videos: ClassVar[bool] = False
+    images_both_ways: ClassVar[bool] = False  # tokens of an image see each other in both directions in the language model
     experts: ClassVar[bool] = False  # its language model is a mixture of experts
     balances_sequences: ClassVar[bool] = False  # whose load-balancing loss is that of each sequence, not of the whole batch
     refused_objectives: ClassVar[Mapping[str, str]] = {}  # objective -> why the model cannot be trained with it here
@@ -143,8 +144,11 @@ class Family(ABC):
     token_names: ClassVar[Mapping[str, str]] = {}  # attributes that transformers' processor asks its tokenizer for -> role, likewise
     token_fields: ClassVar[Mapping[str, str]] = {"image_token_id": "image"}  # configuration field -> role
     text_fields: ClassVar[Mapping[str, str]] = {}  # further fields of `text_config` -> role
+    flat: ClassVar[bool] = False  # the configuration holds the language model's fields itself, not in `text_config`
+    crosses: ClassVar[bool] = False  # pictures stay beside the sequence, whose tokens read them by cross-attention
     gives: ClassVar[str] = "text"  # what the model gives: text, `vectors` of pictures and texts, or `pictures`
     keeps_end: ClassVar[bool] = False  # a sample that is cut keeps its last token
+    reads_questions: ClassVar[bool] = False  # a question is read with each picture of its sample, beside the language model: `asked`
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Family:
@@ -199,6 +203,10 @@ class Family(ABC):
     def inside_tokens(self, name: str) -> int:
         """Tokens of a text of `inside`; a tokenizer that writes it with another number is refused by name."""
         return 1
+
+    def asked(self, facts: tuple[int, ...], question: Sequence[int]) -> tuple[int, ...]:
+        """The facts of an image whose sample asks a question, as token ids."""
+        return facts
 
     def heading(self, number: int) -> Iterator[Piece]:
         """What stands in front of a sample's image `number`, counted from 0 in the order of the text."""
@@ -301,8 +309,6 @@ class Family(ABC):
     def positions(self, length: int, visuals: Sequence[Visual]) -> np.ndarray:
         """int32 [R, length]; row 0 counts tokens, from which attention derives segments."""
         return np.arange(length, dtype=np.int32)[None]
-
-    # ------------------------------------------------------------ configuration
 
     @classmethod
     @abstractmethod

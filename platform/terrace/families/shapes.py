@@ -57,6 +57,8 @@ class ProjectorShape:
     outer: int = 0  # of `products`, those with what the tower gives: no gradient flows back through them where it is frozen
     unused_parameters: int = 0  # of those, what never gets a gradient
     first: bool = False  # it reads pixels, which need no gradient
+    text_products: int = 0  # multiply-adds per token of the text, in layers of the projector that stand between those of the language model
+    text_kept: int = 0  # numbers per token that autograd keeps there
 
     def plus(self, parameters: int) -> ProjectorShape:
         """With parameters that run in place of the language model's own, and so add no work."""

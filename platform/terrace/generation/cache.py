@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from terrace.models.families.crossing import BESIDE
 from terrace.models.shared_prompt import Unit
 
 UNSEEN = -1e30
@@ -50,6 +51,7 @@ class SharedPromptCache:
     def __init__(self, rows: int) -> None:
         self._prompts: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # per layer [B, K, P, D]
         self._responses: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # per layer [R, K, T, D]
+        self._beside: tuple[torch.Tensor, ...] | None = None  # of a model whose layers read the prompts' pictures
         self._numbers: list[int] = []  # the caller's number of each prompt
         self._prompt_lengths = np.zeros(0, np.int64)
         self._number_of_row = np.full(rows, -1, np.int64)
@@ -66,6 +68,9 @@ class SharedPromptCache:
         kept = [place for place, number in enumerate(self._numbers) if number in needed or number in waiting]
         lengths = np.concatenate([self._prompt_lengths[kept], [unit.prompt for unit in units]]).astype(np.int64)
         longest = int(lengths.max())
+        if (beside := packed.pop(BESIDE, None)) is not None:
+            before = self._beside or tuple(part[:0] for part in beside)
+            self._beside = tuple(torch.cat([old[kept], new]) for old, new in zip(before, beside))
         for layer in list(packed):
             pair = packed.pop(layer)
             self._prompts[layer] = tuple(
@@ -101,8 +106,14 @@ class SharedPromptCache:
         if fewer:
             self._numbers = [self._numbers[place] for place in prompts]
             self._prompt_lengths = self._prompt_lengths[prompts]
+            self._beside = None if self._beside is None else tuple(part[prompts] for part in self._beside)
             self._hide()
         self._place_rows()
+
+    @property
+    def beside(self) -> tuple[torch.Tensor, ...]:
+        """What the prefill kept of the prompts' pictures, and the prompt of each row [R]."""
+        return (*(self._beside or ()), self._prompt_of_row)
 
     def advance(self, counts: np.ndarray | int = 1) -> None:
         """After the last layer: the first `counts` tokens that were fed for each live row are part of its response now."""

@@ -60,6 +60,9 @@ class EngineOnCopy:
     ) -> list[list[Response]]:  # fmt: skip
         return self._engine.generate(prompts, sampling, ready, stop=stop)
 
+    def converse(self, *arguments: Any) -> list[list[Response]]:
+        return self._engine.converse(*arguments)
+
     def update_weights(self, tensors: Callable[[], Iterator[tuple[str, Any]]], version: int = 0) -> None:
         own = dict(self._model.named_parameters())
         with self._engine.replacing(version), torch.no_grad():

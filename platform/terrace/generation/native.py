@@ -29,8 +29,10 @@ import torch
 from terrace.data.types import PackedExample, joined_pixels
 from terrace.generation.cache import SharedPromptCache
 from terrace.generation.interface import GroupReady, Heard, Prompt, Response, Sampling
+from terrace.generation.native_turns import Wave as TurnsWave
 from terrace.generation.sampling import sample_tokens
 from terrace.generation.sequences import Sequences
+from terrace.generation.turns import React
 from terrace.generation.usage import Usage
 from terrace.models.batch import to_device
 from terrace.models.families.registry import output_layer
@@ -74,6 +76,28 @@ class NativeEngine:
                 return self._continuous(iter(prompts), sampling, ready, heard, stop)
         finally:
             self._model.train(training)
+
+    def converse(
+        self, prompts: Sequence[Prompt], sampling: Sampling, react: React, done: Callable[[int, list[Response]], None]
+    ) -> list[list[Response]]:
+        """See turns.converse: here nothing that was read once is read again."""
+        per_wave = max(1, self._max_rows // sampling.samples)
+        training, dtype = self._model.training, DTYPES[self._precision]
+        self._model.eval()
+
+        def sample(logits: torch.Tensor, draws: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return sample_tokens(logits, draws, self._forbidden, sampling)
+
+        groups: list[list[Response]] = []
+        try:
+            with torch.no_grad(), compute_context(self._precision, str(self._device)):
+                for start in range(0, len(prompts), per_wave):
+                    some = prompts[start : start + per_wave]
+                    wave = TurnsWave(self._model, some, sampling, self._device, dtype, prompts_as_pack, sample, self._stop)
+                    groups += wave.run(react, done, start)
+        finally:
+            self._model.train(training)
+        return groups
 
     @contextmanager
     def replacing(self, version: int) -> Iterator[None]:

@@ -134,7 +134,7 @@ class Sequences:
         number, said = int(self.number_of_row[row]), slice(0, int(self._lengths[row]))
         group = self._groups[number]
         group.responses[int(self._sample_of_row[row])] = Response(
-            self._tokens[row, said].copy(), self._logprobs[row, said].copy(), bool(finished), self._versions[row, said].copy()
+            self._tokens[row, said].copy(), self._logprobs[row, said].copy(), bool(finished), versions=self._versions[row, said].copy()
         )
         group.missing -= 1
         if not group.missing:

@@ -20,6 +20,8 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import GenerationConfig
 
+from terrace.data.tokenizer import QUESTION_TOKENIZER, file_for
+from terrace.families.configurations import language_config
 from terrace.models.build import meta_model
 from terrace.models.families.interface import configurations
 from terrace.models.families.registry import family_of_model
@@ -56,16 +58,21 @@ def export_hf(
     for file in family.code_files():
         shutil.copyfile(file, work / file.name)
     if family.family.gives == "text":
-        GenerationConfig(eos_token_id=config.text_config.eos_token_id, do_sample=False).save_pretrained(work)
+        GenerationConfig(eos_token_id=language_config(config).eos_token_id, do_sample=False).save_pretrained(work)
     save_torch_state_dict(_published(model, state, stored), work, max_shard_size=SHARD_SIZE)
     _write_json(work / "preprocessor_config.json", family.family.preprocessor(pixels))
     if processor := family.family.processor():
         _write_json(work / "processor_config.json", processor)
     if tokenizer_dir is not None:
+        there = {name: file_for(tokenizer_dir, name, family.family.name) for name in {*TOKENIZER_FILES, *TEMPLATE_FILES}}
         for name in TOKENIZER_FILES:
-            if (tokenizer_dir / name).is_file():
-                shutil.copyfile(tokenizer_dir / name, work / name)
-        own = {name: (tokenizer_dir / name).read_bytes() for name in TEMPLATE_FILES if (tokenizer_dir / name).is_file()}
+            if there[name].is_file():
+                shutil.copyfile(there[name], work / name)
+        if family.family.reads_questions:  # the class's processor wants a tokenizer of its own for them
+            questions = tokenizer_dir / QUESTION_TOKENIZER
+            copied = shutil.ignore_patterns(QUESTION_TOKENIZER)
+            shutil.copytree(questions if questions.is_dir() else tokenizer_dir, work / QUESTION_TOKENIZER, ignore=copied)
+        own = {name: there[name].read_bytes() for name in TEMPLATE_FILES if there[name].is_file()}
         if template := chat_template(kept) or chat_template(own) or family.family.chat_template:
             (work / "chat_template.jinja").write_text(template)
     for name in ("generation_config.json", "video_preprocessor_config.json"):

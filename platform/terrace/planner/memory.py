@@ -227,11 +227,12 @@ class _Activations:
 def _language_activations(shape: ModelShape, stage: Stage, pack: PackSize, compute: int, on_gpu: bool) -> _Activations:
     language, train = shape.language, stage.train.language
     residual = FP32 if stage.parallel.strategy == "ddp" else compute
-    layer = _language_layer(shape, stage, compute, on_gpu) + _adapter_values(shape, "language", compute) / language.layers
+    layer = _language_layer(shape, stage, compute, on_gpu) + _adapter_values(shape, "language", compute) / max(1, language.layers)
     working = pack.tokens * (3 * language.mean_intermediate * compute + 2 * language.width * residual)
     if not gradients_reach(stage, "language"):
         return _Activations(0.0, working)
-    ends = pack.tokens * language.width * (1 + FP32 + (FP32 if train and language.gated else 0))  # places of images, final norm
+    between = pack.tokens * shape.projector.text_kept * compute  # layers of the projector, never checkpointed
+    ends = between + pack.tokens * language.width * (1 + FP32 + (FP32 if train and language.gated else 0))  # places of images, final norm
     checkpointed = train.activation_checkpointing if train else stage.frozen_activation_checkpointing
     if checkpointed:
         return _Activations(pack.tokens * language.layers * language.width * residual + ends, pack.tokens * layer + working)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from terrace.families.shapes import ModelShape
 from terrace.recipe.schema import PARTS, PartName, Stage
+from terrace.recipe.view_heads import head_plan
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ def _language_blocks(shape: ModelShape) -> tuple[int, int, int]:
 
 def head_parameters(shape: ModelShape, stage: Stage) -> int:
     """Parameters of the heads that the stage trains beside the model (models.heads)."""
+    if (options := stage.view_options) is not None:
+        return head_plan(options, shape.vision.width).parameters
     if stage.head_kind is None:
         return 0
     kind, count = stage.head_kind

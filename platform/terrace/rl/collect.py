@@ -25,6 +25,7 @@ from terrace.recipe.schema_grpo import GrpoOptions
 from terrace.rewards.router import Router
 from terrace.rewards.types import RewardItem, Score
 from terrace.rl.dynamic_sampling import Selection, prompts_to_draw, select_groups
+from terrace.rl.environments import Environments, transcript
 from terrace.rl.prompts import Drawn, PromptOrder, PromptReader
 from terrace.rl.stored import StoredReward, load_rewards, load_rollout, save_rewards, save_rollout
 from terrace.rl.trace import Trace
@@ -96,6 +97,7 @@ class Collector:
     seed: int
     stage_hash: str
     context: WorkerContext
+    environments: Environments
     new_prompts: dict[Drawn, Prompt] = field(default_factory=dict)  # that this rank has read in the iteration
 
     trace: Trace = field(default_factory=Trace)
@@ -130,7 +132,7 @@ class Collector:
         drawn, _ = self.reader.without_unready(drawn)
         usable, _ = self.reader.read_usable(drawn[self.context.rank :: self.context.world_size])
         prompts = [prompt for _, prompt in usable]
-        groups = self.engine.generate(prompts, sampling) if prompts else []
+        groups = self.environments.generate(self.engine, prompts, sampling, None) if prompts else []
         futures = [self._submit(prompt, group) for prompt, group in zip(prompts, groups)]
         rewards = [reward_values(future.result()) for future in futures]
         own = [self._group(*four) for four in zip([one for one, _ in usable], prompts, groups, rewards)]
@@ -175,7 +177,7 @@ class Collector:
                 top_p=self.options.top_p,
                 seed=seed_of(self.seed, "rollout", iteration),
             )
-            groups = self.engine.generate(prompts, sampling, ready) if prompts else []
+            groups = self.environments.generate(self.engine, prompts, sampling, ready) if prompts else []
             save_rollout(rollout_file, identity, groups)
         else:
             for place, group in enumerate(groups):
@@ -196,17 +198,28 @@ class Collector:
         return found
 
     def _submit(self, prompt: Prompt, group: Sequence[Response]) -> Future[list[Score]]:
-        metadata, begin, trace = prompt.reward_metadata, time.time(), self.trace
-        future = self.router.submit([
-            (prompt.task, RewardItem(prompt.text, self.text_of(response), prompt.solution, metadata))
-            for response in group
+        if prompt.task not in self.router.tasks:  # its environment has paid
+            paid: Future[list[Score]] = Future()
+            paid.set_result([_of_environment(response) for response in group])
+            return paid
+        begin, trace = time.time(), self.trace
+        metadata, judged = prompt.reward_metadata, [response for response in group if _failure(response) is None]
+        scores = self.router.submit([
+            (prompt.task, RewardItem(prompt.text, self.answer_of(response), prompt.solution, metadata)) for response in judged
         ])  # fmt: skip
-        future.add_done_callback(lambda _: trace.note("rewards", begin))
-        return future
+        scores.add_done_callback(lambda _: trace.note("rewards", begin))
+        return scores if len(judged) == len(group) else with_failures(scores, group)
+
+    def answer_of(self, response: Response) -> str:
+        """The last answer as text, without end marks."""
+        tokens = response.tokens
+        if response.observed is not None:
+            tokens = tokens[len(tokens) - int(np.argmin(np.append(response.observed.sampled[::-1], False))) :]
+        return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
 
     def text_of(self, response: Response) -> str:
-        """The response as text, without end marks."""
-        return self.tokenizer.decode(response.tokens.tolist(), skip_special_tokens=True)
+        """The response in words: the answer, or the whole conversation behind the prompt."""
+        return transcript(response, self.answer_of(response))
 
     def _group(
         self,
@@ -220,7 +233,7 @@ class Collector:
             id=prompt.id,
             task=prompt.task,
             prompt_tokens=len(prompt.input_ids),
-            visual_tokens=int(prompt.image_tokens.sum()),
+            visual_tokens=int(prompt.image_tokens.sum()) + sum(response.visual_tokens for response in responses),
             responses=tuple(responses),
             rewards=np.asarray([np.nan if value is None else value for value, _, _ in rewards], np.float64),
             failures=tuple(reason or "" for value, reason, _ in rewards if value is None),
@@ -248,6 +261,31 @@ class Collector:
                 f"iteration {iteration}: {failed} of {total} rewards failed ({listed}), more than max_reward_failure_rate "
                 f"{self.options.max_reward_failure_rate}; none was counted as 0. Repair the reward, then resume"
             )
+
+
+def _failure(response: Response) -> str | None:
+    return None if response.observed is None else response.observed.failure
+
+
+def _of_environment(response: Response) -> Score:
+    assert response.observed is not None
+    said = {"environment": f"{response.observed.turns} answers"}
+    return Score(response.observed.value, failure=response.observed.failure, reasons=said)
+
+
+def with_failures(scores: Future[list[Score]], group: Sequence[Response]) -> Future[list[Score]]:
+    """Scores of all of a group, from those of the conversations that did not fail."""
+    whole: Future[list[Score]] = Future()
+
+    def complete(_: Any) -> None:
+        try:
+            found = iter(scores.result())
+            whole.set_result([next(found) if _failure(one) is None else Score(None, failure=_failure(one)) for one in group])
+        except BaseException as error:
+            whole.set_exception(error)
+
+    scores.add_done_callback(complete)
+    return whole
 
 
 def reward_values(scores: Sequence[Score]) -> list[StoredReward]:

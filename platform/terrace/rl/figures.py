@@ -23,7 +23,8 @@ def task_figures(groups: Sequence[Group]) -> dict[str, dict[str, float]]:
         rewards = np.concatenate([group.rewards for group in mine])
         judged = rewards[np.isfinite(rewards)]
         responses = [response for group in mine for response in group.responses]
-        lengths = np.asarray([len(response.tokens) for response in responses], np.float64)
+        lengths = np.asarray([len(response.sampled_tokens) for response in responses], np.float64)
+        turns = [response.observed.turns for response in responses if response.observed is not None]
         figures[task] = {
             "groups": float(len(mine)),
             "reward": float(judged.mean()) if len(judged) else 0.0,
@@ -34,6 +35,7 @@ def task_figures(groups: Sequence[Group]) -> dict[str, dict[str, float]]:
             "reward_failures": float(1 - len(judged) / len(rewards)),
             # within a group: whether different samples of one prompt say different things
             "distinct": float(np.mean([distinct_share(group.texts) for group in mine])),
+            **({"turns": float(np.mean(turns))} if turns else {}),
         }
     return figures
 

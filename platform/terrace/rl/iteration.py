@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from terrace.generation.interface import Response
 from terrace.objectives.interface import Counts
 from terrace.recipe.schema import Stage
 from terrace.recipe.schema_grpo import GrpoOptions
@@ -66,9 +67,17 @@ def shaped_rewards(group: Group, options: GrpoOptions) -> np.ndarray:
     rewards alone: a group of equal answers would teach nothing but to be short."""
     if options.overlong_buffer_tokens is None:
         return group.rewards
-    lengths = np.asarray([len(response.tokens) for response in group.responses])
+    lengths = np.asarray([longest_answer(response) for response in group.responses])
     longest, buffer = options.max_response_tokens, options.overlong_buffer_tokens
     return group.rewards + overlong_penalties(lengths, longest, buffer, options.overlong_penalty)
+
+
+def longest_answer(response: Response) -> int:
+    """Tokens of its longest answer: of one turn, where it has several."""
+    if response.observed is None:
+        return len(response.tokens)
+    ends = np.flatnonzero(np.diff(np.concatenate([[0], response.observed.sampled.astype(np.int8), [0]])))
+    return int((ends[1::2] - ends[::2]).max())
 
 
 def part_counts(part: Sequence[Group], stage: Stage) -> Counts:

@@ -43,12 +43,18 @@ class Judgements:
             self.calibration.add(judgements_of(group, iteration))
         shown = {one.prompt_id for kept in self.calibration.shown.values() for one in kept}
         here = {_name(group): prompts[group.drawn] for group in groups if group.drawn in prompts}
-        mine = {name: self._pictures_of(here[name]) for name in sorted(shown - self.pictures.keys()) if name in here}
+        mine = {name: self._pictures_of(here[name].images) for name in sorted(shown - self.pictures.keys()) if name in here}
+        talked = {one.seen for kept in self.calibration.shown.values() for one in kept if one.seen}
+        for group in groups if talked else ():
+            for number, response in enumerate(group.responses):
+                if response.observed is not None and (name := seen_name(group, iteration, number)) in talked:
+                    mine[name] = self._pictures_of(response.observed.images)
+        shown |= talked
         found = {name: pictures for hand in gather_objects(mine, context) for name, pictures in hand.items()}
         self.pictures = {name: pictures for name, pictures in (self.pictures | found).items() if name in shown}
 
-    def _pictures_of(self, prompt: Prompt) -> list[str]:
-        return [thumbnail(image, self._max_image_pixels) for image in prompt.images[:PICTURES_PER_PROMPT]]
+    def _pictures_of(self, images: Sequence[bytes]) -> list[str]:
+        return [thumbnail(image, self._max_image_pixels) for image in images[:PICTURES_PER_PROMPT]]
 
     def state(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -71,7 +77,8 @@ class Judgements:
 def judgements_of(group: Group, iteration: int) -> Iterator[Shown]:
     """One for each response of the group; long texts keep their beginning and end."""
     failures = iter(group.failures)
-    for text, reward, reasons in zip(group.texts, group.rewards.tolist(), group.reasons):
+    for number, (text, reward, reasons) in enumerate(zip(group.texts, group.rewards.tolist(), group.reasons)):
+        observed = group.responses[number].observed
         judged = reward == reward  # NaN: no reward
         yield Shown(
             task=group.task,
@@ -83,7 +90,13 @@ def judgements_of(group: Group, iteration: int) -> Iterator[Shown]:
             failure=None if judged else shortened(next(failures, "")),
             reasons={rule: shortened(said) for rule, said in reasons.items()},
             iteration=iteration,
+            seen=seen_name(group, iteration, number) if observed is not None and observed.images else "",
         )
+
+
+def seen_name(group: Group, iteration: int, number: int) -> str:
+    """Names the pictures within response `number` of a group."""
+    return f"{_name(group)}#{iteration}.{group.drawn.occurrence}.{number}"
 
 
 def thumbnail(image: bytes, max_pixels: int) -> str:

@@ -37,6 +37,7 @@ from terrace.rewards.router import Router
 from terrace.rewards.sandbox import SandboxPool
 from terrace.rl import ledger
 from terrace.rl.collect import Collected, Group
+from terrace.rl.environments import Environments
 from terrace.rl.figures import examples, form_of, past_forms, task_figures
 from terrace.rl.iteration import IDLE, iteration_figures, own_groups, part_counts, pass_rate
 from terrace.rl.judgements import Judgements
@@ -46,6 +47,7 @@ from terrace.rl.stored import forget_iterations, iteration_folder
 from terrace.rl.trace import Trace
 from terrace.rl.units import TrainGroup, pack_groups, policy_batch, sampled_logprobs
 from terrace.rl.update import UpdateFigures
+from terrace.train.start import settled
 
 log = logging.getLogger(__name__)
 
@@ -117,9 +119,11 @@ class Grpo(Objective):
             self._reference = reference.eval().requires_grad_(False)
             use_shared_prompt_attention(self._reference, backend)
         sandbox = self._held.enter_context(SandboxPool(SANDBOX_WORKERS))
-        router = Router(stage.rewards, sandbox)
+        router = Router(settled(stage.rewards, recipe, opening.stage_dir.parent), sandbox, bool(stage.environment))
+        environments = Environments(stage.environment, tuple(stage.rewards), sandbox, feed.reader.sights)
+        self._held.callback(environments.close)
         alive = functools.partial(run.mark, 1, "judging the stage's prompts before")
-        rows = feed.readiness.unready_rows(opening.stage_dir, sandbox.judge, context, alive)
+        rows = feed.readiness.unready_rows(opening.stage_dir, sandbox.judge, environments, context, alive)
         run.rest()
         feed.reader.unready = {(row.source, row.row): row.reason for row in rows}
         self.unready_prompts = len(rows)
@@ -135,6 +139,7 @@ class Grpo(Objective):
             seed=stage.seed,
             stage_hash=feed.stage_hash,
             context=context,
+            environments=environments,
         )
 
     def evaluate(self, alive: Callable[[], None]) -> dict[str, float]:

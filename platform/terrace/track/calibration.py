@@ -28,6 +28,7 @@ class Shown:
     failure: str | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)
     iteration: int = 0
+    seen: str = ""  # under which name the pictures stand that an environment showed within the response; empty: none
 
 
 @dataclass

@@ -28,7 +28,7 @@ def open_feed(recipe: Recipe, stage_index: int, prepared: Any, context: WorkerCo
 
     return StageFeed(
         config=model_config(recipe.model, load_tokenizer(prepared.tokenizer_dir)),
-        total_steps=plan.total_steps,
+        total_steps=lambda: plan.total_steps,
         stream=stream,
         state=plan.state,
         restore=plan.restore,
