@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
 
+from terrace.generation.copies import EngineOnCopy, lighten
 from terrace.generation.interface import Prompt, Response, Sampling, uniforms
 from terrace.generation.native import NativeEngine
+from terrace.generation.separate import as_bytes, from_bytes
 from terrace.models.attention import attention
 from terrace.models.build import build_model, model_config
 from terrace.models.shared_prompt import use_shared_prompt_attention
@@ -178,6 +181,32 @@ def test_weights_are_replaced_between_two_steps_and_tokens_say_by_which_they_wer
         assert first == steps[0] // 2 >= 4
         assert response.tokens[:first].tolist() == old.tokens[:first].tolist()
         assert response.tokens.tolist() != old.tokens.tolist()
+
+
+def test_a_copy_in_the_engine_s_precision_says_what_the_model_says(model):
+    """In bf16, what linear layers read is handed over and kept in two bytes: token for token and bit for bit the same answers."""
+    copy_of = deepcopy(model)
+    lighten(copy_of, torch.bfloat16)
+    with torch.no_grad():
+        for parameter in copy_of.parameters():
+            parameter.zero_()
+    copied = EngineOnCopy(copy_of, NativeEngine(copy_of, FORBIDDEN, range(0, 512, 10), "cpu", "bf16"))
+    names = {str(dtype).removeprefix("torch.") for dtype in copied.precisions.values()}
+    assert names == {"bfloat16", "float32"}
+    assert copied.precisions["lm_head.weight"] == torch.bfloat16
+    assert copied.precisions["model.language_model.embed_tokens.weight"] == torch.float32
+    bits = {
+        name: as_bytes(value.detach(), str(copied.precisions[name]).removeprefix("torch.")) for name, value in model.named_parameters()
+    }
+    assert sum(one.nbytes for one in bits.values()) < 0.8 * sum(4 * value.numel() for value in model.parameters())
+    copied.update_weights(lambda: ((name, from_bytes(one)) for name, one in bits.items()), 3)
+    sampling = Sampling(samples=3, max_tokens=16, seed=8)
+    expected = NativeEngine(model, FORBIDDEN, range(0, 512, 10), "cpu", "bf16").generate(PROMPTS, sampling)
+    for one, other in zip(expected, copied.generate(PROMPTS, sampling)):
+        for a, b in zip(one, other):
+            assert a.tokens.tolist() == b.tokens.tolist()
+            assert a.logprobs.tolist() == b.logprobs.tolist()
+            assert set(b.versions.tolist()) == {3}
 
 
 def test_a_complete_group_is_handed_on_while_others_decode(model, monkeypatch):

@@ -80,7 +80,12 @@ def test_two_ranks_have_the_figures_of_one(folder, undisturbed):
     for one, two in zip(undisturbed, figures_of(folder, "ranks"), strict=True):
         for key in ("loss", "grad_norm", "supervised_tokens", "samples", "groups_kept", "reward"):
             assert one[key] == pytest.approx(two[key], rel=1e-3, abs=1e-3), key
-        assert one["tasks"]["digits"]["turns"] == two["tasks"]["digits"]["turns"]
+        for task in ("digits", "capitals"):
+            for figure in ("turns", "distinct", "response_tokens", "truncated", "reward_failures"):
+                assert one["tasks"][task].get(figure) == pytest.approx(two["tasks"][task].get(figure)), (task, figure)
+    # What a report shows comes from the rank that sampled it, pictures too.
+    for file in ("calibration.json", "examples.jsonl"):
+        assert (folder / "ranks" / file).read_text() == (folder / "undisturbed" / file).read_text(), file
 
 
 def test_what_does_not_fit_is_said_before_a_step(folder):

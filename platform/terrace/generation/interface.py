@@ -98,6 +98,19 @@ class Response:
         return self.logprobs if self.observed is None else self.logprobs[self.observed.sampled]
 
     @property
+    def turns(self) -> int | None:
+        """Answers of a conversation with an environment; None for any other response."""
+        return None if self.observed is None else self.observed.turns
+
+    @property
+    def longest_answer(self) -> int:
+        """Tokens of its longest answer: of one turn, where it has several."""
+        if self.observed is None:
+            return len(self.tokens)
+        ends = np.flatnonzero(np.diff(np.concatenate([[0], self.observed.sampled.astype(np.int8), [0]])))
+        return int((ends[1::2] - ends[::2]).max())
+
+    @property
     def visual_tokens(self) -> int:
         """Placeholders of the images that observations showed."""
         return 0 if self.observed is None else int(self.observed.inputs.image_tokens.sum())

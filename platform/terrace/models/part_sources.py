@@ -24,7 +24,7 @@ LAYER = {
     "attention.o_proj.": "self_attn.out_proj.", "layernorm_before.": "layer_norm1.", "layernorm_after.": "layer_norm2.",
     "mlp.fc1.": "mlp.fc1.", "mlp.fc2.": "mlp.fc2.",
 }  # fmt: skip
-SPELT_LIKE_VIT = ("vit_mae",)
+SPELT_LIKE_VIT = ("vit", "vit_mae")
 SPECIFICS = {"num_attention_heads": "attention heads", "hidden_act": "activation"}
 
 
@@ -62,7 +62,7 @@ def _part_config(config: Any, part: PartName) -> Any:
 
 
 class VitAsTower(Directory):
-    """The encoder of a ViT (ViTMAE) read as a tower of CLIP or SigLIP, under the names of the family that takes it.
+    """The encoder of a ViT (`vit`, `vit_mae`) read as a tower of CLIP or SigLIP, under the names of the family that takes it.
 
     CLIP's patches have no bias: the ViT's is the same number in every patch, and so part of its positions. CLIP has a norm in front of
     its blocks, which begins with its class's ones and zeros. SigLIP has no class token: it and its position are left behind.
@@ -71,26 +71,27 @@ class VitAsTower(Directory):
     def __init__(self, source: Directory, family: FamilyModel, wanted: set[str]) -> None:
         self.path, self._source, self._target = source.path, source, family
         self.__dict__["config"] = source.config  # in place of the cached property
-        self._stored = {family_model_named(source.config["model_type"]).canonical_name(name): name for name in source.names}
+        canonical = family_model_named(source.config["model_type"]).canonical_name
+        self._stored = {canonical(name).removeprefix("vit."): name for name in source.names}
         self._class_token = family.canonical_name(f"{TOWER}embeddings.class_embedding") in wanted
         self._of = {self._target.canonical_name(TOWER + name): stored for name, stored in self._spelling().items()}
 
     def _spelling(self) -> dict[str, tuple[str, ...]]:
         """Tensor of the tower -> those of the ViT that it is made from."""
-        patches = "vit.embeddings.patch_embeddings.projection"
+        patches = "embeddings.patch_embeddings.projection"
         names = {
             "embeddings.patch_embedding.weight": (f"{patches}.weight",),
-            "embeddings.position_embedding.weight": ("vit.embeddings.position_embeddings", f"{patches}.bias"),
-            "post_layernorm.weight": ("vit.layernorm.weight",), "post_layernorm.bias": ("vit.layernorm.bias",),
+            "embeddings.position_embedding.weight": ("embeddings.position_embeddings", f"{patches}.bias"),
+            "post_layernorm.weight": ("layernorm.weight",), "post_layernorm.bias": ("layernorm.bias",),
         }  # fmt: skip
         if self._class_token:
-            names["embeddings.class_embedding"] = ("vit.embeddings.cls_token",)
+            names["embeddings.class_embedding"] = ("embeddings.cls_token",)
         else:
             names["embeddings.patch_embedding.bias"] = (f"{patches}.bias",)
         for stored in self._stored:
-            _, layer, rest = stored.partition("vit.layers.")
+            before, _, rest = stored.partition("layers.")
             number, _, inner = rest.partition(".")
-            for vit, tower in LAYER.items() if layer else ():
+            for vit, tower in LAYER.items() if not before else ():
                 if inner.startswith(vit):
                     names[f"encoder.layers.{number}.{tower}{inner.removeprefix(vit)}"] = (stored,)
         return names

@@ -252,6 +252,8 @@ def _language_layer(shape: ModelShape, stage: Stage, compute: int, on_gpu: bool)
     feed_forward = (3 if language.gated else 1) * inner * compute
     if not language.gated and language.head_norms:  # LayerNorms of heads: what comes into them, query, key and value together
         attention += 2 * compute * query
+    if language.scaled_heads:  # what comes into them and what their scales multiply, of queries and keys
+        attention += 2 * compute * (query + language.key_width)
     if language.latent:  # the narrow vectors, their norms, and keys whose two pieces are put together
         ranks = language.latent.query_rank + language.latent.key_rank
         attention += 2 * FP32 * ranks + (compute * 2 * ranks if trained else 0)

@@ -107,6 +107,8 @@ def _grpo(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
 def _rollout(stage: Stage, options: GrpoOptions, key: Path) -> Iterator[Problem]:
     if options.rollout == "seamless" and options.engine == "vllm":
         yield Problem((*key, "rollout"), "`seamless` is of engine native; vLLM batches continuously within a round")
+    if options.rollout == "seamless" and options.placement == "separate":
+        yield Problem((*key, "rollout"), "`seamless` decodes on the training workers; rollout workers of placement separate have rounds")
     if options.rollout == "seamless" and stage.environment:
         yield Problem((*key, "rollout"), "`seamless` answers a prompt once; tasks with an `environment` have rounds")
     overlap = options.overlap

@@ -214,6 +214,9 @@ class Stage(Strict):
         description="Weight of the loss that spreads tokens over a mixture of experts (objective lm, a language model that trains); "
         "default: the model configuration's.",
     )
+    z_loss: float = Field(
+        0.0, ge=0, description="Weight of log²Z, the square of the logits' log-sum-exp, in the loss of each target (objective lm)."
+    )
     evaluate: Evaluate = Field(Evaluate(), description="Held-out loss and suites.")
     gates: list[Gate] = Field([], description="Bounds on metrics that decide whether the next stage starts.")
     failure: Failure = Field(Failure(), description="What the stage survives.")

@@ -1,8 +1,8 @@
 """The first half of an iteration: draw prompts, decode, score, until enough groups teach something.
 
 Every rank draws the same prompts and rolls out every world_size-th of them. Groups are scored in the background as soon
-as they are complete, while others still decode. Ranks then exchange responses and rewards (token ids, no images), so
-all of them select the same groups.
+as they are complete, while others still decode. Ranks then tell each other rewards and lengths, so that all of them select the
+same groups; responses travel to the rank that trains them (`exchange.py`).
 """
 
 from __future__ import annotations
@@ -22,10 +22,12 @@ from terrace.data.tokenizer import TextTokenizer
 from terrace.errors import TerraceError
 from terrace.generation.interface import Prompt, Response, RolloutEngine, Sampling
 from terrace.recipe.schema_grpo import GrpoOptions
+from terrace.rewards.alarm import distinct_share
 from terrace.rewards.router import Router
 from terrace.rewards.types import RewardItem, Score
 from terrace.rl.dynamic_sampling import Selection, prompts_to_draw, select_groups
 from terrace.rl.environments import Environments, transcript
+from terrace.rl.exchange import told
 from terrace.rl.prompts import Drawn, PromptOrder, PromptReader
 from terrace.rl.stored import StoredReward, load_rewards, load_rollout, save_rewards, save_rollout
 from terrace.rl.trace import Trace
@@ -46,13 +48,20 @@ class Group:
     task: str
     prompt_tokens: int
     visual_tokens: int
-    responses: tuple[Response, ...]
+    responses: tuple[Response, ...]  # of a group that another rank has sampled: rl.exchange.Outline
     rewards: np.ndarray  # float64 [G], NaN where the reward failed
     failures: tuple[str, ...]
     texts: tuple[str, ...]
     question: str
     solution: str
     reasons: tuple[Mapping[str, str], ...] = ()  # per response, by rule: what was read as the answer and what decided
+    distinct: float = 1.0  # share of different texts
+    ages: tuple[int, int] = (-1, -1)  # the oldest and the newest weights that sampled a token; -1 where the engine does not tell
+
+    @property
+    def whole(self) -> bool:
+        """Whether this rank has its responses and texts: it has sampled them."""
+        return bool(self.texts)
 
     @property
     def response_tokens(self) -> int:
@@ -228,6 +237,7 @@ class Collector:
         responses: Sequence[Response],
         rewards: Sequence[StoredReward],
     ) -> Group:
+        texts = tuple(self.text_of(response) for response in responses)
         return Group(
             drawn=drawn,
             id=prompt.id,
@@ -237,18 +247,20 @@ class Collector:
             responses=tuple(responses),
             rewards=np.asarray([np.nan if value is None else value for value, _, _ in rewards], np.float64),
             failures=tuple(reason or "" for value, reason, _ in rewards if value is None),
-            texts=tuple(self.text_of(response) for response in responses),
+            texts=texts,
             question=prompt.text,
             solution=str(prompt.solution),
             reasons=tuple(reasons for _, _, reasons in rewards),
+            distinct=distinct_share(texts),
+            ages=ages_of(responses),
         )
 
     def _exchange(
         self, own: list[Group], drawn: Sequence[Drawn], damaged: Sequence[str] = ()
     ) -> tuple[list[Group], list[str]]:
-        """All ranks' groups in the order they were drawn, and what was left out of them as damaged."""
-        hands: list[Any] = gather_objects((own, list(damaged)), self.context)
-        groups = {group.drawn: group for hand, _ in hands for group in hand}
+        """All ranks' groups in the order they were drawn, those of other ranks without words, and what was left out as damaged."""
+        hands: list[Any] = gather_objects(([told(group) for group in own], list(damaged)), self.context)
+        groups = {group.drawn: group for hand, _ in hands for group in hand} | {group.drawn: group for group in own}
         return [groups[one] for one in drawn if one in groups], [name for _, names in hands for name in names]
 
     def _check_failures(self, groups: Sequence[Group], iteration: int) -> None:
@@ -286,6 +298,12 @@ def with_failures(scores: Future[list[Score]], group: Sequence[Response]) -> Fut
 
     scores.add_done_callback(complete)
     return whole
+
+
+def ages_of(responses: Sequence[Response]) -> tuple[int, int]:
+    """The oldest and the newest weights that sampled a token of these; -1 where the engine does not tell."""
+    versions = [one.versions for one in responses if one.versions is not None and len(one.versions)]
+    return (min(int(one.min()) for one in versions), max(int(one.max()) for one in versions)) if versions else (-1, -1)
 
 
 def reward_values(scores: Sequence[Score]) -> list[StoredReward]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from terrace.rl.advantages import zero_variance
-from terrace.rl.collect import Collected, Group
+from terrace.rl.collect import Collected
 from terrace.storage.durable import write_durably
 
 FILE = "ledger.jsonl"
@@ -29,19 +29,13 @@ def fates(collected: Collected) -> dict[str, Any]:
     judged = [group for group in others if np.isfinite(group.rewards).sum() >= 2]
     return {
         "draws": list(collected.draws),
-        "trained": [[group.drawn.occurrence, *ages(group)] for group in collected.kept],
+        "trained": [[group.drawn.occurrence, *group.ages] for group in collected.kept],
         "without_difference": [group.drawn.occurrence for group in judged if zero_variance(group.rewards)],
         "unjudged": [group.drawn.occurrence for group in others if np.isfinite(group.rewards).sum() < 2],
-        "stale": [[group.drawn.occurrence, *ages(group)] for group in collected.stale],
+        "stale": [[group.drawn.occurrence, *group.ages] for group in collected.stale],
         "damaged": collected.damaged_draws,
         "unready": collected.unready_draws,
     }
-
-
-def ages(group: Group) -> tuple[int, int]:
-    """The oldest and the newest weights that sampled a token of the group; -1 where the engine does not tell."""
-    versions = [response.versions for response in group.responses if response.versions is not None and len(response.versions)]
-    return (min(int(one.min()) for one in versions), max(int(one.max()) for one in versions)) if versions else (-1, -1)
 
 
 def append(stage_dir: Path, line: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ from terrace.objectives.grpo import PolicyBatch, summed_policy_loss
 from terrace.objectives.interface import Counts, Objective, Opening, StageRun, StepExamples
 from terrace.recipe.schema_grpo import GrpoOptions
 from terrace.rewards.alarm import hacking_alarms
+from terrace.rewards.places import settled
 from terrace.rewards.router import Router
 from terrace.rewards.sandbox import SandboxPool
 from terrace.rl import ledger
@@ -47,7 +48,7 @@ from terrace.rl.stored import forget_iterations, iteration_folder
 from terrace.rl.trace import Trace
 from terrace.rl.units import TrainGroup, pack_groups, policy_batch, sampled_logprobs
 from terrace.rl.update import UpdateFigures
-from terrace.train.start import settled
+from terrace.worker.collectives import gather_objects
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,7 @@ class Update:
     collected: Collected
     figures: dict[str, dict[str, float]]  # per task, of the whole iteration
     shared: dict[str, Any]  # the iteration's own fields of metrics.jsonl
+    examples: list[dict[str, Any]]  # of the iteration, in words
 
     @property
     def last(self) -> bool:
@@ -198,6 +200,7 @@ class Grpo(Objective):
             order.pool.record(group.drawn.key, pass_rate(group))
         figures = task_figures(collected.groups)
         shared = iteration_figures(iteration, collected, figures, len(order.pool.members), synced - started, idle)
+        shown = [one for hand in gather_objects(examples(collected.groups, iteration + 1), opening.context) for one in hand]
         parts = [collected.kept[number :: self._updates] for number in range(self._updates)]
         packs = [
             self._packs(own_groups(part, self._options, collected, self._collector, opening.context)) for part in parts
@@ -205,7 +208,7 @@ class Grpo(Objective):
         if self._updates > 1:
             packs = [[PolicyPack(pack.groups, self._logprobs(pack, doing)) for pack in own] for own in packs]
         for number, (part, own) in enumerate(zip(parts, packs)):
-            self._update = Update(iteration, number, self._updates, part, collected, figures, shared if number == 0 else {})
+            self._update = Update(iteration, number, self._updates, part, collected, figures, shared if number == 0 else {}, shown)
             yield StepExamples(
                 iteration * self._updates + number, list(own), boundary=self._update.last,
                 damaged_samples=len(collected.damaged) if number == 0 and opening.context.rank == 0 else 0,
@@ -334,7 +337,7 @@ class Grpo(Objective):
                 self._alarm("; ".join(messages))
         with open(self.opening.stage_dir / "examples.jsonl", "a", encoding="utf-8") as file:
             file.writelines(
-                json.dumps(one, ensure_ascii=False) + "\n" for one in examples(update.collected.groups, update.iteration + 1)
+                json.dumps(one, ensure_ascii=False) + "\n" for one in update.examples
             )
 
     def _alarm(self, message: str) -> None:

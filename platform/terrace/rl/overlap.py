@@ -163,8 +163,7 @@ class OverlappedCollector(SeamlessCollector):
         return bool(select_groups([rewards], 1, self.options.dynamic_sampling).kept)
 
     def _fresh(self, group: Group) -> bool:
-        oldest = min((int(one.versions.min()) for one in group.responses if one.versions is not None and len(one.versions)), default=0)
-        return self._version - oldest <= self._most_stale
+        return self._version - group.ages[0] <= self._most_stale
 
     def _limit(self, known: Known) -> int:
         """Behind the last draw that this iteration may look at."""

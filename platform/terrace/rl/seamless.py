@@ -22,6 +22,7 @@ from terrace.generation.interface import Prompt, Sampling
 from terrace.rl.collect import Collected, Collector, Group, reward_values
 from terrace.rl.draws import Draws
 from terrace.rl.dynamic_sampling import Selection, select_groups
+from terrace.rl.exchange import told
 from terrace.rl.prompts import Drawn
 from terrace.rl.stored import StoredReward, load_rewards, load_rollout, save_rewards, save_rollout, stored_identity
 from terrace.rl.stream import Answered, Stream
@@ -141,12 +142,14 @@ class SeamlessCollector(Collector):
         new = {number: group for number, group in collection.mine.items() if number not in collection.told}
         collection.told |= new.keys()
         draws = collection.draws
-        own = (new, dict(draws.unready), dict(draws.damaged), collection.reached(), collection.stream.over)
+        outlines = {number: told(group) for number, group in new.items()}
+        own = (outlines, dict(draws.unready), dict(draws.damaged), collection.reached(), collection.stream.over)
         hands: list[Any] = gather_objects(own, self.context)
         for groups, unready, damaged, _, _ in hands:
             known.groups |= groups
             known.unready |= unready
             known.damaged |= damaged
+        known.groups |= new  # its own with words
         known.to = min(hand[3] for hand in hands)
         known.over = all(hand[4] for hand in hands)
 
@@ -228,9 +231,10 @@ class SeamlessCollector(Collector):
         }  # fmt: skip
         left_out = {drawn.occurrence: name for drawn, name in zip([d for d in listed.values() if d not in usable], unready)}
         known = Known(to=ends[0][1], over=True, damaged=damaged)
-        for hand in gather_objects((own, left_out), self.context):
+        for hand in gather_objects(({number: told(group) for number, group in own.items()}, left_out), self.context):
             known.groups |= hand[0]
             known.unready |= hand[1]
+        known.groups |= own
         return known
 
 

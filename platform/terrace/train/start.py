@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from terrace.errors import InputError
 from terrace.recipe.identity import judges_of, start_index, taken_from
 from terrace.recipe.schema import Recipe
-from terrace.recipe.schema_grpo import RewardRule
-from terrace.recipe.schema_model import FROM_STAGE
 from terrace.storage.run_layout import stage_directory
 from terrace.storage.run_storage import RunStorage
 
@@ -38,22 +34,6 @@ def with_taken_parts(recipe: Recipe, stage_index: int, run_dir: Path, storage: R
         return recipe
     places = {part: str(_final(recipe, stage_index, before, run_dir, storage)) for part, before in taken.items()}
     return recipe.model_copy(update={"model": recipe.model.with_places(places)})
-
-
-def settled(rewards: Mapping[str, Sequence[RewardRule]], recipe: Recipe, stages: Path) -> dict[str, list[RewardRule]]:
-    """A stage's reward rules with the folder of each stage that an option names (`stage:NAME`); `stages` is the run's folder of stages."""
-    names = [stage.name for stage in recipe.stages]
-
-    def place(value: Any) -> Any:
-        if not isinstance(value, str) or not value.startswith(FROM_STAGE):
-            return value
-        name = value.removeprefix(FROM_STAGE)
-        return str(stage_directory(stages.parent, names.index(name), name) / "final")
-
-    return {
-        task: [rule.model_copy(update={"options": {key: place(value) for key, value in rule.options.items()}}) for rule in rules]
-        for task, rules in rewards.items()
-    }
 
 
 def _final(recipe: Recipe, stage_index: int, before: int, run_dir: Path, storage: RunStorage) -> Path:

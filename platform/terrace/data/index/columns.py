@@ -56,6 +56,10 @@ class Column:
         """One whole number, sooner than by `[place]`; `place` is not checked."""
         return self._first + self._step * place if self._stored is None else self._stored.item(place)
 
+    def raw(self, start: int, stop: int) -> bytes:
+        """The values from `start` to `stop` as they lie on disk."""
+        return self[start:stop].tobytes() if self._stored is None else self._stored[start:stop].tobytes()
+
     def up_to(self, values: np.ndarray) -> np.ndarray:
         """int64: how many of the column's values, which ascend, are at most each of these. Reads a few pages a value."""
         if self._stored is not None:
@@ -92,7 +96,7 @@ class Strings:
         if not -len(self) <= place < len(self):
             raise IndexError(f"there are {len(self)} texts, and no number {place}")
         place = int(place) % len(self)
-        return self._content[self._starts.at(place) : self._starts.at(place + 1)].tobytes().decode("utf-8")
+        return self._content.raw(self._starts.at(place), self._starts.at(place + 1)).decode("utf-8")
 
     def __iter__(self) -> Iterator[str]:
         return (self[place] for place in range(len(self)))
