@@ -75,6 +75,7 @@ class PromptOrder:
         self.pool = EasyPool(options.easy_pool_probability, options.drop_pass_rate_above)
         self.position = 0
         self.draws = 0
+        self._settled: tuple[int, int] | None = None
         self._ahead: list[tuple[int, tuple[str, int]]] = []
         self._rows: dict[str, np.ndarray] = {}
         budget = stage.budget
@@ -141,11 +142,23 @@ class PromptOrder:
                     keys[place] = (source.name, row)
         return [(start + place, key) for place, key in enumerate(keys)]
 
+    def mark(self) -> tuple[int, int]:
+        """The place in the order, for `rewind` and `settle`."""
+        return self.position, self.draws
+
+    def rewind(self, mark: tuple[int, int]) -> None:
+        """Draw again from this place on."""
+        self.position, self.draws = mark
+        self._ahead = []
+
+    def settle(self, mark: tuple[int, int]) -> None:
+        """A checkpoint's place from now on is this one: what was drawn after it is not decided."""
+        self._settled = mark
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, the same for any number of workers."""
-        return {
-            "prompts": self.fingerprint, "position": self.position, "draws": self.draws, "pool": self.pool.state()
-        }  # fmt: skip
+        position, draws = self._settled or self.mark()
+        return {"prompts": self.fingerprint, "position": position, "draws": draws, "pool": self.pool.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint. Raises InputError if the order is another one by now."""
@@ -156,7 +169,7 @@ class PromptOrder:
             )
         self.position, self.draws = int(state["position"]), int(state["draws"])
         self.pool.restore(state["pool"])
-        self._ahead = []
+        self._ahead, self._settled = [], None
 
 
 class PromptReader:
