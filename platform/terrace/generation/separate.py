@@ -26,7 +26,6 @@ from terrace.recipe.schema_grpo import GrpoOptions
 from terrace.worker.collectives import from_rank_zero
 from terrace.worker.context import WorkerContext
 
-
 HAND_OVER_BYTES = 256 * 2**20
 
 
