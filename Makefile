@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 RUN_DIR ?= runs/$(if $(DATA),demo-$(notdir $(patsubst %/,%,$(DATA))),demo)
 
 # Fast ones first, so that a mistake shows within a minute.
-TESTS ?= tests/unit tests/equivalence tests/cluster tests/e2e tests/ray
+TESTS ?= tests/unit tests/scale tests/equivalence tests/cluster tests/e2e tests/ray
 
 export PYTHONUNBUFFERED := 1
 export RAY_DEDUP_LOGS := 0

@@ -99,6 +99,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "text_config": OPT, "vision_config": TOWER | {"image_size": 56, "patch_size": 14}, "qformer_config": Q_FORMER,
         "num_query_tokens": 4,
     },
+    "chameleon": {
+        **TEXT, "vq_config": {
+            "embed_dim": 16, "num_embeddings": 32, "latent_channels": 16, "resolution": 32, "in_channels": 3, "base_channels": 32,
+            "channel_multiplier": [1, 2, 2], "num_res_blocks": 1, "attn_resolutions": [16],
+        },
+    },
     "idefics": {
         **{key: value for key, value in TEXT.items() if key != "num_key_value_heads"}, "alpha_initializer": "ones",
         "cross_layer_interval": 2,
@@ -182,6 +188,7 @@ MIDDLE: dict[str, dict[str, Any]] = {  # what `middle_case` changes of a configu
         "vision_config": MIDDLE_TOWER | {"image_size": 112}, "qformer_config": Q_FORMER | MIDDLE_TOWER | {"encoder_hidden_size": 128},
         "text_config": OPT | {"hidden_size": 256, "ffn_dim": 688, "num_hidden_layers": 4, "word_embed_proj_dim": 256},
     },
+    "chameleon": {},
     "idefics": {
         "vision_config": {"embed_dim": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 112},
         "perceiver_config": {

@@ -20,8 +20,9 @@ from terrace.recipe.schema import Recipe, Stage
 from terrace.recipe.schema_model import Model
 from terrace.recipe.shipped import names, shipped_file
 
-OWN = ("demo", "demo-encoder-to-morl", "demo-morl", "five-tasks-morl", "sft")  # of no published system
+OWN = ("clicking", "demo", "demo-encoder-to-morl", "demo-morl", "five-tasks-morl", "sft")  # of no published system
 PUBLISHED = tuple(name for name in names() if name not in OWN)
+ENCODERS = {"vit": "ViTModel", "vit_mae": "ViTMAEForPreTraining"}  # of pictures alone
 BEGIN, END = "<!-- recipes: written by `make docs` from the recipes -->", "<!-- /recipes -->"
 SURE = ("assumed", "borrowed", "recalled")
 TRAINS = {"vision": "V", "projector": "P", "language": "L"}
@@ -63,7 +64,7 @@ def last_model(recipe: Recipe) -> Model:
 def parity(recipe: Recipe) -> str:
     """What the model is compared with: transformers' class of its family, or what the tests write out."""
     model = last_model(recipe)
-    name = CLASSES.get(model.architecture)
+    name = CLASSES.get(model.architecture) or ENCODERS.get(model.architecture)
     return f"`{name}`" if name else f"formula of its {model.connector.kind}, written out" if model.connector else "formula"
 
 

@@ -146,6 +146,10 @@ def learner_of(
     source, _ = initial_weights(recipe.model, skeleton, None, None)
     attach_view_heads(skeleton, stage.objective, stage.view_options, tower_width(config))
     model = materialise(skeleton, source_with_heads(skeleton, source, None, 0), "cpu").to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # so that pictures differ, and rounding is not all that a norm makes large
+            if parameter.dim() > 1 and not name.startswith("heads."):
+                parameter.mul_(8.0)
     learner = importlib.import_module(f"terrace.objectives.{stage.objective}").open_objective(
         Opening(recipe, stage, views_feed(recipe, context, sizes), context, Path())
     )

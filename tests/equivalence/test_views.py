@@ -26,6 +26,7 @@ from terrace.data.views.plans import plan_views
 from terrace.models.families.registry import family_of_model
 from terrace.planner.parameters import head_parameters
 from terrace.planner.shapes import shape_of_config
+from terrace.planner.views import seen_patches, teacher_parameters
 from terrace.recipe.rules import check
 from terrace.recipe.schema import Recipe
 from terrace.worker.context import WorkerContext
@@ -151,9 +152,17 @@ def test_value_and_gradients_are_the_formula_s_in_any_packs(case):
     for name, gradient in found.items():
         np.testing.assert_allclose(in_packs[name], gradient, rtol=1e-7, atol=1e-9, err_msg=name)
         if "." in name and "state" not in name:
-            assert float(np.abs(in_float32[name] - gradient).max()) < 1e-5 * largest, name
+            assert float(np.abs(in_float32[name] - gradient).max()) < 5e-6 * largest, name
     model, [stage] = learner.strategy.model, learner.opening.recipe.stages
     shape = shape_of_config(model.config.to_dict(), "vit")
+    planned = sum(patches for patches, share in seen_patches(stage, shape) if share == 1)
+    assert planned == sum((view.shape[-1] // 4) ** 2 for view in batch.views[: 1 if case == "moco-v2" else None])
+    taught = len(learner.teacher_views()) * 16 / 3
+    assert sum(patches * share for patches, share in seen_patches(stage, shape)) == pytest.approx(planned + taught)
+    if learner.teacher is not None:
+        held = sum(tensor.numel() for tensor in learner.teacher.tensors.values())
+        predictor = model.heads.predictor
+        assert teacher_parameters(shape, stage) == held + (sum(p.numel() for p in predictor.parameters()) if predictor else 0)
     assert head_parameters(shape, stage) == sum(p.numel() for p in model.heads.parameters())
 
 
@@ -226,6 +235,8 @@ def check_resume_and_export(tmp_path: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
     values = {case: views_recipe(case, checkpoint={"every_steps": 1}).model_dump(mode="json") for case in cases}
     train_views(0, 1, values, str(tmp_path / "whole"))
+    for value in values.values():  # nor does it matter that held-out pictures are judged between two steps
+        value["stages"][0]["evaluate"]["every_steps"] = 1
     for case in cases:
         with pytest.raises(Exception, match="told to stop"):
             train_views(0, 1, {case: values[case]}, str(tmp_path / "killed"), stop_after=3)
@@ -246,24 +257,41 @@ def check_resume_and_export(tmp_path: Path, cases: list[str]) -> None:
 
 
 def test_a_stage_resumes_to_the_same_bits_and_exports_its_tower(tmp_path):
-    check_resume_and_export(tmp_path, ["dino", "moco-v2"])
+    check_resume_and_export(tmp_path, ["dino", "moco-v2", "swav"])
 
 
 @pytest.mark.slow
 def test_every_stage_resumes_to_the_same_bits_and_exports_its_tower(tmp_path):
-    check_resume_and_export(tmp_path, [case for case in CASES if case not in ("dino", "moco-v2")])
+    check_resume_and_export(tmp_path, [case for case in CASES if case not in ("dino", "moco-v2", "swav")])
+
+
+@pytest.mark.slow
+def test_in_bfloat16_weights_that_are_split_train_as_well(tmp_path):
+    torch.set_num_threads(1)
+    cases = ("dino", "swav", "moco-v3", "cpc")
+    plain = {"optimizer": {"kind": "sgd", "momentum": 0.9}, "budget": {"steps": 2}}
+    train_views(0, 1, {case: views_recipe(case, **plain).model_dump(mode="json") for case in cases}, str(tmp_path / "one"))
+    for strategy in ("ddp", "fsdp"):
+        short = {
+            case: views_recipe(case, **plain, precision="bf16", parallel={"strategy": strategy}).model_dump(mode="json") for case in cases
+        }
+        run_ranks(2, train_views, short, str(tmp_path / strategy), timeout=600)
+        for case in cases:
+            np.testing.assert_allclose(losses(tmp_path / strategy / case), losses(tmp_path / "one" / case), rtol=0.2, err_msg=case)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2"])
 def test_two_ranks_under_every_strategy_give_the_losses_of_one(strategy, tmp_path):
     torch.set_num_threads(1)
-    one = {case: views_recipe(case).model_dump(mode="json") for case in CASES}
-    two = {case: views_recipe(case, parallel={"strategy": strategy}).model_dump(mode="json") for case in CASES}
+    # Without Adam, which makes whole steps of gradients that are zero but for rounding (biases before a norm).
+    plain = {"optimizer": {"kind": "sgd", "momentum": 0.9}}
+    one = {case: views_recipe(case, **plain).model_dump(mode="json") for case in CASES}
+    two = {case: views_recipe(case, **plain, parallel={"strategy": strategy}).model_dump(mode="json") for case in CASES}
     train_views(0, 1, one, str(tmp_path / "one"))
     run_ranks(2, train_views, two, str(tmp_path / "two"), timeout=600)
     for case in CASES:
-        np.testing.assert_allclose(losses(tmp_path / "two" / case), losses(tmp_path / "one" / case), rtol=2e-4, err_msg=case)
+        np.testing.assert_allclose(losses(tmp_path / "two" / case), losses(tmp_path / "one" / case), rtol=1e-4, atol=1e-5, err_msg=case)
 
 
 def test_pictures_of_a_source_train_in_any_packs_and_their_views_can_be_looked_at(tmp_path):

@@ -71,13 +71,13 @@ def test_clicking():
     assert screen.shape == (100, 200, 3)
     assert screen[80, 20].tolist() == [0, 0, 0]  # where it clicked, in the screen's own pixels
     assert screen[80, 120].tolist() == [200, 200, 200]
-    assert missed["items"][1]["text"] == "Missed. It is further right and up. Click again."
+    assert missed["items"][1]["text"] == "Missed. Go right and up."
     second = step("[90, 24]", kept=missed["kept"], turn=2)
     screen = np.asarray(Image.open(io.BytesIO(base64.b64decode(second["items"][0]["image"]))))
     assert screen[80, 20].tolist() == screen[48, 180].tolist() == [0, 0, 0]  # both clicks
     assert step("over there")["items"] == [{"text": "That is no click. Answer with one point."}]
     assert step("[10, 20, 90, 40]", turn=4) == {"items": None, "reward": 0.0, "done": True, "kept": {}}  # a box is no click
-    assert step("[10, 40]", cut=True)["done"]
+    assert step("[60, 15]", cut=True) == {"items": None, "reward": 0.0, "done": True, "kept": {}}
     bad = step_of(clicking, {**call_of("[1, 1]"), "given": {"solution": "red", "metadata": {}, "turn": 1, "turns": 4, "cut": False}}, {})
     assert "no box" in bad["failure"]
 

@@ -124,7 +124,7 @@ def test_what_cannot_be_is_named_with_its_place():
         ({"objective": "mae"}, "vit_mae"),
         ({"objective": "dino"}, "side 96 is more than the tower's image_size 64"),
         ({"objective": "dino", "views": [{}]}, "needs two whole ones"),
-        ({"views": [{"count": 3}]}, "simclr compares 2 of each picture"),
+        ({"views": [{"count": 3}]}, "simclr sees 2 of each picture"),
         ({"views": [{}, {"side": 60}]}, "no multiple of the tower's patch_size 8"),
         ({"views": [{}, {"area": [0.5, 0.1]}]}, "area goes from 0.5 to 0.1"),
         ({"objective": "cpc", "cpc": {"grid": 4, "ahead": 2}}, "4 squares of 25.6 pixels overlap by half in a view of 64"),
@@ -134,7 +134,7 @@ def test_what_cannot_be_is_named_with_its_place():
         ({"parallel": {"strategy": "zero3"}}, "use fsdp"),
         ({"batch": {"packs": 1, "samples_per_pack": 1}}, "two pictures or more"),
         ({"byol": {}}, "is an option of objective byol"),
-        ({"objective": "mae", "views": [{}, {}]}, "are compared by objectives simclr, moco"),
+        ({"objective": "mae", "views": [{}, {}]}, "mae sees 1 of each picture"),
     ]
     mae = {**tower, **{f"decoder_{name}": 8 for name in ("hidden_size", "intermediate_size", "num_hidden_layers")}}
     mae |= {"decoder_num_attention_heads": 2, "norm_pix_loss": True}

@@ -31,7 +31,9 @@ from terrace.data.sources.ingest import IngestReport, ingest_source
 from terrace.data.sources.refusals import Refusal
 from terrace.data.sources.shard_walk import scan_shard
 from terrace.data.sources.shards import sample_of_members
+from terrace.data.template import written_texts
 from terrace.data.tokenizer import TextTokenizer, load_tokenizer, train_tokenizer
+from terrace.data.types import Sample
 from terrace.errors import InputError
 from terrace.families.interface import Family
 from terrace.families.registry import family_values, stored_family
@@ -41,7 +43,7 @@ from terrace.recipe.schema_inputs import REMEDIES
 from terrace.storage.files import absolute, is_remote, join, list_files, read_file, write_file
 
 TOKENIZER_TEXT_CHARACTERS = 4_000_000  # per source, from its first shards: enough for the small vocabularies trained here
-PREPARED_VERSION = 4
+PREPARED_VERSION = 5
 
 
 @dataclass
@@ -299,7 +301,7 @@ def _texts(recipe: Recipe, reports: dict[str, IngestReport], progress: Progress 
 
 
 def _source_texts(recipe: Recipe, name: str, report: IngestReport) -> Iterator[str]:
-    source = recipe.data.sources[name]
+    source, family = recipe.data.sources[name], family_of(recipe.model)
     rules = Rules.of(source)
     for shard in report.shards:
         try:
@@ -310,10 +312,16 @@ def _source_texts(recipe: Recipe, name: str, report: IngestReport) -> Iterator[s
                     sample, _ = sample_of_members(group.key, group.data, group.key, source.kind, rules)
                 except Refusal:
                     continue  # listed by the index
-                for message in sample.messages:
-                    yield from (item["text"] for item in message["content"] if item["type"] == "text")
+                yield from _sample_texts(sample, family)
         except Refusal:
             continue  # the rest of a damaged shard; listed by the index
+
+
+def _sample_texts(sample: Sample, family: Family) -> Iterator[str]:
+    try:
+        yield from list(written_texts(sample, family))
+    except InputError:
+        return  # the index lists it: the family cannot write it
 
 
 # ---------------------------------------------------------------- manifest

@@ -28,6 +28,7 @@ class Idefics(OneTile):
     name: ClassVar[str] = "idefics"
     flat: ClassVar[bool] = True
     crosses: ClassVar[bool] = True
+    unshared: ClassVar[str] = "its pictures are read by cross-attention, which is not split here"
     marks: ClassVar[Mapping[str, str]] = {
         "start": "<s>", "end_of_text": "</s>", "end_of_turn": "<end_of_utterance>", "image": "<image>",
         "around_image": "<fake_token_around_image>",

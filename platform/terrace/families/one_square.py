@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from terrace.families.interface import Bounds, Costs, Family, Picture, View, cut_tiles
+from terrace.families.interface import Bounds, Costs, Family, Picture, View
+from terrace.families.tiles import cut_tiles
 
 
 @dataclass(frozen=True)

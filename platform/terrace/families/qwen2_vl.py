@@ -254,7 +254,7 @@ class Qwen2VL(ChatML):
 
 
 def qwen_language(
-    config: Mapping[str, Any], vocabulary: int | None, attention_biases: bool, head_norms: bool = False
+    config: Mapping[str, Any], vocabulary: int | None, attention_biases: bool, head_norms: bool = False, scaled_heads: bool = False
 ) -> LanguageShape:
     """The shape of a language model with Llama's layout: RMSNorm, rotary positions, SwiGLU, grouped heads."""
     text = language_config(config)  # published Qwen2-VL configurations are flat
@@ -270,6 +270,7 @@ def qwen_language(
         tied=bool(tied),
         attention_biases=attention_biases,
         head_norms=head_norms,
+        scaled_heads=scaled_heads,
     )
 
 

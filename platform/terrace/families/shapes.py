@@ -110,6 +110,7 @@ class LanguageShape:
     tied: bool  # input and output embeddings are one matrix
     attention_biases: bool  # on query, key and value
     head_norms: bool = False  # RMSNorm over each query and key head
+    scaled_heads: bool = False  # LayerNorm over each query and key head, with a scale and a shift for every number
     norms: int = 2  # of a layer, over its whole width
     gated: bool = True  # SwiGLU and RMSNorms; otherwise two matrices with one activation between them, and LayerNorms
     layer_biases: int = 0  # parameters of a layer beside those above

@@ -14,7 +14,7 @@ def forbidden_tokens(tokenizer: TextTokenizer, config: Any) -> tuple[int, ...]:
     family = family_class(config.model_type)
     media = {tokenizer.marks(family)[role] for role in family.never}
     unknown = range(tokenizer.vocabulary_size, language_config(config).vocab_size)
-    return tuple(sorted(media | set(unknown)))
+    return tuple(sorted(media | set(unknown) | family.unsaid(config)))
 
 
 def stop_tokens(tokenizer: TextTokenizer, config: Any) -> tuple[int, ...]:

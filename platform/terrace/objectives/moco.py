@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from terrace.objectives.self_supervised import Seen, Told, ViewsObjective, unit
+from terrace.objectives.self_supervised import Seen, Told, ViewsObjective, newest, unit
 
 
 class Moco(ViewsObjective):
@@ -53,7 +53,7 @@ class Moco(ViewsObjective):
 
     def remember(self, kept: dict[str, torch.Tensor], sums: dict[str, torch.Tensor], pictures: int) -> None:
         if self.options.queue:
-            self.kept["queue"] = torch.cat([self.kept["queue"], kept["keys"].float()])[-self.options.queue :]
+            self.kept["queue"] = newest(self.kept["queue"], kept["keys"], self.options.queue)
 
 
 open_objective = Moco

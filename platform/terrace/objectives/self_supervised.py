@@ -96,7 +96,7 @@ class ViewsObjective(Objective):
         self._slopes: torch.Tensor | None = None
         self._starts: list[int] = []  # of each pack among this rank's rows
         self._told: list[Told] = []
-        self._before_judging: Sequence[ViewBatch] = ()
+        self._held_out: tuple[Together, Sequence[ViewBatch]] | None = None  # that are judged: their order, and those that ran already
         self._judged: Told | None = None
         self._ran = False
 
@@ -196,9 +196,9 @@ class ViewsObjective(Objective):
             plan_views(self.views, side, opening.stage.seed, source, sample, int(epoch))
             for source, sample, epoch in zip(example.sources, example.sample_ids, epochs, strict=True)
         ]
-        mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (self._family.mean, self._family.std))
-        views = [(make_views(squares, column) - mean) / std for column in zip(*plans)]
-        return ViewBatch(pictures, self.shown([view.to(self.dtype) for view in views]), keys, purpose)
+        views = [make_views(squares, column) for column in zip(*plans)]
+        views = [self._family.normalised(255.0 * view.flatten(1), self.dtype).view(view.shape) for view in views]
+        return ViewBatch(pictures, self.shown(views), keys, purpose)
 
     def loss(self, model: Any, batch: ViewBatch) -> torch.Tensor:
         wanted = self.student_views()
@@ -213,7 +213,7 @@ class ViewsObjective(Objective):
                 return nothing.detach()
             if batch.purpose == "judge":
                 batch.results["features"] = own.detach()
-                self._judged = self.losses(heads, self._features_of([batch], self._together, self._before_judging))
+                self._judged = self.losses(heads, self._features_of([batch], *self._held_out))
                 return nothing.detach()
             if self.meets:
                 return nothing + self._met(heads, own, batch)
@@ -315,7 +315,7 @@ class ViewsObjective(Objective):
     def load(self, source: Callable[[str], torch.Tensor]) -> None:
         self.step = int(source("step"))
         device = self.opening.context.device
-        self.kept = {name: source(name).to(device) for name in self.kept}
+        self.kept = {name: source(name).to(device).clone() for name in self.kept}  # where memory begins decides the last bits of products
         if self.teacher_views():
             self._teacher = self._new_teacher()
             self._teacher.load(source)
@@ -332,15 +332,14 @@ class ViewsObjective(Objective):
             rounds = -(-len(packs) // context.world_size)
             places = range(context.rank, rounds * context.world_size, context.world_size)
             mine = [packs[place] if place < len(packs) else empty_pack() for place in places]
-            self._together = Together(mine, context)
             batches = [self._batch(pack, "features") for pack in mine]
             for batch in batches[:-1]:
                 self.strategy.loss(batch)
                 alive()
-            self._before_judging, batches[-1].purpose = batches[:-1], "judge"
+            self._held_out, batches[-1].purpose = (Together(mine, context), batches[:-1]), "judge"
             self.strategy.loss(batches[-1])
             alive()
-            told, self._judged, self._before_judging = self._judged, None, ()
+            told, self._judged, self._held_out = self._judged, None, None
             found |= {f"{kind}/loss": float(told.losses.double().mean())} if self.judges else {}
             found[f"{kind}/spread"] = spread(told.vectors.double().mean((0, 1)).cpu().numpy())
         self.strategy.model.train()
@@ -355,6 +354,11 @@ def _detached(told: Told) -> Told:
 def spread(mean: np.ndarray) -> float:
     """Root of 1 - |mean|^2 of vectors of length 1: their deviation around their mean."""
     return float(np.sqrt(max(0.0, 1.0 - float((mean**2).sum()))))
+
+
+def newest(rows: torch.Tensor, more: torch.Tensor, most: int) -> torch.Tensor:
+    """The last `most` of both, in memory of their own: products of a part of other memory differ in their last bits."""
+    return torch.cat([rows, more.to(rows)])[-most:].clone()
 
 
 def unit(vectors: torch.Tensor) -> torch.Tensor:

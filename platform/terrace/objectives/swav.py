@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from terrace.objectives.dino import crossed
-from terrace.objectives.self_supervised import Seen, Told, ViewsObjective, unit
+from terrace.objectives.self_supervised import Seen, Told, ViewsObjective, newest, unit
 
 WHOLE = 2  # views that are assigned: the first ones
 
@@ -39,7 +39,7 @@ class Swav(ViewsObjective):
 
     def remember(self, kept: dict[str, torch.Tensor], sums: dict[str, torch.Tensor], pictures: int) -> None:
         if self.options.queue:
-            self.kept["queue"] = torch.cat([self.kept["queue"], kept["vectors"].float()])[-self.options.queue :]
+            self.kept["queue"] = newest(self.kept["queue"], kept["vectors"], self.options.queue)
 
 
 open_objective = Swav

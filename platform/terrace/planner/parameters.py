@@ -87,6 +87,7 @@ def language_layer(shape: ModelShape, intermediate: int | None = None) -> int:
     attention += language.latent.query_rank + language.latent.key_rank if language.latent else 0  # their norms
     attention += query + 2 * key if language.attention_biases else 0
     attention += 2 * language.head_size if language.head_norms else 0
+    attention += 2 * (query + key) if language.scaled_heads else 0
     feed_forward = language.feed_forward_matrices * language.width * intermediate
     return attention + feed_forward + language.norms * language.width + language.layer_biases
 

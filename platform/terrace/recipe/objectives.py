@@ -75,7 +75,9 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
     "matching": ObjectiveEntry(
         "terrace.objectives.matching", only_kind="caption", answers=False, model="matches", fixed_packs=True, figures=RETRIEVAL
     ),
-    "mae": ObjectiveEntry("terrace.objectives.mae", answers=False, model="pictures", fixed_packs=True, figures=("loss",)),
+    "mae": ObjectiveEntry(
+        "terrace.objectives.mae", answers=False, model="pictures", fixed_packs=True, views=True, figures=("loss",)
+    ),
     **{
         name: ObjectiveEntry(
             f"terrace.objectives.{name}", refused_kinds=FOR_ANSWERS, needs_targets=True, heads=True

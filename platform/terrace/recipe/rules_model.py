@@ -60,14 +60,17 @@ def _stage(stage: Stage, family: type[Family], at: Path) -> Iterator[Problem]:
     if (reason := family.refused_objectives.get(stage.objective)) is not None:
         yield Problem((*at, "objective"), f"{stage.objective} cannot train a {family.name} here: {reason}")
     for part in PARTS:
+        if part in family.untrained and getattr(stage.train, part) is not None:
+            yield Problem((*at, "train", part), f"the {part} of a {family.name} never trains: no gradient comes through what it gives")
         if part not in family.parts and getattr(stage.train, part) is not None:
             yield Problem((*at, "train", part), f"{family.name} has no part {part}; it has {' and '.join(family.parts)}")
     if stage.grpo is not None and stage.grpo.engine == "vllm" and not family.whole_pictures:
         told = f"vllm cannot answer for {family.name}, whose tiles cannot be given back as whole pictures; choose native"
         yield Problem((*at, "grpo", "engine"), told)
-    if stage.parallel.sequence_parallel > 1 and family.crosses:
-        told = f"ranks cannot share a pack of {family.name}: its pictures are read by cross-attention, which is not split here"
-        yield Problem((*at, "parallel", "sequence_parallel"), told)
+    if stage.parallel.sequence_parallel > 1 and family.unshared:
+        yield Problem((*at, "parallel", "sequence_parallel"), f"ranks cannot share a pack of {family.name}: {family.unshared}")
+    if stage.z_loss and stage.objective != "lm":
+        yield Problem((*at, "z_loss"), f"is part of the objective lm; this stage's objective is {stage.objective}")
     if not stage.expert_balance:
         return
     key = (*at, "expert_balance")

@@ -11,13 +11,15 @@ from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import Stage
 from terrace.recipe.schema_views import CpcOptions
 
-VIEWS_OF = {"simclr": 2, "moco": 2, "byol": 2, "simsiam": 2, "instance_discrimination": 1, "cpc": 1}  # dino and swav: two or more
+VIEWS_OF = {"mae": 1, "simclr": 2, "moco": 2, "byol": 2, "simsiam": 2, "instance_discrimination": 1, "cpc": 1}  # dino and swav: two or more
 
 
 def check(family: Family, stage: Stage, at: Path) -> Iterator[Problem]:
     options = stage.view_options
     if options is None:
-        if stage.views:
+        if stage.views and OBJECTIVES[stage.objective].views:
+            yield from _views(family, stage, at)
+        elif stage.views:
             names = [name for name, entry in OBJECTIVES.items() if entry.views]
             yield Problem((*at, "views"), f"are compared by objectives {', '.join(names)}; this stage's objective is {stage.objective}")
         return
@@ -41,13 +43,15 @@ def check(family: Family, stage: Stage, at: Path) -> Iterator[Problem]:
 def _views(family: Squares, stage: Stage, at: Path) -> Iterator[Problem]:
     count, wanted = sum(view.count for view in stage.planned_views), VIEWS_OF.get(stage.objective)
     if wanted is not None and count != wanted:
-        yield Problem((*at, "views"), f"are {count}; {stage.objective} compares {wanted} of each picture")
+        yield Problem((*at, "views"), f"are {count}; {stage.objective} sees {wanted} of each picture")
     elif wanted is None and count < 2:
         yield Problem((*at, "views"), f"are {count}; {stage.objective} needs two whole ones, and as many parts as you like behind them")
     published = "" if stage.views else f" (of the published views of {stage.objective}: give `views` of your own)"
     for number, view in enumerate(stage.planned_views):
         key: Path = (*at, "views", number) if stage.views else (*at, "views")
-        if view.side is not None and (told := family.unfit(view.side)):
+        if stage.objective == "mae" and view.side is not None:
+            yield Problem(key, "side is the tower's own under objective mae; leave it out")
+        elif view.side is not None and (told := family.unfit(view.side)):
             yield Problem(key, told + published)
         for name in ("area", "aspect", "blur_sigma"):
             low, high = getattr(view, name)

@@ -147,7 +147,9 @@ class DataLoading(Strict):
     window_samples: int | None = Field(None, ge=1, description="Samples packed together; default: 2,000, or half the sequence length.")
     prefetch_packs: int = Field(8, ge=1, description="Decoded packs kept ready per worker.")
     packs_per_task: int = Field(8, ge=1, description="Packs that one decode task reads, decodes and yields.")
-    engine: Literal["ray", "inline"] = Field("ray", description="`inline` decodes in the training process (debugging, torchrun).")
+    engine: Literal["ray", "inline"] = Field(
+        "ray", description="`inline` decodes in a thread of the training process (small pictures, debugging, torchrun)."
+    )
     max_visual_tokens_per_pack: int | None = Field(None, ge=1, description="Bound on the visual tokens of one pack (vision memory).")
 
 
@@ -214,6 +216,9 @@ class Stage(Strict):
         description="Weight of the loss that spreads tokens over a mixture of experts (objective lm, a language model that trains); "
         "default: the model configuration's.",
     )
+    z_loss: float = Field(
+        0.0, ge=0, description="Weight of log²Z, the square of the logits' log-sum-exp, in the loss of each target (objective lm)."
+    )
     evaluate: Evaluate = Field(Evaluate(), description="Held-out loss and suites.")
     gates: list[Gate] = Field([], description="Bounds on metrics that decide whether the next stage starts.")
     failure: Failure = Field(Failure(), description="What the stage survives.")
@@ -228,7 +233,9 @@ class Stage(Strict):
     kto: KtoOptions | None = Field(None, description="Options of the objective kto.")
     orpo: OrpoOptions | None = Field(None, description="Options of the objective orpo.")
     simpo: SimpoOptions | None = Field(None, description="Options of the objective simpo.")
-    views: list[View] = Field([], max_length=8, description="Views of a picture (objectives over views); default: as published.")
+    views: list[View] = Field(
+        [], max_length=8, description="Views of a picture (objectives over views; mae: one, or none); default: as published."
+    )
     simclr: SimclrOptions | None = Field(None, description="Options of the objective simclr.")
     moco: MocoOptions | None = Field(None, description="Options of the objective moco.")
     byol: ByolOptions | None = Field(None, description="Options of the objective byol.")

@@ -130,6 +130,7 @@ class InstanceOptions(Projector):
     """Every picture is a class of its own; a bank keeps a vector of each."""
 
     layers: int = Field(1, ge=1, le=8, description="Linear layers of the projector.")
+    norm: Literal["batch", "layer", "none"] = Field("none", description="Norm behind the projector's layers.")
     temperature: Positive = Field(0.07, description="Similarities are divided by this.")
     bank_momentum: Share = Field(0.5, description="Share of a picture's vector in the bank that stays when it is seen again.")
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from terrace.generation.interface import Response
 from terrace.objectives.interface import Counts
 from terrace.recipe.schema import Stage
 from terrace.recipe.schema_grpo import GrpoOptions
 from terrace.rl.advantages import group_advantages, overlong_penalties
 from terrace.rl.collect import Collected, Collector, Group
+from terrace.rl.exchange import delivered
 from terrace.rl.figures import mean_reward
 from terrace.rl.pools import PASS_REWARD
 from terrace.rl.units import TrainGroup, deal_groups, group_cost
@@ -25,12 +25,21 @@ def pass_rate(group: Group) -> float:
     return float((judged >= PASS_REWARD).mean()) if len(judged) else 0.0
 
 
+IDLE = "idle_share_of_rollout_seconds"  # of the engine's rows: nothing was decoded in them
+
+
 def own_groups(
     part: Sequence[Group], options: GrpoOptions, collected: Collected, collector: Collector, context: WorkerContext
 ) -> list[TrainGroup]:
-    """This rank's groups of an update with their advantages. Prompts that another rank has decoded are read here."""
+    """This rank's groups of an update with their advantages. Responses that another rank has sampled come from there; its prompts
+    are read here. All ranks call it."""
     costs = [group_cost(group.prompt_tokens, group.visual_tokens, group.response_tokens) for group in part]
-    mine = [part[number] for number in deal_groups(costs, context.world_size, context.rank)]
+    owners = [0] * len(part)
+    for rank in range(context.world_size):
+        for number in deal_groups(costs, context.world_size, rank):
+            owners[number] = rank
+    own = {group.drawn: group for group in delivered(part, owners, context)}
+    mine = [own[part[number].drawn] for number in deal_groups(costs, context.world_size, context.rank)]
     missing = [group.drawn for group in mine if group.drawn not in collected.prompts]
     if missing:
         collected.prompts.update(zip(missing, collector.reader.read(missing)))
@@ -65,17 +74,9 @@ def shaped_rewards(group: Group, options: GrpoOptions) -> np.ndarray:
     rewards alone: a group of equal answers would teach nothing but to be short."""
     if options.overlong_buffer_tokens is None:
         return group.rewards
-    lengths = np.asarray([longest_answer(response) for response in group.responses])
+    lengths = np.asarray([response.longest_answer for response in group.responses])
     longest, buffer = options.max_response_tokens, options.overlong_buffer_tokens
     return group.rewards + overlong_penalties(lengths, longest, buffer, options.overlong_penalty)
-
-
-def longest_answer(response: Response) -> int:
-    """Tokens of its longest answer: of one turn, where it has several."""
-    if response.observed is None:
-        return len(response.tokens)
-    ends = np.flatnonzero(np.diff(np.concatenate([[0], response.observed.sampled.astype(np.int8), [0]])))
-    return int((ends[1::2] - ends[::2]).max())
 
 
 def part_counts(part: Sequence[Group], stage: Stage) -> Counts:
@@ -92,7 +93,8 @@ def part_counts(part: Sequence[Group], stage: Stage) -> Counts:
 
 
 def iteration_figures(
-    iteration: int, collected: Collected, figures: dict[str, dict[str, float]], easy_pool: int, sync_seconds: float
+    iteration: int, collected: Collected, figures: dict[str, dict[str, float]], easy_pool: int, sync_seconds: float,
+    idle: float | None = None,
 ) -> dict[str, Any]:
     """The fields of metrics.jsonl that an iteration has once, in the line of its first update."""
     return {
@@ -106,8 +108,22 @@ def iteration_figures(
         "groups_surplus": collected.selection.surplus,
         **({"unready_prompts": len(collected.unready)} if collected.unready else {}),
         "sampling_rounds": collected.rounds,
+        **staleness(iteration, collected),
         "easy_pool": easy_pool,
         "sync_seconds": sync_seconds,
         "rollout_seconds": collected.rollout_seconds,
         "reward_seconds": collected.reward_seconds,
+        **({} if idle is None else {IDLE: idle}),
     }
+
+
+def staleness(iteration: int, collected: Collected) -> dict[str, float]:
+    """How many iterations older the oldest weights were that sampled what trains, over groups: mean and most; and what else became of
+    groups."""
+    if not collected.overlapped:
+        return {}
+    behind = [iteration - group.ages[0] for group in collected.kept] or [0]
+    return {
+        "staleness_mean": float(np.mean(behind)), "staleness_max": float(max(behind)),
+        "groups_stale": float(len(collected.stale)), "groups_waiting": float(collected.waiting),
+    }  # fmt: skip

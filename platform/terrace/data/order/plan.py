@@ -136,9 +136,7 @@ class StagePlan:
         """Epoch caps must leave enough samples for a budget of steps or tokens."""
         if self.total_samples is None or self._steps_in_closed_form() is None:
             return
-        tokens = sum(
-            source.mean_tokens * (limit or 0) for source, limit in zip(self.sources, self.interleave.limits)
-        )
+        tokens = sum(source.mean_tokens * (limit or 0) for source, limit in zip(self.sources, self.interleave.limits))
         needed = (self._steps_in_closed_form() or 0) * self.stage.batch.packs * self.stage.sequence_length
         if tokens < 0.98 * needed:
             raise InputError(
@@ -192,6 +190,11 @@ class StagePlan:
                     pass
                 self._total_packs = self._anchors[-1].first_pack
         return self._total_packs
+
+    def count_as(self, steps: int) -> None:
+        """Take the number of steps from somebody who has counted them."""
+        if self._steps_in_closed_form() is None and self._total_packs is None:
+            self._total_packs = steps * self.stage.batch.packs
 
     def packs_of_step(self, step: int) -> list[PackSpec]:
         """The global batch of a step (from 0): `batch.packs` packs, the last step filled up with empty ones."""
@@ -361,9 +364,7 @@ class StagePlan:
                 return None
             _, keys = np.unique(np.stack([sources, columns["rows"], columns["starts"]]), axis=1, return_inverse=True)
             limit = self.stage.data_loading.max_visual_tokens_per_pack
-            count, packs = pack_window(
-                columns["lengths"], self.stage.sequence_length, target, columns["visual_tokens"], limit, keys
-            )
+            count, packs = pack_window(columns["lengths"], self.stage.sequence_length, target, columns["visual_tokens"], limit, keys)
             if len(packs) <= room:
                 break
             target = max(1, min(target - 1, int(target * room) // len(packs)))
@@ -377,9 +378,7 @@ class StagePlan:
         )
         return Window(anchor.window, anchor.first_pack, specs, anchor.position + count)
 
-    def _spec(
-        self, pack: int, members: list[int], sources: np.ndarray, columns: dict[str, np.ndarray], window: int
-    ) -> PackSpec:
+    def _spec(self, pack: int, members: list[int], sources: np.ndarray, columns: dict[str, np.ndarray], window: int) -> PackSpec:
         chosen = {name: columns[name][members].tolist() for name in COLUMNS}
         refs, stretch = [], self._stretch_of(pack)
         for member, row in zip(members, chosen["rows"]):

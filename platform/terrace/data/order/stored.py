@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,18 +64,23 @@ def _of_one_picture(source: Source, index: Any, wanted: Fitting, items: StoredIt
     return _stored(source, index, wanted, pieces, changes, [what])
 
 
-def _stored(source: Source, index: Any, wanted: Fitting, pieces: Any, changes: Counter[str], what: list[str]) -> StoredItems:
+def items_folder(source: Source, index: Any, wanted: Fitting, what: list[str]) -> tuple[Path, str]:
+    """Where the items lie, and what says that they are still of this index."""
     settings = source.model_dump(mode="json", include={"too_long", "supervise", "max_visual_tokens_per_image", "on_damage"})
     values = [
         ITEMS_VERSION, index.wanted.mark, index.leaving.mark if index.leaving else None, settings, wanted.pixels, wanted.sequence_length,
         wanted.max_visual_tokens_per_pack, wanted.needs_targets, family_values(index.family), *what,
     ]  # fmt: skip
     mark = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+    return index.place / "items" / mark[:32], f"{index.identity} {mark}"
 
+
+def _stored(
+    source: Source, index: Any, wanted: Fitting, pieces: Callable[[], Iterator[Items]], changes: Counter[str], what: list[str]
+) -> StoredItems:
     def id_hashes() -> Iterator[np.ndarray]:
         column = index.columns["id_hash"] if what == ["all"] else ()  # only of these items somebody asks for their mark
         return (column[start : start + CHUNK] for start in range(0, len(column), CHUNK))
 
-    return store_items(
-        index.place / "items" / mark[:32], f"{index.identity} {mark}", pieces, len(index), id_hashes, changes, source.on_damage == "skip"
-    )
+    folder, identity = items_folder(source, index, wanted, what)
+    return store_items(folder, identity, pieces, len(index), id_hashes, changes, source.on_damage == "skip")

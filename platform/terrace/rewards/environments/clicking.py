@@ -30,21 +30,20 @@ def clicking(
     if solution is None or solution[1] != 0:
         raise ValueError("the solution is no box on the row's first image")
     x1, y1, x2, y2 = to_model_pixels(solution[0], state["metadata"])
-    last = state["turn"] == state["turns"] or state["cut"]
     found = one_point(response)
     point = None if found is None else from_answer_units(found, coordinates, state["metadata"])
+    if state["cut"]:  # an answer without an end is no click
+        return Step(reward=0.0, done=True)
     if point is not None and x1 <= point[0] <= x2 and y1 <= point[1] <= y2:
         return Step(reward=max(0.0, 1.0 - turn_cost * (state["turn"] - 1)), done=True)
-    if last:
+    if state["turn"] == state["turns"]:
         return Step(reward=0.0, done=True)
     if point is None:
         return Step("That is no click. Answer with one point.")
     clicks = state.setdefault("clicks", [])
     clicks.append(point)
-    said = "Missed."
-    if hints:
-        said += f" It is further {' and '.join(_ways(point, (x1, y1, x2, y2)))}."
-    return Step([_screen(state["images"][0], clicks, state["metadata"]), f"{said} Click again."])
+    hint = f" Go {' and '.join(_ways(point, (x1, y1, x2, y2)))}." if hints else " Click again."
+    return Step([_screen(state["images"][0], clicks, state["metadata"]), f"Missed.{hint}"])
 
 
 clicking.sees_images = True  # type: ignore[attr-defined]
