@@ -19,6 +19,7 @@ from terrace.models.batch import image_facts
 from terrace.models.families.registry import family_of_model
 from terrace.objectives.chance import generator_of
 from terrace.objectives.matching_losses import drawn_negatives
+from terrace.objectives.retrieval import recalls, recalls_of_scores
 from terrace.planner.parameters import parameter_counts
 from terrace.planner.shapes import shape_of_config
 from terrace.recipe.rules import check
@@ -126,7 +127,8 @@ def test_value_and_gradients_are_the_formulas_whatever_the_packs():
     assert_equal(gradients_of_step(0, 1, NAME, "matching", [3, 3], "float32"), published_step(torch.float32), 3e-6)
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
 def test_the_number_of_ranks_changes_nothing(ranks):
     """Also where a rank has fewer pairs than others, or none."""
     layouts = {2: ([3, 3], [4, 2, 0, 0]), 4: ([2, 2, 1, 1], [1, 1, 1, 1, 1, 1, 0, 0])}[ranks]
@@ -179,6 +181,20 @@ def test_a_stage_trains_resumes_to_the_same_bits_and_exports_as_transformers_cla
     own, _ = towers_model(NAME)
     assert sum(sizes.values()) == sum(parameter.numel() for parameter in own.parameters())
     assert check(recipe) == []
+    # A line of the run tells the losses before their weights, and held-out pairs how often the right one is found.
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "one" / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["itc_loss"] + line["itm_loss"] + line["itg_loss"], rel=1e-5)
+        assert 0 <= line["match_accuracy"] <= 1
+
+
+def test_recalls_of_scores_are_those_of_vectors():
+    rng = np.random.default_rng(3)
+    captions = [number % 23 for number in range(30)]
+    images, texts = (torch.from_numpy(rng.normal(size=(30, 8))) for _ in range(2))
+    texts = texts[captions]  # equal captions have equal vectors
+    assert recalls_of_scores(images @ texts.T, captions) == recalls(images, texts, captions)
+    assert set(recalls_of_scores(torch.eye(12), list("abcdefghijkl")).values()) == {1.0}
 
 
 @pytest.mark.slow

@@ -20,14 +20,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from terrace.data.order.balance import cost_of
 from terrace.data.types import PackedExample
 from terrace.models.batch import ImageFacts, image_facts
 from terrace.models.families.registry import family_model, family_of_model
 from terrace.objectives.chance import generator_of
-from terrace.objectives.interface import Counts, Objective, Opening, StepExamples
-from terrace.objectives.lm import count_packs, empty_pack
+from terrace.objectives.interface import Opening
 from terrace.objectives.matching_losses import Share, contrast, drawn_negatives, similarities, smoothed
+from terrace.objectives.packs import PackObjective
 from terrace.objectives.retrieval import recalls_of_scores
 from terrace.objectives.two_towers import wide
 from terrace.recipe.schema_pairs import MatchingOptions
@@ -62,14 +61,13 @@ class MatchBatch:
     results: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-class Matching(Objective):
+class Matching(PackObjective):
     coupled = True
     measured = True
 
     def __init__(self, opening: Opening) -> None:
         super().__init__(opening)
         self.options = opening.stage.matching or MatchingOptions()
-        self._cost = cost_of(opening.recipe.model)
         self._family = family_model(opening.feed.config)
         self._shares: dict[int, Share] = {}  # by pack
         self._negatives: dict[int, Negatives] = {}
@@ -78,18 +76,6 @@ class Matching(Objective):
         self._pairs = 1.0
 
     # ------------------------------------------------------------ a step
-
-    def weight(self, example: PackedExample) -> float:
-        return len(example.sample_ids)
-
-    def count(self, taken: StepExamples) -> Counts:
-        return count_packs(taken.examples, sorted(self.opening.stage.mixture.weights), self._cost)
-
-    def pack_of(self, example: PackedExample) -> PackedExample:
-        return example
-
-    def empty(self) -> PackedExample:
-        return empty_pack()
 
     def before(self, examples: Sequence[PackedExample], scale: float) -> None:
         context = self.opening.context

@@ -16,11 +16,8 @@ ROWS_AT_ONCE = 1024
 
 def recalls(images: torch.Tensor, texts: torch.Tensor, captions: Sequence[object]) -> dict[str, float]:
     """`images` and `texts` [N, D], normalised; `captions` [N] says which texts are the same."""
-    first: dict[object, int] = {}
-    numbers = torch.tensor([first.setdefault(caption, len(first)) for caption in captions], device=images.device)
-    ones = torch.zeros(len(first), dtype=torch.int64, device=images.device)
-    ones[numbers.flip(0)] = torch.arange(len(captions) - 1, -1, -1, device=images.device)  # the first place of each caption
-    distinct, own = texts[ones], torch.arange(len(first), device=images.device)
+    numbers, firsts = distinct_captions(captions, images.device)
+    distinct, own = texts[firsts], torch.arange(len(firsts), device=images.device)
     found = {}
     for name, ranks in (
         ("image_to_text", wrong_before_right(images, numbers, distinct, own)),
@@ -30,12 +27,19 @@ def recalls(images: torch.Tensor, texts: torch.Tensor, captions: Sequence[object
     return found
 
 
+def distinct_captions(captions: Sequence[object], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 [N]: the number of each caption among the distinct ones; and int64 [C]: where each distinct one stands first."""
+    first: dict[object, int] = {}
+    numbers = torch.tensor([first.setdefault(caption, len(first)) for caption in captions], device=device)
+    places = torch.zeros(len(first), dtype=torch.int64, device=device)
+    places[numbers.flip(0)] = torch.arange(len(captions) - 1, -1, -1, device=device)
+    return numbers, places
+
+
 def recalls_of_scores(scores: torch.Tensor, captions: Sequence[object]) -> dict[str, float]:
     """Likewise of similarities [N, N] that are no product of two vectors: picture i with text j."""
-    first: dict[object, int] = {}
-    numbers = torch.tensor([first.setdefault(caption, len(first)) for caption in captions], device=scores.device)
-    places = torch.tensor([list(captions).index(caption) for caption in first], device=scores.device)
-    own, distinct, found = torch.arange(len(first), device=scores.device), scores[:, places], {}
+    numbers, firsts = distinct_captions(captions, scores.device)
+    own, distinct, found = torch.arange(len(firsts), device=scores.device), scores[:, firsts], {}
     for name, ranks in (
         ("image_to_text", ranks_of_right(distinct, numbers[:, None] == own[None])),
         ("text_to_image", ranks_of_right(distinct.T, own[:, None] == numbers[None])),
