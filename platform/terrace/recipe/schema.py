@@ -40,6 +40,7 @@ from terrace.recipe.schema_model import Initialisation, Model
 from terrace.recipe.schema_optimizer import Optimizer, Schedule, WeightAverage
 from terrace.recipe.schema_pairs import MatchingOptions, PairOptions
 from terrace.recipe.schema_preference import DpoOptions, KtoOptions, MpoOptions, OrpoOptions, SimpoOptions
+from terrace.recipe.schema_recaption import Recaption
 from terrace.recipe.schema_training import PartTraining
 from terrace.recipe.schema_views import (
     PUBLISHED_VIEWS,
@@ -329,6 +330,7 @@ class Recipe(Strict):
     stage_order: Literal["sequence", "graph"] = Field(
         "sequence", description="`graph`: a stage waits only for `start_from` and `after`, and on Kubernetes branches run side by side."
     )
+    recaption: dict[Name, Recaption] = Field({}, description="What `terrace recaption` makes of sources, by name; a run does not read it.")
     tracking: Tracking = Field(Tracking(), description="Where metrics go.")
     planning: Planning = Field(Planning(), description="Assumptions of `terrace plan`.")
     notes: list[str] = Field([], description="What is assumed, borrowed or stands in, in words.")
