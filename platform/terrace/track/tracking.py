@@ -202,6 +202,11 @@ class Trackers:
             one.close(timeout_seconds)
 
     @property
+    def away(self) -> bool:
+        """Whether one of them cannot be reached now."""
+        return any(one.away for one in self._each)
+
+    @property
     def why(self) -> str:
         """In the words of the last error: why one of them is away."""
         return next((one.why for one in self._each if one.away), "")
