@@ -164,7 +164,6 @@ def test_a_resume_adds_only_the_steps_that_are_not_there(tmp_path: Path):
     assert stage.data.params["budget.steps"] == "6"
     assert stage.info.status == "FINISHED"
     experiment = client.get_experiment_by_name("terrace")
-    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     model, = client.search_logged_models([experiment.experiment_id])
     assert (model.name, model.status, model.tags["terrace.place"]) == ("mine_01-sft", "READY", "here")
     assert [(output.model_id, output.step) for output in stage.outputs.model_outputs] == [(model.model_id, 6)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -165,3 +166,35 @@ def test_steps_of_an_outage_arrive_when_the_server_is_back(server: Server, tmp_p
     assert {run.info.status for run in runs_by_name(found, "outage").values()} == {"FINISHED"}
     assert len(runs_by_name(found, "outage")) == 2
     assert [line.partition(f"{server.uri} is ")[2][:10] for line in said] == ["not reache", "back"]
+
+
+@pytest.mark.slow
+def test_mlflows_pages_in_a_browser(server: Server, tmp_path: Path):
+    """Chromium opens what a person opens: a chart with a line for each of the curriculum's figures, and the models of its stages."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no Chromium on this machine")
+    run_dir = write_run(tmp_path / "made", steps=40)
+    assert cli.main(["track", str(run_dir), "--uri", server.uri, "--experiment", "looked-at"]) == 0
+    found = client(server)
+    run = runs_by_name(found, "looked-at")["made"]
+    experiment = f"{server.uri}/#/experiments/{run.info.experiment_id}"
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync",
+             f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=150000", "--window-size=1600,2400"]  # fmt: skip
+
+    def browse(what: str, address: str) -> str:
+        command = [browser, *flags, what, address]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "HOME": str(tmp_path)}).stdout
+
+    charts = browse("--dump-dom", f"{experiment}/runs/{run.info.run_id}/model-metrics?workflowType=machine_learning")
+    assert charts.count("js-plotly-plot") == len(run.data.metrics) == 7
+    for name in ("loss", "stage", "tokens_per_second", "eval/caption/loss", "reward/counting"):
+        assert name in charts
+    assert "Model registry" in charts
+    assert "Judges" not in charts, "the pages of training"
+    models = browse("--dump-dom", f"{experiment}/models?workflowType=machine_learning")
+    assert "made-01-projector-warmup" in models
+    assert "made-02-alignment" in models
+    if folder := os.environ.get("TERRACE_SHOTS"):  # for a person who wants to look
+        browse(f"--screenshot={folder}/mlflow-models.png", f"{experiment}/models?workflowType=machine_learning")
+        browse(f"--screenshot={folder}/mlflow-run.png", f"{experiment}/runs/{run.info.run_id}?workflowType=machine_learning")

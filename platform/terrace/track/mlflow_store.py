@@ -23,7 +23,6 @@ from terrace.track.series import RunSpec, Series, batches
 LOGGER = logging.getLogger(__name__)
 BATCH_POINTS = 900  # MLflow takes at most 1,000 metrics in one call
 LONGEST_TEXT = 500
-TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # its pages show runs and models; without it, traces and judges of prompts
 MODEL_PLACE = "terrace.place"
 _NO_MODEL_NAME = re.compile(r"[^\w\-]", re.ASCII)
 _SETTINGS = {
@@ -143,12 +142,9 @@ class Store:
             found = client.get_experiment_by_name(self.experiment)
             if found is None:
                 location = self.artifact_dir.absolute().as_uri() if self.artifact_dir else None
-                self._experiment_id = client.create_experiment(self.experiment, artifact_location=location, tags=TRAINING)
+                self._experiment_id = client.create_experiment(self.experiment, artifact_location=location)
             else:
                 self._experiment_id = found.experiment_id
-                for name, value in TRAINING.items():
-                    if name not in found.tags:
-                        client.set_experiment_tag(found.experiment_id, name, value)
         return self._experiment_id
 
     def _client_of(self, key: str) -> Any:
