@@ -54,7 +54,7 @@ def export_hf(
     family = family_of_model(model)
     if family.code:
         config.auto_map = dict(family.code)
-    config.save_pretrained(work)
+    family.exported_config(config).save_pretrained(work)
     for file in family.code_files():
         shutil.copyfile(file, work / file.name)
     if family.family.gives == "text":
