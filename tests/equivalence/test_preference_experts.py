@@ -53,6 +53,7 @@ def same(lines: list[dict[str, Any]], others: list[dict[str, Any]]) -> None:
         assert line["expert_tokens"] == other["expert_tokens"]
 
 
+@pytest.mark.slow
 def test_a_comparing_stage_balances_its_experts_over_the_global_batch(folder):
     """Its loss is the comparison's plus weight times balance, which neither packs nor a held-out pass change."""
     *short, before = lines_of(folder, "short", sequence_length=192, expert_balance=WEIGHT)

@@ -99,7 +99,8 @@ def test_what_no_family_can_be_shown_is_refused_by_name(tmp_path_factory):
     assert two_ways <= set(ALONE)
 
 
-@pytest.mark.parametrize("name", ["idefics", pytest.param("mllama", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["idefics", "mllama"])
 def test_pictures_beside_the_text_stay_those_of_the_prompt(name, tmp_path_factory):
     """Observations in text: what was sampled has the log-probabilities of one pass over the conversation, answers side by side or alone."""
     case = case_of(name, tmp_path_factory.getbasetemp())
