@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from terrace import __version__
+from terrace.cluster.ranks import is_follower
 from terrace.errors import InputError, TerraceError
 
 # Subcommand -> (module that registers it, one line of help). The help is here so that `terrace --help` imports nothing.
@@ -129,8 +130,9 @@ def run_subcommand(given: list[str]) -> int:
 def _draw_demo_scenes(parsed: argparse.Namespace) -> None:
     """jobs/recipes/demo.yaml and what extends it train on scenes that are drawn on first use, so that they run anywhere."""
     path = getattr(parsed, "recipe", None)
-    if path is None or getattr(parsed, "launcher", None) == "kubernetes":
-        return  # nothing on this machine is read: the pods see their own volumes
+    launcher = getattr(parsed, "launcher", None)
+    if path is None or launcher == "kubernetes" or is_follower(launcher):
+        return  # nothing on this machine is read (the pods see their own volumes), or rank 0 reads it
     from terrace.recipe import shipped
     from terrace.recipe.loading import load_recipe
 

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from cluster_world import ROOT, tiny_curriculum, tiny_stage
 
+from terrace.cluster.ray_metrics import GAUGES
 from terrace_operator.gauges import HELP, samples
 from terrace_operator.metrics import Metrics
 
@@ -43,6 +44,14 @@ def test_every_metric_that_is_asked_for_is_served():
     names = {name for text in expressions() for name in re.findall(r"terrace_[a-z_]+", text)}
     assert len(names) > 12
     assert names - served() - {"terrace_events_total"} == set()  # a counter with labels shows when it has counted
+
+
+def test_every_figure_of_a_run_that_is_drawn_is_one_that_its_workers_tell():
+    dashboard = json.loads(yaml.safe_load((FOLDER / "dashboard.yaml").read_text())["data"]["terrace-training.json"])
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    names = {name for text in asked for name in re.findall(r"ray_(terrace_[a-z_]+)", text)}
+    assert names == set(GAUGES)
+    assert len({(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in dashboard["panels"]}) == len(dashboard["panels"])
 
 
 def test_gauges_say_how_a_running_curriculum_stands(bench):

@@ -140,6 +140,7 @@ def test_a_resume_adds_only_the_steps_that_are_not_there(tmp_path: Path):
         for series, key in ((Series(path), "key-stage"), (Series(path, 1, 3, 100), "key-run")):
             tracking.log_rows(key, series)
         tracking.log_evaluation("key-stage", [("eval/caption/loss", 1.5)], 0, 1000.0)
+        tracking.log_model("key-stage", "mine/01-sft", "here", 6)
         tracking.end_run("key-stage", status, {"terrace.final": "here"})
         assert tracking.flush(60)
         tracking.close()
@@ -162,6 +163,11 @@ def test_a_resume_adds_only_the_steps_that_are_not_there(tmp_path: Path):
     assert stage.data.tags["terrace.final"] == "here"
     assert stage.data.params["budget.steps"] == "6"
     assert stage.info.status == "FINISHED"
+    experiment = client.get_experiment_by_name("terrace")
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    model, = client.search_logged_models([experiment.experiment_id])
+    assert (model.name, model.status, model.tags["terrace.place"]) == ("mine_01-sft", "READY", "here")
+    assert [(output.model_id, output.step) for output in stage.outputs.model_outputs] == [(model.model_id, 6)]
 
 
 def test_what_fails_is_named_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

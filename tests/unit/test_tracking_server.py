@@ -126,6 +126,9 @@ def test_a_finished_run_is_sent_whole_and_once(
     assert len(line) == len(set(line))
     assert len(parent.data.tags["mlflow.user"]) > 0
     assert parent.data.tags["mlflow.source.name"] == "terrace run made"
+    models = {model.source_run_id: model for model in found.search_logged_models([parent.info.experiment_id])}
+    assert set(models) == {stage.info.run_id for stage in stages[:2]}, "one per complete stage, by reference"
+    assert models[stages[0].info.run_id].tags["terrace.place"] == stages[0].data.tags["terrace.final"]
     assert [item.dataset.name for item in parent.inputs.dataset_inputs] == [source]
     assert {file.path for file in found.list_artifacts(parent.info.run_id)} == {"recipe.yaml", "journal.jsonl"}
 

@@ -63,3 +63,10 @@ def outcome(stage_dir: Path, stage: str, attempt: int) -> AttemptObservation | N
     if any(found["status"] == "preempted" for found in ended):
         return AttemptObservation(stage, attempt, "preempted", message="a checkpoint was saved")
     return None
+
+
+def unknown(stage_dir: Path, stage: str, attempt: int) -> AttemptObservation:
+    """An attempt without an outcome that this controller did not start: one before it did, or nobody."""
+    claimed = read_json(stage_dir / "attempt.json")
+    started = claimed is not None and claimed["attempt"] >= attempt
+    return AttemptObservation(stage, attempt, "interrupted" if started else "absent")

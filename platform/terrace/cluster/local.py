@@ -121,9 +121,7 @@ def _ended(stage_dir: Path, stage: str, attempt: int, error: BaseException | Non
     if seen := outcomes.outcome(stage_dir, stage, attempt):
         return seen
     if not known:
-        claimed = files.read_json(stage_dir / "attempt.json")
-        started = claimed is not None and claimed["attempt"] >= attempt
-        return AttemptObservation(stage, attempt, "interrupted" if started else "absent")
+        return outcomes.unknown(stage_dir, stage, attempt)
     if isinstance(error, InputError):
         return AttemptObservation(stage, attempt, "failed", failure="input", reason="InputWrong", message=str(error))
     if error is None:

@@ -1,4 +1,4 @@
-"""What runs in every Ray Train worker of the local launcher: the stage function, with its surroundings, and what it leaves behind.
+"""What runs in every worker of an attempt, of Ray Train's or one that a rank started: the stage function, and what it leaves behind.
 
 A worker knows nothing of the curriculum: it gets a WorkerContext, looks for a stop request in the stage's directory, leaves a
 heartbeat, a log and, at the end, an outcome there. Step metrics never pass through Ray (a report on every step limits a run to
@@ -14,6 +14,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,47 +29,65 @@ from terrace.storage.run_layout import stage_directory
 LOGGER = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """Where a worker runs. `node_id` is Ray's, empty without Ray."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: str
+    node_id: str = ""
+
+
 def run_worker(config: dict[str, Any]) -> None:
-    """In every Ray Train worker: run the stage, on a stored run's local folder that follows the storage meanwhile."""
-    run_dir = mirror.open_run(config["run_dir"])
-    mirror.fetch_folder(run_dir / "data", mirror.DATA_LAST)
-    with mirror.following(run_dir):
-        _run_worker(config, run_dir)
-
-
-def _run_worker(config: dict[str, Any], run_dir: Path) -> None:
-    """Run the stage and leave the outcome where the driver reads it.
-
-    The stage function is called with (recipe, stage_index, run_dir, attempt) and the worker's surroundings by name:
-    rank, world_size, local_rank, device, report, should_stop.
-    """
+    """In every Ray Train worker: run the stage on its device."""
     import ray
     import ray.train
     import ray.train.torch
 
     context = ray.train.get_context()
-    rank, attempt, recipe = context.get_world_rank(), config["attempt"], config["recipe"]
+    stage = config["recipe"].stages[config["stage_index"]]
+    device = str(ray.train.torch.get_device()) if stage.resources.gpus_per_worker else "cpu"
+    node_id = ray.get_runtime_context().get_node_id()
+    run_surrounded(config, Surroundings(context.get_world_rank(), context.get_world_size(), context.get_local_rank(), device, node_id))
+
+
+def run_surrounded(config: dict[str, Any], place: Surroundings) -> None:
+    """Run the stage, on a stored run's local folder that follows the storage meanwhile. Its process group exists already."""
+    run_dir = mirror.open_run(config["run_dir"])
+    mirror.fetch_folder(run_dir / "data", mirror.DATA_LAST)
+    with mirror.following(run_dir):
+        _run_worker(config, run_dir, place)
+
+
+def _run_worker(config: dict[str, Any], run_dir: Path, place: Surroundings) -> None:
+    """Run the stage and leave the outcome where the driver reads it.
+
+    The stage function is called with (recipe, stage_index, run_dir, attempt) and the worker's surroundings by name:
+    rank, world_size, local_rank, device, report, should_stop.
+    """
+    rank, attempt, recipe = place.rank, config["attempt"], config["recipe"]
     stage = recipe.stages[config["stage_index"]]
     stage_dir = stage_directory(run_dir, config["stage_index"], stage.name)
-    device = str(ray.train.torch.get_device()) if stage.resources.gpus_per_worker else "cpu"
     log_to(stage_dir / "attempts" / f"{attempt:03d}" / f"rank-{rank:04d}.log")
     LOGGER.info(
         "stage %s attempt %d: rank %d of %d on %s, %s, process %d",
         stage.name,
         attempt,
         rank,
-        context.get_world_size(),
+        place.world_size,
         socket.gethostname(),
-        device,
+        place.device,
         os.getpid(),
     )
     outcome: dict[str, Any] = {"rank": rank, "status": "failed"}
     if in_pod():
         stop_notice.begin()
-    with Heartbeat(stage_dir, stage.name, attempt, rank, ray.get_runtime_context().get_node_id()):
+    with Heartbeat(stage_dir, stage.name, attempt, rank, place.node_id):
         should_stop = _stop_watch(stage_dir, attempt)
         try:
-            if context.get_world_size() == 1 and should_stop():  # of several ranks the first step's agreement tells
+            if place.world_size == 1 and should_stop():  # of several ranks the first step's agreement tells
                 raise Preempted(f"stage {stage.name}: told to stop before it began")
             config["run_stage"](
                 recipe,
@@ -76,9 +95,9 @@ def _run_worker(config: dict[str, Any], run_dir: Path) -> None:
                 run_dir,
                 attempt,
                 rank=rank,
-                world_size=context.get_world_size(),
-                local_rank=context.get_local_rank(),
-                device=device,
+                world_size=place.world_size,
+                local_rank=place.local_rank,
+                device=place.device,
                 report=reporter(stage_dir, rank, attempt),
                 should_stop=should_stop,
             )

@@ -261,6 +261,7 @@ class _PodBuilder:
 
     def worker(self) -> Manifest:
         container = self._container("ray-worker", self.runtime.worker)
+        container["ports"] = [{"containerPort": 8080, "name": "metrics"}]
         if gpus := gpus_per_pod(self.stage, self.runtime):
             for kind in ("requests", "limits"):
                 container["resources"][kind][self.runtime.gpu_resource] = str(gpus)

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from terrace.cluster.attempt_files import write_atomic
+from terrace.cluster.ray_metrics import metrics_observer
 from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import Recipe, Stage
+from terrace.storage.mirror import place_of
 from terrace.storage.run_layout import stage_directory
 
 if TYPE_CHECKING:
@@ -52,7 +54,8 @@ def run_in_worker(
         if event == "started":
             write_atomic(folder / "plan.json", json.dumps({"total_steps": values["total_steps"]}))
 
-    run_stage(recipe, stage_index, run_dir, attempt, context, (observe,))
+    metrics = metrics_observer(Path(place_of(run_dir)).name, recipe.stages[stage_index].name)
+    run_stage(recipe, stage_index, run_dir, attempt, context, (observe, *metrics))
 
 
 def run_stage(

@@ -6,14 +6,16 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from terrace.cluster.ranks import by_torchrun
 from terrace.curriculum import on_kubernetes
 from terrace.errors import InputError
 from terrace.storage import mirror
 
-LAUNCHERS = ("local", "ray", "kubernetes")
+LAUNCHERS = ("local", "ray", "ranks", "kubernetes")
 RUN_HELP = "directory of the run, s3://BUCKET/PREFIX, or k8s://NAMESPACE/NAME"
 RERUN_HELP = "run this stage and those after it again from their beginning; what they wrote is moved aside"
 
@@ -84,8 +86,9 @@ def _launcher_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--launcher",
         choices=LAUNCHERS,
-        default="local",
-        help="local: Ray in this process (default); ray: jobs on a running Ray cluster; kubernetes: a Curriculum",
+        default="ranks" if by_torchrun() else "local",
+        help="local: Ray in this process (default); ray: jobs on a running Ray cluster; ranks: the processes that torchrun or srun"
+        " started, without Ray (default under torchrun); kubernetes: a Curriculum",
     )
     parser.add_argument("--address", help="launcher ray: the cluster's dashboard, for example http://127.0.0.1:8265")
     parser.add_argument("--cluster", type=Path, help="launcher kubernetes: cluster file (runtime, storage, queue)")
@@ -114,6 +117,18 @@ def recipe_file(text: str) -> Path:
 
 
 def run_command(arguments: argparse.Namespace) -> int:
+    if arguments.launcher == "ranks" and not arguments.stage:
+        return _led(lambda: _run(arguments))
+    return _run(arguments)
+
+
+def _led(command: Callable[[], int]) -> int:
+    from terrace.cluster.ranks_worker import led
+
+    return led(command)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     from terrace.recipe.loading import load_recipe
 
     recipe = load_recipe(recipe_file(arguments.recipe), arguments.overrides)
@@ -136,6 +151,10 @@ def _rerun(arguments: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def resume_command(arguments: argparse.Namespace) -> int:
+    return _led(lambda: _resume(arguments)) if arguments.launcher == "ranks" else _resume(arguments)
+
+
+def _resume(arguments: argparse.Namespace) -> int:
     from terrace.curriculum.journal import read_journal
     from terrace.curriculum.run_directory import require_run
     from terrace.curriculum.state import fold

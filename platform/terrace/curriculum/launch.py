@@ -44,4 +44,9 @@ def make_launcher(recipe: Recipe, name: str, address: str | None, dashboard: boo
         from terrace.cluster.ray_jobs import RayJobsLauncher
 
         return RayJobsLauncher(address)
-    raise InputError(f"launcher {name}: use local, ray or kubernetes")
+    if name == "ranks":
+        from terrace.cluster.ranks_launcher import RanksLauncher
+        from terrace.curriculum.attempt_worker import run_in_worker
+
+        return RanksLauncher(recipe, run_in_worker)
+    raise InputError(f"launcher {name}: use local, ray, ranks or kubernetes")

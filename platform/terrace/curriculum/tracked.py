@@ -98,6 +98,7 @@ class TrackedRun:
                 self._tracking.log_evaluation(self._key(), named, before + step, at or time.time())
             self._tracking.log_artifacts(self._key(stage), [folder / "result.json", folder / "plan.json"])
             tags["terrace.final"] = place_of(folder / "final")
+            self._tracking.log_model(self._key(stage), f"{self._recipe.name}-{folder.name}", tags["terrace.final"], steps)
         self._tracking.end_run(self._key(stage), status, tags, stage.completed_at)
 
     def end(self, status: str) -> None:

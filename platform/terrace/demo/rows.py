@@ -13,6 +13,7 @@ Row = dict[str, Any]
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 RESULT_QUESTION = "What is the result of the sum in the picture?"
+EXPLAIN = " Explain."  # asks for the steps and a boxed result, in supervised rows and in prompts alike
 READ_QUESTION = "Read all the text in the picture, from top to bottom."
 
 
@@ -227,7 +228,7 @@ def _reasoning(rng: random.Random) -> tuple[Row, list[Scene]]:
         return _chat([(question, answer)], images=0), []
     scene = scenes.draw_sum(rng.getrandbits(40))
     answer = f"{scene.things[0].name} = {scene.facts['result']}.\nThe answer is \\boxed{{{scene.facts['result']}}}."
-    return _chat([(RESULT_QUESTION + " Explain.", answer)]), [scene]
+    return _chat([(RESULT_QUESTION + EXPLAIN, answer)]), [scene]
 
 
 def _pairs(rng: random.Random) -> tuple[Row, list[Scene]]:
@@ -268,7 +269,7 @@ def _rl_grounding(rng: random.Random) -> tuple[Row, list[Scene]]:
 
 def _rl_arithmetic(rng: random.Random) -> tuple[Row, list[Scene]]:
     scene = scenes.draw_sum(rng.getrandbits(40))
-    return _prompt(RESULT_QUESTION, "visual_reasoning", str(scene.facts["result"])), [scene]
+    return _prompt(RESULT_QUESTION + EXPLAIN, "visual_reasoning", str(scene.facts["result"])), [scene]
 
 
 def _rl_clicking(rng: random.Random) -> tuple[Row, list[Scene]]:

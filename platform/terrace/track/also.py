@@ -105,6 +105,9 @@ class AlsoStore:
     def log_artifact(self, key: str, path: Path) -> None:
         """Files stay in the run directory, and in MLflow."""
 
+    def log_model(self, key: str, name: str, place: str, step: int) -> None:
+        """Weights stay in the run directory, and MLflow says where."""
+
     def end_run(self, key: str, status: str, tags: dict[str, str], ended: float | None = None) -> None:
         self.open_run(self._specs[key])
         self.client.end_run(key, status)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -22,6 +23,9 @@ from terrace.track.series import RunSpec, Series, batches
 LOGGER = logging.getLogger(__name__)
 BATCH_POINTS = 900  # MLflow takes at most 1,000 metrics in one call
 LONGEST_TEXT = 500
+TRAINING = {"mlflow.experimentKind": "custom_model_development"}  # its pages show runs and models; without it, traces and judges of prompts
+MODEL_PLACE = "terrace.place"
+_NO_MODEL_NAME = re.compile(r"[^\w\-]", re.ASCII)
 _SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
@@ -97,6 +101,22 @@ class Store:
         if path.is_file():
             self._client_of(key).log_artifact(self._run_id(key), str(path))
 
+    def log_model(self, key: str, name: str, place: str, step: int) -> None:
+        """The run's model by reference: MLflow's pages list it, and the weights stay where they are, at `place`."""
+        from mlflow.entities import LoggedModelOutput
+
+        run_id = self._run_id(key)
+        experiment = self._experiment()
+        made = list(self._client.search_logged_models([experiment], filter_string=f"source_run_id = '{run_id}'", max_results=1))
+        tags = {MODEL_PLACE: place, "mlflow.model.isExternal": "true"}
+        model = made[0] if made else self._client.create_logged_model(experiment, _NO_MODEL_NAME.sub("_", name), run_id, tags)
+        if model.tags.get(MODEL_PLACE) != place:  # the run directory was moved
+            self._client.set_logged_model_tags(model.model_id, tags)
+        outputs = self._client.get_run(run_id).outputs
+        if not any(output.model_id == model.model_id for output in (outputs.model_outputs if outputs else [])):
+            self._client.finalize_logged_model(model.model_id, "READY")
+            self._client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
+
     def end_run(self, key: str, status: str, tags: dict[str, str], ended: float | None = None) -> None:
         """`status` is MLflow's: FINISHED, FAILED, KILLED, or SCHEDULED for a run that will go on."""
         run_id = self._run_id(key)
@@ -123,9 +143,12 @@ class Store:
             found = client.get_experiment_by_name(self.experiment)
             if found is None:
                 location = self.artifact_dir.absolute().as_uri() if self.artifact_dir else None
-                self._experiment_id = client.create_experiment(self.experiment, artifact_location=location)
+                self._experiment_id = client.create_experiment(self.experiment, artifact_location=location, tags=TRAINING)
             else:
                 self._experiment_id = found.experiment_id
+                for name, value in TRAINING.items():
+                    if name not in found.tags:
+                        client.set_experiment_tag(found.experiment_id, name, value)
         return self._experiment_id
 
     def _client_of(self, key: str) -> Any:

@@ -65,6 +65,9 @@ class Tracking:
         for path in paths:
             self._put((f"artifact {path.name}", lambda path=path: self._store.log_artifact(key, path)))
 
+    def log_model(self, key: str, name: str, place: str, step: int) -> None:
+        self._put((f"model {name}", lambda: self._store.log_model(key, name, place, step)))
+
     def end_run(self, key: str, status: str, tags: dict[str, str] | None = None, ended: float | None = None) -> None:
         self._put(("end of a run", lambda: self._store.end_run(key, status, tags or {}, ended)))
 
@@ -181,6 +184,10 @@ class Trackers:
         for one in self._each:
             one.log_artifacts(key, paths)
 
+    def log_model(self, key: str, name: str, place: str, step: int) -> None:
+        for one in self._each:
+            one.log_model(key, name, place, step)
+
     def end_run(self, key: str, status: str, tags: dict[str, str] | None = None, ended: float | None = None) -> None:
         for one in self._each:
             one.end_run(key, status, tags, ended)
@@ -193,6 +200,11 @@ class Trackers:
     def close(self, timeout_seconds: float = 30.0) -> None:
         for one in self._each:
             one.close(timeout_seconds)
+
+    @property
+    def away(self) -> bool:
+        """Whether one of them cannot be reached now."""
+        return any(one.away for one in self._each)
 
     @property
     def why(self) -> str:
