@@ -116,6 +116,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "use_resampler": True, "resampler_n_latents": 3, "resampler_depth": 1, "resampler_n_heads": 2, "resampler_head_dim": 16,
         },
     },
+    "mllama": {
+        "text_config": TEXT | {"num_hidden_layers": 3, "cross_attention_layers": [1]},
+        "vision_config": {
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 2,
+            "image_size": 28, "patch_size": 14, "intermediate_layers_indices": [0], "vision_output_dim": 64,
+        },
+    },
     "instructblip": {
         "text_config": TEXT | {"model_type": "llama"}, "vision_config": TOWER | {"image_size": 56, "patch_size": 14},
         "qformer_config": Q_FORMER | {"vocab_size": VOCABULARY}, "num_query_tokens": 4,
@@ -200,6 +207,10 @@ MIDDLE: dict[str, dict[str, Any]] = {  # what `middle_case` changes of a configu
         "qformer_config": Q_FORMER | MIDDLE_TOWER | {"encoder_hidden_size": 128, "vocab_size": VOCABULARY},
     },
     "mistral3": {"vision_config": MIDDLE_TOWER},
+    "mllama": {"vision_config": {
+        "hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 3, "num_global_layers": 1, "attention_heads": 4,
+        "image_size": 210, "vision_output_dim": 256,
+    }},
     "fuyu": {},
     "glm4v": {
         "vision_config": {"hidden_size": 128, "intermediate_size": 344, "depth": 4, "num_heads": 4, "out_hidden_size": 256},
@@ -245,6 +256,8 @@ def model_of(case: Case, deviation: float = 0.15) -> Any:
         for _, parameter in sorted(model.named_parameters()):
             if parameter.dim() > 1:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * deviation)
+            elif case.name == "mllama" and parameter.numel() == 1:  # gates, which begin shut
+                parameter.fill_(0.8)
     family_of_model(model)
     return model
 
@@ -319,6 +332,13 @@ def reference_inputs(case: Case, example: PackedExample | PromptInputs, model: A
         shown = torch.cumsum(ids == model.config.image_token_id, dim=1) - 1
         inputs["pixel_values"] = pixels[None]
         inputs["image_attention_mask"] = (shown[..., None] == torch.arange(len(pixels))).long()
+    if case.name == "mllama" and len(example.image_rows):
+        inputs |= {name: value.transpose(0, 1) for name, value in inputs.items() if name.startswith(("pixel", "aspect"))}
+        tiles = [example.image_facts.astype(int).prod(axis=1).tolist()]
+        seen, image = importlib.import_module("transformers.models.mllama.processing_mllama"), model.config.image_token_id
+        rows = [seen.get_cross_attention_token_mask(ids[0].tolist(), image)]
+        mask = seen.convert_sparse_cross_attention_mask_to_dense(rows, tiles, case.family.most_tiles, ids.shape[1])
+        inputs["cross_attention_mask"] = torch.from_numpy(mask)
     if case.name == "gemma3":  # what sees each other in both directions: images, or everything before the answer
         inputs["token_type_ids"] = (ids == model.config.image_token_id).int()
     if case.name == "paligemma":

@@ -103,8 +103,15 @@ def _fuyu(case: Case, image: np.ndarray) -> Rows:
     return np.asarray(cut).reshape(rows * columns, patch * patch, 3).transpose(0, 2, 1).reshape(rows * columns, -1)
 
 
+def _mllama(case: Case, image: np.ndarray) -> Rows:
+    side = {"height": case.family.side, "width": case.family.side}
+    given = transformers.MllamaImageProcessorPil(size=side, max_image_tiles=case.family.most_tiles)([image], **PLAIN)
+    assert case.family.number(*case.family.view(*image.shape[1::-1], case.pixels).facts) == int(given["aspect_ratio_ids"].item())
+    return given["pixel_values"].reshape(-1, case.family.row_values)[: int(given["aspect_ratio_mask"].sum())]
+
+
 PROCESSORS: dict[str, Callable[[Case, np.ndarray], Rows]] = {
     "qwen2_vl": _patches, "qwen2_5_vl": _patches, "qwen3_vl": _patches, "qwen3_vl_moe": _patches, "llava": _llava, "terrace_vlm": _llava,
     "internvl": _internvl, "llava_next": _llava_next, "llava_onevision": _onevision, "minicpmv4_6": _minicpm, "idefics3": _idefics,
-    "smolvlm": _idefics, "mistral3": _pixtral, "glm4v": _glm, "fuyu": _fuyu,
+    "smolvlm": _idefics, "mllama": _mllama, "mistral3": _pixtral, "glm4v": _glm, "fuyu": _fuyu,
 }  # fmt: skip

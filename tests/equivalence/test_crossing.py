@@ -11,12 +11,15 @@ import torch
 from families import case_of, conversation, model_of, pack_of
 from safetensors.torch import save_file
 from transformers.models.idefics.processing_idefics import image_attention_mask_for_packed_input_ids_pt
+from transformers.models.mllama.processing_mllama import get_cross_attention_token_mask
 
 from terrace.errors import InputError
+from terrace.generation.tokens import forbidden_tokens
 from terrace.models.attention import use_attention
 from terrace.models.batch import to_device
-from terrace.models.build import build_model, meta_model
+from terrace.models.build import build_model, meta_model, model_config
 from terrace.models.families.crossing import last_pictures, runs_of
+from terrace.models.families.mllama import rows_of
 from terrace.models.forward import pack_logits_hidden
 from terrace.recipe.schema import Model
 
@@ -86,3 +89,47 @@ def test_a_published_checkpoint_s_added_rows_become_rows_of_one_matrix(case, tmp
     split = type(case.config)(**values)
     with pytest.raises(InputError, match="additional_vocab_size must be 0 here: write `config`"):
         meta_model(split)
+
+
+def test_mllama_s_tokens_see_what_the_published_mask_shows_them():
+    """Pictures in a row are seen together; packed samples each by themselves; in front of the first picture a row of zeros."""
+    rng = np.random.default_rng(4)
+    for _ in range(60):
+        samples = [rng.choice([1, 2, IMAGE], int(rng.integers(1, 12)), p=[0.3, 0.3, 0.4]) for _ in range(int(rng.integers(1, 5)))]
+        packed, boundaries = np.concatenate(samples), np.cumsum([0, *map(len, samples)]).tolist()
+        found = np.zeros((len(packed), int((packed == IMAGE).sum())), bool)
+        covered, fronts = [], []
+        for start, end, first, last, before in rows_of(packed, IMAGE, boundaries):
+            covered += range(start, end)
+            fronts += range(start, end) if before else []
+            found[start:end, first:last] = not before
+        assert covered == list(range(len(packed)))
+        expected, before, front = np.zeros_like(found), 0, []
+        for start, sample in zip(boundaries, samples):
+            for place, (begin, end) in enumerate(get_cross_attention_token_mask(sample.tolist(), IMAGE), before):
+                expected[start + begin : start + (len(sample) if end == -1 else end), place] = True
+            before += int((sample == IMAGE).sum())
+            front += [start + token for token in range(len(sample)) if IMAGE not in sample[: token + 1]]
+        assert np.array_equal(found, expected)
+        assert fronts == front
+
+
+def test_a_placeholder_behind_the_vocabulary_is_read_and_never_sampled(tmp_path):
+    """As Llama 3.2 Vision is published: the tokenizer's last token has a row of the embedding and none of the output layer."""
+    case = case_of("mllama", tmp_path)
+    model, config = model_of(case), case.config.get_text_config()
+    model.config.image_token_index = config.vocab_size
+    use_attention(model, "sdpa_segments")
+    marks = {**case.tokenizer.marks(case.family), "image": config.vocab_size}
+    tokenizer = SimpleNamespace(marks=lambda family: marks, vocabulary_size=config.vocab_size + 1, token_id={}.get)
+    assert max(forbidden_tokens(tokenizer, case.config)) < config.vocab_size
+    section = Model.model_validate({"architecture": "mllama", "config": {**case.section.config}})
+    assert model_config(section, tokenizer).image_token_index == config.vocab_size
+    example = pack_of(case, [conversation(1, [(60, 40)])])
+    example.input_ids[example.input_ids == case.config.image_token_index] = config.vocab_size
+    with torch.no_grad():
+        logits, _ = pack_logits_hidden(model, to_device(example, "cpu", torch.float32))
+    assert logits.shape[1] == config.vocab_size
+    assert torch.isfinite(logits).all()
+    with pytest.raises(InputError, match="raise it to at least the tokenizer's"):
+        model_config(section, SimpleNamespace(marks=lambda family: marks, vocabulary_size=config.vocab_size + 9, token_id={}.get))

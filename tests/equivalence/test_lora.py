@@ -220,7 +220,8 @@ def test_every_family_adapts_every_part_with_a_gradient_and_a_plan_that_counts_i
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
-            if is_adapter(parameter_name) or parameter_name.endswith("mm_input_projection_weight"):  # which its class begins as zeros
+            shut = parameter_name.endswith(("mm_input_projection_weight", "gate", "gate_attn", "gate_ffn"))  # begun as zeros
+            if is_adapter(parameter_name) or shut:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     summed_loss(model, to_device(family_pack(case, 1, True), "cpu", torch.float32), 64).backward()
     silent = (".layer.1.intermediate.", ".layer.1.output.") if name == "instructblip" else ()  # a Q-Former's last words are read by nobody

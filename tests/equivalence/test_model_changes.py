@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from expert_steps import moe_case, train_experts
-from families import CONFIGS, case_of, conversation, pack_of
+from families import CONFIGS, case_of, conversation, pack_of, recipe_model
 from packs import tiny_recipe
 from PIL import Image
 from processes import run_ranks
@@ -279,6 +279,8 @@ def test_mistakes_of_experts_are_named(tmp_path):
     assert any("a mixture of experts already" in line for line in told(twice.model_copy(update={"stages": stages})))
     other = tiny_recipe([{"name": "one"}, {"name": "two", "model_changes": {"upcycle": {}}}])
     assert any("has no mixture of experts; architecture terrace_vlm has" in line for line in told(other))
+    longer = tiny_recipe([{"name": "one"}, {"name": "two", "model_changes": {"add_tokens": 8}}], model=recipe_model("mllama"))
+    assert any("keeps the rows of its own marks behind the vocabulary" in line for line in told(longer))
 
 
 def test_tokens_are_added_between_stages(tmp_path):

@@ -28,16 +28,19 @@ from terrace.rl.units import TrainGroup, policy_batch
 QUICK = ("qwen2_5_vl", "llava")
 ALONE = {  # families that cannot read an observation, or none with a picture, and what they say
     "gemma3": "both ways", "llava_onevision": "when one more comes", "paligemma": "one question and its answer",
-    "blip_2": "one question and its answer",
+    "blip_2": "one question and its answer", "idefics": "observe in text alone", "mllama": "observe in text alone",
 }  # fmt: skip
 
 
-def talk_of(case, number: int, sizes):
-    """A question with pictures, an answer, and an observation with one more picture."""
+def talk_of(case, number: int, sizes, more: bool = True):
+    """A question with pictures, an answer, and an observation, with one more picture if wanted."""
     loaded = conversation(number, sizes)
     messages = [loaded.sample.messages[0], {"role": "assistant", "content": [{"type": "text", "text": "left"}]}]
     observed = {"role": "user", "content": [{"type": "image", "image": len(sizes)}, {"type": "text", "text": "missed, again"}]}
     size = (60 + 7 * number, 48)
+    if not more:
+        observed["content"].pop(0)
+        return Sample(f"s{number}", "prompt", [*messages, observed]), loaded.images, sizes
     sample = Sample(f"s{number}", "prompt", [*messages, observed])
     return sample, [*loaded.images, picture(*size, seed=90 + number)], [*sizes, size]
 
@@ -49,6 +52,7 @@ class World:
         self.case, self.prompts = case, prompts
         self.following = {}
         self.turns = {}
+        self.more = True  # pictures
 
     def __call__(self, place: int, sample: int, answer):
         key, future = (place, sample), Future()
@@ -57,7 +61,7 @@ class World:
         if turn > (place + sample) % 3:
             future.set_result(None)
             return future
-        talk, images, sizes = talk_of(self.case, place, [(50, 70)] * (place % 2 + 1))
+        talk, images, sizes = talk_of(self.case, place, [(50, 70)] * (place % 2 + 1), self.more)
         try:
             seen = read_observation(talk, images, sizes, self.case.tokenizer, self.case.family, self.case.pixels, before)
         except InputError as error:
@@ -93,6 +97,28 @@ def test_what_no_family_can_be_shown_is_refused_by_name(tmp_path_factory):
             )
     two_ways = {name for name in NAMES if type(family_model_named(name)).groups is not FamilyModel.groups}
     assert two_ways <= set(ALONE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["idefics", "mllama"])
+def test_pictures_beside_the_text_stay_those_of_the_prompt(name, tmp_path_factory):
+    """Observations in text: what was sampled has the log-probabilities of one pass over the conversation, answers side by side or alone."""
+    case = case_of(name, tmp_path_factory.getbasetemp())
+    torch.set_num_threads(1)
+    model = model_of(case)
+    use_shared_prompt_attention(model, "sdpa_segments")
+    forbidden = forbidden_tokens(case.tokenizer, case.config)
+    stop = [token for token in (*range(0, 400, 9), *stop_tokens(case.tokenizer, case.config)) if token not in forbidden]
+    engine = NativeEngine(model, forbidden, stop, "cpu", "fp32", max_rows=6)
+    prompts, world = prompts_of(case, 3), World(case, [])
+    world.prompts, world.more = prompts, False
+    kept = converse(engine, prompts, Sampling(samples=3, max_tokens=12, temperature=0.7, seed=5), world, lambda place, group: None)
+    assert {len(one.observed.sampled) > int(one.observed.sampled.sum()) for group in kept for one in group} == {True, False}
+    groups = [TrainGroup(prompt, tuple(group), (1.0, -0.5, 0.25)) for prompt, group in zip(prompts, kept)]
+    batch = policy_batch(groups, "cpu", torch.float32)
+    summed_policy_loss(model, batch, PolicyOptions(temperature=0.7, forbidden=forbidden, chunk_tokens=16))
+    sampled = np.concatenate([one.sampled_logprobs for group in kept for one in group])
+    assert np.abs(batch.results["logprobs"].detach().numpy() - sampled).max() < 1e-4
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in NAMES if n not in ALONE])

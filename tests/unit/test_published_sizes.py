@@ -66,6 +66,16 @@ SIZES = {  # configuration, and billions of parameters in all and of one token a
         },
         "num_query_tokens": 32,
     }, 3.75, 3.75),
+    "mllama": ({
+        "text_config": {
+            "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 8,
+            "vocab_size": 128256, "cross_attention_layers": [3, 8, 13, 18, 23, 28, 33, 38],
+        },
+        "vision_config": {
+            "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_global_layers": 8, "attention_heads": 16,
+            "image_size": 560, "patch_size": 14, "vision_output_dim": 7680,
+        },
+    }, 10.67, 10.67),
 }  # fmt: skip
 for _name, _size in {"instructblip-vicuna-7b": 7.91, "flamingo-9b": 8.93, "chameleon-7b": 7.04}.items():  # as their recipes have it
     _model = load_recipe(_name).model

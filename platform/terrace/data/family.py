@@ -12,6 +12,7 @@ from terrace.errors import InputError
 from terrace.families.interface import Family
 from terrace.families.registry import family_class, make_family, written_architecture
 from terrace.families.shapes import ModelShape
+from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import Model, Recipe, Stage
 from terrace.storage.files import absolute, join, read_file
 
@@ -27,9 +28,9 @@ def shape_of(model: Model, vocabulary: int | None = None) -> ModelShape:
 
 
 def balance_weight(recipe: Recipe, stage: Stage, config: Mapping[str, Any] | None = None) -> float:
-    """Weight of the load-balancing loss of a mixture of experts in a stage: the stage's own, or the configuration's; 0 under other
-    objectives, and where the language model stays as it is."""
-    if stage.objective != "lm" or stage.train.language is None:
+    """Weight of the load-balancing loss of a mixture of experts in a stage: the stage's own, or the configuration's; 0 under objectives
+    that leave it out, and where the language model stays as it is."""
+    if not OBJECTIVES[stage.objective].balances or stage.train.language is None:
         return 0.0
     if stage.expert_balance is not None:
         return stage.expert_balance

@@ -102,6 +102,8 @@ def encode_observation(sample: Sample, sizes: Sequence[Size], tokenizer: TextTok
     if not ends or sample.messages[-1]["role"] == "assistant":
         raise InputError(f"sample {sample.id}: an observation stands behind an answer")
     shown = sum(item["type"] == "image" for message in sample.messages[:-1] for item in message["content"])
+    if shown < len(sizes) and family.crosses:
+        raise InputError(f"{family.name} reads pictures beside its text, behind whose prompt none can be added here; observe in text alone")
     if shown < len(sizes) and family.images_both_ways:
         raise InputError(f"{family.name} lets the tokens of an image see each other both ways, behind an answer too; observe in text alone")
     if shown and shown < len(sizes) and family.among(shown) != family.among(len(sizes)):

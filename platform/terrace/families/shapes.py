@@ -26,15 +26,17 @@ class VisionShape:
     other_parameters: int  # embeddings and norms outside the blocks
     extra_tokens: int = 0  # per picture, beside its patches (a class token)
     unused_parameters: int = 0  # of those above, what never gets a gradient
+    smaller: int = 0  # parameters that blocks lack together where they are not equal
     idle_blocks: int = 0  # blocks whose output nobody takes: they run forward only
     tile_patches: int | None = None  # of a picture at most, where an image is cut into tiles; None: the tower sees an image whole
-    outer_norms: int = 0  # RMSNorms over patches outside of the blocks
+    outer_norms: int = 0  # norms over patches outside of the blocks
     padded: bool = False  # patches are embedded for a rectangle around each picture that holds the largest of the pack
     kept_inner: int = 3  # tensors of the feed-forward's width that its backward needs; 2 where its activation is one fused function
     merged_blocks: int = 0  # of the blocks, those behind a merger inside the tower, with one row for `merged_patches` patches
     merged_patches: int = 1
     merger_products: int = 0  # that merger's multiply-adds per patch, and how many keys a patch's attention sees in it
     merger_keys: int = 0
+    mask_keys: float = 0.0  # numbers per patch of a mask over the keys of a picture, which all blocks are given
 
     @property
     def whole_blocks(self) -> float:
@@ -59,6 +61,7 @@ class ProjectorShape:
     first: bool = False  # it reads pixels, which need no gradient
     text_products: int = 0  # multiply-adds per token of the text, in layers of the projector that stand between those of the language model
     text_kept: int = 0  # numbers per token that autograd keeps there
+    enters: int = 0  # layers of the language model in front of the first such layer: no gradient of what trains before them reaches them
 
     def plus(self, parameters: int) -> ProjectorShape:
         """With parameters that run in place of the language model's own, and so add no work."""

@@ -70,7 +70,7 @@ class SharedPromptCache:
         longest = int(lengths.max())
         if (beside := packed.pop(BESIDE, None)) is not None:
             before = self._beside or tuple(part[:0] for part in beside)
-            self._beside = tuple(torch.cat([old[kept], new]) for old, new in zip(before, beside))
+            self._beside = tuple(_as_wide(old[kept], new) for old, new in zip(before, beside))
         for layer in list(packed):
             pair = packed.pop(layer)
             self._prompts[layer] = tuple(
@@ -249,6 +249,18 @@ def _joined(
     for place, unit in enumerate(units, len(kept)):
         block[place, :, : unit.prompt] = packed[0, :, unit.start : unit.start + unit.prompt]
     return block
+
+
+def _as_wide(old: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+    """Both, one under the other; of the second axis the shorter is filled up with zeros."""
+    if old.dim() > 1 and old.shape[1] != new.shape[1]:
+        blocks = [tensor.transpose(0, 1) for tensor in (old, new)]
+        old, new = (block.transpose(0, 1) for block in (_longer(block, max(map(len, blocks))) for block in blocks))
+    return torch.cat([old, new])
+
+
+def _longer(block: torch.Tensor, length: int) -> torch.Tensor:
+    return torch.cat([block, block.new_zeros(length - len(block), *block.shape[1:])])
 
 
 def _bias(hidden: torch.Tensor) -> torch.Tensor:

@@ -32,10 +32,10 @@ from terrace.generation.interface import GroupReady, Heard, Prompt, Response, Sa
 from terrace.generation.native_turns import Wave as TurnsWave
 from terrace.generation.sampling import sample_tokens
 from terrace.generation.sequences import Sequences
-from terrace.generation.turns import React
+from terrace.generation.turns import React, converse_again
 from terrace.generation.usage import Usage
 from terrace.models.batch import to_device
-from terrace.models.families.registry import output_layer
+from terrace.models.families.registry import family_of_model, output_layer
 from terrace.models.precision import DTYPES, compute_context
 from terrace.models.shared_prompt import Unit, decode_logits, units_hidden
 
@@ -80,7 +80,9 @@ class NativeEngine:
     def converse(
         self, prompts: Sequence[Prompt], sampling: Sampling, react: React, done: Callable[[int, list[Response]], None]
     ) -> list[list[Response]]:
-        """See turns.converse: here nothing that was read once is read again."""
+        """See turns.converse: here nothing that was read once is read again, but where layers read pictures beside the text."""
+        if family_of_model(self._model).family.crosses:
+            return converse_again(self, prompts, sampling, react, done)
         per_wave = max(1, self._max_rows // sampling.samples)
         training, dtype = self._model.training, DTYPES[self._precision]
         self._model.eval()

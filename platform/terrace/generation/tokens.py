@@ -12,8 +12,9 @@ from terrace.families.registry import family_class
 def forbidden_tokens(tokenizer: TextTokenizer, config: Any) -> tuple[int, ...]:
     """Ids that are never sampled: media tokens and marks that open a turn, and ids that the tokenizer does not have."""
     family = family_class(config.model_type)
-    media = {tokenizer.marks(family)[role] for role in family.never}
-    unknown = range(tokenizer.vocabulary_size, language_config(config).vocab_size)
+    vocabulary = language_config(config).vocab_size
+    media = {number for role in family.never if (number := tokenizer.marks(family)[role]) < vocabulary}  # others have no logit
+    unknown = range(tokenizer.vocabulary_size, vocabulary)
     return tuple(sorted(media | set(unknown) | family.unsaid(config)))
 
 

@@ -76,6 +76,13 @@ def converse(
     """G conversations with each prompt, in order. `sampling.max_tokens` is of one answer; `done` hears of each group when it is whole."""
     if hasattr(engine, "converse"):
         return engine.converse(prompts, sampling, react, done)
+    return converse_again(engine, prompts, sampling, react, done)
+
+
+def converse_again(
+    engine: RolloutEngine, prompts: Sequence[Prompt], sampling: Sampling, react: React, done: Callable[[int, list[Response]], None]
+) -> list[list[Response]]:
+    """`converse` with an engine that only generates: each turn reads the whole conversation so far."""
     talks = [[Talk(prompt, sample) for sample in range(sampling.samples)] for prompt in prompts]
     pending: dict[tuple[int, int], Future[PromptInputs | None]] = {}
 

@@ -38,7 +38,7 @@ def hidden_states(model: Any, batch: DeviceBatch, **attention: Any) -> torch.Ten
     `model` is the transformers class itself, not a wrapper; `attention` is what its attention functions are told.
     """
     family = family_of_model(model)
-    check_placeholders(batch, family.visual_ids(model.config), language_config(model.config).vocab_size)
+    check_placeholders(batch, family.visual_ids(model.config), language_config(model.config).vocab_size + family.family.spare_rows)
     return family.hidden(model, batch, attention)
 
 

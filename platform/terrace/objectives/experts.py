@@ -5,10 +5,10 @@ share of tokens that go to an expert, which has no gradient, and the mean probab
 packs do not add up to it, so the shares of the whole global batch are counted first: with several packs on a rank by a
 pass without gradient, with one pack by a sum over ranks between its forward and its backward. Given the shares, the
 loss is linear in the probabilities, so that packing, accumulation and the number of ranks cannot change it. Image
-tokens count as any other; padding and empty packs do not.
+tokens count as any other; padding and empty packs do not. A prompt that is computed once for several answers counts once.
 
 A family whose balance is that of each sequence (DeepSeek-V3's form) needs no such pass: its losses add up, divided by
-the sequences of the global batch.
+the sequences of the global batch; a prompt with its answers is one.
 
 Letters: M sparse layers, E experts, k experts of a token.
 """
@@ -52,14 +52,16 @@ class ExpertBalance:
         """What follows is no step: losses are those of the text alone."""
         self._listens = False
 
-    def before(self, batches: Sequence[Any], scale: float, measure: Callable[[Any], Any]) -> None:
-        """`batches` of a step; `measure(batch)` runs one forward without gradient through the strategy."""
+    def before(
+        self, batches: Sequence[Any], scale: float, measure: Callable[[Any], Any], pack_of: Callable[[Any], Any] = lambda batch: batch
+    ) -> None:
+        """`batches` of a step, each with its pack; `measure(batch)` runs one forward without gradient through the strategy."""
         self._listens, self._counts, self._balance, self._shares, self._dropped = True, None, 0.0, None, None
         self._factor = self.weight / scale
         if not self.weight:
             return
         if self._by_sequence:
-            held = sum(len(batch.segment_ends) for batch in batches) if self._first_of_its_group else 0
+            held = sum(len(pack_of(batch).segment_ends) for batch in batches) if self._first_of_its_group else 0
             self._sequences = float(self._opening.total([held])[0])
         elif len(batches) > 1:
             self._counting, self._counted = True, None

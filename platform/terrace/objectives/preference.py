@@ -19,9 +19,11 @@ import torch
 
 from terrace.data.types import PackedExample
 from terrace.models.attention import choose_backend
+from terrace.models.families.registry import family_of_model
 from terrace.models.shared_prompt import use_shared_prompt_attention
 from terrace.objectives import reference
 from terrace.objectives.answers import AnswerBatch, AnswerPack, answer_batch, answer_logprobs, empty_answers
+from terrace.objectives.experts import ExpertBalance
 from terrace.objectives.interface import Counts, Objective, Opening, StageFeed, StageRun, StepExamples
 from terrace.objectives.reference import ReferenceTable
 from terrace.recipe.identity import stage_hash
@@ -71,6 +73,7 @@ class Preference(Objective):
         self._chunk_tokens = 1 << 30 if stage.parallel.strategy == "zero3" else stage.loss_chunk_tokens
         self._table: ReferenceTable | None = None
         self._sft_factor = 0.0
+        self._experts: ExpertBalance | None = None
         self._sums = np.zeros(len(FIGURES))
 
     # ------------------------------------------------------------ what an objective says
@@ -88,7 +91,9 @@ class Preference(Objective):
 
     def begin(self, run: StageRun) -> None:
         super().begin(run)
-        opening = self.opening
+        opening, family = self.opening, family_of_model(run.strategy.model)
+        if family.routers(run.strategy.model):
+            self._experts = ExpertBalance(opening, family.family.balances_sequences)
         backend, _ = choose_backend(opening.recipe.model.attention, torch.device(opening.context.device).type, opening.stage.precision)
         use_shared_prompt_attention(run.strategy.model, backend)
 
@@ -149,6 +154,11 @@ class Preference(Objective):
     # ------------------------------------------------------------ a step
 
     def loss(self, model: Any, batch: AnswerBatch) -> torch.Tensor:
+        if self._experts is None or batch.reference is None:  # that measures, and trains nothing
+            return self._compared(model, batch)
+        return self._experts.loss(model, batch.batch, lambda: self._compared(model, batch))
+
+    def _compared(self, model: Any, batch: AnswerBatch) -> torch.Tensor:
         logprobs = answer_logprobs(model, batch, self._chunk_tokens)
         batch.results = {"logprobs": logprobs.detach()}
         if batch.reference is None or not batch.lengths:
@@ -192,6 +202,10 @@ class Preference(Objective):
             tokens = float(sum(length for pack in examples for length, wanted in zip(pack.lengths, pack.wanted) if wanted))
             whole = self.opening.gather([weights, tokens]).sum(axis=0)
             self._sft_factor = self.sft_weight * float(whole[0]) / max(1.0, float(whole[1]))
+        if self._experts and self.strategy.model.training:  # held-out losses are without
+            self._experts.before(examples, scale, lambda example: self.strategy.loss(self.batch(example)), self.pack_of)
+        elif self._experts:
+            self._experts.rest()
 
     def seen(self, example: AnswerPack, batch: AnswerBatch) -> None:
         if not batch.lengths:
@@ -206,7 +220,8 @@ class Preference(Objective):
         )  # fmt: skip
 
     def values(self, ran: bool) -> dict[str, Any]:
-        return self._figures() if ran else {}
+        balance = self._experts.values() if self._experts and ran else {}
+        return self._figures() | balance if ran else {}
 
     def _figures(self) -> dict[str, float]:
         """Means over the rows of all ranks since `before`. Every rank calls it."""

@@ -177,6 +177,9 @@ def training_flops(shape: ModelShape, load: PackLoad, trained: Sequence[PartName
             + forward[part].get("adapters", 0.0) * 2
             + forward[part].get("between", 0.0) * (weights + bool(trained))  # what comes in goes through norms that train
         )
+    if shape.projector.enters and "language" not in trained:  # in front of the first layer that reads pictures
+        unreached = shape.projector.enters / shape.language.layers * any(part in trained for part in PARTS[:2])
+        backward["language"] -= unreached * (forward["language"]["linear"] + 2 * forward["language"]["attention"])
     if "projector" in trained and "vision" not in trained:  # what the tower gives takes no gradient
         backward["projector"] -= 2 * load.visual_tokens * shape.projector.outer
     recompute = {

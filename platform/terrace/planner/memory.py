@@ -237,9 +237,10 @@ def _language_activations(shape: ModelShape, stage: Stage, pack: PackSize, compu
     between = pack.tokens * shape.projector.text_kept * compute  # layers of the projector, never checkpointed
     ends = between + pack.tokens * language.width * (1 + FP32 + (FP32 if train and language.gated else 0))  # places of images, final norm
     checkpointed = train.activation_checkpointing if train else stage.frozen_activation_checkpointing
+    layers = language.layers - (0 if train else shape.projector.enters)
     if checkpointed:
-        return _Activations(pack.tokens * language.layers * language.width * residual + ends, pack.tokens * layer + working)
-    return _Activations(pack.tokens * language.layers * layer + ends, working)
+        return _Activations(pack.tokens * layers * language.width * residual + ends, pack.tokens * layer + working)
+    return _Activations(pack.tokens * layers * layer + ends, working)
 
 
 def _language_layer(shape: ModelShape, stage: Stage, compute: int, on_gpu: bool) -> float:
@@ -299,7 +300,7 @@ def _vision_activations(shape: ModelShape, stage: Stage, pack: PackSize, compute
     if train is None:
         return _Activations(kept, working)
     kept += patches * vision.patch_values * compute  # the pixels, for the patch embedding's gradient
-    kept += patches * vision.outer_norms * vision.width * (FP32 + compute)
+    kept += patches * (vision.outer_norms * vision.width * (FP32 + compute) + vision.mask_keys * compute)
     blocks = vision.whole_blocks + vision.idle_blocks
     if vision.merger_products:  # inside the tower, never checkpointed: two norms, attention, two matrices over merged patches
         kept += patches * (compute * (8 * vision.width + 2 * vision.intermediate) + FP32 * (2 * vision.width + vision.heads))

@@ -30,8 +30,8 @@ def part_sizes(shape: ModelShape) -> dict[PartName, PartSizes]:
     embeddings = language.vocabulary * language.width * (1 if language.tied else 2)
     return {
         "vision": PartSizes(
-            vision.depth * vision.block_parameters + vision.other_parameters, vision.block_parameters, vision.depth,
-            vision.unused_parameters,
+            vision.depth * vision.block_parameters - vision.smaller + vision.other_parameters, vision.block_parameters, vision.depth,
+            vision.unused_parameters, vision.smaller,
         ),
         "projector": PartSizes(projector.parameters, projector.parameters, 1, projector.unused_parameters),
         "language": PartSizes(

@@ -29,6 +29,7 @@ class ObjectiveEntry:
     heads: bool = False  # it trains `train.heads`
     views: bool = False  # it compares views of pictures
     fixed_packs: bool = False  # a pack is `batch.samples_per_pack` samples of one picture each, rather than a full sequence
+    balances: bool = False  # it adds the load-balancing loss of a mixture of experts (`expert_balance`)
     figures: tuple[str, ...] = ()  # what it measures of every kind of held-out samples, as `eval/KIND/FIGURE`; none: the loss
 
     def trains(self, gives: str) -> bool:
@@ -61,6 +62,7 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
         refused_kinds=FOR_ANSWERS,
         shares_packs=True,
         needs_targets=True,
+        balances=True,
     ),
     "grpo": ObjectiveEntry("terrace.rl.objective", "terrace.rl.prompt_feed"),
     "reward_model": ObjectiveEntry(
@@ -92,7 +94,7 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
         for name in VIEW_OPTIONS
     },
     **{
-        name: ObjectiveEntry(f"terrace.objectives.{name}", "terrace.rl.answer_feed", only_kind="preference")
+        name: ObjectiveEntry(f"terrace.objectives.{name}", "terrace.rl.answer_feed", only_kind="preference", balances=True)
         for name in ("dpo", "mpo", "kto", "orpo", "simpo")
     },
 }

@@ -62,6 +62,8 @@ def _tokens(before: Model, stage: Stage, at: Path) -> Iterator[Problem]:
     key, language = (*at, "model_changes", "add_tokens"), stage.train.language
     if "vocab_size" not in language_config(before.config or {}):
         yield Problem(key, "needs `vocab_size` in model.config: a tokenizer that is trained here has its tokens from the first stage on")
+    if family_class(before.architecture).spare_rows:
+        yield Problem(key, f"{before.architecture} keeps the rows of its own marks behind the vocabulary: a longer one would move them")
     if language is None or language.lora is not None:
         yield Problem(key, "adds rows of embedding and output layer, which nothing trains in this stage: train `language` without adapters")
     elif language.optimizer_state == "keep":

@@ -13,6 +13,7 @@ from terrace.families.interface import Family, Finding
 from terrace.families.registry import family_class
 from terrace.recipe.changes import stage_model
 from terrace.recipe.errors import Path, Problem
+from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.rules_places import written_models
 from terrace.recipe.schema import PARTS, Recipe, Stage
 from terrace.recipe.schema_inputs import Tokenizer
@@ -76,8 +77,9 @@ def _stage(stage: Stage, family: type[Family], at: Path) -> Iterator[Problem]:
     key = (*at, "expert_balance")
     if not family.experts:
         yield Problem(key, f"{family.name} has no experts to spread tokens over; leave it out")
-    elif stage.objective != "lm":
-        yield Problem(key, f"is part of the objective lm; this stage's objective is {stage.objective}")
+    elif not OBJECTIVES[stage.objective].balances:
+        able = ", ".join(name for name, entry in OBJECTIVES.items() if entry.balances)
+        yield Problem(key, f"is part of the objectives {able}; this stage's objective is {stage.objective}")
     elif stage.train.language is None:
         yield Problem(key, "moves the routers of the language model, which is frozen in this stage; leave it out, or train `language`")
 

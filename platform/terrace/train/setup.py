@@ -8,11 +8,13 @@ on-policy loop.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from terrace.errors import InputError
 from terrace.models.attention import activate_flash_attention_3, choose_backend, use_attention
@@ -53,6 +55,14 @@ def freeze_parts(model: Any, stage: Stage) -> None:
         log.info("never trained by this family: %d tensors, %s ...", len(unused), min(unused))
 
 
+class _Recomputed(GradientCheckpointingLayer):
+    """Before the class of a block: what it is called with by name is put in its place, where checkpointing keeps it like activations."""
+
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        given = inspect.signature(type(self).forward).bind(self, *args, **named)
+        return super().__call__(*given.args[1:], **given.kwargs)
+
+
 def checkpoint_activations(model: Any, stage: Stage) -> None:
     """Recompute the blocks of the parts that ask for it in backward, instead of keeping their activations.
 
@@ -65,6 +75,8 @@ def checkpoint_activations(model: Any, stage: Stage) -> None:
         training = getattr(stage.train, part)
         recompute = training.activation_checkpointing if training else stage.frozen_activation_checkpointing
         for block in family.blocks_of(model, part):
+            if recompute and not isinstance(block, GradientCheckpointingLayer):  # a class that does not heed what is set below
+                block.__class__ = type(f"Recomputed{type(block).__name__}", (_Recomputed, type(block)), {"forward": type(block).forward})
             block.gradient_checkpointing = recompute
             block._gradient_checkpointing_func = wrapped
 

@@ -10,6 +10,7 @@ Shape letters: L tokens, I pictures, n vectors of a picture, E their width, B pr
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -27,21 +28,50 @@ BESIDE = -1  # where, among the layers that a prefill keeps, what decoding needs
 
 
 @dataclass(frozen=True)
+class Run:
+    """Neighbouring tokens that see the same vectors: places [start, end), and [from, to) of the vectors of all pictures in a row."""
+
+    start: int
+    end: int
+    spans: tuple[tuple[int, int], ...]
+
+
+@dataclass
 class Crossing:
     """What the layers between are told of a pack's pictures."""
 
     states: torch.Tensor  # [I, n, E]
-    runs: Sequence[tuple[int, int, int]]  # (start, end, picture) of neighbouring tokens
+    runs: Sequence[Run]
     gate: torch.Tensor  # float [1, L]: 0 where a token sees no picture
+    weight: torch.Tensor | None = None  # float [L]: what attention gives is multiplied by it, where the class has no gate for that
+    kept: list[tuple[torch.Tensor, torch.Tensor]] | None = None  # keys and values of each layer, where decoding goes on with them
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-        """query [1, H, L, D], key and value [1, K, I * n, D] -> [1, L, H, D]: each run over its own picture."""
-        count, outputs = self.states.shape[1], []
-        for start, end, picture in self.runs:
-            seen = slice(picture * count, (picture + 1) * count)
-            q, k, v = query[:, :, start:end], key[:, :, seen], value[:, :, seen]
+        """query [1, H, L, D], key and value [1, K, I * n, D] -> [1, L, H, D]: each run over its own vectors."""
+        if self.kept is not None:
+            self.kept.append((key, value))
+        outputs = []
+        for run in self.runs:
+            q, k, v = query[:, :, run.start : run.end], _cut(key, run.spans), _cut(value, run.spans)
             outputs.append(F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=q.shape[1] != k.shape[1]))
-        return torch.cat(outputs, dim=2).transpose(1, 2)
+        out = torch.cat(outputs, dim=2).transpose(1, 2)
+        return out if self.weight is None else out * self.weight[None, :, None, None].to(out.dtype)
+
+
+def _cut(vectors: torch.Tensor, spans: Sequence[tuple[int, int]]) -> torch.Tensor:
+    pieces = [vectors[:, :, start:end] for start, end in spans]
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+
+
+def runs_at(runs: Sequence[Run], places: Sequence[int]) -> list[Run]:
+    """The run in which each place lies."""
+    ends = [run.end for run in runs]
+    return [runs[bisect.bisect_right(ends, place)] for place in places]
+
+
+def prompt_ends(options: Mapping[str, Any]) -> list[int]:
+    """Places of the last token of each prompt that a prefill is told of: what is generated behind it sees the same pictures."""
+    return [unit.start + unit.prompt - 1 for unit in options["prompt_units"]]
 
 
 def last_pictures(input_ids: np.ndarray, image_id: int, boundaries: Sequence[int]) -> np.ndarray:
@@ -74,20 +104,21 @@ class CrossingModel(FamilyModel):
     def hidden(self, model: Any, batch: DeviceBatch, attention: Mapping[str, Any]) -> torch.Tensor:
         embeddings = self.language(model).embed_tokens(batch.input_ids)
         ids = batch.example.input_ids if batch.example.tokens else np.zeros(1, np.int32)
-        pictures = last_pictures(ids, self.image_id(model.config), batch.boundaries)
         if batch.image_facts is not None:
             states = self.features(model, self.normalised(batch.pixels, batch.dtype), batch.image_facts).pooled
         else:
             states = self.features(model, *self.blank(batch.device, self.compute_dtype(model))).pooled
-        gate = torch.from_numpy((pictures >= 0).astype(np.float32)).to(batch.device)[None]
-        crossing = Crossing(states, runs_of(pictures), gate)
-        if (keep := attention.get("keep")) is not None:
-            last = pictures[np.asarray(batch.boundaries[1:]) - 1]
-            chosen = torch.from_numpy(np.maximum(last, 0)).to(batch.device)
-            keep[BESIDE] = (states[chosen], torch.from_numpy((last >= 0).astype(np.float32)).to(batch.device))
+        crossing = self.crossing(states, batch, ids, self.image_id(model.config))
         return self.run_language(model, embeddings, batch.position_ids, {**attention, "crossing": crossing})
 
-    def beside(self, rows: Any) -> Crossing:
-        """The same while decoding: one token of each row, `rows` the cache's (states [B, n, E], gates [B], prompt of each row)."""
-        states, gates, prompts = rows
-        return Crossing(states, runs_of(prompts.cpu().numpy()), gates[prompts][None])
+    def crossing(self, states: torch.Tensor, batch: DeviceBatch, ids: np.ndarray, image_id: int) -> Crossing:
+        """Whose vectors each token of a pack sees; this default: the last picture before it."""
+        pictures, count = last_pictures(ids, image_id, batch.boundaries), states.shape[1]
+        runs = [Run(start, end, ((number * count, (number + 1) * count),)) for start, end, number in runs_of(pictures)]
+        gate = torch.from_numpy((pictures >= 0).astype(np.float32)).to(batch.device)[None]
+        return Crossing(states, runs, gate)
+
+
+def runs_of_rows(prompts: torch.Tensor, tokens: int) -> list[tuple[int, int, int]]:
+    """While decoding: (start, end, prompt) of neighbouring tokens, as many of each row; `prompts` [R] is the prompt of each."""
+    return runs_of(np.repeat(prompts.cpu().numpy(), tokens // len(prompts)))

@@ -5,14 +5,14 @@ The class's own forward takes a mask over all tokens and all pictures' latents, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 
 from terrace.errors import InputError
 from terrace.models.batch import ImageFacts
-from terrace.models.families.crossing import CrossingModel
+from terrace.models.families.crossing import BESIDE, Crossing, CrossingModel, Run, prompt_ends, runs_at, runs_of_rows
 from terrace.models.families.interface import Features
 from terrace.recipe.schema import PartName
 
@@ -63,8 +63,10 @@ class IdeficsModel(CrossingModel):
 
     def run_language(self, model: Any, embeddings: torch.Tensor, positions: torch.Tensor, options: Mapping[str, Any]) -> torch.Tensor:
         options = dict(options)
-        crossing = options.pop("crossing", None) or self.beside(options["decode"].beside)
+        crossing = options.pop("crossing", None) or self.beside(options["decode"].beside, embeddings.shape[1])
         inner, hidden = model.model, embeddings
+        if (keep := options.get("keep")) is not None:
+            keep[BESIDE] = self.kept_beside(crossing, prompt_ends(options))
         states = crossing.states.flatten(0, 1)[None].to(hidden.dtype)
         for number, layer in enumerate(inner.layers):
             if number % inner.cross_layer_interval == 0:
@@ -73,6 +75,18 @@ class IdeficsModel(CrossingModel):
                 )
             hidden = layer(hidden, attention_mask=None, position_ids=positions[0], **options)
         return inner.norm(hidden)[0]
+
+    def kept_beside(self, crossing: Crossing, ends: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each prompt's last token: latents [B, n, E] of the picture that it sees, and its gate [B]."""
+        pictures = [run.spans[0][0] // crossing.states.shape[1] for run in runs_at(crossing.runs, ends)]
+        return crossing.states[pictures], crossing.gate[0, list(ends)]
+
+    def beside(self, rows: Any, tokens: int) -> Crossing:
+        """While decoding: `rows` are the cache's (latents [B, n, E], gates [B], prompt of each row [R])."""
+        states, gates, prompts = rows
+        count = states.shape[1]
+        runs = [Run(start, end, ((one * count, (one + 1) * count),)) for start, end, one in runs_of_rows(prompts, tokens)]
+        return Crossing(states, runs, gates[prompts].repeat_interleave(tokens // len(prompts))[None])
 
 
 MODEL = IdeficsModel
