@@ -43,7 +43,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("terrace.talk.serve_command", "serve a model over HTTP in OpenAI's form, with a page to try it"),
     "evaluate": ("terrace.evaluate.command", "score a model on suites"),
     "report": ("terrace.curriculum.report_command", "write a run's report"),
-    "track": ("terrace.curriculum.track_command", "fill an MLflow server from a run directory"),
+    "track": ("terrace.curriculum.track_command", "fill an MLflow server, or another tracker, from a run directory"),
     "render": ("terrace.cluster.command", "print the Kubernetes resource of a recipe"),
     "judge": ("terrace.rewards.judge_command", "score given responses with a reward and say why"),
     "serve-rewards": ("terrace.rewards.command", "serve rewards over HTTP"),

@@ -284,7 +284,12 @@ class Stage(Strict):
 
 class Tracking(Strict):
     uri: str | None = Field(None, description="MLflow tracking URI; default: sqlite in the run directory.")
-    experiment: str = Field("terrace", description="MLflow experiment.")
+    experiment: str = Field("terrace", description="MLflow experiment, and the project of trackers beside it.")
+    also: list[Literal["tensorboard", "wandb"]] = Field(
+        [],
+        description="Trackers beside MLflow, each through its own client, with files in the run directory: `tensorboard`, `wandb`"
+        " (offline unless `WANDB_MODE` says otherwise).",
+    )
     log_every_steps: int = Field(1, ge=1, description="Log step metrics every so many steps.")
 
 
