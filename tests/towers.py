@@ -141,6 +141,9 @@ class Plain:
         with torch.no_grad():
             return self.objective.loss(self.model, batch)
 
+    def tensors(self, kind: str) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, parameter.detach()) for name, parameter in self.model.named_parameters())
+
     def accumulate(self, batch: Any, scale: float, last: bool) -> torch.Tensor:
         loss = self.objective.loss(self.model, batch)
         (loss * scale).backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,13 +19,16 @@ from terrace.errors import Preempted
 from terrace.models.batch import image_facts
 from terrace.models.families.registry import family_of_model
 from terrace.objectives.chance import generator_of
-from terrace.objectives.matching_losses import drawn_negatives
+from terrace.objectives.matching_keys import UNUSED, Keys
+from terrace.objectives.matching_losses import contrast_with_keys, drawn_negatives
 from terrace.objectives.retrieval import recalls, recalls_of_scores
 from terrace.planner.parameters import parameter_counts
 from terrace.planner.shapes import shape_of_config
 from terrace.recipe.rules import check
+from terrace.worker.context import WorkerContext
 
 NAME, PAIRS, SMOOTHING, SEED = "blip_2_matching", 6, 0.1, 0
+PARTS = {"vision": {"lr": 1e-3}, "projector": {"lr": 1e-3}}
 
 
 @pytest.fixture(autouse=True)
@@ -67,8 +71,26 @@ def smoothed(logits, target):
     return F.cross_entropy(logits, target, label_smoothing=SMOOTHING)
 
 
-def published_step(dtype):
-    """The loss and its gradients over all pairs at once, with transformers' own forward for contrast and matching."""
+def contrast_of_keys(images, texts, key_images, key_texts, temperature, weight):
+    """BLIP's contrast, and its similarities to the keys both ways."""
+
+    def nearest(pictures, words):
+        return torch.einsum("nqd,md->nmq", pictures, words).amax(-1) / temperature
+
+    pairs, loss, found = len(images), 0.0, []
+    for scores, taught in (
+        (nearest(images, key_texts), nearest(key_images[:pairs], key_texts)),
+        (nearest(key_images, texts).T, nearest(key_images, key_texts[:pairs]).T),
+    ):
+        target = (1 - weight) * torch.eye(pairs, len(key_texts), dtype=scores.dtype) + weight * taught.detach().softmax(1)
+        loss = loss - 0.5 * (target * scores.log_softmax(1)).sum(1).mean()
+        found.append(scores[:, :pairs])
+    return loss, *found
+
+
+def published_step(dtype, keys=None):
+    """The loss and its gradients over all pairs at once, with transformers' own forward for contrast and matching. `keys` is the queue
+    of a key encoder that is still the model itself, and its share of the target."""
     model, config = towers_model(NAME, dtype)
     family, pack = family_of_model(model), pair_pack(config, 0, PAIRS)
     texts = np.split(pack.input_ids.astype(np.int64), pack.segment_ends[:-1])
@@ -83,11 +105,17 @@ def published_step(dtype):
             ids[row, queries : queries + len(text)], mask[row, queries : queries + len(text)] = torch.from_numpy(text), 1
         return {"input_ids": ids, "attention_mask": mask}
 
-    scores = model(pixel_values=pixels, **rows(texts)).logits_per_image / model.temperature
-    labels = torch.arange(PAIRS)
-    contrast = 0.5 * (smoothed(scores, labels) + smoothed(scores.T, labels))
+    found = model(pixel_values=pixels, **rows(texts))
+    to_texts, labels = found.logits_per_image / model.temperature, torch.arange(PAIRS)
+    to_pictures = to_texts.T
+    contrast = 0.5 * (smoothed(to_texts, labels) + smoothed(to_pictures, labels))
+    if keys is not None:
+        (queue_images, queue_texts), weight = keys
+        key_images, key_texts = torch.cat([found.image_embeds.detach(), queue_images]), torch.cat([found.text_embeds.detach(), queue_texts])
+        vectors = (found.image_embeds, found.text_embeds, key_images, key_texts)
+        contrast, to_texts, to_pictures = contrast_of_keys(*vectors, model.temperature, weight)
     negatives = []
-    for matrix, purpose in ((scores, "negative text"), (scores.T, "negative picture")):
+    for matrix, purpose in ((to_texts, "negative text"), (to_pictures, "negative picture")):
         for pair in range(PAIRS):
             weights = matrix[pair].detach().double().softmax(0).numpy().copy()
             weights[pair] = 0.0
@@ -127,6 +155,100 @@ def test_value_and_gradients_are_the_formulas_whatever_the_packs():
     assert_equal(gradients_of_step(0, 1, NAME, "matching", [3, 3], "float32"), published_step(torch.float32), 3e-6)
 
 
+KEYS = {"momentum": 0.9, "queue": 5, "distillation": 0.4}
+
+
+def first_queue():
+    recipe = towers_recipe(NAME, "matching", matching=KEYS)
+    _, config = towers_model(NAME)
+    opening = SimpleNamespace(feed=SimpleNamespace(config=config), stage=recipe.stages[0], context=WorkerContext())
+    return tuple(Keys(recipe.stages[0].matching, opening).queue.values())
+
+
+def test_a_key_encoder_and_its_queue_stand_on_the_other_side_of_the_contrast():
+    rng = np.random.default_rng(5)
+
+    def vectors(*shape):
+        return F.normalize(torch.from_numpy(rng.normal(size=shape)), dim=-1)
+
+    images, texts, keys = vectors(6, 3, 8), vectors(6, 8), (vectors(11, 3, 8), vectors(11, 8))
+    leaves = [images.clone().requires_grad_(), texts.clone().requires_grad_(), torch.tensor(0.2, dtype=torch.float64, requires_grad=True)]
+    wanted, to_texts, to_pictures = contrast_of_keys(leaves[0], leaves[1], *keys, leaves[2], 0.4)
+    slopes = torch.autograd.grad(wanted, leaves)
+    loss, of_temperature = 0.0, 0.0
+    for own in (slice(0, 2), slice(2, 6)):
+        share, texts_now, pictures_now = contrast_with_keys(images, texts, keys, leaves[2].detach(), 0.4, own)
+        loss, of_temperature = loss + share.loss.sum() / 6, of_temperature + share.temperature.sum() / 6
+        torch.testing.assert_close(share.images / 6, slopes[0][own])
+        torch.testing.assert_close(share.texts / 6, slopes[1][own])
+    torch.testing.assert_close((loss, of_temperature), (wanted.detach(), slopes[2]))
+    torch.testing.assert_close((texts_now, pictures_now), (to_texts.detach(), to_pictures.detach()))
+    exact = published_step(torch.float32, (first_queue(), 0.4))
+    for sizes in ([6], [1, 5, 0]):
+        assert_equal(gradients_of_step(0, 1, NAME, "matching", sizes, "float32", matching=KEYS), exact, 3e-6)
+
+
+@pytest.mark.slow
+def test_the_queue_holds_the_latest_pairs_and_all_of_it_resumes(tmp_path):
+    recipe = towers_recipe(NAME, "matching", matching=KEYS | {"queue": 20}, train=PARTS, checkpoint={"every_steps": 1})
+    values = {"one": recipe.model_dump(mode="json")}
+    train_towers(0, 1, values, str(tmp_path / "whole"))
+    with pytest.raises(Preempted):
+        train_towers(0, 1, values, str(tmp_path / "again"), stop_after=2)
+    train_towers(0, 1, values, str(tmp_path / "again"))
+    assert weights_of(tmp_path / "again" / "one") == weights_of(tmp_path / "whole" / "one")
+    plain = {"one": towers_recipe(NAME, "matching", train=PARTS).model_dump(mode="json")}
+    train_towers(0, 1, plain, str(tmp_path / "plain"))
+    assert weights_of(tmp_path / "plain" / "one") != weights_of(tmp_path / "whole" / "one")
+    # What enters the queue: the batch's keys, the oldest leave; the encoder moves by a tenth.
+    _, config = towers_model(NAME)
+    opening = SimpleNamespace(feed=SimpleNamespace(config=config), stage=recipe.stages[0], context=WorkerContext())
+    keys = Keys(recipe.stages[0].matching, opening)
+    first, _ = towers_model(NAME)
+    encoder = keys.encoder(lambda: ((name, one.detach()) for name, one in first.named_parameters()))
+    before = {name: rows.clone() for name, rows in keys.queue.items()}
+    new = torch.ones(3, 4, 16), 2 * torch.ones(3, 16)
+    keys.remember(*new, ((name, one.detach() + 1.0) for name, one in first.named_parameters()))
+    assert torch.equal(keys.queue["images"], torch.cat([before["images"][3:], new[0]]))
+    assert torch.equal(keys.queue["texts"], torch.cat([before["texts"][3:], new[1]]))
+    start = dict(first.named_parameters())
+    assert set(start) - set(encoder.tensors) == {name for name in start if name.startswith(UNUSED)}
+    for name, tensor in encoder.tensors.items():
+        torch.testing.assert_close(tensor, start[name].detach() + 0.1)
+
+
+def test_what_needs_a_key_encoder_is_named():
+    recipe = towers_recipe(NAME, "matching", train=PARTS, matching={"queue": 4, "distillation": 0.4})
+    told = "\n".join(str(problem) for problem in check(recipe))
+    assert "queue" in told
+    assert "distillation" in told
+    assert check(towers_recipe(NAME, "matching", train=PARTS, matching=KEYS)) == []
+
+
+@pytest.mark.slow
+def test_another_number_of_ranks_takes_the_queue_over(tmp_path):
+    layout = {"resources": {"workers": [1, 2]}, "checkpoint": {"every_steps": 1}}
+    recipe = towers_recipe(NAME, "matching", train=PARTS, matching=KEYS | {"queue": 20}, **layout)
+    values = {"one": recipe.model_dump(mode="json")}
+    train_towers(0, 1, values, str(tmp_path / "single"))
+    with pytest.raises(Preempted):
+        train_towers(0, 1, values, str(tmp_path / "changed"), stop_after=2)
+    run_ranks(2, train_towers, values, str(tmp_path / "changed"))
+    np.testing.assert_allclose(losses_of(tmp_path / "changed"), losses_of(tmp_path / "single"), rtol=1e-5)
+    [found, *_] = run_ranks(2, gradients_of_keys, [[3, 3], [4, 2, 0, 0]])
+    exact = published_step(torch.float32, (first_queue(), 0.4))
+    for result in found:
+        assert_equal(result, exact, 3e-6)
+
+
+def gradients_of_keys(rank, world_size, layouts):
+    return [gradients_of_step(rank, world_size, NAME, "matching", sizes, "float32", matching=KEYS) for sizes in layouts]
+
+
+def losses_of(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "one" / "metrics.jsonl").read_text().splitlines()]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_the_number_of_ranks_changes_nothing(ranks):
@@ -143,19 +265,19 @@ def test_negatives_are_other_texts_and_the_same_whatever_the_layout():
     logits, draws = torch.from_numpy(rng.normal(size=(7, 7))), rng.random((7, 2))
     which = np.array([0, 1, 2, 0, 3, 4, 5])
     same = which[:, None] == which[None]
-    found = drawn_negatives(logits, same, np.arange(7), draws)
+    found = drawn_negatives(logits, logits.T, same, np.arange(7), draws)
     assert all(which[text] != which[pair] and which[picture] != which[pair] for pair, (text, picture) in enumerate(zip(*found)))
     dealt = rng.permutation(7)  # the pairs as other ranks hold them
     order = np.argsort(dealt)
-    again = drawn_negatives(logits[np.ix_(dealt, dealt)], same[np.ix_(dealt, dealt)], order, draws[dealt])
+    again = drawn_negatives(logits[np.ix_(dealt, dealt)], logits.T[np.ix_(dealt, dealt)], same[np.ix_(dealt, dealt)], order, draws[dealt])
     assert all(np.array_equal(dealt[one], other[dealt]) for one, other in zip(again, found))
-    alone = drawn_negatives(torch.zeros(2, 2), np.ones((2, 2), bool), np.arange(2), draws[:2])
+    alone = drawn_negatives(torch.zeros(2, 2), torch.zeros(2, 2), np.ones((2, 2), bool), np.arange(2), draws[:2])
     assert [side.tolist() for side in alone] == [[-1, -1], [-1, -1]]
     # Drawn as often as the softmax says.
     many = np.linspace(0, 1, 2_000, endpoint=False)
     counts = np.zeros(7)
     for draw in many:
-        counts[drawn_negatives(logits, same, np.arange(7), np.full((7, 2), draw))[0][1]] += 1
+        counts[drawn_negatives(logits, logits.T, same, np.arange(7), np.full((7, 2), draw))[0][1]] += 1
     weights = logits[1].exp().numpy() * ~same[1]
     np.testing.assert_allclose(counts / len(many), weights / weights.sum(), atol=2e-3)
 
@@ -166,7 +288,7 @@ def weights_of(folder: Path) -> str:
 
 
 def test_a_stage_trains_resumes_to_the_same_bits_and_exports_as_transformers_class(tmp_path):
-    recipe = towers_recipe(NAME, "matching", train={"vision": {"lr": 1e-3}, "projector": {"lr": 1e-3}}, checkpoint={"every_steps": 1})
+    recipe = towers_recipe(NAME, "matching", train=PARTS, checkpoint={"every_steps": 1})
     values = {"one": recipe.model_dump(mode="json")}
     train_towers(0, 1, values, str(tmp_path / "whole"))
     with pytest.raises(Preempted):
@@ -200,13 +322,8 @@ def test_recalls_of_scores_are_those_of_vectors():
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2"])
 def test_strategies_agree_with_one_process(strategy, tmp_path):
-    parts = {"vision": {"lr": 1e-3}, "projector": {"lr": 1e-3}}
     layout = {"parallel": {"strategy": strategy}, "resources": {"workers": 2}}
-    one, two = (towers_recipe(NAME, "matching", train=parts, **more).model_dump(mode="json") for more in ({}, layout))
+    one, two = (towers_recipe(NAME, "matching", train=PARTS, **more).model_dump(mode="json") for more in ({}, layout))
     train_towers(0, 1, {"one": one}, str(tmp_path / "single"))
     run_ranks(2, train_towers, {"one": two}, str(tmp_path / "double"))
-
-    def losses(folder: Path) -> list[float]:
-        return [json.loads(line)["loss"] for line in (folder / "one" / "metrics.jsonl").read_text().splitlines()]
-
-    np.testing.assert_allclose(losses(tmp_path / "double"), losses(tmp_path / "single"), rtol=1e-5)
+    np.testing.assert_allclose(losses_of(tmp_path / "double"), losses_of(tmp_path / "single"), rtol=1e-5)

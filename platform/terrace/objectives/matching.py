@@ -6,13 +6,15 @@ that somebody draws as a negative; then each pack runs again with gradient, with
 packs nor the number of ranks changes the loss, a gradient or a draw: a negative is drawn with (stage seed, source, sample, epoch)
 over the pairs in the order of the data.
 
+With `momentum`, BLIP's key encoder and queue stand on the other side of the contrast (`matching_keys`).
+
 Shape letters: B pairs of a pack, n pairs of a rank, N pairs of all ranks, L tokens, Q queries, D width.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +27,8 @@ from terrace.models.batch import ImageFacts, image_facts
 from terrace.models.families.registry import family_model, family_of_model
 from terrace.objectives.chance import generator_of
 from terrace.objectives.interface import Opening
-from terrace.objectives.matching_losses import Share, contrast, drawn_negatives, similarities, smoothed
+from terrace.objectives.matching_keys import Keys
+from terrace.objectives.matching_losses import Share, contrast, contrast_with_keys, drawn_negatives, similarities, smoothed
 from terrace.objectives.packs import PackObjective
 from terrace.objectives.retrieval import recalls_of_scores
 from terrace.objectives.two_towers import wide
@@ -74,6 +77,9 @@ class Matching(PackObjective):
         self._of_matches, self._of_tokens = 1.0, 1.0  # to what a loss per pair makes of means over matches and over tokens
         self._sums: dict[str, float] = {}
         self._pairs = 1.0
+        self._keys = Keys(self.options, opening) if self.options.momentum is not None else None
+        self._fresh: tuple[torch.Tensor, torch.Tensor] | None = None  # keys of the step's pairs, in the order of the data
+        self._ran = False
 
     # ------------------------------------------------------------ a step
 
@@ -86,11 +92,19 @@ class Matching(PackObjective):
         first = sum(counts[: context.rank])
         own = slice(first, first + len(images))
         everything = gather_tensors(images, counts, context), gather_tensors(texts, counts, context)
-        share, logits = contrast(*everything, temperature, self.options.label_smoothing, own)
         written = self._exchanged(examples)
+        if self._keys is None:
+            share, to_texts = contrast(*everything, temperature, self.options.label_smoothing, own)
+            to_pictures = to_texts.T
+        else:
+            self._keys.encoder(lambda: self.strategy.tensors("weights"))
+            keys = [gather_tensors(side, counts, context) for side in self._keys.vectors(batches)]
+            self._fresh = tuple(side[torch.from_numpy(written.order).to(side.device)] for side in keys)
+            weight = self._keys.weight(self.step)
+            share, to_texts, to_pictures = contrast_with_keys(*everything, self._keys.with_queue(*keys), temperature, weight, own)
         numbers = {text: number for number, text in enumerate(dict.fromkeys(map(tuple, written.texts)))}
         which = np.asarray([numbers[tuple(text)] for text in written.texts], np.int64)
-        text, picture = drawn_negatives(logits, which[:, None] == which[None], written.order, written.draws)
+        text, picture = drawn_negatives(to_texts, to_pictures, which[:, None] == which[None], written.order, written.draws)
         matches = sum(counts) + int((text >= 0).sum() + (picture >= 0).sum())
         tokens = sum(len(one) - 1 for one in written.texts)
         self._of_matches, self._of_tokens = sum(counts) / max(1, matches), sum(counts) / max(1, tokens)
@@ -229,6 +243,7 @@ class Matching(PackObjective):
 
     def values(self, ran: bool) -> dict[str, Any]:
         """The three losses as they are summed up, before their weights, and the share of matches that are told rightly."""
+        self._ran = ran
         if not ran:
             return {}
         names = (*TERMS, "right", "matches")
@@ -238,6 +253,25 @@ class Matching(PackObjective):
     def mean(self, total: float, divisor: float) -> float:
         self._pairs = max(1.0, divisor)
         return super().mean(total, divisor)
+
+    # ------------------------------------------------------------ the key encoder
+
+    def after_step(self, step: int) -> None:
+        if self._keys is not None and self._ran and self._fresh is not None:
+            self._keys.remember(*self._fresh, self.strategy.tensors("weights"))
+        self._ran, self._fresh = False, None
+
+    def state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        if self._keys is None:
+            return iter(())
+        self._keys.encoder(lambda: self.strategy.tensors("weights"))
+        return self._keys.state()
+
+    def load(self, source: Callable[[str], torch.Tensor]) -> None:
+        if self._keys is not None:
+            self._keys.load(source)
+
+    # ------------------------------------------------------------ held-out pairs
 
     def evaluate(self, alive: Callable[[], None]) -> dict[str, float]:
         """Of each kind of held-out pairs the contrast of all of them as one batch, and recalls both ways."""

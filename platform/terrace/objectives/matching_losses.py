@@ -6,6 +6,11 @@ With S[i, j] = max over queries q of picture i of x_iq . y_j, divided by the tem
     itm  = CE(match(i, i), 1) + CE(match(i, text n_i), 0) + CE(match(picture m_i, i), 0), a mean over all that there are
     itg  = CE_e of each token after those before it, a mean over tokens
 
+With a key encoder, whose vectors x' and y' (of the batch and the queue, without gradient) stand on the other side, and w its share:
+
+    itc  = -1/2 sum over pairs i of [ p_i . log softmax(max over q of x_iq . y' / t) + p'_i . log softmax(max over q of x'_q . y_i / t) ]
+    p_i  = (1 - w) own + w softmax(max over q of x'_iq . y' / t), and p'_i likewise of y'_i with x'
+
 n_i and m_i are drawn with probabilities softmax(S[i, :]) and softmax(S[:, i]) among the pairs whose text is another.
 
 Shape letters: N pairs of all ranks, n those of this rank, Q queries, D width.
@@ -58,6 +63,33 @@ def contrast(
     return Share(loss[own], of_images, of_texts, of_temperature[own]), logits
 
 
+def contrast_with_keys(
+    images: torch.Tensor, texts: torch.Tensor, keys: tuple[torch.Tensor, torch.Tensor], temperature: torch.Tensor, weight: float, own: slice
+) -> tuple[Share, torch.Tensor, torch.Tensor]:
+    """The share of the pairs `own`, and similarities [N, N] to the batch's own keys: of pictures to texts, of texts to pictures.
+
+    `keys` are pictures [M, Q, D] and texts [M, D], first those of the N pairs and behind them the queue; `weight` is w.
+    """
+    with torch.no_grad():
+        pairs, (key_images, key_texts) = len(images), keys
+        logits = similarities(images[own], key_texts) / temperature, similarities(key_images, texts[own]).T / temperature
+        taught = similarities(key_images[:pairs][own], key_texts), similarities(key_images, key_texts[:pairs][own]).T
+        places = torch.arange(pairs, device=images.device)[own]
+        loss, of_temperature, slopes = 0.0, 0.0, []
+        for values, told in zip(logits, taught):
+            target = weight * (told / temperature).softmax(1)
+            target[torch.arange(len(places), device=images.device), places] += 1.0 - weight
+            rows = values.log_softmax(1)
+            slope = 0.5 * (rows.exp() - target)
+            loss = loss - 0.5 * (target * rows).sum(1)
+            of_temperature = of_temperature - (slope * values).sum(1) / temperature
+            slopes.append(slope / temperature)
+        batch = similarities(images, key_texts[:pairs]) / temperature, similarities(key_images[:pairs], texts).T / temperature
+    of_images = _slopes(images[own], key_texts, slopes[0], True)
+    of_texts = _slopes(key_images, texts[own], slopes[1].T, False)
+    return Share(loss, of_images, of_texts, of_temperature), *batch
+
+
 def _slopes(images: torch.Tensor, texts: torch.Tensor, weights: torch.Tensor, of_images: bool) -> torch.Tensor:
     """What sum(weights * similarities(images, texts)) changes by with the pictures, or with the texts."""
     total = torch.zeros_like(images if of_images else texts)
@@ -76,17 +108,20 @@ def _slopes(images: torch.Tensor, texts: torch.Tensor, weights: torch.Tensor, of
     return total
 
 
-def drawn_negatives(logits: torch.Tensor, same: np.ndarray, order: np.ndarray, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int64 [N] and [N]: for each pair another's text, and another's picture; -1 where every text is its own.
+def drawn_negatives(
+    to_texts: torch.Tensor, to_pictures: torch.Tensor, same: np.ndarray, order: np.ndarray, draws: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [N] and [N]: for each pair another's text, and another's picture; -1 where every text is its own. `to_texts` [N, N] are the
+    similarities of pictures to texts, `to_pictures` those of texts to pictures.
 
     `same` bool [N, N]: pairs of one text. `order` int64 [N] numbers the pairs as the data does, so that no layout changes a draw;
     `draws` [N, 2] in [0, 1).
     """
-    values = logits.detach().double().cpu().numpy()[np.ix_(order, order)]
+    sides = [values.detach().double().cpu().numpy()[np.ix_(order, order)] for values in (to_texts, to_pictures)]
     same, back = same[np.ix_(order, order)], np.empty(len(order), np.int64)
     back[order] = np.arange(len(order))
     found = []
-    for side, matrix in ((0, values), (1, values.T)):
+    for side, matrix in enumerate(sides):
         weights = np.exp(matrix - matrix.max(axis=1, keepdims=True, initial=-np.inf))
         weights = np.where(same, 0.0, np.maximum(weights, 1e-12))  # a text as unlike as can be is still another
         sums = weights.cumsum(axis=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from terrace.data.order.balance import cost_of
 from terrace.data.types import PackedExample
 from terrace.objectives.interface import Counts, Objective, Opening, StepExamples
@@ -12,6 +14,12 @@ class PackObjective(Objective):
     def __init__(self, opening: Opening) -> None:
         super().__init__(opening)
         self._cost = cost_of(opening.recipe.model)
+        self.step = 0  # of this step, from 0
+
+    def steps(self, start: int) -> Iterator[StepExamples]:
+        for taken in super().steps(start):
+            self.step = taken.step
+            yield taken
 
     def weight(self, example: PackedExample) -> float:
         return len(example.sample_ids)

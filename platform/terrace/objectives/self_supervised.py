@@ -29,7 +29,7 @@ from terrace.data.views.augment import make_views
 from terrace.data.views.plans import plan_views, single_views
 from terrace.models.families.registry import family_model, family_of_model
 from terrace.models.precision import compute_context
-from terrace.objectives.interface import Opening, StepExamples
+from terrace.objectives.interface import Opening
 from terrace.objectives.lm import empty_pack
 from terrace.objectives.mae import HELD_OUT
 from terrace.objectives.packs import PackObjective
@@ -86,7 +86,6 @@ class ViewsObjective(PackObjective):
         self.coupled = self.meets
         self.dtype = opening.dtype
         self.kept = self.first_state()
-        self.step = 0  # of this step, from 0
         self._family = family_model(opening.feed.config)
         self._teacher: Teacher | None = None
         self._numbers = 0  # of packs of this step that were made
@@ -149,11 +148,6 @@ class ViewsObjective(PackObjective):
         return Teacher(self.name, self.options, self.opening.feed.config, self.opening.context.device)
 
     # ------------------------------------------------------------ a step
-
-    def steps(self, start: int) -> Iterator[StepExamples]:
-        for taken in super().steps(start):
-            self.step = taken.step
-            yield taken
 
     def before(self, examples: Sequence[PackedExample], scale: float) -> None:
         self._told, self._numbers, self._everything, self._slopes, self._ran = [], 0, None, None, False

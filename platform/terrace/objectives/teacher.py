@@ -30,26 +30,11 @@ def momentum_at(options: Momentum, step: int, steps: int) -> float:
     return options.final_momentum - gap * (math.cos(math.pi * step / max(1, steps)) + 1) / 2
 
 
-class Teacher:
-    def __init__(self, objective: str, options: Projector, config: Any, device: str) -> None:
-        self.model = meta_model(config)
-        self._family = family_of_model(self.model)
-        attach_view_heads(self.model, objective, options, tower_width(config))
-        self.model.heads.predictor = None
-        use_attention(self.model, "sdpa")
-        for module in (self._family.vision(self.model), self.model.heads):
-            module.to_empty(device=device)
-            restore_buffers(module)
-        self.model.requires_grad_(False).eval()
-        self.tensors = {
-            name: parameter for name, parameter in self.model.named_parameters()
-            if name.startswith(HEADS) or self._family.part_of(name) == "vision"
-        }  # fmt: skip
+class Follower:
+    """A model of its own whose `tensors`, by name, are a running average of those that train."""
 
-    def features(self, views: Sequence[torch.Tensor]) -> torch.Tensor:
-        """[B, T, W] of T normalised views [B, 3, s, s]."""
-        with torch.no_grad():
-            return torch.stack([self._family.view_features(self.model, view) for view in views], dim=1)
+    def __init__(self, model: Any, tensors: dict[str, torch.Tensor]) -> None:
+        self.model, self.tensors = model, tensors
 
     def follow(self, weights: Iterator[tuple[str, torch.Tensor]], momentum: float) -> None:
         """`weights` are the student's, whole. A momentum of 0 makes a copy."""
@@ -71,3 +56,25 @@ class Teacher:
 
     def state(self) -> Iterator[tuple[str, torch.Tensor]]:
         return ((NAME + name, tensor) for name, tensor in self.tensors.items())
+
+
+class Teacher(Follower):
+    def __init__(self, objective: str, options: Projector, config: Any, device: str) -> None:
+        model = meta_model(config)
+        self._family = family_of_model(model)
+        attach_view_heads(model, objective, options, tower_width(config))
+        model.heads.predictor = None
+        use_attention(model, "sdpa")
+        for module in (self._family.vision(model), model.heads):
+            module.to_empty(device=device)
+            restore_buffers(module)
+        model.requires_grad_(False).eval()
+        super().__init__(model, {
+            name: parameter for name, parameter in model.named_parameters()
+            if name.startswith(HEADS) or self._family.part_of(name) == "vision"
+        })  # fmt: skip
+
+    def features(self, views: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[B, T, W] of T normalised views [B, 3, s, s]."""
+        with torch.no_grad():
+            return torch.stack([self._family.view_features(self.model, view) for view in views], dim=1)

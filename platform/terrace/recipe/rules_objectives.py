@@ -37,8 +37,27 @@ def check(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
         for problem in family.check_length(stage.sequence_length):
             yield Problem((*at, "sequence_length"), problem)
     yield from check_views(family, stage, at)
+    if stage.objective == "matching":
+        yield from _keys(stage, at)
     if stage.pairs is not None and stage.objective not in ("clip", "siglip"):
         yield Problem((*at, "pairs"), f"is an option of objectives clip and siglip; this stage's objective is {stage.objective}")
+
+
+def _keys(stage: Stage, at: Path) -> Iterator[Problem]:
+    options = stage.matching
+    if options is None:
+        return
+    if options.momentum is None:
+        for name in ("queue", "distillation"):
+            if getattr(options, name):
+                yield Problem((*at, "matching", name), "comes from the key encoder; give `momentum` (BLIP: 0.995)")
+        return
+    if stage.parallel.strategy == "zero3":
+        yield Problem((*at, "parallel", "strategy"), "zero3 is not offered with matching.momentum; use fsdp, which splits as much")
+    for part in ("vision", "projector"):
+        training = getattr(stage.train, part)
+        if training is not None and training.lora is not None:
+            yield Problem((*at, "train", part, "lora"), "adapters are not offered with matching.momentum, which follows whole weights")
 
 
 def _fixed_packs(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:

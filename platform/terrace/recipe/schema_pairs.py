@@ -19,9 +19,19 @@ class PairOptions(Strict):
 
 
 class MatchingOptions(Strict):
-    """BLIP-2's first stage: weights of its three losses over pairs of a picture and its caption."""
+    """BLIP-2's first stage: weights of its three losses over pairs of a picture and its caption; and BLIP's key encoder and queue."""
 
     itc: Annotated[float, Field(ge=0)] = Field(1.0, description="Weight of the contrast: each picture among the batch's texts, and back.")
     itm: Annotated[float, Field(ge=0)] = Field(1.0, description="Weight of the matching: a pair is told from two hard negatives.")
     itg: Annotated[float, Field(ge=0)] = Field(1.0, description="Weight of the writing: each token of the caption after those before it.")
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="Label smoothing of contrast and writing.")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="Label smoothing of writing, and of contrast without `momentum`."
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="Share of a key encoder that stays in a step; contrast compares with its vectors (BLIP: 0.995)."
+    )
+    queue: int = Field(0, ge=0, description="Pairs of earlier batches that contrast sees as well (BLIP: 57,600); needs `momentum`.")
+    distillation: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Share of contrast's target that the key encoder's own similarities have (BLIP: 0.4); the rest is the pair itself."
+    )
+    distillation_warmup: int = Field(0, ge=0, description="Steps over which that share rises from 0.")
