@@ -112,6 +112,20 @@ def test_a_response_does_not_depend_on_its_batch(model):
     assert other[0][0].tokens.tolist() != together[0][0].tokens.tolist()
 
 
+def test_a_prompt_whose_samples_end_with_their_first_token_leaves_the_others_theirs(model):
+    """It leaves the batch before any step has been decoded, when there are keys of prompts but none of responses."""
+    sampling = Sampling(samples=1, max_tokens=6, temperature=0)
+    first = [int(group[0].tokens[0]) for group in engine_of(model).generate(PROMPTS, dataclasses.replace(sampling, max_tokens=1))]
+    assert len(set(first)) > 1, "the test wants prompts that are answered differently"
+    for stop in set(first):
+        together = engine_of(model, [stop]).generate(PROMPTS, sampling)
+        alone = [engine_of(model, [stop]).generate([prompt], sampling)[0] for prompt in PROMPTS]
+        assert {1} < {len(group[0].tokens) for group in together}
+        for a, b in zip(alone, together, strict=True):
+            assert a[0].tokens.tolist() == b[0].tokens.tolist()
+            assert np.abs(a[0].logprobs - b[0].logprobs).max() < 1e-5
+
+
 def test_a_place_that_is_free_is_taken_by_the_next_prompt(model):
     """Many short and a few long responses in four rows: tokens of each alone, fewer steps than in waves, none asked for too early."""
     prompts = [dataclasses.replace(PROMPTS[number % 3], key=("prompts", number)) for number in range(9)]

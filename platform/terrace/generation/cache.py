@@ -100,10 +100,9 @@ class SharedPromptCache:
             for block in (key, value):  # only the tokens so far are copied
                 block[: len(rows), :, :filled] = block[chosen, :, :filled]
             self._responses[layer] = (key[: len(rows)], value[: len(rows)])
-            if fewer:
-                prompt_key, prompt_value = self._prompts[layer]
-                self._prompts[layer] = (prompt_key[prompts], prompt_value[prompts])
         if fewer:
+            for layer, (key, value) in self._prompts.items():  # there are prompts before there is any response
+                self._prompts[layer] = (key[prompts], value[prompts])
             self._numbers = [self._numbers[place] for place in prompts]
             self._prompt_lengths = self._prompt_lengths[prompts]
             self._beside = None if self._beside is None else tuple(part[prompts] for part in self._beside)
