@@ -98,6 +98,10 @@ def _overlay(folder: Path) -> Path:
     subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, str(parts["root"])], check=True, capture_output=True)
     for reach in Path(sys.base_prefix).parents:  # this machine's Python may lie in root's home, which an image's user cannot enter
         (parts["root"] / str(reach).lstrip("/")).chmod(0o755)
+    for name in ("passwd", "group"):  # a base image has no accounts of people, whose numbers an image's own user may take
+        file = parts["root"] / "etc" / name
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join(line for line in lines if not 1000 <= int(line.split(":")[2]) < 65000))
     return parts["root"]
 
 
