@@ -203,6 +203,23 @@ def read_ranges(uri: str, ranges: Sequence[Range], storage: Storage = DEFAULT_ST
     return results
 
 
+def read_ranges_into(uri: str, ranges: Sequence[Range], buffers: Sequence[memoryview], storage: Storage = DEFAULT_STORAGE) -> list[int]:
+    """The bytes of each (offset, size) into the buffer of that size, without a copy in between on disk; how many came of each."""
+    if is_remote(uri):
+        blocks = read_ranges(uri, ranges, storage)
+        for buffer, block in zip(buffers, blocks):
+            buffer[: len(block)] = block
+        return [len(block) for block in blocks]
+    got = []
+    with open(uri.removeprefix("file://"), "rb", buffering=0) as file:
+        for (offset, size), buffer in zip(ranges, buffers):
+            filled = 0
+            while filled < size and (more := os.preadv(file.fileno(), [buffer[filled:]], offset + filled)):
+                filled += more
+            got.append(filled)
+    return got
+
+
 def merge_ranges(ranges: Sequence[Range], gap: int = MERGE_GAP_BYTES) -> list[tuple[Range, list[int]]]:
     """Ranges joined where the gap between them is at most `gap` bytes: [((offset, size), [numbers of the ranges inside])]."""
     order = sorted(range(len(ranges)), key=lambda number: ranges[number])

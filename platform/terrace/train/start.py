@@ -11,7 +11,8 @@ from terrace.storage.run_storage import RunStorage
 
 
 def start_weights_of(recipe: Recipe, stage_index: int, run_dir: Path, storage: RunStorage) -> Path | None:
-    """The `final/` directory of the stage that this one starts from; None for the first: the recipe's own weights.
+    """The `final/` directory of the stage that this one starts from; None for the first: the recipe's own weights. Of a run on S3 its
+    tensors stay there: each rank reads what it will hold.
 
     Raises InputError if that stage has not finished.
     """
@@ -23,7 +24,7 @@ def start_weights_of(recipe: Recipe, stage_index: int, run_dir: Path, storage: R
         raise InputError(f"stage {names[stage_index]}: start_from names {wanted}, which is no stage of the recipe")
     before = names.index(wanted) if wanted is not None else stage_index - 1
     final = stage_directory(run_dir, before, names[before]) / "final"
-    storage.fetch_final(final)
+    storage.fetch_final(final, tensors=False)
     if not (final / "config.json").is_file():
         raise InputError(
             f"stage {names[stage_index]} starts from {names[before]}, which has no finished weights in {final}"
