@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 RUN_DIR ?= runs/$(if $(DATA),demo-$(notdir $(patsubst %/,%,$(DATA))),demo)
 
 # Fast ones first, so that a mistake shows within a minute.
-TESTS ?= tests/unit tests/equivalence tests/cluster tests/e2e tests/ray
+TESTS ?= tests/unit tests/scale tests/equivalence tests/cluster tests/e2e tests/ray
 
 export PYTHONUNBUFFERED := 1
 export RAY_DEDUP_LOGS := 0
@@ -42,7 +42,7 @@ test-all: $(STAMP)  ## All tests that need no GPU and no Kubernetes cluster
 test-cluster: $(STAMP)  ## The operator's suite on the cluster of KUBECONFIG (KubeRay and Kueue installed); its table goes to build/cluster.md
 	@test -n "$$KUBECONFIG" || { echo "make: KUBECONFIG must name a cluster that has KubeRay's and Kueue's kinds" >&2; exit 1; }
 	@mkdir -p build
-	$(BIN)/python -m pytest -m cluster tests/cluster/test_end_to_end.py --timeout 3600 --junitxml build/cluster.xml $(ARGS); \
+	$(BIN)/python -m pytest -m cluster tests/cluster/test_end_to_end.py --timeout 3600 -o junit_family=xunit1 --junitxml build/cluster.xml $(ARGS); \
 	  ended=$$?; $(BIN)/python tests/cluster/cluster_table.py build/cluster.xml build/cluster.md; exit $$ended
 
 # vLLM wants an older transformers than Terrace, so it has an environment of its own (3.5 GB).

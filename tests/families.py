@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,6 +99,27 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "text_config": OPT, "vision_config": TOWER | {"image_size": 56, "patch_size": 14}, "qformer_config": Q_FORMER,
         "num_query_tokens": 4,
     },
+    "chameleon": {
+        **TEXT, "vq_config": {
+            "embed_dim": 16, "num_embeddings": 32, "latent_channels": 16, "resolution": 32, "in_channels": 3, "base_channels": 32,
+            "channel_multiplier": [1, 2, 2], "num_res_blocks": 1, "attn_resolutions": [16],
+        },
+    },
+    "idefics": {
+        **{key: value for key, value in TEXT.items() if key != "num_key_value_heads"}, "alpha_initializer": "ones",
+        "cross_layer_interval": 2,
+        "vision_config": {
+            "embed_dim": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 56, "patch_size": 14,
+        },
+        "use_resampler": True, "tie_word_embeddings": False,
+        "perceiver_config": {
+            "use_resampler": True, "resampler_n_latents": 3, "resampler_depth": 1, "resampler_n_heads": 2, "resampler_head_dim": 16,
+        },
+    },
+    "instructblip": {
+        "text_config": TEXT | {"model_type": "llama"}, "vision_config": TOWER | {"image_size": 56, "patch_size": 14},
+        "qformer_config": Q_FORMER | {"vocab_size": VOCABULARY}, "num_query_tokens": 4,
+    },
     "llava": {
         "text_config": TEXT, "vision_config": TOWER | {"image_size": 56, "patch_size": 14}, "image_seq_length": 16,
     },
@@ -165,6 +187,17 @@ MIDDLE: dict[str, dict[str, Any]] = {  # what `middle_case` changes of a configu
     "blip_2": {
         "vision_config": MIDDLE_TOWER | {"image_size": 112}, "qformer_config": Q_FORMER | MIDDLE_TOWER | {"encoder_hidden_size": 128},
         "text_config": OPT | {"hidden_size": 256, "ffn_dim": 688, "num_hidden_layers": 4, "word_embed_proj_dim": 256},
+    },
+    "chameleon": {},
+    "idefics": {
+        "vision_config": {"embed_dim": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 112},
+        "perceiver_config": {
+            "use_resampler": True, "resampler_n_latents": 16, "resampler_depth": 2, "resampler_n_heads": 4, "resampler_head_dim": 32,
+        },
+    },
+    "instructblip": {
+        "vision_config": MIDDLE_TOWER | {"image_size": 112},
+        "qformer_config": Q_FORMER | MIDDLE_TOWER | {"encoder_hidden_size": 128, "vocab_size": VOCABULARY},
     },
     "mistral3": {"vision_config": MIDDLE_TOWER},
     "fuyu": {},
@@ -274,11 +307,18 @@ def reference_inputs(case: Case, example: PackedExample | PromptInputs, model: A
     if len(example.image_rows):
         pixels = family.normalised(torch.from_numpy(example.pixels), torch.float32)
         inputs |= family.inputs(pixels, image_facts(example))
-    if case.name == "blip_2" and "pixel_values" not in inputs:  # the class wants features, even none
-        from transformers.models.blip_2.modeling_blip_2 import BaseModelOutputWithVisionQformerOutputs
+    if case.name in ("blip_2", "instructblip") and "pixel_values" not in inputs:  # the class wants features, even none
+        module = importlib.import_module(type(model).__module__)
 
         empty = torch.zeros(0, model.config.num_query_tokens, model.config.text_config.hidden_size)
-        inputs |= {"pixel_values": None, "mm_encoder_outputs": {"image": BaseModelOutputWithVisionQformerOutputs(pooler_output=empty)}}
+        given = module.BaseModelOutputWithVisionQformerOutputs(pooler_output=empty)
+        inputs |= {"pixel_values": None, "mm_encoder_outputs": {"image": given}}
+        inputs |= {"qformer_input_ids": None} if case.name == "instructblip" else {}
+    if case.name == "idefics":  # a token sees the last picture before it; of a sample without one, none of a blank
+        pixels = inputs.get("pixel_values", torch.zeros(1, 3, case.family.side, case.family.side))
+        shown = torch.cumsum(ids == model.config.image_token_id, dim=1) - 1
+        inputs["pixel_values"] = pixels[None]
+        inputs["image_attention_mask"] = (shown[..., None] == torch.arange(len(pixels))).long()
     if case.name == "gemma3":  # what sees each other in both directions: images, or everything before the answer
         inputs["token_type_ids"] = (ids == model.config.image_token_id).int()
     if case.name == "paligemma":
@@ -302,7 +342,10 @@ def middle_case(name: str, folder: Path) -> Case:
     }.get(name, {"hidden_size": 128, "intermediate_size": 344, "depth": 4, "num_heads": 4, "out_hidden_size": 256})  # fmt: skip
     if name in ("llava", "internvl", "kimi_k25", "gemma3", "paligemma", "terrace_vlm"):
         vision |= {"hidden_size": 128, "intermediate_size": 344, "num_hidden_layers": 4, "num_attention_heads": 4}
-    config = {**CONFIGS[name], "text_config": {**CONFIGS[name]["text_config"], **text}}
+    if "text_config" not in CONFIGS[name]:
+        config = {**CONFIGS[name], **text}
+    else:
+        config = {**CONFIGS[name], "text_config": {**CONFIGS[name]["text_config"], **text}}
     if name in MIDDLE:
         vision = MIDDLE[name].get("vision_config", {})
         config |= MIDDLE[name]

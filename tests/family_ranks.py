@@ -25,7 +25,7 @@ def family_pack(case: Case, number: int, with_images: bool) -> PackedExample:
 
 
 def family_recipe(name: str, strategy: str) -> Recipe:
-    parts = {part: {"lr": 1e-3} for part in family_class(name).parts}
+    parts = {part: {"lr": 1e-3} for part in family_class(name).trainable()}
     return tiny_recipe(
         model=recipe_model(name), train=parts, budget={"steps": STEPS}, batch={"packs": 2}, parallel={"strategy": strategy}
     )

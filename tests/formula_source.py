@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from terrace.data.order.eligible import Items
+from terrace.data.order.items import Items
 from terrace.data.order.permutation import mix64
 from terrace.recipe.schema import Stage
 

@@ -47,12 +47,22 @@ def pillow(name: str, **settings: Any) -> Callable[[Any, bytes], np.ndarray]:
     def tile(case: Any, data: bytes) -> np.ndarray:
         side = {"height": case.family.side, "width": case.family.side}
         processor = getattr(transformers, name)(size=side, do_rescale=False, do_normalize=False, **settings)
-        return processor([decoded(data)], return_tensors="np")["pixel_values"].reshape(-1, case.family.row_values)
+        given = processor([decoded(data)], return_tensors="np")
+        return (given if isinstance(given, np.ndarray) else given["pixel_values"]).reshape(-1, case.family.row_values)
 
     return tile
 
 
+def middle_of_lanczos(case: Any, data: bytes) -> np.ndarray:
+    side = case.family.side
+    processor = transformers.ChameleonImageProcessorPil(
+        size={"shortest_edge": side}, crop_size={"height": side, "width": side}, do_rescale=False, do_normalize=False
+    )
+    return processor([decoded(data)], return_tensors="np")["pixel_values"].reshape(-1, case.family.row_values)
+
+
 WRITTEN_OUT: dict[str, Callable[[Any, bytes], np.ndarray]] = {
     "kimi_k25": kimi_k25, "gemma3": pillow("Gemma3ImageProcessorPil"), "paligemma": pillow("SiglipImageProcessorPil"),
-    "blip_2": pillow("BlipImageProcessorPil"),
+    "blip_2": pillow("BlipImageProcessorPil"), "instructblip": pillow("BlipImageProcessorPil"),
+    "idefics": pillow("IdeficsImageProcessorPil"), "chameleon": middle_of_lanczos,
 }  # fmt: skip

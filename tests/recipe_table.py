@@ -18,8 +18,9 @@ from terrace.recipe.loading import lines_in_use, load_recipe
 from terrace.recipe.schema import Recipe, Stage
 from terrace.recipe.shipped import names, shipped_file
 
-OWN = ("demo", "demo-morl", "five-tasks-morl", "sft")  # of no published system
+OWN = ("clicking", "demo", "demo-encoder-to-morl", "demo-morl", "five-tasks-morl", "sft")  # of no published system
 PUBLISHED = tuple(name for name in names() if name not in OWN)
+ENCODERS = {"vit": "ViTModel", "vit_mae": "ViTMAEForPreTraining"}  # of pictures alone
 BEGIN, END = "<!-- recipes: written by `make docs` from the recipes -->", "<!-- /recipes -->"
 SURE = ("assumed", "borrowed", "recalled")
 TRAINS = {"vision": "V", "projector": "P", "language": "L"}
@@ -55,7 +56,7 @@ def stage_words(stage: Stage) -> str:
 
 def parity(recipe: Recipe) -> str:
     """What the model is compared with: transformers' class of its family, or what the tests write out."""
-    name = CLASSES.get(recipe.model.architecture)
+    name = CLASSES.get(recipe.model.architecture) or ENCODERS.get(recipe.model.architecture)
     return f"`{name}`" if name else f"formula of its {recipe.model.connector.kind}, written out" if recipe.model.connector else "formula"
 
 

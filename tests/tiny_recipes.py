@@ -18,13 +18,23 @@ from PIL import Image
 from terrace.families.connector import OPTIONS
 from terrace.recipe.loading import load_recipe, parse_recipe
 from terrace.recipe.schema import Recipe
+from terrace.recipe.schema_views import PUBLISHED_VIEWS, VIEW_OPTIONS
 
 FAST = ("llava-1.5-7b", "ui-tars-7b")  # in `make test`; the others are slow tests of the same kind
 ROWS = 24
 LENGTH, LONGER = 512, 768  # tokens of a pack: of the recipe's shortest sequences, and of longer ones
+ENCODERS: dict[str, dict[str, Any]] = {  # of pictures alone
+    "vit": {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 32, "patch_size": 8,
+    },
+}  # fmt: skip
+ENCODERS["vit_mae"] = ENCODERS["vit"] | {
+    "decoder_hidden_size": 8, "decoder_intermediate_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2,
+}  # fmt: skip
+FEW = {"hidden_width": 16, "output_width": 8, "predictor_width": 4, "prototypes": 12, "queue": 10}  # of heads over views
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220)}
 RUN = {
-    "precision": "fp32", "batch": {"packs": 2}, "checkpoint": {"every_steps": 1}, "loss_chunk_tokens": 64, "gates": [],
+    "precision": "fp32", "checkpoint": {"every_steps": 1}, "loss_chunk_tokens": 64, "gates": [],
     "data_loading": {"engine": "inline", "window_samples": 16}, "evaluate": {"max_samples_per_kind": 2}, "resources": {}, "parallel": {},
     "failure": {}, "profile": {},
 }  # fmt: skip
@@ -39,12 +49,16 @@ def tiny(name: str, folder: Path, steps: int = 2) -> Recipe:
     whole["tokenizer"] = {"train_vocabulary_size": 400}
     write_pictures(folder)
     for source, values in whole["data"]["sources"].items():
+        if values["kind"] == "picture":
+            values |= {"uri": str(folder), "holdout_samples": min(values["holdout_samples"], 2)}
+            continue
         path = folder / f"{source}.jsonl"
         path.write_text("".join(json.dumps(ROW[values["kind"]](number, values)) + "\n" for number in range(ROWS)))
         values |= {"uri": str(path), "holdout_samples": min(values["holdout_samples"], 2)}
     shortest = min(stage.sequence_length for stage in recipe.stages)
     for values in whole["stages"]:
-        values |= RUN | {"sequence_length": LENGTH if values["sequence_length"] == shortest else LONGER, "budget": {"steps": steps}}
+        values |= RUN | {"batch": {"packs": 2}, "sequence_length": LENGTH if values["sequence_length"] == shortest else LONGER}
+        values["budget"] = {"steps": steps}
         for number, change in enumerate(values.get("changes", ())):  # one after each further step
             values["budget"]["steps"] = steps + number + 1
             change["step"] = steps + number
@@ -57,6 +71,12 @@ def tiny(name: str, folder: Path, steps: int = 2) -> Recipe:
             published, small = ((model or {})["vision_config"] for model in (recipe.model.config, whole["model"]["config"]))
             patches = side * small["image_size"] // published["image_size"] // small["patch_size"]
             values["model_changes"]["interpolate_positions"] = patches * small["patch_size"]
+        if options := values.get(values["objective"]) if values["objective"] in VIEW_OPTIONS else None:
+            values[values["objective"]] = options | {key: few for key, few in FEW.items() if options.get(key)}
+        if architecture in ENCODERS:
+            values["batch"]["samples_per_pack"] = 3
+            parts = [view for view in stage_views(values) if view["side"]]
+            values["views"] = [view | ({"side": 16} if view in parts else {}) for view in stage_views(values)]
         if values["objective"] == "grpo":
             values["grpo"] |= {"prompts_per_iteration": 2, "samples_per_prompt": 3, "max_response_tokens": 8, "max_sampling_rounds": 1,
                                "engine": "native"}  # fmt: skip
@@ -65,9 +85,15 @@ def tiny(name: str, folder: Path, steps: int = 2) -> Recipe:
     return parse_recipe(whole, f"tiny-{name}")
 
 
+def stage_views(values: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The stage's views, those of its objective where it gives none."""
+    return values["views"] or [view.model_dump(mode="json") for view in PUBLISHED_VIEWS.get(values["objective"], [])]
+
+
 def tiny_model(recipe: Recipe) -> dict[str, Any]:
     """The family's tiny configuration, with what the recipe says beyond numbers; its connector with few queries."""
-    small = {key: value for key, value in CONFIGS[recipe.model.architecture].items() if key != "connector"}
+    tiny_config = ENCODERS.get(recipe.model.architecture) or CONFIGS[recipe.model.architecture]
+    small = {key: value for key, value in tiny_config.items() if key != "connector"}
     model = {"architecture": recipe.model.architecture, "config": shrunk(recipe.model.config or {}, small)}
     if recipe.model.connector is not None:
         model["connector"] = recipe.model.connector.model_dump(exclude_none=True, exclude_defaults=True)

@@ -172,7 +172,8 @@ def plan_figures(root: Path, epochs: int = 25) -> float:
     recipe = recipe.model_copy(update={"stages": [stage]})
     settings = TaskSettings.of(recipe, 0, prepared)
     begun, samples = time.process_time(), 0
-    for task in rank_tasks(StagePlan.build(recipe, 0, prepared), settings, 0, 1, 0):
+    plan = StagePlan.build(recipe, 0, prepared)
+    for task in rank_tasks(plan, settings, plan.packs_of_step, 0):
         samples += sum(len(part.spec.samples) for part in task.parts)
     return 1_000 * (time.process_time() - begun) / samples
 

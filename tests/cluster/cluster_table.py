@@ -14,7 +14,8 @@ def table(junit: str) -> str:
         name = (case.get("name") or "").removeprefix("test_").partition("[")[0].replace("_", " ")
         found = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
         result = {None: "passed", "failure": "FAILED", "error": "FAILED", "skipped": "skipped"}[found.tag if found is not None else None]
-        why = " ".join((found.get("message") or "").split())[:160].replace("|", "\\|") if found is not None else ""
+        note = next((entry.get("value") for entry in case.iter("property") if entry.get("name") == "note"), "")
+        why = " ".join((found.get("message") or "").split())[:160].replace("|", "\\|") if found is not None else note
         lines.append(f"| {name} | {result} | {float(case.get('time') or 0):.0f} | {why} |")
     return "\n".join(lines) + "\n"
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 import uuid
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,15 @@ class Harness:
 
     def log(self, characters: int = 3000) -> str:
         return (self.folder / f"operator-{self.starts}.log").read_text()[-characters:]
+
+    def read(self, path: str) -> str:
+        """What the operator's own port answers."""
+        started = next(line for line in self.log(10**6).splitlines() if "operator starts" in line)
+        port = re.search(r"port (\d+)", json.loads(started)["message"]).group(1)
+        return urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5).read().decode()
+
+    def metrics(self) -> str:
+        return self.read("/metrics")
 
     def children(self, name: str) -> dict[str, list[str]]:
         selector = f"{LABEL_CURRICULUM}={name}"

@@ -39,7 +39,7 @@ class Image:
     entrypoint: list[str] = field(default_factory=list)
     command: list[str] = field(default_factory=list)
 
-    def run(self, words: list[str], timeout: float = 900.0, as_root: bool = False) -> str:
+    def run(self, words: list[str], timeout: float = 3000.0, as_root: bool = False) -> str:
         """The output of a command in the image, as its user; BuildError where it fails."""
         inherited = {key: value for key, value in os.environ.items() if key.startswith(PASSED_ON)}
         base = {"PATH": f"{Path(sys.base_prefix) / 'bin'}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/tmp"}
@@ -77,6 +77,18 @@ def built(dockerfile: Path, context: Path, work: Path, arguments: dict[str, str]
         for image in stages:
             subprocess.run(["umount", "--lazy", str(image.root)], check=False)
         shutil.rmtree(work, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def machine_files(image: Image) -> Iterator[None]:
+    """/proc, /dev and /sys inside the image while the block runs, as a container engine gives them."""
+    try:
+        for name in ("proc", "dev", "sys"):
+            subprocess.run(["mount", "--bind", f"/{name}", str(image.root / name)], check=True)
+        yield
+    finally:
+        for name in ("sys", "dev", "proc"):
+            subprocess.run(["umount", "--lazy", str(image.root / name)], check=False)
 
 
 def _overlay(folder: Path) -> Path:

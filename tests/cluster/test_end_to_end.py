@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import time
+from collections import Counter
 
 import pytest
 from cluster_world import ROOT, condition, tiny_curriculum, tiny_stage
@@ -298,6 +300,45 @@ def test_lost_watches_and_forgotten_history_lose_nothing(cluster):
     cluster.until(name, "Succeeded")
 
 
+@pytest.mark.slow  # a minute without news; call by call under a clock of its own: test_idle.py
+def test_an_idle_operator_asks_little_of_this_server(cluster, record_property):
+    """Beside its lease the operator asks for nothing of ten curricula that run and say nothing new."""
+    cluster.stop()
+    cluster.lease_seconds, former = 15.0, cluster.lease_seconds
+    cluster.start()
+    try:
+        long = {"stallTimeoutSeconds": 7200}
+        names = [cluster.create("idle", behaviour={"steps": 4, "step_seconds": 100_000}, failurePolicy=long) for _ in range(10)]
+        for name in names:
+            cluster.until(name, lambda status: status.get("phase") == "Running", "running", 120.0)
+        cluster.until(cluster.silent, "Succeeded", patience=120.0)  # what other tests left behind is news
+        time.sleep(20)
+        before = api_calls(cluster)
+        time.sleep(60)
+        made = api_calls(cluster) - before
+        lease = sum(count for (kind, _), count in made.items() if kind == "Lease")
+        others = {key: count for key, count in made.items() if key[0] != "Lease" and count}
+        record_property("note", f"10 curricula, 1 minute: {lease:.0f} calls for the lease, {sum(others.values()):.0f} others")
+        assert 0 < lease <= 2 * 60 / (15 / 4) + 4
+        assert sum(others.values()) <= 8, (others, cluster.log(6000))  # one list and one new watch per kind every five minutes
+        for name in names:
+            cluster.api.delete("Curriculum", name)
+    finally:
+        cluster.stop()
+        cluster.lease_seconds = former
+        cluster.start()
+
+
+def api_calls(cluster) -> Counter[tuple[str, str]]:
+    """(kind, method) -> calls that the operator's own metrics count, whatever the server."""
+    calls: Counter[tuple[str, str]] = Counter()
+    for line in cluster.metrics().splitlines():
+        if line.startswith("terrace_api_calls_total{"):
+            labels = dict(re.findall(r'(\w+)="([^"]*)"', line))
+            calls[labels["kind"], labels["method"]] += float(line.rsplit(" ", 1)[1])
+    return calls
+
+
 def test_the_operator_was_never_refused_a_right(cluster):
     """The last of the shared cluster's tests: all of the above ran under the Role of k8s/operator/rbac.yaml."""
     if cluster.real:
@@ -308,23 +349,16 @@ def test_the_operator_was_never_refused_a_right(cluster):
 
 
 def test_health_readiness_and_metrics(crd, tmp_path):
-    import json
-    import re
-    import urllib.request
-
     with Server(crd, namespace="terrace") as server:
         harness = FakeHarness(server, tmp_path)
         harness.start()
         try:
             name = harness.create("metrics")
             harness.until(name, "Succeeded")
-            started = next(line for line in harness.log(10**6).splitlines() if "operator starts" in line)
-            port = re.search(r"port (\d+)", json.loads(started)["message"]).group(1)
-            read = lambda path: urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5).read().decode()  # noqa: E731
-            assert read("/healthz") == "ok\n"
-            assert read("/readyz") == "ok\n"
+            assert harness.read("/healthz") == "ok\n"
+            assert harness.read("/readyz") == "ok\n"
             end = time.monotonic() + 10
-            while (metrics := read("/metrics")).count('reason="Succeeded"') == 0 and time.monotonic() < end:
+            while (metrics := harness.metrics()).count('reason="Succeeded"') == 0 and time.monotonic() < end:
                 time.sleep(0.1)
             assert "terrace_leader 1.0" in metrics
             counted = [line for line in metrics.splitlines() if line.startswith(("terrace_events_total", "terrace_reconcile_errors"))]

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
 
 import pytest
 from cluster_world import ROOT
-from image_build import BuildError, built, instructions
+from image_build import BuildError, built, instructions, machine_files
+from tiny_recipes import tiny
+
+from terrace.recipe.loading import dump_recipe
 
 IMAGES = sorted((ROOT / "k8s/images").glob("*.Dockerfile"))
 
@@ -42,7 +46,7 @@ def test_what_is_copied_exists_and_the_user_is_not_root(dockerfile):
 
 
 def test_the_training_image_takes_extras_that_the_package_has():
-    """Its packages are gigabytes and are not installed here; they are those of `make install`, under the same constraints."""
+    """Its packages are gigabytes, installed by the slow test below; they are those of `make install`, under the same constraints."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     asked = re.findall(r'"\.\[([a-z,]+)\]"', (ROOT / "k8s/images/training.Dockerfile").read_text())
     assert asked
@@ -76,3 +80,30 @@ def test_the_operators_image_builds_and_starts(tmp_path):
         assert image.run(["id", "-u"]).strip() == "10001"
         with pytest.raises(BuildError):  # nothing of it can be changed by the user it runs as
             image.run(["/bin/sh", "-c", "touch /opt/venv/x"])
+
+
+@pytest.mark.timeout(3600)
+@pytest.mark.slow  # minutes and 4 GB: torch, Ray and DeepSpeed are installed anew
+def test_the_training_image_builds_and_trains_as_its_user(tmp_path, monkeypatch):
+    if not can_mount(tmp_path):
+        pytest.skip("needs root and overlay mounts")
+    if shutil.disk_usage(tmp_path).free < 12e9:
+        pytest.skip("needs 12 GB of disk")
+    monkeypatch.setenv("PIP_RETRIES", "0")  # an index that this machine does not reach is asked once for each package
+    with built(ROOT / "k8s/images/training.Dockerfile", ROOT, tmp_path / "image") as image:
+        bill = json.loads((image.root / "opt/venv/bom.json").read_text())
+        names = {part["name"] for part in bill["components"]}
+        assert {"torch", "ray", "deepspeed", "transformers", "mlflow", "s3fs", "kubernetes", "terrace"} <= names
+        assert not names & {"pytest", "ruff"}
+        assert image.run(["id", "-u"]).strip() == "1000"
+        assert "terrace run" in image.run(image.command)
+        with pytest.raises(BuildError):  # nothing of it can be changed by the user it runs as
+            image.run(["/bin/sh", "-c", "touch /opt/venv/x"])
+        rows = image.root / "tmp/rows"
+        recipe = dump_recipe(tiny("llava-1.5-7b", rows)).replace(str(image.root), "")
+        (rows / "recipe.yaml").write_text(recipe)
+        with machine_files(image):
+            stage = "stages.feature-alignment"  # DeepSpeed compiles its small operation, and Ray starts
+            words = [f"{stage}.parallel.strategy=zero2", f"{stage}.data_loading.engine=ray"]
+            image.run(["python", "jobs/pretrain.py", "/tmp/rows/recipe.yaml", "--run-dir", "/tmp/run", *words])
+            assert "complete" in image.run(["terrace", "status", "/tmp/run"])

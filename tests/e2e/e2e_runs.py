@@ -35,8 +35,8 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [f"data.sources.{name}.uri={folder / file}.jsonl" for name, file in SOURCES.items()]
 
 
-def command(run_dir: Path | str, overrides: list[str], *more: str) -> list[str]:
-    return [sys.executable, "-m", "terrace.cli", "run", str(RECIPE), "--run-dir", str(run_dir), *overrides, *more]
+def command(run_dir: Path | str, overrides: list[str], *more: str, recipe: Path = RECIPE) -> list[str]:
+    return [sys.executable, "-m", "terrace.cli", "run", str(recipe), "--run-dir", str(run_dir), *overrides, *more]
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -44,9 +44,9 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1", **more}
 
 
-def run_to_end(run_dir: Path | str, overrides: list[str], *more: str) -> subprocess.CompletedProcess[str]:
+def run_to_end(run_dir: Path | str, overrides: list[str], *more: str, recipe: Path = RECIPE) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(run_dir, overrides, *more),
+        command(run_dir, overrides, *more, recipe=recipe),
         env=environment(),
         capture_output=True,
         text=True,
@@ -55,10 +55,12 @@ def run_to_end(run_dir: Path | str, overrides: list[str], *more: str) -> subproc
     )
 
 
-def kill_when(run_dir: Path | str, overrides: list[str], due: Callable[[], bool], *more: str, number: int = signal.SIGKILL) -> int:
+def kill_when(
+    run_dir: Path | str, overrides: list[str], due: Callable[[], bool], *more: str, number: int = signal.SIGKILL, recipe: Path = RECIPE
+) -> int:
     """Start the run in a process group of its own and signal the whole group as soon as `due()`; the exit status."""
     process = subprocess.Popen(
-        command(run_dir, overrides, *more), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        command(run_dir, overrides, *more, recipe=recipe), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         start_new_session=True, cwd=REPOSITORY,
     )  # fmt: skip
     deadline = time.monotonic() + 900

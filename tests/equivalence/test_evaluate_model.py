@@ -149,7 +149,7 @@ def test_held_out_loss_is_that_of_the_whole_sample(shared_data, tmp_path):
     from terrace.data.template import encode_sample
 
     model = load_model(directory, "cpu")
-    [case, *_] = held_out_cases(tmp_path / "run", PIXELS, None)
+    [case, *_] = held_out_cases(tmp_path / "run", Sight(prepared.family, PIXELS), None)
     [measured] = loss_measure(tmp_path / "run", model)([case])
     index, row = prepared.indexes["gui"], case.metadata["row"]
     encoded = encode_sample(read_sample(index, row)[0], index.sizes(row), model.tokenizer, FAMILY, PIXELS)

@@ -31,6 +31,7 @@ from transformers import AutoModelForImageTextToText
 from terrace.data.images import image_size, load_pixels
 from terrace.data.template import encode_prompt, encode_sample, measure_sample
 from terrace.data.types import Sample
+from terrace.families.configurations import language_config
 from terrace.families.one_tile import OneTile
 from terrace.families.registry import built_in, family_class
 from terrace.generation.engines import forbidden_tokens, stop_tokens
@@ -49,7 +50,7 @@ from terrace.planner.parameters import parameter_counts, part_sizes
 from terrace.planner.shapes import shape_of_config
 from terrace.recipe.schema import PARTS
 
-ONE_QUESTION = ("paligemma", "blip_2")  # families whose conversations have one turn of each
+ONE_QUESTION = ("paligemma", "blip_2", "instructblip")  # families whose conversations have one turn of each
 CHEAP = (
     "test_every_family_is_checked_here",
     "test_length_by_arithmetic_is_what_is_written_and_what_the_model_gives",
@@ -85,6 +86,12 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def case(name, folder):
     return case_of(name, folder)
+
+
+def seen(case, logits):
+    """Logits without those that transformers' class overwrites, of tokens that an answer never has."""
+    unsaid = case.family.unsaid(case.config)
+    return logits[:, [token for token in range(logits.shape[1]) if token not in unsaid]]
 
 
 def test_every_family_is_checked_here(name):
@@ -155,7 +162,8 @@ def test_packed_equals_alone_and_a_leak_would_show(case):
         together.segment_ends = together.segment_ends[-1:]  # the control: one segment
         leaking, _ = pack_logits_hidden(model, to_device(together, "cpu", torch.float32))
     scale = float(torch.cat(alone).abs().max())
-    assert float((packed - torch.cat(alone)).abs().max()) <= 1e-6 * max(1.0, scale)
+    rounding = 3e-6 if case.family.crosses else 1e-6  # twice the layers
+    assert float((packed - torch.cat(alone)).abs().max()) <= rounding * max(1.0, scale)
     assert float((leaking - torch.cat(alone)).abs().max()) > 0.01 * scale
 
 
@@ -169,6 +177,7 @@ def test_one_sample_equals_the_class_s_own_forward(case):
         with torch.no_grad():
             ours, _ = pack_logits_hidden(model, to_device(example, "cpu", torch.float32))
             theirs = reference(**reference_inputs(case, example, reference), use_cache=False).logits[0]
+        ours, theirs = seen(case, ours), seen(case, theirs)
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * float(theirs.abs().max()))
 
 
@@ -197,7 +206,8 @@ def test_a_text_only_pack_gives_every_trained_tensor_a_gradient(case):
         if kind == "text":
             outside = [name for part in ("vision", "projector") for name, _ in part_parameters(model)[part]]
             gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-            assert all(not gradients[name].any() for name in outside if gradients[name] is not None)
+            text_too = [name for name in outside if "gated_cross_attn" in name and ".cross_attn" not in name]  # whatever a token sees
+            assert all(not gradients[name].any() for name in {*outside} - {*text_too} if gradients[name] is not None)
     family = family_of_model(model)
     assert missing["text"] == missing["image"] == set(family.unused(case.config, [n for n, _ in model.named_parameters()]))
 
@@ -220,8 +230,8 @@ def test_the_planner_counts_what_the_class_has(case):
 
 
 @pytest.mark.parametrize("trained", [("projector",), ("vision", "projector", "language")], ids="+".join)
-def test_the_planner_s_flops_are_those_of_the_flop_counter(case, trained):
-    trained = tuple(part for part in trained if part in case.family.parts)
+def test_the_planner_s_flops_are_those_of_the_flop_counter(case, trained, monkeypatch):
+    trained = tuple(part for part in trained if part in case.family.trainable()) or ("language",)
     model = build_model(case.section, case.config)
     if case.family.experts:  # the counter does not know the grouped product
         model.set_experts_implementation("eager")
@@ -231,6 +241,8 @@ def test_the_planner_s_flops_are_those_of_the_flop_counter(case, trained):
         for name, parameter in pairs:
             parameter.requires_grad_(part in trained and name not in unused)
     example = pack_of(case, [conversation(1, [(150, 100)]), conversation(2, []), conversation(3, [(60, 160)])])
+    if case.family.reads_questions:  # the plan counts questions of one length: here as long as those of the pack
+        monkeypatch.setattr(type(case.family), "counted_question", int(example.image_facts[:, 1].max()))
     shape = shape_of_config(case.config.to_dict(), case.name)
     pictures = [one for facts in example.image_facts.tolist() for one in case.family.tower_pictures(facts)]
     lengths = np.diff(example.segment_ends, prepend=0).tolist()
@@ -258,6 +270,7 @@ def test_the_export_loads_in_transformers_with_equal_logits(case, tmp_path):
     with torch.no_grad():
         ours, _ = pack_logits_hidden(model, to_device(example, "cpu", torch.float32))
         theirs = loaded.eval()(**reference_inputs(case, example, loaded), use_cache=False).logits[0]
+    ours, theirs = seen(case, ours), seen(case, theirs)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
     preprocessor = json.loads((final / "preprocessor_config.json").read_text())
     assert case.family.exported_pixels(preprocessor)[1] == case.family.exported_pixels(case.family.preprocessor(case.pixels))[1]
@@ -334,7 +347,7 @@ def test_attention_keywords_reach_every_language_layer(case):
     example = pack_of(case, [conversation(1, [])])
     with torch.no_grad():
         hidden_states(model, to_device(example, "cpu", torch.float32), prompt_units=[Unit(0, example.tokens)], keep=kept)
-    assert sorted(kept) == list(range(CONFIGS[case.name]["text_config"]["num_hidden_layers"]))
+    assert sorted(layer for layer in kept if layer >= 0) == list(range(language_config(CONFIGS[case.name])["num_hidden_layers"]))
 
 
 def test_a_recipe_of_the_family_validates_and_its_mistakes_are_named(name):
@@ -342,16 +355,17 @@ def test_a_recipe_of_the_family_validates_and_its_mistakes_are_named(name):
     from terrace.recipe.schema import Recipe
 
     def problems(model):
+        train = {family_class(name).trainable()[-2:][0]: {"lr": 1e-3}}
         recipe = Recipe.model_validate({
             "name": "r", "model": model, "tokenizer": {"train_vocabulary_size": 400}, "data": {"sources": {"a": {"uri": "x"}}},
-            "stages": [{"name": "s", "train": {"projector": {"lr": 1e-3}}, "mixture": {"weights": {"a": 1.0}}, "budget": {"steps": 1},
+            "stages": [{"name": "s", "train": train, "mixture": {"weights": {"a": 1.0}}, "budget": {"steps": 1},
                         "sequence_length": 4096, "precision": "fp32"}],
         })  # fmt: skip
         return [str(problem) for problem in check(recipe)]
 
     assert problems(recipe_model(name)) == []
     broken = json.loads(json.dumps(recipe_model(name)))
-    del broken["config"]["text_config"]["num_hidden_layers"]
+    del language_config(broken["config"])["num_hidden_layers"]
     broken["config"].pop("vision_config", None)
     told = problems(broken)
     assert any("needs `num_hidden_layers`" in line for line in told)
@@ -360,14 +374,14 @@ def test_a_recipe_of_the_family_validates_and_its_mistakes_are_named(name):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("trained", [("projector",), ("vision", "projector"), tuple(PARTS)], ids="+".join)
-def test_the_planner_s_activations_are_what_autograd_saves(name, folder, trained, checkpointing):
+def test_the_planner_s_activations_are_what_autograd_saves(name, folder, trained, checkpointing, monkeypatch):
     """ddp on a CPU: everything saved for backward, without the weights themselves, within 10 %."""
     from terrace.planner.memory import PackSize, stage_memory
     from terrace.recipe.schema import Recipe
     from terrace.train.setup import checkpoint_activations, freeze_parts
 
     case = middle_case(name, folder)
-    trained = tuple(part for part in trained if part in case.family.parts)
+    trained = tuple(part for part in trained if part in case.family.trainable()) or ("language",)
     training = {part: {"lr": 1e-3, "activation_checkpointing": checkpointing} for part in trained}
     [stage] = Recipe.model_validate({
         "name": "r", "model": case.section.model_dump(), "tokenizer": {"train_vocabulary_size": 400},
@@ -381,6 +395,8 @@ def test_the_planner_s_activations_are_what_autograd_saves(name, folder, trained
     freeze_parts(model, stage)
     checkpoint_activations(model, stage)
     example = pack_of(case, [conversation(number, [(200, 150)]) for number in range(5)])
+    if case.family.reads_questions:
+        monkeypatch.setattr(type(case.family), "counted_question", int(example.image_facts[:, 1].max()))
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     saved: dict[int, torch.Tensor] = {}  # held, so that no storage is freed and its address used again
 
@@ -394,7 +410,7 @@ def test_the_planner_s_activations_are_what_autograd_saves(name, folder, trained
     measured = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     size = PackSize(example.tokens, example.visual_tokens, example.supervised_tokens)
     memory = stage_memory(shape_of_config(case.config.to_dict(), name), stage, 1, size, on_gpu=False)
-    width, vocabulary = case.config.text_config.hidden_size, case.config.text_config.vocab_size
+    width, vocabulary = language_config(case.config).hidden_size, language_config(case.config).vocab_size
     head = 4 * example.supervised_tokens * width + (4 * vocabulary * width if "language" in trained else 0)  # gradients, made forward
     assert measured == pytest.approx(memory.vision_activations + memory.language_activations + head, rel=0.1)
 
@@ -415,6 +431,7 @@ def test_the_export_s_image_processor_and_tokenizer_need_nothing_of_terrace(case
     if case.name in NEEDS_TORCHVISION:
         pytest.skip("its image processor needs torchvision")
     given = AutoImageProcessor.from_pretrained(final)([image], return_tensors="pt")
+    given = {"pixel_values": given} if isinstance(given, torch.Tensor) else given  # Idefics' gives them bare
     if "pixel_values" in given:  # Fuyu's whole processor cuts the patches
         ours = reference_inputs(case, example, model)["pixel_values"]
         assert given["pixel_values"].numel() == ours.numel()

@@ -54,8 +54,9 @@ def recipe_of(name: str, folder: Path) -> Recipe:
         "checkpoint": {"every_steps": 1}, "schedule": {"kind": "constant", "warmup": 0}, "loss_chunk_tokens": 64,
         "data_loading": {"engine": "inline", "window_samples": 32}, "evaluate": {"max_samples_per_kind": 2},
     }  # fmt: skip
-    everything = {part: {"lr": 1e-3} for part in (PARTS if name == "toy" else family_class(name).parts)}
+    everything = {part: {"lr": 1e-3} for part in (PARTS if name == "toy" else family_class(name).trainable())}
     everything.get("vision", {})["layer_decay"] = 0.9
+    first = {"projector" if "projector" in everything else "language": {"lr": 1e-2}}
     grpo = {"prompts_per_iteration": 2, "samples_per_prompt": 3, "max_response_tokens": 8, "max_sampling_rounds": 1}
     kinds = {"captions": "caption", "questions": "grounding", "prompts": "prompt", "pairs": "preference"}
     sources = {
@@ -67,8 +68,7 @@ def recipe_of(name: str, folder: Path) -> Recipe:
         "name": f"tiny-{name}", "model": TOY if name == "toy" else recipe_model(name), "data": {"sources": sources},
         "tokenizer": {"train_vocabulary_size": 400},
         "stages": [
-            {"name": "warm", "train": {"projector": {"lr": 1e-2}}, "mixture": {"weights": {"captions": 1.0}},
-             "budget": {"steps": 2}, **common},
+            {"name": "warm", "train": first, "mixture": {"weights": {"captions": 1.0}}, "budget": {"steps": 2}, **common},
             {"name": "all", "train": everything, "mixture": {"weights": {"captions": 1.0, "questions": 1.0}}, "budget": {"steps": 4},
              **common},
             {"name": "judge", "objective": "reward_model", "start_from": "all", "train": everything,

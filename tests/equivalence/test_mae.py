@@ -123,9 +123,9 @@ def test_pictures_of_a_source_train_resume_and_export(tmp_path):
     recipe = recipe_of(tmp_path)
     assert check(recipe) == []
     told = [str(problem) for problem in check(recipe_of(tmp_path, train={"language": {"lr": 1.0}}))]
-    assert any("has no language part" in line for line in told)
-    run, again, packed = tmp_path / "run", tmp_path / "again", tmp_path / "packed"
-    for folder in (run, again, packed):
+    assert any("has no part language" in line for line in told)
+    run, again, packed, cut, cut_in_one = (tmp_path / name for name in ("run", "again", "packed", "cut", "cut-in-one"))
+    for folder in (run, again, packed, cut, cut_in_one):
         prepare_data(recipe, folder, use_ray=False)
     result = run_stage(recipe, 0, run, 1, WorkerContext())
     assert result.evaluation["after"]["picture/loss"] < result.evaluation["before"]["picture/loss"]
@@ -134,8 +134,16 @@ def test_pictures_of_a_source_train_resume_and_export(tmp_path):
         run_stage(recipe, 0, again, 1, WorkerContext(should_stop=lambda: "told" if next(asked) >= 2 else None))
     run_stage(recipe, 0, again, 2, WorkerContext())
     assert weights(again) == weights(run)
+    cuts = [{"area": [0.2, 0.5]}]
+    assert check(recipe_of(tmp_path, views=cuts)) == []
     run_stage(recipe_of(tmp_path, batch={"packs": 2, "samples_per_pack": 6}), 0, packed, 1, WorkerContext())
     np.testing.assert_allclose(losses(packed), losses(run), rtol=1e-5)
+    told = []
+    for folder, batch in ((cut, {"packs": 4, "samples_per_pack": 3}), (cut_in_one, {"packs": 1, "samples_per_pack": 12})):
+        run_stage(recipe_of(tmp_path, views=cuts, batch=batch, budget={"steps": 2}), 0, folder, 1, WorkerContext())
+        told.append(losses(folder))
+    np.testing.assert_allclose(told[0], told[1], rtol=1e-5)
+    assert abs(told[0][0] - losses(run)[0]) > 1e-3  # other pixels under the same masks
     loaded, told = ViTMAEForPreTraining.from_pretrained(run / "stages" / "01-mae" / "final", output_loading_info=True)
     assert not told["missing_keys"]
     assert not told["unexpected_keys"]

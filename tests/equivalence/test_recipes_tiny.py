@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from recipe_table import PUBLISHED
-from tiny_recipes import FAST, tiny
-from transformers import AutoModelForImageTextToText
+from tiny_recipes import ENCODERS, FAST, tiny
+from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForPreTraining
 
 from terrace.curriculum.attempt_worker import run_stage
 from terrace.data.prepare import prepare_data
@@ -54,6 +54,15 @@ def test_a_recipe_in_miniature_trains_resumes_and_exports(name: str, tmp_path: P
         run_stage(recipe, last, again, 1, WorkerContext(should_stop=lambda: "told"))
     run_stage(recipe, last, again, 2, WorkerContext())
     assert weights(recipe, again, last) == weights(recipe, run_dir, last)
+    if recipe.model.architecture in ENCODERS:
+        load = AutoModelForPreTraining.from_pretrained if recipe.model.architecture == "vit_mae" else vit
+        _, report = load(folder_of(recipe, run_dir, last) / "final", output_loading_info=True)
+        assert not report["missing_keys"]
+        assert not report["unexpected_keys"]
+
+
+def vit(folder: Path, **options: bool) -> tuple[torch.nn.Module, dict[str, object]]:
+    return AutoModel.from_pretrained(folder, add_pooling_layer=False, **options)
 
 
 def trained(recipe: Recipe, run_dir: Path, index: int) -> set[str]:

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 import numpy as np
 from transformers import AutoConfig, AutoModelForImageTextToText, LlavaConfig, LlavaForConditionalGeneration
 
-from terrace.families.interface import Bounds, Family, Picture, Piece, View, cut_tiles
+from terrace.families.interface import Bounds, Family, Picture, Piece, View
 from terrace.families.llava import Llava
+from terrace.families.tiles import cut_tiles
 from terrace.models.families.llava import LlavaModel
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from terrace.data.order.arrange import pack_mixed, repeats_apart, spread_packs
 from terrace.data.order.balance import CostModel
-from terrace.data.order.eligible import Items
+from terrace.data.order.items import Items
 from terrace.data.order.packing import pack_best_fit
 from terrace.data.order.plan import StagePlan
 from terrace.recipe.schema import Stage

@@ -10,12 +10,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from data_reading import FAMILY, Reading
 
 from terrace.data.images import decode_image
-from terrace.data.order.eligible import eligible_source
+from terrace.data.order.eligible import Fitting
+from terrace.data.order.stored import stored_source
 from terrace.data.template import Encoded, encode_sample
 from terrace.data.tokenizer import load_tokenizer
 from terrace.recipe.schema import Source
@@ -208,12 +208,12 @@ def test_a_sample_that_loses_its_last_target_is_refused_and_counted(tmp_path: Pa
     found = read_case("truncate-leaves-no-target", tmp_path, tokenizer, kind="qa", too_long="truncate_text")
     assert found.refused == []
     longest = int(found.index.lengths(PIXELS).max())
-    rows = np.arange(len(found.samples))
-    for length, kept in ((longest // 2, 0), (longest + 1, len(rows))):
+    rows = len(found.samples)
+    for length, kept in ((longest // 2, 0), (longest + 1, rows)):
         source = Source(uri="x", kind="qa", too_long="truncate_text")
-        made = eligible_source("s", source, found.index, rows, PIXELS, length, None, needs_targets=True)
+        made = stored_source("s", source, found.index, Fitting(PIXELS, length, None, needs_targets=True))
         assert made.count == kept
-        assert made.changes == ({"no_target": len(rows)} if kept == 0 else {})
+        assert made.changes == ({"no_target": rows} if kept == 0 else {})
 
 
 def test_sixteen_bit_picture_is_bright(tmp_path: Path, tokenizer) -> None:

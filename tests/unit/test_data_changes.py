@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from terrace.data.order.balance import CostModel
-from terrace.data.order.eligible import Items
+from terrace.data.order.items import Items
 from terrace.data.order.plan import StagePlan
 from terrace.planner.plan import make_plan
 from terrace.recipe.errors import RecipeError

@@ -17,6 +17,7 @@ from terrace.data.order.balance import CostModel
 from terrace.data.order.eligible import VisualRange, split_points
 from terrace.data.order.plan import StagePlan
 from terrace.errors import InputError
+from terrace.objectives.interface import StageFeed
 
 
 def plan(sources=None, **changes) -> StagePlan:
@@ -46,6 +47,29 @@ def test_state_goes_on_at_once_and_refuses_another_order():
     assert min(restored._windows) == state["window"] > 0  # no window before it was packed
     with pytest.raises(InputError, match="changed since"):
         plan(sequence_length=2048).restore(state)
+
+
+@pytest.mark.parametrize("budget", [{"epochs": 2}, {"samples": 1_000}])
+def test_a_resumed_stage_that_ends_with_its_samples_is_not_counted_again(budget):
+    made = plan(budget=budget)
+    assert "total_packs" not in made.state(1)  # nobody has asked, and nothing is counted for the state's sake
+    steps, packs = made.total_steps, made.total_packs
+    for step in (3, steps - 1, steps):
+        restored = plan(budget=budget)
+        restored.restore(json.loads(json.dumps(made.state(step))))
+        assert (restored.total_steps, restored.total_packs) == (steps, packs)
+        assert restored.packs_of_step(step) == made.packs_of_step(step)
+        assert len(restored._windows) <= 2  # those of the step; no walk through the stage
+        assert [found for _, found in restored.steps(step)] == [found for _, found in made.steps(step)]
+        assert restored.state(step) == made.state(step)
+
+
+def test_a_feed_asks_for_its_steps_once_and_only_when_they_are_read():
+    asked = []
+    feed = StageFeed(None, lambda: asked.append(1) or 7, lambda start: iter(()), dict, dict)
+    assert not asked
+    assert [feed.total_steps, feed.total_steps, len(asked)] == [7, 7, 1]
+    assert StageFeed(None, total_steps=3, stream=iter, state=dict, restore=dict).total_steps == 3
 
 
 @pytest.mark.parametrize("workers", [1, 2, 7])

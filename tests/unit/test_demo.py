@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +14,23 @@ from PIL import Image
 
 from terrace.data.sources.conventions import convert_row
 from terrace.data.types import Sample
-from terrace.demo import corpus, scenes
-from terrace.demo.command import DRAWN_RECIPE
+from terrace.demo import asking, corpus, scenes
+from terrace.demo.along import Clock, Onlooker
+from terrace.demo.asking import Asked, answers_after
+from terrace.demo.command import DRAWN_RECIPE, in_short
 from terrace.demo.corpus import SAMPLES
 from terrace.demo.folder import find_sources, kind_of_rows, stage_weights
 from terrace.demo.gallery import write_sheet
 from terrace.demo.page import write_page
-from terrace.demo.results import Results, Shown, StageLosses, read_stages
+from terrace.demo.results import Results, Said, Shown, StageLosses, _chosen, read_stages
+from terrace.demo.summary import answers_table, fell_in_rl, in_words, losses_table, rewards_table, summary_of, write_summary
 from terrace.errors import InputError
 from terrace.evaluate.answers import iou, is_right, numbers_in_brackets, questions_of
 from terrace.families.interface import Sight
 from terrace.families.qwen2_5_vl import Qwen25VL
 from terrace.recipe.loading import load_recipe
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 FEW = dict.fromkeys(corpus.SAMPLES, 3)
 SIGHT = Sight(Qwen25VL(), (3136, 7056))
 
@@ -55,8 +61,8 @@ def test_things_lie_where_their_boxes_say_and_in_their_colour(seed):
 @pytest.mark.parametrize("seed", range(10))
 def test_bars_are_as_high_as_their_values(seed):
     bars = scenes.draw_chart(seed).things
-    heights = [bar.box[3] - bar.box[1] for bar in bars]
-    assert [height / bar.value for height, bar in zip(heights, bars)] == [heights[0] / bars[0].value] * 3
+    units = [(bar.box[3] - bar.box[1]) / bar.value for bar in bars]
+    assert units == pytest.approx([scenes.PATCH * 2 / 3] * 3, rel=0.02), "to the nearest pixel"
 
 
 def test_corpus_rows_are_what_ingest_reads_and_pictures_are_not_shared(tmp_path):
@@ -252,3 +258,101 @@ def test_page_and_sheet_hold_every_answer(tmp_path: Path):
     assert '<td>0.125<span class="arrow">→</span><b>0.625</b></td>' in rl
     assert "http" not in html.replace("http-equiv", "")
     assert Image.open(write_sheet(results, tmp_path / "sheet.png")).size[0] > 1000
+
+
+def _results() -> Results:
+    after = {"one": {"qa": (1, 4), "gui": (0, 2)}, "two": {"qa": (4, 4), "gui": (1, 2)}, "rl": {"qa": (3, 4), "gui": (1, 2)}}
+    shown = [Shown("qa", scenes.draw_shapes(1).picture, "Which <shape>?", "star", "star", True, None, None,
+                   (Said("one", "circle", False), Said("two", "star", True), Said("rl", "star", True)))]  # fmt: skip
+    stages = [
+        StageLosses("one", {"qa": 3.0}, {"qa": 2.0}, 2, 1.0, 100, [3.0, 2.5]),
+        StageLosses("two", {"qa": 2.0}, {"qa": 0.5}, 1, 1.0, 10, [1.0]),
+        StageLosses("rl", {"counting": 0.25}, {"counting": 0.75}, 3, 1.0, 9, [], {"counting": [0.2]}, {"counting": (0.125, 0.625)}),
+    ]
+    return Results("demo", stages, shown, after["rl"], 1_000_000, after)
+
+
+def test_stages_stand_side_by_side_and_what_fell_is_marked(tmp_path: Path):
+    html = write_page(_results(), tmp_path / "page.html", "words").read_text(encoding="utf-8")
+    places = [html.index(words) for words in ("In its own words", "after each stage", "The same question", "Loss on held-out")]
+    assert places == sorted(places)
+    assert '<span class="said bad">circle</span>' in html
+    assert html.count('<span class="said good">star</span>') == 2
+    assert '<td class="fell"><div class="share"><div class="track"><div class="fill" style="width:75%"></div></div><b>3 of 4</b>' in html
+    assert html.count('class="fell"') == 2, "one kind and the sum of all"
+
+
+def test_a_summary_is_what_the_tables_of_pages_are_made_of(tmp_path: Path):
+    results = _results()
+    with Clock() as clock:
+        sum(range(10**6))
+        summary = json.loads(write_summary(summary_of(results, clock, 1.5), tmp_path).read_text())
+    assert (summary["right"], summary["asked"], summary["parameters"]) == (4, 6, 1_000_000)
+    assert summary["cpu_seconds"] > 0
+    assert summary_of(results, None, None)["seconds"] is None, "a demo that was continued has no time of its own"
+    assert losses_table(summary).split("\n")[2:] == ["| qa | 3.000 -> 2.000 | 2.000 -> 0.500 |"]
+    answers = ["| Answering | 4 | 1 | 4 | 3 |", "| Clicking | 2 | 0 | 1 | 1 |", "| all | 6 | 1 | 5 | 4 |"]
+    assert answers_table(summary).split("\n")[2:] == answers
+    assert rewards_table(summary).split("\n")[2:] == ["| Counting | 0.250 -> 0.750 | 0.125 -> 0.625 |"]
+    assert in_words(summary).startswith("4 of 6 held-out questions right (67 %); 1,000,000 parameters; ")
+    assert fell_in_rl(summary) == {}
+    assert fell_in_rl(summary, margin=0) == {"qa": (4, 3)}
+    assert in_short(results) == "4 of 6 held-out questions right (answering 3/4, clicking 1/2)"
+
+
+def test_shown_are_right_ones_first_and_a_wrong_one_last():
+    verdicts = {"a": [False, True, True, True], "b": [False] * 3, "c": [None] * 2, "d": [True]}
+    questions = [(kind, verdict) for kind, found in verdicts.items() for verdict in found]
+    assert [questions[place] for place in _chosen(questions, 3)] == [
+        ("a", True), ("b", False), ("c", None), ("d", True), ("a", True), ("b", False), ("c", None), ("a", False), ("b", False),
+    ]  # fmt: skip
+
+
+def test_a_stage_is_asked_once_for_the_same_questions(tmp_path: Path, monkeypatch):
+    asked = [Asked("qa", questions_of(_sample(), [(224, 224)], SIGHT)[1], [b"picture"], True)]
+    calls: list[int] = []
+    monkeypatch.setattr(asking, "load_model", lambda directory, batch_size: directory)
+    monkeypatch.setattr(asking, "_ask", lambda model, items: calls.append(1) or ["3"] * len(items))
+    (tmp_path / "result.json").write_text("{}")
+    assert answers_after(tmp_path, asked) == answers_after(tmp_path, asked) == ["3"]
+    assert len(calls) == 1
+    (tmp_path / "result.json").write_text('{"steps": 2}')  # the stage was run again
+    assert answers_after(tmp_path, asked * 2) == ["3", "3"]
+    assert len(calls) == 2
+
+
+def test_an_onlooker_tells_every_stage_but_the_last_and_survives_an_error(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("terrace.demo.along.LOOK_SECONDS", 0.005)
+    recipe, heard, told = load_recipe(DRAWN_RECIPE), [], threading.Event()
+    messages: list[str] = []
+
+    def finished(stages: int) -> None:
+        heard.append(stages)
+        told.set()
+        if stages == 2:
+            raise OSError("no room")
+
+    with Onlooker(recipe, tmp_path, finished, messages.append):
+        for number, stage in enumerate(recipe.stages, start=1):
+            folder = tmp_path / "stages" / f"{number:02d}-{stage.name}"
+            folder.mkdir(parents=True)
+            told.clear()
+            (folder / "result.json").write_text("{}")
+            assert number == len(recipe.stages) or told.wait(5)
+            while number == 2 and not messages:
+                time.sleep(0.005)
+    assert heard == [1, 2, 3, 4]
+    assert messages == ["the answers after stage 2 could not be shown (no room); training goes on"]
+
+
+def test_pages_tell_what_the_demo_wrote():
+    """docs/demo.json is the summary.json of a real `make demo`; nothing of the demo stands on a page that is not in it."""
+    summary = json.loads((REPOSITORY / "docs" / "demo.json").read_text(encoding="utf-8"))
+    readme, rl = ((REPOSITORY / name).read_text(encoding="utf-8") for name in ("README.md", "docs/rl.md"))
+    for part in (in_words(summary), answers_table(summary), losses_table(summary)):
+        assert part in readme, f"README.md lacks, or has an older form of:\n{part}"
+    assert rewards_table(summary) in rl
+    recipe = load_recipe(DRAWN_RECIPE)
+    assert [stage["name"] for stage in summary["stages"]] == [stage.name for stage in recipe.stages]
+    assert [stage["steps"] for stage in summary["stages"]] == [stage.budget.steps for stage in recipe.stages], "run the demo again"
+    assert fell_in_rl(summary) == {}

@@ -122,7 +122,7 @@ REFUSED = [
     (["stages.0.schedule={kind: step, milestones: [2.5]}"], "stages.0.schedule.milestones", "whole number"),
     (["stages.0.schedule={kind: wsd, decay: 0.98}", "stages.0.budget={steps: 100}"], "stages.0.schedule.decay", "none of the stage's"),
     (["stages.0.objective=mtp"], "stages.0.train", "give train.heads its lr"),
-    (["stages.0.train.heads={lr: 0.001}"], "stages.0.train.heads", "mtp and medusa"),
+    (["stages.0.train.heads={lr: 0.001}"], "stages.0.train.heads", "mtp, medusa, "),
     (["stages.0.objective=medusa", "stages.0.train.heads={lr: 0.001}", "stages.0.mtp={}"], "stages.0.mtp", "objective mtp"),
     (["stages.0.dpo={}"], "stages.0.dpo", "is an option of objective dpo"),
     (["stages.0.objective=simpo", "stages.0.dpo={}"], "stages.0.dpo", "is an option of objective dpo"),

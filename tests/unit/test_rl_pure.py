@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -12,10 +13,13 @@ from terrace.recipe.schema_grpo import GrpoOptions
 from terrace.rl.advantages import group_advantages, overlong_penalties, zero_variance
 from terrace.rl.collect import Group
 from terrace.rl.dynamic_sampling import prompts_to_draw, select_groups
+from terrace.rl.exchange import delivered, told
+from terrace.rl.figures import task_figures
 from terrace.rl.iteration import part_advantages
 from terrace.rl.pools import EasyPool
 from terrace.rl.prompts import Drawn
 from terrace.rl.stored import load_rewards, save_rewards
+from terrace.worker.context import WorkerContext
 
 NAN = float("nan")
 
@@ -133,3 +137,18 @@ def test_rewards_come_back_with_their_reasons_and_from_files_without(tmp_path):
     stored = json.loads(path.read_text())
     path.write_text(json.dumps({**stored, "rewards": [[one[:2] for one in group] for group in stored["rewards"]]}))
     assert load_rewards(path, identity) == [[(*one[:2], {}) for one in group] for group in rewards]
+
+
+def test_what_ranks_are_told_of_a_group_is_small():
+    tokens = np.arange(4096, dtype=np.int32)
+    said = tuple(Response(tokens[: 4096 - 3 * n], np.zeros(4096 - 3 * n, np.float32), n % 2 == 0) for n in range(16))
+    reasons = ({"counting": "'4': count"},) * 16
+    group = Group(Drawn(("s", 1), 0), "p", "t", 40, 9, said, np.ones(16), (), ("x" * 9000,) * 16, "why?", "4", reasons, 0.25)
+    small = told(group)
+    assert len(pickle.dumps(small)) < 3_000 < len(pickle.dumps(group)) / 100
+    assert group.whole
+    assert not small.whole
+    assert task_figures([small]) == task_figures([group])
+    assert small.response_tokens == group.response_tokens
+    (back,) = delivered([group], [0], WorkerContext())
+    assert back.responses is group.responses

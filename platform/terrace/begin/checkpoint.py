@@ -12,6 +12,7 @@ from terrace.begin.decide import Checkpoint
 from terrace.data.family import configuration, directory_family
 from terrace.data.tokenizer import TextTokenizer, load_tokenizer
 from terrace.errors import InputError
+from terrace.families.configurations import language_config
 from terrace.recipe.schema import Model
 from terrace.storage.files import absolute, is_remote, join, read_file
 
@@ -40,7 +41,7 @@ def look_at_checkpoint(given: str) -> Checkpoint:
             pixels = family.exported_pixels(values)
         except (KeyError, TypeError, ValueError):
             pixels = None
-    longest = int(built.text_config.max_position_embeddings)
+    longest = int(language_config(built).max_position_embeddings)
     return Checkpoint(directory, section.architecture, family, pixels, longest, parameters)
 
 

@@ -9,6 +9,8 @@ from terrace.cluster.cel_rules import MOST_BYTES, MOST_CORES, OWN_PREFIXES, OWN_
 from terrace.cluster.cluster_schema import BUCKET, CurriculumSpec, PodSize
 from terrace.cluster.manifests import build_rayjob, worker_bounds, worker_pods
 from terrace.cluster.pod_rules import amount, pod_problems
+from terrace.recipe.errors import dotted
+from terrace.recipe.rules_places import named_places
 from terrace.recipe.schema import PARTS
 
 MAX_PODS = 5000  # of one attempt; Kubernetes supports 5,000 nodes (kubernetes.io/docs/setup/best-practices/cluster-large)
@@ -120,9 +122,8 @@ def _addresses(spec: CurriculumSpec) -> Iterator[str]:
     """What the recipe reads: in S3, or in the pod. Where a path of the image or of a volume is, only the pod knows."""
     recipe = spec.recipe
     found = {f"recipe.data.sources.{name}.uri": source.uri for name, source in recipe.data.sources.items()}
-    found |= {"recipe.model.pretrained": recipe.model.pretrained, "recipe.tokenizer.path": recipe.tokenizer.path}
-    if recipe.model.init is not None:
-        found |= {f"recipe.model.init.{part}": getattr(recipe.model.init, part) for part in PARTS}
+    found |= {"recipe.tokenizer.path": recipe.tokenizer.path}
+    found |= {f"recipe.{dotted(path)}": uri for path, uri in named_places(recipe) if path[0] == "model" or path[2] == "model"}
     for where, uri in found.items():
         scheme, mark, _ = (uri or "").partition("://")
         if mark and scheme == "s3":

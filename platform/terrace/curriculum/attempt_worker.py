@@ -62,13 +62,14 @@ def run_stage(
     """Train one stage of a run directory whose data is prepared (`<run-dir>/data`). Every rank calls it."""
     from terrace.data.prepare import load_prepared, stage_data
     from terrace.storage.run_storage import run_storage
-    from terrace.train.start import start_weights_of
+    from terrace.train.start import start_weights_of, with_taken_parts
 
     prepared, storage = load_prepared(run_dir / "data"), run_storage(run_dir)
     folder = stage_directory(run_dir, stage_index, recipe.stages[stage_index].name)
     folder.mkdir(parents=True, exist_ok=True)
     start = start_weights_of(recipe, stage_index, run_dir, storage)
     recipe, prepared = stage_data(recipe, stage_index, prepared)
+    recipe = with_taken_parts(recipe, stage_index, run_dir, storage)
     opened = importlib.import_module(OBJECTIVES[recipe.stages[stage_index].objective].feed)
 
     def open_feed() -> StageFeed:

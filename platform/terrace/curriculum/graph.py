@@ -1,27 +1,39 @@
 """Which stage waits for which. Pure.
 
 By default stages run one after the other, in the order they are written. With `stage_order: graph` a stage waits only for the one whose
-weights it starts from and for those named in `after`; both stand before it in the recipe, so there is no circle. The first stage is
-the only one that waits for none: by the time that two stages run side by side, the data is prepared.
+weights it starts from (or those that it takes parts of), those that judge its answers and those named in `after`; all stand before it
+in the recipe, so there is no circle. The first stage is the only one that waits for none: by the time that two stages run side by
+side, the data is prepared.
 """
 
 from __future__ import annotations
 
 from terrace.curriculum.state import RunState, StageState
+from terrace.recipe.identity import judges_of, start_index, taken_from
 from terrace.recipe.schema import Recipe
 
 
+def source_stages(recipe: Recipe, index: int) -> list[str]:
+    """The stages whose final weights stage `index` starts from: one as a whole, or of several their parts; none for the first."""
+    whole = start_index(recipe, index)
+    found = taken_from(recipe, index).values() if whole is None else [whole]
+    return [recipe.stages[place].name for place in sorted(set(found))]
+
+
 def source_stage(recipe: Recipe, index: int) -> str | None:
-    """The stage whose final weights stage `index` starts from; None for the first."""
-    return recipe.stages[index].start_from or (recipe.stages[index - 1].name if index else None)
+    """`source_stages` in words; None where there is none."""
+    return ", ".join(source_stages(recipe, index)) or None
 
 
 def waits_for(recipe: Recipe, index: int) -> set[str]:
     """Stages that must be complete before stage `index` begins."""
     if recipe.stage_order == "sequence":
         return {stage.name for stage in recipe.stages[:index]}
-    source = source_stage(recipe, index)
-    return {*recipe.stages[index].after, *([source] if source else [])}
+    judges = [recipe.stages[place].name for place in judges_of(recipe, index).values()]
+    named = {*recipe.stages[index].after, *source_stages(recipe, index), *judges}
+    if source_stages(recipe, index) or recipe.stages[index].after:
+        return named
+    return named | {stage.name for stage in recipe.stages[: min(index, 1)]}  # a model of its own that takes nothing: after the first
 
 
 def with_dependents(recipe: Recipe, name: str) -> list[str]:

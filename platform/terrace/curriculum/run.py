@@ -27,7 +27,7 @@ from terrace.curriculum.run_directory import changed_keys, check_changes, store_
 from terrace.curriculum.state import RunState, StageState, apply, fold
 from terrace.curriculum.watch import Watch
 from terrace.errors import InputError
-from terrace.recipe.identity import recipe_hash
+from terrace.recipe.identity import recipe_hash, taken_from
 from terrace.recipe.schema import Recipe
 from terrace.storage import mirror
 from terrace.storage.run_layout import stage_directory
@@ -301,10 +301,14 @@ def prepare_run_data(recipe: Recipe, run_dir: Path, display: Display) -> dict[st
     """Ingest and index what is not yet, train or copy the tokenizer; what the journal should know of it."""
     from terrace.data.prepare import prepare_data
 
+    if any(taken_from(recipe, index) for index in range(len(recipe.stages))):
+        from terrace.models.taken import check_taken  # a recipe of one model needs no torch here
+
+        check_taken(recipe)
     mirror.fetch_folder(run_dir / "data", mirror.DATA_LAST)
     prepared = prepare_data(recipe, run_dir, display.activity)
     mirror.store_folder(run_dir / "data", mirror.DATA_LAST)
-    return {"sources": {name: len(index.ids) for name, index in prepared.indexes.items()}}
+    return {"sources": {name: len(index.ids) for name, index in prepared.sources.items()}}
 
 
 @contextmanager

@@ -15,10 +15,12 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
     """Plain values for people and programs. Builds the model on the meta device: seconds, no weights."""
     from terrace.data.family import family_of
     from terrace.models.build import parameter_counts
+    from terrace.models.taken import check_taken
     from terrace.planner.adapters import with_adapters
     from terrace.planner.parameters import trainable_counts, trains_whole
     from terrace.planner.shapes import model_shape
 
+    check_taken(recipe)
     begin = parameter_counts(recipe)
     stages = []
     for index, stage in enumerate(recipe.stages):
@@ -31,6 +33,8 @@ def describe_recipe(recipe: Recipe) -> dict[str, Any]:
             {
                 "name": stage.name,
                 "objective": stage.objective,
+                "model": seen.model.architecture,
+                "parameters": sum(counts.values()),
                 "trains": {part: getattr(stage.train, part).lr for part in trained},
                 "trained_parameters": sum(numbers[part] for part in trained),
                 "starts_from": source_stage(recipe, index),

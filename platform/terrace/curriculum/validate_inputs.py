@@ -34,7 +34,7 @@ def _missing(path: Path, uri: str, storage: Storage, unreachable: set[str]) -> I
     bucket = uri.removeprefix("s3://").partition("/")[0] if is_remote(uri) else ""
     if bucket in unreachable:
         return
-    inside = _INSIDE.get(str(path[0]))
+    inside = _INSIDE.get(str(path[2] if path[0] == "stages" else path[0]))
     try:
         if inside is not None:
             if not _is_tokenizer_file(path, uri) and file_size(join(uri, inside), storage) is None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from terrace.data.images import DEFAULT_MAX_IMAGE_PIXELS, load_pixels
-from terrace.data.template import Encoded, encode_prompt
+from terrace.data.template import Encoded, encode_observation, encode_prompt
 from terrace.data.tokenizer import TextTokenizer
 from terrace.data.types import PromptInputs, Sample, no_pixels
-from terrace.errors import InputError
 from terrace.families.interface import Bounds, Family
 
 
@@ -27,22 +26,38 @@ class ReadPrompt:
 def measured_prompt(
     sample: Sample, sizes: Sequence[tuple[int, int]], tokenizer: TextTokenizer, family: Family, bounds: Bounds
 ) -> tuple[Encoded, dict[int, tuple[int, int]]]:
-    """The prompt's tokens and `ReadPrompt.scales`, from the sizes alone: no image is opened. Raises InputError for a video."""
+    """The prompt's tokens and `ReadPrompt.scales`, from the sizes alone: no image is opened. All frames of a video have its scale."""
     encoded = encode_prompt(sample, sizes, tokenizer, family, bounds)
-    if any(visual.seconds is not None for visual in encoded.visuals):
-        raise InputError(f"sample {sample.id}: prompts take images, not videos")
-    numbers = [images_of[0] for images_of in encoded.images]
-    return encoded, {number: (view.scale[1], view.scale[0]) for number, view in zip(numbers, encoded.views)}
+    views = [(number, view) for numbers, view in zip(encoded.images, encoded.views) for number in numbers]
+    return encoded, {number: (view.scale[1], view.scale[0]) for number, view in views}
 
 
 def read_prompt(
     sample: Sample, images: Sequence[bytes], sizes: Sequence[tuple[int, int]], tokenizer: TextTokenizer, family: Family,
     bounds: Bounds, max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
 ) -> ReadPrompt:
-    """Encode the sample's prompt and cut its images. Raises InputError for a video, ImageDamage for a broken image."""
+    """Encode the sample's prompt and cut its images and frames. Raises ImageDamage for a broken one, InputError for a sample that
+    cannot be read."""
     encoded, scales = measured_prompt(sample, sizes, tokenizer, family, bounds)
-    numbers = [images_of[0] for images_of in encoded.images]
-    pixels = [load_pixels(images[number], family, view, max_image_pixels) for number, view in zip(numbers, encoded.views)]
+    return ReadPrompt(_inputs(encoded, images, family, max_image_pixels), encoded, scales)
+
+
+def read_observation(
+    sample: Sample, images: Sequence[bytes], sizes: Sequence[tuple[int, int]], tokenizer: TextTokenizer, family: Family,
+    bounds: Bounds, following: np.ndarray, max_image_pixels: int = DEFAULT_MAX_IMAGE_PIXELS,
+) -> PromptInputs:
+    """The turns behind the conversation's last answer, up to the header of the next one. `following`: int64 [P], the positions of the
+    first token behind that answer; `images` and `sizes` are those of the whole conversation."""
+    encoded = encode_observation(sample, sizes, tokenizer, family, bounds)
+    inputs = _inputs(encoded, images, family, max_image_pixels)
+    return replace(inputs, positions=(inputs.positions + following[:, None]).astype(np.int32))
+
+
+def _inputs(encoded: Encoded, images: Sequence[bytes], family: Family, max_image_pixels: int) -> PromptInputs:
+    pixels = []
+    for numbers, view in zip(encoded.images, encoded.views):
+        frames = [load_pixels(images[number], family, view, max_image_pixels) for number in numbers]
+        pixels.append(frames[0] if len(frames) == 1 else family.video_pixels(frames))
     fields = no_pixels(family.row_values, family.fact_count)
     if pixels:
         fields = {
@@ -50,4 +65,5 @@ def read_prompt(
             "image_tokens": np.asarray([visual.tokens for visual in encoded.visuals], np.int32),
             "image_rows": np.asarray([len(rows) for rows in pixels], np.int32),
         }  # fmt: skip
-    return ReadPrompt(PromptInputs(encoded.input_ids, encoded.positions, **fields), encoded, scales)
+    videos = sum(visual.seconds is not None for visual in encoded.visuals)
+    return PromptInputs(encoded.input_ids, encoded.positions, **fields, videos=videos)

@@ -92,12 +92,39 @@ def encode_prompt(sample: Sample, sizes: Sequence[Size], tokenizer: TextTokenize
     return _encode(sample, sizes, tokenizer, family, pixels, _prompt_pieces(sample, family))
 
 
+def encode_observation(sample: Sample, sizes: Sequence[Size], tokenizer: TextTokenizer, family: Family, pixels: Bounds) -> Encoded:
+    """What stands between the end mark of the conversation's last answer and the next one: the turns behind it, and the header of an
+    answer. Positions count from 0; `sizes` are those of all images of the sample. Raises InputError where a later image would change
+    how an earlier one is seen.
+    """
+    pieces = [*_pieces(sample, "assistant", family), *family.generation()]
+    ends = [place for place, (kind, value, answer) in enumerate(pieces) if kind == "mark" and value == family.end_of_turn and answer]
+    if not ends or sample.messages[-1]["role"] == "assistant":
+        raise InputError(f"sample {sample.id}: an observation stands behind an answer")
+    shown = sum(item["type"] == "image" for message in sample.messages[:-1] for item in message["content"])
+    if shown < len(sizes) and family.images_both_ways:
+        raise InputError(f"{family.name} lets the tokens of an image see each other both ways, behind an answer too; observe in text alone")
+    if shown and shown < len(sizes) and family.among(shown) != family.among(len(sizes)):
+        raise InputError(f"{family.name} sees every image of a conversation otherwise when one more comes; observe in text alone")
+    return _encode(sample, sizes, tokenizer, family, pixels, iter(pieces[ends[-1] + 1 :]))
+
+
 def encode_answer(text: str, tokenizer: TextTokenizer, family: Family) -> list[int]:
     """Token ids of an answer behind `encode_prompt`, with its end mark."""
     header = "".join(value for kind, value, _ in family.generation() if kind == "text") if family.answer_prefix else ""
     prefixed = family.answer_prefix + text
     ids = tokenizer.encode_behind(header, prefixed) if header else tokenizer.encode(prefixed)
     return [*ids, tokenizer.marks(family)[family.end_of_turn]]
+
+
+def written_texts(sample: Sample, family: Family) -> Iterator[str]:
+    """What the model reads of a sample between two marks or numbers: its own text and the words the family writes around turns.
+
+    A tokenizer is trained on it: without the turns' own words `You are a helpful assistant.` was 20 tokens of every short sample.
+    Raises InputError, naming the sample, for one that the family cannot write."""
+    yield from (value for kind, value, _ in _pieces(sample, "auto", family) if kind == "text")
+    if sample.messages[-1]["role"] == "user":  # a prompt: the header of the answer to come
+        yield from (value for kind, value, _ in family.generation() if kind == "text")
 
 
 def measure_sample(sample: Sample, sizes: Sequence[Size], tokenizer: TextTokenizer, family: Family) -> Measure:
@@ -310,6 +337,10 @@ def _encode(
     visuals: list[Visual] = []
     views: list[View] = []
     images: list[tuple[int, ...]] = []
+    asked: list[int] | None = None
+    if family.reads_questions:
+        pieces, question = itertools.tee(pieces)
+        asked = tokenizer.encode_question(_question(question, at_this_resolution))
     for kind, value, flags in _joined(_known_tokens(pieces, tokenizer, family), at_this_resolution):
         if kind == "text" and len(flags) > 1:
             tokens, offsets = tokenizer.encode_with_offsets(value)
@@ -325,6 +356,8 @@ def _encode(
             ids.append(tokenizer.token_id(value))
         else:
             visual, view = _visual(len(ids), value, all_views, family)
+            if asked is not None:
+                visual = replace(visual, facts=family.asked(visual.facts, asked))
             ids += [marks[kind]] * visual.tokens if visual.seconds is not None else _image_tokens(view, family, tokenizer)
             visuals.append(visual)
             views.append(view)
@@ -340,6 +373,13 @@ def _encode(
         views=tuple(views),
         images=tuple(images),
     )
+
+
+def _question(pieces: Iterator[Piece], render: Callable[[int, int, float], str]) -> str:
+    """The text in front of the first cut, which parts a question from its answer; empty for running text, which asks nothing."""
+    before = list(pieces)
+    cut = next((place for place, piece in enumerate(before) if piece[0] == "cut"), 0)
+    return "".join(value for kind, value, _ in _joined(iter(before[:cut]), render) if kind == "text")
 
 
 def _visual(start: int, value: dict[str, Any], views: Sequence[View], family: Family) -> tuple[Visual, View]:

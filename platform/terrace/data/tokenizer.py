@@ -11,16 +11,19 @@ import json
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from terrace.errors import InputError
 from terrace.families.interface import Family
 
+CONFIG = "tokenizer_config.json"
 # How Qwen2 cuts text before BPE. Every digit stands alone, which makes the length of a rendered coordinate arithmetic.
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QUESTION_TOKENIZER = "qformer_tokenizer"  # folder beside a tokenizer's own files, as InstructBLIP is published
 
 
 class TextTokenizer:
@@ -81,11 +84,19 @@ class TextTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text; marks of turns and images in it are text like any other."""
-        return self._tokenizer.encode(text, add_special_tokens=False).ids if text else []
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids if text else []  # without offsets
+
+    def encode_question(self, text: str) -> list[int]:
+        """Token ids as the part of the model that reads the question with the picture takes them: by the tokenizer in the folder
+        `qformer_tokenizer`, between its own marks, or by this one where there is no such folder."""
+        own = self.directory / QUESTION_TOKENIZER
+        if not own.is_dir():
+            return self.encode(text)
+        return load_tokenizer(own)._tokenizer.encode(text, add_special_tokens=True).ids
 
     def count(self, text: str) -> int:
         """How many tokens `encode` gives."""
-        return len(self._tokenizer.encode(text, add_special_tokens=False)) if text else 0
+        return len(self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]) if text else 0  # without offsets
 
     def encode_behind(self, before: str, text: str) -> list[int]:
         """Token ids of `text` where it follows `before` in one string, as a tokenizer that looks at the first letter writes it."""
@@ -127,14 +138,16 @@ def load_tokenizer(path: str | Path) -> TextTokenizer:
 
 
 def train_tokenizer(
-    texts: Iterable[str], vocabulary_size: int, out_dir: str | Path, family: Family | type[Family]
+    texts: Iterable[str], vocabulary_size: int, out_dir: str | Path, family: Family | type[Family], *others: Family | type[Family]
 ) -> TextTokenizer:
     """Train a byte-level BPE in Qwen2's form with the family's marks and save it as a Hugging Face directory.
 
+    `others` are families of the same run, whose marks it has too; each has a configuration of its own (`file_for`).
     `vocabulary_size` counts the special tokens too; text with few distinct words gives a smaller vocabulary.
     Raises InputError when the size cannot hold the 256 bytes and the special tokens.
     """
-    smallest = 256 + len(family.marks)
+    marks = list(dict.fromkeys(token for one in (family, *others) for token in one.marks.values()))
+    smallest = 256 + len(marks)
     if vocabulary_size < smallest:
         raise InputError(f"tokenizer.train_vocabulary_size: {vocabulary_size} is below {smallest} (bytes and marks)")
     tokenizer = Tokenizer(models.BPE())
@@ -151,12 +164,21 @@ def train_tokenizer(
         min_frequency=2,
         show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        special_tokens=[AddedToken(token, special=True, normalized=False) for token in family.marks.values()],
+        special_tokens=[AddedToken(token, special=True, normalized=False) for token in marks],
     )
     tokenizer.train_from_iterator(texts, trainer=trainer)
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out_dir / "tokenizer.json"))
+    for one in (family, *others):
+        name = CONFIG if one is family else CONFIG.replace(".", f".{one.name}.")
+        (out_dir / name).write_text(json.dumps(_configuration(one), indent=2, ensure_ascii=False) + "\n")
+    _load.cache_clear()
+    return load_tokenizer(out_dir)
+
+
+def _configuration(family: Family | type[Family]) -> dict[str, Any]:
+    """What transformers' tokenizer is told of a family's conversations."""
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": None,
@@ -170,6 +192,10 @@ def train_tokenizer(
     }
     if family.token_names:
         config["extra_special_tokens"] = {name: family.marks[role] for name, role in family.token_names.items()}
-    (out_dir / "tokenizer_config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    _load.cache_clear()
-    return load_tokenizer(out_dir)
+    return config
+
+
+def file_for(directory: Path, name: str, family: str) -> Path:
+    """A file of a tokenizer's directory as a family is to have it: its own, where the tokenizer was trained for several."""
+    own = directory / name.replace(".", f".{family}.", 1)
+    return own if own.is_file() else directory / name

@@ -112,6 +112,7 @@ class PromptInputs:
     image_facts: np.ndarray  # int32 [I, k]
     image_tokens: np.ndarray  # int32 [I]
     image_rows: np.ndarray  # int32 [I]
+    videos: int = 0  # of the I, those that are videos
 
     @property
     def next_positions(self) -> np.ndarray:

@@ -36,19 +36,34 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 def demo_command(arguments: argparse.Namespace) -> int:
     from terrace.curriculum.launch import run_with_launcher
+    from terrace.demo.along import Clock, Onlooker
+    from terrace.demo.summary import summary_of, write_summary
     from terrace.track.progress import Display
 
     run_dir = arguments.run_dir or Path("runs") / ("demo" if arguments.data is None else f"demo-{arguments.data.resolve().name}")
-    with Display() as display:
-        if arguments.data is None:
-            recipe = _drawn_recipe(arguments.overrides, display)
-        else:
-            recipe = _folder_recipe(arguments.data, run_dir, arguments.overrides, display)
-    outcome = run_with_launcher(recipe, run_dir, "local", dashboard=arguments.dashboard)
-    if outcome.phase != "succeeded":
-        print(outcome.message, file=sys.stderr)
-        return outcome.exit_status
-    show(recipe, run_dir, arguments.data)
+    with Clock() as clock:
+        with Display() as display:
+            if arguments.data is None:
+                recipe = _drawn_recipe(arguments.overrides, display)
+            else:
+                recipe = _folder_recipe(arguments.data, run_dir, arguments.overrides, display)
+        fresh = not (run_dir / "journal.jsonl").exists()
+        shown, first = Display(), list[float]()
+
+        def finished(stages: int) -> None:
+            results = _collect(recipe, run_dir, arguments.data)
+            page = _write_page(results, run_dir, arguments.data)
+            first.append(clock.seconds)
+            shown.message(f"after {recipe.stages[stages - 1].name}: {in_short(results)}; pictures with answers: {page}")
+
+        with Onlooker(recipe, run_dir, finished, shown.message):
+            outcome = run_with_launcher(recipe, run_dir, "local", dashboard=arguments.dashboard, display=shown)
+        if outcome.phase != "succeeded":
+            print(outcome.message, file=sys.stderr)
+            return outcome.exit_status
+        results = show(recipe, run_dir, arguments.data)
+        if fresh or not (run_dir / "summary.json").exists():
+            write_summary(summary_of(results, clock if fresh else None, min(first, default=None)), run_dir)
     return 0
 
 
@@ -83,31 +98,50 @@ def _folder_recipe(folder: Path, run_dir: Path, overrides: list[str], display) -
     return load_recipe(path, overrides)
 
 
-def show(recipe: Recipe, run_dir: Path, folder: Path | None) -> None:
-    """Ask the final model held-out questions; print the tables; write gallery.html and gallery.png into the run directory."""
+def _collect(recipe: Recipe, run_dir: Path, folder: Path | None):
+    import torch
+
+    from terrace.demo.results import EXACT, TASKS, collect
+
+    torch.set_num_threads(1)  # the workers of the next stage have the cores, and one-token steps are too small to share
+    return collect(recipe, run_dir, judged=tuple(TASKS) if folder is None else EXACT)
+
+
+def _write_page(results, run_dir: Path, folder: Path | None) -> Path:
+    from terrace.demo.page import write_page
+
+    where = "drawn scenes" if folder is None else f"the rows of {folder}"
+    return write_page(results, run_dir / "gallery.html", f"A tiny vision-language model, trained from random weights on {where}.")
+
+
+def in_short(results) -> str:
+    """How many held-out questions are right, by kind."""
+    from terrace.demo.results import TASKS
+
+    if not results.asked:
+        return "asked, nothing of it can be judged by a rule"
+    kinds = ", ".join(f"{TASKS[kind].lower()} {right}/{asked}" for kind, (right, asked) in results.scores.items() if right)
+    return f"{results.right} of {results.asked} held-out questions right" + (f" ({kinds})" if kinds else "")
+
+
+def show(recipe: Recipe, run_dir: Path, folder: Path | None):
+    """Print what the models of all stages say to held-out questions; write gallery.html and gallery.png into the run directory."""
     from rich.console import Console
 
     from terrace.demo.gallery import write_sheet
-    from terrace.demo.page import write_page
-    from terrace.demo.results import EXACT, TASKS, collect
-    from terrace.demo.tables import print_answers, print_losses, print_rewards
+    from terrace.demo.tables import print_answers, print_losses, print_rewards, print_scores
 
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 150  # a log file has no width of its own
-
-    def progress(done: int, total: int) -> None:
-        if done == total or done % 50 == 0:
-            console.print(f"asking the model: {done} of {total} held-out questions", end="\r" if console.is_terminal else "\n")
-
-    results = collect(recipe, run_dir, judged=tuple(TASKS) if folder is None else EXACT, progress=progress)
+    results = _collect(recipe, run_dir, folder)
     print_losses(results, console)
     print_rewards(results, console)
+    print_scores(results, console)
     print_answers(results, console)
-    where = "drawn scenes" if folder is None else f"the rows of {folder}"
-    page = write_page(results, run_dir / "gallery.html", f"A tiny vision-language model, trained from random weights on {where}.")
-    sheet = write_sheet(results, run_dir / "gallery.png")
+    page, sheet = _write_page(results, run_dir, folder), write_sheet(results, run_dir / "gallery.png")
     console.print(f"\nPictures with the model's answers: [bold]{page}[/bold] and [bold]{sheet}[/bold]", soft_wrap=True)
     final = run_dir / "stages" / f"{len(recipe.stages):02d}-{recipe.stages[-1].name}" / "final"
     console.print(f"The model as a Hugging Face directory: [bold]{final}[/bold]", soft_wrap=True)
     console.print(f"Metrics: [bold]mlflow ui --backend-store-uri sqlite:///{run_dir}/mlflow.db[/bold]", soft_wrap=True)
+    return results

@@ -23,24 +23,27 @@ from terrace.recipe.schema import Source
 
 Drawn = tuple[Row, dict[str, Image.Image]]  # a row, and its pictures by path
 
+VERSION = 6  # of what is drawn: a folder of another one is drawn anew
 FOLDER_NAME = "demo-corpus"  # recipes that point into a folder of this name get it drawn
 
 # Samples per file. A file's name and content are the source's; see `jobs/recipes/demo.yaml` for kinds and mixtures.
 SAMPLES = {
-    "captions": 4000,
+    "captions": 3600,
     "interleaved": 400,
-    "text": 400,
-    "ocr": 1500,
+    "text": 1200,
+    "ocr": 2600,
     "grounding": 2400,
-    "gui": 1400,
+    "gui": 1600,
     "qa": 1400,
     "counting": 1400,
     "charts": 1400,
-    "reasoning": 500,
+    "reasoning": 1600,
     "albums": 120,
+    "pairs": 900,
     "rl/counting": 1000,
     "rl/grounding": 1000,
     "rl/arithmetic": 1000,
+    "rl/clicking": 600,
 }
 
 
@@ -51,15 +54,17 @@ def write_corpus(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
-    """Writes `<folder>/<source>.jsonl` and `<folder>/images/...` and returns the folder; a finished folder is left as it is.
+    """Writes `<folder>/<source>.jsonl` and `<folder>/images/...` and returns the folder; sources that are there are left as they are.
 
     `samples` is the number per source (default `SAMPLES`); `progress(done, total)` is called as samples are written.
     """
-    samples = SAMPLES if samples is None else samples
-    stamp = folder / "corpus.json"
-    wanted = {"seed": seed, "samples": samples, "version": 5}
-    if stamp.is_file() and json.loads(stamp.read_text()) == wanted:
+    stamp, kind = folder / "corpus.json", {"seed": seed, "version": VERSION}
+    drawn = json.loads(stamp.read_text()) if stamp.is_file() else {}
+    there = drawn["samples"] if {name: drawn.get(name) for name in kind} == kind else {}
+    samples = {source: count for source, count in (SAMPLES if samples is None else samples).items() if there.get(source) != count}
+    if not samples:
         return folder
+    wanted = {**kind, "samples": {**there, **samples}}
     stamp.unlink(missing_ok=True)
     chunk = 100
     tasks = [
@@ -133,11 +138,14 @@ def drawn_folders(sources: Mapping[str, Source]) -> list[Path]:
 def draw_missing(
     sources: Mapping[str, Source], say: Callable[[str], None], progress: Callable[[int, int], None] | None = None
 ) -> None:
-    """Draws the corpus that `sources` point into, unless it is there.
+    """Draws what `sources` point at in folders named `demo-corpus`, unless it is there.
 
     So that jobs/recipes/demo.yaml, and what extends it, runs on a fresh machine without a step before it.
     """
     for folder in drawn_folders(sources):
+        files = [Path(source.uri) for source in sources.values()]
+        named = {str(file.relative_to(folder).with_suffix("")) for file in files if folder in file.parents}
+        samples = {name: count for name, count in SAMPLES.items() if name in named} or SAMPLES
         if not (folder / "corpus.json").is_file():
-            say(f"drawing the demo's corpus into {folder} ({sum(SAMPLES.values()):,} samples)")
-        write_corpus(folder, progress=progress)
+            say(f"drawing the demo's corpus into {folder} ({sum(samples.values()):,} samples)")
+        write_corpus(folder, samples=samples, progress=progress)

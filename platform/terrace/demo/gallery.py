@@ -40,10 +40,9 @@ def write_sheet(results: Results, path: Path) -> Path:
     height = header + sum(heights) + (len(rows) - 1) * GAP * SCALE + MARGIN * SCALE
     sheet = Image.new("RGB", (width, height), PAGE)
     draw = ImageDraw.Draw(sheet)
-    right, total = sum(r for r, _ in results.scores.values()), sum(t for _, t in results.scores.values())
     _write(draw, (MARGIN, 26), "What the model says about pictures it has never seen", 24, INK)
     line = f"{results.name} · {results.parameters / 1e6:.1f} M parameters"
-    line += f" · {right} of {total} held-out questions right" if total else ""
+    line += f" · {results.right} of {results.asked} held-out questions right" if results.asked else ""
     _write(draw, (MARGIN, 60), line, 14, MUTED)
     y = header
     for row, row_height in zip(rows, heights):

@@ -9,12 +9,13 @@ import math
 from html import escape
 from pathlib import Path
 
+from terrace.demo import side_by_side
 from terrace.demo.results import RL_TASKS, TASKS, Results, Shown, StageLosses
 from terrace.page import document, facts, picture_address
 
 STAGE_COLOURS = ("#c2630a", "#0f7b8a", "#3355d6", "#8b3fc4", "#b02a5b", "#5a6b1f")
 
-STYLE = """
+STYLE = side_by_side.STYLE + """
 .curve text { font: 12px system-ui, sans-serif; fill: var(--muted); }
 .curve .rule { stroke: var(--soft); }
 .curve .border { stroke: var(--faint); stroke-dasharray: 3 4; }
@@ -22,11 +23,7 @@ td .arrow { color: var(--faint); padding: 0 5px; }
 td b { font-weight: 600; }
 td.up b { color: var(--wrong); }
 .none { color: var(--faint); }
-.bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: 10px 16px; align-items: center; }
-.bars .track { background: var(--soft); border-radius: 6px; height: 12px; overflow: hidden; }
-.bars .fill { background: var(--right); height: 100%; border-radius: 6px; }
-.bars .share { color: var(--muted); font-variant-numeric: tabular-nums; font-size: 13px; text-align: right; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(244px, 1fr)); gap: 18px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(205px, 1fr)); gap: 18px; }
 .card { background: var(--panel); border: 1px solid var(--line); border-radius: 12px; overflow: hidden; display: flex;
   flex-direction: column; break-inside: avoid; }
 .card figure { margin: 0; background: var(--soft); border-bottom: 1px solid var(--line); }
@@ -48,33 +45,44 @@ td.up b { color: var(--wrong); }
 
 def write_page(results: Results, path: Path, subtitle: str) -> Path:
     """Writes the page and returns its path."""
-    right, total = sum(r for r, _ in results.scores.values()), sum(t for _, t in results.scores.values())
-    figures = [
+    figures = [(f"{100 * results.right / results.asked:.0f} %", "held-out questions right")] if results.asked else []
+    figures += [
+        (_minutes(sum(stage.seconds for stage in results.stages)), "training"),
         (f"{results.parameters / 1e6:.1f} M", "parameters"),
-        (str(len(results.stages)), "stages"),
+        (str(len(results.stages)), "stages" if len(results.stages) > 1 else "stage"),
         (f"{sum(stage.steps for stage in results.stages):,}", "optimizer steps"),
         (f"{sum(stage.tokens for stage in results.stages) / 1e6:.2f} M", "tokens"),
-        (_minutes(sum(stage.seconds for stage in results.stages)), "training"),
     ]
-    if total:
-        figures.append((f"{100 * right / total:.0f} %", "held-out questions right"))
+    first = len({item.kind for item in results.shown})
     body = f"""
-<h1>{escape(results.name)}</h1>
+<h1>What the model says about pictures it has never seen</h1>
 <p class="lead">{escape(subtitle)}</p>
 {facts(figures)}
-<h2>One curriculum, {len(results.stages)} stages</h2>
+<h2>In its own words</h2>
+<div class="cards">{"".join(_card(item) for item in results.shown[:first])}</div>
+<p class="note">Solid marks are the model's, dashed ones the truth. A box is right from an overlap (IoU) of 0.5 on.
+Answers are greedy; no picture here was seen in training. {_choice(results)}</p>
+{side_by_side.right_answers(results)}
+{side_by_side.same_questions(results)}
+<h2>One curriculum, {len(results.stages)} stage{"s" if len(results.stages) > 1 else ""}</h2>
 <div class="panel">{_curve(results.supervised)}</div>
 <h2>Loss on held-out samples, before and after each stage</h2>
 <div class="panel">{_table(results.supervised)}</div>
 {"".join(_rewards(stage) for stage in results.reinforced)}
-{_bars(results)}
-<h2>In its own words</h2>
-<div class="cards">{"".join(_card(item) for item in results.shown)}</div>
-<p class="note">Solid marks are the model's, dashed ones the truth. A box is right from an overlap (IoU) of 0.5 on.
-Answers are greedy; no picture here was seen in training.</p>
-<footer>Written by <code>terrace demo</code>.</footer>"""
+{_more(results.shown[first:])}
+<footer>{escape(results.name)}, written by <code>terrace demo</code>.</footer>"""
     path.write_text(document(results.name, body, STYLE), encoding="utf-8")
     return path
+
+
+def _choice(results: Results) -> str:
+    """How the cards were chosen, said where some answers are wrong."""
+    wrong = results.asked - results.right
+    return f"Of each kind right answers stand first and a wrong one last; {wrong} of {results.asked} are wrong." if wrong else ""
+
+
+def _more(shown: list[Shown]) -> str:
+    return f'<h2>More answers</h2>\n<div class="cards">{"".join(_card(item) for item in shown)}</div>' if shown else ""
 
 
 def _minutes(seconds: float) -> str:
@@ -184,20 +192,6 @@ def _small_curve(values: list[float], colour: str) -> str:
     rules = "".join(f'<line x1="0" x2="{width}" y1="{y}" y2="{y}" class="rule"/>' for y in (4, height / 2, height - 4))
     line = f'<polyline points="{at}" fill="none" stroke="{colour}" stroke-width="2" stroke-linejoin="round"/>'
     return f'<svg class="curve" viewBox="0 0 {width} {height}" width="{width}" role="img">{rules}{line}</svg>'
-
-
-def _bars(results: Results) -> str:
-    parts = []
-    for kind, (right, total) in results.scores.items():
-        share = 100 * right / max(1, total)
-        parts.append(
-            f"<div>{escape(TASKS.get(kind, kind))}</div>"
-            f'<div class="track"><div class="fill" style="width:{share:.0f}%"></div></div>'
-            f'<div class="share">{right} of {total}</div>'
-        )
-    if not parts:
-        return ""
-    return f'<h2>Right answers on held-out pictures</h2>\n<div class="panel"><div class="bars">{"".join(parts)}</div></div>'
 
 
 # ---------------------------------------------------------------- pictures

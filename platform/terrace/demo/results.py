@@ -13,11 +13,11 @@ from typing import Any
 
 from PIL import Image
 
-from terrace.data.images import decode_image, image_size
-from terrace.data.prepare import load_prepared
-from terrace.data.stream.read import read_sample
-from terrace.evaluate.answers import Question, is_right, numbers_in_brackets, questions_of
-from terrace.evaluate.generate import Speaker, answer, load_speaker
+from terrace.data.images import decode_image
+from terrace.demo.asking import Asked, answers_after, held_out_questions, judge, scale_of, sight_after
+from terrace.evaluate.answers import numbers_in_brackets
+from terrace.families.interface import Sight
+from terrace.models.build import directory_config, meta_model
 from terrace.recipe.schema import Recipe
 
 TASKS = {  # how the kinds of samples are called on the page, in the order they are shown
@@ -57,6 +57,15 @@ class StageLosses:
 
 
 @dataclass(frozen=True)
+class Said:
+    """What one stage's model said to a question."""
+
+    stage: str
+    text: str
+    right: bool | None
+
+
+@dataclass(frozen=True)
 class Shown:
     """One held-out question with the model's answer, ready to be drawn."""
 
@@ -68,6 +77,10 @@ class Shown:
     right: bool | None  # None: free text that no rule can judge
     found_mark: tuple[float, ...] | None  # box or point of the answer, as shares (0 to 1) of the picture's width and height
     expected_mark: tuple[float, ...] | None
+    by_stage: tuple[Said, ...] = ()  # the same question after every stage, the last one's answer included
+
+
+Scores = dict[str, tuple[int, int]]  # kind -> (right answers, questions asked)
 
 
 @dataclass(frozen=True)
@@ -75,8 +88,9 @@ class Results:
     name: str
     stages: list[StageLosses]
     shown: list[Shown]
-    scores: dict[str, tuple[int, int]]  # kind -> (right answers, questions asked)
+    scores: Scores
     parameters: int
+    stage_scores: dict[str, Scores] = field(default_factory=dict)  # by stage, in order; the last one's are `scores`
 
     @property
     def supervised(self) -> list[StageLosses]:
@@ -85,6 +99,14 @@ class Results:
     @property
     def reinforced(self) -> list[StageLosses]:
         return [stage for stage in self.stages if stage.is_rl]
+
+    @property
+    def right(self) -> int:
+        return sum(right for right, _ in self.scores.values())
+
+    @property
+    def asked(self) -> int:
+        return sum(asked for _, asked in self.scores.values())
 
 
 def read_stages(recipe: Recipe, run_dir: Path) -> list[StageLosses]:
@@ -130,75 +152,66 @@ def collect(
     recipe: Recipe, run_dir: Path, judged: Collection[str] = tuple(TASKS), questions_per_kind: int = 40,
     shown_per_kind: int = 3, progress: Callable[[int, int], None] | None = None,
 ) -> Results:
-    """Asks the last stage's model held-out questions of every kind it trained on. About 60 ms per short answer on a CPU.
+    """Asks the model of every finished stage the same held-out questions, of every kind that the recipe trains on.
 
     Kinds that are not in `judged` are shown, not scored. A worked answer counts where its result is right, or, where
-    every kind is judged (drawn scenes have one true wording), where every step is.
+    every kind is judged (drawn scenes have one true wording), where every step is. `progress(done, total)` counts stages.
     """
     stages = read_stages(recipe, run_dir)
-    final = run_dir / "stages" / f"{len(stages):02d}-{stages[-1].name}" / "final"
-    speaker = load_speaker(final)
-    prepared = load_prepared(run_dir / "data")
-    asked: list[tuple[str, Question, list[bytes]]] = []
-    for kind in TASKS:
-        sources = [name for name, source in recipe.data.sources.items() if source.kind == kind and name in prepared.indexes]
-        limit = questions_per_kind if kind in judged else shown_per_kind
-        asked += _questions(kind, [prepared.indexes[name] for name in sources], speaker, limit)
-    whole = "caption" in judged
-    scores: dict[str, tuple[int, int]] = {}
-    shown: list[Shown] = []
-    for place, (kind, question, files) in enumerate(asked):
-        item = _ask(kind, question, files, speaker, kind in judged, whole)
-        if item.right is not None:
-            right, total = scores.get(kind, (0, 0))
-            scores[kind] = (right + item.right, total + 1)
-        if sum(other.kind == kind for other in shown) < shown_per_kind:
-            shown.append(item)
+    folders = [run_dir / "stages" / f"{number:02d}-{stage.name}" for number, stage in enumerate(stages, start=1)]
+    sight, whole = sight_after(folders[-1]), "caption" in judged
+    asked = held_out_questions(recipe, run_dir, sight, tuple(TASKS), judged, questions_per_kind, shown_per_kind)
+    said: list[list[Said]] = [[] for _ in asked]
+    stage_scores: dict[str, Scores] = {}
+    for number, (stage, folder) in enumerate(zip(stages, folders), start=1):
+        scores = stage_scores.setdefault(stage.name, {})
+        for place, text in enumerate(answers_after(folder, asked)):
+            kind, right = asked[place].kind, judge(asked[place], text, sight, whole)
+            said[place].append(Said(stage.name, text, right))
+            if right is not None:
+                before = scores.get(kind, (0, 0))
+                scores[kind] = (before[0] + right, before[1] + 1)
         if progress:
-            progress(place + 1, len(asked))
-    return Results(recipe.name, stages, shown, scores, sum(p.numel() for p in speaker.model.parameters()))
+            progress(number, len(stages))
+    chosen = _chosen([(item.kind, answers[-1].right) for item, answers in zip(asked, said)], shown_per_kind)
+    shown = [_shown(asked[place], said[place], sight) for place in chosen]
+    return Results(recipe.name, stages, shown, stage_scores[stages[-1].name], parameters_of(folders[-1] / "final"), stage_scores)
 
 
-def _questions(kind: str, indexes: list[Any], speaker: Speaker, limit: int) -> list[tuple[str, Question, list[bytes]]]:
-    """Up to `limit` held-out questions with the files of their images, one per sample first, then further turns."""
-    per_sample: list[list[tuple[str, Question, list[bytes]]]] = []
-    rows = [(index, int(row)) for index in indexes for row in index.holdout_rows]
-    # Neighbouring rows of real collections are much alike: the ones asked are spread over all of them.
-    for index, row in _spread(rows, limit):
-        sample, files = read_sample(index, row)
-        sizes = [image_size(data) for data in files]
-        questions = questions_of(sample, sizes, speaker.sight)
-        per_sample.append([(kind, q, [files[k] for k in q.images]) for q in questions if len(q.images) <= 4])
-    turns = [turn for place in range(8) for turn in (found[place] for found in per_sample if len(found) > place)]
-    return turns[:limit]
+def _chosen(questions: list[tuple[str, bool | None]], per_kind: int) -> list[int]:
+    """Which questions are shown: of each kind right ones first, and a wrong one last where there is one. First one of every kind,
+    then the next: a page opens with what the model can do, and hides nothing of what it cannot."""
+    by_kind: dict[str, list[int]] = {}
+    for kind in dict.fromkeys(kind for kind, _ in questions):
+        places = [place for place, (other, _) in enumerate(questions) if other == kind]
+        good = [place for place in places if questions[place][1] is not False]
+        bad = [place for place in places if questions[place][1] is False]
+        first = good[: per_kind - min(1, len(bad))]
+        by_kind[kind] = [*first, *bad[: per_kind - len(first)]]
+    return [places[turn] for turn in range(per_kind) for places in by_kind.values() if len(places) > turn]
 
 
-def _spread(rows: list[Any], most: int) -> list[Any]:
-    """At most `most` of the rows, such that the first few are far apart as well."""
-    stride = next((step for step in (7, 11, 13, 17, 19) if len(rows) % step), 1)
-    return [rows[place * stride % len(rows)] for place in range(min(most, len(rows)))]
+def parameters_of(directory: Path) -> int:
+    """Numbers that a model directory's model is made of: what tied layers share counts once."""
+    return sum(parameter.numel() for parameter in meta_model(directory_config(directory)).parameters())
 
 
-def _ask(kind: str, question: Question, files: list[bytes], speaker: Speaker, judged: bool, whole: bool) -> Shown:
-    said = answer(speaker, question.prompt, files, max_new_tokens=72).text
-    if question.prompt.messages[0]["role"] == "text":
-        said = said.split("\n\n")[0]  # the paragraph after the picture
-    if not files:
-        right = is_right(said, question, 1.0, whole) if judged else None
-        return Shown(kind, None, question.text, said, question.expected, right, None, None)
-    width, height = image_size(files[question.image])
-    new_width, new_height = speaker.sight.scale((width, height))
-    diagonal = (new_width**2 + new_height**2) ** 0.5
-    found = numbers_in_brackets(said, len(question.box)) if question.box else None
+def _shown(item: Asked, said: list[Said], sight: Sight) -> Shown:
+    question, last = item.question, said[-1]
+    if not item.files:
+        return Shown(item.kind, None, question.text, last.text, question.expected, last.right, None, None, tuple(said))
+    width, height = scale_of(item, sight)
+    found = numbers_in_brackets(last.text, len(question.box)) if question.box else None
     return Shown(
-        kind=kind,
-        picture=_picture(files[question.image]),
+        kind=item.kind,
+        picture=_picture(item.files[question.image]),
         question=question.text,
-        answer=said,
+        answer=last.text,
         expected=question.expected,
-        right=is_right(said, question, diagonal, whole) if judged else None,
-        found_mark=_shares(found, new_width, new_height),
-        expected_mark=_shares(question.box, new_width, new_height),
+        right=last.right,
+        found_mark=_shares(found, width, height),
+        expected_mark=_shares(question.box, width, height),
+        by_stage=tuple(said),
     )
 
 

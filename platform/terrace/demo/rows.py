@@ -102,6 +102,8 @@ def _text(rng: random.Random) -> tuple[Row, list[Scene]]:
                     f"{a} + {b} = {a + b}.",
                     f"{NUMBERS[a].capitalize()} and {NUMBERS[b]} make {NUMBERS[a + b]}.",
                     f"With {a} {colours[0]} and {b} {colours[1]} {shape}s there are {a + b} {shape}s.",
+                    f"There are {a} {colours[0]} {shape}s and {b} {colours[1]} {shape}s: {a} {colours[0]} and {b} {colours[1]},"
+                    f" {a} + {b} = {a + b}.",
                     f"{a + b} is more than {a}.",
                     f"Take {b} from {a + b} and {a} are left.",
                 ]
@@ -147,13 +149,15 @@ def _grounding(rng: random.Random) -> tuple[Row, list[Scene]]:
     return _chat(turns, objects=objects), [scene]
 
 
+def _click_question(rng: random.Random, thing: Thing) -> str:
+    wanted = f"the {thing.colour} button" if rng.random() < 0.6 else f"'{thing.name}'"
+    return f"Click {wanted}."
+
+
 def _gui(rng: random.Random) -> tuple[Row, list[Scene]]:
     scene = scenes.draw_window(rng.getrandbits(40))
     things = rng.sample(scene.things, len(scene.things))
-    turns = []
-    for thing in things:
-        wanted = f"the {thing.colour} button" if rng.random() < 0.6 else f"'{thing.name}'"
-        turns.append((f"Click {wanted}.", '{"action": "click", "point": <point>}'))
+    turns = [(_click_question(rng, thing), '{"action": "click", "point": <point>}') for thing in things]
     return _chat(turns, objects={"ref": [], "point": [list(thing.centre) for thing in things]}), [scene]
 
 
@@ -226,6 +230,16 @@ def _reasoning(rng: random.Random) -> tuple[Row, list[Scene]]:
     return _chat([(RESULT_QUESTION + " Explain.", answer)]), [scene]
 
 
+def _pairs(rng: random.Random) -> tuple[Row, list[Scene]]:
+    """A question about a number, its answer and a wrong one beside it."""
+    scene = scenes.draw_shapes(rng.getrandbits(40), most=5, colours=3)
+    question, answer = ("How many shapes are in the picture?", str(len(scene.things)))
+    if rng.random() < 0.5:
+        question, answer = _count_question(rng, scene)
+    wrong = rng.choice([number for number in range(6) if number != int(answer)])
+    return {**_chat([(question, answer)]), "rejected_response": str(wrong)}, [scene]
+
+
 # ---------------------------------------------------------------- prompts with a checkable answer
 
 
@@ -257,6 +271,13 @@ def _rl_arithmetic(rng: random.Random) -> tuple[Row, list[Scene]]:
     return _prompt(RESULT_QUESTION, "visual_reasoning", str(scene.facts["result"])), [scene]
 
 
+def _rl_clicking(rng: random.Random) -> tuple[Row, list[Scene]]:
+    """The window of a conversation with the environment `clicking`."""
+    scene = scenes.draw_window(rng.getrandbits(40))
+    thing = rng.choice(scene.things)
+    return _prompt(_click_question(rng, thing), "clicking", {"bbox": list(thing.box)}), [scene]
+
+
 WRITERS: dict[str, Callable[[random.Random], tuple[Row, list[Scene]]]] = {
     "captions": _caption,
     "interleaved": _interleaved,
@@ -269,7 +290,9 @@ WRITERS: dict[str, Callable[[random.Random], tuple[Row, list[Scene]]]] = {
     "counting": _counting,
     "charts": _chart,
     "reasoning": _reasoning,
+    "pairs": _pairs,
     "rl/counting": _rl_counting,
     "rl/grounding": _rl_grounding,
     "rl/arithmetic": _rl_arithmetic,
+    "rl/clicking": _rl_clicking,
 }

@@ -22,7 +22,7 @@ SIZE = 224  # pixels of a side; every scene is square
 SUPERSAMPLING = 2
 CELLS = 3  # things lie in a 3 x 3 grid: at 84 x 84 pixels a cell is what one visual token sees
 PITCH = SIZE / CELLS
-PATCH = PITCH / 2  # words start at whole patches, so that a letter looks the same wherever it stands
+PATCH = PITCH / 2  # letters stand one to a patch, so that each looks the same wherever it stands
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (224, 49, 49),
@@ -183,18 +183,19 @@ def _draw_shape(canvas: _Canvas, shape: str, colour: str, left: int, top: int, s
 
 
 def draw_sign(seed: int, most: int = 2) -> Scene:
-    """1 to `most` coloured signs in different rows, each with one printed word."""
+    """1 to `most` coloured signs in different rows, each with one printed word, a letter to a patch."""
     rng = random.Random(seed)
     count = rng.randint(1, most)
     canvas, things = _Canvas(), []
-    rows = sorted(rng.sample(range(CELLS), count))
+    rows, half = sorted(rng.sample(range(CELLS), count)), rng.randrange(2)
     for row, word, colour in zip(rows, rng.sample(WORDS, count), rng.sample(list(COLOURS), count)):
-        width = round(len(word) * 29) + 26
-        left = round(rng.randint(0, int((SIZE - width - 4) / PATCH)) * PATCH) + 2
-        y = round((row + 0.5) * PITCH)
-        box = (left, y - 31, left + width, y + 31)
-        canvas.rectangle(box, COLOURS[colour], radius=10)
-        canvas.text((left + width / 2, y), word, 46, _ink_on(colour), bold=True)
+        first, line = rng.randint(0, 2 * CELLS - len(word)), 2 * row + half
+        box = (
+            round(first * PATCH) + 1, round(line * PATCH) + 1, round((first + len(word)) * PATCH) - 1, round((line + 1) * PATCH) - 1
+        )  # fmt: skip
+        canvas.rectangle(box, COLOURS[colour], radius=8)
+        for place, letter in enumerate(word):
+            canvas.text(_patch_centre(first + place, line), letter, 40, _ink_on(colour), bold=True)
         things.append(Thing("word", word, colour, box))
     return Scene("sign", canvas.finish(), tuple(things))
 
@@ -204,12 +205,13 @@ def draw_sum(seed: int) -> Scene:
     rng = random.Random(seed)
     left, right = rng.randint(1, 5), rng.randint(1, 4)
     canvas = _Canvas()
-    x, y = SIZE // 2 + rng.randint(-2, 2), round((rng.randrange(CELLS) + 0.5) * PITCH) + rng.randint(-2, 2)
-    box = (x - 100, y - 33, x + 100, y + 33)
+    first, line = 2 * rng.randrange(CELLS - 1), rng.randrange(2 * CELLS)
+    (x1, y), (x2, _) = _patch_centre(first, line), _patch_centre(first + 2, line)
+    box = (max(2, round(x1) - 27), max(2, round(y) - 25), round(x2) + 27, min(SIZE - 2, round(y) + 25))
     canvas.rectangle(box, (255, 255, 255), radius=12, outline=(150, 150, 160))
     ink = COLOURS[rng.choice(["black", "blue", "purple"])]
-    for offset, text in ((-66, str(left)), (0, "+"), (66, str(right))):
-        canvas.text((x + offset, y), text, 58, ink, bold=True)
+    for place, text in enumerate((str(left), "+", str(right))):
+        canvas.text(_patch_centre(first + place, line), text, 46, ink, bold=True)
     thing = Thing("word", f"{left} + {right}", "black", box)
     return Scene("sum", canvas.finish(), (thing,), facts={"left": left, "right": right, "result": left + right})
 
@@ -218,16 +220,17 @@ def draw_chart(seed: int, highest: int = 8) -> Scene:
     """Three bars of different colours and different whole heights over a line at every unit, numbered at every second."""
     rng = random.Random(seed)
     canvas, things = _Canvas(), []
-    base, unit, left = 208, 24, 28
+    # Two thirds of a patch to a unit, from the middle of a patch on: no bar ends near the border of a patch.
+    base, unit, left = 5.5 * PATCH, PATCH * 2 / 3, 28
     canvas.rectangle((2, 2, SIZE - 2, SIZE - 2), (255, 255, 255), radius=8)
     for value in range(highest + 1):
-        y = base - value * unit
+        y = round(base - value * unit)
         canvas.line((left, y), (SIZE - 8, y), (150, 150, 160) if value == 0 else (222, 224, 230))
         if value % 2 == 0:
             canvas.text((16, y), str(value), 18, (90, 90, 100))
     for place, (colour, value) in enumerate(zip(rng.sample(list(COLOURS), 3), rng.sample(range(1, highest + 1), 3))):
         x = round((place + 0.5) * PITCH) + (11 if place == 0 else 2)
-        box = (x - 23, base - value * unit, x + 23, base)
+        box = (x - 23, round(base - value * unit), x + 23, round(base))
         canvas.rectangle(box, COLOURS[colour])
         things.append(Thing("bar", colour, colour, box, value))
     return Scene("chart", canvas.finish(), tuple(things))
@@ -247,10 +250,10 @@ def draw_window(seed: int) -> Scene:
     labels = dict(zip(slots, zip(rng.sample(BUTTONS, count), rng.sample(list(COLOURS), count))))
     for slot in range(CELLS * CELLS):
         x = (40, 112, 184)[slot % CELLS] + rng.randint(-1, 1)
-        y = (56, 112, 186)[slot // CELLS] + rng.randint(-3, 3)
+        y = round(_patch_centre(0, 2 * (slot // CELLS) + 1)[1]) - 1 + rng.randint(-1, 1)
         if slot in labels:
             label, colour = labels[slot]
-            box = (x - 31, y - 17, x + 31, y + 17)
+            box = (x - 31, y - 15, x + 31, y + 15)
             canvas.rectangle(box, COLOURS[colour], radius=6)
             canvas.text((x, y), label, 24, _ink_on(colour), bold=True)
             things.append(Thing("button", label, colour, box))
@@ -258,6 +261,11 @@ def draw_window(seed: int) -> Scene:
             for row, length in ((-7, 24), (5, rng.randint(8, 22))):
                 canvas.rectangle((x - 27, y + row - 3, x - 27 + 2 * length, y + row + 3), (214, 218, 226), radius=3)
     return Scene("window", canvas.finish(), tuple(things), title=title)
+
+
+def _patch_centre(column: int, line: int) -> tuple[float, float]:
+    """The middle of a patch in picture pixels; there are 2 x CELLS to a side."""
+    return (column + 0.5) * PATCH, (line + 0.5) * PATCH
 
 
 def _ink_on(colour: str) -> tuple[int, int, int]:

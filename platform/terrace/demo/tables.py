@@ -16,7 +16,6 @@ def print_losses(results: Results, console: Console) -> None:
     table.add_column("kind")
     for number, stage in enumerate(results.supervised, start=1):
         table.add_column(f"{number} {stage.name}\n{stage.steps} steps, {stage.seconds:.0f} s", justify="right")
-    table.add_column("right answers", justify="right")
     kinds = [*TASKS, "text"]
     kinds += sorted({kind for stage in results.supervised for kind in stage.after} - set(kinds))
     for kind in kinds:
@@ -30,8 +29,7 @@ def print_losses(results: Results, console: Console) -> None:
             before, after = stage.before.get(kind, math.nan), stage.after[kind]
             colour = "green" if after < before else "red"
             cells.append(f"{before:.3f} -> [{colour}]{after:.3f}[/{colour}]")
-        right, total = results.scores.get(kind, (0, 0))
-        table.add_row(kind, *cells, f"{right} of {total}" if total else "")
+        table.add_row(kind, *cells)
     console.print(table)
 
 
@@ -52,6 +50,21 @@ def print_rewards(results: Results, console: Console) -> None:
 def _change(before: float, after: float) -> str:
     colour = "green" if after > before else "red"
     return f"{before:.3f} -> [{colour}]{after:.3f}[/{colour}]"
+
+
+def print_scores(results: Results, console: Console) -> None:
+    """One row per kind of question, one column per stage: how many held-out ones its model answers right."""
+    if not results.scores:
+        return
+    table = Table(title="\nRight answers to held-out questions, after each stage", title_justify="left", title_style="bold")
+    table.add_column("task")
+    for name in ("questions", *results.stage_scores):
+        table.add_column(name, justify="right")
+    for kind, (_, asked) in results.scores.items():
+        table.add_row(TASKS.get(kind, kind), str(asked), *(str(scores.get(kind, (0, 0))[0]) for scores in results.stage_scores.values()))
+    totals = [str(sum(right for right, _ in scores.values())) for scores in results.stage_scores.values()]
+    table.add_row("[bold]all[/bold]", str(results.asked), *totals)
+    console.print(table)
 
 
 def print_answers(results: Results, console: Console, most: int = 12) -> None:

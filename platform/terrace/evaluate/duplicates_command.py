@@ -64,12 +64,12 @@ def duplicates_command(args: argparse.Namespace) -> int:
 
     recipe = load_recipe(args.recipe, args.overrides)
     suites = list(dict.fromkeys(args.suite or [suite for stage in recipe.stages for suite in stage.evaluate.suites]))
-    prepared = prepare_data(recipe, args.run_dir, progress=Lines())
-    found = compare(prepared.indexes, {suite: suite_pictures(suite, recipe) for suite in suites})
+    indexes = prepare_data(recipe, args.run_dir, progress=Lines()).sources
+    found = compare(indexes, {suite: suite_pictures(suite, recipe) for suite in suites})
     for pair in found:
         print(json.dumps(pair) if args.json else _sentence(pair))
     if not found and not args.json:
-        print(f"no sample and no picture stands in two of {', '.join([*prepared.indexes, *suites])}")
+        print(f"no sample and no picture stands in two of {', '.join([*indexes, *suites])}")
     return 0
 
 

@@ -21,7 +21,9 @@ from terrace.data.images import image_size
 from terrace.data.prompt import read_prompt
 from terrace.data.tokenizer import TextTokenizer, load_tokenizer
 from terrace.data.types import Sample
+from terrace.errors import InputError
 from terrace.evaluate.model_files import model_sight
+from terrace.families.configurations import language_config
 from terrace.families.interface import Sight
 from terrace.generation.tokens import forbidden_tokens, stop_tokens
 from terrace.models.batch import image_facts
@@ -56,6 +58,8 @@ def load_speaker(
     """
     sight, tokenizer = Sight(directory_family(directory), pixels) if pixels else model_sight(directory), load_tokenizer(directory)
     sight = Sight(tokenizer.fit(sight.family), sight.pixels)
+    if sight.family.crosses:
+        raise InputError(f"{directory}: {sight.family.name} reads pictures beside its text; ask it with `terrace talk`")
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -89,7 +93,7 @@ def answer(speaker: Speaker, prompt: Sample, images: Sequence[bytes], max_new_to
     following = torch.from_numpy(read.next_positions).to(device).view(-1, 1, 1)
     ends = set(stop_tokens(tokenizer, model.config))
     never = torch.tensor(forbidden_tokens(tokenizer, model.config), device=device)
-    cache, token_ids = DynamicCache(config=model.config.text_config), []
+    cache, token_ids = DynamicCache(config=language_config(model.config)), []
     for _ in range(max_new_tokens):
         hidden = language(
             inputs_embeds=embeddings, position_ids=positions if len(positions) > 1 else positions[0],

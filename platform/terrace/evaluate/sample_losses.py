@@ -18,6 +18,7 @@ from terrace.data.stream.read import read_located
 from terrace.data.types import PackSpec, Sample, SampleRef
 from terrace.errors import DamagedData, InputError
 from terrace.evaluate.cases import Case
+from terrace.families.interface import Sight
 
 if TYPE_CHECKING:
     from terrace.evaluate.engine import Model
@@ -26,12 +27,12 @@ MAX_SAMPLE_TOKENS = 16_384  # longer samples are left out; the same ones for eve
 MAX_IMAGE_PIXELS = 64_000_000
 
 
-def held_out_cases(path: Path, pixels: tuple[int, int], limit: int | None) -> list[Case]:
+def held_out_cases(path: Path, sight: Sight, limit: int | None) -> list[Case]:
     """The held-out samples of every source, at most `limit` of each. `path`: a run's folder, or its `data` folder.
 
     Prompts of reinforcement learning have no answer, so there is no loss of them.
     """
-    prepared = _prepared(path)
+    prepared, pixels = _prepared(path).read_by(sight.family.name), sight.pixels
     mark = [prepared.tokenizer().fingerprint, list(pixels)]
     cases = []
     for name, index in sorted(prepared.indexes.items()):
@@ -59,7 +60,7 @@ def _prepared(path: Path) -> PreparedData:
 
 def loss_measure(path: Path, model: Model) -> Callable[[Sequence[Case]], list[dict[str, float]]]:
     """A function from cases to `loss_sum` and `tokens` of each. Raises InputError if the model has another tokenizer."""
-    prepared = _prepared(path)
+    prepared = _prepared(path).read_by(model.sight.family.name)
     if prepared.tokenizer().fingerprint != model.tokenizer.fingerprint:
         raise InputError(
             f"{path}: this data was indexed with another tokenizer than the model's; losses per token would not compare"

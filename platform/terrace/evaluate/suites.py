@@ -235,7 +235,7 @@ KINDS: dict[str, SuiteKind] = {
         ),
         SuiteKind(
             "loss", "loss per kind on the held-out samples of prepared data",
-            lambda path, reading: held_out_cases(path, reading.sight.pixels, reading.limit), None, _loss_statistics, 0,
+            lambda path, reading: held_out_cases(path, reading.sight, reading.limit), None, _loss_statistics, 0,
         ),
         SuiteKind(
             "zero_shot", "pictures and the class of each: two towers choose among the classes by `a photo of a CLASS.`",

@@ -93,8 +93,7 @@ class Blip2(OneTile):
     @classmethod
     def shape(cls, config: Mapping[str, Any], vocabulary: int | None = None) -> ModelShape:
         vision, text, former, family = config["vision_config"], config["text_config"], config["qformer_config"], cls.of(config)
-        width, inner, depth, values = vision["hidden_size"], vision["intermediate_size"], vision["num_hidden_layers"], 3 * family.patch**2
-        heads, hidden = text["num_attention_heads"], text["hidden_size"]
+        heads, hidden, width = text["num_attention_heads"], text["hidden_size"], vision["hidden_size"]
         language = LanguageShape(
             layers=text["num_hidden_layers"], width=text["hidden_size"], intermediate=text["ffn_dim"], heads=heads, key_heads=heads,
             head_size=text["hidden_size"] // heads, vocabulary=text.get("vocab_size") or vocabulary or 0,
@@ -102,40 +101,32 @@ class Blip2(OneTile):
             rotary=False, layer_biases=4 * hidden + text["ffn_dim"] + hidden + 2 * hidden,
             other_biases=hidden + (text["max_position_embeddings"] + OFFSET) * hidden,
         )  # fmt: skip
-        seen = family.patches + 1
-        return ModelShape(
-            VisionShape(
-                depth=depth, width=width, intermediate=inner, heads=vision["num_attention_heads"], gated=False, window=None,
-                full_blocks=depth, patch_values=values, patches_per_token=family.patches / family.tokens,
-                block_parameters=encoder_block(width, inner), extra_tokens=1, kept_inner=2,
-                other_parameters=values * width + width + width + seen * width + 2 * width,
-            ),
-            q_former(former, width, seen, family.tokens, language.width), language,
-        )  # fmt: skip
+        return ModelShape(tower_shape(vision, family), q_former(former, width, family.patches + 1, family.tokens, language.width), language)
 
     @classmethod
     def check(cls, config: Mapping[str, Any], trained_tokenizer: bool) -> Iterator[Finding]:
-        parts = {
-            "text_config": ("hidden_size", "ffn_dim", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"),
-            "vision_config": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size"),
-            "qformer_config": ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-        }
-        for name, fields in parts.items():
-            part = config.get(name)
-            if not isinstance(part, dict):
-                yield (), f"needs `{name}`, a map of shape fields"
-            elif (yield from complete(part, fields, (name,))) and part["hidden_size"] % part["num_attention_heads"]:
-                yield (name, "num_attention_heads"), f"{part['num_attention_heads']} heads do not divide {part['hidden_size']}"
-        text, former = config.get("text_config"), config.get("qformer_config")
-        if isinstance(text, dict):
+        yield from part_rules(config, ("hidden_size", "ffn_dim", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"))
+        if isinstance(text := config.get("text_config"), dict):
             yield from _text_rules(text, trained_tokenizer)
-        if isinstance(former, dict):
-            for field in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
-                if former.get(field, 0.1):
-                    yield ("qformer_config", field), "must be 0: a dropout would make the loss depend on how samples are packed"
 
     def processor(self) -> dict[str, Any]:
         return {"processor_class": self.processor_class, "num_query_tokens": self.tokens}
+
+
+def part_rules(config: Mapping[str, Any], text: tuple[str, ...]) -> Iterator[Finding]:
+    """Tower, Q-Former and language model are maps with what they need, and nothing drops numbers at random."""
+    tower = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    parts = {"text_config": text, "vision_config": (*tower, "image_size", "patch_size"), "qformer_config": tower}
+    for name, fields in parts.items():
+        part = config.get(name)
+        if not isinstance(part, dict):
+            yield (), f"needs `{name}`, a map of shape fields"
+        elif (yield from complete(part, fields, (name,))) and part["hidden_size"] % part["num_attention_heads"]:
+            yield (name, "num_attention_heads"), f"{part['num_attention_heads']} heads do not divide {part['hidden_size']}"
+    if isinstance(former := config.get("qformer_config"), dict):
+        for field in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if former.get(field, 0.1):
+                yield ("qformer_config", field), "must be 0: a dropout would make the loss depend on how samples are packed"
 
 
 def _text_rules(text: Mapping[str, Any], trained_tokenizer: bool) -> Iterator[Finding]:
@@ -150,6 +141,17 @@ def _text_rules(text: Mapping[str, Any], trained_tokenizer: bool) -> Iterator[Fi
         yield (*at, "word_embed_proj_dim"), "must be hidden_size"
     if text.get("do_layer_norm_before", True) is not True:
         yield (*at, "do_layer_norm_before"), "must be true"
+
+
+def tower_shape(vision: Mapping[str, Any], family: Blip2) -> VisionShape:
+    """EVA's tower with a class token."""
+    width, inner, depth, values = vision["hidden_size"], vision["intermediate_size"], vision["num_hidden_layers"], 3 * family.patch**2
+    return VisionShape(
+        depth=depth, width=width, intermediate=inner, heads=vision["num_attention_heads"], gated=False, window=None,
+        full_blocks=depth, patch_values=values, patches_per_token=family.patches / family.tokens,
+        block_parameters=encoder_block(width, inner), extra_tokens=1, kept_inner=2,
+        other_parameters=values * width + width + width + (family.patches + 1) * width + 2 * width,
+    )  # fmt: skip
 
 
 def q_former(former: Mapping[str, Any], seen_width: int, seen: int, queries: int, out: int) -> ProjectorShape:

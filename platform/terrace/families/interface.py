@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from terrace.errors import InputError
+from terrace.families.coordinates import count_digits, scaled_coordinate, scaled_coordinates
 from terrace.families.shapes import ModelShape
 from terrace.families.tools import refuse_tools
 
@@ -121,6 +122,7 @@ class Family(ABC):
     name: ClassVar[str] = ""
     version: ClassVar[int] = 1  # part of every index: raise it when a sample's length changes
     parts: ClassVar[tuple[str, ...]] = ("vision", "projector", "language")  # that it has; a stage that trains another is refused
+    untrained: ClassVar[tuple[str, ...]] = ()  # of those, what nothing trains: refused, too
     marks: ClassVar[Mapping[str, str]] = {}  # role -> special token; `image` is the placeholder
     before: ClassVar[tuple[str, ...]] = ()  # roles of the marks in front of an image's placeholders, and behind them
     after: ClassVar[tuple[str, ...]] = ()
@@ -134,6 +136,7 @@ class Family(ABC):
     position_rows: ClassVar[int] = 1
     fact_count: ClassVar[int] = 1
     videos: ClassVar[bool] = False
+    images_both_ways: ClassVar[bool] = False  # tokens of an image see each other in both directions in the language model
     experts: ClassVar[bool] = False  # its language model is a mixture of experts
     balances_sequences: ClassVar[bool] = False  # whose load-balancing loss is that of each sequence, not of the whole batch
     refused_objectives: ClassVar[Mapping[str, str]] = {}  # objective -> why the model cannot be trained with it here
@@ -143,13 +146,22 @@ class Family(ABC):
     token_names: ClassVar[Mapping[str, str]] = {}  # attributes that transformers' processor asks its tokenizer for -> role, likewise
     token_fields: ClassVar[Mapping[str, str]] = {"image_token_id": "image"}  # configuration field -> role
     text_fields: ClassVar[Mapping[str, str]] = {}  # further fields of `text_config` -> role
+    flat: ClassVar[bool] = False  # the configuration holds the language model's fields itself, not in `text_config`
+    crosses: ClassVar[bool] = False  # pictures stay beside the sequence, whose tokens read them by cross-attention
+    unshared: ClassVar[str] = ""  # why ranks cannot share a pack (sequence parallelism); empty: they can
     gives: ClassVar[str] = "text"  # what the model gives: text, `vectors` of pictures and texts, or `pictures`
     keeps_end: ClassVar[bool] = False  # a sample that is cut keeps its last token
+    reads_questions: ClassVar[bool] = False  # a question is read with each picture of its sample, beside the language model: `asked`
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Family:
         """The family for a transformers configuration map."""
         return cls()
+
+    @classmethod
+    def trainable(cls) -> tuple[str, ...]:
+        """The parts that a stage may train."""
+        return tuple(part for part in cls.parts if part not in cls.untrained)
 
     # ------------------------------------------------------------ an image
 
@@ -199,6 +211,10 @@ class Family(ABC):
     def inside_tokens(self, name: str) -> int:
         """Tokens of a text of `inside`; a tokenizer that writes it with another number is refused by name."""
         return 1
+
+    def asked(self, facts: tuple[int, ...], question: Sequence[int]) -> tuple[int, ...]:
+        """The facts of an image whose sample asks a question, as token ids."""
+        return facts
 
     def heading(self, number: int) -> Iterator[Piece]:
         """What stands in front of a sample's image `number`, counted from 0 in the order of the text."""
@@ -302,8 +318,6 @@ class Family(ABC):
         """int32 [R, length]; row 0 counts tokens, from which attention derives segments."""
         return np.arange(length, dtype=np.int32)[None]
 
-    # ------------------------------------------------------------ configuration
-
     @classmethod
     @abstractmethod
     def shape(cls, config: Mapping[str, Any], vocabulary: int | None = None) -> ModelShape:
@@ -318,6 +332,16 @@ class Family(ABC):
     def check(cls, config: Mapping[str, Any], trained_tokenizer: bool) -> Iterator[Finding]:
         """What is wrong with a configuration that a recipe writes out."""
         return iter(())
+
+    @classmethod
+    def completed(cls, config: Mapping[str, Any], token_id: Callable[[str], int | None], size: int) -> dict[str, Any]:
+        """A written configuration with what a tokenizer of `size` tokens decides beside `token_fields`."""
+        return dict(config)
+
+    @classmethod
+    def unsaid(cls, config: Any) -> set[int]:
+        """Token ids that are never sampled, beside those of `never`."""
+        return set()
 
     @classmethod
     def resized(cls, config: Mapping[str, Any], side: int) -> dict[str, Any] | None:
@@ -370,27 +394,3 @@ class Picture(ABC):
     @abstractmethod
     def padded_square(self, colour: tuple[int, int, int]) -> Picture:
         """The picture in the middle of a square of its longer side."""
-
-
-def scaled_coordinate(value: float, original: int, scale: int) -> int:
-    """round(value * scale / original), halves to even, clamped to [0, scale - 1]: Qwen2.5-VL's own data preparation."""
-    return max(0, min(round(value * (scale / original)), scale - 1))
-
-
-def scaled_coordinates(values: np.ndarray, originals: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """`scaled_coordinate` of many: int64 [C]."""
-    scaled = np.rint(np.asarray(values, np.float64) * (np.asarray(scales, np.float64) / originals))
-    return np.clip(scaled, 0, np.asarray(scales, np.float64) - 1).astype(np.int64)
-
-
-def count_digits(values: np.ndarray) -> np.ndarray:
-    """Decimal digits of non-negative whole numbers below a million. Elementwise; int64."""
-    values = np.asarray(values)
-    return 1 + sum((values >= 10**power).astype(np.int64) for power in range(1, 6))
-
-
-def cut_tiles(planes: np.ndarray, side: int) -> np.ndarray:
-    """uint8 [3, H, W], sides multiples of `side`, to uint8 [tiles, 3 * side * side] in reading order."""
-    rows, columns = planes.shape[1] // side, planes.shape[2] // side
-    tiles = planes.reshape(3, rows, side, columns, side).transpose(1, 3, 0, 2, 4)
-    return np.ascontiguousarray(tiles).reshape(rows * columns, 3 * side * side)

@@ -15,10 +15,10 @@ import numpy as np
 
 from terrace.families.chatml import MARKS, ChatML, chat_template
 from terrace.families.checks import complete, language_rules
-from terrace.families.interface import Bounds, Finding, Picture, View, cut_tiles
+from terrace.families.interface import Bounds, Finding, Picture, View
 from terrace.families.qwen2_vl import qwen_language
 from terrace.families.shapes import ModelShape, ProjectorShape, VisionShape
-from terrace.families.tiles import EqualTiles
+from terrace.families.tiles import EqualTiles, cut_tiles
 
 COORDINATE_SCALE = 1000
 MOST_TILES = 40  # no published model goes further

@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from terrace.families.checks import complete, language_rules
-from terrace.families.interface import Bounds, Costs, Family, Finding, Picture, Piece, View, cut_tiles
+from terrace.families.interface import Bounds, Costs, Family, Finding, Picture, Piece, View
 from terrace.families.qwen2_vl import IMAGE_MEAN, IMAGE_STD, qwen_language
 from terrace.families.shapes import ModelShape, ProjectorShape, VisionShape
 from terrace.families.squares import padded_coordinate, padded_coordinates
+from terrace.families.tiles import cut_tiles
 
 PADDING = (122, 116, 104)  # CLIP's mean as a colour
 SYSTEM = (

@@ -13,10 +13,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from terrace.families.anyres import Canvases, best_canvas, canvases_of, laid_on_canvas, shown_features
-from terrace.families.interface import Bounds, Costs, Family, Finding, Picture, View, cut_tiles
+from terrace.families.interface import Bounds, Costs, Family, Finding, Picture, View
 from terrace.families.llava import SHARES, Llava
 from terrace.families.qwen2_vl import IMAGE_MEAN, IMAGE_STD
 from terrace.families.shapes import ModelShape
+from terrace.families.tiles import cut_tiles
 
 PINPOINTS = ((336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008))
 

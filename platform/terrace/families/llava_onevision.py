@@ -16,12 +16,13 @@ import numpy as np
 from terrace.families.anyres import Canvases, canvases_of
 from terrace.families.chatml import MARKS, ChatML, chat_template
 from terrace.families.checks import complete, language_rules
-from terrace.families.interface import Bounds, Family, Finding, Picture, View, cut_tiles
+from terrace.families.interface import Bounds, Family, Finding, Picture, View
 from terrace.families.llava import SHARES, idle_blocks
 from terrace.families.llava_next import LlavaNext, check_canvases
 from terrace.families.qwen2_vl import qwen_language
 from terrace.families.shapes import ModelShape, ProjectorShape
 from terrace.families.siglip_tower import siglip_tower
+from terrace.families.tiles import cut_tiles
 
 PINPOINTS = tuple((384 * rows, 384 * columns) for rows in range(1, 7) for columns in range(1, 7))
 PADDING = (127, 127, 127)  # SigLIP's mean as a colour

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from terrace.families.interface import Bounds, Costs, Family, Picture, View, cut_tiles
+from terrace.families.interface import Bounds, Costs, Family, Picture, View
+from terrace.families.tiles import cut_tiles
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,14 @@ class Squares(Family):
     def patches(self) -> int:
         """Patches of one picture."""
         return (self.side // self.patch) ** 2
+
+    def unfit(self, side: int) -> str | None:
+        """Why the tower cannot see squares of this side, or None."""
+        if side % self.patch:
+            return f"side {side} is no multiple of the tower's patch_size {self.patch}"
+        if side > self.side:
+            return f"side {side} is more than the tower's image_size {self.side}"
+        return None
 
     def view(self, width: int, height: int, pixels: Bounds) -> View:
         return View(0, 1, (1,), (self.side, self.side), (self.side, self.side))

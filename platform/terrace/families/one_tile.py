@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from terrace.families.interface import Bounds, Costs, Family, Picture, View, cut_tiles
+from terrace.families.interface import Bounds, Costs, Family, Picture, View
+from terrace.families.tiles import cut_tiles
 
 COORDINATE_SCALE = 1000
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from terrace.families.chatml import MARKS, ChatML, chat_template
 from terrace.families.checks import complete, language_rules, whole
+from terrace.families.configurations import language_config
 from terrace.families.interface import MAX_ASPECT_RATIO, Bounds, Costs, Finding, Picture, View, Visual
 from terrace.families.shapes import LanguageShape, ModelShape, ProjectorShape, VisionShape
 
@@ -253,10 +254,10 @@ class Qwen2VL(ChatML):
 
 
 def qwen_language(
-    config: Mapping[str, Any], vocabulary: int | None, attention_biases: bool, head_norms: bool = False
+    config: Mapping[str, Any], vocabulary: int | None, attention_biases: bool, head_norms: bool = False, scaled_heads: bool = False
 ) -> LanguageShape:
     """The shape of a language model with Llama's layout: RMSNorm, rotary positions, SwiGLU, grouped heads."""
-    text = config.get("text_config") or config  # published Qwen2-VL configurations are flat
+    text = language_config(config)  # published Qwen2-VL configurations are flat
     tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     return LanguageShape(
         layers=text["num_hidden_layers"],
@@ -269,6 +270,7 @@ def qwen_language(
         tied=bool(tied),
         attention_biases=attention_biases,
         head_norms=head_norms,
+        scaled_heads=scaled_heads,
     )
 
 

@@ -19,7 +19,7 @@ from terrace.families.interface import Family
 
 _SHARED = (
     "interface", "registry", "shapes", "squares", "connector", "checks", "chatml", "tools", "anyres", "siglip_tower", "slicing", "one_tile",
-    "two_towers", "one_square", "tiles",
+    "two_towers", "one_square", "tiles", "configurations", "coordinates",
 )  # fmt: skip
 _SPELT = {"blip-2": "blip_2"}  # model types that are no module's name
 _ELSEWHERE: dict[str, str] = {}  # name of a family -> the module outside of this folder that holds it

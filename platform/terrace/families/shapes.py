@@ -57,6 +57,8 @@ class ProjectorShape:
     outer: int = 0  # of `products`, those with what the tower gives: no gradient flows back through them where it is frozen
     unused_parameters: int = 0  # of those, what never gets a gradient
     first: bool = False  # it reads pixels, which need no gradient
+    text_products: int = 0  # multiply-adds per token of the text, in layers of the projector that stand between those of the language model
+    text_kept: int = 0  # numbers per token that autograd keeps there
 
     def plus(self, parameters: int) -> ProjectorShape:
         """With parameters that run in place of the language model's own, and so add no work."""
@@ -108,6 +110,7 @@ class LanguageShape:
     tied: bool  # input and output embeddings are one matrix
     attention_biases: bool  # on query, key and value
     head_norms: bool = False  # RMSNorm over each query and key head
+    scaled_heads: bool = False  # LayerNorm over each query and key head, with a scale and a shift for every number
     norms: int = 2  # of a layer, over its whole width
     gated: bool = True  # SwiGLU and RMSNorms; otherwise two matrices with one activation between them, and LayerNorms
     layer_biases: int = 0  # parameters of a layer beside those above

@@ -19,12 +19,13 @@ import numpy as np
 from terrace.errors import nearest
 from terrace.families.checks import complete, language_rules
 from terrace.families.connector import Connector, checked, findings
-from terrace.families.interface import Bounds, Costs, Family, Finding, Picture, View, cut_tiles
+from terrace.families.interface import Bounds, Costs, Family, Finding, Picture, View
 from terrace.families.internvl import COORDINATE_SCALE, InternVL
 from terrace.families.llava import PADDING, clip_block, idle_blocks
 from terrace.families.qwen2_vl import IMAGE_MEAN, IMAGE_STD, qwen_language
 from terrace.families.shapes import ExpertsShape, LanguageShape, ModelShape, ProjectorShape, VisionShape
 from terrace.families.squares import padded_coordinate, padded_coordinates
+from terrace.families.tiles import cut_tiles
 
 LAYOUTS = ("square", "padded", "tiles")
 CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 
 class EqualTiles:
     """Stands before `Family`; the family says the rest. `side`: pixels along a tile; `tokens`: placeholders of a tile."""
@@ -24,3 +26,10 @@ class EqualTiles:
     @property
     def fewest_pixels(self) -> int:
         return self.side * self.side
+
+
+def cut_tiles(planes: np.ndarray, side: int) -> np.ndarray:
+    """uint8 [3, H, W], sides multiples of `side`, to uint8 [tiles, 3 * side * side] in reading order."""
+    rows, columns = planes.shape[1] // side, planes.shape[2] // side
+    tiles = planes.reshape(3, rows, side, columns, side).transpose(1, 3, 0, 2, 4)
+    return np.ascontiguousarray(tiles).reshape(rows * columns, 3 * side * side)

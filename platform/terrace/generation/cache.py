@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from terrace.models.families.crossing import BESIDE
 from terrace.models.shared_prompt import Unit
 
 
@@ -20,6 +21,7 @@ class SharedPromptCache:
         self, prefilled: dict[int, tuple[torch.Tensor, torch.Tensor]], units: list[Unit], samples: int, max_tokens: int
     ) -> None:
         """`prefilled`: per layer keys and values [1, K, sum of prompts, D] of the packed prompts."""
+        self._beside = prefilled.pop(BESIDE, None)  # of a model whose layers read the prompts' pictures
         key = prefilled[0][0]
         heads = key.shape[1]
         longest, count = max(unit.prompt for unit in units), len(units)
@@ -65,7 +67,13 @@ class SharedPromptCache:
                 self._prompts[layer] = (prompt_key[prompts], prompt_value[prompts])
         if fewer_prompts:
             self._hidden = self._hidden[prompts]
+            self._beside = None if self._beside is None else tuple(part[prompts] for part in self._beside)
         self._place_rows()
+
+    @property
+    def beside(self) -> tuple[torch.Tensor, ...]:
+        """What the prefill kept of the prompts' pictures, and the prompt of each row [A]."""
+        return (*self._beside, self._prompt_of_row)
 
     def advance(self) -> None:
         """After the last layer: the new token is part of the responses now."""

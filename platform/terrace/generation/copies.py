@@ -58,6 +58,9 @@ class EngineOnCopy:
     ) -> list[list[Response]]:
         return self._engine.generate(prompts, sampling, ready)
 
+    def converse(self, *arguments: Any) -> list[list[Response]]:
+        return self._engine.converse(*arguments)
+
     def update_weights(self, tensors: Callable[[], Iterator[tuple[str, Any]]]) -> None:
         own = dict(self._model.named_parameters())
         with torch.no_grad():

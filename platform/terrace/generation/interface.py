@@ -29,11 +29,17 @@ class Prompt(PromptInputs):
     metadata: dict[str, Any] = field(default_factory=dict)
     images: tuple[bytes, ...] = ()  # encoded files, for engines that do their own vision preprocessing
     occurrence: int = 0  # how often this prompt was drawn before in the same iteration
+    turn: int = 0  # answers that its tokens hold already, of a conversation with an environment (`generation.turns`)
+    sample: int = 0  # the number of the first response to it, where the group's prompts differ by then
 
     @property
     def reward_metadata(self) -> dict[str, Any]:
         """What rewards may know beside the text: the metadata, and the image files for those that look at them."""
         return {**self.metadata, "images": self.images} if self.images else self.metadata
+
+    def draws_of(self, sample: int) -> tuple[Any, ...]:
+        """What the random numbers of a response depend on beside the seed."""
+        return (*self.key, self.occurrence, self.sample + sample, *([self.turn] if self.turn else []))
 
 
 @dataclass(frozen=True)
@@ -53,13 +59,59 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Observed:
+    """What a response of several turns has beside its T tokens, which hold the environment's observations too."""
+
+    sampled: np.ndarray  # bool [T]: the policy's own tokens; no other one is ever trained
+    inputs: PromptInputs  # of the T tokens: positions behind the prompt's, and the pixels of the observations
+    value: float | None = None  # what the environment paid for the conversation; None: see `failure`
+    failure: str | None = None  # why there is no value; None beside a `value` of None: rules judge the last answer
+    messages: tuple[dict[str, Any], ...] = ()  # behind the prompt, as data.types.Sample has them
+    images: tuple[bytes, ...] = ()  # encoded files of the observations
+
+    @property
+    def turns(self) -> int:
+        """Answers in it."""
+        return sum(message["role"] == "assistant" for message in self.messages)
+
+
+@dataclass(frozen=True)
 class Response:
     """One sampled response: tokens int32 [T] with the stop token if it came, log-probabilities float32 [T] under the
-    distribution above; NaN where the engine knows only those of another one."""
+    distribution above; NaN where the engine knows only those of another one, and at tokens that it did not sample."""
 
     tokens: np.ndarray
     logprobs: np.ndarray
     finished: bool  # a stop token came; else it was cut at the length limit
+    observed: Observed | None = None  # of a conversation with an environment; its last token is always a sampled one
+
+    @property
+    def sampled_tokens(self) -> np.ndarray:
+        """int32 [N]: what the policy said, which is all that trains."""
+        return self.tokens if self.observed is None else self.tokens[self.observed.sampled]
+
+    @property
+    def sampled_logprobs(self) -> np.ndarray:
+        """float32 [N]."""
+        return self.logprobs if self.observed is None else self.logprobs[self.observed.sampled]
+
+    @property
+    def turns(self) -> int | None:
+        """Answers of a conversation with an environment; None for any other response."""
+        return None if self.observed is None else self.observed.turns
+
+    @property
+    def longest_answer(self) -> int:
+        """Tokens of its longest answer: of one turn, where it has several."""
+        if self.observed is None:
+            return len(self.tokens)
+        ends = np.flatnonzero(np.diff(np.concatenate([[0], self.observed.sampled.astype(np.int8), [0]])))
+        return int((ends[1::2] - ends[::2]).max())
+
+    @property
+    def visual_tokens(self) -> int:
+        """Placeholders of the images that observations showed."""
+        return 0 if self.observed is None else int(self.observed.inputs.image_tokens.sum())
 
 
 GroupReady = Callable[
@@ -94,5 +146,5 @@ def uniforms(seed: int, prompt: Prompt, sample: int, count: int) -> np.ndarray:
 
     Whatever else is in the batch, in which order and on how many workers: the same response draws the same numbers.
     """
-    state = seed_of(seed, "response", *prompt.key, prompt.occurrence, sample)
+    state = seed_of(seed, "response", *prompt.draws_of(sample))
     return np.random.Generator(np.random.Philox(key=state)).random(count)

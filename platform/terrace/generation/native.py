@@ -22,6 +22,8 @@ import torch
 from terrace.data.types import PackedExample, joined_pixels
 from terrace.generation.cache import SharedPromptCache
 from terrace.generation.interface import GroupReady, Heard, Prompt, Response, Sampling, uniforms
+from terrace.generation.native_turns import Wave as TurnsWave
+from terrace.generation.turns import React
 from terrace.models.batch import to_device
 from terrace.models.families.registry import output_layer
 from terrace.models.precision import DTYPES, compute_context
@@ -69,6 +71,28 @@ class NativeEngine:
                             heard(start + sequence // sampling.samples, sequence % sampling.samples, [token])
 
                     groups += self._wave(wave, sampling, group_ready, token_heard if heard is not None else None)
+        finally:
+            self._model.train(training)
+        return groups
+
+    def converse(
+        self, prompts: Sequence[Prompt], sampling: Sampling, react: React, done: Callable[[int, list[Response]], None]
+    ) -> list[list[Response]]:
+        """See turns.converse: here nothing that was read once is read again."""
+        per_wave = max(1, self._max_rows // sampling.samples)
+        training, dtype = self._model.training, DTYPES[self._precision]
+        self._model.eval()
+
+        def sample(logits: torch.Tensor, draws: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return sample_tokens(logits, draws, self._forbidden, sampling)
+
+        groups: list[list[Response]] = []
+        try:
+            with torch.no_grad(), compute_context(self._precision, str(self._device)):
+                for start in range(0, len(prompts), per_wave):
+                    some = prompts[start : start + per_wave]
+                    wave = TurnsWave(self._model, some, sampling, self._device, dtype, prompts_as_pack, sample, self._stop)
+                    groups += wave.run(react, done, start)
         finally:
             self._model.train(training)
         return groups

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from terrace.errors import InputError, TerraceError
+from terrace.families.configurations import language_config
 from terrace.families.interface import Family
 from terrace.generation.interface import GroupReady, Heard, Prompt, Response, Sampling
 from terrace.generation.vllm_process import watch
@@ -164,7 +165,7 @@ def _arguments(loading: Loading, family: Family, config: Any) -> dict[str, Any]:
         "generation_config": "vllm",  # sampling is what the caller says, not what a directory suggests
     }  # fmt: skip
     if loading.device == "cpu":
-        text = config.text_config
+        text = language_config(config)
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         token = 2 * text.num_hidden_layers * text.num_key_value_heads * width * BYTES[loading.dtype]
         return {**arguments, "kv_cache_memory_bytes": CPU_CACHE_BYTES + token * loading.longest}

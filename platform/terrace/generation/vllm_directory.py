@@ -8,6 +8,7 @@ from typing import Any
 
 from terrace.data.tokenizer import TextTokenizer
 from terrace.errors import InputError
+from terrace.families.configurations import language_config
 from terrace.families.interface import Sight
 from terrace.generation.interface import GroupReady, Heard, Prompt, Response, Sampling
 from terrace.generation.tokens import forbidden_tokens, stop_tokens
@@ -23,7 +24,7 @@ class DirectoryEngine:
 
     def __init__(self, model: Path, config: Any, tokenizer: TextTokenizer, sight: Sight, device: str, precision: str) -> None:
         require_vllm(device, "--engine")
-        self.longest = min(LONGEST, config.text_config.max_position_embeddings)
+        self.longest = min(LONGEST, language_config(config).max_position_embeddings)
         self._private = PrivateFolder()
         try:
             bounds = settled_bounds(sight.family, sight.pixels[1])

@@ -12,6 +12,7 @@ from typing import Any
 
 from terrace.data.tokenizer import TextTokenizer
 from terrace.errors import InputError
+from terrace.families.configurations import language_config
 from terrace.families.registry import make_family
 from terrace.generation.interface import GroupReady, Prompt, Response, Sampling
 from terrace.generation.vllm import Loading, Tokens, Vllm, require_vllm
@@ -39,7 +40,7 @@ class VllmEngine:
         self._stage, self._tokenizer, self._context = stage, tokenizer, context
         self._family = make_family(config.model_type, config.to_dict())
         self._config = with_vocabulary(config, tokenizer.vocabulary_size)
-        known = tuple(token for token in forbidden if token < self._config.text_config.vocab_size)
+        known = tuple(token for token in forbidden if token < language_config(self._config).vocab_size)
         self._tokens = Tokens(config.image_token_id, known, tuple(stop))
         self._sleeps = not alone and context.device.startswith("cuda")
         self._memory_share = GPU_MEMORY_SHARE_ALONE if alone else GPU_MEMORY_SHARE
@@ -95,10 +96,10 @@ class VllmEngine:
 
 def with_vocabulary(config: Any, count: int) -> Any:
     """The configuration with at most the first `count` token ids."""
-    if count >= config.text_config.vocab_size:
+    if count >= language_config(config).vocab_size:
         return config
     config = copy.deepcopy(config)
-    for part in (config, config.text_config):
+    for part in (config, language_config(config)):
         if getattr(part, "vocab_size", None) is not None:
             part.vocab_size = count
     return config

@@ -22,6 +22,8 @@ def request_of(prompt: Prompt, family: Family, image_token: int) -> dict[str, An
         raise InputError(
             f"prompt {prompt.id}: {len(prompt.image_tokens)} images; engine vllm is opened for {MOST_IMAGES} in a prompt, choose native"
         )
+    if prompt.videos:
+        raise InputError(f"prompt {prompt.id}: it shows a video; engine vllm is given images only, choose native")
     if len(prompt.image_tokens) and not family.whole_pictures:
         raise InputError(f"prompt {prompt.id}: {family.name} cuts tiles of its pictures, which cannot be given back whole; choose native")
     request: dict[str, Any] = {"prompt_token_ids": collapsed(prompt, image_token)}
@@ -54,7 +56,7 @@ def sampling_values(prompt: Prompt, sampling: Sampling, sample: int, forbidden: 
     """The arguments of vLLM's SamplingParams for one response: the same whatever else is in the batch."""
     return {
         "n": 1, "max_tokens": sampling.max_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p,
-        "seed": seed_of(sampling.seed, *prompt.key, prompt.occurrence, sample) % 2**31, "logprobs": 0,
+        "seed": seed_of(sampling.seed, *prompt.draws_of(sample)) % 2**31, "logprobs": 0,
         "stop_token_ids": list(stop), "logit_bias": dict.fromkeys(forbidden, BANNED), "detokenize": False,
     }  # fmt: skip
 

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface
 
 from terrace.errors import InputError
+from terrace.families.configurations import language_config
 from terrace.models.families.interface import configurations
 from terrace.models.families.registry import family_of_model
 from terrace.models.parts import mtp_models
@@ -105,7 +106,8 @@ def use_attention(model: Any, implementation: str) -> None:
     model.config._attn_implementation = name  # this sets every part, so it comes first
     for part in model.config.sub_configs:  # connectors of transformers' own, too
         getattr(model.config, part)._attn_implementation = name if implementation not in BACKENDS else "sdpa"
-    model.config.text_config._attn_implementation = name
+    if language_config(model.config) is not model.config:
+        language_config(model.config)._attn_implementation = name
     for block in mtp_models(model):
         block.config._attn_implementation = name
     # A name that transformers has no mask function for gets no mask, silently: only towers without masks take ours.
@@ -116,7 +118,11 @@ def use_attention(model: Any, implementation: str) -> None:
 
 def give_language_attention(model: Any, name: str, plain_backend: str) -> None:
     """Give the language layers an attention of ours that falls back on `plain_backend` where it has nothing to do."""
-    model.config.text_config._attn_implementation = name
+    text = language_config(model.config)
+    parts = {part: getattr(text, part)._attn_implementation for part in text.sub_configs}  # setting a whole one sets them, too
+    text._attn_implementation = name
+    for part, before in parts.items():
+        getattr(text, part)._attn_implementation = before
     for block in mtp_models(model):
         block.config._attn_implementation = name
     for layer in [*family_of_model(model).blocks_of(model, "language"), *(block.layers[0] for block in mtp_models(model))]:
@@ -273,8 +279,10 @@ def _attention_function(backend: str) -> Callable[..., tuple[torch.Tensor, None]
         attention_mask: torch.Tensor | None, scaling: float | None = None, dropout: float = 0.0,
         cu_seq_lens_q: torch.Tensor | None = None, max_length_q: int | None = None, is_causal: bool | None = None,
         segment_boundaries: list[int] | None = None, bidirectional_groups: torch.Tensor | None = None,
-        sliding_window: int | None = None, softcap: float | None = None, **_: Any,
+        sliding_window: int | None = None, softcap: float | None = None, crossing: Any = None, **_: Any,
     ) -> tuple[torch.Tensor, None]:
+        if crossing is not None:  # a layer between those of the language model, which reads pictures
+            return crossing.attend(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling), None
         if attention_mask is not None or dropout or softcap is not None:
             raise InputError("segment attention takes no mask, no dropout and no cap; set attention_dropout to 0")
         if cu_seq_lens_q is None:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from terrace.errors import InputError
+from terrace.families.configurations import language_config
 from terrace.families.registry import built_in, family_class
 from terrace.models.families.interface import configurations
 from terrace.models.families.registry import family_model, family_model_named, family_of_model
@@ -39,26 +40,29 @@ def model_config(model: Model, tokenizer: Any | None = None) -> Any:
     elif family.gives == "pictures":
         config = AutoConfig.for_model(family.name, **(model.config or {}))
     else:
-        values = dict(model.config or {})
-        text = dict(values.get("text_config") or {})
+        known = tokenizer.token_id if tokenizer is not None else lambda token: None
+        values = family.completed(model.config or {}, known, tokenizer.vocabulary_size if tokenizer is not None else 0)
+        text = values if family.flat else dict(values.get("text_config") or {})
         if tokenizer is not None:
             text.setdefault("vocab_size", tokenizer.vocabulary_size)
             marks = tokenizer.marks(family)
             text.setdefault("bos_token_id", marks[family.begin_of_text])
             text.setdefault("eos_token_id", marks[family.end_of_turn])
-            values |= {field: marks[role] for field, role in family.token_fields.items()}
-            text = {field: marks[role] for field, role in family.text_fields.items()} | text
-        values["text_config"] = text
+            values.update({field: marks[role] for field, role in family.token_fields.items()})
+            for field, role in family.text_fields.items():
+                text.setdefault(field, marks[role])
+        if not family.flat:
+            values["text_config"] = text
         family_model_named(model.architecture)  # a class that transformers lacks is registered with its family
         config = AutoConfig.for_model(family.name, **values)
     if family.gives == "pictures":
         return config
-    if tokenizer is not None and tokenizer.vocabulary_size > config.text_config.vocab_size:
+    if tokenizer is not None and tokenizer.vocabulary_size > language_config(config).vocab_size:
         raise InputError(
             f"the tokenizer has {tokenizer.vocabulary_size} tokens, model.config.text_config.vocab_size is "
-            f"{config.text_config.vocab_size}: raise it to at least the tokenizer's"
+            f"{language_config(config).vocab_size}: raise it to at least the tokenizer's"
         )
-    if getattr(config.text_config, "attention_dropout", 0.0):
+    if getattr(language_config(config), "attention_dropout", 0.0):
         raise InputError("model.config.text_config.attention_dropout must be 0: packed attention has no dropout")
     return config
 
@@ -161,10 +165,15 @@ def parameter_counts(recipe: Recipe, config: Any | None = None) -> dict[PartName
 
     A tokenizer that is still to be trained counts with the vocabulary that the recipe asks for.
     """
-    if config is None:
-        config = model_config(recipe.model)
-        trained, text = recipe.tokenizer.train_vocabulary_size, (recipe.model.config or {}).get("text_config") or {}
-        if trained is not None and recipe.model.pretrained is None and "vocab_size" not in text and hasattr(config, "text_config"):
-            config.text_config.vocab_size = trained
-    shape = meta_model(config)
+    shape = meta_model(config if config is not None else planned_config(recipe))
     return {part: sum(p.numel() for _, p in pairs) for part, pairs in part_parameters(shape).items()}
+
+
+def planned_config(recipe: Recipe) -> Any:
+    """The configuration before there is a tokenizer: one that is still to be trained has the vocabulary that the recipe asks for."""
+    config = model_config(recipe.model)
+    trained, text = recipe.tokenizer.train_vocabulary_size, language_config(recipe.model.config or {})
+    counted = language_config(config)
+    if trained is not None and recipe.model.pretrained is None and "vocab_size" not in text and hasattr(counted, "vocab_size"):
+        counted.vocab_size = trained
+    return config

@@ -21,6 +21,8 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from transformers import GenerationConfig
 
+from terrace.data.tokenizer import QUESTION_TOKENIZER, file_for
+from terrace.families.configurations import language_config
 from terrace.models.build import meta_model
 from terrace.models.families.interface import configurations
 from terrace.models.families.registry import family_of_model
@@ -58,15 +60,20 @@ class ExportFiles:
         for file in family.code_files():
             shutil.copyfile(file, folder / file.name)
         if family.family.gives == "text":
-            GenerationConfig(eos_token_id=config.text_config.eos_token_id, do_sample=False).save_pretrained(folder)
+            GenerationConfig(eos_token_id=language_config(config).eos_token_id, do_sample=False).save_pretrained(folder)
         _write_json(folder / "preprocessor_config.json", family.family.preprocessor(self.pixels))
         if processor := family.family.processor():
             _write_json(folder / "processor_config.json", processor)
         if self.tokenizer_dir is not None:
+            there = {name: file_for(self.tokenizer_dir, name, family.family.name) for name in {*TOKENIZER_FILES, *TEMPLATE_FILES}}
             for name in TOKENIZER_FILES:
-                if (self.tokenizer_dir / name).is_file():
-                    shutil.copyfile(self.tokenizer_dir / name, folder / name)
-            own = {name: (self.tokenizer_dir / name).read_bytes() for name in TEMPLATE_FILES if (self.tokenizer_dir / name).is_file()}
+                if there[name].is_file():
+                    shutil.copyfile(there[name], folder / name)
+            if family.family.reads_questions:  # the class's processor wants a tokenizer of its own for them
+                questions = self.tokenizer_dir / QUESTION_TOKENIZER
+                copied = shutil.ignore_patterns(QUESTION_TOKENIZER)
+                shutil.copytree(questions if questions.is_dir() else self.tokenizer_dir, folder / QUESTION_TOKENIZER, ignore=copied)
+            own = {name: there[name].read_bytes() for name in TEMPLATE_FILES if there[name].is_file()}
             if template := chat_template(kept) or chat_template(own) or family.family.chat_template:
                 (folder / "chat_template.jinja").write_text(template)
         for name in ("generation_config.json", "video_preprocessor_config.json"):

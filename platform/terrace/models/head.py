@@ -21,12 +21,12 @@ class LossHead(nn.Linear):
     """transformers' `lm_head`, which with `targets` returns the summed cross-entropy instead of logits."""
 
     def forward(
-        self, hidden: torch.Tensor, targets: torch.Tensor | None = None, chunk_tokens: int = 1024
+        self, hidden: torch.Tensor, targets: torch.Tensor | None = None, chunk_tokens: int = 1024, z_loss: float = 0.0
     ) -> torch.Tensor:
-        """hidden [N, H] -> logits [N, V]; with targets int64 [N] -> float32 scalar, the sum over N."""
+        """hidden [N, H] -> logits [N, V]; with targets int64 [N] -> float32 scalar, the sum over N (with `z_loss` times log²Z)."""
         if targets is None:
             return super().forward(hidden)
-        return summed_cross_entropy(hidden, self.weight, targets, chunk_tokens)
+        return summed_cross_entropy(hidden, self.weight, targets, chunk_tokens, z_loss)
 
 
 def install_loss_head(model: Any, name: str) -> None:
@@ -42,19 +42,20 @@ def install_loss_head(model: Any, name: str) -> None:
 
 
 def summed_cross_entropy(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk_tokens: int
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk_tokens: int, z_loss: float = 0.0
 ) -> torch.Tensor:
-    """Sum over rows of -log softmax(hidden @ weight.T)[target], float32 scalar. hidden [N, H], weight [V, H], targets [N]."""
+    """Sum over rows of -log softmax(hidden @ weight.T)[target] + z_loss * log²Z, where Z is the softmax' divisor: float32 scalar.
+    hidden [N, H], weight [V, H], targets [N]."""
     kind = hidden.device.type
     compute = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_tokens, compute, torch.is_grad_enabled())
+    return _ChunkedCrossEntropy.apply(hidden, weight, targets, chunk_tokens, compute, torch.is_grad_enabled(), z_loss)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk_tokens: int,
-        compute: torch.dtype, with_gradients: bool,
+        compute: torch.dtype, with_gradients: bool, z_loss: float,
     ) -> torch.Tensor:
         wants_hidden = with_gradients and ctx.needs_input_grad[0]
         wants_weight = with_gradients and ctx.needs_input_grad[1]
@@ -68,10 +69,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 wanted = targets[start : start + chunk_tokens].unsqueeze(1)
                 logits = (rows @ matrix.t()).float()
                 normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
-                total += (normaliser - logits.gather(1, wanted)).sum()
+                total += (normaliser - logits.gather(1, wanted) + z_loss * normaliser**2).sum()
                 if not (wants_hidden or wants_weight):
                     continue
                 slope = logits.sub_(normaliser).exp_()
+                if z_loss:
+                    slope.mul_(1 + 2 * z_loss * normaliser)
                 slope.scatter_add_(1, wanted, torch.full_like(wanted, -1, dtype=slope.dtype))
                 slope = slope.to(compute)
                 if grad_hidden is not None:
@@ -92,4 +95,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             grad_hidden = grad_hidden * upstream.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * upstream).to(weight_dtype)
-        return grad_hidden, grad_weight, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from terrace.errors import InputError
+from terrace.families.configurations import language_config
 from terrace.models.build import restore_buffers
 from terrace.models.families.registry import family_of_model
 from terrace.models.head import LossHead
 from terrace.models.parts import HEADS as PREFIX
 from terrace.models.parts import mtp_models
+from terrace.models.view_heads import KIND as VIEWS
 from terrace.models.weights import SourceWithOwn, TensorSource, random_source
+
+log = logging.getLogger(__name__)
 
 FOLDER = "heads"  # beside an exported model
 FINAL_NORMS = ("norm", "final_layernorm")  # as the classes of language models name it
@@ -72,7 +77,7 @@ class MtpHeads(nn.Module):
     def __init__(self, model: Any, count: int) -> None:
         super().__init__()
         language = family_of_model(model).language(model)
-        self.layers = nn.ModuleList(MtpBlock(language, model.config.text_config) for _ in range(count))
+        self.layers = nn.ModuleList(MtpBlock(language, language_config(model.config)) for _ in range(count))
 
     @property
     def count(self) -> int:
@@ -93,7 +98,8 @@ class MedusaHeads(nn.Module):
 
     def __init__(self, model: Any, count: int) -> None:
         super().__init__()
-        width, vocabulary = model.config.text_config.hidden_size, model.config.text_config.vocab_size
+        text = language_config(model.config)
+        width, vocabulary = text.hidden_size, text.vocab_size
         self.blocks = nn.ModuleList(ResidualBlock(width) for _ in range(count))
         self.lm_heads = nn.ModuleList(LossHead(width, vocabulary, bias=False) for _ in range(count))
 
@@ -107,7 +113,7 @@ def attach_heads(model: Any, kind: str, count: int) -> None:
     with torch.device("meta"):
         model.heads = (MtpHeads if kind == "mtp" else MedusaHeads)(model, count)
     for block in mtp_models(model):
-        block.config._attn_implementation = model.config.text_config._attn_implementation
+        block.config._attn_implementation = language_config(model.config)._attn_implementation
 
 
 def mtp_hidden(
@@ -159,7 +165,10 @@ def without_heads(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def heads_config(model: Any) -> dict[str, Any]:
     """config.json beside the heads."""
-    text, heads = model.config.text_config, model.heads
+    heads = model.heads
+    if heads.kind == VIEWS:
+        return {"model_type": VIEWS, **heads.settings}
+    text = language_config(model.config)
     shared = {"hidden_size": text.hidden_size, "vocab_size": text.vocab_size}
     if heads.kind == "medusa":
         return {"model_type": "medusa", "architectures": ["MedusaModel"], "num_heads": heads.count, "num_hidden_layers": 1, **shared}
@@ -177,23 +186,33 @@ def write_heads(model: Any, state: Mapping[str, torch.Tensor], folder: Path) -> 
     (folder / CONFIG).write_text(json.dumps(heads_config(model), indent=2, sort_keys=True) + "\n")
 
 
+def stored_config(folder: Path) -> dict[str, Any] | None:
+    """What a folder says of its heads; None where there are none."""
+    return json.loads((folder / CONFIG).read_text()) if (folder / CONFIG).is_file() else None
+
+
 def describe_heads(folder: Path) -> tuple[str, int] | None:
-    """(kind, count) of the heads in a folder; None where there are none."""
-    if not (folder / CONFIG).is_file():
+    """(kind, count) of the heads of further tokens in a folder; None where there are none."""
+    config = stored_config(folder)
+    if config is None or config["model_type"] == VIEWS:
         return None
-    config = json.loads((folder / CONFIG).read_text())
     return ("medusa", config["num_heads"]) if config["model_type"] == "medusa" else ("mtp", config["num_nextn_predict_layers"])
 
 
 def read_heads(folder: Path, heads: Any) -> dict[str, torch.Tensor] | None:
-    """The tensors of stored heads under the names of a model in training. None where there are none. Raises InputError for others
-    than `heads` (MtpHeads or MedusaHeads)."""
+    """The tensors of stored heads under the names of a model in training. None where there are none, or none of this objective over
+    views. Raises InputError for others than `heads` (MtpHeads, MedusaHeads or ViewHeads)."""
     from safetensors.torch import load_file
 
-    found = describe_heads(folder)
-    if found is None:
+    config, found = stored_config(folder), describe_heads(folder)
+    if heads.kind == VIEWS:
+        if config != {"model_type": VIEWS, **heads.settings}:
+            if config is not None:
+                log.info("heads: %s holds those of another objective or of other options; new ones start", folder)
+            return None
+    elif found is None:
         return None
-    if found != (heads.kind, heads.count):
+    elif found != (heads.kind, heads.count):
         raise InputError(
             f"{folder} holds {found[1]} heads of kind {found[0]}, the stage trains {heads.count} of kind {heads.kind}: change the stage, "
             "or start it from a stage without heads (`start_from`)"

@@ -29,6 +29,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from terrace.data.types import PackedExample
 from terrace.errors import InputError
+from terrace.families.configurations import language_config
 from terrace.models.attention import give_language_attention, registered_name
 from terrace.models.batch import MOST_POSITION_ROWS, DeviceBatch, to_device
 from terrace.models.families.interface import Features
@@ -97,7 +98,7 @@ def check_heads(text_config: Any, size: int) -> None:
 
 def use_sequence_parallel(model: Any, backend: str, size: int) -> None:
     """Give the language layers this attention around `backend`, which goes on serving the vision tower."""
-    check_heads(model.config.text_config, size)
+    check_heads(language_config(model.config), size)
     give_language_attention(model, NAME, backend)
 
 

@@ -120,12 +120,15 @@ def _attention(
     keep: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None,
     bidirectional_groups: torch.Tensor | None = None,
     sliding_window: int | None = None,
+    crossing: Any = None,
     **rest: Any,
 ) -> tuple[torch.Tensor, None]:
     """What transformers calls. `keep` collects keys and values per layer (prefill); `decode` brings its own cache."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if value.dtype != query.dtype:  # rotary embedding in fp32 under autocast
         query, key = query.to(value.dtype), key.to(value.dtype)
+    if crossing is not None:
+        return crossing.attend(query, key, value, scale), None
     if decode is not None:
         return decode.attend(module.layer_idx, query, key, value, scale, sliding_window), None
     if keep is not None:

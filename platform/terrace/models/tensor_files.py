@@ -168,9 +168,12 @@ class Directory:
             opened = list(pool.map(self._open, files))
         if family is None and "model_type" in self.config:
             family = family_model_named(self.config["model_type"])
+        self._hold(opened, family)
+
+    def _hold(self, files: Iterable[TensorFile], family: FamilyModel | None) -> None:
         self._family = family
         self._places: dict[str, dict[str, TensorFile]] = {}  # what is stored of a tensor: most often one, under one name
-        for file in opened:
+        for file in files:
             for stored in file.shapes:
                 for name in family.canonical_names(stored) if family else (stored,):
                     self._places.setdefault(name, {})[stored] = file
@@ -196,6 +199,14 @@ class Directory:
     @property
     def names(self) -> set[str]:
         return set(self._places)
+
+    def begins_new(self, name: str) -> bool:
+        """Whether a tensor that is not here is none that could be: it starts as the model's class starts it."""
+        return False
+
+    def notes(self) -> list[str]:
+        """What becomes of tensors that are here and go into others, each in one line."""
+        return []
 
     def shape(self, name: str) -> tuple[int, ...]:
         pieces = {stored: torch.empty(file.shapes[stored], device="meta") for stored, file in self._places[name].items()}

@@ -20,8 +20,10 @@ import torch
 from transformers import PreTrainedModel
 
 from terrace.errors import InputError
+from terrace.families.configurations import language_config
 from terrace.models.families.interface import FamilyModel
 from terrace.models.families.registry import family_of_model
+from terrace.models.part_sources import differences, part_directory
 from terrace.models.surgery import Surgery
 from terrace.models.tensor_files import Directory, Stretch
 from terrace.recipe.schema import PARTS, Model, PartName
@@ -124,14 +126,16 @@ def random_source(skeleton: Any, seed: int) -> TensorSource:
 
 
 def initial_weights(
-    model: Model, skeleton: Any, start: Path | None = None, changes: ModelChanges | None = None
+    model: Model, skeleton: Any, start: Path | None = None, changes: ModelChanges | None = None,
+    opened: Callable[[str, FamilyModel], Directory] = Directory,
 ) -> tuple[TensorSource, LoadReport]:
     """The source of every parameter of `skeleton`, and what is worth saying about it.
 
     `start` is the directory of an earlier stage's final weights and wins over the recipe's own. Raises InputError
     that names every missing and reshaped tensor of a directory. Growing vocabularies (more rows in embeddings and
     output) are allowed: the rows that the directory lacks are random. Another RoPE base is allowed and said. `changes` are those
-    that the stage makes to what it starts from (models.surgery). s3:// is reached as the environment says (AWS_ENDPOINT_URL, AWS_REGION).
+    that the stage makes to what it starts from (models.surgery); `opened` opens a place of `model.init`. s3:// is reached as the
+    environment says (AWS_ENDPOINT_URL, AWS_REGION).
     """
     random, family = random_source(skeleton, model.seed), family_of_model(skeleton)
     report = LoadReport()
@@ -142,7 +146,8 @@ def initial_weights(
     elif model.init is not None:
         for part in PARTS:
             place = getattr(model.init, part)
-            by_part[part] = None if place == "random" else Directory(place, family)
+            by_part[part] = None if place == "random" else part_directory(opened(place, family), family, skeleton)
+            report.reshaped += differences(skeleton.config, by_part[part], part)
     shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
     surgery = Surgery(changes, skeleton, family)
     grown = _compare(shapes, by_part, report, family, surgery)
@@ -210,7 +215,7 @@ def _compare(
         if (note := surgery.note(directory, name, shape)) is not None:
             report.notes.append(note)
             continue
-        if name not in directory.names and family.may_be_new(name):
+        if name not in directory.names and (family.may_be_new(name) or directory.begins_new(name)):
             begins = "random" if (other := family.copied_from(name)) is None else f"as a copy of {other}"
             report.notes.append(f"{name} is not in {directory.path} and starts {begins}")
             continue
@@ -229,6 +234,7 @@ def _compare(
     for part, directory in by_part.items():
         if directory is not None:
             report.unexpected.extend(_unexpected(directory, part, {*shapes, *surgery.used_up}, family))
+            report.notes.extend(directory.notes())
     return grown
 
 
@@ -237,10 +243,8 @@ def _compare_positions(config: Any, directory: Directory | None, report: LoadRep
     if directory is None:
         return
     text = directory.config.get("text_config") or directory.config
-    if not hasattr(config, "text_config"):
-        return
     trained = (text.get("rope_parameters") or {}).get("rope_theta", text.get("rope_theta"))
-    wanted = (getattr(config.text_config, "rope_parameters", None) or {}).get("rope_theta")
+    wanted = (getattr(language_config(config), "rope_parameters", None) or {}).get("rope_theta")
     if trained is not None and wanted is not None and float(trained) != float(wanted):
         report.notes.append(f"the language weights of {directory.path} have RoPE base {trained:g}, the model has {wanted:g}")
 

@@ -9,11 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from terrace.data.order.permutation import seed_of
-
-
-def generator_of(seed: int, source: str, sample: str, epoch: int, purpose: str) -> np.random.Generator:
-    return np.random.default_rng(seed_of(purpose, seed, source, sample, epoch))
+from terrace.data.order.permutation import generator_of
 
 
 def kept_patches(

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from terrace.data.family import balance_weight
+from terrace.families.configurations import language_config
 from terrace.models.batch import DeviceBatch
 from terrace.models.families.interface import Choice
 from terrace.models.families.registry import family_of_model
@@ -127,7 +128,7 @@ class ExpertBalance:
 
     @property
     def _per_token(self) -> int:
-        return int(self._opening.feed.config.text_config.num_experts_per_tok)
+        return int(language_config(self._opening.feed.config).num_experts_per_tok)
 
     def values(self) -> dict[str, Any]:
         """Metrics of the step, after its backward. Collective."""

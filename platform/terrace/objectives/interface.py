@@ -34,6 +34,25 @@ from terrace.worker.collectives import gather_rows, sum_over_ranks
 from terrace.worker.context import WorkerContext
 
 
+class Counted:
+    """A field that takes a whole number, or the function that finds it: that is called once, when the number is first asked for."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = f"_{name}"
+
+    def __get__(self, holder: Any, owner: type | None = None) -> int:
+        if holder is None:
+            raise AttributeError(self._name)  # so the field has no default
+        value = getattr(holder, self._name)
+        if callable(value):
+            value = int(value())
+            setattr(holder, self._name, value)
+        return value
+
+    def __set__(self, holder: Any, value: int | Callable[[], int]) -> None:
+        setattr(holder, self._name, value)
+
+
 @dataclass
 class StageFeed:
     """What a stage trains on, as one value: how many steps, this rank's examples, the place in the order.
@@ -42,10 +61,13 @@ class StageFeed:
     `step` steps, a few integers that a checkpoint keeps; `restore(state)` accepts it again, and raises InputError if
     the order is another one by now. The loop does not care where examples come from: a benchmark or a test trains on
     packs made in memory and needs neither shards nor Ray.
+
+    `total_steps` may be given as a function: counting the steps of an epoch means planning all of it, and a resumed stage has the
+    number in its checkpoint. So nobody asks before `restore`.
     """
 
     config: Any  # the model's transformers configuration, token ids filled in
-    total_steps: int
+    total_steps: Counted = Counted()
     stream: Callable[[int], Iterator[Any]]
     state: Callable[[int], dict[str, Any]]
     restore: Callable[[dict[str, Any]], None]

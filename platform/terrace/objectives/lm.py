@@ -41,7 +41,8 @@ class LanguageModelling(Objective):
 
     def loss(self, model: Any, batch: DeviceBatch) -> torch.Tensor:
         def plain() -> torch.Tensor:
-            return summed_loss(model, batch, self.opening.stage.loss_chunk_tokens)
+            z_loss = self.opening.stage.z_loss if model.training else 0.0  # held-out losses are without
+            return summed_loss(model, batch, self.opening.stage.loss_chunk_tokens, z_loss)
 
         return self._experts.loss(model, batch, plain) if self._experts else plain()
 
@@ -101,10 +102,10 @@ class LanguageModelling(Objective):
 open_objective = LanguageModelling
 
 
-def summed_loss(model: Any, batch: DeviceBatch, chunk_tokens: int) -> torch.Tensor:
+def summed_loss(model: Any, batch: DeviceBatch, chunk_tokens: int, z_loss: float = 0.0) -> torch.Tensor:
     """Float32 scalar. Only supervised rows meet the output layer: image tokens and prompts cost no logits."""
     hidden = pack_hidden(model, batch)
-    return output_layer(model)(hidden.index_select(0, batch.supervised_rows), batch.targets, chunk_tokens)
+    return output_layer(model)(hidden.index_select(0, batch.supervised_rows), batch.targets, chunk_tokens, z_loss)
 
 
 def count_packs(packs: list[PackedExample], sources: list[str], cost: CostModel) -> Counts:

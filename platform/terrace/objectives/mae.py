@@ -3,7 +3,8 @@
     loss = sum over pictures of the mean, over their masked patches, of the mean squared difference of pixels
 
 The loop divides by the pictures of the global batch. `mask_ratio` and `norm_pix_loss` are the model's own configuration; which
-patches a picture shows is drawn from (stage seed, source, sample, epoch).
+patches a picture shows is drawn from (stage seed, source, sample, epoch), and so is the view of it, where the stage has `views`; held-out
+pictures are seen whole.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import torch
 
 from terrace.data.order.balance import cost_of
 from terrace.data.types import PackedExample
+from terrace.data.views.augment import make_views
+from terrace.data.views.plans import plan_views
 from terrace.models.batch import ImageFacts, image_facts
 from terrace.models.families.registry import family_model, family_of_model
 from terrace.objectives.chance import patch_noise
@@ -33,7 +36,7 @@ class PictureBatch:
     """Pictures on the device; none: `pixels` is None."""
 
     pictures: int
-    pixels: torch.Tensor | None  # uint8 rows
+    pixels: torch.Tensor | None  # uint8 rows, or of a view float ones in the same range
     images: ImageFacts
     noise: torch.Tensor  # float32 [B, patches]
     dtype: torch.dtype
@@ -68,7 +71,18 @@ class MaskedAutoencoder(Objective):
         noise = noise if pictures else np.zeros((1, noise.shape[1]), np.float32)
         device = torch.device(opening.context.device)
         pixels = torch.from_numpy(example.pixels).to(device) if pictures else None
+        if opening.stage.views and len(example.epochs):
+            pixels = self._views(pixels, example)
         return PictureBatch(pictures, pixels, image_facts(example), torch.from_numpy(noise).to(device), opening.dtype)
+
+    def _views(self, pixels: torch.Tensor, example: PackedExample) -> torch.Tensor:
+        """One view of each picture, in its place."""
+        seed, side = self.opening.stage.seed, self._family.family.side
+        plans = [
+            plan_views(self.opening.stage.views, side, seed, source, sample, int(epoch))[0]
+            for source, sample, epoch in zip(example.sources, example.sample_ids, example.epochs, strict=True)
+        ]
+        return 255.0 * make_views(pixels.view(-1, 3, side, side), plans).flatten(1)
 
     def loss(self, model: Any, batch: PictureBatch) -> torch.Tensor:
         return summed_loss(model, batch)

@@ -71,13 +71,17 @@ def source_facts(index: Any, stage: Stage, max_visual_tokens_per_image: int | No
 
 def load_facts(recipe: Recipe, root: Path) -> list[dict[str, SourceFacts]]:
     """Per stage, the facts of its sources from prepared data in `root`. Raises InputError where there is none."""
-    from terrace.data.prepare import load_prepared
+    from terrace.data.prepare import load_prepared, stage_data
 
-    indexes = load_prepared(root).indexes
+    prepared = load_prepared(root)
 
-    def facts_of(name: str, stage: Stage) -> SourceFacts:
+    def facts_of(indexes: Mapping[str, Any], name: str, stage: Stage) -> SourceFacts:
         limit = recipe.data.sources[name].max_visual_tokens_per_image
         others = {(part.pixels.min, part.pixels.max): source_facts(indexes[name], part, limit) for _, part in stretches(stage)[1:]}
         return replace(source_facts(indexes[name], stage, limit), others=others)
 
-    return [{name: facts_of(name, stage) for name in stage.mixture.weights if name in indexes} for stage in recipe.stages]
+    views = [stage_data(recipe, index, prepared)[1].indexes for index in range(len(recipe.stages))]
+    return [
+        {name: facts_of(indexes, name, stage) for name in stage.mixture.weights if name in indexes}
+        for stage, indexes in zip(recipe.stages, views)
+    ]

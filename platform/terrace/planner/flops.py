@@ -102,6 +102,7 @@ def _forward(shape: ModelShape, load: PackLoad) -> dict[PartName, dict[str, floa
     """Per part: `embed` (no gradient of its input is ever needed), `linear`, `attention`, `head`, and low-rank `adapters`."""
     vision, language = shape.vision, shape.language
     products = 3 if vision.gated else 2
+    pictures = 2 * load.visual_tokens * shape.projector.times * shape.projector.products
     windowed = vision.depth - vision.full_blocks
     rows = load.patches + load.pictures * vision.extra_tokens
     squares = vision.full_blocks * load.image_squares + windowed * load.window_squares
@@ -126,7 +127,8 @@ def _forward(shape: ModelShape, load: PackLoad) -> dict[PartName, dict[str, floa
         },
         "projector": {
             "adapters": adapters["projector"],
-            "embed" if shape.projector.first else "linear": 2 * load.visual_tokens * shape.projector.times * shape.projector.products,
+            "embed" if shape.projector.first else "linear": pictures,
+            "between": 2 * load.tokens * shape.projector.text_products,  # layers that stand between those of the language model
         },
         "language": {
             "adapters": adapters["language"],
@@ -173,6 +175,7 @@ def training_flops(shape: ModelShape, load: PackLoad, trained: Sequence[PartName
             + forward[part].get("attention", 0.0) * 2 * inputs  # two products forward, four backward
             + forward[part].get("embed", 0.0) * weights
             + forward[part].get("adapters", 0.0) * 2
+            + forward[part].get("between", 0.0) * (weights + bool(trained))  # what comes in goes through norms that train
         )
     if "projector" in trained and "vision" not in trained:  # what the tower gives takes no gradient
         backward["projector"] -= 2 * load.visual_tokens * shape.projector.outer

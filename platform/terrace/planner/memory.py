@@ -12,11 +12,12 @@ precision until backward. The sharded strategies hold or gather weights in the s
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import gcd
 
 from terrace.families.shapes import ModelShape
 from terrace.planner.parameters import head_parameters, part_sizes, trainable_counts, trains_whole
+from terrace.planner.views import kept_pictures, teacher_parameters
 from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import PARTS, PartName, Stage
 
@@ -75,6 +76,8 @@ def stage_memory(shape: ModelShape, stage: Stage, workers: int, pack: PackSize, 
     """Peak memory per GPU of `stage` on `workers` workers with one pack at a time."""
     compute = COMPUTE_BYTES[stage.precision]
     state = _state(shape, stage, workers, compute, on_gpu)
+    if stage.view_options is not None:
+        pack = replace(pack, visual_tokens=pack.visual_tokens * kept_pictures(stage, shape))
     vision = _vision_activations(shape, stage, pack, compute, on_gpu)
     language = _language_activations(shape, stage, pack, compute, on_gpu)
     logits = min(stage.loss_chunk_tokens, pack.supervised_tokens) * shape.language.vocabulary * 2 * FP32
@@ -91,7 +94,7 @@ def stage_memory(shape: ModelShape, stage: Stage, workers: int, pack: PackSize, 
     in_vision = kept[0] + vision.working + _under_way(shape, stage, state, 1.0)
     fullest = max(at_head, in_language, in_vision)
     return Memory(
-        weights=state.weights,
+        weights=state.weights + FP32 * teacher_parameters(shape, stage),
         gradients=state.gradients,
         optimizer=state.optimizer,
         vision_activations=kept[0],
@@ -227,11 +230,12 @@ class _Activations:
 def _language_activations(shape: ModelShape, stage: Stage, pack: PackSize, compute: int, on_gpu: bool) -> _Activations:
     language, train = shape.language, stage.train.language
     residual = FP32 if stage.parallel.strategy == "ddp" else compute
-    layer = _language_layer(shape, stage, compute, on_gpu) + _adapter_values(shape, "language", compute) / language.layers
+    layer = _language_layer(shape, stage, compute, on_gpu) + _adapter_values(shape, "language", compute) / max(1, language.layers)
     working = pack.tokens * (3 * language.mean_intermediate * compute + 2 * language.width * residual)
     if not gradients_reach(stage, "language"):
         return _Activations(0.0, working)
-    ends = pack.tokens * language.width * (1 + FP32 + (FP32 if train and language.gated else 0))  # places of images, final norm
+    between = pack.tokens * shape.projector.text_kept * compute  # layers of the projector, never checkpointed
+    ends = between + pack.tokens * language.width * (1 + FP32 + (FP32 if train and language.gated else 0))  # places of images, final norm
     checkpointed = train.activation_checkpointing if train else stage.frozen_activation_checkpointing
     if checkpointed:
         return _Activations(pack.tokens * language.layers * language.width * residual + ends, pack.tokens * layer + working)
@@ -251,6 +255,8 @@ def _language_layer(shape: ModelShape, stage: Stage, compute: int, on_gpu: bool)
     feed_forward = (3 if language.gated else 1) * inner * compute
     if not language.gated and language.head_norms:  # LayerNorms of heads: what comes into them, query, key and value together
         attention += 2 * compute * query
+    if language.scaled_heads:  # what comes into them and what their scales multiply, of queries and keys
+        attention += 2 * compute * (query + language.key_width)
     if language.latent:  # the narrow vectors, their norms, and keys whose two pieces are put together
         ranks = language.latent.query_rank + language.latent.key_rank
         attention += 2 * FP32 * ranks + (compute * 2 * ranks if trained else 0)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from terrace.families.shapes import ModelShape
 from terrace.recipe.schema import PARTS, PartName, Stage
+from terrace.recipe.view_heads import head_plan
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ def _language_blocks(shape: ModelShape) -> tuple[int, int, int]:
 
 def head_parameters(shape: ModelShape, stage: Stage) -> int:
     """Parameters of the heads that the stage trains beside the model (models.heads)."""
+    if (options := stage.view_options) is not None:
+        return head_plan(options, shape.vision.width).parameters
     if stage.head_kind is None:
         return 0
     kind, count = stage.head_kind
@@ -84,6 +87,7 @@ def language_layer(shape: ModelShape, intermediate: int | None = None) -> int:
     attention += language.latent.query_rank + language.latent.key_rank if language.latent else 0  # their norms
     attention += query + 2 * key if language.attention_biases else 0
     attention += 2 * language.head_size if language.head_norms else 0
+    attention += 2 * (query + key) if language.scaled_heads else 0
     feed_forward = language.feed_forward_matrices * language.width * intermediate
     return attention + feed_forward + language.norms * language.width + language.layer_biases
 

@@ -32,6 +32,7 @@ SECONDS_PER_HOUR = 3600.0
 @dataclass(frozen=True)
 class StagePlan:
     name: str
+    architecture: str
     stage: Stage
     workers: int
     gpus: int
@@ -148,6 +149,7 @@ def _stage_plan(
         notes.append(f"{stage.rollout_workers} rollout workers ({gpus_more:g} GPUs) come on top of these")
     return StagePlan(
         name=stage.name,
+        architecture=recipe.model.architecture,
         stage=stage,
         workers=workers,
         gpus=used,

@@ -46,6 +46,7 @@ def _stage_values(stage: StagePlan, plan: Plan) -> dict[str, Any]:
     backward = {part: stage.pack_flops.backward[part] * batch for part in PARTS}
     return {
         "name": stage.name,
+        "model": stage.architecture,
         "parameters": {**stage.parameters, "total": sum(stage.parameters.values())},
         "active_parameters": sum(stage.active.values()),
         "trainable_parameters": sum(stage.trainable.values()),
@@ -177,6 +178,13 @@ def _model_rows(plan: Plan) -> list[list[str]]:
         return lambda stage: _how_it_trains(stage, name)
 
     parameters, active = plan.stages[0].parameters, sum(plan.stages[0].active.values())
+    if any(stage.architecture != plan.stages[0].architecture for stage in plan.stages):  # stages bring models of their own
+        return [
+            _row("model", plan, lambda s: s.architecture),
+            *(_row(name, plan, part(name)) for name in PARTS),
+            _row("parameters", plan, lambda s: si(sum(s.parameters.values()))),
+            _row("trained parameters", plan, lambda s: si(sum(s.trainable.values()))),
+        ]
     rows = [_row(f"{name} ({si(parameters[name])})", plan, part(name)) for name in PARTS]
     if active != sum(parameters.values()):  # a mixture of experts
         rows.append(_row("parameters a token meets", plan, lambda s: si(sum(s.active.values())), f"of {si(sum(parameters.values()))}"))

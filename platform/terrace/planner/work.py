@@ -10,6 +10,7 @@ from terrace.data.family import family_of
 from terrace.families.shapes import ModelShape
 from terrace.planner.data_facts import SampleMeans, SourceFacts
 from terrace.planner.flops import PackLoad, assumed_load
+from terrace.planner.views import seen_patches
 from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import Budget, Recipe, Stage
 from terrace.recipe.stretches import stretches
@@ -130,11 +131,12 @@ def _stretch_work(recipe: Recipe, stage: Stage, shape: ModelShape, facts: Mappin
 
 
 def _fixed(stage: Stage, shape: ModelShape) -> PackLoad:
-    """A pack of a fixed number of samples: a whole picture and a text of full length each; one visual token is a picture."""
-    samples, length = stage.batch.samples_per_pack, stage.sequence_length
-    patches = shape.vision.patches_per_token
-    squares = samples * (patches + shape.vision.extra_tokens) ** 2
-    return PackLoad(samples * length, 0, samples * length**2, samples * patches, samples, samples, squares, squares)
+    """A pack of a fixed number of samples: a whole picture, or its views, and a text of full length each; one visual token is a
+    picture."""
+    samples, length, views = stage.batch.samples_per_pack, stage.sequence_length, list(seen_patches(stage, shape))
+    patches, seen = samples * sum(share * size for size, share in views), samples * sum(share for _, share in views)
+    squares = samples * sum(share * (size + shape.vision.extra_tokens) ** 2 for size, share in views)
+    return PackLoad(samples * length, 0, samples * length**2, patches, samples, seen, squares, squares)
 
 
 def _shares(stage: Stage, facts: Mapping[str, SourceFacts]) -> dict[str, float]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path as FilePath
 
 from terrace.recipe.document import Entry
+from terrace.recipe.schema_model import FROM_STAGE
 
 RUN_FILES = ("journal.jsonl", "stages")  # what makes a folder a run directory
 
@@ -28,10 +29,11 @@ def found_beside(root: Entry, folder: FilePath) -> None:
 
 def _paths(root: Entry) -> Iterator[Entry]:
     """The entries that name files: of the model, the tokenizer, the sources and the suites."""
-    model = _at(root, "model")
-    yield from _texts(_at(model, "pretrained"))
-    for part in _entries(_at(model, "init")):
-        yield from (entry for entry in _texts(part) if entry.value != "random")
+    for owner in (root, *_entries(_at(root, "stages"))):
+        model = _at(owner, "model")
+        yield from _texts(_at(model, "pretrained"))
+        for part in _entries(_at(model, "init")):
+            yield from (entry for entry in _texts(part) if entry.value != "random" and not entry.value.startswith(FROM_STAGE))
     tokenizer = _at(root, "tokenizer")
     yield from _texts(tokenizer)
     yield from _texts(_at(tokenizer, "path"))

@@ -1,4 +1,4 @@
-"""The recipe as one stage sees it: its model with every change that the stages on the way to it have made.
+"""The recipe as one stage sees it: its own model or an earlier one's, with every change that the stages on the way to it have made.
 
 A pure function of the recipe, so plan, data, training, resumes and exports agree on the model of a stage without anything
 written between them, and `start_from` an earlier stage is the way back. The recipe as written stays with the result
@@ -22,15 +22,19 @@ def stage_recipe(recipe: Recipe, index: int) -> Recipe:
 
 
 def stage_model(recipe: Recipe, index: int) -> Model:
-    """The model of a stage: that of the recipe, changed by the stages that it descends from and by itself."""
+    """The model of a stage: its own, or that of the stage it descends from which has one, or the recipe's; changed by the stages
+    from there on and by itself."""
     written = recipe.model.written
-    changes = [change for place in _line_of(recipe, index) if (change := recipe.stages[place].model_changes) is not None]
-    if not changes or written.config is None:
-        return written
-    config: dict[str, Any] = dict(written.config)
+    line = _line_of(recipe, index)
+    own = recipe.stages[line[0]].model
+    begun = written if own is None else own.of_stage(written)
+    changes = [change for place in line if (change := recipe.stages[place].model_changes) is not None]
+    if not changes or begun.config is None:
+        return begun
+    config: dict[str, Any] = dict(begun.config)
     for change in changes:
-        config = changed_config(config, change, written.architecture)
-    return written.with_config(config)
+        config = changed_config(config, change, begun.architecture)
+    return begun.with_config(config)
 
 
 def changed_config(config: dict[str, Any], changes: ModelChanges, architecture: str) -> dict[str, Any]:
@@ -42,17 +46,21 @@ def changed_config(config: dict[str, Any], changes: ModelChanges, architecture: 
         experts = {"count": wanted.pop("experts"), **wanted}
         config = dict(family_class(architecture).upcycled(config, experts) or config)
     if changes.rope_base is not None:
-        text = dict(config.get("text_config") or {})
+        flat = family_class(architecture).flat
+        text = dict(config if flat else config.get("text_config") or {})
         rope = dict(text.get("rope_parameters") or {"rope_type": "default"})
         text.pop("rope_theta", None)
-        config = {**config, "text_config": {**text, "rope_parameters": {**rope, "rope_theta": changes.rope_base}}}
+        text = {**text, "rope_parameters": {**rope, "rope_theta": changes.rope_base}}
+        config = text if flat else {**config, "text_config": text}
     return config
 
 
 def _line_of(recipe: Recipe, index: int) -> list[int]:
-    """The stages that a stage descends from, the first one first, and itself."""
+    """The stages that a stage descends from, the first one first, and itself: up to one that brings a model of its own."""
     names, line = [stage.name for stage in recipe.stages], [index]
     while True:
+        if recipe.stages[line[-1]].model is not None:
+            return line[::-1]
         place, start = line[-1], recipe.stages[line[-1]].start_from
         before = place - 1 if start is None else names.index(start) if start in names[:place] else -1  # a mistake, said elsewhere
         if before < 0:

@@ -33,6 +33,7 @@ MAX_DIGITS = 64  # of a number
 ALTERNATIVES: dict[tuple[str, ...], tuple[str, ...]] = {
     ("stages", "*", "budget"): ("steps", "tokens", "samples", "epochs"),
     ("model",): ("config", "pretrained"),
+    ("stages", "*", "model"): ("config", "pretrained"),
     ("tokenizer",): ("path", "train_vocabulary_size"),
 }
 # In these maps of names a null removes the name that a lower layer gave.

@@ -13,6 +13,7 @@ from typing import Any
 
 from terrace.recipe.schema import PARTS, Recipe, Stage
 from terrace.recipe.schema_inputs import REMEDIES
+from terrace.recipe.schema_model import FROM_STAGE
 
 # What changes where and how fast a stage runs but not what it computes (up to rounding): absent from its hash, so that
 # a run may resume with other workers, another strategy or other checkpoint intervals.
@@ -51,6 +52,7 @@ def stage_hash(recipe: Recipe, index: int) -> str:
     """
     stage = recipe.stages[index]
     before = start_index(recipe, index)
+    taken = {key: stage_hash(recipe, place) for key, place in {**taken_from(recipe, index), **judges_of(recipe, index)}.items()}
     return _digest(
         {
             "model": recipe.model.written.model_dump(mode="json", exclude=_MODEL_LAYOUT_KEYS, exclude_defaults=True),
@@ -63,19 +65,45 @@ def stage_hash(recipe: Recipe, index: int) -> str:
             "stage": _stage_settings(stage),
             "before": None if before is None else stage_hash(recipe, before),
         }
+        | ({"taken": taken} if taken else {})
     )
 
 
 def start_index(recipe: Recipe, index: int) -> int | None:
-    """Index of the stage whose final weights stage `index` starts from; None: the recipe's initial weights."""
+    """Index of the stage whose final weights stage `index` starts from as a whole; None: the initial weights of its model."""
     start = recipe.stages[index].start_from
+    if recipe.stages[index].model is not None:
+        return None
     if start is None:
         return index - 1 if index else None
     return next(place for place, stage in enumerate(recipe.stages) if stage.name == start)
 
 
+def taken_from(recipe: Recipe, index: int) -> dict[str, int]:
+    """Part -> index of the earlier stage whose final weights it begins with, of a stage that brings a model of its own."""
+    model, names = recipe.stages[index].model, [stage.name for stage in recipe.stages]
+    if model is None or model.init is None:
+        return {}
+    return {part: names.index(name) for part, name in model.init.stages().items()}
+
+
+def judges_of(recipe: Recipe, index: int) -> dict[str, int]:
+    """Name -> index of the stages whose final weights judge the answers of a stage."""
+    names = [stage.name for stage in recipe.stages]
+    return {name: names.index(name) for name in judge_names(recipe.stages[index]) if name in names}
+
+
+def judge_names(stage: Stage) -> list[str]:
+    """The stages that options of its rewards name (`stage:NAME`)."""
+    values = [value for rules in stage.rewards.values() for rule in rules for value in rule.options.values()]
+    named = [value.removeprefix(FROM_STAGE) for value in values if isinstance(value, str) and value.startswith(FROM_STAGE)]
+    return list(dict.fromkeys(named))
+
+
 def _stage_settings(stage: Stage) -> dict[str, Any]:
     exclude: Any = {**dict.fromkeys(LAYOUT_KEYS, True), **_LAYOUT_KEYS_INSIDE}
+    if stage.model is not None:
+        exclude["model"] = _MODEL_LAYOUT_KEYS
     settings = stage.model_dump(mode="json", exclude=exclude, exclude_defaults=True)
     return {key: value for key, value in settings.items() if value != {} or key not in ("data_loading", "grpo")}
 

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import WrapValidator
 
+from terrace.recipe.schema_views import VIEW_OPTIONS
+
 PACKS = "terrace.train.feed"  # packs of the data path
 
 
@@ -23,8 +25,15 @@ class ObjectiveEntry:
     needs_targets: bool = False  # samples in which nothing is supervised are left out
     answers: bool = True  # its model answers questions: evaluate.suites are offered
     model: str = "text"  # what its model gives (`families.interface.Family.gives`)
+    models: tuple[str, ...] = ()  # all that it trains where there are others, too
+    heads: bool = False  # it trains `train.heads`
+    views: bool = False  # it compares views of pictures
     fixed_packs: bool = False  # a pack is `batch.samples_per_pack` samples of one picture each, rather than a full sequence
     figures: tuple[str, ...] = ()  # what it measures of every kind of held-out samples, as `eval/KIND/FIGURE`; none: the loss
+
+    def trains(self, gives: str) -> bool:
+        """Whether it trains a model that gives this."""
+        return gives in (self.models or (self.model,))
 
     @property
     def suites(self) -> tuple[str, ...]:
@@ -41,7 +50,9 @@ class ObjectiveEntry:
 ASKED_SUITES = ("mmbench", "grounding", "gui", "counting", "ocr", "chart", "caption", "reasoning", "loss")
 PICTURE_SUITES = ("knn", "probe")  # of features of pictures
 VECTOR_SUITES = ("zero_shot", "retrieval", *PICTURE_SUITES)
-FOR_ANSWERS = {"preference": "dpo or reward_model", "prompt": "grpo", "picture": "mae"}  # kinds without a text to learn -> what learns them
+FOR_ANSWERS = {  # kinds without a text to learn -> what learns them
+    "preference": "dpo or reward_model", "prompt": "grpo", "picture": "mae, dino, simclr or another objective over pictures",
+}  # fmt: skip
 RETRIEVAL = ("loss", *(f"{way}_r{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)))
 
 OBJECTIVES: dict[str, ObjectiveEntry] = {
@@ -61,19 +72,29 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
         )
         for name in ("clip", "siglip")
     },
-    "mae": ObjectiveEntry("terrace.objectives.mae", answers=False, model="pictures", fixed_packs=True, figures=("loss",)),
+    "mae": ObjectiveEntry(
+        "terrace.objectives.mae", answers=False, model="pictures", fixed_packs=True, views=True, figures=("loss",)
+    ),
     **{
         name: ObjectiveEntry(
-            f"terrace.objectives.{name}", refused_kinds=FOR_ANSWERS, needs_targets=True
+            f"terrace.objectives.{name}", refused_kinds=FOR_ANSWERS, needs_targets=True, heads=True
         )
         for name in ("mtp", "medusa")
+    },
+    **{
+        name: ObjectiveEntry(
+            f"terrace.objectives.{name}", answers=False, model="pictures", models=("pictures", "vectors"), heads=True, views=True,
+            fixed_packs=True, figures=("spread",) if name == "instance_discrimination" else ("loss", "spread"),
+        )
+        for name in VIEW_OPTIONS
     },
     **{
         name: ObjectiveEntry(f"terrace.objectives.{name}", "terrace.rl.answer_feed", only_kind="preference")
         for name in ("dpo", "mpo", "kto", "orpo", "simpo")
     },
 }
-OPTIONS = ("grpo", "mtp", "medusa", "dpo", "mpo", "kto", "orpo", "simpo")  # sections of a stage that only the objective of that name reads
+# Sections of a stage that only the objective of that name reads.
+OPTIONS = ("grpo", "mtp", "medusa", "dpo", "mpo", "kto", "orpo", "simpo", *VIEW_OPTIONS)
 
 
 def _known(value: Any, validate: Any) -> Any:

@@ -23,6 +23,7 @@ from terrace.recipe import (
     rules_parallel,
     rules_places,
     rules_rl,
+    rules_stage_model,
     rules_stretches,
 )
 from terrace.recipe.changes import stage_recipe
@@ -58,6 +59,7 @@ def check(recipe: Recipe) -> list[Problem]:
         problems += [*rules_objectives.check(seen, stage, at), *rules_rl.check(recipe, stage, at)]
         problems += rules_optimizer.check(recipe, stage, at)
         problems += [*rules_changes.check(recipe, stage, at, index), *rules_stretches.check(seen, stage, at, _resolution)]
+        problems += rules_stage_model.check(recipe, stage, at, index)
         problems += rules_lora.check(recipe, stage, at, _before(recipe, index))
     return problems
 
@@ -72,7 +74,7 @@ def allowed_worker_counts(stage: Stage) -> list[int]:
 
 def nominal_family(recipe: Recipe) -> Family:
     """The family with the numbers of `model.config`, or with its usual ones where that has mistakes or a directory brings them."""
-    sound = not any(rules_model.check(recipe))
+    sound = not any(rules_model.check_model(recipe.model, recipe.tokenizer, ("model",)))
     return make_family(recipe.model.architecture, (recipe.model.config or {}) if sound else {})
 
 
@@ -101,6 +103,8 @@ def _trained(stage: Stage) -> list[str]:
 
 def _before(recipe: Recipe, index: int) -> Stage | None:
     start = recipe.stages[index].start_from
+    if recipe.stages[index].model is not None:
+        return None
     if start is None:
         return recipe.stages[index - 1] if index else None
     return next((stage for stage in recipe.stages[:index] if stage.name == start), None)

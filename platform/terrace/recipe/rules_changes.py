@@ -10,6 +10,7 @@ from terrace.families.registry import family_class
 from terrace.recipe.changes import stage_model
 from terrace.recipe.errors import Path, Problem
 from terrace.recipe.schema import PARTS, Recipe, Stage
+from terrace.recipe.schema_model import Model
 
 
 def check(recipe: Recipe, stage: Stage, at: Path, index: int) -> Iterator[Problem]:
@@ -18,19 +19,20 @@ def check(recipe: Recipe, stage: Stage, at: Path, index: int) -> Iterator[Proble
         return
     if not changes.model_dump(exclude_none=True):
         yield Problem(key, "changes nothing; name a change or leave it out")
-    if recipe.model.config is None:
+    begun = stage_model(without_changes(recipe, index), index)
+    if begun.config is None:
         yield Problem(key, "needs the configuration written out: model.config with model.init in place of model.pretrained")
         return
     try:
-        family = family_class(recipe.model.architecture)
+        family = family_class(begun.architecture)
     except InputError:
         return  # an unknown family, which is said already
     side = changes.interpolate_positions
     if side is not None:
-        if family.resized(recipe.model.config, side) is None:
+        if family.resized(begun.config, side) is None:
             yield Problem((*key, "interpolate_positions"), f"{family.name} has no learned positions of one fixed picture size to stretch")
         else:
-            before = {message for _, message in family.check(recipe.model.config, True)}
+            before = {message for _, message in family.check(begun.config, True)}
             for path, message in family.check(stage_model(recipe, index).config or {}, True):
                 if message not in before:
                     yield Problem((*key, "interpolate_positions"), f"{'.'.join(path)}: {message}")
@@ -40,19 +42,22 @@ def check(recipe: Recipe, stage: Stage, at: Path, index: int) -> Iterator[Proble
                 "the moments of stretched positions have no meaning: set optimizer_state: reset in a stage that interpolates them",
             )
     if changes.upcycle is not None:
-        yield from _upcycle(recipe, stage, at, index, family)
+        yield from _upcycle(begun, stage, at, family)
     for part in PARTS:
         training = getattr(stage.train, part)
         if training is not None and training.lora is not None and training.optimizer_state == "keep":
             yield Problem((*at, "train", part), "adapters cannot go on through a change of the model; set optimizer_state: reset")
 
 
-def _upcycle(recipe: Recipe, stage: Stage, at: Path, index: int, family: type[Family]) -> Iterator[Problem]:
+def without_changes(recipe: Recipe, index: int) -> Recipe:
+    """The recipe whose stage `index` changes nothing of the model that it begins with."""
+    without = recipe.stages[index].model_copy(update={"model_changes": None})
+    return recipe.model_copy(update={"stages": [without if place == index else one for place, one in enumerate(recipe.stages)]})
+
+
+def _upcycle(before: Model, stage: Stage, at: Path, family: type[Family]) -> Iterator[Problem]:
     wanted, key = stage.model_changes.upcycle, (*at, "model_changes", "upcycle")  # type: ignore[union-attr]
-    without = stage.model_copy(update={"model_changes": None})
-    stages = [without if place == index else one for place, one in enumerate(recipe.stages)]
-    before = stage_model(recipe.model_copy(update={"stages": stages}), index)
-    if family.upcycled(recipe.model.config or {}, {"count": 2, "per_token": 1, "layers": "all"}) is None:
+    if family.upcycled(before.config or {}, {"count": 2, "per_token": 1, "layers": "all"}) is None:
         yield Problem(key, f"the class of {family.name} has no mixture of experts; architecture terrace_vlm has")
     elif (before.config or {}).get("experts") is not None:
         yield Problem(key, "the model is a mixture of experts already, since an earlier stage")

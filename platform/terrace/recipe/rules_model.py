@@ -11,36 +11,48 @@ from typing import Any
 from terrace.errors import InputError
 from terrace.families.interface import Family, Finding
 from terrace.families.registry import family_class
+from terrace.recipe.changes import stage_model
 from terrace.recipe.errors import Path, Problem
+from terrace.recipe.rules_places import written_models
 from terrace.recipe.schema import PARTS, Recipe, Stage
-
-CONFIG: Path = ("model", "config")
+from terrace.recipe.schema_inputs import Tokenizer
+from terrace.recipe.schema_model import Model
 
 
 def check(recipe: Recipe) -> Iterator[Problem]:
-    model, tokenizer = recipe.model, recipe.tokenizer
-    if (model.config is None) == (model.pretrained is None):
-        found = "`config` and `pretrained` exclude each other" if model.config is not None else "needs `config` or `pretrained`"
-        yield Problem(("model",), f"{found}; give exactly one")
-    if model.init is not None and model.pretrained is not None:
-        yield Problem(("model", "init"), "only adds weights to a `config`; `pretrained` brings all of them")
+    tokenizer = recipe.tokenizer
     if (tokenizer.path is None) == (tokenizer.train_vocabulary_size is None):
         found = "has both" if tokenizer.path is not None else "needs one of"
         yield Problem(("tokenizer",), f"{found} `path` and `train_vocabulary_size`; give exactly one")
+    for at, model in written_models(recipe):
+        yield from check_model(model, tokenizer, at)
+    for index, stage in enumerate(recipe.stages):
+        try:
+            family = family_class(stage_model(recipe, index).architecture)
+        except InputError:
+            continue  # said above
+        yield from _stage(stage, family, ("stages", index))
+
+
+def check_model(model: Model, tokenizer: Tokenizer, at: Path) -> Iterator[Problem]:
+    """What is wrong with one model by itself; `at` is its key."""
+    if (model.config is None) == (model.pretrained is None):
+        found = "`config` and `pretrained` exclude each other" if model.config is not None else "needs `config` or `pretrained`"
+        yield Problem(at, f"{found}; give exactly one")
+    if model.init is not None and model.pretrained is not None:
+        yield Problem((*at, "init"), "only adds weights to a `config`; `pretrained` brings all of them")
     try:
         family = family_class(model.architecture)
     except InputError as error:
-        yield Problem(("model", "architecture"), str(error).removeprefix("model.architecture: "))
+        yield Problem((*at, "architecture"), str(error).removeprefix("model.architecture: "))
         return
-    for index, stage in enumerate(recipe.stages):
-        yield from _stage(stage, family, ("stages", index))
     if model.connector is not None and model.config is None:
-        yield Problem(("model", "connector"), "stands in a `config`; `pretrained` brings its own")
+        yield Problem((*at, "connector"), "stands in a `config`; `pretrained` brings its own")
     if model.connector is not None and not family.connects:
-        yield Problem(("model", "connector"), f"{family.name} has its own; architecture terrace_vlm takes the recipe's")
+        yield Problem((*at, "connector"), f"{family.name} has its own; architecture terrace_vlm takes the recipe's")
     if model.config is not None:
         trained = tokenizer.train_vocabulary_size is not None
-        yield from _config(model.config, family, trained_tokenizer=trained, recipe_says=model.connector is not None)
+        yield from _config(model.config, family, at, trained_tokenizer=trained, recipe_says=model.connector is not None)
 
 
 def _stage(stage: Stage, family: type[Family], at: Path) -> Iterator[Problem]:
@@ -48,11 +60,17 @@ def _stage(stage: Stage, family: type[Family], at: Path) -> Iterator[Problem]:
     if (reason := family.refused_objectives.get(stage.objective)) is not None:
         yield Problem((*at, "objective"), f"{stage.objective} cannot train a {family.name} here: {reason}")
     for part in PARTS:
+        if part in family.untrained and getattr(stage.train, part) is not None:
+            yield Problem((*at, "train", part), f"the {part} of a {family.name} never trains: no gradient comes through what it gives")
         if part not in family.parts and getattr(stage.train, part) is not None:
             yield Problem((*at, "train", part), f"{family.name} has no part {part}; it has {' and '.join(family.parts)}")
     if stage.grpo is not None and stage.grpo.engine == "vllm" and not family.whole_pictures:
         told = f"vllm cannot answer for {family.name}, whose tiles cannot be given back as whole pictures; choose native"
         yield Problem((*at, "grpo", "engine"), told)
+    if stage.parallel.sequence_parallel > 1 and family.unshared:
+        yield Problem((*at, "parallel", "sequence_parallel"), f"ranks cannot share a pack of {family.name}: {family.unshared}")
+    if stage.z_loss and stage.objective != "lm":
+        yield Problem((*at, "z_loss"), f"is part of the objective lm; this stage's objective is {stage.objective}")
     if not stage.expert_balance:
         return
     key = (*at, "expert_balance")
@@ -64,13 +82,13 @@ def _stage(stage: Stage, family: type[Family], at: Path) -> Iterator[Problem]:
         yield Problem(key, "moves the routers of the language model, which is frozen in this stage; leave it out, or train `language`")
 
 
-def _config(config: dict[str, Any], family: type[Family], trained_tokenizer: bool, recipe_says: bool) -> Iterator[Problem]:
+def _config(config: dict[str, Any], family: type[Family], at: Path, trained_tokenizer: bool, recipe_says: bool) -> Iterator[Problem]:
     """`recipe_says`: the connector in `config` was written as `model.connector`."""
     if config.get("model_type", family.name) != family.name:
-        yield Problem((*CONFIG, "model_type"), f"`{config['model_type']}` is not model.architecture `{family.name}`")
+        yield Problem((*at, "config", "model_type"), f"`{config['model_type']}` is not model.architecture `{family.name}`")
     for path, message in _findings(config, family, trained_tokenizer):
         written = path[:1] == ("connector",) and recipe_says
-        yield Problem(("model", *path) if written else (*CONFIG, *path), message)
+        yield Problem((*at, *path) if written else (*at, "config", *path), message)
 
 
 def _findings(config: dict[str, Any], family: type[Family], trained_tokenizer: bool) -> Iterator[Finding]:

@@ -8,9 +8,10 @@ from terrace.errors import InputError
 from terrace.families.registry import built_in, family_class, make_family
 from terrace.recipe.errors import Path, Problem
 from terrace.recipe.objectives import OBJECTIVES
+from terrace.recipe.rules_views import check as check_views
 from terrace.recipe.schema import Recipe, Stage
 
-GIVES = {"text": "writes text", "vectors": "gives vectors of pictures and of texts", "pictures": "draws pictures"}
+GIVES = {"text": "writes text", "vectors": "gives vectors of pictures and of texts", "pictures": "reads pictures alone"}
 
 
 def check(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
@@ -19,9 +20,9 @@ def check(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
         family = make_family(recipe.model.architecture, recipe.model.config or {})
     except (InputError, TypeError, ValueError, AttributeError):
         return  # named elsewhere
-    if family.gives != entry.model:
-        fitting = [name for name, one in OBJECTIVES.items() if one.model == family.gives]
-        models = [name for name in built_in() if family_class(name).gives == entry.model]
+    if not entry.trains(family.gives):
+        fitting = [name for name, one in OBJECTIVES.items() if one.trains(family.gives)]
+        models = [name for name in built_in() if entry.trains(family_class(name).gives)]
         yield Problem(
             (*at, "objective"),
             f"{stage.objective} trains a model that {GIVES[entry.model]} ({', '.join(models)}); model.architecture {family.name}"
@@ -32,9 +33,8 @@ def check(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
         yield from _fixed_packs(recipe, stage, at)
         for problem in family.check_length(stage.sequence_length):
             yield Problem((*at, "sequence_length"), problem)
-    if family.gives == "pictures" and stage.train.language is not None:
-        yield Problem((*at, "train", "language"), f"{family.name} has no language part; name vision and projector")
-    if stage.pairs is not None and entry.model != "vectors":
+    yield from check_views(family, stage, at)
+    if stage.pairs is not None and stage.objective not in ("clip", "siglip"):
         yield Problem((*at, "pairs"), f"is an option of objectives clip and siglip; this stage's objective is {stage.objective}")
 
 

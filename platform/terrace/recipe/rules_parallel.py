@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from terrace.families.configurations import language_config
 from terrace.recipe.errors import Path, Problem
 from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import Recipe, Stage
@@ -43,7 +44,7 @@ def _sequence_parallel(recipe: Recipe, stage: Stage, key: Path) -> Iterator[Prob
     size = stage.parallel.sequence_parallel
     if not OBJECTIVES[stage.objective].shares_packs:
         yield Problem(key, f"{size} ranks may share a pack under the objective lm only, not under {stage.objective}")
-    text = (recipe.model.config or {}).get("text_config") or {}
+    text = language_config(recipe.model.config or {})
     heads, key_heads = text.get("num_attention_heads"), text.get("num_key_value_heads")
     if not (isinstance(heads, int) and isinstance(key_heads, int) and heads > 0 and key_heads > 0):
         return  # named elsewhere, or known only to the pretrained directory: checked again when training starts

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from terrace.recipe.errors import Path, Problem
-from terrace.recipe.schema import PARTS, Recipe
+from terrace.recipe.schema import Recipe
+from terrace.recipe.schema_model import FROM_STAGE, Model
 
 READ = ("s3", "file")
 INSTEAD = {
@@ -39,14 +40,22 @@ def _sources(recipe: Recipe) -> Iterator[Problem]:
             yield Problem((*at, "holdout_share"), "holdout_samples says a number already; keep one of the two")
 
 
+def written_models(recipe: Recipe) -> Iterator[tuple[Path, Model]]:
+    """The recipe's model and those that stages bring, each with its key."""
+    yield ("model",), recipe.model
+    for index, stage in enumerate(recipe.stages):
+        if stage.model is not None:
+            yield ("stages", index, "model"), stage.model
+
+
 def named_places(recipe: Recipe) -> Iterator[tuple[Path, str]]:
     """(key, URI) of every file or folder that a recipe reads."""
-    model = recipe.model
-    if model.pretrained is not None:
-        yield ("model", "pretrained"), model.pretrained
-    for part in PARTS:
-        if model.init is not None and getattr(model.init, part) != "random":
-            yield ("model", "init", part), getattr(model.init, part)
+    for at, model in written_models(recipe):
+        if model.pretrained is not None:
+            yield (*at, "pretrained"), model.pretrained
+        for part, place in model.init or ():
+            if place != "random" and not place.startswith(FROM_STAGE):
+                yield (*at, "init", part), place
     if recipe.tokenizer.path is not None:
         yield ("tokenizer", "path"), recipe.tokenizer.path
     for name, source in recipe.data.sources.items():

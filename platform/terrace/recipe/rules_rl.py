@@ -12,6 +12,7 @@ from terrace.recipe.schema import Recipe, Stage
 
 REWARD_NAME = re.compile(r"[a-z][a-z0-9_]*|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 ADDRESS_OPTIONS = ("url", "endpoint", "service")
+ENVIRONMENTS = ("clicking",)  # that come with Terrace
 
 
 def check(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
@@ -30,11 +31,12 @@ def check(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
     for name in OPTIONS:
         if name != stage.objective and getattr(stage, name) is not None:
             yield Problem((*at, name), f"is an option of objective {name}; this stage's objective is {stage.objective}")
-    with_heads = stage.objective in ("mtp", "medusa")
+    with_heads, heads = entry.heads, [name for name, one in OBJECTIVES.items() if one.heads]
     if with_heads and stage.train.heads is None:
         yield Problem((*at, "train"), f"objective {stage.objective} trains heads: give train.heads its lr")
     elif not with_heads and stage.train.heads is not None:
-        yield Problem((*at, "train", "heads"), f"are trained by objectives mtp and medusa; this stage's objective is {stage.objective}")
+        names = f"{', '.join(heads[:-1])} and {heads[-1]}"
+        yield Problem((*at, "train", "heads"), f"are trained by objectives {names}; this stage's objective is {stage.objective}")
     if stage.objective == "grpo":
         yield from _grpo(recipe, stage, at)
         return
@@ -42,12 +44,15 @@ def check(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
         yield Problem((*at, "budget", "tokens"), f"objective {stage.objective} counts pairs: give steps, samples or epochs")
     if stage.dpo is not None and stage.dpo.loss == "ipo" and stage.dpo.label_smoothing:
         yield Problem((*at, "dpo", "label_smoothing"), "ipo's target margin has no labels to smooth; leave it out")
-    if stage.rewards:
-        yield Problem((*at, "rewards"), f"are given by objective grpo; this stage's objective is {stage.objective}")
+    for key in ("rewards", "environment"):
+        if getattr(stage, key):
+            yield Problem((*at, key), f"belongs to objective grpo; this stage's objective is {stage.objective}")
 
 
 def _grpo(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
-    if not stage.rewards:
+    yield from _environment(stage, (*at, "environment"))
+    tasks = {**stage.rewards, **stage.environment}
+    if not tasks:
         yield Problem((*at, "rewards"), "objective grpo needs at least one reward rule per task")
     for task, rules in stage.rewards.items():
         if not rules:
@@ -64,13 +69,19 @@ def _grpo(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
             continue
         key = ("data", "sources", name, "task")
         if source.task is None:
-            yield Problem(key, f"stage `{stage.name}` needs the reward task of `{name}`{nearest('', stage.rewards)}")
-        elif stage.rewards and source.task not in stage.rewards:
-            yield Problem(key, f"stage `{stage.name}` has no reward for task `{source.task}`{nearest(source.task, stage.rewards)}")
+            yield Problem(key, f"stage `{stage.name}` needs the reward task of `{name}`{nearest('', tasks)}")
+        elif tasks and source.task not in tasks:
+            yield Problem(key, f"stage `{stage.name}` has no reward for task `{source.task}`{nearest(source.task, tasks)}")
     options = stage.grpo
     if options is None:
         return
     key = (*at, "grpo")
+    if stage.environment and options.max_response_tokens < stage.sequence_length <= stage.longest_conversation:
+        yield Problem(
+            (*at, "sequence_length"),
+            f"{stage.sequence_length} leaves no room for a prompt beside a conversation of {stage.longest_conversation} tokens (turns x "
+            "grpo.max_response_tokens and the observations between them)",
+        )
     if options.max_response_tokens >= stage.sequence_length:
         yield Problem(
             (*key, "max_response_tokens"),
@@ -89,3 +100,15 @@ def _grpo(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
         yield Problem((*key, "overlong_buffer_tokens"), told)
     if options.baseline == "leave_one_out" and options.normalise == "batch":
         yield Problem((*key, "normalise"), "`batch` has no published form with baseline leave_one_out; use mean or batch")
+
+
+def _environment(stage: Stage, at: Path) -> Iterator[Problem]:
+    """An environment for a task that no source has is found where the sources are known: its rows name tasks too."""
+    for task, rule in stage.environment.items():
+        key: Path = (*at, task, "name")
+        if not REWARD_NAME.fullmatch(rule.name):
+            yield Problem(key, f"`{rule.name}` is neither an environment's name nor package.module:function")
+        elif ":" not in rule.name and rule.name not in ENVIRONMENTS:
+            yield Problem(key, f"`{rule.name}` is no environment{nearest(rule.name, ENVIRONMENTS)}; yours is named package.module:function")
+        if rule.name == "clicking" and stage.rewards.get(task):
+            yield Problem((*at[:-1], "rewards", task), "`clicking` pays by itself; leave the task's rules out")

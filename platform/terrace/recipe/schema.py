@@ -17,7 +17,7 @@ from pydantic import Field
 
 from terrace.recipe.objectives import ObjectiveName
 from terrace.recipe.schema_changes import ModelChanges
-from terrace.recipe.schema_grpo import GrpoOptions, RewardRule
+from terrace.recipe.schema_grpo import EnvironmentRule, GrpoOptions, RewardRule
 from terrace.recipe.schema_heads import HeadsTraining, MedusaOptions, MtpOptions
 from terrace.recipe.schema_inputs import (
     PARTS,
@@ -41,6 +41,20 @@ from terrace.recipe.schema_optimizer import Optimizer, Schedule, WeightAverage
 from terrace.recipe.schema_pairs import PairOptions
 from terrace.recipe.schema_preference import DpoOptions, KtoOptions, MpoOptions, OrpoOptions, SimpoOptions
 from terrace.recipe.schema_training import PartTraining
+from terrace.recipe.schema_views import (
+    PUBLISHED_VIEWS,
+    VIEW_OPTIONS,
+    ByolOptions,
+    CpcOptions,
+    DinoOptions,
+    InstanceOptions,
+    MocoOptions,
+    Projector,
+    SimclrOptions,
+    SimsiamOptions,
+    SwavOptions,
+    View,
+)
 
 # Names that readers of a recipe import from here, wherever in the schema they are defined.
 __all__ = ["PARTS", "Initialisation", "PartName", "Recipe", "SampleKind", "Source", "Stage", "Storage"]
@@ -55,7 +69,9 @@ class TrainedParts(Strict):
     vision: PartTraining | None = Field(None, description="How the vision tower trains; unset: frozen.")
     projector: PartTraining | None = Field(None, description="How the projector trains; unset: frozen.")
     language: PartTraining | None = Field(None, description="How the language model trains; unset: frozen.")
-    heads: HeadsTraining | None = Field(None, description="How heads that predict further tokens train (objectives mtp and medusa).")
+    heads: HeadsTraining | None = Field(
+        None, description="How heads beside the model train: of further tokens (mtp, medusa), behind the tower (objectives over views)."
+    )
 
 
 class Change(Strict):
@@ -131,7 +147,9 @@ class DataLoading(Strict):
     window_samples: int | None = Field(None, ge=1, description="Samples packed together; default: 2,000, or half the sequence length.")
     prefetch_packs: int = Field(8, ge=1, description="Decoded packs kept ready per worker.")
     packs_per_task: int = Field(8, ge=1, description="Packs that one decode task reads, decodes and yields.")
-    engine: Literal["ray", "inline"] = Field("ray", description="`inline` decodes in the training process (debugging, torchrun).")
+    engine: Literal["ray", "inline"] = Field(
+        "ray", description="`inline` decodes in a thread of the training process (small pictures, debugging, torchrun)."
+    )
     max_visual_tokens_per_pack: int | None = Field(None, ge=1, description="Bound on the visual tokens of one pack (vision memory).")
 
 
@@ -161,6 +179,10 @@ class Stage(Strict):
     name: Name = Field(description="Name of the stage, unique in the recipe.")
     objective: ObjectiveName = Field("lm", description="What a step optimises.")
     start_from: Name | None = Field(None, description="The stage whose final weights this one starts from; default: the previous.")
+    model: Model | None = Field(
+        None, description="Another model from this stage on; its `init` may take parts of earlier stages (`stage:NAME`). Unset: that of the"
+        " stage it starts from.",
+    )  # fmt: skip
     after: list[Name] = Field([], max_length=8, description="With `stage_order: graph`: stages to wait for, besides `start_from`.")
     train: TrainedParts = Field(description="The parts that train and how; every other part is frozen.")
     model_changes: ModelChanges | None = Field(None, description="What becomes of the model before the stage begins.")
@@ -194,6 +216,9 @@ class Stage(Strict):
         description="Weight of the loss that spreads tokens over a mixture of experts (objective lm, a language model that trains); "
         "default: the model configuration's.",
     )
+    z_loss: float = Field(
+        0.0, ge=0, description="Weight of log²Z, the square of the logits' log-sum-exp, in the loss of each target (objective lm)."
+    )
     evaluate: Evaluate = Field(Evaluate(), description="Held-out loss and suites.")
     gates: list[Gate] = Field([], description="Bounds on metrics that decide whether the next stage starts.")
     failure: Failure = Field(Failure(), description="What the stage survives.")
@@ -207,17 +232,47 @@ class Stage(Strict):
     kto: KtoOptions | None = Field(None, description="Options of the objective kto.")
     orpo: OrpoOptions | None = Field(None, description="Options of the objective orpo.")
     simpo: SimpoOptions | None = Field(None, description="Options of the objective simpo.")
+    views: list[View] = Field(
+        [], max_length=8, description="Views of a picture (objectives over views; mae: one, or none); default: as published."
+    )
+    simclr: SimclrOptions | None = Field(None, description="Options of the objective simclr.")
+    moco: MocoOptions | None = Field(None, description="Options of the objective moco.")
+    byol: ByolOptions | None = Field(None, description="Options of the objective byol.")
+    simsiam: SimsiamOptions | None = Field(None, description="Options of the objective simsiam.")
+    dino: DinoOptions | None = Field(None, description="Options of the objective dino.")
+    swav: SwavOptions | None = Field(None, description="Options of the objective swav.")
+    instance_discrimination: InstanceOptions | None = Field(None, description="Options of the objective instance_discrimination.")
+    cpc: CpcOptions | None = Field(None, description="Options of the objective cpc.")
     rewards: dict[str, list[RewardRule]] = Field({}, description="Reward rules per task (objective grpo).")
+    environment: dict[str, EnvironmentRule] = Field({}, description="What answers back, per task (objective grpo).")
     seed: int = Field(0, ge=0, description="Seed of the stage's own randomness.")
 
     @property
     def head_kind(self) -> tuple[Literal["mtp", "medusa"], int] | None:
         """What heads the stage trains and how many; None where it trains none."""
-        if self.train.heads is None:
+        if self.train.heads is None or self.view_options is not None:
             return None
         if self.objective == "medusa":
             return "medusa", (self.medusa or MedusaOptions()).heads
         return "mtp", (self.mtp or MtpOptions()).depth
+
+    @property
+    def longest_conversation(self) -> int:
+        """Tokens behind a prompt at most, of objective grpo: one response, or the answers and observations of several turns."""
+        answer = (self.grpo or GrpoOptions()).max_response_tokens
+        talks = [rule.turns * answer + (rule.turns - 1) * rule.max_observation_tokens for rule in self.environment.values()]
+        return max([answer, *talks])
+
+    @property
+    def view_options(self) -> Projector | None:
+        """Options of the stage's objective over views; None where it has another one."""
+        kind = VIEW_OPTIONS.get(self.objective)
+        return None if kind is None else getattr(self, self.objective) or kind()
+
+    @property
+    def planned_views(self) -> list[View]:
+        """The views of a picture; none under objectives that compare none."""
+        return self.views or PUBLISHED_VIEWS.get(self.objective, [])
 
     @property
     def rollout_workers(self) -> int:
@@ -266,7 +321,7 @@ class Planning(Strict):
 class Recipe(Strict):
     name: Name = Field(description="Name of the curriculum in reports and MLflow. Cannot change later.")
     description: str = Field("", description="What the curriculum is for.")
-    model: Model = Field(description="The model that all stages train. Cannot change later.")
+    model: Model = Field(description="The model of every stage up to one with a `model` of its own. Cannot change later.")
     tokenizer: Tokenizer = Field(description="The tokenizer. Cannot change later.")
     data: Data = Field(description="The sources of samples.")
     stages: list[Stage] = Field(min_length=1, max_length=32, description="The stages, in the order they run.")

@@ -76,6 +76,15 @@ class GrpoOptions(Strict):
     max_logprob_mismatch: Positive = Field(0.1, description="Allowed difference of log-probabilities between generation and training.")
 
 
+class EnvironmentRule(Strict):
+    """What answers back: a conversation of several turns with each prompt of the task (docs/rl.md)."""
+
+    name: str = Field(description="`clicking`, or a function as package.module:function.")
+    options: dict[str, Any] = Field({}, description="Options of the function.")
+    turns: int = Field(4, ge=1, le=256, description="Answers of the policy at most, each of at most grpo.max_response_tokens.")
+    max_observation_tokens: int = Field(512, ge=1, description="Longest observation, its pictures and marks among it.")
+
+
 class RewardRule(Strict):
     name: str = Field(description="A registered reward, e.g. counting, grounding, gui_point, visual_reasoning, remote.")
     weight: Positive = Field(1.0, description="Weight of the reward within its task.")

@@ -9,13 +9,19 @@ from pydantic import Field, PrivateAttr, model_validator
 from terrace.families.connector import Connector, folded
 from terrace.recipe.schema_inputs import Strict
 
+FROM_STAGE = "stage:"  # in front of the name of an earlier stage, where a place of weights may stand
+
 
 class Initialisation(Strict):
-    """Where each part's weights come from: a Hugging Face directory or s3:// URI, or `random`."""
+    """Where each part's weights come from: a Hugging Face directory or s3:// URI, `random`, or in the model of a stage `stage:NAME`."""
 
-    vision: str = Field("random", description="Source of the vision tower's weights: a directory, s3:// URI, or `random`.")
-    projector: str = Field("random", description="Source of the projector's weights: a directory, s3:// URI, or `random`.")
-    language: str = Field("random", description="Source of the language model's weights: a directory, s3:// URI, or `random`.")
+    vision: str = Field("random", description="Source of the vision tower's weights: a directory, s3:// URI, `random` or `stage:NAME`.")
+    projector: str = Field("random", description="Source of the projector's weights: a directory, s3:// URI, `random` or `stage:NAME`.")
+    language: str = Field("random", description="Source of the language model's weights: a directory, s3:// URI, `random` or `stage:NAME`.")
+
+    def stages(self) -> dict[str, str]:
+        """Part -> the earlier stage whose final weights it takes."""
+        return {part: place.removeprefix(FROM_STAGE) for part, place in self if place.startswith(FROM_STAGE)}
 
 
 class Model(Strict):
@@ -52,9 +58,20 @@ class Model(Strict):
 
     def with_config(self, config: dict[str, Any]) -> Model:
         """The model with another configuration, as a stage's changes make it."""
-        changed = self.model_copy(update={"config": config})
-        changed._written = self.written
-        return changed
+        return self.model_copy(update={"config": config})._as_written(self.written)
+
+    def with_places(self, places: dict[str, str]) -> Model:
+        """The model whose parts take their weights from these places (part -> directory), the other parts as before."""
+        init = (self.init or Initialisation()).model_copy(update=places)
+        return self.model_copy(update={"init": init})._as_written(self.written)
+
+    def of_stage(self, written: Model) -> Model:
+        """This model as that of a stage, in a recipe whose own is `written`."""
+        return self.model_copy()._as_written(written)
+
+    def _as_written(self, written: Model) -> Model:
+        self._written = written
+        return self
 
     @model_validator(mode="before")
     @classmethod

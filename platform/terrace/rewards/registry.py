@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 from terrace.errors import InputError
 from terrace.rewards.types import Reward
@@ -47,9 +47,13 @@ def load_reward(name: str) -> Reward:
         raise InputError(
             f"reward {name!r} is not known: use one of {', '.join(sorted(BUILT_IN))}, or package.module:function"
         )
+    return load_named(target, f"reward {name!r}")
+
+
+def load_named(target: str, what: str) -> Callable[..., Any]:
+    """The function at `package.module:function`. Raises InputError, naming `what` wants it, where it cannot be imported."""
     module_name, function_name = target.split(":", 1)
     try:
-        function: Callable = getattr(importlib.import_module(module_name), function_name)
+        return getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
-        raise InputError(f"reward {name!r}: cannot import {target} ({error})") from error
-    return function
+        raise InputError(f"{what}: cannot import {target} ({error})") from error

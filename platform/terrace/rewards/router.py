@@ -34,8 +34,9 @@ class TaskCount:
 class Router:
     """Scores (task, item) pairs. `rewards` maps a task to its rules, as in a recipe's stage."""
 
-    def __init__(self, rewards: Mapping[str, Sequence[RewardRule]], pool: SandboxPool) -> None:
-        if not rewards:
+    def __init__(self, rewards: Mapping[str, Sequence[RewardRule]], pool: SandboxPool, may_be_empty: bool = False) -> None:
+        """`may_be_empty`: environments pay, so that there may be no rule."""
+        if not rewards and not may_be_empty:
             raise InputError("no reward is named: a grpo stage needs `rewards: {task: [{name: ...}]}`")
         for rules in rewards.values():
             for rule in rules:

@@ -135,6 +135,7 @@ class _Job:
     outcomes: list[Outcome | None]
     places: range
     checks: bool = False  # whether this job only asks if the rule can judge at all
+    steps: bool = False  # of an environment: `items` are its calls, `outcomes` become its answers, as JSON gives them
     done: threading.Event = field(default_factory=threading.Event)
     error: BaseException | None = None
 
@@ -176,6 +177,19 @@ class SandboxPool:
                 raise SandboxError(f"reward {rule!r}: {job.error}") from job.error
         return [outcome if outcome is not None else Outcome(None, f"{rule}: not judged") for outcome in outcomes]
 
+    def step(self, environment: str, call: dict[str, Any], options: dict[str, Any] | None = None) -> dict[str, Any]:
+        """One call of an environment (rewards.environment), under the limits of a rule: its answer, or `{"failure": why}`."""
+        answers: list[Any] = [None]
+        job = _Job(environment, options or {}, [call], answers, range(1), steps=True)  # type: ignore[list-item]
+        with self._closing:
+            if self._closed:
+                raise SandboxError(f"environment {environment!r}: the sandbox is closed")
+            self._jobs.put(job)
+        job.done.wait()
+        if job.error is not None:
+            raise SandboxError(f"environment {environment!r}: {job.error}") from job.error
+        return answers[0]
+
     def close(self) -> None:
         """Ends the processes. Who waits for an outcome that nobody needs any more gets a `SandboxError` now."""
         with self._closing:
@@ -215,9 +229,8 @@ class SandboxPool:
                 process = _Process(self._memory_bytes, self.item_seconds)
             begun = False
             try:
-                process.send(
-                    {"rule": job.rule, "options": job.options, "items": [tuple(item) for item in job.items[place:]]}
-                )
+                items = list(job.items) if job.steps else [tuple(item) for item in job.items[place:]]
+                process.send({"rule": job.rule, "options": job.options, "steps": job.steps, "items": items})
                 process.held = process.receive(START_SECONDS).get("held", [])
                 begun = True
                 self._tell(process.held)
@@ -247,6 +260,9 @@ class SandboxPool:
         return process
 
     def _record(self, job: _Job, place: int, answer: dict, killed: bool = False) -> None:
+        if job.steps:
+            job.outcomes[job.places[place]] = answer  # type: ignore[call-overload]
+            return
         if "failure" not in answer:
             value = answer["value"]
             (outcome,) = outcomes_of([None if value is None else Judgement(value, answer["read"], answer["rule"])], job.rule, 1)

@@ -17,6 +17,7 @@ import time
 from types import FrameType
 
 from terrace.rewards import confinement
+from terrace.rewards.environment import step_of
 from terrace.rewards.registry import load_reward
 from terrace.rewards.types import RewardItem, plain_value
 
@@ -61,7 +62,10 @@ def serve(item_seconds: float, held: list[str]) -> None:
             signal.setitimer(signal.ITIMER_REAL, 2 * item_seconds + 1)
             confinement.limit_cpu(2 * item_seconds + 1)
             begun = time.perf_counter()
-            answer = _judge(rule, RewardItem(*fields), request["options"])
+            if request.get("steps"):
+                answer = step_of(rule, fields, request["options"])
+            else:
+                answer = _judge(rule, RewardItem(*fields), request["options"])
             answer["seconds"] = time.perf_counter() - begun
             signal.setitimer(signal.ITIMER_REAL, 0)
             answers.write(json.dumps(answer).encode() + b"\n")

@@ -1,8 +1,8 @@
 """The first half of an iteration: draw prompts, decode, score, until enough groups teach something.
 
 Every rank draws the same prompts and rolls out every world_size-th of them. Groups are scored in the background as soon
-as they are complete, while others still decode. Ranks then exchange responses and rewards (token ids, no images), so
-all of them select the same groups.
+as they are complete, while others still decode. Ranks then tell each other rewards and lengths, so that all of them select the
+same groups; responses travel to the rank that trains them (`exchange.py`).
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from terrace.data.tokenizer import TextTokenizer
 from terrace.errors import TerraceError
 from terrace.generation.interface import Prompt, Response, RolloutEngine, Sampling
 from terrace.recipe.schema_grpo import GrpoOptions
+from terrace.rewards.alarm import distinct_share
 from terrace.rewards.router import Router
 from terrace.rewards.types import RewardItem, Score
 from terrace.rl.dynamic_sampling import Selection, prompts_to_draw, select_groups
+from terrace.rl.environments import Environments, transcript
+from terrace.rl.exchange import told
 from terrace.rl.prompts import Drawn, PromptOrder, PromptReader
 from terrace.rl.stored import StoredReward, load_rewards, load_rollout, save_rewards, save_rollout
 from terrace.worker.collectives import gather_objects
@@ -44,13 +47,19 @@ class Group:
     task: str
     prompt_tokens: int
     visual_tokens: int
-    responses: tuple[Response, ...]
+    responses: tuple[Response, ...]  # of a group that another rank has sampled: rl.exchange.Outline
     rewards: np.ndarray  # float64 [G], NaN where the reward failed
     failures: tuple[str, ...]
     texts: tuple[str, ...]
     question: str
     solution: str
     reasons: tuple[Mapping[str, str], ...] = ()  # per response, by rule: what was read as the answer and what decided
+    distinct: float = 1.0  # share of different texts
+
+    @property
+    def whole(self) -> bool:
+        """Whether this rank has its responses and texts: it has sampled them."""
+        return bool(self.texts)
 
     @property
     def response_tokens(self) -> int:
@@ -88,6 +97,7 @@ class Collector:
     seed: int
     stage_hash: str
     context: WorkerContext
+    environments: Environments
 
     def collect(self, iteration: int, folder: Path, doing: Callable[[str], None]) -> Collected:
         """Rounds of prompts until `prompts_per_iteration` groups are kept, the rounds are used up, or the order
@@ -116,7 +126,7 @@ class Collector:
         drawn, _ = self.reader.without_unready(drawn)
         usable, _ = self.reader.read_usable(drawn[self.context.rank :: self.context.world_size])
         prompts = [prompt for _, prompt in usable]
-        groups = self.engine.generate(prompts, sampling) if prompts else []
+        groups = self.environments.generate(self.engine, prompts, sampling, None) if prompts else []
         futures = [self._submit(prompt, group) for prompt, group in zip(prompts, groups)]
         rewards = [_values(future.result()) for future in futures]
         own = [self._group(*four) for four in zip([one for one, _ in usable], prompts, groups, rewards)]
@@ -161,7 +171,7 @@ class Collector:
                 top_p=self.options.top_p,
                 seed=seed_of(self.seed, "rollout", iteration),
             )
-            groups = self.engine.generate(prompts, sampling, ready) if prompts else []
+            groups = self.environments.generate(self.engine, prompts, sampling, ready) if prompts else []
             save_rollout(rollout_file, identity, groups)
         else:
             for place, group in enumerate(groups):
@@ -182,15 +192,26 @@ class Collector:
         return found
 
     def _submit(self, prompt: Prompt, group: Sequence[Response]) -> Future[list[Score]]:
-        metadata = prompt.reward_metadata
-        return self.router.submit([
-            (prompt.task, RewardItem(prompt.text, self.text_of(response), prompt.solution, metadata))
-            for response in group
+        if prompt.task not in self.router.tasks:  # its environment has paid
+            paid: Future[list[Score]] = Future()
+            paid.set_result([_of_environment(response) for response in group])
+            return paid
+        metadata, judged = prompt.reward_metadata, [response for response in group if _failure(response) is None]
+        scores = self.router.submit([
+            (prompt.task, RewardItem(prompt.text, self.answer_of(response), prompt.solution, metadata)) for response in judged
         ])  # fmt: skip
+        return scores if len(judged) == len(group) else with_failures(scores, group)
+
+    def answer_of(self, response: Response) -> str:
+        """The last answer as text, without end marks."""
+        tokens = response.tokens
+        if response.observed is not None:
+            tokens = tokens[len(tokens) - int(np.argmin(np.append(response.observed.sampled[::-1], False))) :]
+        return self.tokenizer.decode(tokens.tolist(), skip_special_tokens=True)
 
     def text_of(self, response: Response) -> str:
-        """The response as text, without end marks."""
-        return self.tokenizer.decode(response.tokens.tolist(), skip_special_tokens=True)
+        """The response in words: the answer, or the whole conversation behind the prompt."""
+        return transcript(response, self.answer_of(response))
 
     def _group(
         self,
@@ -199,27 +220,29 @@ class Collector:
         responses: Sequence[Response],
         rewards: Sequence[StoredReward],
     ) -> Group:
+        texts = tuple(self.text_of(response) for response in responses)
         return Group(
             drawn=drawn,
             id=prompt.id,
             task=prompt.task,
             prompt_tokens=len(prompt.input_ids),
-            visual_tokens=int(prompt.image_tokens.sum()),
+            visual_tokens=int(prompt.image_tokens.sum()) + sum(response.visual_tokens for response in responses),
             responses=tuple(responses),
             rewards=np.asarray([np.nan if value is None else value for value, _, _ in rewards], np.float64),
             failures=tuple(reason or "" for value, reason, _ in rewards if value is None),
-            texts=tuple(self.text_of(response) for response in responses),
+            texts=texts,
             question=prompt.text,
             solution=str(prompt.solution),
             reasons=tuple(reasons for _, _, reasons in rewards),
+            distinct=distinct_share(texts),
         )
 
     def _exchange(
         self, own: list[Group], drawn: Sequence[Drawn], damaged: Sequence[str] = ()
     ) -> tuple[list[Group], list[str]]:
-        """All ranks' groups in the order they were drawn, and what was left out of them as damaged."""
-        hands: list[Any] = gather_objects((own, list(damaged)), self.context)
-        groups = {group.drawn: group for hand, _ in hands for group in hand}
+        """All ranks' groups in the order they were drawn, those of other ranks without words, and what was left out as damaged."""
+        hands: list[Any] = gather_objects(([told(group) for group in own], list(damaged)), self.context)
+        groups = {group.drawn: group for hand, _ in hands for group in hand} | {group.drawn: group for group in own}
         return [groups[one] for one in drawn if one in groups], [name for _, names in hands for name in names]
 
     def _check_failures(self, groups: Sequence[Group], iteration: int) -> None:
@@ -232,6 +255,31 @@ class Collector:
                 f"iteration {iteration}: {failed} of {total} rewards failed ({listed}), more than max_reward_failure_rate "
                 f"{self.options.max_reward_failure_rate}; none was counted as 0. Repair the reward, then resume"
             )
+
+
+def _failure(response: Response) -> str | None:
+    return None if response.observed is None else response.observed.failure
+
+
+def _of_environment(response: Response) -> Score:
+    assert response.observed is not None
+    said = {"environment": f"{response.observed.turns} answers"}
+    return Score(response.observed.value, failure=response.observed.failure, reasons=said)
+
+
+def with_failures(scores: Future[list[Score]], group: Sequence[Response]) -> Future[list[Score]]:
+    """Scores of all of a group, from those of the conversations that did not fail."""
+    whole: Future[list[Score]] = Future()
+
+    def complete(_: Any) -> None:
+        try:
+            found = iter(scores.result())
+            whole.set_result([next(found) if _failure(one) is None else Score(None, failure=_failure(one)) for one in group])
+        except BaseException as error:
+            whole.set_exception(error)
+
+    scores.add_done_callback(complete)
+    return whole
 
 
 def _values(scores: Sequence[Score]) -> list[StoredReward]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from terrace.rewards.alarm import Form, distinct_share
+from terrace.rewards.alarm import Form
 from terrace.rl.advantages import zero_variance
 from terrace.rl.collect import Group
 from terrace.rl.pools import PASS_REWARD
@@ -23,7 +23,8 @@ def task_figures(groups: Sequence[Group]) -> dict[str, dict[str, float]]:
         rewards = np.concatenate([group.rewards for group in mine])
         judged = rewards[np.isfinite(rewards)]
         responses = [response for group in mine for response in group.responses]
-        lengths = np.asarray([len(response.tokens) for response in responses], np.float64)
+        lengths = np.asarray([len(response.sampled_tokens) for response in responses], np.float64)
+        turns = [response.turns for response in responses if response.turns is not None]
         figures[task] = {
             "groups": float(len(mine)),
             "reward": float(judged.mean()) if len(judged) else 0.0,
@@ -33,7 +34,8 @@ def task_figures(groups: Sequence[Group]) -> dict[str, dict[str, float]]:
             "truncated": float(np.mean([not response.finished for response in responses])),
             "reward_failures": float(1 - len(judged) / len(rewards)),
             # within a group: whether different samples of one prompt say different things
-            "distinct": float(np.mean([distinct_share(group.texts) for group in mine])),
+            "distinct": float(np.mean([group.distinct for group in mine])),
+            **({"turns": float(np.mean(turns))} if turns else {}),
         }
     return figures
 
@@ -59,10 +61,14 @@ def past_forms(metrics_file: Path) -> dict[str, list[Form]]:
 
 
 def examples(groups: Sequence[Group], iteration: int) -> list[dict[str, Any]]:
-    """The first group of each task, in words: its best and its worst response."""
-    found = {}
+    """The first group of each task, in words: its best and its worst response. Of groups that this rank has in words."""
+    found: dict[str, dict[str, Any]] = {}
+    seen: set[str] = set()
     for group in groups:
-        if group.task in found or not np.isfinite(group.rewards).any():
+        if group.task in seen or not np.isfinite(group.rewards).any():
+            continue
+        seen.add(group.task)
+        if not group.whole:
             continue
         best, worst = int(np.nanargmax(group.rewards)), int(np.nanargmin(group.rewards))
         found[group.task] = {

@@ -12,6 +12,7 @@ from terrace.recipe.schema import Stage
 from terrace.recipe.schema_grpo import GrpoOptions
 from terrace.rl.advantages import group_advantages, overlong_penalties
 from terrace.rl.collect import Collected, Collector, Group
+from terrace.rl.exchange import delivered
 from terrace.rl.figures import mean_reward
 from terrace.rl.pools import PASS_REWARD
 from terrace.rl.units import TrainGroup, deal_groups, group_cost
@@ -27,9 +28,15 @@ def pass_rate(group: Group) -> float:
 def own_groups(
     part: Sequence[Group], options: GrpoOptions, collected: Collected, collector: Collector, context: WorkerContext
 ) -> list[TrainGroup]:
-    """This rank's groups of an update with their advantages. Prompts that another rank has decoded are read here."""
+    """This rank's groups of an update with their advantages. Responses that another rank has sampled come from there; its prompts
+    are read here. All ranks call it."""
     costs = [group_cost(group.prompt_tokens, group.visual_tokens, group.response_tokens) for group in part]
-    mine = [part[number] for number in deal_groups(costs, context.world_size, context.rank)]
+    owners = [0] * len(part)
+    for rank in range(context.world_size):
+        for number in deal_groups(costs, context.world_size, rank):
+            owners[number] = rank
+    own = {group.drawn: group for group in delivered(part, owners, context)}
+    mine = [own[part[number].drawn] for number in deal_groups(costs, context.world_size, context.rank)]
     missing = [group.drawn for group in mine if group.drawn not in collected.prompts]
     if missing:
         collected.prompts.update(zip(missing, collector.reader.read(missing)))
@@ -64,7 +71,7 @@ def shaped_rewards(group: Group, options: GrpoOptions) -> np.ndarray:
     rewards alone: a group of equal answers would teach nothing but to be short."""
     if options.overlong_buffer_tokens is None:
         return group.rewards
-    lengths = np.asarray([len(response.tokens) for response in group.responses])
+    lengths = np.asarray([response.longest_answer for response in group.responses])
     longest, buffer = options.max_response_tokens, options.overlong_buffer_tokens
     return group.rewards + overlong_penalties(lengths, longest, buffer, options.overlong_penalty)
 

@@ -1,16 +1,18 @@
 """The judgements of a stage that its report shows: a fair sample of each task's, with small pictures of the prompts.
 
-Every rank keeps the same sample, because all of them know all groups; a picture is made by the rank that has read the prompt. The
+Every rank keeps the same sample: which judgements are shown follows from their number, and what they say, with the pictures, comes
+from the rank that sampled the responses. The
 sample is part of the checkpoint and stands in `calibration.json`, where the report finds it without fetching anything.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -39,16 +41,31 @@ class Judgements:
 
     def add(self, groups: Sequence[Group], prompts: Mapping[Drawn, Prompt], iteration: int, context: WorkerContext) -> None:
         """All groups of an iteration (from 1), in the order they were drawn; `prompts` are those of this rank. Every rank calls it."""
+        wanted: dict[tuple[str, int], tuple[Group, int]] = {}  # (task, place) -> the last response that takes it
         for group in groups:
-            self.calibration.add(judgements_of(group, iteration))
+            for number in range(len(group.rewards)):
+                place = self.calibration.place_for_next(group.task)
+                if place is not None:
+                    wanted[group.task, place] = (group, number)
+        said, pictures = {}, {}
+        for key, (group, number) in wanted.items():
+            if group.whole:
+                said[key] = judgement_of(group, number, iteration)
+                if said[key].seen:
+                    pictures[said[key].seen] = self._pictures_of(group.responses[number].observed.images)
+        hands = gather_objects((said, pictures), context)
+        for (_, place), judgement in sorted((item for hand, _ in hands for item in hand.items()), key=lambda item: item[0]):
+            self.calibration.put(place, judgement)
         shown = {one.prompt_id for kept in self.calibration.shown.values() for one in kept}
         here = {_name(group): prompts[group.drawn] for group in groups if group.drawn in prompts}
-        mine = {name: self._pictures_of(here[name]) for name in sorted(shown - self.pictures.keys()) if name in here}
-        found = {name: pictures for hand in gather_objects(mine, context) for name, pictures in hand.items()}
-        self.pictures = {name: pictures for name, pictures in (self.pictures | found).items() if name in shown}
+        mine = {name: self._pictures_of(here[name].images) for name in sorted(shown - self.pictures.keys()) if name in here}
+        found = {name: one for hand in gather_objects(mine, context) for name, one in hand.items()}
+        found |= {name: one for _, hand in hands for name, one in hand.items()}
+        shown |= {one.seen for kept in self.calibration.shown.values() for one in kept}
+        self.pictures = {name: one for name, one in (self.pictures | found).items() if name in shown}
 
-    def _pictures_of(self, prompt: Prompt) -> list[str]:
-        return [thumbnail(image, self._max_image_pixels) for image in prompt.images[:PICTURES_PER_PROMPT]]
+    def _pictures_of(self, images: Sequence[bytes]) -> list[str]:
+        return [thumbnail(image, self._max_image_pixels) for image in images[:PICTURES_PER_PROMPT]]
 
     def state(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -68,22 +85,28 @@ class Judgements:
         write_durably(stage_dir / FILE, json_bytes(self.state()))
 
 
-def judgements_of(group: Group, iteration: int) -> Iterator[Shown]:
-    """One for each response of the group; long texts keep their beginning and end."""
-    failures = iter(group.failures)
-    for text, reward, reasons in zip(group.texts, group.rewards.tolist(), group.reasons):
-        judged = reward == reward  # NaN: no reward
-        yield Shown(
-            task=group.task,
-            prompt_id=_name(group),
-            prompt=shortened(group.question),
-            response=shortened(text),
-            solution=shortened(group.solution),
-            value=reward if judged else None,
-            failure=None if judged else shortened(next(failures, "")),
-            reasons={rule: shortened(said) for rule, said in reasons.items()},
-            iteration=iteration,
-        )
+def judgement_of(group: Group, number: int, iteration: int) -> Shown:
+    """That on response `number` of the group; long texts keep their beginning and end."""
+    reward, observed = float(group.rewards[number]), group.responses[number].observed
+    judged = reward == reward  # NaN: no reward
+    failed = int(np.isnan(group.rewards[:number]).sum())  # responses before it that have none
+    return Shown(
+        task=group.task,
+        prompt_id=_name(group),
+        prompt=shortened(group.question),
+        response=shortened(group.texts[number]),
+        solution=shortened(group.solution),
+        value=reward if judged else None,
+        failure=None if judged else shortened(group.failures[failed]),
+        reasons={rule: shortened(said) for rule, said in group.reasons[number].items()},
+        iteration=iteration,
+        seen=seen_name(group, iteration, number) if observed is not None and observed.images else "",
+    )
+
+
+def seen_name(group: Group, iteration: int, number: int) -> str:
+    """Names the pictures within response `number` of a group."""
+    return f"{_name(group)}#{iteration}.{group.drawn.occurrence}.{number}"
 
 
 def thumbnail(image: bytes, max_pixels: int) -> str:

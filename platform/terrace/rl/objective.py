@@ -34,15 +34,18 @@ from terrace.objectives.interface import Counts, Objective, Opening, StageRun, S
 from terrace.recipe.schema import Stage
 from terrace.recipe.schema_grpo import GrpoOptions
 from terrace.rewards.alarm import hacking_alarms
+from terrace.rewards.places import settled
 from terrace.rewards.router import Router
 from terrace.rewards.sandbox import SandboxPool
 from terrace.rl.collect import Collected, Collector, Group
+from terrace.rl.environments import Environments
 from terrace.rl.figures import examples, form_of, past_forms, task_figures
 from terrace.rl.iteration import iteration_figures, own_groups, part_counts, pass_rate
 from terrace.rl.judgements import Judgements
 from terrace.rl.stored import forget_iterations, iteration_folder
 from terrace.rl.units import TrainGroup, pack_groups, policy_batch
 from terrace.rl.update import UpdateFigures
+from terrace.worker.collectives import gather_objects
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +72,7 @@ class Update:
     collected: Collected
     figures: dict[str, dict[str, float]]  # per task, of the whole iteration
     shared: dict[str, Any]  # the iteration's own fields of metrics.jsonl
+    examples: list[dict[str, Any]]  # of the iteration, in words
 
     @property
     def last(self) -> bool:
@@ -109,9 +113,11 @@ class Grpo(Objective):
             self._reference = reference.eval().requires_grad_(False)
             use_shared_prompt_attention(self._reference, backend)
         sandbox = self._held.enter_context(SandboxPool(SANDBOX_WORKERS))
-        router = Router(stage.rewards, sandbox)
+        router = Router(settled(stage.rewards, recipe, opening.stage_dir.parent), sandbox, bool(stage.environment))
+        environments = Environments(stage.environment, tuple(stage.rewards), sandbox, feed.reader.sights)
+        self._held.callback(environments.close)
         alive = functools.partial(run.mark, 1, "judging the stage's prompts before")
-        rows = feed.readiness.unready_rows(opening.stage_dir, sandbox.judge, context, alive)
+        rows = feed.readiness.unready_rows(opening.stage_dir, sandbox.judge, environments, context, alive)
         run.rest()
         feed.reader.unready = {(row.source, row.row): row.reason for row in rows}
         self.unready_prompts = len(rows)
@@ -127,6 +133,7 @@ class Grpo(Objective):
             seed=stage.seed,
             stage_hash=feed.stage_hash,
             context=context,
+            environments=environments,
         )
 
     def evaluate(self, alive: Callable[[], None]) -> dict[str, float]:
@@ -174,6 +181,7 @@ class Grpo(Objective):
             order.pool.record(group.drawn.key, pass_rate(group))
         figures = task_figures(collected.groups)
         shared = iteration_figures(iteration, collected, figures, len(order.pool.members), synced - started)
+        shown = [one for hand in gather_objects(examples(collected.groups, iteration + 1), opening.context) for one in hand]
         parts = [collected.kept[number :: self._updates] for number in range(self._updates)]
         packs = [
             self._packs(own_groups(part, self._options, collected, self._collector, opening.context)) for part in parts
@@ -181,7 +189,7 @@ class Grpo(Objective):
         if self._updates > 1:
             packs = [[PolicyPack(pack.groups, self._logprobs(pack, doing)) for pack in own] for own in packs]
         for number, (part, own) in enumerate(zip(parts, packs)):
-            self._update = Update(iteration, number, self._updates, part, collected, figures, shared if number == 0 else {})
+            self._update = Update(iteration, number, self._updates, part, collected, figures, shared if number == 0 else {}, shown)
             yield StepExamples(
                 iteration * self._updates + number, list(own), boundary=self._update.last,
                 damaged_samples=len(collected.damaged) if number == 0 and opening.context.rank == 0 else 0,
@@ -300,7 +308,7 @@ class Grpo(Objective):
                 self._alarm("; ".join(messages))
         with open(self.opening.stage_dir / "examples.jsonl", "a", encoding="utf-8") as file:
             file.writelines(
-                json.dumps(one, ensure_ascii=False) + "\n" for one in examples(update.collected.groups, update.iteration + 1)
+                json.dumps(one, ensure_ascii=False) + "\n" for one in update.examples
             )
 
     def _alarm(self, message: str) -> None:

@@ -23,10 +23,12 @@ from terrace.data.stream.read import read_located
 from terrace.data.tokenizer import TextTokenizer
 from terrace.data.types import Sample
 from terrace.errors import DamagedData, InputError
+from terrace.families.interface import Bounds
 from terrace.generation.interface import Prompt
 from terrace.recipe.schema import Recipe
 from terrace.recipe.schema_grpo import GrpoOptions
 from terrace.rewards.ready import Prompt as Judged
+from terrace.rl.environments import Sights
 from terrace.rl.pairs import Pair, answer_tokens, text_of_items
 from terrace.rl.pools import EasyPool
 
@@ -58,13 +60,13 @@ class PromptOrder:
         """`draws_per_step` and `reserved_tokens` (of the sequence, for the response) default to the grpo options'."""
         stage = recipe.stages[stage_index]
         options = stage.grpo or GrpoOptions()
-        reserved = options.max_response_tokens if reserved_tokens is None else reserved_tokens
+        reserved = stage.longest_conversation if reserved_tokens is None else reserved_tokens
         per_step = options.prompts_per_iteration if draws_per_step is None else draws_per_step
         room = stage.sequence_length - reserved
         if room < 16:
             raise InputError(
-                f"stage {stage.name}: sequence_length {stage.sequence_length} leaves {room} tokens for a prompt beside "
-                f"max_response_tokens {reserved}"
+                f"stage {stage.name}: sequence_length {stage.sequence_length} leaves {room} tokens for a prompt beside the {reserved} of "
+                f"{'the longest conversation' if stage.environment else 'max_response_tokens'}"
             )
         stages = [one.model_copy(update={"sequence_length": room}) for one in recipe.stages]
         self._plan = StagePlan.build(recipe.model_copy(update={"stages": stages}), stage_index, prepared)
@@ -174,6 +176,17 @@ class PromptReader:
             log.info("prompts that cannot be judged are left out (`on_unready: skip`): %s", ", ".join(names))
         return [one for one in drawn if one.key not in self.unready], names
 
+    @property
+    def sights(self) -> Sights:
+        """How what comes behind a prompt is seen: as its source's own images."""
+        pixels, sources = (self._stage.pixels.min, self._stage.pixels.max), self._recipe.data.sources
+        family = self._prepared.family
+
+        def bounds(source: str) -> Bounds:
+            return source_pixels(sources[source], pixels, family)
+
+        return Sights(self._tokenizer, family, bounds, self._recipe.data.max_image_pixels)
+
     def for_judging(self, drawn: Drawn, sample: Sample) -> Judged:
         """What rewards would know of the prompt, without opening an image. Raises InputError where it could not be drawn."""
         _, scales = self._measured(drawn, sample)
@@ -243,9 +256,7 @@ class PromptReader:
     def _sight(self, drawn: Drawn) -> tuple[list[tuple[int, int]], tuple[int, int]]:
         """The sizes of the prompt's images as stored, and the (min, max) pixels that the stage shows of each."""
         name, row = drawn.key
-        pixels = (self._stage.pixels.min, self._stage.pixels.max)
-        bounds = source_pixels(self._recipe.data.sources[name], pixels, self._prepared.family)
-        return self._prepared.indexes[name].sizes(row), bounds
+        return self._prepared.indexes[name].sizes(row), self.sights.bounds(name)
 
     def _measured(self, drawn: Drawn, sample: Sample) -> tuple[Any, dict[int, tuple[int, int]]]:
         sizes, pixels = self._sight(drawn)

@@ -23,6 +23,7 @@ from terrace.data.stream.read import read_located
 from terrace.errors import DamagedData, InputError
 from terrace.recipe.schema import Recipe
 from terrace.rewards.ready import unready
+from terrace.rl.environments import Environments
 from terrace.rl.prompts import Drawn, PromptReader
 from terrace.storage.durable import json_bytes, write_durably
 from terrace.worker.collectives import barrier, from_rank_zero, gather_objects
@@ -63,7 +64,9 @@ class Readiness:
     training: Sequence[Key]
     identity: str
 
-    def unready_rows(self, stage_dir: Path, judge: Any, context: WorkerContext, alive: Callable[[], None]) -> list[Row]:
+    def unready_rows(
+        self, stage_dir: Path, judge: Any, environments: Environments, context: WorkerContext, alive: Callable[[], None]
+    ) -> list[Row]:
         """The rows to leave out when they are drawn, the same on every rank. All ranks call it.
 
         `judge` is `SandboxPool.judge`; `alive` is called before whatever may take long. Raises InputError, or DamagedData where
@@ -75,7 +78,7 @@ class Readiness:
             asked: Sequence[Key] = [(row.source, row.row) for row in known if row.damaged]
         else:
             settled, asked = [], self.keys
-        mine = list(self._problems(asked[context.rank :: context.world_size], judge, alive))
+        mine = list(self._problems(asked[context.rank :: context.world_size], judge, environments, alive))
         rows = sorted([*settled, *(row for hand in gather_objects(mine, context) for row in hand)], key=lambda row: (row.source, row.row))
         if refused := self._refused(rows):
             raise self._refusal(refused)
@@ -89,7 +92,9 @@ class Readiness:
 
     # ------------------------------------------------------------ finding
 
-    def _problems(self, keys: Sequence[Key], judge: Any, alive: Callable[[], None]) -> Iterator[Row]:
+    def _problems(
+        self, keys: Sequence[Key], judge: Any, environments: Environments, alive: Callable[[], None]
+    ) -> Iterator[Row]:
         rewards = self.recipe.stages[self.stage_index].rewards
         for name, of_source in groupby(keys, key=lambda key: key[0]):
             rows = [row for _, row in of_source]
@@ -97,19 +102,24 @@ class Readiness:
                 alive()
                 chunk = rows[start : start + JUDGED_AT_ONCE]
                 locations = [self.indexes[name].location(row) for row in chunk]
-                prompts, places = [], {}
+                prompts, images, places = [], [], {}
                 for location, found in zip(locations, read_located(locations)):
                     if isinstance(found, DamagedData):
                         yield Row(name, location.row, location.id, str(found), damaged=True)
                         continue
                     try:
                         prompts.append(self.reader.for_judging(Drawn((name, location.row), 0), found[0]))
+                        images.append(found[1])
                         places[location.id] = location.row
                     except InputError as error:
                         yield Row(name, location.row, location.id, str(error))
                 alive()
-                for problem in unready(prompts, rewards, judge):
+                judged = [prompt for prompt in prompts if prompt.task not in environments or prompt.task in rewards]
+                for problem in unready(judged, rewards, judge):
                     yield Row(name, places[problem.id], problem.id, problem.reason)
+                talked = [place for place, prompt in enumerate(prompts) if prompt.task in environments]
+                for sample, reason in environments.problems([prompts[place] for place in talked], [images[p] for p in talked], name):
+                    yield Row(name, places[sample], sample, reason)
 
     def _refused(self, rows: Sequence[Row]) -> list[Row]:
         """Those whose source does not say to leave them out."""

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from terrace.generation.interface import Response
+from terrace.data.types import PromptInputs
+from terrace.generation.interface import Observed, Response
 from terrace.storage.durable import json_bytes, write_durably
 
 # The value, or None and why there is none; and per rule what was read as the answer and what decided.
@@ -41,6 +42,7 @@ def save_rollout(path: Path, identity: dict[str, Any], groups: Sequence[Sequence
         if responses
         else np.zeros(0, np.float32),
         finished=np.asarray([response.finished for response in responses], bool),
+        **{name: value for number, one in enumerate(responses) for name, value in _observed(number, one.observed).items()},
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_durably(path, buffer.getvalue())
@@ -55,13 +57,41 @@ def load_rollout(path: Path, identity: dict[str, Any]) -> list[list[Response]] |
             return None
         ends = np.cumsum(stored["lengths"])[:-1]
         tokens, logprobs = np.split(stored["tokens"], ends), np.split(stored["logprobs"], ends)
-        flat = [Response(*three) for three in zip(tokens, logprobs, stored["finished"].tolist())]
+        observed = [_read_observed(stored, number, own) for number, own in enumerate(tokens)]
+        flat = [Response(*four) for four in zip(tokens, logprobs, stored["finished"].tolist(), observed)]
         counts = stored["groups"].tolist()
     groups, start = [], 0
     for count in counts:
         groups.append(flat[start : start + count])
         start += count
     return groups
+
+
+_INPUTS = ("positions", "pixels", "image_facts", "image_tokens", "image_rows")
+
+
+def _observed(number: int, observed: Observed | None) -> dict[str, Any]:
+    """What is stored of a conversation beside its tokens, as arrays by name."""
+    if observed is None:
+        return {}
+    lengths = [len(image) for image in observed.images]
+    said = {"value": observed.value, "failure": observed.failure, "messages": observed.messages, "images": lengths}
+    arrays = {name: getattr(observed.inputs, name) for name in _INPUTS}
+    arrays |= {
+        "sampled": observed.sampled, "said": np.frombuffer(json_bytes(said), np.uint8),
+        "files": np.frombuffer(b"".join(observed.images), np.uint8),
+    }  # fmt: skip
+    return {f"{number}/{name}": value for name, value in arrays.items()}
+
+
+def _read_observed(stored: Any, number: int, tokens: np.ndarray) -> Observed | None:
+    if f"{number}/sampled" not in stored:
+        return None
+    said = json.loads(stored[f"{number}/said"].tobytes())
+    files, ends = stored[f"{number}/files"].tobytes(), np.cumsum(said["images"]).tolist()
+    inputs = PromptInputs(tokens, *(stored[f"{number}/{name}"] for name in _INPUTS))
+    images = tuple(files[end - length : end] for end, length in zip(ends, said["images"]))
+    return Observed(stored[f"{number}/sampled"], inputs, said["value"], said["failure"], tuple(said["messages"]), images)
 
 
 def save_rewards(path: Path, identity: dict[str, Any], rewards: Sequence[Sequence[StoredReward]]) -> None:

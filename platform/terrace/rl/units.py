@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from terrace.data.order.balance import deal
-from terrace.data.types import PackedExample, following_positions, joined_pixels, no_pixels
+from terrace.data.types import PackedExample, PromptInputs, following_positions, joined_pixels, no_pixels
 from terrace.generation.interface import Prompt, Response
 from terrace.models.batch import to_device
 from terrace.models.shared_prompt import Unit
@@ -31,7 +31,8 @@ class TrainGroup:
 
     @property
     def response_tokens(self) -> int:
-        return sum(len(response.tokens) for response in self.responses)
+        """Tokens that the policy said: those that train."""
+        return sum(len(response.sampled_tokens) for response in self.responses)
 
 
 def pack_groups(groups: Sequence[TrainGroup], sequence_length: int) -> list[list[TrainGroup]]:
@@ -87,15 +88,21 @@ def deal_groups(costs: Sequence[float], world_size: int, rank: int) -> list[int]
 def unit_pack(groups: Sequence[TrainGroup], number: int = 0) -> tuple[PackedExample, list[Unit]]:
     """Lay out units: `[prompt | responses without their last token]` each. No groups: an empty pack."""
     ids, positions, units, start = [], [], [], 0
+    pictured: list[PromptInputs] = []  # prompts and observations in token order
     for group in groups:
         prompt = group.prompt
         length = len(prompt.input_ids)
         unit = Unit(start, length, tuple(len(response.tokens) - 1 for response in group.responses))
         ids.append(prompt.input_ids)
         positions.append(prompt.positions)
+        pictured.append(prompt)
         for response in group.responses:
             ids.append(response.tokens[:-1])
-            positions.append(following_positions(prompt.positions, len(response.tokens) - 1))
+            if response.observed is None:
+                positions.append(following_positions(prompt.positions, len(response.tokens) - 1))
+            else:
+                positions.append(response.observed.inputs.positions[:, :-1])
+                pictured.append(response.observed.inputs)
         units.append(unit)
         start = unit.end
     example = PackedExample(
@@ -104,7 +111,7 @@ def unit_pack(groups: Sequence[TrainGroup], number: int = 0) -> tuple[PackedExam
         targets=np.full(start, -100, np.int32),
         position_ids=np.concatenate(positions, axis=1).astype(np.int32) if ids else np.zeros((0, 0), np.int32),
         segment_ends=np.asarray([unit.end for unit in units], np.int32),
-        **(joined_pixels([group.prompt for group in groups]) if ids else no_pixels(0, 0)),
+        **(joined_pixels(pictured) if ids else no_pixels(0, 0)),
         sample_ids=[group.prompt.id for group in groups],
         sources=[group.prompt.key[0] for group in groups],
         kinds=["prompt"] * len(groups),
@@ -116,11 +123,14 @@ def unit_pack(groups: Sequence[TrainGroup], number: int = 0) -> tuple[PackedExam
 def policy_batch(groups: Sequence[TrainGroup], device: torch.device | str, dtype: torch.dtype) -> PolicyBatch:
     """One pack on the device."""
     example, units = unit_pack(groups)
-    lengths = [[len(response.tokens) for response in group.responses] for group in groups]
-    rows = response_rows(units, lengths)
-    tokens = [response.tokens for group in groups for response in group.responses]
+    responses = [response for group in groups for response in group.responses]
+    rows = response_rows(units, [[len(response.tokens) for response in group.responses] for group in groups])
+    if any(response.observed is not None for response in responses):  # what the environment said is read and never trained
+        sampled = np.concatenate([_sampled(response) for response in responses])
+        rows = np.asarray(rows, np.int64)[sampled].tolist()
+    tokens = [response.sampled_tokens for response in responses]
     advantages = [
-        np.full(len(response.tokens), advantage)
+        np.full(len(response.sampled_tokens), advantage)
         for group in groups
         for response, advantage in zip(group.responses, group.advantages)
     ]
@@ -132,5 +142,10 @@ def policy_batch(groups: Sequence[TrainGroup], device: torch.device | str, dtype
         advantages=torch.from_numpy(
             (np.concatenate(advantages) if advantages else np.zeros(0)).astype(np.float32)
         ).to(device),
-        lengths=torch.tensor([length for own in lengths for length in own], dtype=torch.int64, device=device),
+        lengths=torch.tensor([len(own) for own in tokens], dtype=torch.int64, device=device),
     )  # fmt: skip
+
+
+def _sampled(response: Response) -> np.ndarray:
+    """bool [T]: the policy's own tokens."""
+    return np.ones(len(response.tokens), bool) if response.observed is None else response.observed.sampled

@@ -36,7 +36,7 @@ class UpdateFigures:
         if not results:
             return
         responses = [(group.prompt.task, response) for group in pack for response in group.responses]
-        engine = np.concatenate([response.logprobs for _, response in responses])
+        engine = np.concatenate([response.sampled_logprobs for _, response in responses])
         known = ~np.isnan(engine)
         difference = np.abs(results["logprobs"].float().cpu().numpy() - engine)[known]
         self._sums["mismatch"] += float(difference.sum())
@@ -47,7 +47,7 @@ class UpdateFigures:
         self._largest = max(self._largest, float(difference.max(initial=0.0)))
         entropies, start = results["entropies"].float().cpu().numpy(), 0
         for task, response in responses:
-            end = start + len(response.tokens)
+            end = start + len(response.sampled_tokens)
             sums = self._entropy.setdefault(task, [0.0, 0.0])
             sums[0] += float(entropies[start:end].sum())
             sums[1] += end - start

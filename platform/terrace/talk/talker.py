@@ -20,6 +20,7 @@ from terrace.data.images import image_size
 from terrace.data.prompt import read_prompt
 from terrace.errors import InputError
 from terrace.evaluate.engine import Model, load_model
+from terrace.families.configurations import language_config
 from terrace.generation.interface import Prompt, Sampling
 from terrace.generation.tokens import stop_tokens
 from terrace.talk.conversation import Turn, as_sample
@@ -128,7 +129,7 @@ def open_talker(
 ) -> Talker:
     """Load a model directory. `auto`: vLLM where it is installed for a GPU of this machine, otherwise the native engine."""
     model = load_model(directory, device, precision, pixels=pixels, engine=chosen_engine(engine, device))
-    longest = int(_config(directory).text_config.max_position_embeddings)
+    longest = int(language_config(_config(directory)).max_position_embeddings)
     return Talker(model, getattr(model.engine, "longest", longest))
 
 

@@ -28,6 +28,7 @@ class Shown:
     failure: str | None = None
     reasons: Mapping[str, str] = field(default_factory=dict)
     iteration: int = 0
+    seen: str = ""  # under which name the pictures stand that an environment showed within the response; empty: none
 
 
 @dataclass
@@ -41,17 +42,24 @@ class Calibration:
     def add(self, judgements: Iterable[Shown]) -> None:
         """Show each with the chance that makes all judgements so far equally likely to be in the sample."""
         for judgement in judgements:
-            task = judgement.task
-            place = self.seen.get(task, 0)
-            self.seen[task] = place + 1
-            kept = self.shown.setdefault(task, [])
-            if len(kept) < SHOWN_PER_TASK:
-                kept.append(judgement)
-                continue
-            digest = hashlib.sha256(f"{self.seed}/{task}/{place}".encode()).digest()
-            drawn = int.from_bytes(digest[:8], "big") % (place + 1)
-            if drawn < SHOWN_PER_TASK:
-                kept[drawn] = judgement
+            place = self.place_for_next(judgement.task)
+            if place is not None:
+                self.put(place, judgement)
+
+    def place_for_next(self, task: str) -> int | None:
+        """Where the task's next judgement goes, which is counted as seen; None: it is not shown. No judgement is needed to know."""
+        number = self.seen.get(task, 0)
+        self.seen[task] = number + 1
+        if number < SHOWN_PER_TASK:
+            return number
+        digest = hashlib.sha256(f"{self.seed}/{task}/{number}".encode()).digest()
+        drawn = int.from_bytes(digest[:8], "big") % (number + 1)
+        return drawn if drawn < SHOWN_PER_TASK else None
+
+    def put(self, place: int, judgement: Shown) -> None:
+        """Show a judgement at its place; those of one task that are new come in the order of their places."""
+        kept = self.shown.setdefault(judgement.task, [])
+        kept[place : place + 1] = [judgement]
 
     def state(self) -> dict[str, Any]:
         """Plain JSON values, for a checkpoint."""

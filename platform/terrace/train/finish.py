@@ -16,7 +16,7 @@ from terrace.models.export import KEPT_FILES, ExportFiles
 from terrace.models.heads import FOLDER, is_head, write_heads
 from terrace.models.lora import is_adapter, merged, plain_name, sources_of, uses_lora, write_adapter
 from terrace.models.precision import DTYPE_NAMES, DTYPES
-from terrace.recipe.identity import start_index
+from terrace.recipe.identity import start_index, taken_from
 from terrace.recipe.rules_lora import keeps_adapters
 from terrace.recipe.schema import PARTS, Model, Recipe, Stage
 from terrace.recipe.stretches import last_stretch
@@ -133,7 +133,8 @@ def final_precision(recipe: Recipe, index: int) -> str:
     stage = recipe.stages[index]
     if stage.final_precision != "auto":
         return stage.final_precision
-    followed = any(start_index(recipe, other) == index for other in range(index + 1, len(recipe.stages)))
+    later = range(index + 1, len(recipe.stages))
+    followed = any(start_index(recipe, other) == index or index in taken_from(recipe, other).values() for other in later)
     return "fp32" if followed else stage.precision
 
 

@@ -23,6 +23,7 @@ from terrace.models.kernels import choose_kernels, use_liger
 from terrace.models.lora import adapted_source, add_lora, plain_name, uses_lora
 from terrace.models.parts import part_parameters
 from terrace.models.sequence_parallel import use_sequence_parallel
+from terrace.models.view_heads import attach_view_heads, tower_width
 from terrace.models.weights import initial_weights
 from terrace.recipe.schema import PARTS, Model, Stage
 from terrace.train.optimizer import parameter_groups, takes_part
@@ -80,6 +81,9 @@ def prepare_strategy(
         source = adapted_source(skeleton, source, stage.seed)
     if (heads := stage.head_kind) is not None:
         attach_heads(skeleton, *heads)
+        source = source_with_heads(skeleton, source, start_weights, stage.seed)
+    elif (options := stage.view_options) is not None:
+        attach_view_heads(skeleton, stage.objective, options, tower_width(config))
         source = source_with_heads(skeleton, source, start_weights, stage.seed)
     freeze_parts(skeleton, stage)
     checkpoint_activations(skeleton, stage)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,6 +64,24 @@ def gather_objects(value: Any, context: WorkerContext) -> list[Any]:
     values: list[Any] = [None] * context.world_size
     dist.all_gather_object(values, value)
     return values
+
+
+def exchange_objects(parcels: Sequence[Any], context: WorkerContext) -> list[Any]:
+    """What every rank has for this one, in the order of ranks: `parcels[r]` goes to rank r and to no other. It pickles."""
+    if context.world_size == 1:
+        return list(parcels)
+    sent = [torch.frombuffer(bytearray(pickle.dumps(parcel)), dtype=torch.uint8).to(context.device) for parcel in parcels]
+    sizes = gather_rows([float(len(one)) for one in sent], context).astype(int)  # [from, to]
+    taken = [torch.empty(size, dtype=torch.uint8, device=context.device) for size in sizes[:, context.rank].tolist()]
+    others = [rank for rank in range(context.world_size) if rank != context.rank]
+    moves = [dist.P2POp(dist.isend, sent[rank], rank) for rank in others] + [dist.P2POp(dist.irecv, taken[rank], rank) for rank in others]
+    for move in dist.batch_isend_irecv(moves):
+        move.wait()
+    return [parcels[rank] if rank == context.rank else _opened(one) for rank, one in enumerate(taken)]
+
+
+def _opened(parcel: torch.Tensor) -> Any:
+    return pickle.loads(parcel.cpu().numpy().tobytes())  # noqa: S301 - made by a rank of this very stage
 
 
 def from_rank_zero(value: Any, context: WorkerContext) -> Any:

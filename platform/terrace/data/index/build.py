@@ -183,7 +183,7 @@ def index_shard(settings: IndexSettings, item: tuple[int, Shard], inside: Callab
         pass
     tokenizer = load_tokenizer(settings.tokenizer_dir)
     rules = Rules.of(settings)
-    rows: dict[str, list[dict[str, Any]]] = {}  # by key: members that come back take away what came before
+    rows = _Rows()
     refused: list[RefusedSample] = []
     rotated = 0
     shard_name = relative_name(shard.uri, settings.root)
@@ -193,9 +193,10 @@ def index_shard(settings: IndexSettings, item: tuple[int, Shard], inside: Callab
             origin, default_id = f"{shard_name}:{group.key}", f"{stem}-{group.key}"
             try:
                 if group.again:
-                    refused += [RefusedSample(origin, row["id"], "split_sample", str(group.refusal)) for row in rows.pop(group.key, [])]
+                    why = ("split_sample", str(group.refusal))
+                    refused += [RefusedSample(origin, sample_id, *why) for sample_id in rows.take_away(group.key)]
                 row, turned = _guarded(group, default_id, settings, tokenizer, number, rules)
-                rows.setdefault(group.key, []).append(row)
+                rows.add(group.key, row)
                 rotated += turned
             except Refusal as refusal:
                 refused.append(RefusedSample(origin, default_id, refusal.reason, refusal.detail[:500]))
@@ -203,7 +204,7 @@ def index_shard(settings: IndexSettings, item: tuple[int, Shard], inside: Callab
                 inside(min(shard.size, group.members[-1].offset))
     except Refusal as refusal:  # the shard from here on
         refused.append(RefusedSample(shard_name, shard_name, refusal.reason, refusal.detail))
-    table = pa.Table.from_pylist([row for group_rows in rows.values() for row in group_rows], schema=SCHEMA)
+    table = rows.table()
     write_parquet(table, join(settings.folder, "parts", f"{number:06d}.parquet"), settings.storage)
     receipt = {
         "samples": table.num_rows, "refused": [line.as_json() for line in refused], "ignored": dict(rules.ignored), "rotated": rotated,
@@ -211,6 +212,38 @@ def index_shard(settings: IndexSettings, item: tuple[int, Shard], inside: Callab
     }  # fmt: skip
     write_file(receipt_uri, json.dumps(receipt).encode(), settings.storage)
     return receipt
+
+
+class _Rows:
+    """The rows of a shard as columns, made every few hundred rows: lists that wait are asked by the garbage collector again and again."""
+
+    def __init__(self) -> None:
+        self._made: list[pa.Table] = []
+        self._waiting: list[dict[str, Any]] = []
+        self._places: dict[str, list[tuple[int, str]]] = {}  # by key: row number and id; members that come back take away what came before
+        self._count = 0
+
+    def add(self, key: str, row: dict[str, Any]) -> None:
+        self._places.setdefault(key, []).append((self._count, row["id"]))
+        self._waiting.append(row)
+        self._count += 1
+        if len(self._waiting) == 256:
+            self._make()
+
+    def take_away(self, key: str) -> list[str]:
+        """Leave out the rows of a key; their ids."""
+        return [sample_id for _, sample_id in self._places.pop(key, [])]
+
+    def table(self) -> pa.Table:
+        """All rows, a key's together, in the order of the keys' first."""
+        self._make()
+        table = pa.concat_tables(self._made)
+        order = [number for places in self._places.values() for number, _ in places]
+        return table if order == list(range(self._count)) else table.take(pa.array(order, pa.int64()))
+
+    def _make(self) -> None:
+        self._made.append(pa.Table.from_pylist(self._waiting, schema=SCHEMA))
+        self._waiting = []
 
 
 def _guarded(

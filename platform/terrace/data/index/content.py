@@ -11,21 +11,29 @@ import hashlib
 import json
 import struct
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from terrace.data.index.columns import CHUNK
 from terrace.data.types import Sample
 
 ENDS_BYTES = 4_096
+COMPARED_TOGETHER = 2**25  # hashes, while repeats are looked for: half a gigabyte
 
 
 class Contents(Protocol):
     """Of a source's index: N rows."""
 
-    columns: dict[str, np.ndarray]
-    starts: dict[str, np.ndarray]
+    columns: Mapping[str, Any]  # array-like
+    starts: Mapping[str, Any]
+
+    def __len__(self) -> int: ...
+
+    def part(self, first: int, stop: int) -> Contents:
+        """Rows [first, stop) as an index of its own, in memory."""
+        ...
 
     @property
     def content_hash(self) -> np.ndarray: ...
@@ -54,47 +62,70 @@ def text_hash(sample: Sample) -> int:
 
 def content_hashes(columns: Mapping[str, np.ndarray], image_starts: np.ndarray) -> np.ndarray:
     """uint64 [N]: text and pictures together."""
-    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(columns["image_hash"].astype(np.uint64), dtype=np.uint64)])
+    sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(np.asarray(columns["image_hash"], np.uint64), dtype=np.uint64)])
     pictures = sums[image_starts[1:]] - sums[image_starts[:-1]]
-    return columns["text_hash"].astype(np.uint64) + pictures * np.uint64(0x9E3779B97F4A7C15)
+    return np.asarray(columns["text_hash"], np.uint64) + pictures * np.uint64(0x9E3779B97F4A7C15)
 
 
 def leaking_rows(indexes: Mapping[str, Contents]) -> dict[str, np.ndarray]:
-    """bool [N] of each source: rows that are not held out and hold what is held out somewhere."""
+    """int64, ascending, of each source: rows that are not held out and hold what is held out somewhere."""
     held = [_held_out(index) for index in indexes.values()]
     pictures, texts, bare_texts = (np.unique(np.concatenate([np.empty(0, np.uint64), *parts])) for parts in zip(*held))
+    if not len(pictures) and not len(texts):
+        return {name: np.empty(0, np.int64) for name in indexes}
     result = {}
     for name, index in indexes.items():
-        starts, rows = index.starts["image"], np.zeros(len(index.columns["text_hash"]), bool)
-        hits = np.concatenate([[0], np.cumsum(np.isin(index.columns["image_hash"], pictures))])
-        rows |= hits[starts[1:]] > hits[starts[:-1]]
-        without = starts[1:] == starts[:-1]
-        said = index.columns["text_hash"]
-        rows |= np.isin(said, bare_texts) | (without & np.isin(said, texts))
-        rows[index.holdout_rows] = False
-        result[name] = rows
+        found = [np.empty(0, np.int64)]
+        for first, part in _parts(index):
+            starts, said = part.starts["image"], part.columns["text_hash"]
+            hits = np.concatenate([[0], np.cumsum(np.isin(part.columns["image_hash"], pictures))])
+            without = starts[1:] == starts[:-1]
+            rows = (hits[starts[1:]] > hits[starts[:-1]]) | np.isin(said, bare_texts) | (without & np.isin(said, texts))
+            found.append(first + np.flatnonzero(rows))
+        result[name] = np.setdiff1d(np.concatenate(found), index.holdout_rows, assume_unique=True)
     return result
+
+
+def _parts(index: Contents) -> Iterator[tuple[int, Contents]]:
+    for first in range(0, len(index), CHUNK):
+        yield first, index.part(first, min(len(index), first + CHUNK))
 
 
 def _held_out(index: Contents) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """uint64: pictures, texts, and texts of samples without a picture, of what a source holds out."""
-    held, starts = index.holdout_rows, index.starts["image"]
-    texts = index.columns["text_hash"][held]
-    chosen = np.zeros(len(index.columns["image_hash"]) + 1, np.int64)
-    np.add.at(chosen, starts[held], 1)
-    np.add.at(chosen, starts[held + 1], -1)
-    pictures = index.columns["image_hash"][np.cumsum(chosen)[:-1] > 0]
-    return pictures, texts, texts[starts[held + 1] == starts[held]]
+    held = index.holdout_rows
+    texts, begin, end = index.columns["text_hash"][held], index.starts["image"][held], index.starts["image"][held + 1]
+    counts = end - begin
+    places = np.repeat(begin - np.cumsum(counts) + counts, counts) + np.arange(int(counts.sum()))
+    return index.columns["image_hash"][places], texts, texts[counts == 0]
 
 
 def repeated_rows(indexes: Mapping[str, Contents]) -> dict[str, np.ndarray]:
-    """bool [N] of each source: rows that say and show what an earlier row says and shows, in the order of the sources."""
-    hashes = np.concatenate([np.empty(0, np.uint64), *(index.content_hash for index in indexes.values())])
-    _, first = np.unique(hashes, return_index=True)
-    repeats = np.ones(len(hashes), bool)
-    repeats[first] = False
-    sizes = np.cumsum([0, *(len(index.content_hash) for index in indexes.values())])
-    return {name: repeats[start:stop] for name, start, stop in zip(indexes, sizes, sizes[1:])}
+    """int64, ascending, of each source: rows that say and show what an earlier row says and shows, in the order of the sources.
+
+    Looked for among the hashes of one range after another, so that no more than `COMPARED_TOGETHER` or so are in memory.
+    """
+    sizes = np.cumsum([0, *(len(index) for index in indexes.values())])
+    ranges = -(-int(sizes[-1]) // COMPARED_TOGETHER)
+    width = -(-(2**64) // max(1, ranges))
+    found = [np.empty(0, np.int64)]
+    for number in range(ranges):
+        lowest, highest = np.uint64(number * width), np.uint64(min(2**64, (number + 1) * width) - 1)
+        hashes, rows = [], []
+        for start, index in zip(sizes, indexes.values()):
+            for first, part in _parts(index):
+                own = part.content_hash
+                here = np.flatnonzero((own >= lowest) & (own <= highest))
+                hashes.append(own[here])
+                rows.append(start + first + here)
+        places = np.concatenate(rows)
+        _, firsts = np.unique(np.concatenate(hashes), return_index=True)
+        found.append(np.delete(places, firsts))
+    repeats = np.sort(np.concatenate(found))
+    return {
+        name: repeats[np.searchsorted(repeats, start) : np.searchsorted(repeats, stop)] - start
+        for name, start, stop in zip(indexes, sizes, sizes[1:])
+    }
 
 
 def overlaps(indexes: Mapping[str, Contents]) -> Counter[tuple[str, str]]:

@@ -1,28 +1,33 @@
-"""One source's index in memory: numpy columns, and every length at any resolution as arithmetic on them.
+"""One source's index: columns on disk, and every length at any resolution as arithmetic on them.
 
-About 150 bytes a sample with one image. Lists of a sample (images, coordinates, files) are flat arrays with start positions, so that
-`lengths` of a million samples takes about a tenth of a second and reads no file.
+The columns are mapped and shared by the processes of a machine (`mapped`), and nothing is in memory that nobody asked for: `part` gives
+a stretch of rows as a small index of its own, in memory, and whatever concerns all rows goes through these. Lists of a sample
+(images, coordinates, files) are flat columns with start positions, so that `lengths` of a million samples takes about a tenth of a
+second and reads no file.
 """
 
 from __future__ import annotations
 
-import io
-from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from terrace.data.index.build import load_summary
+from terrace.data.index.choice import Choice, Wanted, make_choice
+from terrace.data.index.columns import CHUNK, Strings
 from terrace.data.index.content import content_hashes
+from terrace.data.index.mapped import IDS, KIND, LISTS, SCALARS, STARTS, index_columns
 from terrace.data.sources.ingest import shard_uri
 from terrace.data.template import Measure
 from terrace.errors import InputError
 from terrace.families.interface import Bounds, Costs, Family
 from terrace.recipe.schema import Storage
-from terrace.storage.files import join, open_sequential, read_file
+from terrace.storage.files import join, open_sequential
 from terrace.storage.s3 import DEFAULT_STORAGE
 
 
@@ -48,49 +53,103 @@ class SampleLocation:
         return sum(size for _, _, size, _ in self.members)
 
 
+class _Slices(dict[str, np.ndarray]):
+    """Values that are found when they are first asked for."""
+
+    def __init__(self, find: Callable[[str], np.ndarray]):
+        super().__init__()
+        self._find = find
+
+    def __missing__(self, name: str) -> np.ndarray:
+        self[name] = self._find(name)
+        return self[name]
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Rows of a source that another row stands for, by reason; int64, ascending. Found for all sources of a run together."""
+
+    mark: str  # changes with anything that decides about them
+    find: Callable[[], Mapping[str, Mapping[str, np.ndarray]]]  # source -> reason -> rows
+
+
 @dataclass
 class SourceIndex:
-    """Columns of a source's healthy samples, N rows. Made by `load_index`."""
+    """A source's healthy samples, N rows. Made by `load_index`."""
 
     name: str
     folder: str
     shards: list[str]
     storage: Storage
     family: Family
-    columns: dict[str, np.ndarray]  # int columns [N], and flat list columns
-    starts: dict[str, np.ndarray]  # list column group -> int64 [N + 1]
-    ids: np.ndarray  # StringDType [N]
+    columns: Mapping[str, Any]  # index.columns.Column or int arrays [N], and flat list columns
+    starts: Mapping[str, Any]  # list column group -> int64 [N + 1]
+    ids: Any  # the text of each row, [N]
     kinds: list[str]
-    kind_codes: np.ndarray  # int8 [N], into `kinds`
+    kind_codes: Any  # int8 [N], into `kinds`
     suffixes: list[str]
     refused: dict[str, int] = field(default_factory=dict)  # reason -> samples that ingest or the index left out
     reading: dict[str, Any] = field(default_factory=dict)  # of `SampleLocation`: its settings of reading
-    seed: int = 0
-    holdout_samples: int = 0  # so many, or the share whose hashes lie lowest
-    holdout_share: float = 0.0
-    max_samples: int | None = None
-    left_out: dict[str, int] = field(default_factory=dict)  # why -> rows that would train and do not
-    _left_out: np.ndarray | None = field(default=None, repr=False)
+    wanted: Wanted = field(default_factory=Wanted)
+    place: Path = Path()  # the folder of the columns
+    identity: str = ""  # changes with any row
+    leaving: LeftOut | None = None  # what is left out for another row's sake
     _lengths: dict[Bounds, tuple[np.ndarray, np.ndarray, np.ndarray]] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         return int(self.columns["shard"].shape[0])
 
+    def part(self, first: int, stop: int) -> SourceIndex:
+        """Rows [first, stop) as an index of its own, in memory; its row 0 is `first`. Columns are read when they are asked for."""
+
+        def starts(group: str) -> np.ndarray:
+            own = self.starts[group][first : stop + 1]
+            return own - own[0]
+
+        def column(name: str) -> np.ndarray:
+            if name not in _GROUP_OF:
+                return np.asarray(self.columns[name][first:stop])
+            begin, end = (int(self.starts[_GROUP_OF[name]][row]) for row in (first, stop))
+            return np.asarray(self.columns[name][begin:end])
+
+        return self._small(column, starts)
+
+    def only(self, rows: np.ndarray) -> SourceIndex:
+        """These rows (int64, ascending) as an index of its own, in memory, whose row 0 is the first of them."""
+        if len(rows) and int(rows[-1]) - int(rows[0]) == len(rows) - 1:
+            return self.part(int(rows[0]), int(rows[-1]) + 1)
+
+        @cache
+        def bounds(group: str) -> tuple[np.ndarray, np.ndarray]:
+            begin = self.starts[group][rows]
+            return begin, np.concatenate([[0], np.cumsum(self.starts[group][rows + 1] - begin)])
+
+        def column(name: str) -> np.ndarray:
+            if name not in _GROUP_OF:
+                return np.asarray(self.columns[name][rows])
+            begin, starts = bounds(_GROUP_OF[name])
+            return np.asarray(self.columns[name][np.repeat(begin - starts[:-1], np.diff(starts)) + np.arange(int(starts[-1]))])
+
+        return self._small(column, lambda group: bounds(group)[1])
+
+    def _small(self, column: Callable[[str], np.ndarray], starts: Callable[[str], np.ndarray]) -> SourceIndex:
+        return replace(self, columns=_Slices(column), starts=_Slices(starts), leaving=None, _lengths={})
+
+    def parts(self) -> Iterator[tuple[int, SourceIndex]]:
+        """(first row, its part) of stretch after stretch, through all rows."""
+        for first in range(0, len(self), CHUNK):
+            yield first, self.part(first, min(len(self), first + CHUNK))
+
     # ------------------------------------------------------------ which rows take part
 
     @cached_property
-    def _in_seeded_order(self) -> np.ndarray:
-        """Rows by a seeded hash of what they hold: a choice that does not move when samples are renamed or moved elsewhere."""
-        return np.argsort(_mixed(self.content_hash, self.seed), kind="stable")
+    def choice(self) -> Choice:
+        """Which rows are held out and which train, by a seeded hash of what they hold: that does not move when samples are renamed
+        or moved elsewhere. With a share each row's own hash decides, whatever rows are added."""
+        hashes = lambda first, stop: self.part(first, stop).content_hash  # noqa: E731
+        return make_choice(self.wanted, len(self), hashes, self.place / "choices" / self.wanted.mark, self.identity)
 
-    @cached_property
-    def held_out(self) -> int:
-        """How many of the first rows in that order are held out. With a share each row's own hash decides, whatever rows are added."""
-        if not self.holdout_share:
-            return self.holdout_samples
-        return int((_mixed(self.content_hash, self.seed) < np.uint64(int(self.holdout_share * 2**64))).sum())
-
-    @cached_property
+    @property
     def content_hash(self) -> np.ndarray:
         """uint64 [N]: of text and pictures."""
         return content_hashes(self.columns, self.starts["image"])
@@ -98,23 +157,43 @@ class SourceIndex:
     @property
     def holdout_rows(self) -> np.ndarray:
         """int64, ascending: rows kept out of training."""
-        return np.sort(self._in_seeded_order[: self.held_out])
+        return self.choice.holdout_rows[:]
 
     @property
     def train_rows(self) -> np.ndarray:
         """int64, ascending: rows that train. With `max_samples`, that many samples take part, the held-out ones among them.
 
-        Without the rows that `leave_out` named: what is held out is not trained through another row or source.
+        Without the rows that are left out: what is held out is not trained through another row or source.
         """
-        rows = np.sort(self._in_seeded_order[self.held_out : self.max_samples])
-        return rows if self._left_out is None else rows[~self._left_out[rows]]
+        return np.concatenate([np.zeros(0, np.int64), *(first + np.flatnonzero(part) for first, part in self.training())])
 
-    def leave_out(self, why: str, rows: np.ndarray) -> None:
-        """Take rows (bool [N]) out of training, and count those that would have trained."""
-        count = int(rows[self.train_rows].sum())
-        if count:
-            self.left_out[why] = count
-            self._left_out = rows if self._left_out is None else self._left_out | rows
+    def training(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, bool: which rows train) of stretch after stretch."""
+        left_out = list(self._left_out.values())
+        for first, trains in self._chosen():
+            for rows in left_out:
+                some = rows[np.searchsorted(rows, first) : np.searchsorted(rows, first + len(trains))]
+                trains[some - first] = False
+            yield first, trains
+
+    def _chosen(self) -> Iterator[tuple[int, np.ndarray]]:
+        for first, part in self.parts():
+            yield first, self.choice.trains(first, part.content_hash)
+
+    @cached_property
+    def _left_out(self) -> Mapping[str, np.ndarray]:
+        return self.leaving.find()[self.name] if self.leaving is not None else {}
+
+    @cached_property
+    def left_out(self) -> dict[str, int]:
+        """Why -> rows that would train and do not."""
+        counts = dict.fromkeys(self._left_out, 0)
+        for first, trains in self._chosen() if any(map(len, self._left_out.values())) else ():
+            for why, rows in self._left_out.items():
+                some = rows[np.searchsorted(rows, first) : np.searchsorted(rows, first + len(trains))] - first
+                counts[why] += int(trains[some].sum())
+                trains[some] = False
+        return {why: count for why, count in counts.items() if count}
 
     # ------------------------------------------------------------ lengths
 
@@ -143,7 +222,12 @@ class SourceIndex:
     def _measure(self, pixels: Bounds) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         bounds = (int(pixels[0]), int(pixels[1]))
         if bounds not in self._lengths:
-            columns, starts, family = self.columns, self.starts, self.family
+            if len(self) > CHUNK:
+                measured = [part._measure(bounds) for _, part in self.parts()]
+                self._lengths[bounds] = tuple(map(np.concatenate, zip(*measured)))  # type: ignore[assignment]
+                return self._lengths[bounds]
+            whole = self.part(0, len(self))
+            columns, starts, family = whole.columns, whole.starts, self.family
             widths, heights = columns["width"], columns["height"]
             costs = _image_costs(family, widths, heights, bounds, np.diff(starts["image"]))
             pairs = family.frame_pairs(columns["visual_frames"])
@@ -208,24 +292,12 @@ def load_index(
     holdout_share: float = 0.0,
     max_samples: int | None = None,
 ) -> SourceIndex:
-    """Load the index that `build_index` left in `folder`. Raises InputError where there is none, or what is held out leaves nothing."""
+    """Open the index that `build_index` left in `folder`. Raises InputError where there is none, or what is held out leaves nothing."""
     summary = load_summary(folder, storage)
     if summary is None:
         raise InputError(f"there is no finished index in {folder}; run `terrace index` first")
-    table = pq.read_table(io.BytesIO(read_file(join(folder, "index.parquet"), storage))).combine_chunks()
-    count = table.num_rows
-    scalar = ("id_hash", "shard", "fixed_tokens", "supervised_tokens", *_TARGET, "text_hash")
-    columns = {name: _numpy(table[name]) for name in scalar}
-    starts: dict[str, np.ndarray] = {}
-    for group, names in _LISTS.items():
-        for name in names:
-            values, starts[group] = _flat(table[name])
-            if name == "member_suffix":
-                encoded = values.dictionary_encode()
-                suffixes, columns[name] = encoded.dictionary.to_pylist(), encoded.indices.to_numpy(zero_copy_only=False)
-            else:
-                columns[name] = values.to_numpy(zero_copy_only=False)
-    kinds = _one(table["kind"]).dictionary_encode()
+    stored = index_columns(folder, storage)
+    columns = stored.columns
     index = SourceIndex(
         name=summary["source"],
         folder=folder,
@@ -233,20 +305,21 @@ def load_index(
         storage=Storage(**summary["storage"]),
         reading=_reading(summary),
         family=family,
-        columns=columns,
-        starts=starts,
-        ids=np.array(table["id"].to_pylist(), dtype=np.dtypes.StringDType()),
-        kinds=kinds.dictionary.to_pylist(),
-        kind_codes=kinds.indices.to_numpy(zero_copy_only=False).astype(np.int8),
-        suffixes=suffixes,
+        columns={name: columns[name] for name in (*SCALARS, *(name for names in LISTS.values() for name in names))},
+        starts={group: columns[f"{STARTS}{group}"] for group in LISTS},
+        ids=Strings(*(columns[name] for name in IDS)),
+        kinds=stored.facts["kinds"],
+        kind_codes=columns[KIND],
+        suffixes=stored.facts["suffixes"],
         refused=summary["refused"],
-        seed=seed,
-        holdout_samples=holdout_samples,
-        holdout_share=holdout_share,
-        max_samples=max_samples,
+        wanted=Wanted(seed, holdout_samples, holdout_share, max_samples),
+        place=stored.folder,
+        identity=stored.facts["identity"],
     )
-    if index.held_out >= (most := min(count, max_samples or count)):
-        setting = f"holdout_share {holdout_share} ({index.held_out} samples)" if holdout_share else f"holdout_samples {holdout_samples}"
+    count = len(index)
+    if index.choice.held_out >= (most := min(count, max_samples or count)):
+        held = index.choice.held_out
+        setting = f"holdout_share {holdout_share} ({held} samples)" if holdout_share else f"holdout_samples {holdout_samples}"
         raise InputError(f"source {summary['source']}: {setting} leaves none of {most} samples for training")
     return index
 
@@ -263,7 +336,7 @@ def locate(folder: str, row: int, storage: Storage = DEFAULT_STORAGE) -> SampleL
         while row >= first + (count := file.metadata.row_group(group).num_rows):
             group, first = group + 1, first + count
         values = file.read_row_group(group, columns=_LOCATION_COLUMNS).slice(row - first, 1).to_pylist()[0]
-    members = zip(*(values[name] for name in _LISTS["member"]))
+    members = zip(*(values[name] for name in LISTS["member"]))
     return SampleLocation(
         summary["source"], row, values["id"], values["kind"],
         _shard_uri(folder, summary["shards"][values["shard"]]["uri"]),
@@ -284,36 +357,14 @@ def _summary(folder: str, storage_json: str) -> dict[str, Any]:
     return summary
 
 
+_GROUP_OF = {name: group for group, names in LISTS.items() for name in names}
 _TARGET = ("target_place", "target_visuals", "target_coordinates")
-_LISTS = {
-    "member": ("member_suffix", "member_offset", "member_size", "member_crc"),
-    "image": ("width", "height", "image_hash"),
-    "visual": ("visual_image", "visual_frames", "visual_place", "visual_coordinates"),
-    "coordinate": ("coordinate_image", "coordinate_axis", "coordinate_value"),
-    "cut": ("cuts",),
-}
-_LOCATION_COLUMNS = ["id", "kind", "shard", *_LISTS["member"], "width", "height"]
+_LOCATION_COLUMNS = ["id", "kind", "shard", *LISTS["member"], "width", "height"]
 
 
 def _shard_uri(folder: str, stored: str) -> str:
     """Shards that ingest wrote are named relative to the folder above the index."""
     return shard_uri(folder.rpartition("/")[0], stored)
-
-
-def _one(column: pa.ChunkedArray) -> Any:
-    """The single array of a combined column (an empty one where the table has no rows)."""
-    return column.chunk(0) if column.num_chunks else pa.array([], column.type)
-
-
-def _numpy(column: pa.ChunkedArray) -> np.ndarray:
-    return _one(column).to_numpy(zero_copy_only=False)
-
-
-def _flat(column: pa.ChunkedArray) -> tuple[pa.Array, np.ndarray]:
-    """(values, int64 [N + 1] start positions) of a list column."""
-    array = _one(column)
-    offsets = array.offsets.to_numpy(zero_copy_only=False).astype(np.int64)
-    return array.flatten(), offsets - offsets[0]
 
 
 def _image_costs(family: Family, widths: np.ndarray, heights: np.ndarray, pixels: Bounds, images: np.ndarray) -> Costs:
@@ -337,11 +388,3 @@ def _sums(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
     total = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
     return total[starts[1:]] - total[starts[:-1]]
 
-
-def _mixed(hashes: np.ndarray, seed: int) -> np.ndarray:
-    """splitmix64 of hash and seed: uint64 [N]."""
-    with np.errstate(over="ignore"):
-        mixed = hashes.astype(np.uint64) + np.uint64((seed * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) % 2**64)
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return mixed ^ (mixed >> np.uint64(31))

@@ -337,6 +337,7 @@ def _figure(picture: Picture) -> str:
     numbered = len(picture.marks) > 1
     marks = "".join(_mark(mark, place if numbered else None, size) for place, mark in enumerate(picture.marks, start=1))
     told = f"image {picture.number + 1} · {width}×{height} of {picture.original[0]}×{picture.original[1]} pixels"
+    told = f"view: {picture.made}" if picture.made else told
     for place, mark in enumerate(picture.marks, start=1):
         told += f" · {place} [{', '.join(map(str, mark.values))}]" if numbered else f" · [{', '.join(map(str, mark.values))}]"
     return (

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ from terrace.data.types import PackSpec, Sample, SampleRef
 from terrace.errors import DamagedData
 from terrace.families.interface import Family, View
 from terrace.recipe.objectives import OBJECTIVES
-from terrace.recipe.schema import Recipe
+from terrace.recipe.schema import Recipe, Stage
 
 PLANNED_PACKS = 256  # packs whose fill and shares are counted: planned, not decoded
 SHOWN_TOKENS = 6_000  # of one segment; the rest is counted
@@ -54,6 +54,7 @@ class Picture:
     original: tuple[int, int]  # (width, height)
     marks: tuple[Mark, ...]
     grid: int = 0  # pixels between the lines that show its tokens or tiles; 0: none
+    made: str = ""  # of a view: how it comes about
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ def inspect_stage(recipe: Recipe, stage_index: int, prepared: Any, samples: int,
                 held_out=len(index.holdout_rows),
                 lengths=index.lengths(bounds)[index.train_rows],
                 visual_tokens=index.visual_tokens(bounds)[index.train_rows],
-                kinds={kind: int((index.kind_codes == code).sum()) for code, kind in enumerate(index.kinds)},
+                kinds=dict(zip(index.kinds, np.bincount(index.kind_codes[:], minlength=len(index.kinds)).tolist())),
                 refused=index.refused,
                 refusals=_some_refusals(index),
                 weight=facts.get(name, {}).get("share_of_samples", 0.0),
@@ -182,7 +183,7 @@ def inspect_stage(recipe: Recipe, stage_index: int, prepared: Any, samples: int,
         pixels=(stage.pixels.min, stage.pixels.max),
         sources=tuple(sources),
         samples=tuple(shown),
-        packs=tuple(_shown_pack(spec, stage.batch.packs, tokenizer, settings) for spec in planned[:packs]),
+        packs=tuple(_shown_pack(spec, stage, tokenizer, settings) for spec in planned[:packs]),
         fills=tuple(sum(spec.lengths) / stage.sequence_length for spec in planned),
         vocabulary_size=tokenizer.vocabulary_size,
     )
@@ -238,9 +239,11 @@ def _alone(index: SourceIndex, row: int, bounds: tuple[int, int], limit: int) ->
     )
 
 
-def _shown_pack(spec: PackSpec, batch: int, tokenizer: TextTokenizer, settings: TaskSettings) -> ShownPack:
+def _shown_pack(spec: PackSpec, stage: Stage, tokenizer: TextTokenizer, settings: TaskSettings) -> ShownPack:
     segments = tuple(_segments(spec, tokenizer, settings))
-    return ShownPack(spec.pack, spec.pack // batch, spec.window, settings.collate.sequence_length, segments)
+    if OBJECTIVES[stage.objective].views:
+        segments = tuple(_with_views(segment, stage, epoch) for segment, epoch in zip(segments, spec.epochs))
+    return ShownPack(spec.pack, spec.pack // stage.batch.packs, spec.window, settings.collate.sequence_length, segments)
 
 
 def _segments(
@@ -276,6 +279,18 @@ def _segments(
             runs=tuple(token_runs(segment, tokenizer, settings.collate.family)),
             pictures=tuple(_pictures(segment, loaded, supervise, settings.collate.family)),
         )
+
+
+def _with_views(segment: ShownSegment, stage: Stage, epoch: int) -> ShownSegment:
+    """With the views of its picture behind it."""
+    from terrace.data.look.views import shown_views  # here, so that other stages need no torch
+
+    views = tuple(
+        Picture(picture.number, pixels, picture.original, (), made=made)
+        for picture in segment.pictures
+        for made, pixels in shown_views(picture.pixels, stage, segment.source, segment.id, epoch)
+    )
+    return replace(segment, pictures=segment.pictures + views)
 
 
 def _prompt(spec: PackSpec, number: int, loaded: LoadedSample, tokenizer: TextTokenizer, settings: CollateSettings) -> Segment:

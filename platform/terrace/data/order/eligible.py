@@ -6,83 +6,18 @@ item (a piece of a split document is an item of its own), which the order permut
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
+from terrace.data.order.items import Items, item_columns
 from terrace.data.template import Measure
 from terrace.families.interface import Family
 from terrace.recipe.schema import Source
-
-
-@dataclass(frozen=True)
-class Items:
-    """Columns of some training items; int64 or int32 [n] each."""
-
-    rows: np.ndarray  # rows of the source's index
-    lengths: np.ndarray  # tokens
-    visual_tokens: np.ndarray
-    pixel_rows: np.ndarray
-    pixels_max: np.ndarray  # the sample's own limit of pixels per image, 0: the stage's
-    starts: np.ndarray  # token range kept; stop -1: the whole sample
-    stops: np.ndarray
-
-    def __getitem__(self, selection: Any) -> Items:
-        return Items(*(getattr(self, name)[selection] for name in Items.__dataclass_fields__))
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-
-class StageSource(Protocol):
-    """What the plan asks of a source; `EligibleSource` answers from an index, a test from a formula."""
-
-    name: str
-    count: int  # training items in one epoch
-    mean_tokens: float  # per item
-    changes: dict[str, int]  # how many samples were refused, split, shortened or reduced
-
-    def take(self, numbers: np.ndarray) -> Items: ...
-
-    def id_of(self, row: int) -> str: ...
-
-
-@dataclass
-class EligibleSource:
-    """The training items of an indexed source for one stage."""
-
-    name: str
-    items: Items
-    id_of: Callable[[int], str]
-    changes: dict[str, int] = field(default_factory=dict)
-    mark: str = ""  # changes when any item or its id does
-
-    @property
-    def count(self) -> int:
-        return len(self.items)
-
-    @property
-    def mean_tokens(self) -> float:
-        return float(self.items.lengths.mean()) if len(self.items) else 0.0
-
-    def take(self, numbers: np.ndarray) -> Items:
-        return self.items[numbers]
-
-    @cached_property
-    def by_length(self) -> np.ndarray:
-        """int64 [N]: the items from the shortest to the longest."""
-        return np.argsort(self.items.lengths, kind="stable")
-
-    @cached_property
-    def sorted_lengths(self) -> np.ndarray:
-        return self.items.lengths[self.by_length]
-
 
 CHANGES = {  # a count's key -> what is said of so many samples
     "no_target": "without a target",
@@ -109,36 +44,42 @@ def source_pixels(source: Source, pixels: tuple[int, int], family: Family) -> tu
     return min(pixels[0], largest), largest
 
 
-def eligible_source(
-    name: str,
-    source: Source,
-    index: Any,
-    rows: np.ndarray,
-    pixels: tuple[int, int],
-    sequence_length: int,
-    max_visual_tokens_per_pack: int | None,
-    needs_targets: bool = False,
-) -> EligibleSource:
-    """The training items of `rows` (int [n]) of an index at the stage's resolution, `source.too_long` applied.
+@dataclass(frozen=True)
+class Fitting:
+    """What a stage asks of the items of a source."""
 
-    `needs_targets`: a sample that has nothing to learn from, or whose every target `truncate_text` would cut off, is left out and
-    counted as `no_target`.
+    pixels: tuple[int, int]
+    sequence_length: int
+    max_visual_tokens_per_pack: int | None = None
+    needs_targets: bool = False  # a sample without anything to learn, or whose every target would be cut off, is left out and counted
 
-    `index` is a SourceIndex: its columns give every length, and `measure(row)` and `sizes(row)` the details of
-    the few samples that are too long.
+
+def eligible_items(
+    source: Source, index: Any, stretches: Iterable[np.ndarray], wanted: Fitting, changes: Counter[str]
+) -> Iterator[Items]:
+    """The training items of some rows of an index, one stretch of rows (int64, ascending) after another, `source.too_long` applied.
+
+    `index` is a SourceIndex. `changes` is counted up: samples that were refused, split, shortened, reduced or left out.
     """
-    family = index.family
-    changes: Counter[str] = Counter()
+    for rows in stretches:
+        items = _eligible(source, index.only(rows), wanted, changes)
+        yield replace(items, rows=rows[items.rows].astype(np.int64))
+
+
+def _eligible(source: Source, index: Any, wanted: Fitting, changes: Counter[str]) -> Items:
+    """The items of all rows of a small index."""
+    family, rows = index.family, np.arange(len(index))
+    needs_targets, sequence_length = wanted.needs_targets, wanted.sequence_length
     if needs_targets and source.supervise != "all_text":
         learnt = np.asarray(index.supervised_tokens)[rows] > 0
-        changes["no_target"] = int((~learnt).sum())
+        changes["no_target"] += int((~learnt).sum())
         rows = rows[learnt]
-    bounds = source_pixels(source, pixels, family)
+    bounds = source_pixels(source, wanted.pixels, family)
     lengths = np.asarray(index.lengths(bounds))[rows]
     visual = np.asarray(index.visual_tokens(bounds))[rows]
     pixel_rows = np.asarray(index.pixel_rows(bounds))[rows]
-    own_limit = 0 if bounds == pixels else bounds[1]
-    visual_limit = max_visual_tokens_per_pack or sequence_length
+    own_limit = 0 if bounds == wanted.pixels else bounds[1]
+    visual_limit = wanted.max_visual_tokens_per_pack or sequence_length
     too_long = (lengths > sequence_length) | (visual > visual_limit)
     fits = np.flatnonzero(~too_long)
     whole = Items(
@@ -164,19 +105,11 @@ def eligible_source(
             continue
         changes[source.too_long if made else "refused"] += 1
         extra += [(row, *item[:3], item[3] or own_limit, *item[4:]) for item in made]
-    items = whole
-    if extra:
-        columns = np.asarray(extra, dtype=np.int64).T
-        items = Items(*(np.concatenate([old, new.astype(old.dtype)]) for old, new in zip(_columns(whole), columns)))
-        items = items[np.lexsort((items.starts, items.rows))]
-    digest = hashlib.sha256(np.ascontiguousarray(index.columns["id_hash"]).tobytes())
-    for column in _columns(items):
-        digest.update(np.ascontiguousarray(column).tobytes())
-    return EligibleSource(name, items, lambda row: str(index.ids[row]), dict(+changes), digest.hexdigest())
-
-
-def _columns(items: Items) -> list[np.ndarray]:
-    return [getattr(items, name) for name in Items.__dataclass_fields__]
+    if not extra:
+        return whole
+    columns = np.asarray(extra, dtype=np.int64).T
+    items = Items(*(np.concatenate([old, new.astype(old.dtype)]) for old, new in zip(item_columns(whole), columns)))
+    return items[np.lexsort((items.starts, items.rows))]
 
 
 Fitted = tuple[int, int, int, int, int, int]  # tokens, visual tokens, rows of pixels, pixels_max (0: unchanged), start, stop

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from terrace.data.order.eligible import EligibleSource
 from terrace.data.order.plan import Anchor, StagePlan, Window
 from terrace.data.types import PackSpec
 from terrace.errors import InputError
@@ -29,9 +28,7 @@ PACKS_OF_A_WINDOW = 16  # planned at once
 class FixedPlan(StagePlan):
     """`batch.samples_per_pack` samples of one picture each in every pack; the last one may hold fewer."""
 
-    @staticmethod
-    def fitting(source: EligibleSource, index: Any) -> EligibleSource:
-        return with_one_picture(source, index)
+    one_picture = True
 
     def _fingerprint(self, data_seed: int, basis: str) -> str:
         return super()._fingerprint(data_seed, f"{basis}|{self.stage.batch.samples_per_pack} samples of a pack")
@@ -55,6 +52,12 @@ class FixedPlan(StagePlan):
             )
         return [packs[rank * share : (rank + 1) * share] for rank in range(world_size)]
 
+    @property
+    def total_packs(self) -> int:
+        if self.total_samples is None:
+            return super().total_packs
+        return -(-self.total_samples // self.stage.batch.samples_per_pack)
+
     def _packed(self, anchor: Anchor) -> Window | None:
         size = self.stage.batch.samples_per_pack
         stop = anchor.position + PACKS_OF_A_WINDOW * size
@@ -76,17 +79,6 @@ class FixedPlan(StagePlan):
 def fixed_groups(count: int, size: int) -> list[list[int]]:
     """Numbers 0 to `count` in groups of `size`; the last one may be smaller."""
     return [list(range(start, min(start + size, count))) for start in range(0, count, size)]
-
-
-def with_one_picture(source: EligibleSource, index: Any) -> EligibleSource:
-    """The items of samples that show exactly one picture; the others are counted."""
-    pictures = np.diff(index.starts["image"])[source.items.rows]
-    single = pictures == 1
-    left_out = int((~single).sum())
-    if not left_out:
-        return source
-    changes = {**source.changes, "not_one_picture": left_out}
-    return EligibleSource(source.name, source.items[single], source.id_of, changes, source.mark)
 
 
 def plan_of(recipe: Recipe, stage_index: int, prepared: Any) -> StagePlan:

@@ -26,6 +26,11 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8"), digest_size=8).digest(), "little")
 
 
+def generator_of(seed: int, source: str, sample: str, epoch: int, purpose: str) -> np.random.Generator:
+    """Chance of a sample in a pass over its source."""
+    return np.random.default_rng(seed_of(purpose, seed, source, sample, epoch))
+
+
 def mix64(values: np.ndarray, key: int) -> np.ndarray:
     """A well-mixed 64-bit hash of each value under a key (the SplitMix64 finisher). uint64, elementwise."""
     mixed = values + np.uint64(key & _MASK64)

@@ -6,7 +6,8 @@ Nothing is materialised: the plan keeps three numbers per window it has passed, 
 costs 9 microseconds per sample, a two hundredth of decoding one.
 
 Where a window starts depends on the windows before it, so reaching step n walks through them. `restore(state)` with the
-state of a checkpoint (a few integers) starts at once anywhere in a stage of any size.
+state of a checkpoint (a few integers) starts at once anywhere in a stage of any size. The packs of a budget in samples or
+epochs are counted once, by planning all of them; the number is part of the state from then on.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ import numpy as np
 
 from terrace.data.order.arrange import repeats_apart, spread_packs
 from terrace.data.order.balance import CostModel, cost_of, deal, deal_in_order, max_over_mean
-from terrace.data.order.eligible import EligibleSource, StageSource, eligible_source, told_changes
+from terrace.data.order.eligible import Fitting, told_changes
+from terrace.data.order.items import EligibleSource, StageSource
 from terrace.data.order.mixture import LONGEST_WRITTEN
 from terrace.data.order.packing import default_window, lookahead, pack_window
 from terrace.data.order.permutation import seed_of
 from terrace.data.order.spares import PackSpares, spares_of_pack
+from terrace.data.order.stored import stored_source
 from terrace.data.order.stretches import COLUMNS, Stretch, make_stretches
 from terrace.data.types import PackSpec, SampleRef
 from terrace.errors import InputError
@@ -105,8 +108,11 @@ class StagePlan:
         for _, part in stretches(stage):
             pixels = (part.pixels.min, part.pixels.max)
             if pixels not in found:
+                wanted = Fitting(
+                    pixels, stage.sequence_length, stage.data_loading.max_visual_tokens_per_pack, OBJECTIVES[stage.objective].needs_targets
+                )
                 found[pixels] = {
-                    name: cls.fitting(_eligible(recipe, stage, name, prepared.indexes[name], pixels), prepared.indexes[name])
+                    name: stored_source(name, recipe.data.sources[name], prepared.indexes[name], wanted, cls.one_picture)
                     for name in stage.mixture.weights
                 }
         first, *later = [found[part.pixels.min, part.pixels.max] for _, part in stretches(stage)]
@@ -115,7 +121,7 @@ class StagePlan:
         plan.recipe, plan.stage_index = recipe, stage_index
         return plan
 
-    fitting = staticmethod(lambda source, index: source)  # the items of a source that this kind of plan can use
+    one_picture = False  # whether this kind of plan can use but samples of exactly one picture
 
     def _check_sources(self) -> None:
         for source in (source for stretch in self.stretches for source in stretch.sources if stretch.weights[source.name]):
@@ -130,9 +136,7 @@ class StagePlan:
         """Epoch caps must leave enough samples for a budget of steps or tokens."""
         if self.total_samples is None or self._steps_in_closed_form() is None:
             return
-        tokens = sum(
-            source.mean_tokens * (limit or 0) for source, limit in zip(self.sources, self.interleave.limits)
-        )
+        tokens = sum(source.mean_tokens * (limit or 0) for source, limit in zip(self.sources, self.interleave.limits))
         needed = (self._steps_in_closed_form() or 0) * self.stage.batch.packs * self.stage.sequence_length
         if tokens < 0.98 * needed:
             raise InputError(
@@ -186,6 +190,11 @@ class StagePlan:
                     pass
                 self._total_packs = self._anchors[-1].first_pack
         return self._total_packs
+
+    def count_as(self, steps: int) -> None:
+        """Take the number of steps from somebody who has counted them."""
+        if self._steps_in_closed_form() is None and self._total_packs is None:
+            self._total_packs = steps * self.stage.batch.packs
 
     def packs_of_step(self, step: int) -> list[PackSpec]:
         """The global batch of a step (from 0): `batch.packs` packs, the last step filled up with empty ones."""
@@ -246,7 +255,7 @@ class StagePlan:
             window = self._window_of(pack)
             anchor = self._anchor_of(pack)
         stretch = self._stretch_of(anchor.first_pack)
-        return {
+        state = {
             "version": 1,
             "plan": self.fingerprint,
             "step": step,
@@ -254,7 +263,10 @@ class StagePlan:
             "window": anchor.window if window else PADDING_WINDOW,
             "window_first_pack": anchor.first_pack,
             "window_position": anchor.position,
-        } | ({"drawn_before_change": list(stretch.drawn)} if stretch.number else {})
+        }
+        if self._total_packs is not None:  # counted by planning all of it: never again
+            state["total_packs"] = self._total_packs
+        return state | ({"drawn_before_change": list(stretch.drawn)} if stretch.number else {})
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a checkpoint's state without walking through the windows before it.
@@ -267,11 +279,11 @@ class StagePlan:
                 f" ({self.fingerprint}): sources, mixture, seed, sequence length, pixels or batch changed since;"
                 " restore them, or start the stage in a new run directory"
             )
-        if state["window"] != PADDING_WINDOW:
-            with self._lock:
-                if "drawn_before_change" in state:
-                    self._stretch_of(state["window_first_pack"]).begin(state["drawn_before_change"])
-                self._remember(Anchor(state["window_first_pack"], state["window"], state["window_position"]))
+        self._total_packs = state.get("total_packs", self._total_packs)
+        with self._lock:
+            if "drawn_before_change" in state:
+                self._stretch_of(state["window_first_pack"]).begin(state["drawn_before_change"])
+            self._remember(Anchor(state["window_first_pack"], state["window"], state["window_position"]))
 
     def explain(self) -> dict[str, Any]:
         """What the plan decided, for people: shares, samples, tokens, what was refused or changed."""
@@ -352,9 +364,7 @@ class StagePlan:
                 return None
             _, keys = np.unique(np.stack([sources, columns["rows"], columns["starts"]]), axis=1, return_inverse=True)
             limit = self.stage.data_loading.max_visual_tokens_per_pack
-            count, packs = pack_window(
-                columns["lengths"], self.stage.sequence_length, target, columns["visual_tokens"], limit, keys
-            )
+            count, packs = pack_window(columns["lengths"], self.stage.sequence_length, target, columns["visual_tokens"], limit, keys)
             if len(packs) <= room:
                 break
             target = max(1, min(target - 1, int(target * room) // len(packs)))
@@ -368,9 +378,7 @@ class StagePlan:
         )
         return Window(anchor.window, anchor.first_pack, specs, anchor.position + count)
 
-    def _spec(
-        self, pack: int, members: list[int], sources: np.ndarray, columns: dict[str, np.ndarray], window: int
-    ) -> PackSpec:
+    def _spec(self, pack: int, members: list[int], sources: np.ndarray, columns: dict[str, np.ndarray], window: int) -> PackSpec:
         chosen = {name: columns[name][members].tolist() for name in COLUMNS}
         refs, stretch = [], self._stretch_of(pack)
         for member, row in zip(members, chosen["rows"]):
@@ -389,12 +397,3 @@ class StagePlan:
             pixels=stretch.pixels,
         )
 
-
-def _eligible(recipe: Recipe, stage: Stage, name: str, index: Any, pixels: tuple[int, int]) -> EligibleSource:
-    """The training items of a source at a resolution, with what the index left out counted among its changes."""
-    source = eligible_source(
-        name, recipe.data.sources[name], index, np.asarray(index.train_rows), pixels, stage.sequence_length,
-        stage.data_loading.max_visual_tokens_per_pack, needs_targets=OBJECTIVES[stage.objective].needs_targets,
-    )  # fmt: skip
-    source.changes.update(index.left_out)
-    return source

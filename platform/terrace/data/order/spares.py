@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from terrace.data.order.eligible import EligibleSource
+from terrace.data.order.items import EligibleSource
 from terrace.data.order.permutation import permute, seed_of
 from terrace.data.types import PackSpec
 
@@ -66,11 +66,11 @@ def spares_of_pack(spec: PackSpec, sources: dict[str, EligibleSource], seed: int
 def _candidates(source: EligibleSource, length: int, visual_tokens: int, seed: int, taken: Collection[int]) -> tuple[Spare, ...]:
     """Up to `SPARES` items of at most `length` tokens and `visual_tokens` image tokens, outside the rows `taken`."""
     found: list[Spare] = []
-    end = int(np.searchsorted(source.sorted_lengths, length, side="right"))
+    end = source.items.up_to(length)
     width = min(max(end // 8, BANDS[0]), BANDS[1])
     turn = 0
     while end > 0 and len(found) < SPARES and turn < SPARES:
-        band = source.by_length[max(0, end - width) : end]
+        band = source.items.by_length[max(0, end - width) : end]
         steps = np.arange(min(len(band), 2 * SPARES))
         items = source.items[band[permute(steps, len(band), seed_of(seed, turn))]]
         columns = (items.rows, items.lengths, items.visual_tokens, items.pixel_rows, items.pixels_max, items.starts, items.stops)

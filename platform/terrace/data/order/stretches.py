@@ -15,7 +15,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from terrace.data.order.eligible import EligibleSource, StageSource
+from terrace.data.order.items import EligibleSource, StageSource
 from terrace.data.order.mixture import Interleave, rounded_weights, whole_weights
 from terrace.data.order.permutation import source_rows
 from terrace.recipe.schema import Stage
@@ -86,7 +86,7 @@ def make_stretches(stage: Stage, sources: Sequence[Mapping[str, StageSource]]) -
 def _same_items(old: StageSource, new: StageSource) -> bool:
     """Whether the n-th item of both is the same one."""
     if isinstance(old, EligibleSource) and isinstance(new, EligibleSource):
-        return all(np.array_equal(getattr(old.items, name), getattr(new.items, name)) for name in ("rows", "starts", "stops"))
+        return old.items.placed == new.items.placed
     return old.count == new.count
 
 

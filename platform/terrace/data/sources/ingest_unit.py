@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from isal.isal_zlib import crc32
 
 from terrace.data.sources.conventions import Rules, convert_row, row_id
 from terrace.data.sources.formats import Unit
@@ -112,7 +113,7 @@ class _Repeats:
 
     def check(self, sample: Sample, images: list[bytes]) -> None:
         try:
-            content = hash((json.dumps(sample.messages, sort_keys=True), *(zlib.crc32(image) for image in images)))
+            content = hash((json.dumps(sample.messages, sort_keys=True), *(crc32(image) for image in images)))
         except (TypeError, ValueError) as error:  # bytes or dates from Parquet inside `tools`
             raise Refusal("bad_row", f"the row holds what JSON cannot ({error})") from error
         before = self._contents.setdefault(sample.id, set())

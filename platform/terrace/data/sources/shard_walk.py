@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from isal.isal_zlib import crc32
+
 from terrace.data.sources.refusals import Refusal
 from terrace.data.sources.unpack import compression
 from terrace.recipe.schema import Storage
@@ -140,7 +142,7 @@ def _add(group: Group, name: str, suffix: str, header: tarfile.TarInfo, file: An
     data = file.read(size)
     if len(data) < size:
         raise Refusal("unreadable_shard", f"it ends inside {name}")
-    group.members.append(Member(suffix, offset, size, zlib.crc32(data)))
+    group.members.append(Member(suffix, offset, size, crc32(data)))
     group.data[suffix] = data
 
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from terrace.data.order.eligible import EligibleSource, Items, eligible_source
-from terrace.data.order.fixed import fixed_groups, with_one_picture
+from terrace.data.order.eligible import Fitting
+from terrace.data.order.fixed import fixed_groups
+from terrace.data.order.items import EligibleSource, Items
 from terrace.data.order.packing import pack_best_fit
 from terrace.data.order.permutation import permute, seed_of
+from terrace.data.order.stored import stored_source
 from terrace.data.stream.tasks import TaskSettings, make_pack, pack_task
 from terrace.data.types import PackedExample, PackSpec, SampleRef
 from terrace.recipe.objectives import OBJECTIVES
@@ -43,25 +45,16 @@ def held_out_specs(
     stage = recipe.stages[stage_index]
     end = last_stretch(stage).pixels  # of a stage that changes inside, so that before and after are measured alike
     most = max_samples_per_kind or stage.evaluate.max_samples_per_kind
+    rule = OBJECTIVES[stage.objective]
+    wanted = Fitting((end.min, end.max), stage.sequence_length, stage.data_loading.max_visual_tokens_per_pack, rule.needs_targets)
     by_kind: dict[str, list[EligibleSource]] = {}
     for name in stage.mixture.weights:
-        rows = np.asarray(prepared.indexes[name].holdout_rows)
-        if len(rows):
+        index = prepared.indexes[name]
+        if index.choice.held_out:
             source = recipe.data.sources[name]
             if source.too_long == "split":  # one item per held-out sample
                 source = source.model_copy(update={"too_long": "truncate_text"})
-            kept = eligible_source(
-                name,
-                source,
-                prepared.indexes[name],
-                rows,
-                (end.min, end.max),
-                stage.sequence_length,
-                stage.data_loading.max_visual_tokens_per_pack,
-                needs_targets=OBJECTIVES[stage.objective].needs_targets,
-            )
-            if OBJECTIVES[stage.objective].fixed_packs:
-                kept = with_one_picture(kept, prepared.indexes[name])
+            kept = stored_source(name, source, index, wanted, rule.fixed_packs, held_out=True)
             if kept.count:
                 by_kind.setdefault(source.kind, []).append(kept)
     return {kind: _pack_kind(sources, most, recipe.data.seed, stage) for kind, sources in sorted(by_kind.items())}
@@ -70,8 +63,8 @@ def held_out_specs(
 def _pack_kind(sources: list[EligibleSource], most: int, seed: int, stage: Any) -> list[PackSpec]:
     """At most `most` samples, in turn from each source, in a seeded order."""
     chosen: list[tuple[EligibleSource, Items]] = []
-    orders = [permute(np.arange(s.count), s.count, seed_of(seed, "held out", s.name)) for s in sources]
-    for turn in range(max(s.count for s in sources)):
+    orders = [permute(np.arange(min(most, s.count)), s.count, seed_of(seed, "held out", s.name)) for s in sources]
+    for turn in range(min(most, max(s.count for s in sources))):
         for source, order in zip(sources, orders):
             if turn < source.count and len(chosen) < most:
                 chosen.append((source, source.take(order[turn : turn + 1])))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -19,10 +19,13 @@ from typing import Any
 
 from terrace.data.order.plan import StagePlan
 from terrace.data.stream.tasks import PackTask, TaskSettings, make_pack, pack_task
-from terrace.data.types import PackedExample
+from terrace.data.types import PackedExample, PackSpec
 from terrace.errors import InputError
 
 log = logging.getLogger(__name__)
+
+
+Hand = Callable[[int], list[PackSpec]]  # step -> this rank's packs
 
 
 @dataclass
@@ -36,9 +39,11 @@ class StepInput:
 
 def open_stream(
     plan: StagePlan, prepared: Any, rank: int, world_size: int, start_step: int = 0, engine: str | None = None,
-    readers: int | None = None,
+    readers: int | None = None, hand: Hand | None = None,
 ) -> Iterator[StepInput]:
     """The rank's inputs of steps `start_step` to the stage's end. Close the iterator to stop early.
+
+    `hand` gives the rank's packs of a step where another process deals them (`machine_plan`); the plan deals them otherwise.
 
     `readers` processes share the machine's decoders: more than `world_size` where several ranks take the same packs.
 
@@ -49,7 +54,7 @@ def open_stream(
     if plan.recipe is None:
         raise ValueError("a plan made from bare sources has no data to stream")
     settings = TaskSettings.of(plan.recipe, plan.stage_index, prepared)
-    tasks = rank_tasks(plan, settings, rank, world_size, start_step)
+    tasks = rank_tasks(plan, settings, hand or (lambda step: plan.deal(step, world_size)[rank]), start_step)
     if engine == "ray":
         from terrace.data.stream.ray_stream import ray_packs
 
@@ -61,14 +66,12 @@ def open_stream(
     return _by_step(packs, plan, world_size, start_step)
 
 
-def rank_tasks(
-    plan: StagePlan, settings: TaskSettings, rank: int, world_size: int, start_step: int
-) -> Iterator[PackTask]:
+def rank_tasks(plan: StagePlan, settings: TaskSettings, hand: Hand, start_step: int) -> Iterator[PackTask]:
     """The rank's packs from a step on, cut into decode tasks. Lazy: planning goes along with reading."""
     size = plan.stage.data_loading.packs_per_task
     waiting: list[Any] = []
     for step in range(start_step, plan.total_steps):
-        waiting += plan.deal(step, world_size)[rank]
+        waiting += hand(step)
         while len(waiting) >= size:
             yield pack_task(waiting[:size], settings, plan.spares)
             waiting = waiting[size:]

@@ -6,9 +6,10 @@ its packs at once makes a few large requests per shard instead of one per image.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import replace
+
+from isal.isal_zlib import crc32
 
 from terrace.data.image_files import without_orientation
 from terrace.data.index.source_index import SampleLocation, SourceIndex
@@ -60,7 +61,7 @@ def _checked(location: SampleLocation, blocks: list[bytes]) -> tuple[Sample, lis
     for (suffix, offset, size, crc), block in zip(location.members, blocks):
         if len(block) != size:
             return _damaged(location, f"its {suffix} has {len(block)} of {size} bytes at {offset}; the shard was cut")
-        if zlib.crc32(block) != crc:
+        if crc32(block) != crc:
             return _damaged(location, f"the checksum of its {suffix} at byte {offset} does not match the index")
         data[suffix] = block
     try:

@@ -38,9 +38,10 @@ class Features:
 
     pooled: torch.Tensor  # [V, H]
     deep: tuple[torch.Tensor, ...] = ()  # [V, H] each, for the first language layers
+    codes: torch.Tensor | None = None  # int64 [V]: the tokens that they are embeddings of, where the model has such for pictures
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Features:
-        return Features(change(self.pooled), tuple(change(tensor) for tensor in self.deep))
+        return Features(change(self.pooled), tuple(change(tensor) for tensor in self.deep), self.codes)
 
     def total(self) -> torch.Tensor:
         """The sum of everything that reaches the language model."""
@@ -204,7 +205,7 @@ class FamilyModel:
     # ------------------------------------------------------------ pixels
 
     def normalised(self, pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """uint8 [R, values] -> dtype [R, 3, values / 3]: (x / 255 - mean) / std per channel, in float32."""
+        """uint8, or float of the same range, [R, values] -> dtype [R, 3, values / 3]: (x / 255 - mean) / std per channel, in float32."""
         mean, std = (torch.tensor(values, device=pixels.device) for values in (self.mean, self.std))
         scale, shift = 1.0 / (255.0 * std), mean / std
         values = pixels.view(len(pixels), 3, -1).float()
@@ -242,6 +243,9 @@ class FamilyModel:
         """int [tokens of the pack]: tokens of one number from 0 on see each other in both directions within their sample."""
         return None
 
+    def seen(self, model: Any, batch: DeviceBatch, features: Features) -> None:
+        """What the features of a pack's pictures change of it."""
+
     def language_inputs(self, features: Features, places: torch.Tensor) -> dict[str, Any]:
         """Further arguments of the language model for a pack with images."""
         return {}
@@ -252,6 +256,7 @@ class FamilyModel:
         embeddings = self.language(model).embed_tokens(batch.input_ids)
         if has_images:
             features = self.features(model, self.normalised(batch.pixels, batch.dtype), batch.image_facts)
+            self.seen(model, batch, features)
         else:
             features = self.features(model, *self.blank(batch.device, self.compute_dtype(model)))
         more: dict[str, Any] = {}

@@ -84,6 +84,10 @@ class TwoTowersModel(FamilyModel):
         """[B, W]: what the vision tower says of each picture, before any map to the texts' width."""
         return self.vision(model)(**self.inputs(values, images), return_dict=True).pooler_output
 
+    def view_features(self, model: Any, pictures: torch.Tensor) -> torch.Tensor:
+        """The same of normalised pictures [B, 3, h, w] of any size."""
+        return self.vision(model)(pixel_values=pictures, interpolate_pos_encoding=True, return_dict=True).pooler_output
+
     @contextlib.contextmanager
     def _only(self, model: Any, kept: torch.Tensor | None) -> Iterator[None]:
         """While it lasts, the blocks of the vision tower see the kept patches alone (and what stands before all patches)."""

@@ -12,6 +12,7 @@ from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_pos
 from terrace.families.vit_mae import VitMae
 from terrace.models.batch import ImageFacts
 from terrace.models.families.interface import FamilyModel
+from terrace.models.families.vit import layer_name
 from terrace.recipe.schema import PartName
 
 FIXED = {"vit.embeddings.position_embeddings": "hidden_size", "decoder.decoder_pos_embed": "decoder_hidden_size"}
@@ -42,7 +43,7 @@ class VitMaeModel(FamilyModel):
         return [name for name in names if name in FIXED]
 
     def canonical_name(self, name: str) -> str:
-        return name
+        return layer_name(name)
 
     def vision(self, model: Any) -> Any:
         return model.vit
@@ -55,12 +56,15 @@ class VitMaeModel(FamilyModel):
         return model.decoder(seen.last_hidden_state, seen.ids_restore).logits, model.patchify(pixels), seen.mask
 
     def image_features(self, model: Any, values: torch.Tensor, images: ImageFacts) -> torch.Tensor:
-        """[B, W]: the mean over all patches, none of them masked."""
-        pixels, patches = self.inputs(values, images)["pixel_values"], self.family.patches
-        order = torch.arange(patches, device=pixels.device, dtype=torch.float32).expand(len(pixels), -1)
+        return self.view_features(model, self.inputs(values, images)["pixel_values"])
+
+    def view_features(self, model: Any, pictures: torch.Tensor) -> torch.Tensor:
+        """[B, W]: the mean over all patches of normalised pictures [B, 3, h, w] of any size, none of them masked."""
+        patches = (pictures.shape[2] // model.config.patch_size) * (pictures.shape[3] // model.config.patch_size)
+        order = torch.arange(patches, device=pictures.device, dtype=torch.float32).expand(len(pictures), -1)
         masked, model.config.mask_ratio = model.config.mask_ratio, 0.0
         try:
-            return model.vit(pixels, noise=order).last_hidden_state[:, 1:].mean(1)
+            return model.vit(pictures, noise=order, interpolate_pos_encoding=True).last_hidden_state[:, 1:].mean(1)
         finally:
             model.config.mask_ratio = masked
 

@@ -1,0 +1,1 @@
+"""Environments that come with Terrace: see `rewards.environment` for the contract."""
