@@ -130,7 +130,7 @@ class CheckpointReader:
             raise TerraceError(f"checkpoint {stored.uri}/{path.name} cannot be read: {fault}")
         self._place = str(path) if stored is None else stored.place(step)
         self.state: dict[str, Any] = json.loads((path / STATE).read_text())
-        self._file = functools.cache(lambda kind, rank: TensorFile(join(self._place, file_name(kind, rank))))
+        self.file = functools.cache(lambda kind, rank: TensorFile(join(self._place, file_name(kind, rank))))
         self._index = self._open_index()
 
     def _open_index(self) -> Index:
@@ -138,7 +138,7 @@ class CheckpointReader:
             return index_of(json.loads((self.path / INDEX).read_text()))
         manifest = json.loads((self.path / MANIFEST).read_text())
         names = [name.removesuffix(".safetensors").rpartition("-") for name in sorted(manifest["files"]) if name.endswith(".safetensors")]
-        return whole_index((kind, int(rank), self._file(kind, int(rank)).shapes) for kind, _, rank in names)
+        return whole_index((kind, int(rank), self.file(kind, int(rank)).shapes) for kind, _, rank in names)
 
     def names(self, kind: str) -> Set[str]:
         return self._index.get(kind, {}).keys()
@@ -153,7 +153,7 @@ class CheckpointReader:
 
     def pieces(self, kind: str, stretch: Stretch) -> list[Piece]:
         """The files in which a part of a tensor lies."""
-        return [(self._file(kind, rank), own) for rank, own in self.placed(kind, stretch.name).overlapping(stretch)]
+        return [(self.file(kind, rank), own) for rank, own in self.placed(kind, stretch.name).overlapping(stretch)]
 
     def placed(self, kind: str, name: str) -> Placed:
         """Where a tensor lies. Raises TerraceError if the checkpoint lacks it."""
@@ -171,6 +171,8 @@ class CheckpointSource:
 
     def __call__(self, name: str) -> torch.Tensor:
         placed = self._reader.placed(self._kind, name)
+        if not placed.numbers:
+            return self._reader.file(self._kind, placed.ranks[0]).read(name)
         return next(self.stretches([Stretch(name, 0, placed.numbers)])).reshape(placed.shape)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
