@@ -149,33 +149,35 @@ def figures_of(folder: Path, name: str) -> list[dict[str, Any]]:
 # ---------------------------------------------------------------- killing points
 
 
-def break_at(where: str, iteration: int, action: Callable[[], None]) -> Callable[[], None]:
-    """Run `action` in the middle of rollout, reward or update of an iteration (from 0). Returns how to undo it."""
+def break_at(where: str, iteration: int | None, action: Callable[[], None], call: int = 2) -> Callable[[], None]:
+    """Run `action` in the middle of rollout, reward or update of an iteration (from 0; None: of all), at the `call`-th call of what is
+    broken. Returns how to undo it."""
     targets = {
         "rollout": (NativeEngine, "_decode"),
         "reward": (Collector, "_submit"),
         "update": (Grpo, "_plain_batch"),
     }
     owner, method = targets[where]
-    original, collect = getattr(owner, method), Collector.collect
+    original, iterate = getattr(owner, method), Grpo._iteration
     reached = {"iteration": -1, "calls": 0}
 
-    def counted(self: Any, number: int, stage_folder: Path, doing: Callable[[str], None]) -> Any:
-        reached.update(iteration=number, calls=0)
-        return collect(self, number, stage_folder, doing)
+    def counted(self: Any, number: int) -> Any:
+        if iteration is not None:
+            reached.update(iteration=number, calls=0)
+        return iterate(self, number)
 
     def breaking(*arguments: Any, **keywords: Any) -> Any:
-        if reached["iteration"] == iteration:
+        if iteration is None or reached["iteration"] == iteration:
             reached["calls"] += 1
-            if reached["calls"] == 2:
+            if reached["calls"] == call:
                 action()
         return original(*arguments, **keywords)
 
-    Collector.collect = counted
+    Grpo._iteration = counted  # type: ignore[method-assign]
     setattr(owner, method, breaking)
 
     def undo() -> None:
-        Collector.collect = collect
+        Grpo._iteration = iterate  # type: ignore[method-assign]
         setattr(owner, method, original)
 
     return undo

@@ -279,7 +279,7 @@ def test_the_export_loads_in_transformers_with_equal_logits(case, tmp_path):
 
 
 def test_greedy_decoding_equals_generate(case):
-    """The rollout engine, three prompts of different shapes at once, against transformers' own decoding one by one."""
+    """The rollout engine, three prompts of different shapes, the third in the place of another, against transformers' own decoding."""
     from terrace.data.prompt import read_prompt
     from terrace.generation.interface import Prompt, Sampling
 
@@ -293,7 +293,7 @@ def test_greedy_decoding_equals_generate(case):
         loaded = conversation(number, sizes)
         read = read_prompt(loaded.sample, loaded.images, loaded.sizes, case.tokenizer, case.family, case.pixels)
         prompts.append(Prompt(**vars(read.inputs), key=("s", number), id=str(number)))
-    engine = NativeEngine(model, never, stop, "cpu", "fp32")
+    engine = NativeEngine(model, never, stop, "cpu", "fp32", max_rows=4)
     groups = engine.generate(prompts, Sampling(samples=2, max_tokens=8, temperature=0.0))
     for prompt, group in zip(prompts, groups):
         inputs = reference_inputs(case, prompt, reference)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from families import NAMES, case_of
+from families import NAMES, case_of, recipe_model
 from family_ranks import family_pack, family_recipe
 from packs import tiny_recipe
 from processes import run_ranks
@@ -193,7 +193,7 @@ def test_every_family_adapts_every_part_with_a_gradient_and_a_plan_that_counts_i
     recipe = family_recipe(name, "ddp")
     values = recipe.model_dump(mode="json")
     for part, rank in {"vision": 2, "projector": 3, "language": 4}.items():
-        if part not in case.family.parts:
+        if part not in case.family.trainable():
             continue
         values["stages"][0]["train"][part]["lora"] = {"rank": rank, "alpha": 8, "rank_stabilised": part == "vision"}
     recipe = type(recipe).model_validate(values)
@@ -206,7 +206,7 @@ def test_every_family_adapts_every_part_with_a_gradient_and_a_plan_that_counts_i
     counted = {part: sum(p.numel() for _, p in pairs if p.requires_grad) for part, pairs in part_parameters(model).items()}
     shape = with_adapters(shape_of_config(case.config.to_dict(), name), stage, recipe.model, case.config)
     assert trainable_counts(shape, stage) == counted
-    assert {part for part, count in counted.items() if count} == set(case.family.parts)
+    assert {part for part, count in counted.items() if count} == set(case.family.trainable())
     named = list(itertools.chain.from_iterable(group.names for group in parameter_groups(model, stage)))
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert sorted(named) == sorted(trained)
@@ -220,7 +220,9 @@ def test_every_family_adapts_every_part_with_a_gradient_and_a_plan_that_counts_i
             if is_adapter(parameter_name):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     summed_loss(model, to_device(family_pack(case, 1, True), "cpu", torch.float32), 64).backward()
-    assert all(float(parameter.grad.abs().max()) > 0 for parameter in model.parameters() if parameter.requires_grad)
+    silent = (".layer.1.intermediate.", ".layer.1.output.") if name == "instructblip" else ()  # a Q-Former's last words are read by nobody
+    heard = [parameter for key, parameter in model.named_parameters() if not any(words in key for words in silent)]
+    assert all(float(parameter.grad.abs().max()) > 0 for parameter in heard if parameter.requires_grad)
     # Export by hand: merged and, filled up to one rank, unmerged.
     from peft import PeftModel
 
@@ -245,3 +247,9 @@ def test_targets_that_no_layer_has_are_named(tmp_path):
     recipe = tiny_recipe(train={"language": {"lr": 1e-3, "lora": {"targets": ["q_proj", "v_prj"]}}})
     with pytest.raises(Exception, match=r"no linear layer of language is named `v_prj`.*v_proj"):
         lora_targets(meta_model(model_config(recipe.model)), recipe.stages[0])
+    recipe = tiny_recipe(
+        model=recipe_model("qwen3_vl_moe"), train={"language": {"lr": 1e-3, "lora": {"targets": ["q_proj", "experts.gate_up_proj"]}}}
+    )
+    case = case_of("qwen3_vl_moe", tmp_path)
+    with pytest.raises(Exception, match=r"`experts.gate_up_proj` is one tensor for all experts \(.*mlp.experts.gate_up_proj\)"):
+        lora_targets(meta_model(case.config), recipe.stages[0])

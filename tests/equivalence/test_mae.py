@@ -143,7 +143,7 @@ def test_pictures_of_a_source_train_resume_and_export(tmp_path):
         run_stage(recipe_of(tmp_path, views=cuts, batch=batch, budget={"steps": 2}), 0, folder, 1, WorkerContext())
         told.append(losses(folder))
     np.testing.assert_allclose(told[0], told[1], rtol=1e-5)
-    assert abs(told[0][0] - losses(run)[0]) > 1e-3  # other pixels under the same masks
+    assert abs(told[0][0] - losses(run)[0]) > 1e-4  # other pixels under the same masks
     loaded, told = ViTMAEForPreTraining.from_pretrained(run / "stages" / "01-mae" / "final", output_loading_info=True)
     assert not told["missing_keys"]
     assert not told["unexpected_keys"]

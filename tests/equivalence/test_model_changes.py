@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from expert_steps import moe_case, train_experts
-from families import CONFIGS
+from families import CONFIGS, case_of, conversation, pack_of
 from packs import tiny_recipe
 from PIL import Image
 from processes import run_ranks
@@ -19,8 +19,11 @@ from transformers import AutoModelForImageTextToText
 
 from terrace.curriculum.attempt_worker import run_stage
 from terrace.data.prepare import load_prepared, prepare_data, stage_data
-from terrace.errors import Preempted
+from terrace.errors import DamagedData, InputError, Preempted
+from terrace.models.batch import to_device
 from terrace.models.build import build_model, model_config
+from terrace.models.export import export_hf
+from terrace.models.forward import pack_hidden
 from terrace.models.modules.sparse_mlp import SparseMlp
 from terrace.models.parts import part_parameters
 from terrace.models.surgery import stretched_positions
@@ -34,6 +37,7 @@ from terrace.recipe.rules import check
 from terrace.recipe.schema import Recipe
 from terrace.worker.context import WorkerContext
 
+WITHOUT = {name: value for name, value in CONFIGS["terrace_vlm"]["text_config"].items() if name != "vocab_size"}
 PARTS = {part: {"lr": 1e-3} for part in ("vision", "projector", "language")}
 
 
@@ -275,3 +279,43 @@ def test_mistakes_of_experts_are_named(tmp_path):
     assert any("a mixture of experts already" in line for line in told(twice.model_copy(update={"stages": stages})))
     other = tiny_recipe([{"name": "one"}, {"name": "two", "model_changes": {"upcycle": {}}}])
     assert any("has no mixture of experts; architecture terrace_vlm has" in line for line in told(other))
+
+
+def test_tokens_are_added_between_stages(tmp_path):
+    """Rows of embedding and output layer: their number by stage, what they begin as, what is refused, and a token that comes too early."""
+    torch.set_num_threads(1)
+    recipe = recipe_of(tmp_path, {"add_tokens": 16})
+    assert check(recipe) == []
+    rows = [stage_model(recipe, number).config["text_config"]["vocab_size"] for number in range(4)]
+    assert rows == [448, 464, 464, 448]
+    assert recipe_hash(stage_recipe(recipe, 1)) == recipe_hash(recipe)
+    plan = make_plan(recipe)
+    assert [stage.parameters["language"] - plan.stages[0].parameters["language"] for stage in plan.stages] == [0, 2048, 2048, 0]
+    case = case_of("terrace_vlm", tmp_path)
+    first, second = (stage_recipe(recipe, number).model for number in (0, 1))
+    model = build_model(first, model_config(first, case.tokenizer))
+    final = export_hf(dict(model.named_parameters()), model.config, case.tokenizer.directory, tmp_path / "final")
+    grown = build_model(second, model_config(second, case.tokenizer), start=final, changes=recipe.stages[1].model_changes)
+    old = dict(model.named_parameters())
+    for name, parameter in grown.named_parameters():
+        if name in ("lm_head.weight", "model.language_model.embed_tokens.weight"):
+            torch.testing.assert_close(parameter[448:], old[name].mean(dim=0).expand(16, -1))
+        assert torch.equal(parameter[: len(old[name])], old[name]), name
+    # The tokenizer may have what another stage adds, and no more; a sample may not have it before.
+    size = case.tokenizer.vocabulary_size
+    few = {**CONFIGS["terrace_vlm"]["text_config"], "vocab_size": size - 10}
+    narrow = recipe_of(tmp_path, {"add_tokens": 16}, {**CONFIGS["terrace_vlm"], "text_config": few})
+    early = stage_recipe(narrow, 0).model
+    assert model_config(early, case.tokenizer).text_config.vocab_size == size - 10
+    with pytest.raises(InputError, match=f"the tokenizer has {size} tokens, .*{size - 10}"):
+        model_config(narrow.model, case.tokenizer)
+    example = pack_of(case, [conversation(1, [])])
+    example.input_ids[3] = size - 1
+    with pytest.raises(DamagedData, match=f"has the token {size - 1} and the model of this stage {size - 10} rows"):
+        pack_hidden(build_model(early, model_config(early, case.tokenizer)), to_device(example, "cpu", torch.float32))
+    values = recipe.model_dump(mode="json")
+    values["stages"][1]["train"]["language"] = None
+    frozen = Recipe.model_validate(values)
+    assert ["which nothing trains in this stage" in str(problem) for problem in check(frozen)] == [True]
+    trained = recipe_of(tmp_path, {"add_tokens": 16}, {**CONFIGS["terrace_vlm"], "text_config": WITHOUT})
+    assert ["needs `vocab_size` in model.config" in str(problem) for problem in check(trained)] == [True]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
 
+from terrace.generation.copies import EngineOnCopy, lighten
 from terrace.generation.interface import Prompt, Response, Sampling, uniforms
 from terrace.generation.native import NativeEngine
+from terrace.generation.separate import as_bytes, from_bytes
 from terrace.models.attention import attention
 from terrace.models.build import build_model, model_config
 from terrace.models.shared_prompt import use_shared_prompt_attention
@@ -106,6 +110,103 @@ def test_a_response_does_not_depend_on_its_batch(model):
     assert len(texts) == 12
     other = engine_of(model, stop).generate(PROMPTS, Sampling(samples=4, max_tokens=16, seed=12))
     assert other[0][0].tokens.tolist() != together[0][0].tokens.tolist()
+
+
+def test_a_place_that_is_free_is_taken_by_the_next_prompt(model):
+    """Many short and a few long responses in four rows: tokens of each alone, fewer steps than in waves, none asked for too early."""
+    prompts = [dataclasses.replace(PROMPTS[number % 3], key=("prompts", number)) for number in range(9)]
+    sampling, stop = Sampling(samples=2, max_tokens=40, seed=21), range(0, 512, 25)
+    alone = [engine_of(model, stop).generate([prompt], sampling)[0] for prompt in prompts]
+    lengths = [len(response.tokens) for group in alone for response in group]
+    assert min(lengths) < 10 < 30 < max(lengths)
+    engine, asked, arrived, state = engine_of(model, stop, max_rows=4), [], [], {"pauses": 0}
+
+    def as_needed():
+        for number, prompt in enumerate(prompts):
+            if number == 5 and state["pauses"] < 3:  # none for now
+                state["pauses"] += 1
+                yield None
+            asked.append(len(arrived))
+            yield prompt
+
+    groups = engine.generate(as_needed(), sampling, lambda place, group: arrived.append(place))
+    for expected, group in zip(alone, groups, strict=True):
+        for a, b in zip(expected, group):
+            assert a.tokens.tolist() == b.tokens.tolist()
+            assert np.abs(a.logprobs - b.logprobs).max() < 1e-5
+            assert a.finished == b.finished
+    assert sorted(arrived) == list(range(9)) != arrived
+    assert asked[:2] == [0, 0]
+    assert asked[-1] >= 5, "prompts were asked for when rows were free"
+    used, waves = engine.usage.taken(), engine_of(model, stop, max_rows=4)
+    for start in range(0, 9, 2):
+        waves.generate(prompts[start : start + 2], sampling)
+    assert used.capacity == 4
+    assert used.live_steps == waves.usage.live_steps
+    assert used.steps < 0.8 * waves.usage.steps
+    assert used.idle_share < waves.usage.idle_share
+    stopped: list[int] = []
+    some = engine.generate(prompts, sampling, lambda place, group: stopped.append(place), stop=lambda: len(stopped) >= 3)
+    assert 3 <= len(some) < 9
+    for place, group in zip(sorted(stopped), some):
+        assert [one.tokens.tolist() for one in group] == [one.tokens.tolist() for one in alone[place]]
+
+
+def test_weights_are_replaced_between_two_steps_and_tokens_say_by_which_they_were_sampled(model):
+    engine, before = engine_of(model, stop=()), {name: value.clone() for name, value in model.state_dict().items()}
+    sampling, steps = Sampling(samples=2, max_tokens=12, seed=5), []
+
+    def exchange() -> None:
+        with engine.replacing(7), torch.no_grad():
+            steps.append(len(heard))
+            model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
+
+    heard: list[int] = []
+    thread = threading.Thread(target=exchange)
+
+    def hear(*_):
+        heard.append(1)
+        if len(heard) == 8:
+            thread.start()
+
+    try:
+        [group] = engine.generate(PROMPTS[:1], sampling, heard=hear)
+        thread.join()
+    finally:
+        model.load_state_dict(before)
+    [expected] = engine_of(model, stop=()).generate(PROMPTS[:1], sampling)
+    for response, old in zip(group, expected):
+        first = int((response.versions == 0).sum())
+        assert response.versions.tolist() == [0] * first + [7] * (12 - first)
+        assert first == steps[0] // 2 >= 4
+        assert response.tokens[:first].tolist() == old.tokens[:first].tolist()
+        assert response.tokens.tolist() != old.tokens.tolist()
+
+
+def test_a_copy_in_the_engine_s_precision_says_what_the_model_says(model):
+    """In bf16, what linear layers read is handed over and kept in two bytes: token for token and bit for bit the same answers."""
+    copy_of = deepcopy(model)
+    lighten(copy_of, torch.bfloat16)
+    with torch.no_grad():
+        for parameter in copy_of.parameters():
+            parameter.zero_()
+    copied = EngineOnCopy(copy_of, NativeEngine(copy_of, FORBIDDEN, range(0, 512, 10), "cpu", "bf16"))
+    names = {str(dtype).removeprefix("torch.") for dtype in copied.precisions.values()}
+    assert names == {"bfloat16", "float32"}
+    assert copied.precisions["lm_head.weight"] == torch.bfloat16
+    assert copied.precisions["model.language_model.embed_tokens.weight"] == torch.float32
+    bits = {
+        name: as_bytes(value.detach(), str(copied.precisions[name]).removeprefix("torch.")) for name, value in model.named_parameters()
+    }
+    assert sum(one.nbytes for one in bits.values()) < 0.8 * sum(4 * value.numel() for value in model.parameters())
+    copied.update_weights(lambda: ((name, from_bytes(one)) for name, one in bits.items()), 3)
+    sampling = Sampling(samples=3, max_tokens=16, seed=8)
+    expected = NativeEngine(model, FORBIDDEN, range(0, 512, 10), "cpu", "bf16").generate(PROMPTS, sampling)
+    for one, other in zip(expected, copied.generate(PROMPTS, sampling)):
+        for a, b in zip(one, other):
+            assert a.tokens.tolist() == b.tokens.tolist()
+            assert a.logprobs.tolist() == b.logprobs.tolist()
+            assert set(b.versions.tolist()) == {3}
 
 
 def test_a_complete_group_is_handed_on_while_others_decode(model, monkeypatch):

@@ -235,6 +235,8 @@ def check_resume_and_export(tmp_path: Path, cases: list[str]) -> None:
     torch.set_num_threads(1)
     values = {case: views_recipe(case, checkpoint={"every_steps": 1}).model_dump(mode="json") for case in cases}
     train_views(0, 1, values, str(tmp_path / "whole"))
+    for value in values.values():  # nor does it matter that held-out pictures are judged between two steps
+        value["stages"][0]["evaluate"]["every_steps"] = 1
     for case in cases:
         with pytest.raises(Exception, match="told to stop"):
             train_views(0, 1, {case: values[case]}, str(tmp_path / "killed"), stop_after=3)
@@ -261,6 +263,21 @@ def test_a_stage_resumes_to_the_same_bits_and_exports_its_tower(tmp_path):
 @pytest.mark.slow
 def test_every_stage_resumes_to_the_same_bits_and_exports_its_tower(tmp_path):
     check_resume_and_export(tmp_path, [case for case in CASES if case not in ("dino", "moco-v2", "swav")])
+
+
+@pytest.mark.slow
+def test_in_bfloat16_weights_that_are_split_train_as_well(tmp_path):
+    torch.set_num_threads(1)
+    cases = ("dino", "swav", "moco-v3", "cpc")
+    plain = {"optimizer": {"kind": "sgd", "momentum": 0.9}, "budget": {"steps": 2}}
+    train_views(0, 1, {case: views_recipe(case, **plain).model_dump(mode="json") for case in cases}, str(tmp_path / "one"))
+    for strategy in ("ddp", "fsdp"):
+        short = {
+            case: views_recipe(case, **plain, precision="bf16", parallel={"strategy": strategy}).model_dump(mode="json") for case in cases
+        }
+        run_ranks(2, train_views, short, str(tmp_path / strategy), timeout=600)
+        for case in cases:
+            np.testing.assert_allclose(losses(tmp_path / strategy / case), losses(tmp_path / "one" / case), rtol=0.2, err_msg=case)
 
 
 @pytest.mark.slow

@@ -19,7 +19,9 @@ def memory() -> dict[str, float]:
     """MiB of this process: its own, and of files; a mapped page that several processes use counts in parts (`proportional`)."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
     mebi = {name: int(lines[name].split()[0]) / 1024 for name in ("Rss", "Pss", "Pss_File", "Anonymous")}
-    return {"resident": mebi["Rss"], "proportional": mebi["Pss"], "files": mebi["Pss_File"], "own": mebi["Anonymous"]}
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    mebi["Peak"] = int(peak.split()[1]) / 1024
+    return {"peak": mebi["Peak"], "resident": mebi["Rss"], "proportional": mebi["Pss"], "files": mebi["Pss_File"], "own": mebi["Anonymous"]}
 
 
 def main(root: str, budget: str, resume_pack: int) -> None:
@@ -67,7 +69,7 @@ def main(root: str, budget: str, resume_pack: int) -> None:
             )
         },
         "samples_of_a_pack": sum(len(pack.samples) for pack in first) / len(first), "last_row": max(place.row for place in places),
-        "mebibytes": {name: after[name] - before[name] for name in after},
+        "mebibytes": {name: round(after[name] - before["resident" if name == "peak" else name], 1) for name in after},
     }))  # fmt: skip
 
 

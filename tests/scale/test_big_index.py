@@ -21,7 +21,7 @@ def planned(root: Path, budget: dict[str, Any], pack: int, processes: int) -> li
     environment = os.environ | {"PYTHONPATH": f"{HERE}:{HERE.parent}:{os.environ.get('PYTHONPATH', '')}", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(HERE / "plan_once.py"), str(root), json.dumps(budget), str(pack)]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) for _ in range(processes)]
-    answers = [process.communicate(timeout=500)[0] for process in running]
+    answers = [process.communicate(timeout=900)[0] for process in running]
     assert [process.returncode for process in running] == [0] * processes
     return [json.loads(answer.splitlines()[-1]) for answer in answers]
 

@@ -74,6 +74,8 @@ def write_run(run_dir: Path, steps: int = 400, gallery: bool = True) -> Path:
             (folder / "plan.json").write_text('{"total_steps": 60}')
             (folder / "examples.jsonl").write_text("".join(json.dumps(_example(at, task)) + "\n" for at in (1, 20) for task in TASKS))
             (folder / "calibration.json").write_text(json.dumps(_calibration()))
+            lanes = {"decoding": [[0.0, 1.0, 1.0], [1.0, 2.0, 0.5]], "rewards": [[0.5, 1.5, 1], [1.0, 2.5, 1]], "training": [[3, 4, 1]]}
+            (folder / "iteration-trace.json").write_text(json.dumps({"iteration": 7, "seconds": 4.0, "lanes": lanes, "idle": 0.25}))
     (run_dir / "stages" / "01-projector-warmup" / "nonfinite.jsonl").write_text('{"step": 7, "samples": ["a<b"], "policy": "skip"}\n')
     if gallery:
         (run_dir / "gallery.html").write_text(GALLERY)

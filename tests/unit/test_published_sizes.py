@@ -8,6 +8,7 @@ from terrace.models.build import meta_model, model_config
 from terrace.models.parts import part_parameters
 from terrace.planner.parameters import active_parameters, parameter_counts
 from terrace.planner.shapes import shape_of_config
+from terrace.recipe.loading import load_recipe
 from terrace.recipe.schema import Model
 
 SIGLIP = {
@@ -66,6 +67,9 @@ SIZES = {  # configuration, and billions of parameters in all and of one token a
         "num_query_tokens": 32,
     }, 3.75, 3.75),
 }  # fmt: skip
+for _name, _size in {"instructblip-vicuna-7b": 7.91, "flamingo-9b": 8.93, "chameleon-7b": 7.04}.items():  # as their recipes have it
+    _model = load_recipe(_name).model
+    SIZES[_model.architecture] = (_model.config, _size, _size)
 
 
 @pytest.mark.slow

@@ -136,6 +136,13 @@ REFUSED = [
     ([*GRPO, REWARDS, "stages.3.grpo.max_response_tokens=512"], "stages.3.grpo.max_response_tokens", "no room"),
     ([*GRPO, REWARDS, "stages.3.grpo={rollout_workers: 2, max_response_tokens: 9}"], "stages.3.grpo.rollout_workers", "separate"),
     ([*GRPO, REWARDS, "stages.3.grpo={clip_high: 0.2, max_response_tokens: 9}"], "stages.3.grpo.clip_high", "always 1"),
+    ([*GRPO, REWARDS, "stages.3.grpo={rollout: seamless, engine: vllm, max_response_tokens: 9}"], "stages.3.grpo.rollout", "engine native"),
+    ([*GRPO, REWARDS, "stages.3.grpo={overlap: {}, max_response_tokens: 9}"], "stages.3.grpo.overlap", "rollout: seamless"),
+    (
+        [*GRPO, REWARDS, "stages.3.grpo={overlap: {}, rollout: seamless, easy_pool_probability: 0.1, max_response_tokens: 9}"],
+        "stages.3.grpo.easy_pool_probability",
+        "overlap",
+    ),
     ([*GRPO, REWARDS, "stages.3.gates=[{metric: eval/prompt/loss, above: 1}]"], "stages.3.gates.0.metric", "not measured"),
     ([*GRPO, REWARDS, "stages.3.gates=[{metric: eval/reward/counting, above: 1}]"], "stages.3.gates.0.metric", "not measured"),
     ([*GRPO, "stages.3.rewards={counting: [{name: remote}]}"], "stages.3.rewards.counting.0", "url"),

@@ -31,8 +31,8 @@ CHARTS = (
     "failed rewards", "rollout", "KL to the start",
 )  # fmt: skip
 SECTIONS = (
-    "timeline", "stages", "loss", "held-out", "suites", "tasks", "judgements", "answers", "throughput", "data", "plan", "checkpoints",
-    "events", "recipe",
+    "timeline", "stages", "loss", "held-out", "suites", "tasks", "iteration", "judgements", "answers", "throughput", "data", "plan",
+    "checkpoints", "events", "recipe",
 )  # fmt: skip
 
 
@@ -164,6 +164,16 @@ def test_suites_show_every_stage_s_score_and_right_and_wrong_answers(page: str) 
     assert part.count("✓") == 3
     assert part.count("✗") == 2  # of the last stage: four of six are right
     assert "How many &lt;b&gt;shapes&lt;/b&gt;, 5?" in part
+
+
+def test_an_iteration_shows_who_waited_for_what(page: str) -> None:
+    part = re.search(r'<section id="iteration">.*?</section>', page, re.DOTALL)[0]
+    assert "<h3>morl, iteration 7</h3>" in part
+    assert re.findall(r'text-anchor="end">(\w+)</text>', part) == ["decoding", "rewards", "training"]
+    assert re.findall(r">(\d+%)</text>", part) == ["38%", "50%", "25%"]  # what lies on each other counts once
+    assert "25% of the engine's places idle" in part
+    heights = [float(one) for one in re.findall(r'<rect class="bar"[^>]* height="([\d.]+)"', part)]
+    assert heights[1] == heights[0] / 2
 
 
 def test_judgements_show_what_was_read_beside_the_picture_and_nothing_unescaped(page: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import threading
 import time
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from terrace.recipe.schema_grpo import RewardRule
 from terrace.rewards.alarm import AlarmLimits, Form, distinct_share, hacking_alarms
 from terrace.rewards.remote import RewardServiceError, remote
 from terrace.rewards.router import Router
-from terrace.rewards.sandbox import SandboxPool
+from terrace.rewards.sandbox import SandboxError, SandboxPool
 from terrace.rewards.service import RewardService, _pair
 from terrace.rewards.types import RewardItem
 
@@ -69,6 +70,41 @@ def test_service_wants_its_token_and_well_formed_requests(client):
     assert wrong.status_code == 422
     assert "captioning" in wrong.text
     assert client("GET", "/nothing").status_code == 404
+
+
+def test_a_service_that_is_behind_takes_no_more_and_one_that_cannot_judge_says_so(service, client, monkeypatch):
+    judged = threading.Event()
+    monkeypatch.setattr(service, "_most", 4)
+    score = service._router.score
+    monkeypatch.setattr(service._router, "score", lambda pairs: (judged.wait(20), score(pairs))[1])
+    body = {"items": [{"task": "counting", **item._asdict()} for item in ITEMS]}
+    answers = []
+    first = threading.Thread(target=lambda: answers.append(client("POST", "/score", json={"items": body["items"] * 3})))
+    first.start()  # 9 items where 4 may wait: a request alone is taken whatever its size
+    while not service._waiting:
+        time.sleep(0.01)
+    refused = client("POST", "/score", json=body)
+    assert refused.status_code == 429
+    assert refused.headers["retry-after"] == "1"
+    assert "9 responses wait to be judged, at most 4 may" in refused.text
+    assert client("GET", "/health", token=None).json()["waiting_items"] == 9
+    assert "terrace_reward_waiting_items 9" in client("GET", "/metrics").text
+    judged.set()
+    first.join(20)
+    assert answers[0].status_code == 200
+    assert client("POST", "/score", json=body).status_code == 200
+    assert "terrace_reward_waiting_items 0\n# TYPE terrace_reward_refused_total counter\nterrace_reward_refused_total 1" in client(
+        "GET", "/metrics"
+    ).text  # fmt: skip
+
+    def broken(*_):
+        raise SandboxError("no process starts")
+
+    monkeypatch.setattr(service._pool, "judge", broken)
+    assert client("GET", "/health", token=None).status_code == 200  # what was seen a moment ago still holds
+    monkeypatch.setattr(service, "_probed", time.monotonic() - 60)
+    failing = client("GET", "/health", token=None)
+    assert (failing.status_code, failing.json()["error"]) == (503, "no process starts")
 
 
 def _remote(handler, monkeypatch, **options):

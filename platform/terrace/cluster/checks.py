@@ -123,7 +123,8 @@ def _addresses(spec: CurriculumSpec) -> Iterator[str]:
     recipe = spec.recipe
     found = {f"recipe.data.sources.{name}.uri": source.uri for name, source in recipe.data.sources.items()}
     found |= {"recipe.tokenizer.path": recipe.tokenizer.path}
-    found |= {f"recipe.{dotted(path)}": uri for path, uri in named_places(recipe) if path[0] == "model" or path[2] == "model"}
+    models = ((path, uri) for path, uri in named_places(recipe) if path[0] == "model" or (path[0] == "stages" and path[2] == "model"))
+    found |= {f"recipe.{dotted(path)}": uri for path, uri in models}
     for where, uri in found.items():
         scheme, mark, _ = (uri or "").partition("://")
         if mark and scheme == "s3":

@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from terrace.data.pieces import RUNNING_TEXT, prompt_pieces, sample_pieces
 from terrace.data.tokenizer import TextTokenizer
 from terrace.data.types import Sample
 from terrace.errors import InputError
 from terrace.families.interface import Bounds, Family, Piece, View, Visual
 
-RUNNING_TEXT = "text"  # the role of a caption, a document or plain text
 Size = tuple[int, int]  # (width, height) of an original image
 
 
@@ -81,7 +81,7 @@ def encode_sample(
     `supervise`: `auto` (running text on its text, conversations on assistant turns), `all_text`, or `assistant`.
     Raises InputError, naming the sample, when text and images disagree.
     """
-    return _encode(sample, sizes, tokenizer, family, pixels, _pieces(sample, supervise, family))
+    return _encode(sample, sizes, tokenizer, family, pixels, sample_pieces(sample, supervise, family))
 
 
 def encode_prompt(sample: Sample, sizes: Sequence[Size], tokenizer: TextTokenizer, family: Family, pixels: Bounds) -> Encoded:
@@ -89,7 +89,7 @@ def encode_prompt(sample: Sample, sizes: Sequence[Size], tokenizer: TextTokenize
 
     Running text becomes its own beginning: everything up to and including the last image.
     """
-    return _encode(sample, sizes, tokenizer, family, pixels, _prompt_pieces(sample, family))
+    return _encode(sample, sizes, tokenizer, family, pixels, prompt_pieces(sample, family))
 
 
 def encode_observation(sample: Sample, sizes: Sequence[Size], tokenizer: TextTokenizer, family: Family, pixels: Bounds) -> Encoded:
@@ -97,7 +97,7 @@ def encode_observation(sample: Sample, sizes: Sequence[Size], tokenizer: TextTok
     answer. Positions count from 0; `sizes` are those of all images of the sample. Raises InputError where a later image would change
     how an earlier one is seen.
     """
-    pieces = [*_pieces(sample, "assistant", family), *family.generation()]
+    pieces = [*sample_pieces(sample, "assistant", family), *family.generation()]
     ends = [place for place, (kind, value, answer) in enumerate(pieces) if kind == "mark" and value == family.end_of_turn and answer]
     if not ends or sample.messages[-1]["role"] == "assistant":
         raise InputError(f"sample {sample.id}: an observation stands behind an answer")
@@ -122,14 +122,14 @@ def written_texts(sample: Sample, family: Family) -> Iterator[str]:
 
     A tokenizer is trained on it: without the turns' own words `You are a helpful assistant.` was 20 tokens of every short sample.
     Raises InputError, naming the sample, for one that the family cannot write."""
-    yield from (value for kind, value, _ in _pieces(sample, "auto", family) if kind == "text")
+    yield from (value for kind, value, _ in sample_pieces(sample, "auto", family) if kind == "text")
     if sample.messages[-1]["role"] == "user":  # a prompt: the header of the answer to come
         yield from (value for kind, value, _ in family.generation() if kind == "text")
 
 
 def measure_sample(sample: Sample, sizes: Sequence[Size], tokenizer: TextTokenizer, family: Family) -> Measure:
     """The resolution-independent size of a sample. InputError, naming the sample, when it cannot be trained on."""
-    measure, text_to_learn = _measure(sample, sizes, tokenizer, family, _pieces(sample, "auto", family))
+    measure, text_to_learn = _measure(sample, sizes, tokenizer, family, sample_pieces(sample, "auto", family))
     if not text_to_learn and sample.kind not in ("prompt", "picture"):
         raise InputError(f"sample {sample.id}: it has no text to learn from (empty answer or empty caption)")
     return measure
@@ -137,7 +137,7 @@ def measure_sample(sample: Sample, sizes: Sequence[Size], tokenizer: TextTokeniz
 
 def measure_prompt(sample: Sample, sizes: Sequence[Size], tokenizer: TextTokenizer, family: Family) -> Measure:
     """The size of `encode_prompt`'s tokens, for a sample without an answer."""
-    measure, _ = _measure(sample, sizes, tokenizer, family, _prompt_pieces(sample, family))
+    measure, _ = _measure(sample, sizes, tokenizer, family, prompt_pieces(sample, family))
     return replace(measure, supervised_tokens=0)
 
 
@@ -198,84 +198,6 @@ def _measure(
     good_cuts = tuple(cut for cut in cuts if cut < ids) if running_text and not coordinates else ()
     fixed = ids - len(coordinates)
     return Measure(fixed, supervised_tokens, tuple(visuals), tuple(coordinates), good_cuts, first_target), text_to_learn
-
-
-# ---------------------------------------------------------------- how a sample reads
-
-
-def _pieces(sample: Sample, supervise: str, family: Family) -> Iterator[Piece]:
-    messages, images = sample.messages, itertools.count()
-    yield from (("mark", role, False) for role in family.beginning)
-    if messages[0]["role"] == RUNNING_TEXT:
-        if len(messages) != 1:
-            raise InputError(f"sample {sample.id}: running text is one message, found {len(messages)} messages")
-        supervised = supervise != "assistant"
-        yield from family.running(_content(sample, messages[0]["content"], supervised, family, images))
-        yield "mark", family.end_of_text, supervised
-        return
-    try:
-        messages = list(family.plain_turns(messages))
-    except ValueError as error:
-        raise InputError(f"sample {sample.id}: {error}") from error
-    yield from family.opening(messages)
-    for message in messages:
-        supervised = message.get("train", message["role"] == "assistant" or supervise == "all_text")
-        yield from _turn(sample, message["role"], message["content"], supervised, family, images)
-
-
-def _turn(
-    sample: Sample, role: str, content: list[dict[str, Any]], supervised: bool, family: Family, images: Iterator[int]
-) -> Iterator[Piece]:
-    if role == RUNNING_TEXT:
-        raise InputError(f"sample {sample.id}: a message of role `text` cannot stand in a conversation")
-    try:
-        yield from family.turn(role, _content(sample, content, supervised, family, images), supervised)
-    except ValueError as error:
-        raise InputError(f"sample {sample.id}: {error}") from error
-
-
-def _content(
-    sample: Sample, content: list[dict[str, Any]], supervised: bool, family: Family, images: Iterator[int]
-) -> Iterator[Piece]:
-    """`images` counts those of the whole sample."""
-    for item in content:
-        kind = item.get("type")
-        if kind == "text":
-            yield "text", item["text"], supervised
-        elif kind == "image":
-            yield from family.heading(next(images))
-            yield "image", {"frames": [item["image"]], "timestamps": None}, False
-            yield from family.ending()
-        elif kind == "video":
-            if not item["frames"] or len(item["frames"]) != len(item["timestamps"]):
-                raise InputError(f"sample {sample.id}: a video needs frames, and one timestamp for each")
-            if not family.videos:
-                raise InputError(f"sample {sample.id}: {family.name} reads no videos here; give single frames as images")
-            yield from (("mark", role, False) for role in family.before)
-            yield "video", {"frames": list(item["frames"]), "timestamps": list(item["timestamps"])}, False
-            yield from (("mark", role, False) for role in family.after)
-        elif kind == "token":
-            yield "token", item["token"], supervised
-        elif kind in ("box", "point"):
-            values, wanted = item[kind], 4 if kind == "box" else 2
-            if len(values) != wanted:
-                raise InputError(f"sample {sample.id}: a {kind} has {wanted} numbers, found {len(values)}")
-            yield "coordinates", {"image": item["image"], "values": values}, supervised
-        else:
-            raise InputError(f"sample {sample.id}: unknown content item type {kind!r}")
-
-
-def _prompt_pieces(sample: Sample, family: Family) -> Iterator[Piece]:
-    if sample.messages[0]["role"] == RUNNING_TEXT:
-        pieces = list(_pieces(sample, "auto", family))
-        last = max((place for place, piece in enumerate(pieces) if piece[0] in ("image", "video")), default=-1)
-        if last >= 0:  # the image, and what is written behind it before anything is learned
-            rest = itertools.takewhile(lambda piece: not piece[2], pieces[last + 1 :])
-            yield from (*pieces[: last + 1], *rest)
-        return
-    messages = sample.messages[:-1] if sample.messages[-1]["role"] == "assistant" else sample.messages
-    yield from _pieces(Sample(sample.id, sample.kind, messages, sample.metadata), "auto", family)
-    yield from family.generation()
 
 
 def _known_tokens(pieces: Iterator[Piece], tokenizer: TextTokenizer, family: Family) -> Iterator[Piece]:

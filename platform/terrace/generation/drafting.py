@@ -9,19 +9,20 @@ Medusa heads draft one token each; MTP drafts one token with its first block, wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from terrace.generation.draft_cache import DraftCache
-from terrace.generation.interface import GroupReady, Prompt, Response, Sampling, uniforms
-from terrace.generation.native import COMPACT_SHARE, NativeEngine, Wave, prompts_as_pack, sample_tokens
+from terrace.generation.cache import SharedPromptCache
+from terrace.generation.interface import GroupReady, Heard, Prompt, Response, Sampling, uniforms
+from terrace.generation.native import COMPACT_SHARE, NativeEngine, prompts_as_pack
+from terrace.generation.sampling import sample_tokens
 from terrace.models.batch import to_device
 from terrace.models.families.registry import family_of_model, output_layer
 from terrace.models.heads import mtp_hidden
-from terrace.models.precision import DTYPES
+from terrace.models.precision import DTYPES, compute_context
 from terrace.models.shared_prompt import Unit, units_hidden
 
 
@@ -35,6 +36,35 @@ class DraftingEngine(NativeEngine):
     def acceptance(self) -> float | None:
         return self.accepted / self.drafted if self.drafted else None
 
+    def generate(
+        self, prompts: Iterable[Prompt], sampling: Sampling, ready: GroupReady | None = None, heard: Heard | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> list[list[Response]]:  # fmt: skip
+        """Waves of at most `max_rows` sequences, prompts in order: rows that are ahead by different numbers of tokens stay together."""
+        prompts, per_wave = list(prompts), max(1, self._max_rows // sampling.samples)
+        training = self._model.training
+        self._model.eval()
+        groups: list[list[Response]] = []
+        try:
+            with torch.no_grad(), compute_context(self._precision, str(self._device)):
+                for start in range(0, len(prompts), per_wave):
+                    if stop():
+                        break
+
+                    def group_ready(place: int, group: list[Response], start: int = start) -> None:
+                        if ready is not None:
+                            ready(start + place, group)
+
+                    def token_heard(sequence: int, token: int, start: int = start) -> None:
+                        if heard is not None:
+                            heard(start + sequence // sampling.samples, sequence % sampling.samples, [token])
+
+                    wave = prompts[start : start + per_wave]
+                    groups += self._wave(wave, sampling, group_ready, token_heard if heard is not None else None)
+        finally:
+            self._model.train(training)
+        return groups
+
     def _wave(
         self, prompts: Sequence[Prompt], sampling: Sampling, ready: GroupReady, heard: Callable[[int, int], None] | None = None
     ) -> list[list[Response]]:
@@ -46,8 +76,8 @@ class DraftingEngine(NativeEngine):
         units = [Unit(start, len(prompt.input_ids)) for start, prompt in zip(batch.boundaries, prompts)]
         kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         hidden = units_hidden(model, batch, units, kept)
-        cache = DraftCache(kept, units, samples, sampling.max_tokens, most)
-        drafter = _Mtp(model, hidden, batch, units, samples, sampling.max_tokens, most) if heads.kind == "mtp" else None
+        cache = draft_cache(kept, units, samples)
+        drafter = _Mtp(model, hidden, batch, units, samples) if heads.kind == "mtp" else None
         ends = torch.tensor([unit.end - 1 for unit in units], device=device)
         noise = np.stack([uniforms(sampling.seed, p, s, sampling.max_tokens) for p in prompts for s in range(samples)])
         noise = np.pad(noise, ((0, 0), (0, most)))
@@ -67,12 +97,12 @@ class DraftingEngine(NativeEngine):
             if not live.any():
                 return wave.finish()
             if drafter is not None:
-                drafter.take(fed, tokens, torch.from_numpy(counts).to(device), positions)
+                drafter.take(fed, tokens, counts, positions)
             if live.mean() <= 1 - COMPACT_SHARE:
                 keep = torch.from_numpy(np.flatnonzero(live)).to(device)
                 rows, tokens, source = rows[keep], tokens[keep], source[keep]
                 lengths, counts, live = lengths[live], counts[live], live[live]
-                cache.keep_rows(keep)
+                cache.keep_rows(keep.cpu().numpy())
                 if drafter is not None:
                     drafter.keep_rows(keep)
             last = torch.from_numpy(np.maximum(counts, 1) - 1).to(device)
@@ -89,10 +119,10 @@ class DraftingEngine(NativeEngine):
             self.drafted += int(live.sum()) * drafts_of_row
             self.accepted += int(agreed[live].sum())
             counts = np.where(live, agreed + 1, 0)
-            cache.keep_tokens(torch.from_numpy(counts).to(device))
+            cache.advance(counts)
             source = fed[torch.arange(len(rows), device=device), torch.from_numpy(np.maximum(counts, 1) - 1).to(device)]
 
-    def _run(self, tokens: torch.Tensor, positions: torch.Tensor, cache: DraftCache) -> torch.Tensor:
+    def _run(self, tokens: torch.Tensor, positions: torch.Tensor, cache: SharedPromptCache) -> torch.Tensor:
         """Hidden states [A * n, H] of the tokens that were fed; positions [P, A * n]."""
         family = family_of_model(self._model)
         embeddings = family.language(self._model).embed_tokens(tokens.unsqueeze(0))
@@ -137,7 +167,7 @@ class _Mtp:
     """The first MTP block while decoding: its cache, and `hidden` [A, H], from which the next draft is read."""
 
     def __init__(
-        self, model: Any, hidden: torch.Tensor, batch: Any, units: list[Unit], samples: int, max_tokens: int, most: int
+        self, model: Any, hidden: torch.Tensor, batch: Any, units: list[Unit], samples: int
     ) -> None:
         self._model = model
         kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -145,17 +175,67 @@ class _Mtp:
         options = {"prompt_units": units, "keep": kept}
         mtp_hidden(model, 1, hidden, batch.input_ids[0].roll(-1), batch.position_ids, options)
         shorter = [Unit(unit.start, unit.prompt - 1) for unit in units]
-        self._cache = DraftCache(kept, shorter, samples, max_tokens, most)
+        self._cache = draft_cache(kept, shorter, samples)
         self.hidden = hidden[:0]
 
-    def take(self, fed: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor, positions: torch.Tensor) -> None:
+    def take(self, fed: torch.Tensor, tokens: torch.Tensor, counts: np.ndarray, positions: torch.Tensor) -> None:
         """fed [A, n, H], the token sampled after each, [A, n], how many of them count, and the positions [P, A * n] of `fed`."""
         options = {"decode": self._cache}
         out = mtp_hidden(self._model, 1, fed.flatten(0, 1), tokens.flatten(), positions.unsqueeze(1), options)
-        self._cache.keep_tokens(counts)
-        last = counts.clamp(min=1) - 1
+        self._cache.advance(counts)
+        last = torch.from_numpy(np.maximum(counts, 1) - 1).to(fed.device)
         self.hidden = out.view(*fed.shape)[torch.arange(len(fed), device=fed.device), last]
 
     def keep_rows(self, rows: torch.Tensor) -> None:
-        self._cache.keep_rows(rows)
+        self._cache.keep_rows(rows.cpu().numpy())
         self.hidden = self.hidden[rows]
+
+
+def draft_cache(kept: dict[int, tuple[torch.Tensor, torch.Tensor]], units: list[Unit], samples: int) -> SharedPromptCache:
+    """A cache in which `samples` rows of each of these prompts begin."""
+    cache = SharedPromptCache(len(units) * samples)
+    cache.add_prompts(range(len(units)), kept, units)
+    cache.begin(np.arange(len(units) * samples), np.arange(len(units)).repeat(samples))
+    return cache
+
+
+class Wave:
+    """The tokens of a wave's sequences as they come, on the host."""
+
+    def __init__(self, prompts: int, samples: int, max_tokens: int, ready: GroupReady) -> None:
+        self._samples, self._ready = samples, ready
+        self._tokens = np.zeros((prompts * samples, max_tokens), np.int32)
+        self._logprobs = np.zeros((prompts * samples, max_tokens), np.float32)
+        self._lengths = np.zeros(prompts * samples, np.int64)
+        self._stopped = np.zeros(prompts * samples, bool)
+        self._groups: dict[int, list[Response]] = {}
+        self._prompts = prompts
+
+    def record(
+        self, rows: np.ndarray, live: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray, stopped: np.ndarray
+    ) -> None:
+        sequences = rows[live]
+        places = self._lengths[sequences]
+        self._tokens[sequences, places] = tokens[live]
+        self._logprobs[sequences, places] = logprobs[live]
+        self._lengths[sequences] += 1
+        self._stopped[sequences] = stopped[live]
+        for group in np.unique(sequences[stopped[live]] // self._samples).tolist():
+            members = slice(group * self._samples, (group + 1) * self._samples)
+            if self._stopped[members].all():
+                self._complete(group)
+
+    def _complete(self, group: int) -> None:
+        first = group * self._samples
+        self._groups[group] = [
+            Response(self._tokens[s, : self._lengths[s]].copy(), self._logprobs[s, : self._lengths[s]].copy(),
+                     bool(self._stopped[s]))
+            for s in range(first, first + self._samples)
+        ]  # fmt: skip
+        self._ready(group, self._groups[group])
+
+    def finish(self) -> list[list[Response]]:
+        for group in range(self._prompts):
+            if group not in self._groups:
+                self._complete(group)
+        return [self._groups[group] for group in range(self._prompts)]

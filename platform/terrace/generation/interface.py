@@ -15,6 +15,7 @@ import numpy as np
 
 from terrace.data.order.permutation import seed_of
 from terrace.data.types import PromptInputs
+from terrace.generation.usage import Usage
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Response:
     logprobs: np.ndarray
     finished: bool  # a stop token came; else it was cut at the length limit
     observed: Observed | None = None  # of a conversation with an environment; its last token is always a sampled one
+    versions: np.ndarray | None = None  # int32 [T]: the number of the weights that sampled each token, where the engine tells
 
     @property
     def sampled_tokens(self) -> np.ndarray:
@@ -123,13 +125,21 @@ Heard = Callable[[int, int, Sequence[int]], None]  # (place of the prompt, sampl
 
 
 class RolloutEngine(Protocol):
+    @property
+    def usage(self) -> Usage | None:
+        """What it did since it was last asked, where it knows."""
+
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, ready: GroupReady | None = None
     ) -> list[list[Response]]:
-        """G responses per prompt, in order. `ready` is called early, so that rewards overlap with decoding."""
+        """G responses per prompt, in order. `ready` is called early, so that rewards overlap with decoding.
 
-    def update_weights(self, tensors: Callable[[], Iterator[tuple[str, Any]]]) -> None:
-        """Take over the policy's weights; nothing to do where the engine runs on the training model."""
+        Engines of `rollout: seamless` take an iterator as well, which they ask as they have room (None: not now), and `stop`, which
+        ends generation with what is complete."""
+
+    def update_weights(self, tensors: Callable[[], Iterator[tuple[str, Any]]], version: int = 0) -> None:
+        """Take over the policy's weights; nothing to do where the engine runs on the training model. `version`: iterations that were
+        trained before, which responses name. May be called while another thread generates, where `rollout: seamless` is offered."""
 
     def sleep(self) -> None:
         """Release memory for the policy step."""

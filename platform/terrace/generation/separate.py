@@ -1,8 +1,8 @@
 """Rollouts on workers of their own (`placement: separate`), the only file of the RL loop that imports ray.
 
-Rollout workers are Ray actors; each holds an engine and a whole copy of the policy (4 bytes per parameter). Rank 0 of the
-training workers starts them and pushes the weights before every rollout through Ray's object store, so generation stays
-strictly on-policy; training workers wait meanwhile, as rollout workers do during the update. What it buys is room: the
+Rollout workers are Ray actors; each holds an engine and a whole copy of the policy (2 bytes per parameter in bf16, 4 in fp32). Rank 0
+of the training workers starts them and pushes the weights before every rollout through Ray's object store, some tensors at a time, so
+generation stays strictly on-policy; training workers wait meanwhile, as rollout workers do during the update. What it buys is room: the
 training engine and the rollout engine (its key-value cache above all) share no GPU, and their numbers are chosen apart.
 Random numbers depend on (seed, iteration, prompt, sample) alone, so the responses are those of `placement: colocated`.
 """
@@ -26,6 +26,8 @@ from terrace.recipe.schema_grpo import GrpoOptions
 from terrace.worker.collectives import from_rank_zero
 from terrace.worker.context import WorkerContext
 
+HAND_OVER_BYTES = 256 * 2**20
+
 
 class RolloutWorkerLost(TerraceError):
     """A rollout worker ended. What other rounds have decoded is kept; the stage goes on from there when it is resumed."""
@@ -45,12 +47,15 @@ class RolloutWorker:
         config = model_config(section, tokenizer)
         self._engine = open_copy_engine(section, stage, config, tokenizer, context, alone=True)
 
-    def load(self, weights: dict[str, np.ndarray]) -> None:
-        """Take over the policy: whole float32 tensors by parameter name."""
-        import torch
+    def precisions(self) -> dict[str, str] | None:
+        """In which type the engine takes each tensor; None: it wants all of them at once, in float32."""
+        found = getattr(self._engine, "precisions", None)
+        return None if found is None else {name: str(dtype).removeprefix("torch.") for name, dtype in found.items()}
 
+    def load(self, weights: dict[str, np.ndarray], version: int) -> None:
+        """Take over some tensors of the policy (or all), as `as_bytes` made them."""
         # The object store's memory is read-only, which torch warns of; the engine copies from it.
-        self._engine.update_weights(lambda: ((name, torch.from_numpy(np.array(w))) for name, w in weights.items()))
+        self._engine.update_weights(lambda: ((name, from_bytes(np.array(one))) for name, one in weights.items()), version)
 
     def generate(self, prompts: list[Prompt], sampling: Sampling) -> Iterator[tuple[int, list[Response]]]:
         """(place of a prompt, its responses), each as soon as it is complete."""
@@ -87,6 +92,7 @@ class SeparateEngine:
         names = [f"terrace-rollout-{uuid.uuid4().hex[:12]}-{number}" for number in range(count)]
         names = from_rank_zero(names, context)
         self._started: list[Any] = []
+        self._precisions: dict[str, str] | None = None
         if context.rank == 0:
             resources = stage.resources
             actor = ray.remote(
@@ -97,23 +103,39 @@ class SeparateEngine:
                 for number, name in enumerate(names)
             ]
             self._call([worker.__ray_ready__.remote() for worker in self._started])  # type: ignore[attr-defined]
+            [self._precisions] = self._call([self._started[0].precisions.remote()])
         from_rank_zero(None, context)  # the workers exist before another rank looks for them
         share = range(context.rank, count, context.world_size) or [context.rank % count]
         self._workers = [ray.get_actor(names[number]) for number in share]
 
-    def update_weights(self, tensors: Callable[[], Iterator[tuple[str, Any]]]) -> None:
-        """Push the policy to every rollout worker. Gathering the tensors is collective: every rank takes part."""
+    usage = None  # not known
+
+    def update_weights(self, tensors: Callable[[], Iterator[tuple[str, Any]]], version: int = 0) -> None:
+        """Push the policy to every rollout worker, `HAND_OVER_BYTES` at a time and in the precision that the engine keeps, so nobody
+        holds a second whole copy. Gathering the tensors is collective: every rank takes part."""
+        own = self._context.rank == 0
+        part: dict[str, np.ndarray] = {}
+        held = 0
+        waiting: list[Any] = []
+        for name, tensor in tensors():
+            if not own:
+                continue
+            wanted = "float32" if self._precisions is None else self._precisions[name]
+            part[name] = as_bytes(tensor.detach(), wanted)
+            held += part[name].nbytes
+            if self._precisions is not None and held >= HAND_OVER_BYTES:
+                self._call(waiting)  # at most one part is under way while the next is gathered
+                waiting, part, held = self._push(part, version), {}, 0
+        if own:
+            self._call(waiting)
+            self._call(self._push(part, version))
+        from_rank_zero(None, self._context)
+
+    def _push(self, part: dict[str, np.ndarray], version: int) -> list[Any]:
         import ray
 
-        own = self._context.rank == 0
-        weights = {}
-        for name, tensor in tensors():
-            if own:
-                weights[name] = tensor.detach().float().cpu().numpy()
-        if own:
-            reference = ray.put(weights)  # once per machine, shared by its rollout workers
-            self._call([worker.load.remote(reference) for worker in self._started])
-        from_rank_zero(None, self._context)
+        reference = ray.put(part)  # once per machine, in memory that its rollout workers share
+        return [worker.load.remote(reference, version) for worker in self._started]
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, ready: GroupReady | None = None
@@ -172,3 +194,19 @@ class SeparateEngine:
         for worker in self._started:
             ray.kill(worker)
         self._started = []
+
+
+def as_bytes(tensor: Any, precision: str) -> np.ndarray:
+    """The tensor on the host in a precision; numpy has no bfloat16, so that is its bits as int16."""
+    import torch
+
+    held = tensor.to("cpu", getattr(torch, precision), copy=True).contiguous()
+    return held.view(torch.int16).numpy() if precision == "bfloat16" else held.numpy()
+
+
+def from_bytes(array: np.ndarray) -> Any:
+    """The tensor that `as_bytes` made an array of."""
+    import torch
+
+    tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.int16 else tensor

@@ -54,7 +54,7 @@ class VllmEngine:
         self._folder = path / "model"
         self._loaded: Vllm | None = None
 
-    def update_weights(self, tensors: Callable[[], Iterator[tuple[str, Any]]]) -> None:
+    def update_weights(self, tensors: Callable[[], Iterator[tuple[str, Any]]], version: int = 0) -> None:
         """Write the policy as a Hugging Face directory, once per machine, and let vLLM read it (again)."""
         state = {}
         for name, tensor in tensors():  # collective where the parameters are sharded: every rank goes through
@@ -72,6 +72,8 @@ class VllmEngine:
             self._folder, self._context.device, self._dtype, self._stage.sequence_length, self._stage.seed, self._memory_share, self._sleeps
         )
         self._loaded = Vllm(loading, self._family, self._config, self._tokens)
+
+    usage = None  # not known
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling, ready: GroupReady | None = None) -> list[list[Response]]:
         assert self._loaded is not None, "update_weights comes first"

@@ -57,7 +57,7 @@ def model_config(model: Model, tokenizer: Any | None = None) -> Any:
         config = AutoConfig.for_model(family.name, **values)
     if family.gives == "pictures":
         return config
-    if tokenizer is not None and tokenizer.vocabulary_size > language_config(config).vocab_size:
+    if tokenizer is not None and tokenizer.vocabulary_size > language_config(config).vocab_size + model.coming_tokens:
         raise InputError(
             f"the tokenizer has {tokenizer.vocabulary_size} tokens, model.config.text_config.vocab_size is "
             f"{language_config(config).vocab_size}: raise it to at least the tokenizer's"

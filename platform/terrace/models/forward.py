@@ -11,13 +11,19 @@ import numpy as np
 import torch
 
 from terrace.errors import DamagedData
+from terrace.families.configurations import language_config
 from terrace.models.batch import DeviceBatch
 from terrace.models.families.registry import family_of_model, output_layer
 
 
-def check_placeholders(batch: DeviceBatch, visual_ids: tuple[int, ...]) -> None:
-    """Raise DamagedData if the image tokens of the pack are not as many as its images give."""
+def check_placeholders(batch: DeviceBatch, visual_ids: tuple[int, ...], vocabulary: int) -> None:
+    """Raise DamagedData if the image tokens of the pack are not as many as its images give, or a token lies behind the vocabulary."""
     example = batch.example
+    if example.tokens and (largest := int(example.input_ids.max())) >= vocabulary:
+        raise DamagedData(
+            f"pack {example.pack} has the token {largest} and the model of this stage {vocabulary} rows (samples"
+            f" {', '.join(example.sample_ids)}): what model_changes.add_tokens adds later cannot be read before"
+        )
     tokens = int(np.isin(example.input_ids, visual_ids).sum())
     if tokens != example.visual_tokens:
         raise DamagedData(
@@ -32,7 +38,7 @@ def hidden_states(model: Any, batch: DeviceBatch, **attention: Any) -> torch.Ten
     `model` is the transformers class itself, not a wrapper; `attention` is what its attention functions are told.
     """
     family = family_of_model(model)
-    check_placeholders(batch, family.visual_ids(model.config))
+    check_placeholders(batch, family.visual_ids(model.config), language_config(model.config).vocab_size)
     return family.hidden(model, batch, attention)
 
 

@@ -70,6 +70,11 @@ def lora_targets(model: Any, stage: Stage) -> dict[str, Lora]:
         wanted = training.lora.targets
         for target in wanted:
             if not any(name.endswith(f".{target}") for name in possible):
+                if fused := _fused(model, target):
+                    raise InputError(
+                        f"stage {stage.name}: train.{part}.lora.targets: `{target}` is one tensor for all experts ({fused}), which adapters"
+                        " beside linear layers cannot reach; adapt the layers of attention, or train the experts whole (`only`)"
+                    )
                 words = sorted({name.rpartition(".")[2] for name in possible})
                 raise InputError(
                     f"stage {stage.name}: train.{part}.lora.targets: no linear layer of {part} is named `{target}`{nearest(target, words)};"
@@ -81,6 +86,12 @@ def lora_targets(model: Any, stage: Stage) -> dict[str, Lora]:
         if not possible:
             raise InputError(f"stage {stage.name}: train.{part}.lora: {part} has no linear layer to adapt")
     return found
+
+
+def _fused(model: Any, target: str) -> str | None:
+    """A tensor [experts, rows, columns] that a target's words name, itself or the module that holds it."""
+    found = (name for name, parameter in model.named_parameters() if parameter.dim() == 3)
+    return next((name for name in found if f".{target}." in f".{name}."), None)
 
 
 def add_lora(model: Any, stage: Stage) -> None:

@@ -24,6 +24,8 @@ class Surgery:
         shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
         resized = changes is not None and changes.interpolate_positions is not None
         self._tables = {name: shapes[name] for name in family.position_tables(shapes)} if resized else {}
+        adds = changes is not None and changes.add_tokens is not None
+        self._rows = {name: shapes[name] for name in (family.embedding, family.head) if adds and name in shapes}
         upcycles = changes is not None and changes.upcycle is not None
         self._experts = {name: (shapes[name][0], sources) for name in shapes if upcycles and (sources := family.dense_sources(name))}
         self._routers = {f"{name.rpartition('.')[0]}.gate.weight" for name in self._experts}
@@ -35,11 +37,19 @@ class Surgery:
             return f"{name} begins as {shape[0]} copies of {' and '.join(self._experts[name][1])}"
         if name in self._routers and name not in directory.names:
             return f"{name} is new and starts random"
+        if self._grows(directory, name):
+            return f"{name} grows from {directory.shape(name)[0]} to {shape[0]} rows; the new ones begin as the mean of the others"
         if name not in self._tables or name not in directory.names or (found := directory.shape(name)) == shape:
             return None
         if found[-1] != shape[-1]:
             return None
         return f"{name} is stretched from {found[-2]} to {shape[-2]} positions (bicubic)"
+
+    def _grows(self, directory: Directory, name: str) -> bool:
+        if name not in self._rows or name not in directory.names:
+            return False
+        found, wanted = directory.shape(name), self._rows[name]
+        return found[1:] == wanted[1:] and found[0] < wanted[0]
 
     def makes(self, name: str) -> bool:
         """Whether a tensor that a directory lacks is made from others."""
@@ -51,6 +61,9 @@ class Surgery:
             dense = torch.cat([directory.read(source) for source in sources])
             return dense.expand(count, *dense.shape).contiguous()
         tensor = directory.read(name)
+        if self._grows(directory, name):
+            new = self._rows[name][0] - len(tensor)
+            return torch.cat([tensor, tensor.float().mean(dim=0, keepdim=True).to(tensor.dtype).expand(new, -1)])
         wanted = self._tables.get(name)
         return tensor if wanted is None or tuple(tensor.shape) == wanted else stretched_positions(tensor, wanted)
 

@@ -30,8 +30,9 @@ class Rows(HeadLinear):
     """Prototypes: rows that vectors are compared with by cosine, so that their lengths say nothing."""
 
     def forward(self, vectors: torch.Tensor, frozen: bool = False) -> torch.Tensor:
-        """Cosines [..., rows] of vectors of length 1. `frozen`: no gradient goes to the rows."""
-        return F.linear(vectors, F.normalize(self.weight.detach() if frozen else self.weight, dim=-1))
+        """Cosines [..., rows] of vectors of length 1, in their precision. `frozen`: no gradient goes to the rows."""
+        weight = (self.weight.detach() if frozen else self.weight).to(vectors.dtype)
+        return F.linear(vectors, F.normalize(weight, dim=-1))
 
 
 class BatchNorm(nn.BatchNorm1d):

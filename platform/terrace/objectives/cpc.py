@@ -32,7 +32,7 @@ class Cpc(ViewsObjective):
         count, _, width = projected.shape
         cells = projected.view(count, grid, grid, width)  # rows, columns
         columns = cells.transpose(1, 2).reshape(count * grid, grid, width)
-        context, _ = heads.context(columns)
+        context, _ = heads.context(columns.to(heads.context.weight_ih_l0.dtype))
         told = wide(heads.maps(context)).view(count, grid, grid, ahead, width).transpose(1, 2)  # rows, columns, k
         every, losses, pairs = projected.reshape(-1, width), projected.new_zeros(count), 0
         places = torch.arange(count * grid * grid, device=projected.device).view(count, grid, grid)

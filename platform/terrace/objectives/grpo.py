@@ -8,6 +8,10 @@ Per token t of response i, with advantage A_i (rl.advantages):
             stop_gradient(min(ratio, 1 + clip_high)) A_i logp                                  (`cispo`: MiniMax-M1, eq. 4)
     loss  = sum_t w_t [ -J_t + kl (exp(ref - logp) - (ref - logp) - 1) - entropy_coefficient H_t ]
 
+J_t of a token that other weights have sampled is multiplied by stop_gradient(exp(logp_old - logp_sampled)) (`correction`: of the token,
+or summed over its response), at most `correction_bound`; what lies above is cut to it, or 0 (`correction_masks`): truncated importance
+sampling.
+
 w_t is 1, and the sum is divided by the response tokens of the whole global batch (token mean, as in MORL eq. 1 and DAPO); with
 `average: responses` w_t is 1 / tokens of the response, and the divisor the responses; with `constant` w_t is 1 and the divisor
 responses x longest response (Dr. GRPO). The loop divides through the strategy's `scale`, so neither packing nor ranks can
@@ -41,6 +45,9 @@ class PolicyOptions:
     sequence_ratio: bool = False
     cispo: bool = False
     per_response: bool = False  # a token weighs 1 / tokens of its response
+    correction: str | None = None  # token, sequence
+    correction_bound: float = 2.0
+    correction_masks: bool = False
     kl_coefficient: float = 0.0
     entropy_coefficient: float = 0.0
     forbidden: tuple[int, ...] = ()  # token ids that are never sampled
@@ -60,6 +67,7 @@ class PolicyBatch:
     lengths: torch.Tensor  # int64 [responses]: tokens of each, in order; they add up to M
     old_logprobs: torch.Tensor | None = None  # float32 [M]; None: on-policy, the ratio is 1
     reference_logprobs: torch.Tensor | None = None  # float32 [M], for the KL term
+    sampled_logprobs: torch.Tensor | None = None  # float32 [M], of the weights that sampled each token, for the correction
     results: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -77,8 +85,9 @@ def token_losses(
     reference: torch.Tensor | None,
     options: PolicyOptions,
     lengths: torch.Tensor | None = None,
+    sampled: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Loss per token [N] and the sums (clipped tokens, KL) that become metrics. All float32 [N].
+    """Loss per token [N] and the sums (clipped tokens, KL, importance weights) that become metrics. All float32 [N].
 
     `lengths` int64 [responses] add up to N; only what looks at whole responses needs them.
     """
@@ -87,6 +96,11 @@ def token_losses(
         assert lengths is not None
         moved = response_means(moved, lengths)
     objective, clipped = _surrogate(torch.exp(moved), logprobs, advantages, options)
+    sums = {"clipped": clipped}
+    if options.correction is not None and sampled is not None:
+        weights, held = importance_weights((logprobs.detach() if old is None else old) - sampled, options, lengths)
+        objective = objective * weights
+        sums |= {"importance": weights.sum(), "held": held.sum().float()}
     losses = -objective
     divergence = torch.zeros((), device=logprobs.device)
     if reference is not None:
@@ -99,7 +113,22 @@ def token_losses(
     if options.per_response:
         assert lengths is not None
         losses = losses / lengths.repeat_interleave(lengths)
-    return losses, {"clipped": clipped, "kl": divergence}
+    return losses, {**sums, "kl": divergence}
+
+
+def importance_weights(
+    moved: torch.Tensor, options: PolicyOptions, lengths: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights float32 [N] of tokens whose log-probability has moved by `moved` since they were sampled, and which a bound holds back.
+    Where it is not known (NaN) the weight is 1."""
+    moved = moved.nan_to_num(nan=0.0)
+    if options.correction == "sequence":
+        assert lengths is not None
+        moved = response_means(moved, lengths) * lengths.repeat_interleave(lengths)
+    weights = torch.exp(moved)
+    held = weights > options.correction_bound
+    bounded = 0.0 if options.correction_masks else options.correction_bound
+    return weights.masked_fill(held, bounded), held
 
 
 def _surrogate(
@@ -164,8 +193,9 @@ def summed_policy_loss(model: Any, batch: PolicyBatch, options: PolicyOptions) -
         return 0.0 * output_layer(model)(hidden[:1]).float().sum()
     joined, entropy = torch.cat(logprobs), torch.cat(entropies)
     losses, sums = token_losses(
-        joined, entropy, batch.advantages, batch.old_logprobs, batch.reference_logprobs, options, batch.lengths
-    )
+        joined, entropy, batch.advantages, batch.old_logprobs, batch.reference_logprobs, options, batch.lengths,
+        batch.sampled_logprobs,
+    )  # fmt: skip
     batch.results = {"logprobs": joined.detach(), "entropies": entropy.detach(), **sums}
     return losses.sum()
 

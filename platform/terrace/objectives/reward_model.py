@@ -107,19 +107,28 @@ class RewardModel(Objective):
         return example.pack
 
     def evaluate(self, alive: Callable[[], None]) -> dict[str, float]:
-        """Loss and accuracy (share of pairs whose chosen answer scores higher) of the held-out pairs."""
+        """Of the held-out pairs: loss, accuracy (share whose chosen answer scores higher), and mean and deviation of all scores, by which a
+        reward may centre and scale them."""
         alive()
         packs: list[PairPack] = self.opening.feed.held_out()
         most = int(self.opening.gather([float(len(packs))]).max())
-        sums = [0.0, 0.0, 0.0]
+        sums = [0.0, 0.0, 0.0, 0.0, 0.0]
         for pack in packs + [self.empty()] * (max(most, 1) - len(packs)):
             alive()
             batch = self.batch(pack)
             sums[0] += float(self.strategy.loss(batch))
             margins = batch.results.get("margins", torch.zeros(0))
             sums[1], sums[2] = sums[1] + float((margins > 0).sum()), sums[2] + len(margins)
-        loss, right, count = self.opening.gather(sums).sum(axis=0)
-        return {"preference/loss": float(loss / count), "preference/accuracy": float(right / count)} if count else {}
+            values = batch.results.get("scores", torch.zeros(0)).double()
+            sums[3], sums[4] = sums[3] + float(values.sum()), sums[4] + float((values**2).sum())
+        loss, right, count, total, squares = self.opening.gather(sums).sum(axis=0)
+        if not count:
+            return {}
+        mean = total / (2 * count)
+        return {
+            "preference/loss": float(loss / count), "preference/accuracy": float(right / count), "preference/score_mean": float(mean),
+            "preference/score_deviation": float(max(squares / (2 * count) - mean**2, 0.0) ** 0.5),
+        }  # fmt: skip
 
 
 open_objective = RewardModel
@@ -140,8 +149,9 @@ def summed_preference_loss(model: Any, batch: PairBatch) -> torch.Tensor:
     """Float32 scalar. A pack without pairs still runs the model, for the collectives."""
     if not len(batch.rows):
         return 0.0 * units_hidden(model, batch.batch, batch.units).float().sum()
-    chosen, rejected = scores(model, batch).view(-1, 2).unbind(1)
-    batch.results = {"margins": (chosen - rejected).detach()}
+    both = scores(model, batch)
+    chosen, rejected = both.view(-1, 2).unbind(1)
+    batch.results = {"margins": (chosen - rejected).detach(), "scores": both.detach()}
     return -F.logsigmoid(chosen - rejected).sum()
 
 

@@ -96,7 +96,7 @@ class ViewsObjective(Objective):
         self._slopes: torch.Tensor | None = None
         self._starts: list[int] = []  # of each pack among this rank's rows
         self._told: list[Told] = []
-        self._before_judging: Sequence[ViewBatch] = ()
+        self._held_out: tuple[Together, Sequence[ViewBatch]] | None = None  # that are judged: their order, and those that ran already
         self._judged: Told | None = None
         self._ran = False
 
@@ -213,7 +213,7 @@ class ViewsObjective(Objective):
                 return nothing.detach()
             if batch.purpose == "judge":
                 batch.results["features"] = own.detach()
-                self._judged = self.losses(heads, self._features_of([batch], self._together, self._before_judging))
+                self._judged = self.losses(heads, self._features_of([batch], *self._held_out))
                 return nothing.detach()
             if self.meets:
                 return nothing + self._met(heads, own, batch)
@@ -332,15 +332,14 @@ class ViewsObjective(Objective):
             rounds = -(-len(packs) // context.world_size)
             places = range(context.rank, rounds * context.world_size, context.world_size)
             mine = [packs[place] if place < len(packs) else empty_pack() for place in places]
-            self._together = Together(mine, context)
             batches = [self._batch(pack, "features") for pack in mine]
             for batch in batches[:-1]:
                 self.strategy.loss(batch)
                 alive()
-            self._before_judging, batches[-1].purpose = batches[:-1], "judge"
+            self._held_out, batches[-1].purpose = (Together(mine, context), batches[:-1]), "judge"
             self.strategy.loss(batches[-1])
             alive()
-            told, self._judged, self._before_judging = self._judged, None, ()
+            told, self._judged, self._held_out = self._judged, None, None
             found |= {f"{kind}/loss": float(told.losses.double().mean())} if self.judges else {}
             found[f"{kind}/spread"] = spread(told.vectors.double().mean((0, 1)).cpu().numpy())
         self.strategy.model.train()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from terrace.families.configurations import language_config
 from terrace.families.registry import family_class
 from terrace.recipe.schema import Recipe
 from terrace.recipe.schema_changes import ModelChanges
@@ -29,12 +30,14 @@ def stage_model(recipe: Recipe, index: int) -> Model:
     own = recipe.stages[line[0]].model
     begun = written if own is None else own.of_stage(written)
     changes = [change for place in line if (change := recipe.stages[place].model_changes) is not None]
+    everywhere = [stage.model_changes.add_tokens or 0 for stage in recipe.stages if stage.model_changes is not None]
+    coming = sum(everywhere) - sum(change.add_tokens or 0 for change in changes)
     if not changes or begun.config is None:
-        return begun
+        return begun.before_tokens(coming) if coming else begun
     config: dict[str, Any] = dict(begun.config)
     for change in changes:
         config = changed_config(config, change, begun.architecture)
-    return begun.with_config(config)
+    return begun.with_config(config).before_tokens(coming)
 
 
 def changed_config(config: dict[str, Any], changes: ModelChanges, architecture: str) -> dict[str, Any]:
@@ -52,6 +55,10 @@ def changed_config(config: dict[str, Any], changes: ModelChanges, architecture: 
         text.pop("rope_theta", None)
         text = {**text, "rope_parameters": {**rope, "rope_theta": changes.rope_base}}
         config = text if flat else {**config, "text_config": text}
+    if changes.add_tokens is not None:
+        text = language_config(config)
+        text = {**text, "vocab_size": text["vocab_size"] + changes.add_tokens} if "vocab_size" in text else text
+        config = text if family_class(architecture).flat else {**config, "text_config": text}
     return config
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from terrace.errors import InputError
+from terrace.families.configurations import language_config
 from terrace.families.interface import Family
 from terrace.families.registry import family_class
 from terrace.recipe.changes import stage_model
@@ -41,6 +42,8 @@ def check(recipe: Recipe, stage: Stage, at: Path, index: int) -> Iterator[Proble
                 (*at, "train", "vision", "optimizer_state"),
                 "the moments of stretched positions have no meaning: set optimizer_state: reset in a stage that interpolates them",
             )
+    if changes.add_tokens is not None:
+        yield from _tokens(begun, stage, at)
     if changes.upcycle is not None:
         yield from _upcycle(begun, stage, at, family)
     for part in PARTS:
@@ -53,6 +56,17 @@ def without_changes(recipe: Recipe, index: int) -> Recipe:
     """The recipe whose stage `index` changes nothing of the model that it begins with."""
     without = recipe.stages[index].model_copy(update={"model_changes": None})
     return recipe.model_copy(update={"stages": [without if place == index else one for place, one in enumerate(recipe.stages)]})
+
+
+def _tokens(before: Model, stage: Stage, at: Path) -> Iterator[Problem]:
+    key, language = (*at, "model_changes", "add_tokens"), stage.train.language
+    if "vocab_size" not in language_config(before.config or {}):
+        yield Problem(key, "needs `vocab_size` in model.config: a tokenizer that is trained here has its tokens from the first stage on")
+    if language is None or language.lora is not None:
+        yield Problem(key, "adds rows of embedding and output layer, which nothing trains in this stage: train `language` without adapters")
+    elif language.optimizer_state == "keep":
+        told = "the moments of a smaller vocabulary do not fit: set optimizer_state: reset"
+        yield Problem((*at, "train", "language", "optimizer_state"), told)
 
 
 def _upcycle(before: Model, stage: Stage, at: Path, family: type[Family]) -> Iterator[Problem]:

@@ -9,6 +9,7 @@ from terrace.errors import nearest
 from terrace.recipe.errors import Path, Problem
 from terrace.recipe.objectives import OBJECTIVES, OPTIONS
 from terrace.recipe.schema import Recipe, Stage
+from terrace.recipe.schema_grpo import GrpoOptions
 
 REWARD_NAME = re.compile(r"[a-z][a-z0-9_]*|[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 ADDRESS_OPTIONS = ("url", "endpoint", "service")
@@ -100,6 +101,25 @@ def _grpo(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
         yield Problem((*key, "overlong_buffer_tokens"), told)
     if options.baseline == "leave_one_out" and options.normalise == "batch":
         yield Problem((*key, "normalise"), "`batch` has no published form with baseline leave_one_out; use mean or batch")
+    yield from _rollout(stage, options, key)
+
+
+def _rollout(stage: Stage, options: GrpoOptions, key: Path) -> Iterator[Problem]:
+    if options.rollout == "seamless" and options.engine == "vllm":
+        yield Problem((*key, "rollout"), "`seamless` is of engine native; vLLM batches continuously within a round")
+    if options.rollout == "seamless" and options.placement == "separate":
+        yield Problem((*key, "rollout"), "`seamless` decodes on the training workers; rollout workers of placement separate have rounds")
+    if options.rollout == "seamless" and stage.environment:
+        yield Problem((*key, "rollout"), "`seamless` answers a prompt once; tasks with an `environment` have rounds")
+    overlap = options.overlap
+    if overlap is None:
+        return
+    if options.rollout != "seamless":
+        yield Problem((*key, "overlap"), "keeps what is left over for the next iteration, which has no rounds; set rollout: seamless")
+    if overlap.max_staleness and (options.easy_pool_probability or options.drop_pass_rate_above is not None):
+        name = "easy_pool_probability" if options.easy_pool_probability else "drop_pass_rate_above"
+        told = "changes what is drawn after every iteration, and with overlap the next prompts are drawn already; leave one of them out"
+        yield Problem((*key, name), told)
 
 
 def _environment(stage: Stage, at: Path) -> Iterator[Problem]:

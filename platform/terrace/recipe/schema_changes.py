@@ -33,4 +33,8 @@ class ModelChanges(Strict):
         " over the new grid (bicubic).",
     )  # fmt: skip
     rope_base: Positive | None = Field(None, description="Base of the language model's rotary positions from now on (long context).")
+    add_tokens: int | None = Field(
+        None, ge=1, description="Rows that embedding and output layer get behind their vocabulary, each beginning as the mean of those that"
+        " are there: for tokens that the tokenizer has beyond the start's.",
+    )  # fmt: skip
     upcycle: Upcycle | None = Field(None, description="Dense feed-forward layers become mixtures of experts.")

@@ -9,6 +9,25 @@ from pydantic import Field
 from terrace.recipe.schema_inputs import Positive, Share, Strict
 
 
+class OverlapOptions(Strict):
+    """Generation that goes on while the policy trains. Correction as in TRL's vllm_importance_sampling_mode and AReaL."""
+
+    max_staleness: int = Field(
+        1, ge=0,
+        description="How many iterations older than those that train the weights may be that sampled a token; older groups are dropped and"
+        " counted. 0 is on-policy.",
+    )  # fmt: skip
+    correction: Literal["token", "sequence", "none"] = Field(
+        "token",
+        description="By what the gradient of a token is weighted: the probability under the weights that train over that under those that"
+        " sampled, of the token or of its whole response.",
+    )
+    beyond: Literal["clip", "mask"] = Field(
+        "clip", description="What happens to a weight above `bound`: it is the bound, or the token (or response) does not train."
+    )
+    bound: Annotated[float, Field(gt=1)] = Field(2.0, description="The largest weight.")
+
+
 class GrpoOptions(Strict):
     """MORL as published: on-policy, one step per rollout batch, no clip, no KL (MiMo-VL section 3.3)."""
 
@@ -59,7 +78,17 @@ class GrpoOptions(Strict):
     kl_coefficient: Annotated[float, Field(ge=0)] = Field(0.0, description="Weight of the KL penalty to the starting weights.")
     entropy_coefficient: float = Field(0.0, description="Weight of the entropy bonus.")
     dynamic_sampling: bool = Field(True, description="Sample further prompts where all rewards of a group are equal.")
-    max_sampling_rounds: int = Field(4, ge=1, description="Rounds of dynamic sampling at most.")
+    overlap: OverlapOptions | None = Field(
+        None, description="Generate while the policy trains, with rollout seamless; unset: each waits for the other (on-policy)."
+    )
+    max_sampling_rounds: int = Field(
+        4, ge=1, description="Rounds of dynamic sampling at most; with rollout seamless: draws at most, times prompts_per_iteration."
+    )
+    rollout: Literal["rounds", "seamless"] = Field(
+        "rounds",
+        description="`rounds`: all groups of a round end before further prompts are drawn; `seamless`: the next prompt begins wherever a"
+        " place is free, until enough groups teach something.",
+    )
     easy_pool_probability: Share = Field(0.0, description="Chance to draw a prompt that is already solved.")
     drop_pass_rate_above: Share | None = Field(None, description="Prompts solved more often than this leave the pool.")
     engine: Literal["native", "vllm"] = Field("native", description="What generates responses.")

@@ -50,11 +50,22 @@ class Model(Strict):
         None, description="Says what the published model has instead, where this model only stands in for a part of it."
     )
 
+    _coming: int = PrivateAttr(0)  # tokens that other stages of the recipe add, which this model's vocabulary lacks
     _written: Any = PrivateAttr(None)  # the recipe's own model, where this is that of a stage which changes it
 
     @property
     def written(self) -> Model:
         return self if self._written is None else self._written
+
+    @property
+    def coming_tokens(self) -> int:
+        return self._coming
+
+    def before_tokens(self, count: int) -> Model:
+        """The model of a stage without `count` tokens that others have."""
+        copied = self.model_copy()._as_written(self.written)
+        copied._coming = count
+        return copied
 
     def with_config(self, config: dict[str, Any]) -> Model:
         """The model with another configuration, as a stage's changes make it."""

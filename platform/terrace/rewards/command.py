@@ -19,6 +19,8 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8100)
     parser.add_argument("--replicas", type=int, default=1)
+    parser.add_argument("--gpus-per-replica", type=float, default=0.0, help="GPUs of a replica, for reward models (device: cuda)")
+    parser.add_argument("--max-waiting-items", type=int, default=4096, help="responses that wait in a replica; 429 to more")
     parser.add_argument("--sandbox-workers", type=int, default=2, help="killable processes per replica")
     parser.add_argument("--item-seconds", type=float, default=5.0, help="time limit of one response")
     parser.add_argument("--token-env", default="TERRACE_REWARD_TOKEN", help="environment variable that holds the token")
@@ -54,7 +56,10 @@ def main(args: argparse.Namespace) -> int:
 
     serve.start(http_options={"host": args.host, "port": args.port})
     serve.run(
-        serve_application(stage.rewards, token, args.replicas, args.sandbox_workers, args.item_seconds),
+        serve_application(
+            stage.rewards, token, args.replicas, args.sandbox_workers, args.item_seconds,
+            gpus_per_replica=args.gpus_per_replica, max_waiting_items=args.max_waiting_items,
+        ),
         name="rewards",
         route_prefix="/",
     )

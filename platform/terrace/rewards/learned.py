@@ -1,7 +1,9 @@
 """A trained Bradley-Terry model as a reward: `{name: reward_model, options: {path: <stage>/final}}`.
 
-The value is sigmoid(score), in (0, 1). It runs where the router runs (not in the sandbox: no text is evaluated). For
-GPUs of its own, serve it: `terrace serve-rewards` on another machine, and `remote` in the recipe.
+The value is sigmoid((score - centre) / scale), in (0, 1): a Bradley-Terry score means nothing but in differences, so `centre` and
+`scale` (0 and 1) may place it; the stage that trained the model tells mean and deviation of held-out scores. It runs where the
+router runs (not in the sandbox: no text is evaluated). For GPUs of its own, serve it: `terrace serve-rewards` on another machine,
+and `remote` in the recipe.
 
 A prompt is read as training reads it, conversation and images, and computed once for all responses of its group: one
 unit of a pack (models.shared_prompt), as in the reward model's own training. A prompt that cannot be read (its images
@@ -11,6 +13,7 @@ were not sent, its text and images disagree, it is too long) gets None, which is
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,6 +24,8 @@ import numpy as np
 
 from terrace.errors import DamagedData, InputError
 from terrace.rewards.types import RewardItem
+
+_OPENING = threading.Lock()
 
 
 @dataclass
@@ -41,18 +46,22 @@ class _Judge:
 
 
 def reward_model(
-    items: Sequence[RewardItem], *, path: str, device: str = "cpu", items_per_batch: int = 16, max_tokens: int = 8192
-) -> list[float | None]:
-    """sigmoid(score) of each response to its prompt; None where the prompt cannot be read or a conversation is longer than `max_tokens`."""
+    items: Sequence[RewardItem], *, path: str, device: str = "cpu", items_per_batch: int = 16, max_tokens: int = 8192,
+    centre: float = 0.0, scale: float = 1.0,
+) -> list[float | None]:  # fmt: skip
+    """The value of each response to its prompt; None where the prompt cannot be read or a conversation is longer than `max_tokens`."""
     import torch
 
     from terrace.objectives.reward_model import scores
 
-    judge = _opened(path, device)
+    if not scale > 0:
+        raise InputError(f"reward_model: scale {scale} must be above 0")
+    with _OPENING:  # requests that arrive together load it once
+        judge = _opened(path, device)
     values: list[float | None] = [None] * len(items)
     for batch in _batches(_grouped(items, judge, max_tokens), items_per_batch):
         with torch.no_grad():
-            judged = torch.sigmoid(scores(judge.model, _pair_batch(batch, device))).tolist()
+            judged = torch.sigmoid((scores(judge.model, _pair_batch(batch, device)) - centre) / scale).tolist()
         for place, value in zip((place for group in batch for place in group.places), judged):
             values[place] = value
     return values

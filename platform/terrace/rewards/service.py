@@ -4,6 +4,10 @@
 "failure", "reasons"}]}` (`metadata.images`, if sent, are base64 files); `GET /health`; `GET /metrics` (Prometheus text). `/score`
 and `/metrics` want `Authorization: Bearer TOKEN`. Requests that arrive within a few milliseconds are judged together. A
 failed reward is `"value": null` with its reason.
+
+A replica that has `max_waiting_items` responses to judge answers 429 with `Retry-After` instead of taking more, so that a service
+that is too slow is seen in its metrics and in the stage's reward seconds, and never in its memory. `/health` is 503 while the
+sandbox cannot judge; Ray Serve then replaces the replica.
 """
 
 from __future__ import annotations
@@ -19,10 +23,14 @@ from typing import Any
 from terrace.errors import InputError, TerraceError
 from terrace.recipe.schema_grpo import RewardRule
 from terrace.rewards.router import Router
-from terrace.rewards.sandbox import SandboxPool
+from terrace.rewards.sandbox import SandboxError, SandboxPool
 from terrace.rewards.types import RewardItem, Score
 
 MAX_REQUEST_BYTES = 256 * 2**20
+MAX_WAITING_ITEMS = 4096
+MAX_QUEUED_REQUESTS = 256  # in front of all replicas; Ray Serve answers 503 to more, which clients try again
+HEALTHY_SECONDS = 10.0  # for which a probe of the sandbox holds
+PROBE = RewardItem("", "1", "1")
 
 
 class RewardService:
@@ -34,7 +42,9 @@ class RewardService:
         token: str | None,
         sandbox_workers: int = 2,
         item_seconds: float = 5.0,
+        max_waiting_items: int = MAX_WAITING_ITEMS,
     ) -> None:
+        self._most, self._waiting, self._refused, self._probed = max_waiting_items, 0, 0, 0.0
         self._pool = SandboxPool(sandbox_workers, item_seconds)
         rules = {task: [RewardRule.model_validate(rule) for rule in named] for task, named in rewards.items()}
         self._router = Router(rules, self._pool)
@@ -57,7 +67,11 @@ class RewardService:
 
         path = request.url.path.rstrip("/")
         if path.endswith("/health"):
-            return JSONResponse({"status": "ok", "tasks": list(self._router.tasks)})
+            try:
+                await asyncio.to_thread(self.check_health)
+            except TerraceError as error:
+                return JSONResponse({"status": "failing", "error": str(error)}, status_code=503)
+            return JSONResponse({"status": "ok", "tasks": list(self._router.tasks), "waiting_items": self._waiting})
         if self._token is not None:
             given = request.headers.get("authorization", "")
             if not hmac.compare_digest(given.encode(), f"Bearer {self._token}".encode()):
@@ -78,17 +92,32 @@ class RewardService:
                 )
         except (ValueError, KeyError, TypeError, AttributeError, InputError) as error:
             return JSONResponse({"error": f"{type(error).__name__}: {error}"}, status_code=422)
+        if self._waiting and self._waiting + len(pairs) > self._most:  # one large request alone is taken
+            self._refused += 1
+            busy = f"{self._waiting} responses wait to be judged, at most {self._most} may; try again, or serve more replicas"
+            return JSONResponse({"error": busy}, status_code=429, headers={"Retry-After": "1"})
         started = time.monotonic()
+        self._waiting += len(pairs)
         try:
             scores = await self.score_request(pairs)
         except (
             TerraceError
         ) as error:  # a sandbox that cannot start, a remote reward that is down: the caller tries again
             return JSONResponse({"error": str(error)}, status_code=503)
+        finally:
+            self._waiting -= len(pairs)
         self._requests += 1
         self._seconds += time.monotonic() - started
         answers = [{"value": score.value, "parts": score.parts, "failure": score.failure, "reasons": score.reasons} for score in scores]
         return JSONResponse({"scores": answers})
+
+    def check_health(self) -> None:
+        """Raises TerraceError while the sandbox cannot judge. Ray Serve asks it too, and replaces a replica that fails."""
+        if time.monotonic() - self._probed > HEALTHY_SECONDS:
+            (outcome,) = self._pool.judge("counting", [PROBE])
+            if outcome.value != 1.0:
+                raise SandboxError(f"the sandbox judges nothing: {outcome.failure}")
+            self._probed = time.monotonic()
 
     def _metrics(self) -> str:
         lines = [
@@ -96,6 +125,10 @@ class RewardService:
             f"terrace_reward_requests_total {self._requests}",
             "# TYPE terrace_reward_seconds_total counter",
             f"terrace_reward_seconds_total {self._seconds:.6f}",
+            "# TYPE terrace_reward_waiting_items gauge",
+            f"terrace_reward_waiting_items {self._waiting}",
+            "# TYPE terrace_reward_refused_total counter",
+            f"terrace_reward_refused_total {self._refused}",
             "# TYPE terrace_reward_responses_total counter",
         ]
         for task, count in self._router.counts.items():
@@ -122,11 +155,16 @@ def serve_application(
     sandbox_workers: int = 2,
     item_seconds: float = 5.0,
     batch_wait_seconds: float = 0.005,
+    gpus_per_replica: float = 0.0,
+    max_waiting_items: int = MAX_WAITING_ITEMS,
 ) -> Any:
     """The Ray Serve application (deploy it with `serve.run`)."""
     from ray import serve
 
-    @serve.deployment(name="rewards", num_replicas=replicas, max_ongoing_requests=64)
+    @serve.deployment(
+        name="rewards", num_replicas=replicas, max_ongoing_requests=64, max_queued_requests=MAX_QUEUED_REQUESTS,
+        ray_actor_options={"num_gpus": gpus_per_replica} if gpus_per_replica else {},
+    )  # fmt: skip
     class DeployedRewardService(RewardService):
         @serve.batch(max_batch_size=64, batch_wait_timeout_s=batch_wait_seconds)
         async def score_request(self, pairs: list[list[tuple[str, RewardItem]]]) -> list[list[Score]]:  # type: ignore[override]
@@ -136,4 +174,4 @@ def serve_application(
             return await RewardService.__call__(self, request)
 
     plain = {task: [rule.model_dump() for rule in rules] for task, rules in rewards.items()}
-    return DeployedRewardService.bind(plain, token, sandbox_workers, item_seconds)
+    return DeployedRewardService.bind(plain, token, sandbox_workers, item_seconds, max_waiting_items)

@@ -30,6 +30,7 @@ from terrace.rl.environments import Environments, transcript
 from terrace.rl.exchange import told
 from terrace.rl.prompts import Drawn, PromptOrder, PromptReader
 from terrace.rl.stored import StoredReward, load_rewards, load_rollout, save_rewards, save_rollout
+from terrace.rl.trace import Trace
 from terrace.worker.collectives import gather_objects
 from terrace.worker.context import WorkerContext
 
@@ -55,6 +56,7 @@ class Group:
     solution: str
     reasons: tuple[Mapping[str, str], ...] = ()  # per response, by rule: what was read as the answer and what decided
     distinct: float = 1.0  # share of different texts
+    ages: tuple[int, int] = (-1, -1)  # the oldest and the newest weights that sampled a token; -1 where the engine does not tell
 
     @property
     def whole(self) -> bool:
@@ -78,6 +80,13 @@ class Collected:
     prompts: dict[Drawn, Prompt] = field(default_factory=dict)  # those that this rank has read
     damaged: list[str] = field(default_factory=list)  # `source/sample` that some rank could not read and left out
     unready: list[str] = field(default_factory=list)  # `source/sample` that was drawn and cannot be judged, left out
+    # Without rounds, by the numbers of draws:
+    draws: tuple[int, int] | None = None  # those that are decided: the first, and behind the last
+    damaged_draws: list[int] = field(default_factory=list)
+    unready_draws: list[int] = field(default_factory=list)
+    stale: list[Group] = field(default_factory=list)  # too old to train, beside `groups`
+    overlapped: bool = False  # generation goes on meanwhile
+    waiting: int = 0  # judged groups that are kept for the next iteration
 
     @property
     def kept(self) -> list[Group]:
@@ -98,6 +107,12 @@ class Collector:
     stage_hash: str
     context: WorkerContext
     environments: Environments
+    new_prompts: dict[Drawn, Prompt] = field(default_factory=dict)  # that this rank has read in the iteration
+
+    trace: Trace = field(default_factory=Trace)
+
+    def close(self) -> None:
+        """End what is generated beside the iterations."""
 
     def collect(self, iteration: int, folder: Path, doing: Callable[[str], None]) -> Collected:
         """Rounds of prompts until `prompts_per_iteration` groups are kept, the rounds are used up, or the order
@@ -128,7 +143,7 @@ class Collector:
         prompts = [prompt for _, prompt in usable]
         groups = self.environments.generate(self.engine, prompts, sampling, None) if prompts else []
         futures = [self._submit(prompt, group) for prompt, group in zip(prompts, groups)]
-        rewards = [_values(future.result()) for future in futures]
+        rewards = [reward_values(future.result()) for future in futures]
         own = [self._group(*four) for four in zip([one for one, _ in usable], prompts, groups, rewards)]
         return self._exchange(own, drawn)[0]
 
@@ -181,7 +196,7 @@ class Collector:
             rewards = []
             for place in range(len(groups)):
                 doing("waiting for the rewards of")
-                rewards.append(_values(futures[place].result()))
+                rewards.append(reward_values(futures[place].result()))
             save_rewards(reward_file, identity, rewards)
         collected.rollout_seconds += decoded - started
         collected.reward_seconds += time.perf_counter() - decoded
@@ -196,10 +211,12 @@ class Collector:
             paid: Future[list[Score]] = Future()
             paid.set_result([_of_environment(response) for response in group])
             return paid
+        begin, trace = time.time(), self.trace
         metadata, judged = prompt.reward_metadata, [response for response in group if _failure(response) is None]
         scores = self.router.submit([
             (prompt.task, RewardItem(prompt.text, self.answer_of(response), prompt.solution, metadata)) for response in judged
         ])  # fmt: skip
+        scores.add_done_callback(lambda _: trace.note("rewards", begin))
         return scores if len(judged) == len(group) else with_failures(scores, group)
 
     def answer_of(self, response: Response) -> str:
@@ -235,6 +252,7 @@ class Collector:
             solution=str(prompt.solution),
             reasons=tuple(reasons for _, _, reasons in rewards),
             distinct=distinct_share(texts),
+            ages=ages_of(responses),
         )
 
     def _exchange(
@@ -282,5 +300,12 @@ def with_failures(scores: Future[list[Score]], group: Sequence[Response]) -> Fut
     return whole
 
 
-def _values(scores: Sequence[Score]) -> list[StoredReward]:
+def ages_of(responses: Sequence[Response]) -> tuple[int, int]:
+    """The oldest and the newest weights that sampled a token of these; -1 where the engine does not tell."""
+    versions = [one.versions for one in responses if one.versions is not None and len(one.versions)]
+    return (min(int(one.min()) for one in versions), max(int(one.max()) for one in versions)) if versions else (-1, -1)
+
+
+def reward_values(scores: Sequence[Score]) -> list[StoredReward]:
+    """What of scores is kept on disk."""
     return [(score.value, score.failure, score.reasons) for score in scores]

@@ -25,6 +25,9 @@ def pass_rate(group: Group) -> float:
     return float((judged >= PASS_REWARD).mean()) if len(judged) else 0.0
 
 
+IDLE = "idle_share_of_rollout_seconds"  # of the engine's rows: nothing was decoded in them
+
+
 def own_groups(
     part: Sequence[Group], options: GrpoOptions, collected: Collected, collector: Collector, context: WorkerContext
 ) -> list[TrainGroup]:
@@ -90,7 +93,8 @@ def part_counts(part: Sequence[Group], stage: Stage) -> Counts:
 
 
 def iteration_figures(
-    iteration: int, collected: Collected, figures: dict[str, dict[str, float]], easy_pool: int, sync_seconds: float
+    iteration: int, collected: Collected, figures: dict[str, dict[str, float]], easy_pool: int, sync_seconds: float,
+    idle: float | None = None,
 ) -> dict[str, Any]:
     """The fields of metrics.jsonl that an iteration has once, in the line of its first update."""
     return {
@@ -104,8 +108,22 @@ def iteration_figures(
         "groups_surplus": collected.selection.surplus,
         **({"unready_prompts": len(collected.unready)} if collected.unready else {}),
         "sampling_rounds": collected.rounds,
+        **staleness(iteration, collected),
         "easy_pool": easy_pool,
         "sync_seconds": sync_seconds,
         "rollout_seconds": collected.rollout_seconds,
         "reward_seconds": collected.reward_seconds,
+        **({} if idle is None else {IDLE: idle}),
     }
+
+
+def staleness(iteration: int, collected: Collected) -> dict[str, float]:
+    """How many iterations older the oldest weights were that sampled what trains, over groups: mean and most; and what else became of
+    groups."""
+    if not collected.overlapped:
+        return {}
+    behind = [iteration - group.ages[0] for group in collected.kept] or [0]
+    return {
+        "staleness_mean": float(np.mean(behind)), "staleness_max": float(max(behind)),
+        "groups_stale": float(len(collected.stale)), "groups_waiting": float(collected.waiting),
+    }  # fmt: skip

@@ -29,21 +29,24 @@ from terrace.models.build import build_model
 from terrace.models.lora import merged
 from terrace.models.precision import compute_context
 from terrace.models.shared_prompt import use_shared_prompt_attention
-from terrace.objectives.grpo import PolicyBatch, PolicyOptions, summed_policy_loss
+from terrace.objectives.grpo import PolicyBatch, summed_policy_loss
 from terrace.objectives.interface import Counts, Objective, Opening, StageRun, StepExamples
-from terrace.recipe.schema import Stage
 from terrace.recipe.schema_grpo import GrpoOptions
 from terrace.rewards.alarm import hacking_alarms
 from terrace.rewards.places import settled
 from terrace.rewards.router import Router
 from terrace.rewards.sandbox import SandboxPool
-from terrace.rl.collect import Collected, Collector, Group
+from terrace.rl import ledger
+from terrace.rl.collect import Collected, Group
 from terrace.rl.environments import Environments
 from terrace.rl.figures import examples, form_of, past_forms, task_figures
-from terrace.rl.iteration import iteration_figures, own_groups, part_counts, pass_rate
+from terrace.rl.iteration import IDLE, iteration_figures, own_groups, part_counts, pass_rate
 from terrace.rl.judgements import Judgements
+from terrace.rl.overlap import OverlappedCollector
+from terrace.rl.policy import collector_of, policy_options
 from terrace.rl.stored import forget_iterations, iteration_folder
-from terrace.rl.units import TrainGroup, pack_groups, policy_batch
+from terrace.rl.trace import Trace
+from terrace.rl.units import TrainGroup, pack_groups, policy_batch, sampled_logprobs
 from terrace.rl.update import UpdateFigures
 from terrace.worker.collectives import gather_objects
 
@@ -95,9 +98,14 @@ class Grpo(Objective):
         self._figures = UpdateFigures()
         self._held = ExitStack()
         self._reference: Any = None
+        self._collector: Any = None
         self._history: dict[str, list[Any]] = {}
         self._update: Update | None = None
         self._mismatch = 0.0
+        self._version = 0  # iterations that were trained, as far as the weights go
+        self._ran = False
+        self._trace = Trace()
+        self._trained_from = self._engine_seen = time.time()
         self._judgements = Judgements(opening.stage.seed, opening.recipe.data.max_image_pixels)
 
     # ------------------------------------------------------------ a stage
@@ -123,7 +131,7 @@ class Grpo(Objective):
         self.unready_prompts = len(rows)
         engine = open_engine(recipe.model, stage, run.strategy.model, feed.config, feed.tokenizer, context)
         self._engine = self._held.enter_context(closing(engine))
-        self._collector = Collector(
+        self._collector = collector_of(self._options)(
             order=feed.order,
             reader=feed.reader,
             engine=self._engine,
@@ -153,14 +161,18 @@ class Grpo(Objective):
         return found
 
     def _wake_engine(self) -> None:
-        self._engine.update_weights(lambda: merged(self.strategy.model, self.strategy.tensors("weights")))
+        self._engine.update_weights(lambda: merged(self.strategy.model, self.strategy.tensors("weights")), self._version)
         self._engine.wake()
 
     def steps(self, start: int) -> Iterator[StepExamples]:
         if self.opening.context.rank == 0:
             self._history = past_forms(self.opening.stage_dir / "metrics.jsonl")
-        for iteration in range(start // self._updates, self.opening.feed.order.iterations):
-            yield from self._iteration(iteration)
+            ledger.forget_after(self.opening.stage_dir, start)
+        try:
+            for iteration in range(start // self._updates, self.opening.feed.order.iterations):
+                yield from self._iteration(iteration)
+        finally:
+            self._collector.close()
 
     def _iteration(self, iteration: int) -> Iterator[StepExamples]:
         """One batch of rollouts, in as many parts as it has optimizer steps. All parts' old log-probabilities come before
@@ -169,18 +181,25 @@ class Grpo(Objective):
         opening, order = self.opening, self.opening.feed.order
         doing = functools.partial(self.run.mark, iteration * self._updates + 1)
         started = time.perf_counter()
+        self._version, self._trace = iteration, Trace()
+        self._collector.trace = self._trace
         doing("giving the engine the weights of")
         self._wake_engine()
         synced = time.perf_counter()
+        self._trace.note("weights", self._trace.begin)
+        if not isinstance(self._collector, OverlappedCollector):
+            self._engine_seen = time.time()  # else it decodes all the time
         collected = self._collector.collect(iteration, iteration_folder(opening.stage_dir, iteration), doing)
+        idle = self._trace.engine(self._engine.usage.taken() if self._engine.usage else None, self._engine_seen)
+        self._engine_seen = self._trained_from = time.time()
         self._engine.sleep()
-        if not collected.groups and not collected.damaged and not collected.unready:
+        if not collected.groups and not collected.damaged and not collected.unready and not collected.stale:
             return  # the order has ended
         self._judgements.add(collected.groups, collected.prompts, iteration + 1, opening.context)
         for group in collected.groups:
             order.pool.record(group.drawn.key, pass_rate(group))
         figures = task_figures(collected.groups)
-        shared = iteration_figures(iteration, collected, figures, len(order.pool.members), synced - started)
+        shared = iteration_figures(iteration, collected, figures, len(order.pool.members), synced - started, idle)
         shown = [one for hand in gather_objects(examples(collected.groups, iteration + 1), opening.context) for one in hand]
         parts = [collected.kept[number :: self._updates] for number in range(self._updates)]
         packs = [
@@ -235,7 +254,7 @@ class Grpo(Objective):
         return PolicyPack(())
 
     def before(self, examples: Sequence[PolicyPack], scale: float) -> None:
-        self._figures = UpdateFigures()
+        self._figures = UpdateFigures(self._version)
 
     def batch(self, example: PolicyPack) -> PolicyBatch:
         batch = self._plain_batch(example)
@@ -243,6 +262,8 @@ class Grpo(Objective):
             batch.old_logprobs = example.old.to(batch.tokens.device)
         if self._reference is not None:
             batch.reference_logprobs = self._reference_logprobs(example)
+        if self._policy.correction is not None:
+            batch.sampled_logprobs = sampled_logprobs(example.groups).to(batch.tokens.device)
         return batch
 
     def _plain_batch(self, example: PolicyPack) -> PolicyBatch:
@@ -268,6 +289,7 @@ class Grpo(Objective):
     def values(self, ran: bool) -> dict[str, Any]:
         update = self._update
         assert update is not None
+        self._ran = ran
         if not ran:
             self._mismatch = 0.0
             return {"pack_fill": 0.0, **update.shared}
@@ -299,8 +321,15 @@ class Grpo(Objective):
                 f"iteration {update.iteration + 1}: log-probabilities of the rollout engine and the trainer differ by "
                 f"{self._mismatch:.3f} on average, more than max_logprob_mismatch"
             )
+        if update.last:
+            self._version = update.iteration + 1
         if not update.last or context.rank != 0:
             return
+        self._trace.note("training", self._trained_from)
+        self._trace.write(self.opening.stage_dir, update.iteration + 1, {"idle": update.shared.get(IDLE)})
+        if line := ledger.fates(update.collected):
+            about = {"step": step, "iteration": update.iteration + 1, **({} if self._ran else {"skipped": True})}
+            ledger.append(self.opening.stage_dir, about | line)
         for task, values in update.figures.items():
             self._history.setdefault(task, []).append(form_of(values))
             messages = hacking_alarms(task, self._history[task])
@@ -325,12 +354,16 @@ class Grpo(Objective):
 
     def state(self) -> Iterator[tuple[str, torch.Tensor]]:
         yield "judgements", self._judgements.tensor()
+        if isinstance(self._collector, OverlappedCollector):
+            yield "rollouts", torch.frombuffer(bytearray(self._collector.state()), dtype=torch.uint8)
 
     def load(self, source: Callable[[str], torch.Tensor]) -> None:
         try:
             self._judgements.load(source("judgements"))
         except TerraceError:  # a checkpoint of before there was a sample
             log.info("the checkpoint has no sample of judgements; a new one begins")
+        if isinstance(self._collector, OverlappedCollector):
+            self._collector.restore(source("rollouts").numpy().tobytes())
 
     def finished(self) -> None:
         if self.opening.context.rank == 0:
@@ -339,27 +372,10 @@ class Grpo(Objective):
 
     def close(self) -> None:
         super().close()
+        if self._collector is not None:
+            self._collector.close()
         self._held.close()
         self._reference = None
 
 
 open_objective = Grpo
-
-
-def policy_options(stage: Stage, options: GrpoOptions, forbidden: tuple[int, ...]) -> PolicyOptions:
-    """The loss's part of the recipe. With several updates per rollout the ratio is clipped only if the recipe says
-    so."""
-    return PolicyOptions(
-        temperature=options.temperature,
-        clip_low=options.clip_low,
-        clip_high=options.clip_high,
-        clip_ceiling=options.clip_ceiling,
-        sequence_ratio=options.ratio == "sequence",
-        cispo=options.surrogate == "cispo",
-        per_response=options.average == "responses",
-        kl_coefficient=options.kl_coefficient,
-        entropy_coefficient=options.entropy_coefficient,
-        forbidden=forbidden,
-        chunk_tokens=stage.loss_chunk_tokens,
-        one_head_call=stage.parallel.strategy == "zero3",
-    )

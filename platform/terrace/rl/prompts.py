@@ -28,6 +28,7 @@ from terrace.generation.interface import Prompt
 from terrace.recipe.schema import Recipe
 from terrace.recipe.schema_grpo import GrpoOptions
 from terrace.rewards.ready import Prompt as Judged
+from terrace.rewards.registry import load_reward, place_of
 from terrace.rl.environments import Sights
 from terrace.rl.pairs import Pair, answer_tokens, text_of_items
 from terrace.rl.pools import EasyPool
@@ -74,6 +75,7 @@ class PromptOrder:
         self.pool = EasyPool(options.easy_pool_probability, options.drop_pass_rate_above)
         self.position = 0
         self.draws = 0
+        self._settled: tuple[int, int] | None = None
         self._ahead: list[tuple[int, tuple[str, int]]] = []
         self._rows: dict[str, np.ndarray] = {}
         budget = stage.budget
@@ -140,11 +142,23 @@ class PromptOrder:
                     keys[place] = (source.name, row)
         return [(start + place, key) for place, key in enumerate(keys)]
 
+    def mark(self) -> tuple[int, int]:
+        """The place in the order, for `rewind` and `settle`."""
+        return self.position, self.draws
+
+    def rewind(self, mark: tuple[int, int]) -> None:
+        """Draw again from this place on."""
+        self.position, self.draws = mark
+        self._ahead = []
+
+    def settle(self, mark: tuple[int, int]) -> None:
+        """A checkpoint's place from now on is this one: what was drawn after it is not decided."""
+        self._settled = mark
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, the same for any number of workers."""
-        return {
-            "prompts": self.fingerprint, "position": self.position, "draws": self.draws, "pool": self.pool.state()
-        }  # fmt: skip
+        position, draws = self._settled or self.mark()
+        return {"prompts": self.fingerprint, "position": position, "draws": draws, "pool": self.pool.state()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from a checkpoint. Raises InputError if the order is another one by now."""
@@ -155,7 +169,7 @@ class PromptOrder:
             )
         self.position, self.draws = int(state["position"]), int(state["draws"])
         self.pool.restore(state["pool"])
-        self._ahead = []
+        self._ahead, self._settled = [], None
 
 
 class PromptReader:
@@ -191,7 +205,7 @@ class PromptReader:
         """What rewards would know of the prompt, without opening an image. Raises InputError where it could not be drawn."""
         _, scales = self._measured(drawn, sample)
         task = self._task(drawn, sample)
-        if task and "solution" not in sample.metadata:
+        if task and "solution" not in sample.metadata and self._needs_solution(task):
             self._refuse(drawn, sample)
         return Judged(sample.id, task or "", sample.metadata.get("solution"), self._metadata(drawn, sample, scales))
 
@@ -239,9 +253,15 @@ class PromptReader:
 
     def _prompt(self, drawn: Drawn, sample: Sample, images: list[bytes]) -> Prompt:
         task = self._task(drawn, sample)
-        if task is None or "solution" not in sample.metadata:
+        if task is None or ("solution" not in sample.metadata and self._needs_solution(task)):
             self._refuse(drawn, sample)
         return self._encoded(drawn, sample, images, str(task))
+
+    def _needs_solution(self, task: str) -> bool:
+        """Whether a rule of the task reads one: services, reward models and environments may do without, so that the rows that trained a
+        reward model are prompts too."""
+        rules = [rule.name for rule in self._stage.rewards.get(task, ())]
+        return any(place_of(name) == "sandbox" and getattr(load_reward(name), "needs_solution", True) for name in rules)
 
     def _task(self, drawn: Drawn, sample: Sample) -> str | None:
         return sample.metadata.get("task") or self._recipe.data.sources[drawn.key[0]].task

@@ -8,6 +8,7 @@ off while decoding is made again: sampling depends on seeds alone, so it comes o
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -28,8 +29,8 @@ def iteration_folder(stage_dir: Path, iteration: int) -> Path:
     return stage_dir / "iterations" / f"{iteration:06d}"
 
 
-def save_rollout(path: Path, identity: dict[str, Any], groups: Sequence[Sequence[Response]]) -> None:
-    """Write a round's responses of this rank, whole or not at all."""
+def rollout_bytes(identity: dict[str, Any], groups: Sequence[Sequence[Response]]) -> bytes:
+    """Groups of responses, and what they are of, as one file."""
     responses = [response for group in groups for response in group]
     buffer = io.BytesIO()
     np.savez(
@@ -38,33 +39,51 @@ def save_rollout(path: Path, identity: dict[str, Any], groups: Sequence[Sequence
         groups=np.asarray([len(group) for group in groups], np.int64),
         lengths=np.asarray([len(response.tokens) for response in responses], np.int64),
         tokens=np.concatenate([response.tokens for response in responses]) if responses else np.zeros(0, np.int32),
-        logprobs=np.concatenate([response.logprobs for response in responses])
-        if responses
-        else np.zeros(0, np.float32),
+        logprobs=np.concatenate([response.logprobs for response in responses]) if responses else np.zeros(0, np.float32),
         finished=np.asarray([response.finished for response in responses], bool),
+        versions=np.concatenate([_versions(response) for response in responses]) if responses else np.zeros(0, np.int32),
         **{name: value for number, one in enumerate(responses) for name, value in _observed(number, one.observed).items()},
     )
+    return buffer.getvalue()
+
+
+def rollout_from(content: bytes) -> tuple[bytes, list[list[Response]]]:
+    """The identity, as JSON, and the groups of `rollout_bytes`."""
+    with np.load(io.BytesIO(content)) as stored:
+        ends = np.cumsum(stored["lengths"])[:-1]
+        tokens, logprobs = np.split(stored["tokens"], ends), np.split(stored["logprobs"], ends)
+        versions = np.split(stored["versions"], ends) if "versions" in stored else [None] * len(tokens)
+        observed = [_read_observed(stored, number, own) for number, own in enumerate(tokens)]
+        flat = [Response(*five) for five in zip(tokens, logprobs, stored["finished"].tolist(), observed, versions)]
+        identity, counts = stored["identity"].tobytes(), stored["groups"].tolist()
+    return identity, [flat[start:end] for start, end in itertools.pairwise(np.cumsum([0, *counts]).tolist())]
+
+
+def save_rollout(path: Path, identity: dict[str, Any], groups: Sequence[Sequence[Response]]) -> None:
+    """Write a round's responses of this rank, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, buffer.getvalue())
+    write_durably(path, rollout_bytes(identity, groups))
+
+
+def stored_identity(path: Path) -> dict[str, Any] | None:
+    """Of which rollout a file is, or None if there is none."""
+    if not path.is_file():
+        return None
+    with np.load(path) as stored:
+        return json.loads(stored["identity"].tobytes())
 
 
 def load_rollout(path: Path, identity: dict[str, Any]) -> list[list[Response]] | None:
     """The responses of a round, or None if there is no file of this identity."""
     if not path.is_file():
         return None
-    with np.load(path) as stored:
-        if stored["identity"].tobytes() != json_bytes(identity):
-            return None
-        ends = np.cumsum(stored["lengths"])[:-1]
-        tokens, logprobs = np.split(stored["tokens"], ends), np.split(stored["logprobs"], ends)
-        observed = [_read_observed(stored, number, own) for number, own in enumerate(tokens)]
-        flat = [Response(*four) for four in zip(tokens, logprobs, stored["finished"].tolist(), observed)]
-        counts = stored["groups"].tolist()
-    groups, start = [], 0
-    for count in counts:
-        groups.append(flat[start : start + count])
-        start += count
-    return groups
+    found, groups = rollout_from(path.read_bytes())
+    return groups if found == json_bytes(identity) else None
+
+
+def _versions(response: Response) -> np.ndarray:
+    """int32 [T]; -1 where the engine does not tell."""
+    return np.full(len(response.tokens), -1, np.int32) if response.versions is None else response.versions
 
 
 _INPUTS = ("positions", "pixels", "image_facts", "image_tokens", "image_rows")

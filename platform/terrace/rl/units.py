@@ -146,6 +146,10 @@ def policy_batch(groups: Sequence[TrainGroup], device: torch.device | str, dtype
     )  # fmt: skip
 
 
+def sampled_logprobs(groups: Sequence[TrainGroup]) -> torch.Tensor:
+    """float32 [response tokens]: the log-probabilities that the engine sampled them with; NaN where it does not know."""
+    found = [response.sampled_logprobs for group in groups for response in group.responses]
+    return torch.from_numpy(np.concatenate(found).astype(np.float32) if found else np.zeros(0, np.float32))
 def _sampled(response: Response) -> np.ndarray:
     """bool [T]: the policy's own tokens."""
     return np.ones(len(response.tokens), bool) if response.observed is None else response.observed.sampled

@@ -26,13 +26,14 @@ from terrace.data.images import image_size
 from terrace.data.index.content import hashes_of
 from terrace.data.index.merge import id_hash, merge_parts, write_parquet
 from terrace.data.parallel import Progress, run_units
+from terrace.data.pieces import RUNNING_TEXT
 from terrace.data.sources.conventions import Rules
 from terrace.data.sources.ingest import IngestReport, Shard, iter_refused, require_samples, stored_uri
 from terrace.data.sources.placeholders import resolve_coordinates
 from terrace.data.sources.refusals import Refusal, RefusedSample
 from terrace.data.sources.shard_walk import Group, scan_shard
 from terrace.data.sources.shards import sample_of_members, used_suffixes
-from terrace.data.template import RUNNING_TEXT, Measure, measure_prompt, measure_sample
+from terrace.data.template import Measure, measure_prompt, measure_sample
 from terrace.data.tokenizer import TextTokenizer, load_tokenizer
 from terrace.data.types import Sample
 from terrace.errors import InputError

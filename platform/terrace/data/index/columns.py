@@ -9,6 +9,7 @@ the pages that somebody asks for afterwards. Places and lengths are 64-bit every
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import shutil
 import tempfile
@@ -26,22 +27,30 @@ from terrace.storage.synchronise import file_lock
 FORMAT = 1
 MANIFEST = "columns.json"
 CHUNK = 2**18  # rows that are worked on together: a few megabytes a column
+RELEASED = 2**24  # bytes: a larger column is let go of after each read
+SINGLES = 512  # reads of one value of it, after which it is let go of
 _NARROW = ("u1", "i1", "<u2", "<i2", "<u4", "<i4", "<i8", "<u8")
 
 
 class Column:
     """Values that look like a numpy array of `dtype`: `column[places]` is one, and nothing else is in memory."""
 
-    def __init__(self, dtype: Any, count: int, stored: np.ndarray | None = None, first: int = 0, step: int = 0):
+    def __init__(
+        self, dtype: Any, count: int, stored: np.ndarray | None = None, first: int = 0, step: int = 0, mapping: mmap.mmap | None = None
+    ):
         self.dtype, self.shape = np.dtype(dtype), (count,)
         self._stored, self._first, self._step = stored, first, step
+        self._mapping = mapping if mapping is not None and len(mapping) > RELEASED else None
+        self._singles = 0
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, places: Any) -> Any:
         if self._stored is not None:
-            return self._stored[places].astype(self.dtype)
+            found = self._stored[places].astype(self.dtype)
+            self._let_go()
+            return found
         if isinstance(places, slice):
             return (self._first + self._step * np.arange(*places.indices(len(self)))).astype(self.dtype)
         places = np.asarray(places)
@@ -54,11 +63,28 @@ class Column:
 
     def at(self, place: int) -> int:
         """One whole number, sooner than by `[place]`; `place` is not checked."""
-        return self._first + self._step * place if self._stored is None else self._stored.item(place)
+        if self._stored is None:
+            return self._first + self._step * place
+        self._count_single()
+        return self._stored.item(place)
+
+    def _let_go(self) -> None:
+        """Unmap the pages that a read brought. They stay in the machine's cache for whoever reads next, but count for no process:
+        where files are cached in large pieces, one value would leave megabytes in the process that asked for it."""
+        if self._mapping is not None:
+            self._mapping.madvise(mmap.MADV_DONTNEED)
+
+    def _count_single(self) -> None:
+        self._singles += 1
+        if self._singles % SINGLES == 0:
+            self._let_go()
 
     def raw(self, start: int, stop: int) -> bytes:
         """The values from `start` to `stop` as they lie on disk."""
-        return self[start:stop].tobytes() if self._stored is None else self._stored[start:stop].tobytes()
+        if self._stored is None:
+            return self[start:stop].tobytes()
+        self._count_single()
+        return self._stored[start:stop].tobytes()
 
     def up_to(self, values: np.ndarray) -> np.ndarray:
         """int64: how many of the column's values, which ascend, are at most each of these. Reads a few pages a value."""
@@ -137,7 +163,8 @@ def _open(folder: Path, name: str, facts: dict[str, Any]) -> Column:
         was = "is gone" if size < 0 else f"has {size} of {count * stored.itemsize} bytes"
         raise InputError(f"{path} {was}; delete the folder {folder}, it is made again from the index")
     # A plain array over the mapping: reading one value of numpy's own memmap class costs five times as much.
-    return Column(dtype, count, np.asarray(np.memmap(path, stored, "r")) if count else np.empty(0, stored))
+    mapped = np.memmap(path, stored, "r") if count else None
+    return Column(dtype, count, np.empty(0, stored)) if mapped is None else Column(dtype, count, np.asarray(mapped), 0, 0, mapped._mmap)
 
 
 # ---------------------------------------------------------------- writing

@@ -19,12 +19,13 @@ from terrace.data.order.eligible import source_pixels
 from terrace.data.order.fixed import plan_of
 from terrace.data.order.permutation import permute, seed_of
 from terrace.data.order.plan import PADDING_WINDOW, StagePlan
+from terrace.data.pieces import RUNNING_TEXT
 from terrace.data.sources.ingest import iter_refused
 from terrace.data.sources.refusals import RefusedSample
 from terrace.data.stream.collate import NO_TARGET, CollateSettings, LoadedSample, Segment, image_pixels, make_segment
 from terrace.data.stream.read import read_located
 from terrace.data.stream.tasks import TaskSettings
-from terrace.data.template import RUNNING_TEXT, encode_prompt
+from terrace.data.template import encode_prompt
 from terrace.data.tokenizer import TextTokenizer
 from terrace.data.types import PackSpec, Sample, SampleRef
 from terrace.errors import DamagedData

@@ -48,7 +48,7 @@ def item_columns(items: Items) -> list[np.ndarray]:
 
 
 class StoredItems:
-    """Items on disk: a selection of them is `Items` in memory, and so is a whole column that somebody asks for."""
+    """Items on disk. A selection (a slice, or their numbers) is `Items` in memory, and so is a whole column that somebody asks for."""
 
     def __init__(self, columns: Columns):
         self._columns, self.facts = columns.columns, columns.facts
@@ -64,7 +64,7 @@ class StoredItems:
     def _rows(self, selection: Any) -> np.ndarray:
         if "rows" in self._columns:
             return self._columns["rows"][selection]
-        numbers = np.arange(len(self))[selection] if not isinstance(selection, slice) else np.arange(*selection.indices(len(self)))
+        numbers = np.arange(*selection.indices(len(self))) if isinstance(selection, slice) else np.asarray(selection, np.int64)
         return numbers + self._columns["passed_over"].up_to(numbers)
 
     def __getattr__(self, name: str) -> Any:

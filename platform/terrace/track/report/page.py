@@ -14,6 +14,7 @@ from pathlib import Path
 from terrace.page import document, facts
 from terrace.track.report.charts import DASHES
 from terrace.track.report.curves import Curves, shares
+from terrace.track.report.iteration import iteration_part
 from terrace.track.report.judgements import judgements_part
 from terrace.track.report.numbers import clock, short_number, span
 from terrace.track.report.read import RunReport
@@ -40,6 +41,7 @@ SECTIONS = (  # id, heading; a section without content is left out
     ("held-out", "Held-out samples, before and after"),
     ("suites", "Suites"),
     ("tasks", "Reinforcement learning, per task"),
+    ("iteration", "An iteration: who waited for what"),
     ("judgements", "Judgements"),
     ("answers", "In the model's own words"),
     ("throughput", "Throughput"),
@@ -64,6 +66,7 @@ def write_page(runs: Sequence[RunReport], path: Path) -> Path:
         "held-out": _panel(curves.held_out()) + _each(runs, names, lambda run, _: held_out_table(run) + gates_table(run)),
         "suites": _each(runs, names, lambda run, _: suites_part(run)),
         "tasks": _panel(curves.tasks()) + _each(runs, names, lambda run, _: examples(run)),
+        "iteration": _each(runs, names, lambda run, _: iteration_part(run)),
         "judgements": _each(runs, names, lambda run, _: judgements_part(run)),
         "answers": _each(runs, names, lambda run, _: answers(run)),
         "throughput": _panel(curves.throughput()),

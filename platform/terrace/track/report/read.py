@@ -78,6 +78,7 @@ class StageReport:
     reruns: int
     plan: Mapping[str, Any] | None = None
     judgements: Mapping[str, Any] | None = None  # of a grpo stage: the state of its `track.calibration.Calibration`, and `pictures`
+    trace: Mapping[str, Any] | None = None  # of a grpo stage: who waited for what in its last iteration
 
     @cached_property
     def figures(self) -> StageFigures:
@@ -189,6 +190,7 @@ def _read_stage(run_dir: Path, index: int, stage: Stage, events: list[Event], ph
         parameters=parameters_of(final),
         examples=read_rows(folder / "examples.jsonl"),
         judgements=_object(folder / "calibration.json") if (folder / "calibration.json").is_file() else None,
+        trace=_object(folder / "iteration-trace.json") if (folder / "iteration-trace.json").is_file() else None,
         nonfinite=read_rows(folder / "nonfinite.jsonl"),
         total_steps=(result or {}).get("steps") or planned or (plan or {}).get("steps"),
         reruns=len(list(folder.parent.glob(f"{folder.name}.rerun-*"))),
