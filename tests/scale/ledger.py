@@ -1,9 +1,8 @@
-"""An instrument that counts what one rank holds, reads, writes, sends and receives, and ranks as threads of one process.
+"""An instrument that counts what one rank holds, reads, writes, sends and receives.
 
 Bytes are counted where they pass: reads at the system calls of `storage.files` and at the checksums, writes at the files that are there
-afterwards, traffic at torch's collectives (every one goes through the dispatcher), memory as the storages that torch makes meanwhile and
-that are alive at the same time. Ranks share one process, so 32 of them cost one import; torch's own threaded process group carries their
-collectives.
+afterwards, traffic as what collectives fill, memory as the storages that torch makes meanwhile and that are alive at the same time.
+Ranks are threads of one process (`tests/thread_ranks.py`), so every count is a thread's.
 """
 
 from __future__ import annotations
@@ -11,15 +10,13 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-import torch.distributed as dist
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.distributed import multi_threaded_pg as threaded
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,16 +50,13 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         result = function(*arguments, **(options or {}))
-        if function.namespace == "c10d":
-            self._ledger.received += _received(function.__name__.partition(".")[0], arguments)
-        self._note([leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)])
+        given = {tensor.untyped_storage()._cdata for tensor in _on_host((arguments, options))}
+        self._note([tensor for tensor in _on_host(result) if tensor.untyped_storage()._cdata not in given])  # a view makes nothing
         return result
 
     def _note(self, tensors: list[torch.Tensor]) -> None:
         ledger, new = self._ledger, False
         for tensor in tensors:
-            if tensor.device.type != "cpu" or type(tensor) is not torch.Tensor:
-                continue
             storage = tensor.untyped_storage()
             if storage._cdata not in ledger.alive or ledger.alive[storage._cdata][0].expired():
                 ledger.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
@@ -72,13 +66,9 @@ class _Watch(TorchDispatchMode):
             ledger.held = max(ledger.held, sum(size for _, size in ledger.alive.values()))
 
 
-def _received(name: str, arguments: Any) -> int:
-    """What a collective brings to a rank: all that it fills but for the rank's own share."""
-    tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
-    sizes = [tensor.numel() * tensor.element_size() for tensor in tensors]
-    if "alltoall" in name or "allgather" in name:
-        return sum(sizes) // 2 if "alltoall" in name else max(sizes, default=0)
-    return 0 if "barrier" in name else max(sizes, default=0)
+def _on_host(values: Any) -> list[torch.Tensor]:
+    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu"]
+    return [tensor for tensor in tensors if type(tensor) in (torch.Tensor, torch.nn.Parameter)]
 
 
 @contextlib.contextmanager
@@ -93,76 +83,53 @@ def counted(ledger: Ledger) -> Iterator[Ledger]:
         ledger.alive.clear()
 
 
+COLLECTIVES = (
+    "all_gather_single", "all_gather_single_coalesced", "all_to_all_single", "allgather", "allreduce", "allreduce_coalesced", "alltoall",
+    "broadcast", "gather", "reduce_scatter", "reduce_scatter_single", "reduce_scatter_single_coalesced", "scatter",
+)  # what they fill is their first argument
+
+
+class _Pool(ThreadPoolExecutor):
+    """A pool whose threads count for whoever made it."""
+
+    def __init__(self, max_workers: int | None = None) -> None:
+        super().__init__(max_workers, initializer=setattr, initargs=(_LOCAL, "ledger", _current()))
+
+
 @contextlib.contextmanager
 def instruments() -> Iterator[None]:
-    """Reads and writes of every thread go to its ledger."""
-    from terrace.models import export
+    """Reads, writes and traffic of every thread go to its ledger."""
+    from terrace.models import export, tensor_files
     from terrace.train import checkpoint, restore
 
-    real_preadv, real_digest, real_save = os.preadv, restore._digest, export.save_file
-
-    def preadv(descriptor: int, buffers: Any, offset: int, *flags: int) -> int:
-        got = real_preadv(descriptor, buffers, offset, *flags)
-        if (ledger := _current()) is not None:
-            ledger.read += got
-        return got
-
-    def save(tensors: Any, path: Path, metadata: Any = None) -> None:
-        real_save(tensors, path, metadata)
-        ledger = _current() or _WRITERS.get(threading.get_ident())
-        if ledger is not None:
-            ledger.written += path.stat().st_size
-
-    def verifying(path: Path, verify: bool, place: str | None, share: tuple[int, int], real: Any = restore.find_fault) -> str | None:
-        ledger = _current()
-
-        def digest(uri: str) -> str:  # in threads of a pool
+    def counting(what: str, real: Callable[..., Any], size: Callable[..., int]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            ledger, _LOCAL.ledger = _current(), None  # a collective that is made of others counts once
+            try:
+                result = real(*arguments, **options)
+            finally:
+                _LOCAL.ledger = ledger
             if ledger is not None:
-                ledger.read += os.path.getsize(uri)
-            return real_digest(uri)
+                setattr(ledger, what, getattr(ledger, what) + size(result, *arguments))
+            return result
 
-        with _DIGESTS, mock.patch.object(restore, "_digest", digest):
-            return real(path, verify, place, share)
+        return call
 
-    with (
-        mock.patch.object(os, "preadv", preadv), mock.patch.object(checkpoint, "save_file", save),
-        mock.patch.object(export, "save_file", save), mock.patch.object(restore, "find_fault", verifying),
-    ):
+    written = {"what": "written", "size": lambda result, tensors, path, *rest: path.stat().st_size}
+    group = threaded.ProcessLocalGroup
+    with contextlib.ExitStack() as stack:
+        for owner, name, replaced in (
+            (os, "preadv", counting("read", os.preadv, lambda got, *rest: got)),
+            (restore, "_digest", counting("read", restore._digest, lambda digest, uri: os.path.getsize(uri))),
+            (checkpoint, "save_file", counting(real=checkpoint.save_file, **written)),
+            (export, "save_file", counting(real=export.save_file, **written)),
+            (tensor_files, "ThreadPoolExecutor", _Pool), (restore, "ThreadPoolExecutor", _Pool),
+            *((group, name, counting("received", getattr(group, name), lambda work, group, filled=(), *rest: _bytes(filled)))
+              for name in COLLECTIVES),
+        ):  # fmt: skip
+            stack.enter_context(mock.patch.object(owner, name, replaced))
         yield
 
 
-_DIGESTS = threading.Lock()
-_WRITERS: dict[int, Ledger] = {}
-
-
-def run_threads(ranks: int, work: Callable[[int, int], Any]) -> list[Any]:
-    """`work(rank, ranks)` in threads that are ranks of one process group; the results by rank. The first error is raised."""
-    results: list[Any] = [None] * ranks
-    errors: list[str] = []
-    world = threaded._install_threaded_pg()
-    store = dist.HashStore()
-
-    def enter(rank: int) -> None:
-        try:
-            dist.init_process_group("threaded", rank=rank, world_size=ranks, store=store)
-            results[rank] = work(rank, ranks)
-        except BaseException as error:
-            errors.append(traceback.format_exc())
-            threaded.ProcessLocalGroup.exception_handle(error)
-        finally:
-            with contextlib.suppress(BaseException):
-                dist.destroy_process_group()
-
-    try:
-        threads = [threading.Thread(target=enter, args=(rank,)) for rank in range(ranks)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        threaded.ProcessLocalGroup.reset()
-        threaded._uninstall_threaded_pg()
-    del world
-    if errors:
-        raise AssertionError(errors[0])
-    return results
+def _bytes(tensors: Any) -> int:
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree_leaves(tensors) if isinstance(leaf, torch.Tensor))

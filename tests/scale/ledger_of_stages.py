@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
-from ledger import Ledger, counted, instruments, run_threads
+from ledger import Ledger, counted, instruments
 from packs import tiny_model, tiny_recipe
+from thread_ranks import run_threads
 
-# Per action, what a rank may have, in models of float32 divided by the ranks.
-ACTIONS: dict[str, dict[str, float]] = {
-    "start": {"read": 1.05},
-    "save": {"written": 3.05, "received": 0.0, "held": 3.05},
-    "resume": {"read": 6.2},  # three tensors of the model's size, compared with their checksums and then read
-    "export": {"written": 1.05, "received": 1.05, "read": 0.0},
+# Per action, what a rank may have, in models of float32 divided by the ranks: what is read are three tensors of the model's size, which are
+# compared with their checksums and then read.
+SHARES: dict[str, dict[str, float]] = {
+    "start": {"read": 1.05, "received": 0.01, "written": 0.0, "held": 1.05},
+    "save": {"read": 0.0, "received": 0.01, "written": 3.1, "held": 3.05},
+    "resume": {"read": 6.1, "received": 0.01, "written": 0.0, "held": 2.1},
+    "export": {"read": 0.0, "received": 1.3, "written": 1.3, "held": 1.3},
 }
+# Under DDP every rank has whole weights and moments, so it receives and makes them, in models: their number does not grow with the ranks.
+WHOLE = {("start", "received"): 2.1, ("start", "held"): 2.1, ("resume", "received"): 3.1, ("resume", "held"): 2.5}
 
 
 @dataclass
@@ -43,25 +49,24 @@ def model_of(layers: int) -> dict[str, Any]:
 
 def measured(strategy: str, ranks: int, folder: Path, layers: int = 3) -> Measured:
     """Run the actions one after another; every rank counts its own."""
-    from unittest import mock
-
     from terrace.models.build import build_model, model_config
     from terrace.models.export import export_hf
     from terrace.objectives.lm import summed_loss
     from terrace.recipe.schema import Checkpoint
     from terrace.storage.run_storage import OnThisDisk
-    from terrace.train import export
+    from terrace.train import export, hand_over
     from terrace.train.checkpoint import CheckpointWriter
     from terrace.train.finish import export_final
     from terrace.train.restore import CheckpointReader, newest_complete, resume
     from terrace.train.setup import prepare_strategy
+    from terrace.train.strategies import shards
     from terrace.worker.context import WorkerContext
 
     recipe = tiny_recipe(model=model_of(layers), parallel={"strategy": strategy})
     config, stage = model_config(recipe.model), recipe.stages[0]
     state = {name: value.detach() for name, value in build_model(recipe.model, config).named_parameters()}
     start = export_hf(state, config, None, folder / "start")
-    ledgers = {action: [Ledger() for _ in range(ranks)] for action in ACTIONS}
+    ledgers = {action: [Ledger() for _ in range(ranks)] for action in SHARES}
     size = 4 * sum(value.numel() for value in state.values())
 
     def work(rank: int, world: int) -> None:
@@ -86,7 +91,9 @@ def measured(strategy: str, ranks: int, folder: Path, layers: int = 3) -> Measur
         with counted(ledgers["export"][rank]):
             export_final(made, recipe, 0, config, None, folder / "final", context, OnThisDisk())
 
-    with instruments(), mock.patch.object(export, "SMALLEST_FILE_BYTES", 1):
+    with instruments(), contextlib.ExitStack() as stack:  # what is read, sent and written at a time, in the model's proportion
+        for module, name in ((export, "SMALLEST_FILE_BYTES"), (hand_over, "ROUND_BYTES"), (shards, "AHEAD_BYTES")):
+            stack.enter_context(mock.patch.object(module, name, 50_000))
         run_threads(ranks, work)
     shutil.rmtree(folder)
     return Measured(size, ledgers)

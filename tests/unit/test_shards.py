@@ -16,6 +16,8 @@ from safetensors.torch import save_file as library_save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from thread_ranks import run_threads
+
 from terrace.cluster.local import process_group_backend
 from terrace.models.tensor_files import Stretch, TensorFile
 from terrace.models.tensor_writing import save_file
@@ -24,7 +26,7 @@ from terrace.storage.run_storage import OnThisDisk
 from terrace.train.checkpoint_index import index_of, index_values, joined_index
 from terrace.train.hand_over import HeldTensors
 from terrace.train.restore import CheckpointReader, newest_complete
-from terrace.train.strategies.shards import divided, even_share, whole_shard
+from terrace.train.strategies.shards import ReadTogether, divided, even_share, whole_shard
 from terrace.worker.context import WorkerContext
 
 
@@ -109,6 +111,36 @@ def test_a_checkpoint_of_format_1_is_still_read(tmp_path: Path):
     [part] = reader.source("weights").stretches([Stretch("a", 2, 7)])
     assert torch.equal(part, tensors["a"].reshape(-1)[2:7])
     assert load_file(folder / "exp_avg-00001.safetensors")["b"].shape == (5,)
+
+
+def tensors_of_every_kind() -> dict[str, torch.Tensor]:
+    """Numbers of several widths, and fewer of them than there are ranks."""
+    return {
+        "step": torch.tensor(7), "names": torch.zeros(0, dtype=torch.int64), "table": torch.randn(0, 16), "keys": torch.arange(1001),
+        "small": torch.tensor([1.5], dtype=torch.bfloat16), "flags": torch.tensor([True, False]), "queue": torch.randn(65, 33),
+    }
+
+
+def test_ranks_read_together_what_each_gets_whole(tmp_path: Path):
+    """In the number format of the file, a scalar and an empty tensor too."""
+    folder = tmp_path / "checkpoints" / "step-000004"
+    folder.mkdir(parents=True)
+    tensors = tensors_of_every_kind()
+    save_file(tensors, folder / "objective-00000.safetensors", None)
+    (folder / "state.json").write_text(json.dumps({"step": 4}))
+    (folder / "index.json").write_text(json.dumps({"objective": {
+        name: {"shape": list(tensor.shape), "starts": [0], "ranks": [0]} for name, tensor in tensors.items()
+    }}))
+
+    def read(rank: int, ranks: int) -> dict[str, torch.Tensor]:
+        reader = CheckpointReader(folder, OnThisDisk())
+        source = ReadTogether(reader.source("objective"), reader.names("objective"), WorkerContext(rank=rank, world_size=ranks))
+        return {name: source(name) for name in reversed(tensors)}
+
+    for found in run_threads(3, read):
+        for name, tensor in tensors.items():
+            assert found[name].dtype == tensor.dtype
+            assert torch.equal(found[name], tensor)
 
 
 def test_one_process_hands_over_what_it_holds():

@@ -206,10 +206,13 @@ def read_ranges(uri: str, ranges: Sequence[Range], storage: Storage = DEFAULT_ST
 def read_ranges_into(uri: str, ranges: Sequence[Range], buffers: Sequence[memoryview], storage: Storage = DEFAULT_STORAGE) -> list[int]:
     """The bytes of each (offset, size) into the buffer of that size, without a copy in between on disk; how many came of each."""
     if is_remote(uri):
-        blocks = read_ranges(uri, ranges, storage)
-        for buffer, block in zip(buffers, blocks):
+        blocks = iter(read_ranges(uri, [wanted for wanted in ranges if wanted[1]], storage))  # nothing cannot be asked for
+        lengths = []
+        for (_, size), buffer in zip(ranges, buffers):
+            block = next(blocks) if size else b""
             buffer[: len(block)] = block
-        return [len(block) for block in blocks]
+            lengths.append(len(block))
+        return lengths
     got = []
     with open(uri.removeprefix("file://"), "rb", buffering=0) as file:
         for (offset, size), buffer in zip(ranges, buffers):

@@ -31,9 +31,12 @@ class Placed:
         return math.prod(self.shape)
 
     def overlapping(self, stretch: Stretch) -> list[tuple[int, Stretch]]:
-        """(rank, the part of that rank's own stretch that is wanted), in order; together they are the stretch."""
+        """(rank, the part of that rank's own stretch that is wanted), in order; together they are the stretch. Nothing is a part too: it
+        has the number format of its file."""
         found = []
-        if len(stretch):
+        if not len(stretch):
+            found.append((self.ranks[0], Stretch(stretch.name, 0, 0)))
+        else:
             for place in range(bisect.bisect_right(self.starts, stretch.start) - 1, len(self.starts)):
                 start = self.starts[place]
                 end = self.starts[place + 1] if place + 1 < len(self.starts) else self.numbers

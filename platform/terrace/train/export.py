@@ -1,8 +1,9 @@
 """Writing a stage's final directory from what the ranks hold: every rank writes files of whole tensors, and none holds the model.
 
 The tensors are cut into files by their sizes alone, the files are dealt to the ranks, and each rank is handed the tensors of its files
-(train.hand_over). A rank has at most one file's tensors in host memory beside a round of the exchange: a file is the model divided by the
-ranks, not less than SMALLEST_FILE_BYTES and not more than four gigabytes. Ranks wait for each other's files, not for one that writes all.
+(train.hand_over). A rank has at most one file's tensors in host memory beside a round of the exchange: a file is the model divided by
+twice the ranks, but not less than SMALLEST_FILE_BYTES, and not more than four gigabytes or one tensor. Ranks wait for each other's files,
+not for one that writes all.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ def export_together(
     made = merge((name, torch.empty(held.shapes[name], device="meta")) for names in sources.values() for name in names)
     shapes = {name: tensor.shape for name, tensor in made}
     total = sum(shape.numel() for shape in shapes.values()) * stored.itemsize
-    plan = TensorPlan(files.config, shapes, stored, min(FILE_BYTES, max(SMALLEST_FILE_BYTES, -(-total // ranks))))
+    plan = TensorPlan(files.config, shapes, stored, min(FILE_BYTES, max(SMALLEST_FILE_BYTES, -(-total // (2 * ranks)))))
     names = list(plan.files)
-    owners = {file: number * ranks // len(names) for number, file in enumerate(names)}
+    owners = _dealt({file: sum(shapes[name].numel() for name in plan.files[file]) for file in names}, ranks)
     groups = [(owners[file], sources[name]) for file in names for name in plan.files[file]]
     places = [file for file in names for _ in plan.files[file]]
     stored_elsewhere = storage.uri_of(out_dir) is not None and rank != 0  # ranks of several machines share no disk
@@ -65,3 +66,13 @@ def export_together(
         work.rmdir()
     barrier(context)
     return finish_work(work, out_dir) if rank == 0 else out_dir
+
+
+def _dealt(sizes: Mapping[str, int], ranks: int) -> dict[str, int]:
+    """The rank that writes each file: the largest ones first, each to whoever has least so far."""
+    loads = [0] * ranks
+    owners = {}
+    for file in sorted(sizes, key=lambda file: (-sizes[file], file)):
+        owners[file] = loads.index(min(loads))
+        loads[owners[file]] += sizes[file]
+    return owners

@@ -20,6 +20,7 @@ from terrace.train.restore import CheckpointReader, keep_optimizer_state, newest
 from terrace.train.setup import names_of_kept_parts
 from terrace.train.step import BatchCounts, NonFinite
 from terrace.train.strategies.interface import Strategy
+from terrace.train.strategies.shards import ReadTogether
 from terrace.worker.collectives import barrier, from_rank_zero
 from terrace.worker.context import WorkerContext
 
@@ -143,7 +144,7 @@ def resume_or_hand_over(
         )
     feed.restore(state["data"])
     resume(strategy, reader)
-    objective.load(lambda name: reader.read(OBJECTIVE, name))
+    objective.load(ReadTogether(reader.source(OBJECTIVE), reader.names(OBJECTIVE), context))
     log.info("resumed from %s (step %d, saved by %s)", path, state["step"], state["saved_by"])
     return Progress(
         step=int(state["step"]),

@@ -171,8 +171,6 @@ class CheckpointSource:
 
     def __call__(self, name: str) -> torch.Tensor:
         placed = self._reader.placed(self._kind, name)
-        if not placed.numbers:
-            return self._reader.file(self._kind, placed.ranks[0]).read(name)
         return next(self.stretches([Stretch(name, 0, placed.numbers)])).reshape(placed.shape)
 
     def shape(self, name: str) -> tuple[int, ...] | None:
