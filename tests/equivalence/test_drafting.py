@@ -53,7 +53,7 @@ def model_with(kind: str) -> Any:
 def prompt_of(number: int, images: list[tuple[int, int]]) -> Prompt:
     ids, _, positions, patches, grids = segment(np.random.default_rng(number), 5 + 4 * number, images)
     counts = grids.prod(axis=1)
-    return Prompt(ids, positions, patches, grids, counts // 4, counts, ("prompts", number), f"prompt-{number}", "task")
+    return Prompt(ids, positions, patches, grids, counts // 4, counts, key=("prompts", number), id=f"prompt-{number}", task="task")
 
 
 PROMPTS = [prompt_of(0, [(2, 3)]), prompt_of(1, []), prompt_of(2, [(1, 2), (4, 2)])]

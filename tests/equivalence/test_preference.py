@@ -33,7 +33,7 @@ from terrace.rl.answer_feed import open_feed
 from terrace.train.setup import prepare_strategy
 from terrace.worker.context import WorkerContext
 
-SEED = 6  # under which the moved policy's divergence, which kto clamps at 0, is above it
+SEED = 0  # under which the moved policy's divergence, which kto clamps at 0, is above it
 OBJECTIVES = {"dpo": Dpo, "mpo": Mpo, "kto": Kto, "orpo": Orpo, "simpo": Simpo}
 
 

@@ -45,7 +45,7 @@ def prompt_of(number: int, images) -> Prompt:
     ids, _, positions, patches, grids = segment(rng, 5 + 4 * number, images)
     patches_of_image = grids.prod(axis=1)
     inputs = (ids, positions, patches, grids, patches_of_image // 4, patches_of_image)
-    return Prompt(*inputs, ("prompts", number), f"prompt-{number}", "task")
+    return Prompt(*inputs, key=("prompts", number), id=f"prompt-{number}", task="task")
 
 
 PROMPTS = [prompt_of(0, [(2, 3)]), prompt_of(1, []), prompt_of(2, [(1, 2), (4, 2)])]

@@ -15,6 +15,7 @@ from terrace.recipe.identity import stage_hash
 from terrace.recipe.schema import Recipe
 from terrace.rewards.sandbox import SandboxPool
 from terrace.rl import readiness
+from terrace.rl.environments import Environments
 from terrace.rl.prompt_feed import open_feed
 from terrace.worker.context import WorkerContext
 
@@ -128,6 +129,8 @@ def names_of(recipe, folder, stage_dir, rank=0, world_size=1) -> list[str]:
     """The samples that a rank leaves out. Collectives are those of one process."""
     stage_dir.mkdir(exist_ok=True)
     context = WorkerContext(rank=rank, world_size=world_size, local_rank=rank)
-    found = open_feed(recipe, 0, load_prepared(folder / "data"), context).readiness
+    feed = open_feed(recipe, 0, load_prepared(folder / "data"), context)
+    found = feed.readiness
     with SandboxPool(1) as pool:
-        return [row.sample for row in found.unready_rows(stage_dir, pool.judge, context, lambda: None)]
+        environments = Environments({}, (), pool, feed.reader.sights)
+        return [row.sample for row in found.unready_rows(stage_dir, pool.judge, environments, context, lambda: None)]

@@ -163,7 +163,7 @@ def stages_of(**clip: Any) -> dict[str, Any]:
         ({"vision": {"num_attention_heads": 4}}, "model.init.vision", "4 attention heads here, 2 there"),
         ({"model": {"init": {"vision": "stage:more"}}}, "model.init.vision", "does not run before"),
         ({"model": {"init": {"vision": "stage:mea"}}}, "model.init.vision", "mae"),
-        ({"model": {"init": {"language": "stage:mae"}}}, "model.init.language", "has no language part"),
+        ({"model": {"init": {"language": "stage:mae"}}}, "model.init.language", "has no part language"),
         ({"start_from": "mae"}, "start_from", "model.init.vision: stage:mae"),
         ({"train": {"vision": {"lr": 1e-3, "optimizer_state": "keep"}}}, "train.vision.optimizer_state", "no optimizer state to keep"),
         ({"vision": {"image_size": 30}}, "model.config.vision_config.image_size", "no multiple of patch_size"),

@@ -92,6 +92,19 @@ def test_what_a_type_does_not_hold_is_an_error_and_a_cut_file_is_named(tmp_path:
     assert open_columns(tmp_path / "nowhere") is None
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts the descriptors that Linux lists")
+def test_an_open_folder_holds_no_descriptor(tmp_path: Path):
+    """An index has some twenty columns, a curriculum many sources, and a process often 1,024 descriptors."""
+    names = [f"column-{number}" for number in range(50)]
+    writer = ColumnsWriter(tmp_path, dict.fromkeys(names, np.int64))
+    writer.append(**{name: np.asarray([3, 1, number]) for number, name in enumerate(names)})
+    writer.finish({})
+    before = len(os.listdir("/proc/self/fd"))
+    found = open_columns(tmp_path)
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert [found.columns[name][2] for name in names] == list(range(50))
+
+
 def test_made_once_by_many_and_again_for_another_index(tmp_path: Path):
     made = []
 

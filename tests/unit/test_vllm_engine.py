@@ -89,7 +89,8 @@ def prompt(number: int, ids: list[int], *sizes: tuple[int, int]) -> Prompt:
     pixels = rng.integers(0, 255, (int(counts.sum()) * 4, FAMILY.row_values), np.uint8)
     facts = np.asarray([(1, 2 * rows, 2 * columns) for rows, columns in sizes], np.int32).reshape(-1, 3)
     positions = np.zeros((3, len(ids)), np.int32)
-    return Prompt(np.asarray(ids, np.int32), positions, pixels, facts, counts, counts * 4, ("prompts", number), str(number), "task")
+    about = {"key": ("prompts", number), "id": str(number), "task": "task"}
+    return Prompt(np.asarray(ids, np.int32), positions, pixels, facts, counts, counts * 4, **about)
 
 
 def two_prompts(samples: int = 3) -> tuple[list[Prompt], Sampling]:

@@ -123,7 +123,7 @@ def written_texts(sample: Sample, family: Family) -> Iterator[str]:
     A tokenizer is trained on it: without the turns' own words `You are a helpful assistant.` was 20 tokens of every short sample.
     Raises InputError, naming the sample, for one that the family cannot write."""
     yield from (value for kind, value, _ in sample_pieces(sample, "auto", family) if kind == "text")
-    if sample.messages[-1]["role"] == "user":  # a prompt: the header of the answer to come
+    if sample.messages[-1]["role"] == "user" and family.gives == "text":  # a prompt: the header of the answer to come
         yield from (value for kind, value, _ in family.generation() if kind == "text")
 
 

@@ -14,6 +14,7 @@ from terrace.generation.tokens import forbidden_tokens, stop_tokens
 from terrace.generation.usage import Usage
 from terrace.models.attention import choose_backend
 from terrace.models.build import materialise, meta_model
+from terrace.models.head import LossHead
 from terrace.models.precision import DTYPES
 from terrace.models.shared_prompt import use_shared_prompt_attention
 from terrace.recipe.schema import Model as ModelSection
@@ -45,15 +46,18 @@ def open_copy_engine(
     return EngineOnCopy(copy, NativeEngine(copy, forbidden, stop, context.device, stage.precision))
 
 
+PLAIN = (torch.nn.Linear, LossHead)  # layers that only multiply
+
+
 def lighten(model: Any, dtype: torch.dtype) -> None:
     """Keep what only linear layers read in the precision that they compute in: autocast would round it in every call, to the same.
     Embeddings, norms and what shares its tensor with them stay float32, as they are computed."""
     others = {
         id(parameter)
-        for module in model.modules() if type(module) is not torch.nn.Linear for parameter in module.parameters(recurse=False)
+        for module in model.modules() if type(module) not in PLAIN for parameter in module.parameters(recurse=False)
     }  # fmt: skip
     for module in model.modules():
-        if type(module) is torch.nn.Linear and not any(id(parameter) in others for parameter in module.parameters()):
+        if type(module) in PLAIN and not any(id(parameter) in others for parameter in module.parameters()):
             module.to(dtype)
 
 

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import queue
-import select
+import selectors
 import shutil
 import signal
 import subprocess
@@ -76,7 +76,7 @@ class _Process:
         deadline = time.monotonic() + seconds
         while b"\n" not in self._buffer:
             remaining = deadline - time.monotonic()
-            if remaining <= 0 or not select.select([self._process.stdout], [], [], remaining)[0]:
+            if remaining <= 0 or not _readable(self._process.stdout, remaining):
                 self.kill()
                 raise _Killed(f"time limit of {seconds:g} s")
             chunk = os.read(self._process.stdout.fileno(), 1 << 16)
@@ -116,6 +116,13 @@ class _Process:
         self._process.stdin.close()
         self._process.stdout.close()
         shutil.rmtree(self._scratch, ignore_errors=True)
+
+
+def _readable(file: Any, seconds: float) -> bool:
+    """Whether something can be read within so many seconds, whatever the number of the file's descriptor (select stops at 1,024)."""
+    with selectors.DefaultSelector() as waiting:
+        waiting.register(file, selectors.EVENT_READ)
+        return bool(waiting.select(seconds))
 
 
 def clean_environment(search_path: str, scratch: str) -> dict[str, str]:

@@ -8,6 +8,7 @@ the pages that somebody asks for afterwards. Places and lengths are 64-bit every
 
 from __future__ import annotations
 
+import ctypes
 import json
 import mmap
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from terrace.errors import InputError
 from terrace.storage.synchronise import file_lock
@@ -29,6 +31,7 @@ MANIFEST = "columns.json"
 CHUNK = 2**18  # rows that are worked on together: a few megabytes a column
 RELEASED = 2**24  # bytes: a larger column is let go of after each read
 SINGLES = 512  # reads of one value of it, after which it is let go of
+_C = ctypes.CDLL(None)
 _NARROW = ("u1", "i1", "<u2", "<i2", "<u4", "<i4", "<i8", "<u8")
 
 
@@ -36,11 +39,11 @@ class Column:
     """Values that look like a numpy array of `dtype`: `column[places]` is one, and nothing else is in memory."""
 
     def __init__(
-        self, dtype: Any, count: int, stored: np.ndarray | None = None, first: int = 0, step: int = 0, mapping: mmap.mmap | None = None
+        self, dtype: Any, count: int, stored: np.ndarray | None = None, first: int = 0, step: int = 0, pages: pa.Buffer | None = None
     ):
         self.dtype, self.shape = np.dtype(dtype), (count,)
         self._stored, self._first, self._step = stored, first, step
-        self._mapping = mapping if mapping is not None and len(mapping) > RELEASED else None
+        self._pages = pages if pages is not None and pages.size > RELEASED else None
         self._singles = 0
 
     def __len__(self) -> int:
@@ -71,8 +74,8 @@ class Column:
     def _let_go(self) -> None:
         """Unmap the pages that a read brought. They stay in the machine's cache for whoever reads next, but count for no process:
         where files are cached in large pieces, one value would leave megabytes in the process that asked for it."""
-        if self._mapping is not None:
-            self._mapping.madvise(mmap.MADV_DONTNEED)
+        if self._pages is not None:
+            _C.madvise(ctypes.c_void_p(self._pages.address), ctypes.c_size_t(self._pages.size), mmap.MADV_DONTNEED)
 
     def _count_single(self) -> None:
         self._singles += 1
@@ -162,9 +165,13 @@ def _open(folder: Path, name: str, facts: dict[str, Any]) -> Column:
     if size != count * stored.itemsize:
         was = "is gone" if size < 0 else f"has {size} of {count * stored.itemsize} bytes"
         raise InputError(f"{path} {was}; delete the folder {folder}, it is made again from the index")
-    # A plain array over the mapping: reading one value of numpy's own memmap class costs five times as much.
-    mapped = np.memmap(path, stored, "r") if count else None
-    return Column(dtype, count, np.empty(0, stored)) if mapped is None else Column(dtype, count, np.asarray(mapped), 0, 0, mapped._mmap)
+    if not count:
+        return Column(dtype, count, np.empty(0, stored))
+    # Arrow's mapping outlives the file that was opened for it, where Python's own keeps a descriptor of each: an index has some twenty
+    # columns, and a process may often have 1,024 (256 on a Mac).
+    with pa.memory_map(str(path)) as file:
+        pages = file.read_buffer()
+    return Column(dtype, count, np.frombuffer(pages, stored), 0, 0, pages)
 
 
 # ---------------------------------------------------------------- writing

@@ -49,7 +49,7 @@ def lanes(trace: Mapping[str, Any]) -> str:
     idle = trace.get("idle")
     told = f"{span(seconds)}" + ("" if idle is None else f", {idle:.0%} of the engine's places idle while groups were wanted")
     frame = f'viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(told)}"'
-    return f'<svg class="timeline" {frame}>{"".join(parts)}</svg><p class="note">{escape(told)}</p>'
+    return f'<svg class="timeline lanes" {frame}>{"".join(parts)}</svg><p class="note">{escape(told, quote=False)}</p>'
 
 
 def busy(spans: list[tuple[float, float, float]]) -> float:
