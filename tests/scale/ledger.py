@@ -50,6 +50,8 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), options: Any = None) -> Any:
         result = function(*arguments, **(options or {}))
+        if function.namespace == "c10d":  # of real process groups; those of threads are no operations
+            self._ledger.received += _bytes(arguments[0])
         given = {tensor.untyped_storage()._cdata for tensor in _on_host((arguments, options))}
         self._note([tensor for tensor in _on_host(result) if tensor.untyped_storage()._cdata not in given])  # a view makes nothing
         return result
