@@ -14,8 +14,10 @@ from pathlib import Path
 from tiny_recipes import FAST
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
 
+from terrace.recipe.changes import stage_model
 from terrace.recipe.loading import lines_in_use, load_recipe
 from terrace.recipe.schema import Recipe, Stage
+from terrace.recipe.schema_model import Model
 from terrace.recipe.shipped import names, shipped_file
 
 OWN = ("clicking", "demo", "demo-encoder-to-morl", "demo-morl", "five-tasks-morl", "sft")  # of no published system
@@ -38,7 +40,7 @@ def row(name: str) -> str:
     recipe = load_recipe(name)
     stages = "; ".join(stage_words(stage) for stage in recipe.stages)
     tested = "`make test`" if name in FAST else "`make test-all`"
-    cells = (heading(name)[0], f"`{name}`", f"`{recipe.model.architecture}`", stages, parity(recipe), tested, sureness(name, recipe))
+    cells = (heading(name)[0], f"`{name}`", f"`{last_model(recipe).architecture}`", stages, parity(recipe), tested, sureness(name, recipe))
     return f"| {' | '.join(cells)} |"
 
 
@@ -54,10 +56,16 @@ def stage_words(stage: Stage) -> str:
     return f"{stage.name} ({letters}{'' if stage.objective == 'lm' else f', {stage.objective}'})"
 
 
+def last_model(recipe: Recipe) -> Model:
+    """What the curriculum ends with."""
+    return stage_model(recipe, len(recipe.stages) - 1)
+
+
 def parity(recipe: Recipe) -> str:
     """What the model is compared with: transformers' class of its family, or what the tests write out."""
-    name = CLASSES.get(recipe.model.architecture) or ENCODERS.get(recipe.model.architecture)
-    return f"`{name}`" if name else f"formula of its {recipe.model.connector.kind}, written out" if recipe.model.connector else "formula"
+    model = last_model(recipe)
+    name = CLASSES.get(model.architecture) or ENCODERS.get(model.architecture)
+    return f"`{name}`" if name else f"formula of its {model.connector.kind}, written out" if model.connector else "formula"
 
 
 def sureness(name: str, recipe: Recipe) -> str:

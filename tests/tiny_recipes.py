@@ -18,6 +18,7 @@ from PIL import Image
 from terrace.families.connector import OPTIONS
 from terrace.recipe.loading import load_recipe, parse_recipe
 from terrace.recipe.schema import Recipe
+from terrace.recipe.schema_model import FROM_STAGE, Model
 from terrace.recipe.schema_views import PUBLISHED_VIEWS, VIEW_OPTIONS
 
 FAST = ("llava-1.5-7b", "ui-tars-7b")  # in `make test`; the others are slow tests of the same kind
@@ -33,6 +34,11 @@ ENCODERS["vit_mae"] = ENCODERS["vit"] | {
 }  # fmt: skip
 FEW = {"hidden_width": 16, "output_width": 8, "predictor_width": 4, "prototypes": 12, "queue": 10}  # of heads over views
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220)}
+BLIP_2 = CONFIGS["blip_2"]
+SMALL = {**CONFIGS, **ENCODERS, "blip_2_matching": {
+    "vision_config": BLIP_2["vision_config"], "qformer_config": BLIP_2["qformer_config"], "num_query_tokens": BLIP_2["num_query_tokens"],
+    "text_config": {"vocab_size": BLIP_2["text_config"]["vocab_size"]}, "image_text_hidden_size": 16,
+}}  # fmt: skip
 RUN = {
     "precision": "fp32", "checkpoint": {"every_steps": 1}, "loss_chunk_tokens": 64, "gates": [],
     "data_loading": {"engine": "inline", "window_samples": 16}, "evaluate": {"max_samples_per_kind": 2}, "resources": {}, "parallel": {},
@@ -45,7 +51,7 @@ def tiny(name: str, folder: Path, steps: int = 2) -> Recipe:
     recipe = load_recipe(name)
     whole = recipe.model_dump(mode="json")
     architecture = recipe.model.architecture
-    whole["model"] = tiny_model(recipe)
+    whole["model"] = tiny_model(recipe.model)
     whole["tokenizer"] = {"train_vocabulary_size": 400}
     write_pictures(folder)
     for source, values in whole["data"]["sources"].items():
@@ -56,9 +62,11 @@ def tiny(name: str, folder: Path, steps: int = 2) -> Recipe:
         path.write_text("".join(json.dumps(ROW[values["kind"]](number, values)) + "\n" for number in range(ROWS)))
         values |= {"uri": str(path), "holdout_samples": min(values["holdout_samples"], 2)}
     shortest = min(stage.sequence_length for stage in recipe.stages)
-    for values in whole["stages"]:
+    for values, stage in zip(whole["stages"], recipe.stages):
         values |= RUN | {"batch": {"packs": 2}, "sequence_length": LENGTH if values["sequence_length"] == shortest else LONGER}
         values["budget"] = {"steps": steps}
+        if stage.model is not None:
+            values["model"] = tiny_model(stage.model)
         for number, change in enumerate(values.get("changes", ())):  # one after each further step
             values["budget"]["steps"] = steps + number + 1
             change["step"] = steps + number
@@ -90,15 +98,16 @@ def stage_views(values: Mapping[str, Any]) -> list[dict[str, Any]]:
     return values["views"] or [view.model_dump(mode="json") for view in PUBLISHED_VIEWS.get(values["objective"], [])]
 
 
-def tiny_model(recipe: Recipe) -> dict[str, Any]:
+def tiny_model(published: Model) -> dict[str, Any]:
     """The family's tiny configuration, with what the recipe says beyond numbers; its connector with few queries."""
-    tiny_config = ENCODERS.get(recipe.model.architecture) or CONFIGS[recipe.model.architecture]
-    small = {key: value for key, value in tiny_config.items() if key != "connector"}
-    model = {"architecture": recipe.model.architecture, "config": shrunk(recipe.model.config or {}, small)}
-    if recipe.model.connector is not None:
-        model["connector"] = recipe.model.connector.model_dump(exclude_none=True, exclude_defaults=True)
+    small = {key: value for key, value in SMALL[published.architecture].items() if key != "connector"}
+    model = {"architecture": published.architecture, "config": shrunk(published.config or {}, small)}
+    if published.connector is not None:
+        model["connector"] = published.connector.model_dump(exclude_none=True, exclude_defaults=True)
         few = {"queries": 9, "heads": 4, "width": 64, "layers": 2}
-        model["connector"] |= {key: few[key] for key in OPTIONS[recipe.model.connector.kind] if key in few}
+        model["connector"] |= {key: few[key] for key in OPTIONS[published.connector.kind] if key in few}
+    if published.init is not None and (taken := published.init.stages()):
+        model["init"] = {part: f"{FROM_STAGE}{name}" for part, name in taken.items()}
     return model
 
 

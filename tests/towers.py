@@ -26,6 +26,13 @@ TOWERS: dict[str, dict[str, Any]] = {
     "clip": {"text_config": TEXT, "vision_config": VISION, "projection_dim": 16},
     "siglip": {"text_config": TEXT, "vision_config": VISION},
     "siglip2": {"text_config": TEXT, "vision_config": {**{k: v for k, v in VISION.items() if k != "image_size"}, "num_patches": 16}},
+    "blip_2_matching": {
+        "vision_config": VISION, "qformer_config": {
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 16,
+            "encoder_hidden_size": 32, "use_qformer_text_input": True, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+        },
+        "text_config": {"model_type": "opt"}, "num_query_tokens": 4, "image_text_hidden_size": 16, "image_token_index": 399,
+    },
 }
 IDS = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
 
@@ -158,8 +165,8 @@ def gradients_of_step(
     if dtype == "float64":
         real = learner._batch
 
-        def wide(example: Any, training: bool) -> Any:
-            batch = real(example, training)
+        def wide(example: Any, *more: Any) -> Any:
+            batch = real(example, *more)
             batch.dtype = torch.float64
             return batch
 

@@ -37,12 +37,13 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "index": ("terrace.data.command", "index shards where they lie"),
     "inspect": ("terrace.data.look.inspect_command", "show a source or a stage as the model sees it, on a page"),
     "order": ("terrace.data.command", "list the first packs of a stage without running it"),
+    "recaption": ("terrace.recaption.command", "caption pictures with one model, keep what another finds fitting"),
     "duplicates": ("terrace.evaluate.duplicates_command", "find samples and pictures that stand in several sources or suites"),
     "chat": ("terrace.talk.chat_command", "talk to a model in the terminal"),
     "serve": ("terrace.talk.serve_command", "serve a model over HTTP in OpenAI's form, with a page to try it"),
     "evaluate": ("terrace.evaluate.command", "score a model on suites"),
     "report": ("terrace.curriculum.report_command", "write a run's report"),
-    "track": ("terrace.curriculum.track_command", "fill an MLflow server from a run directory"),
+    "track": ("terrace.curriculum.track_command", "fill an MLflow server, or another tracker, from a run directory"),
     "render": ("terrace.cluster.command", "print the Kubernetes resource of a recipe"),
     "judge": ("terrace.rewards.judge_command", "score given responses with a reward and say why"),
     "serve-rewards": ("terrace.rewards.command", "serve rewards over HTTP"),
@@ -51,11 +52,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 # A file or folder that the user named, or whose place the environment says, cannot be used: running again does not help.
 NOT_TO_BE_HAD = (errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)
-READ_SAMPLES = ("run", "ingest", "order", "inspect", "duplicates")
+READ_SAMPLES = ("run", "ingest", "order", "inspect", "duplicates", "recaption")
 GROUPS = {
     "Runs": ("run", "status", "logs", "pause", "suspend", "resume", "cancel"),
     "Recipes": ("init", "recipes", "validate", "plan", "schema", "render"),
-    "Data": ("ingest", "index", "inspect", "order", "duplicates"),
+    "Data": ("ingest", "index", "inspect", "order", "duplicates", "recaption"),
     "Models": ("chat", "serve", "evaluate", "report", "track", "judge", "serve-rewards", "demo", "completion"),
 }
 

@@ -118,7 +118,8 @@ def _step(stages: list[Image], word: str, rest: str, context: Path, given: dict[
         case "COPY":
             _copy(stages, rest, context)
         case "RUN":
-            image.run(["/bin/sh", "-c", rest], as_root=True)
+            with machine_files(image):  # apt checks signatures as a user of its own, who has to write to /dev/null
+                image.run(["/bin/sh", "-c", rest], as_root=True)
         case "ENTRYPOINT":
             image.entrypoint = [part.strip().strip('"') for part in rest.strip("[]").split(",")]
         case "CMD":

@@ -21,8 +21,8 @@ from terrace.errors import Preempted
 from terrace.recipe.loading import dump_recipe
 from terrace.recipe.schema import Recipe
 from terrace.storage.durable import json_bytes
-from terrace.track.mlflow_store import RunSpec, Series
 from terrace.track.report.page import write_page
+from terrace.track.series import RunSpec, Series
 from terrace.track.tracking import open_tracking
 from terrace.train.watchdog import Watchdog
 from terrace.worker.context import WorkerContext

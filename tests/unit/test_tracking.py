@@ -18,9 +18,10 @@ from stored_run import BUCKET, Machines
 
 from terrace.storage.conditional import list_objects
 from terrace.track.follow import MetricsFollower, last_row
-from terrace.track.mlflow_store import RunSpec, Series, Store
+from terrace.track.mlflow_store import Store
 from terrace.track.points import curriculum_points, flatten, metric_name, stage_points
 from terrace.track.progress import Display, duration
+from terrace.track.series import RunSpec, Series
 from terrace.track.tracking import Tracking, open_tracking
 
 
@@ -235,7 +236,7 @@ def test_artifacts_go_to_an_artifact_store_on_s3(machines: Machines, tmp_path: P
 
 
 def test_metrics_that_the_server_refuses_are_left_out_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("terrace.track.mlflow_store.stage_points", lambda row: [*stage_points(row), ("no|name", 1.0)])
+    monkeypatch.setattr("terrace.track.series.stage_points", lambda row: [*stage_points(row), ("no|name", 1.0)])
     warnings: list[str] = []
     ids: dict[str, str] = {}
     path = tmp_path / "metrics.jsonl"
@@ -259,7 +260,7 @@ def test_a_dead_tracking_server_is_named_once_and_holds_nobody_up(tmp_path: Path
     assert not tracking.flush(60)
     for _ in range(1000):
         tracking.log_rows("key-run", Series(tmp_path / "metrics.jsonl"))
-    assert len(tracking._works) < 5, "an outage of days costs no memory"
+    assert len(tracking._each[0]._works) < 5, "an outage of days costs no memory"
     began = time.monotonic()
     tracking.close()
     assert time.monotonic() - began < 10

@@ -24,7 +24,7 @@ from waiting import eventually
 
 from terrace import cli
 from terrace.track import tracking as tracking_module
-from terrace.track.mlflow_store import RunSpec, Series
+from terrace.track.series import RunSpec, Series
 from terrace.track.tracking import open_tracking
 
 

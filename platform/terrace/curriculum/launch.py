@@ -10,6 +10,7 @@ from terrace.cluster.attempt import Launcher
 from terrace.curriculum.run import Outcome, run_curriculum
 from terrace.errors import InputError
 from terrace.recipe.schema import Recipe
+from terrace.track.also import require_clients
 from terrace.track.progress import Display
 
 
@@ -24,6 +25,7 @@ def run_with_launcher(
     display: Display | None = None,
 ) -> Outcome:
     """`terrace run`: the whole curriculum with the named launcher, shown on this process's standard output."""
+    require_clients(recipe.tracking.also)
     if launcher == "local" and os.environ.get("RAY_ADDRESS"):
         from terrace.cluster.start_ray import require_answer
 

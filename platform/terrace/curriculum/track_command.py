@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from terrace.curriculum.command import RUN_HELP, run_directory
@@ -15,6 +16,7 @@ from terrace.errors import InputError, TerraceError
 from terrace.recipe.credentials import credentials_problem
 from terrace.recipe.schema import Recipe
 from terrace.storage import mirror
+from terrace.track.also import ALSO
 from terrace.track.tracking import open_tracking
 
 RUN_STATUS = {"succeeded": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}
@@ -24,12 +26,15 @@ STAGE_STATUS = {"completed": "FINISHED", "failed": "FAILED"}
 def register(subparsers: argparse._SubParsersAction) -> None:
     track = subparsers.add_parser(
         "track",
-        help="fill an MLflow server from a run directory",
+        help="fill an MLflow server, or another tracker, from a run directory",
         description="Send what the server does not have: runs, steps, evaluations, artifacts. Nothing is written twice.",
     )
     track.add_argument("run_dir", type=run_directory, help=RUN_HELP.rpartition(", or")[0])
     track.add_argument("--uri", help="MLflow tracking URI; default: the recipe's, or sqlite in the run directory")
     track.add_argument("--experiment", help="MLflow experiment; default: the recipe's")
+    track.add_argument(
+        "--also", action="append", choices=sorted(ALSO), help="also this tracker, in the run directory (repeatable); default: the recipe's"
+    )
     track.set_defaults(main=track_command)
 
 
@@ -44,15 +49,19 @@ def track_command(arguments: argparse.Namespace) -> int:
     state = fold([stage.name for stage in recipe.stages], read_journal(run_dir).events)
     if state.started_at is None:
         raise InputError(f"{place} has not started yet: there is nothing to track")
-    send_run(recipe, run_dir, state, uri, arguments.experiment or recipe.tracking.experiment)
+    also = arguments.also or recipe.tracking.also
+    send_run(recipe, run_dir, state, uri, arguments.experiment or recipe.tracking.experiment, also)
     print(f"{place} is at {uri or f'sqlite:///{run_dir}/mlflow.db'}")
+    for kind in dict.fromkeys(also):
+        print(f"{place} is in {run_dir / kind}")
     return 0
 
 
-def send_run(recipe: Recipe, run_dir: Path, state: RunState, uri: str | None, experiment: str) -> None:
-    """Everything the run directory has. Raises TerraceError where the server is not reached or left something out."""
+def send_run(recipe: Recipe, run_dir: Path, state: RunState, uri: str | None, experiment: str, also: Sequence[str] = ()) -> None:
+    """All that the run directory has, to MLflow and to each of `also`. Raises TerraceError where the server is not reached, or something
+    was left out."""
     said: list[str] = []
-    tracking = open_tracking(run_dir, uri, experiment, said.append)
+    tracking = open_tracking(run_dir, uri, experiment, said.append, also)
     run = TrackedRun(tracking, recipe, run_dir, state)
     run.start(lambda run_id: None)
     for stage in state.stages:

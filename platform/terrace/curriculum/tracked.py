@@ -21,9 +21,9 @@ from terrace.recipe.identity import recipe_hash
 from terrace.recipe.schema import Recipe
 from terrace.storage.mirror import place_of
 from terrace.storage.run_layout import stage_directory
-from terrace.track.mlflow_store import RunSpec, Series
 from terrace.track.points import evaluation_points
-from terrace.track.tracking import Tracking
+from terrace.track.series import RunSpec, Series
+from terrace.track.tracking import Trackers
 
 HasRun = Callable[[str], None]
 
@@ -31,7 +31,7 @@ HasRun = Callable[[str], None]
 class TrackedRun:
     """Calls to `tracking` about one run directory, as its journal (`state`) says it stands."""
 
-    def __init__(self, tracking: Tracking, recipe: Recipe, run_dir: Path, state: RunState):
+    def __init__(self, tracking: Trackers, recipe: Recipe, run_dir: Path, state: RunState):
         self._tracking, self._recipe, self._run_dir, self._state = tracking, recipe, Path(run_dir), state
 
     def start(self, done: HasRun) -> None:

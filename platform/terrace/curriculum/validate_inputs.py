@@ -1,4 +1,4 @@
-"""What a recipe reads and is not there: sources, checkpoints, tokenizers, suites. Looked at without reading samples."""
+"""What a recipe wants and is not there: sources, checkpoints, tokenizers, suites, trackers. Looked at without reading samples."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from terrace.recipe.rules_places import named_places
 from terrace.recipe.schema import Recipe, Storage
 from terrace.storage.files import file_size, is_remote, join, local_path
 from terrace.storage.s3 import retried, s3
+from terrace.track.also import missing_clients
 
 QUICK = {"max_attempts": 2, "timeout_seconds": 10.0}  # whoever validates waits for an answer
 DRAWN = "demo-corpus"  # a folder that is drawn when it is first used
@@ -22,10 +23,13 @@ _INSIDE = {"model": "config.json", "tokenizer": "tokenizer.json"}  # the file th
 
 
 def missing_inputs(recipe: Recipe) -> list[Problem]:
-    """A problem for each file or folder that the recipe names and that is not there."""
+    """A problem for each file, folder and tracker that the recipe names and that is not there."""
     storage = recipe.data.storage.model_copy(update=QUICK)
     unreachable: set[str] = set()
-    return [problem for path, uri in named_places(recipe) for problem in _missing(path, uri, storage, unreachable)]
+    clients = missing_clients(recipe.tracking.also)
+    told = [f"{kind} is not installed here; `{install}` installs its client" for kind, install in clients.items()]
+    wanted = [Problem(("tracking", "also"), one) for one in told]
+    return wanted + [problem for path, uri in named_places(recipe) for problem in _missing(path, uri, storage, unreachable)]
 
 
 def _missing(path: Path, uri: str, storage: Storage, unreachable: set[str]) -> Iterator[Problem]:

@@ -15,7 +15,7 @@ from terrace.recipe.schema import Recipe, Stage
 from terrace.storage.run_layout import stage_directory
 from terrace.track.follow import MetricsFollower
 from terrace.track.progress import Display
-from terrace.track.tracking import Tracking, open_tracking
+from terrace.track.tracking import Trackers, open_tracking
 
 
 class Watch:
@@ -24,7 +24,7 @@ class Watch:
     def __init__(self, recipe: Recipe, run_dir: Path, state: RunState, display: Display, record: Callable[[dict[str, Any]], None]):
         self._recipe, self._run_dir, self._state = recipe, run_dir, state
         self._display, self._record = display, record
-        self._tracking: Tracking | None = None
+        self._tracking: Trackers | None = None
         self._tracked: TrackedRun | None = None
         self._new_runs: list[dict[str, Any]] = []  # tracking_started events that the tracking thread wants in the journal
         self._follower: MetricsFollower | None = None
@@ -35,7 +35,7 @@ class Watch:
     def start(self) -> None:
         """Open tracking and continue or create the curriculum's run."""
         tracking = self._recipe.tracking
-        self._tracking = open_tracking(self._run_dir, tracking.uri, tracking.experiment, self._display.message)
+        self._tracking = open_tracking(self._run_dir, tracking.uri, tracking.experiment, self._display.message, tracking.also)
         self._tracked = TrackedRun(self._tracking, self._recipe, self._run_dir, self._state)
         self._tracked.start(lambda run_id: self._new_runs.append({"event": "tracking_started", "run_id": run_id}))
         self._tracking.flush()

@@ -10,7 +10,7 @@ from typing import Any
 
 from terrace.errors import InputError
 from terrace.families.interface import Family
-from terrace.families.registry import family_class, make_family
+from terrace.families.registry import family_class, make_family, written_architecture
 from terrace.families.shapes import ModelShape
 from terrace.recipe.schema import Model, Recipe, Stage
 from terrace.storage.files import absolute, join, read_file
@@ -47,9 +47,10 @@ def configuration(model: Model) -> Mapping[str, Any]:
 def directory_family(directory: str | Path) -> Family:
     """The family of a Hugging Face directory, by its config.json."""
     config = _config_file(str(directory))
-    if "model_type" not in config:
+    architecture = written_architecture(config)
+    if architecture is None:
         raise InputError(f"{directory}: config.json names no model_type")
-    return make_family(config["model_type"], config)
+    return make_family(architecture, config)
 
 
 @lru_cache(maxsize=16)

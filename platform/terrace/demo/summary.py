@@ -13,7 +13,7 @@ from typing import Any
 from terrace.demo.along import Clock
 from terrace.demo.results import RL_TASKS, TASKS, Results
 
-MARGIN = 2  # of about 40 questions of a kind: so many answers may an RL stage cost before it counts as a loss
+MARGIN = 4  # of about 40 questions of a kind: so many answers may an RL stage cost before it counts as a loss
 
 
 def summary_of(results: Results, clock: Clock | None, first_shown_seconds: float | None) -> dict[str, Any]:

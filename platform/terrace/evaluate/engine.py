@@ -57,11 +57,13 @@ class Model:
     device: str
     precision: str
 
-    def reply(self, cases: Sequence[Case], max_new_tokens: int) -> list[Reply]:
-        """Greedy answers of one batch, in order."""
+    def reply(
+        self, cases: Sequence[Case], max_new_tokens: int, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+    ) -> list[Reply]:
+        """Answers of one batch, in order; greedy ones unless a temperature says otherwise."""
         with ThreadPoolExecutor(READ_THREADS) as pool:
             prompts = list(pool.map(lambda case: make_prompt(case, self.tokenizer, self.sight), cases))
-        groups = self.engine.generate(prompts, Sampling(samples=1, max_tokens=max_new_tokens, temperature=0.0))
+        groups = self.engine.generate(prompts, Sampling(1, max_new_tokens, temperature, top_p, seed))
         replies = []
         for [response] in groups:
             tokens = response.tokens[:-1] if response.finished else response.tokens

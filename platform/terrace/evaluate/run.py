@@ -7,19 +7,18 @@ same computation on any number of workers; judging and scoring happen once, over
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from terrace.errors import InputError, TerraceError
 from terrace.evaluate.cases import Case
+from terrace.evaluate.processes import in_processes
 from terrace.evaluate.replies import Reply, Settings
 from terrace.evaluate.suites import Reading, Row, Suite, load_suites, tracked_name
 from terrace.families.interface import Sight
@@ -137,7 +136,8 @@ def evaluate_model(
     if settings.workers == 1:
         parts = [worker_replies(model, suites, settings, 0, progress, loaded)]
     else:
-        parts = _in_processes(model, suites, settings)
+        calls = [partial(worker_replies, model, list(suites), settings, worker, None) for worker in range(settings.workers)]
+        parts = in_processes(calls, "the evaluation")
     return judge_and_write(model, loaded, parts, sight, out_dir, started)
 
 
@@ -229,22 +229,6 @@ def _measured_vectors(
 
         found[suite.label] = replies_of_worker(suite, answerer, settings.batch_size, worker, settings.workers, progress)
     return found
-
-
-def _in_processes(model: Path, suites: Sequence[str], settings: Settings) -> list[dict[str, dict[int, Reply]]]:
-    """One process per worker; started afresh, since a forked process cannot use a GPU."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(settings.workers, mp_context=context) as pool:
-        tasks = [
-            pool.submit(worker_replies, model, list(suites), settings, worker, None)
-            for worker in range(settings.workers)
-        ]
-        try:
-            return [task.result() for task in tasks]
-        except BrokenProcessPool as error:
-            raise TerraceError(
-                "a worker of the evaluation died (out of memory?); use fewer --workers or a smaller --batch-size"
-            ) from error
 
 
 def write_results(out_dir: Path, scores: dict[str, Any], rows: Sequence[Row]) -> None:

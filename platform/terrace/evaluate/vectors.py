@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig
 
 from terrace.data.images import load_pixels
 from terrace.data.tokenizer import TextTokenizer, load_tokenizer
@@ -26,7 +25,7 @@ from terrace.evaluate.cases import Case
 from terrace.evaluate.model_files import model_sight
 from terrace.families.interface import Sight
 from terrace.models.batch import ImageFacts
-from terrace.models.build import materialise, meta_model
+from terrace.models.build import directory_config, materialise, meta_model
 from terrace.models.families.registry import family_of_model
 from terrace.models.precision import DTYPES, compute_context
 from terrace.models.weights import initial_weights
@@ -42,7 +41,7 @@ Measure = Callable[[Sequence[Case]], list[dict[str, float]]]
 
 @dataclass(frozen=True)
 class VectorModel:
-    """A loaded model that gives vectors."""
+    """A loaded model that gives vectors, or matches."""
 
     network: Any
     tokenizer: TextTokenizer | None
@@ -56,35 +55,49 @@ class VectorModel:
         family = family_of_model(self.network)
         give = family.image_features if features else family.image_vectors
 
-        def vectors(some: Sequence[Case]) -> torch.Tensor:
-            views = [self.sight.view(case.sizes[0]) for case in some]
-            rows = [load_pixels(case.read_images()[0], self.sight.family, view) for case, view in zip(some, views)]
-            pixels = torch.from_numpy(np.concatenate(rows)).to(self.device)
-            counts = [torch.tensor([getattr(view, name) for view in views]) for name in ("tokens", "rows")]
-            facts = ImageFacts(torch.tensor([view.facts for view in views]), *counts)
-            return give(self.network, family.normalised(pixels, DTYPES[self.precision]), facts)
-
-        return self._in_batches(cases, vectors)
+        return self._in_batches(cases, lambda some: F.normalize(give(self.network, *self._seen(some)).float(), dim=1))
 
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
         """float32 [N, D], of length 1."""
+        give = family_of_model(self.network).text_vectors
+        return self._in_batches(texts, lambda some: F.normalize(give(self.network, *self._read(some)).float(), dim=1))
+
+    def fitting(self, cases: Sequence[Case], texts: Sequence[str]) -> list[float]:
+        """How well each picture and its text fit: their cosine, or the probability of a match from a model that matches."""
+        family = family_of_model(self.network)
+        if self.sight.family.gives == "vectors":
+            return (self.pictures(cases, False) * self.texts(texts)).sum(dim=1).tolist()
+
+        def matches(some: Sequence[tuple[Case, str]]) -> torch.Tensor:
+            values, facts = self._seen([case for case, _ in some])
+            seen = family.seen(self.network, family.inputs(values, facts)["pixel_values"])
+            return family.match_logits(self.network, seen, *self._read([text for _, text in some])).float().softmax(dim=1)[:, 1]
+
+        return self._in_batches(list(zip(cases, texts, strict=True)), matches).tolist()
+
+    def _seen(self, cases: Sequence[Case]) -> tuple[torch.Tensor, ImageFacts]:
+        family, views = family_of_model(self.network), [self.sight.view(case.sizes[0]) for case in cases]
+        rows = [load_pixels(case.read_images()[0], self.sight.family, view) for case, view in zip(cases, views)]
+        pixels = torch.from_numpy(np.concatenate(rows)).to(self.device)
+        counts = [torch.tensor([getattr(view, name) for view in views]) for name in ("tokens", "rows")]
+        facts = ImageFacts(torch.tensor([view.facts for view in views]), *counts)
+        return family.normalised(pixels, DTYPES[self.precision]), facts
+
+    def _read(self, texts: Sequence[str]) -> list[torch.Tensor]:
+        """Token ids and mask; what does not fit is cut off, as in training."""
         assert self.tokenizer is not None, "a suite of texts was opened for a model of pictures"
-        tokenizer, family, config = self.tokenizer, family_of_model(self.network), self.network.config
-        marks, data = tokenizer.marks(self.sight.family), self.sight.family
+        marks, data = self.tokenizer.marks(self.sight.family), self.sight.family
         start, end = [marks[role] for role in data.beginning], marks[data.end_of_text]
+        room = data.context - len(start) - 1
+        ids = [np.asarray([*start, *self.tokenizer.encode(text)[:room], end]) for text in texts]
+        rows = family_of_model(self.network).text_rows(ids, self.network.config)
+        return [torch.from_numpy(part).to(self.device) for part in rows]
 
-        def vectors(some: Sequence[str]) -> torch.Tensor:
-            room = data.context - len(start) - 1
-            ids = [np.asarray([*start, *tokenizer.encode(text)[:room], end]) for text in some]
-            return family.text_vectors(self.network, *(torch.from_numpy(rows).to(self.device) for rows in family.text_rows(ids, config)))
-
-        return self._in_batches(texts, vectors)
-
-    def _in_batches(self, things: Sequence[Any], vectors: Callable[[Sequence[Any]], torch.Tensor]) -> torch.Tensor:
+    def _in_batches(self, things: Sequence[Any], find: Callable[[Sequence[Any]], torch.Tensor]) -> torch.Tensor:
         found = []
         for start in range(0, len(things), self.batch_size):
             with torch.no_grad(), compute_context(self.precision, self.device):
-                found.append(F.normalize(vectors(things[start : start + self.batch_size]).float(), dim=1).cpu())
+                found.append(find(things[start : start + self.batch_size]).cpu())
         return torch.cat(found)
 
 
@@ -96,11 +109,11 @@ def load_vector_model(
     precision = precision or ("bf16" if device.startswith("cuda") else "fp32")
     sight = model_sight(directory)
     sight = Sight(sight.family, pixels) if pixels else sight
-    config = AutoConfig.from_pretrained(directory)
+    config = directory_config(directory)
     skeleton = meta_model(config)
     source, _ = initial_weights(ModelSection(architecture=sight.family.name, pretrained=str(directory)), skeleton, directory)
     network = materialise(skeleton, source, device, DTYPES[precision]).eval()
-    tokenizer = load_tokenizer(directory) if sight.family.gives == "vectors" else None
+    tokenizer = load_tokenizer(directory) if sight.family.gives != "pictures" else None
     return VectorModel(network, tokenizer, sight, device, precision, batch_size)
 
 

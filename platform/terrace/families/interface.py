@@ -149,7 +149,7 @@ class Family(ABC):
     flat: ClassVar[bool] = False  # the configuration holds the language model's fields itself, not in `text_config`
     crosses: ClassVar[bool] = False  # pictures stay beside the sequence, whose tokens read them by cross-attention
     unshared: ClassVar[str] = ""  # why ranks cannot share a pack (sequence parallelism); empty: they can
-    gives: ClassVar[str] = "text"  # what the model gives: text, `vectors` of pictures and texts, or `pictures`
+    gives: ClassVar[str] = "text"  # what the model gives: text, `vectors` of pictures and texts, `pictures`, or `matches` of both
     keeps_end: ClassVar[bool] = False  # a sample that is cut keeps its last token
     reads_questions: ClassVar[bool] = False  # a question is read with each picture of its sample, beside the language model: `asked`
 

@@ -22,6 +22,8 @@ _SHARED = (
     "two_towers", "one_square", "tiles", "configurations", "coordinates",
 )  # fmt: skip
 _SPELT = {"blip-2": "blip_2"}  # model types that are no module's name
+# Classes that share their model type with another family's, as config.json names them.
+_BY_CLASS = {"Blip2ForImageTextRetrieval": "blip_2_matching"}
 _ELSEWHERE: dict[str, str] = {}  # name of a family -> the module outside of this folder that holds it
 
 
@@ -47,6 +49,11 @@ def family_class(architecture: str) -> type[Family]:
         raise InputError(f"model.architecture: {module} cannot be used as a family: {found.__name__} does not say {', '.join(missing)}")
     _ELSEWHERE[found.name] = module
     return found
+
+
+def written_architecture(config: Mapping[str, Any]) -> str | None:
+    """The family that a directory's config.json speaks of."""
+    return next((_BY_CLASS[name] for name in config.get("architectures") or () if name in _BY_CLASS), config.get("model_type"))
 
 
 def family_module(architecture: str, here: str) -> str:

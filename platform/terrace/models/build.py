@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from terrace.errors import InputError
 from terrace.families.configurations import language_config
-from terrace.families.registry import built_in, family_class
+from terrace.families.registry import built_in, family_class, written_architecture
 from terrace.models.families.interface import configurations
 from terrace.models.families.registry import family_model, family_model_named, family_of_model
 from terrace.models.parts import part_parameters
@@ -73,9 +73,12 @@ def directory_config(directory: str | Path) -> Any:
     file = Path(directory) / "config.json"
     if not file.is_file():
         raise InputError(f"{directory}: no config.json; a Hugging Face model directory is expected")
-    kind = json.loads(file.read_text()).get("model_type")
+    values = json.loads(file.read_text())
+    kind = written_architecture(values)
     if kind in built_in():
         family_model_named(kind)
+    if kind != values.get("model_type"):
+        return AutoConfig.for_model(kind, **{name: value for name, value in values.items() if name != "model_type"})
     return AutoConfig.from_pretrained(directory)
 
 

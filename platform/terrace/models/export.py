@@ -56,7 +56,7 @@ class ExportFiles:
         family = family_of_model(model)
         if family.code:
             config.auto_map = dict(family.code)
-        config.save_pretrained(folder)
+        family.exported_config(config).save_pretrained(folder)
         for file in family.code_files():
             shutil.copyfile(file, folder / file.name)
         if family.family.gives == "text":

@@ -15,7 +15,7 @@ from terrace.models.build import meta_model, planned_config
 from terrace.models.families.interface import FamilyModel
 from terrace.models.families.registry import family_of_model
 from terrace.models.tensor_files import Directory
-from terrace.models.weights import initial_weights
+from terrace.models.weights import compared_weights
 from terrace.recipe.changes import stage_recipe
 from terrace.recipe.identity import taken_from
 from terrace.recipe.schema import Recipe
@@ -60,6 +60,6 @@ def check_taken(recipe: Recipe) -> None:
 
         skeleton = meta_model(planned_config(stage_recipe(recipe, index)))
         try:
-            initial_weights(model.with_places(elsewhere), skeleton, None, stage.model_changes, opened)
+            compared_weights(model.with_places(elsewhere), skeleton, None, stage.model_changes, opened)
         except InputError as error:
             raise InputError(f"stage {stage.name}: {error}") from error

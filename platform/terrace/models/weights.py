@@ -126,6 +126,16 @@ def random_source(skeleton: Any, seed: int) -> TensorSource:
 
 
 def initial_weights(
+    model: Model, skeleton: Any, start: Path | None = None, changes: ModelChanges | None = None
+) -> tuple[TensorSource, LoadReport]:
+    """`compared_weights`, and what is worth saying about them said in the log."""
+    source, report = compared_weights(model, skeleton, start, changes)
+    for line in report.unexpected + report.notes:
+        log.warning("initial weights: %s", line)
+    return source, report
+
+
+def compared_weights(
     model: Model, skeleton: Any, start: Path | None = None, changes: ModelChanges | None = None,
     opened: Callable[[str, FamilyModel], Directory] = Directory,
 ) -> tuple[TensorSource, LoadReport]:
@@ -154,9 +164,6 @@ def initial_weights(
     _compare_positions(skeleton.config, by_part["language"], report)
     if report.missing or report.reshaped:
         raise InputError("initial weights do not fit the model: " + "; ".join(report.missing + report.reshaped))
-    for line in report.unexpected + report.notes:
-        log.warning("initial weights: %s", line)
-
     return InitialWeights(by_part, random, family, surgery, grown, shapes), report
 
 

@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from terrace.data.order.balance import cost_of
 from terrace.data.types import PackedExample
 from terrace.data.views.augment import make_views
 from terrace.data.views.plans import plan_views
 from terrace.models.batch import ImageFacts, image_facts
 from terrace.models.families.registry import family_model, family_of_model
 from terrace.objectives.chance import patch_noise
-from terrace.objectives.interface import Counts, Objective, Opening, StepExamples
-from terrace.objectives.lm import count_packs, empty_pack
+from terrace.objectives.interface import Opening
+from terrace.objectives.lm import empty_pack
+from terrace.objectives.packs import PackObjective
 from terrace.objectives.two_towers import wide
 
 EPSILON = 1e-6  # beside a patch's variance
@@ -42,27 +42,14 @@ class PictureBatch:
     dtype: torch.dtype
 
 
-class MaskedAutoencoder(Objective):
+class MaskedAutoencoder(PackObjective):
     """Packs of a fixed number of pictures."""
 
     measured = True
 
     def __init__(self, opening: Opening) -> None:
         super().__init__(opening)
-        self._cost = cost_of(opening.recipe.model)
         self._family = family_model(opening.feed.config)
-
-    def weight(self, example: PackedExample) -> float:
-        return len(example.sample_ids)
-
-    def count(self, taken: StepExamples) -> Counts:
-        return count_packs(taken.examples, sorted(self.opening.stage.mixture.weights), self._cost)
-
-    def pack_of(self, example: PackedExample) -> PackedExample:
-        return example
-
-    def empty(self) -> PackedExample:
-        return empty_pack()
 
     def batch(self, example: PackedExample) -> PictureBatch:
         opening, pictures = self.opening, len(example.sample_ids)

@@ -23,16 +23,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from terrace.data.order.balance import cost_of
 from terrace.data.order.permutation import seed_of
 from terrace.data.types import PackedExample
 from terrace.data.views.augment import make_views
 from terrace.data.views.plans import plan_views, single_views
 from terrace.models.families.registry import family_model, family_of_model
 from terrace.models.precision import compute_context
-from terrace.objectives.interface import Counts, Objective, Opening, StepExamples
-from terrace.objectives.lm import count_packs, empty_pack
+from terrace.objectives.interface import Opening, StepExamples
+from terrace.objectives.lm import empty_pack
 from terrace.objectives.mae import HELD_OUT
+from terrace.objectives.packs import PackObjective
 from terrace.objectives.teacher import Teacher, momentum_at
 from terrace.objectives.together import Together
 from terrace.objectives.two_towers import wide
@@ -70,7 +70,7 @@ class ViewBatch:
     results: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-class ViewsObjective(Objective):
+class ViewsObjective(PackObjective):
     """See the module's docstring."""
 
     name: ClassVar[str]
@@ -87,7 +87,6 @@ class ViewsObjective(Objective):
         self.dtype = opening.dtype
         self.kept = self.first_state()
         self.step = 0  # of this step, from 0
-        self._cost = cost_of(opening.recipe.model)
         self._family = family_model(opening.feed.config)
         self._teacher: Teacher | None = None
         self._numbers = 0  # of packs of this step that were made
@@ -155,18 +154,6 @@ class ViewsObjective(Objective):
         for taken in super().steps(start):
             self.step = taken.step
             yield taken
-
-    def weight(self, example: PackedExample) -> float:
-        return len(example.sample_ids)
-
-    def count(self, taken: StepExamples) -> Counts:
-        return count_packs(taken.examples, sorted(self.opening.stage.mixture.weights), self._cost)
-
-    def pack_of(self, example: PackedExample) -> PackedExample:
-        return example
-
-    def empty(self) -> PackedExample:
-        return empty_pack()
 
     def before(self, examples: Sequence[PackedExample], scale: float) -> None:
         self._told, self._numbers, self._everything, self._slopes, self._ran = [], 0, None, None, False

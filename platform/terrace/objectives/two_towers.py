@@ -25,13 +25,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from terrace.data.order.balance import cost_of
 from terrace.data.types import PackedExample
 from terrace.models.batch import ImageFacts, image_facts
 from terrace.models.families.registry import family_model, family_of_model
 from terrace.objectives.chance import kept_patches
-from terrace.objectives.interface import Counts, Objective, Opening, StepExamples
-from terrace.objectives.lm import count_packs, empty_pack
+from terrace.objectives.interface import Opening
+from terrace.objectives.lm import empty_pack
+from terrace.objectives.packs import PackObjective
 from terrace.objectives.retrieval import recalls
 from terrace.recipe.schema_pairs import PairOptions
 from terrace.worker.collectives import gather_tensors
@@ -70,7 +70,7 @@ class PairBatch:
     results: dict[str, torch.Tensor | None] = field(default_factory=dict)
 
 
-class TwoTowersObjective(Objective):
+class TwoTowersObjective(PackObjective):
     """A subclass says `share`: the loss of this rank's pairs among all, and its slopes."""
 
     coupled = True
@@ -79,7 +79,6 @@ class TwoTowersObjective(Objective):
     def __init__(self, opening: Opening) -> None:
         super().__init__(opening)
         self.options = opening.stage.pairs or PairOptions()
-        self._cost = cost_of(opening.recipe.model)
         self._family = family_model(opening.feed.config)
         self._shares: dict[int, Share] = {}  # by pack
         self._single = False  # every rank has one pack in this step
@@ -89,18 +88,6 @@ class TwoTowersObjective(Objective):
         raise NotImplementedError
 
     # ------------------------------------------------------------ a step
-
-    def weight(self, example: PackedExample) -> float:
-        return len(example.sample_ids)
-
-    def count(self, taken: StepExamples) -> Counts:
-        return count_packs(taken.examples, sorted(self.opening.stage.mixture.weights), self._cost)
-
-    def pack_of(self, example: PackedExample) -> PackedExample:
-        return example
-
-    def empty(self) -> PackedExample:
-        return empty_pack()
 
     def before(self, examples: Sequence[PackedExample], scale: float) -> None:
         """The pass without gradient over all packs but a single one."""

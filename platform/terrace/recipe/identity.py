@@ -42,7 +42,7 @@ _MODEL_LAYOUT_KEYS = {"attention", "kernels", "stands_in_for", "connector"}  # `
 def recipe_hash(recipe: Recipe) -> str:
     """sha256 (hex) of what a recipe says of its run, however it was written (order of keys, 1e3 or 1000, extends)."""
     written = recipe.model_copy(update={"model": recipe.model.written})
-    return _digest(written.model_dump(mode="json", exclude={"planning", "notes"}, exclude_defaults=True))
+    return _digest(written.model_dump(mode="json", exclude={"planning", "notes", "recaption"}, exclude_defaults=True))
 
 
 def stage_hash(recipe: Recipe, index: int) -> str:

@@ -39,7 +39,7 @@ class ObjectiveEntry:
     def suites(self) -> tuple[str, ...]:
         """Kinds of suites that its model can be asked at the stage's end."""
         asked = ASKED_SUITES if self.answers else ()
-        return {"text": asked, "vectors": VECTOR_SUITES, "pictures": PICTURE_SUITES}[self.model]
+        return {"text": asked, "vectors": VECTOR_SUITES, "pictures": PICTURE_SUITES, "matches": ()}[self.model]
 
     @property
     def reads_packs(self) -> bool:
@@ -72,6 +72,9 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
         )
         for name in ("clip", "siglip")
     },
+    "matching": ObjectiveEntry(
+        "terrace.objectives.matching", only_kind="caption", answers=False, model="matches", fixed_packs=True, figures=RETRIEVAL
+    ),
     "mae": ObjectiveEntry(
         "terrace.objectives.mae", answers=False, model="pictures", fixed_packs=True, views=True, figures=("loss",)
     ),
@@ -94,7 +97,7 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
     },
 }
 # Sections of a stage that only the objective of that name reads.
-OPTIONS = ("grpo", "mtp", "medusa", "dpo", "mpo", "kto", "orpo", "simpo", *VIEW_OPTIONS)
+OPTIONS = ("grpo", "matching", "mtp", "medusa", "dpo", "mpo", "kto", "orpo", "simpo", *VIEW_OPTIONS)
 
 
 def _known(value: Any, validate: Any) -> Any:

@@ -22,6 +22,7 @@ from terrace.recipe import (
     rules_order,
     rules_parallel,
     rules_places,
+    rules_recaption,
     rules_rl,
     rules_stage_model,
     rules_stretches,
@@ -48,7 +49,7 @@ TRAIN_METRICS = (
 def check(recipe: Recipe) -> list[Problem]:
     """Every problem of a recipe whose fields are well typed, in the order of its keys. Empty: the recipe may run."""
     problems = [*rules_model.check(recipe), *rules_credentials.check(recipe), *rules_places.check(recipe)]
-    problems += [*_planning(recipe), *rules_order.check(recipe)]
+    problems += [*_planning(recipe), *rules_order.check(recipe), *rules_recaption.check(recipe)]
     for index, stage in enumerate(recipe.stages):
         at: Path = ("stages", index)
         seen = stage_recipe(recipe, index)

@@ -11,7 +11,10 @@ from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.rules_views import check as check_views
 from terrace.recipe.schema import Recipe, Stage
 
-GIVES = {"text": "writes text", "vectors": "gives vectors of pictures and of texts", "pictures": "reads pictures alone"}
+GIVES = {
+    "text": "writes text", "vectors": "gives vectors of pictures and of texts", "pictures": "reads pictures alone",
+    "matches": "matches pictures with texts",
+}  # fmt: skip
 
 
 def check(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:

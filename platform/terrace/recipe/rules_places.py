@@ -65,3 +65,5 @@ def named_places(recipe: Recipe) -> Iterator[tuple[Path, str]]:
     for index, stage in enumerate(recipe.stages):
         for place, suite in enumerate(stage.evaluate.suites):
             yield ("stages", index, "evaluate", "suites", place), suite.partition(":")[2]
+    for name, wanted in recipe.recaption.items():
+        yield ("recaption", name, "out"), wanted.out

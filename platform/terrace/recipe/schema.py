@@ -38,8 +38,9 @@ from terrace.recipe.schema_inputs import (
 )
 from terrace.recipe.schema_model import Initialisation, Model
 from terrace.recipe.schema_optimizer import Optimizer, Schedule, WeightAverage
-from terrace.recipe.schema_pairs import PairOptions
+from terrace.recipe.schema_pairs import MatchingOptions, PairOptions
 from terrace.recipe.schema_preference import DpoOptions, KtoOptions, MpoOptions, OrpoOptions, SimpoOptions
+from terrace.recipe.schema_recaption import Recaption
 from terrace.recipe.schema_training import PartTraining
 from terrace.recipe.schema_views import (
     PUBLISHED_VIEWS,
@@ -225,6 +226,7 @@ class Stage(Strict):
     profile: Profile = Field(Profile(), description="Steps to trace.")
     grpo: GrpoOptions | None = Field(None, description="Options of the objective grpo.")
     pairs: PairOptions | None = Field(None, description="Options of the objectives clip and siglip.")
+    matching: MatchingOptions | None = Field(None, description="Options of the objective matching.")
     mtp: MtpOptions | None = Field(None, description="Options of the objective mtp.")
     medusa: MedusaOptions | None = Field(None, description="Options of the objective medusa.")
     dpo: DpoOptions | None = Field(None, description="Options of the objective dpo.")
@@ -282,7 +284,12 @@ class Stage(Strict):
 
 class Tracking(Strict):
     uri: str | None = Field(None, description="MLflow tracking URI; default: sqlite in the run directory.")
-    experiment: str = Field("terrace", description="MLflow experiment.")
+    experiment: str = Field("terrace", description="MLflow experiment, and the project of trackers beside it.")
+    also: list[Literal["tensorboard", "wandb"]] = Field(
+        [],
+        description="Trackers beside MLflow, each through its own client, with files in the run directory: `tensorboard`, `wandb`"
+        " (offline unless `WANDB_MODE` says otherwise).",
+    )
     log_every_steps: int = Field(1, ge=1, description="Log step metrics every so many steps.")
 
 
@@ -328,6 +335,7 @@ class Recipe(Strict):
     stage_order: Literal["sequence", "graph"] = Field(
         "sequence", description="`graph`: a stage waits only for `start_from` and `after`, and on Kubernetes branches run side by side."
     )
+    recaption: dict[Name, Recaption] = Field({}, description="What `terrace recaption` makes of sources, by name; a run does not read it.")
     tracking: Tracking = Field(Tracking(), description="Where metrics go.")
     planning: Planning = Field(Planning(), description="Assumptions of `terrace plan`.")
     notes: list[str] = Field([], description="What is assumed, borrowed or stands in, in words.")

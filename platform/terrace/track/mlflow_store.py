@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from terrace.track.follow import MetricsFollower
-from terrace.track.points import MARKER, STAGE_MARKER, Point, curriculum_points, flatten, metric_name, stage_points
+from terrace.track.points import Point, flatten, metric_name
+from terrace.track.series import RunSpec, Series, batches
 
 LOGGER = logging.getLogger(__name__)
 BATCH_POINTS = 900  # MLflow takes at most 1,000 metrics in one call
@@ -28,42 +29,6 @@ _SETTINGS = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # trying again is done here, for as long as it takes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
-
-
-@dataclass(frozen=True)
-class RunSpec:
-    """A run as it should be on the server. `key` names it for ever; `run_id` is the one it had, if any; times in seconds (epoch)."""
-
-    key: str
-    name: str
-    parameters: dict[str, Any]
-    tags: dict[str, str]
-    run_id: str | None = None
-    parent: str | None = None  # the parent's key
-    started: float | None = None
-    datasets: tuple[dict[str, str], ...] = ()  # name, digest, source, source_type
-    done: Callable[[str], None] = lambda run_id: None
-
-
-@dataclass(frozen=True)
-class Series:
-    """The rows of one metrics.jsonl as a run shows them: a stage's own, or (`stage` from 1) its part of the curriculum's.
-
-    `every`: which steps; `offset`: steps of the stages before; `suffix` tells a rerun's lines from those before it.
-    """
-
-    path: Path
-    every: int = 1
-    stage: int | None = None
-    offset: int = 0
-    suffix: str = ""
-
-    @property
-    def marker(self) -> str:
-        return MARKER if self.stage is None else STAGE_MARKER + self.suffix
-
-    def points(self, row: dict[str, Any]) -> list[Point]:
-        return stage_points(row) if self.stage is None else curriculum_points(row, self.stage, self.suffix)
 
 
 @dataclass
@@ -112,8 +77,8 @@ class Store:
             self._positions[place] = max((point.step for point in history), default=0)
         follower = self._followers.setdefault((run_id, series), MetricsFollower(series.path))
         try:
-            for batch, step in _batches(follower.rows(), series, self._positions[place]):
-                self._send(run_id, batch)
+            for batch, step in batches(follower.rows(), series, self._positions[place], BATCH_POINTS):
+                self._send(run_id, [_metric(name, value, at, at_step) for name, value, at, at_step in batch])
                 self._positions[place] = step
         except BaseException:
             self._followers.pop((run_id, series), None)  # its rows were read and not sent
@@ -245,24 +210,6 @@ class Store:
         self._refused |= set(refused)
         self.warn(f"tracking at {self.uri} does not take {', '.join(refused)} ({next(iter(refused.values()))}); the rest is logged")
         return True
-
-
-def _batches(rows: Iterator[dict[str, Any]], series: Series, position: int) -> Iterator[tuple[list[Any], int]]:
-    """(metrics, their last step), each a few whole steps that the server has not."""
-    batch: list[Any] = []
-    step = position
-    for row in rows:
-        number = int(row["step"])
-        if series.offset + number <= position or not (number == 1 or number % series.every == 0):
-            continue
-        points = [_metric(name, value, row.get("time"), series.offset + number) for name, value in series.points(row)]
-        if batch and len(batch) + len(points) > BATCH_POINTS:
-            yield batch, step
-            batch = []
-        batch += points
-        step = series.offset + number
-    if batch:
-        yield batch, step
 
 
 def _metric(name: str, value: float, at: float | None, step: int) -> Any:

@@ -1,4 +1,4 @@
-"""What a controller says to its tracking server, in a thread of its own: a slow or dead server never holds up training.
+"""What a controller says to its trackers, each in a thread of its own: a slow or dead server never holds up training.
 
 Calls wait in order. One that fails while the server is away is made again every few minutes, for ever; one that fails although the server
 answers is named and passed over after three tries, and those behind it go on. Rows are not kept here: a call says which file to
@@ -11,11 +11,13 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from terrace.track.mlflow_store import RunSpec, Series, Store
+from terrace.track.also import AlsoStore, open_also
+from terrace.track.mlflow_store import Store
 from terrace.track.points import Point
+from terrace.track.series import RunSpec, Series
 
 LOGGER = logging.getLogger(__name__)
 FIRST_WAIT_SECONDS, LARGEST_WAIT_SECONDS = 15.0, 180.0  # between two tries while the server is away
@@ -26,7 +28,7 @@ Work = tuple[str, Callable[[], object]]  # what it is, and how it is done
 class Tracking:
     """Calls return at once; a run's id comes through the callback of its spec."""
 
-    def __init__(self, store: Store, warn: Callable[[str], None]):
+    def __init__(self, store: Store | AlsoStore, warn: Callable[[str], None]):
         self._store, self._warn = store, warn
         self._works: deque[Work | threading.Event] = deque()
         self._waiting: set[tuple[str, Series]] = set()  # files that the queue will look at anyway
@@ -155,10 +157,59 @@ def _line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
-def open_tracking(run_dir: Path, uri: str | None, experiment: str, warn: Callable[[str], None]) -> Tracking:
-    """Tracking at `uri`, or in `RUN/mlflow.db`. A file of SQLite has its artifacts in `mlartifacts` beside it: MLflow's own choice would
-    be `./mlruns` of whatever folder the command was called in."""
+class Trackers:
+    """Several of them told the same: MLflow first, whose ids of runs are the ones that a journal keeps."""
+
+    def __init__(self, each: Sequence[Tracking]):
+        self._each = list(each)
+
+    def open_run(self, spec: RunSpec) -> None:
+        for one in self._each:
+            one.open_run(spec)
+
+    def log_rows(self, key: str, series: Series) -> None:
+        for one in self._each:
+            one.log_rows(key, series)
+
+    def log_evaluation(self, key: str, points: Iterable[Point], step: int, at: float) -> None:
+        points = list(points)
+        for one in self._each:
+            one.log_evaluation(key, points, step, at)
+
+    def log_artifacts(self, key: str, paths: Iterable[Path]) -> None:
+        paths = list(paths)
+        for one in self._each:
+            one.log_artifacts(key, paths)
+
+    def end_run(self, key: str, status: str, tags: dict[str, str] | None = None, ended: float | None = None) -> None:
+        for one in self._each:
+            one.end_run(key, status, tags, ended)
+
+    def flush(self, timeout_seconds: float = 30.0) -> bool:
+        """Whether everything so far is in all of them; see `Tracking.flush`."""
+        flushed = [one.flush(timeout_seconds) for one in self._each]  # each of them, whatever another says
+        return all(flushed)
+
+    def close(self, timeout_seconds: float = 30.0) -> None:
+        for one in self._each:
+            one.close(timeout_seconds)
+
+    @property
+    def why(self) -> str:
+        """In the words of the last error: why one of them is away."""
+        return next((one.why for one in self._each if one.away), "")
+
+    @property
+    def failed(self) -> int:
+        """Calls that were passed over."""
+        return sum(one.failed for one in self._each)
+
+
+def open_tracking(run_dir: Path, uri: str | None, experiment: str, warn: Callable[[str], None], also: Sequence[str] = ()) -> Trackers:
+    """Tracking at `uri`, or in `RUN/mlflow.db`, and at each of `also`. A file of SQLite has its artifacts in `mlartifacts` beside it:
+    MLflow's own choice would be `./mlruns` of whatever folder the command was called in. Raises InputError where a client is missing."""
     uri = uri or f"sqlite:///{Path(run_dir).absolute()}/mlflow.db"
     file = uri.removeprefix("sqlite:///")
     artifacts = Path(file).absolute().parent / "mlartifacts" if file != uri and file else None
-    return Tracking(Store(uri, experiment, artifacts, warn), warn)
+    stores = [Store(uri, experiment, artifacts, warn), *(open_also(kind, run_dir, experiment, warn) for kind in dict.fromkeys(also))]
+    return Trackers([Tracking(store, warn) for store in stores])

@@ -38,6 +38,9 @@ class Blip2Model(FamilyModel):
             return None
         return torch.randn(shape, generator=torch.Generator().manual_seed(0)) * config.qformer_config.initializer_range
 
+    def may_be_new(self, name: str) -> bool:
+        return name.startswith("language_projection.")  # after the first stage there is none
+
     def vision(self, model: Any) -> Any:
         return model.vision_model
 

@@ -163,6 +163,10 @@ class FamilyModel:
         """The inverse: the spelling in which the family's weights are published, which every loader reads."""
         return name
 
+    def exported_config(self, config: Any) -> Any:
+        """The configuration as config.json has it."""
+        return config
+
     def code_files(self) -> list[Path]:
         """Files that an export carries because `code` names them, or they are imported there."""
         return []

@@ -1,0 +1,212 @@
+"""BLIP-2's first stage: value and gradients are the formulas, on transformers' own passes, for any packs, ranks and strategy."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from processes import run_ranks
+from towers import gradients_of_step, gradients_of_steps, pair_pack, towers_model, towers_recipe, train_towers
+from transformers import Blip2ForImageTextRetrieval
+
+from terrace.errors import Preempted
+from terrace.models.batch import image_facts
+from terrace.models.families.registry import family_of_model
+from terrace.objectives.chance import generator_of
+from terrace.objectives.matching_losses import drawn_negatives
+from terrace.objectives.retrieval import recalls, recalls_of_scores
+from terrace.planner.parameters import parameter_counts
+from terrace.planner.shapes import shape_of_config
+from terrace.recipe.rules import check
+
+NAME, PAIRS, SMOOTHING, SEED = "blip_2_matching", 6, 0.1, 0
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def attended(block, hidden, keys, mask):
+    """One attention and its residual, of two heads: what transformers' module computes."""
+    inner, heads = block.attention, block.attention.num_attention_heads
+
+    def split(values):
+        return values.view(*values.shape[:-1], heads, -1).transpose(1, 2)
+
+    query, key, value = split(inner.query(hidden)), split(inner.key(keys)), split(inner.value(keys))
+    scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+    found = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value
+    return block.output(found.transpose(1, 2).flatten(2), hidden)
+
+
+def written(model, seen, ids):
+    """Logits [1, L, words] of one text as published: the picture's queries first, layer by layer, then text over what they leave."""
+    queries = model.qformer.layernorm(model.query_tokens)
+    text = model.qformer.layernorm(model.embeddings(input_ids=ids))
+    length = ids.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    for layer in model.qformer.encoder.layer:
+        everything = torch.cat([queries, text], dim=1)
+        sees = torch.cat([torch.ones(length, queries.shape[1], dtype=torch.bool), causal], dim=1)
+        text_now = attended(layer.attention, text, everything, sees)
+        now = attended(layer.attention, queries, queries, torch.ones(1, 1, dtype=torch.bool))
+        if layer.has_cross_attention:
+            now = attended(layer.crossattention, now, seen, torch.ones(1, 1, dtype=torch.bool))
+        queries, text = layer.feed_forward_chunk_query(now), layer.feed_forward_chunk(text_now)
+    hidden = model.text_head.norm(F.gelu(model.text_head.dense(text)))
+    return hidden @ model.embeddings.word_embeddings.weight.T + model.text_head.bias
+
+
+def smoothed(logits, target):
+    return F.cross_entropy(logits, target, label_smoothing=SMOOTHING)
+
+
+def published_step(dtype):
+    """The loss and its gradients over all pairs at once, with transformers' own forward for contrast and matching."""
+    model, config = towers_model(NAME, dtype)
+    family, pack = family_of_model(model), pair_pack(config, 0, PAIRS)
+    texts = np.split(pack.input_ids.astype(np.int64), pack.segment_ends[:-1])
+    pixels = family.inputs(family.normalised(torch.from_numpy(pack.pixels), dtype), image_facts(pack))["pixel_values"]
+    queries = config.num_query_tokens
+
+    def rows(chosen):
+        length = max(len(text) for text in chosen)
+        ids, mask = torch.full((len(chosen), queries + length), 1), torch.zeros(len(chosen), queries + length, dtype=torch.int64)
+        mask[:, :queries] = 1
+        for row, text in enumerate(chosen):
+            ids[row, queries : queries + len(text)], mask[row, queries : queries + len(text)] = torch.from_numpy(text), 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+    scores = model(pixel_values=pixels, **rows(texts)).logits_per_image / model.temperature
+    labels = torch.arange(PAIRS)
+    contrast = 0.5 * (smoothed(scores, labels) + smoothed(scores.T, labels))
+    negatives = []
+    for matrix, purpose in ((scores, "negative text"), (scores.T, "negative picture")):
+        for pair in range(PAIRS):
+            weights = matrix[pair].detach().double().softmax(0).numpy().copy()
+            weights[pair] = 0.0
+            draw = generator_of(SEED, "pairs", f"p{pair}", 0, purpose).random()
+            negatives.append(int(np.nonzero(weights.cumsum() > draw * weights.sum())[0][0]))
+    chosen_texts, chosen_pictures = negatives[:PAIRS], negatives[PAIRS:]
+    logits = torch.cat([
+        model(pixel_values=which, **rows(words), use_image_text_matching_head=True).logits_per_image
+        for which, words in ((pixels, texts), (pixels, [texts[n] for n in chosen_texts]), (pixels[chosen_pictures], texts))
+    ])  # fmt: skip
+    matching = F.cross_entropy(logits, torch.tensor([1] * PAIRS + [0] * 2 * PAIRS))
+    tokens, targets = [], []
+    for pair, text in enumerate(texts):
+        seen = model.vision_model(pixel_values=pixels[pair : pair + 1]).last_hidden_state
+        ids = torch.from_numpy(text)[None].clone()
+        ids[0, 0] = config.image_token_index
+        tokens.append(written(model, seen, ids)[0, :-1])
+        targets.append(torch.from_numpy(text)[1:])
+    loss = contrast + matching + smoothed(torch.cat(tokens), torch.cat(targets))
+    loss.backward()
+    return float(loss.detach()), {key: np.zeros(1) if p.grad is None else p.grad.numpy() for key, p in model.named_parameters()}
+
+
+def assert_equal(found, expected, tolerance):
+    (loss, gradients), (wanted, reference) = found, expected
+    assert loss == pytest.approx(wanted, rel=tolerance)
+    largest = max(float(np.abs(gradient).max()) for gradient in reference.values())
+    worst = max((float(np.abs(gradients[key] - reference[key]).max()), key) for key in reference)
+    assert worst[0] < tolerance * largest, worst
+
+
+def test_value_and_gradients_are_the_formulas_whatever_the_packs():
+    exact = published_step(torch.float64)
+    assert {key for key, gradient in exact[1].items() if not np.abs(gradient).max()} <= {"vision_model.embeddings.patch_embedding.bias"}
+    for sizes in ([6], [2, 2, 2], [1, 5, 0]):
+        assert_equal(gradients_of_step(0, 1, NAME, "matching", sizes), exact, 1e-10)
+    assert_equal(gradients_of_step(0, 1, NAME, "matching", [3, 3], "float32"), published_step(torch.float32), 3e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_number_of_ranks_changes_nothing(ranks):
+    """Also where a rank has fewer pairs than others, or none."""
+    layouts = {2: ([3, 3], [4, 2, 0, 0]), 4: ([2, 2, 1, 1], [1, 1, 1, 1, 1, 1, 0, 0])}[ranks]
+    [found, *_] = run_ranks(ranks, gradients_of_steps, [(NAME, "matching", sizes) for sizes in layouts])
+    exact = published_step(torch.float64)
+    for result in found:
+        assert_equal(result, exact, 1e-10)
+
+
+def test_negatives_are_other_texts_and_the_same_whatever_the_layout():
+    rng = np.random.default_rng(0)
+    logits, draws = torch.from_numpy(rng.normal(size=(7, 7))), rng.random((7, 2))
+    which = np.array([0, 1, 2, 0, 3, 4, 5])
+    same = which[:, None] == which[None]
+    found = drawn_negatives(logits, same, np.arange(7), draws)
+    assert all(which[text] != which[pair] and which[picture] != which[pair] for pair, (text, picture) in enumerate(zip(*found)))
+    dealt = rng.permutation(7)  # the pairs as other ranks hold them
+    order = np.argsort(dealt)
+    again = drawn_negatives(logits[np.ix_(dealt, dealt)], same[np.ix_(dealt, dealt)], order, draws[dealt])
+    assert all(np.array_equal(dealt[one], other[dealt]) for one, other in zip(again, found))
+    alone = drawn_negatives(torch.zeros(2, 2), np.ones((2, 2), bool), np.arange(2), draws[:2])
+    assert [side.tolist() for side in alone] == [[-1, -1], [-1, -1]]
+    # Drawn as often as the softmax says.
+    many = np.linspace(0, 1, 2_000, endpoint=False)
+    counts = np.zeros(7)
+    for draw in many:
+        counts[drawn_negatives(logits, same, np.arange(7), np.full((7, 2), draw))[0][1]] += 1
+    weights = logits[1].exp().numpy() * ~same[1]
+    np.testing.assert_allclose(counts / len(many), weights / weights.sum(), atol=2e-3)
+
+
+def weights_of(folder: Path) -> str:
+    [file] = (folder / "final").glob("*.safetensors")
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_a_stage_trains_resumes_to_the_same_bits_and_exports_as_transformers_class(tmp_path):
+    recipe = towers_recipe(NAME, "matching", train={"vision": {"lr": 1e-3}, "projector": {"lr": 1e-3}}, checkpoint={"every_steps": 1})
+    values = {"one": recipe.model_dump(mode="json")}
+    train_towers(0, 1, values, str(tmp_path / "whole"))
+    with pytest.raises(Preempted):
+        train_towers(0, 1, values, str(tmp_path / "again"), stop_after=2)
+    train_towers(0, 1, values, str(tmp_path / "again"))
+    assert weights_of(tmp_path / "again" / "one") == weights_of(tmp_path / "whole" / "one")
+    model, told = Blip2ForImageTextRetrieval.from_pretrained(tmp_path / "whole" / "one" / "final", output_loading_info=True)
+    assert not told["missing_keys"]
+    assert {key.split(".")[0] for key in told["unexpected_keys"]} == {"temperature", "text_head"}
+    assert model.config.qformer_config.vocab_size == 400
+    sizes = parameter_counts(shape_of_config({**recipe.model.config}, NAME, 400))
+    own, _ = towers_model(NAME)
+    assert sum(sizes.values()) == sum(parameter.numel() for parameter in own.parameters())
+    assert check(recipe) == []
+    # A line of the run tells the losses before their weights, and held-out pairs how often the right one is found.
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "one" / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["itc_loss"] + line["itm_loss"] + line["itg_loss"], rel=1e-5)
+        assert 0 <= line["match_accuracy"] <= 1
+
+
+def test_recalls_of_scores_are_those_of_vectors():
+    rng = np.random.default_rng(3)
+    captions = [number % 23 for number in range(30)]
+    images, texts = (torch.from_numpy(rng.normal(size=(30, 8))) for _ in range(2))
+    texts = texts[captions]  # equal captions have equal vectors
+    assert recalls_of_scores(images @ texts.T, captions) == recalls(images, texts, captions)
+    assert set(recalls_of_scores(torch.eye(12), list("abcdefghijkl")).values()) == {1.0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "zero2"])
+def test_strategies_agree_with_one_process(strategy, tmp_path):
+    parts = {"vision": {"lr": 1e-3}, "projector": {"lr": 1e-3}}
+    layout = {"parallel": {"strategy": strategy}, "resources": {"workers": 2}}
+    one, two = (towers_recipe(NAME, "matching", train=parts, **more).model_dump(mode="json") for more in ({}, layout))
+    train_towers(0, 1, {"one": one}, str(tmp_path / "single"))
+    run_ranks(2, train_towers, {"one": two}, str(tmp_path / "double"))
+
+    def losses(folder: Path) -> list[float]:
+        return [json.loads(line)["loss"] for line in (folder / "one" / "metrics.jsonl").read_text().splitlines()]
+
+    np.testing.assert_allclose(losses(tmp_path / "double"), losses(tmp_path / "single"), rtol=1e-5)
