@@ -3,8 +3,8 @@
     python tests/scale/extrapolate.py
 
 Every quantity is fitted, over all numbers of ranks and two widths of model, as a * model/ranks + b * model + c * tensors (headers and
-indices), where files hold whole tensors as a * model/ranks + b * largest tensor + c * tensors, with a, b and c not negative. The last
-columns are the fit's, for 256 ranks: nothing of that size ran.
+indices), with a, b and c not negative. An export's is not: it ends at the largest tensor, which lies whole in one file. The last columns
+are the fit's, for 256 ranks: nothing of that size ran.
 """
 
 from __future__ import annotations
@@ -22,14 +22,12 @@ from ledger_of_stages import ACTIONS, Measured, measured
 
 RANKS = {128: [2, 4, 8, 16, 32], 256: [2, 8, 32]}  # by width of the language model
 QUANTITIES = ("read", "written", "received", "held")
-LARGE = {  # Qwen2.5-VL: bytes of all parameters and of the largest tensor (vocabulary x width) in float32, tensors
-    "7B": (4 * 8_292_166_656, 4 * 152_064 * 3_584, 729), "72B": (4 * 73_410_777_344, 4 * 152_064 * 8_192, 1_353),
-}  # fmt: skip
+LARGE = {"7B": (4 * 8_292_166_656, 729), "72B": (4 * 73_410_777_344, 1_353)}  # Qwen2.5-VL: bytes in float32, tensors
 MANY = 256
 
 
-def terms(action: str, model: float, largest: float, tensors: int, ranks: int) -> list[float]:
-    return [model / ranks, largest if action == "export" else model, tensors]
+def terms(model: float, tensors: int, ranks: int) -> list[float]:
+    return [model / ranks, model, tensors]
 
 
 def fitted(rows: list[tuple[list[float], float]]) -> np.ndarray:
@@ -63,10 +61,12 @@ def main() -> None:
             for what in QUANTITIES:
                 if max(run.most(action, what) for _, run in small) < 60_000:
                     continue
-                rows = [(terms(action, run.model_bytes, run.largest, run.tensors, ranks), run.most(action, what)) for ranks, run in runs]
+                rows = [(terms(run.model_bytes, run.tensors, ranks), run.most(action, what)) for ranks, run in runs]
                 fit = fitted(rows)
-                large = [float(fit @ terms(action, *sizes, MANY)) / 1e9 for sizes in LARGE.values()]
-                cells = [f"{run.most(action, what) / 1e6:.2f}" for _, run in small] + [f"{value:.2f}" for value in large]
+                large = [f"{float(fit @ terms(*sizes, MANY)) / 1e9:.2f}" for sizes in LARGE.values()]
+                if action == "export":
+                    large = ["not fitted"] * len(LARGE)
+                cells = [f"{run.most(action, what) / 1e6:.2f}" for _, run in small] + large
                 print(f"| {action}: {what} | {' | '.join(cells)} |", flush=True)
 
 
