@@ -61,7 +61,8 @@ def test_a_lost_machine_costs_nothing_that_was_complete(
 
     use(machines, "watcher", monkeypatch)
     seen = status()
-    assert (seen["run_dir"], seen["stages"][0]["phase"], seen["stages"][1]["phase"]) == (RUN, "completed", "running")
+    assert (seen["run_dir"], seen["stages"][0]["phase"]) == (RUN, "completed")
+    assert seen["stages"][1]["phase"] in ("running", "stopped"), "until the killed machine's lease has run out, or after it"
     assert seen["stages"][0]["final"] == f"{RUN}/stages/{STAGES[0]}/final"
     assert seen["stages"][0]["checkpoints"] == ["step-000002", "step-000004"]
 

@@ -182,8 +182,8 @@ def most_held_while_loading(rank: int, world_size: int, values: dict) -> float:
 
     recipe, real, shares = Recipe.model_validate(values), setup.initial_weights, []
 
-    def watched(model, skeleton, start=None):
-        source, report = real(model, skeleton, start)
+    def watched(model, skeleton, *rest):
+        source, report = real(model, skeleton, *rest)
         total = sum(parameter.numel() for parameter in skeleton.parameters())
 
         def read(name):

@@ -20,6 +20,7 @@ from stored_run import BUCKET, Machines
 
 from terrace.cluster.attempt_outcome import newest_checkpoint_step
 from terrace.errors import TerraceError
+from terrace.models.tensor_files import Stretch
 from terrace.recipe.schema import Checkpoint
 from terrace.storage import conditional, mirror
 from terrace.storage.run_storage import run_storage
@@ -28,17 +29,19 @@ from terrace.train.checkpoint import CheckpointWriter, Superseded
 from terrace.train.metrics import measured
 from terrace.train.restore import CheckpointReader, FoundCheckpoint, newest_complete
 from terrace.train.retention import superfluous
+from terrace.train.strategies.shards import divided, whole_shard
 from terrace.worker.context import WorkerContext
 
 
 class Strategy:
     """Tensors whose value is the step, on as many ranks as there are."""
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int, rank: int = 0, ranks: int = 1) -> None:
+        self.step, self.place = step, (rank, ranks)
 
-    def tensors(self, kind: str) -> Any:
-        yield from ((name, torch.full((3, 4), float(self.step))) for name in ("a", "b", "c"))
+    def shards(self, kind: str) -> Any:
+        whole = (whole_shard(name, torch.full((3, 4), float(self.step))) for name in ("a", "b", "c"))
+        return divided(whole, *self.place)
 
     def optimizer_steps(self) -> dict[str, int]:
         return {"a": self.step}
@@ -126,7 +129,7 @@ def test_what_is_written_in_the_background_is_what_was_there_when_it_was_saved(t
     """Training goes on with the same tensors while the thread writes: the optimizer's next step must not be in the files."""
     weights, own = torch.ones(8), torch.ones(3)
     strategy = Strategy(2)
-    strategy.tensors = lambda kind: iter([("a", weights)])
+    strategy.shards = lambda kind: iter([whole_shard("a", weights)])
     go_on, real = threading.Event(), module.save_file
 
     def late(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -187,14 +190,16 @@ def test_ranks_without_a_common_disk_write_one_checkpoint(machines: Machines, ru
         CheckpointWriter(stage / "checkpoints", Checkpoint(), context, 1, run_storage(stage))
         for stage, context in zip(stages, contexts)
     ]
-    for writer in writers:
-        writer.save(Strategy(6), {"step": 6}, {})
+    for rank, writer in enumerate(writers):
+        writer.save(Strategy(6, rank, 2), {"step": 6}, {})
     for writer in writers:
         writer.wait()
     path = newest(stage_on(machines, "c", run) / "checkpoints").path
     reader = reader_of(path)
     assert reader.names("weights") == reader.names("exp_avg_sq") == {"a", "b", "c"}
-    assert len(list(path.glob("weights-*.safetensors"))) == 2, "each rank wrote its part"
+    assert torch.equal(reader.read("exp_avg", "b"), torch.full((3, 4), 6.0)), "half of it from each"
+    assert len([name for name in stored_names(run) if "/weights-" in name]) == 2, "each rank wrote its part"
+    assert {file.name for file in path.iterdir()} == {"manifest.json", "index.json", "state.json"}, "no copy of the tensors"
 
 
 @pytest.mark.parametrize("fault", ["not committed", "no manifest", "another manifest", "changed byte", "torn file", "file is gone"])
@@ -251,19 +256,26 @@ def test_an_older_attempt_that_wakes_up_anywhere_completes_nothing(machines: Mac
     assert any("step-000004/attempt-002" in name for name in stored_names(run))
 
 
-def test_ranks_of_one_machine_fetch_a_checkpoint_once(machines: Machines, run: str):
+def test_ranks_of_one_machine_fetch_the_small_files_once_and_read_the_ranges_that_they_hold(machines: Machines, run: str):
     save(writer_in(stage_on(machines, "a", run)), 2, loss=1.0)
     there = stage_on(machines, "b", run) / "checkpoints" / "step-000002"
     machines.server.requests.clear()
-    readers: list[CheckpointReader] = []
-    threads = [threading.Thread(target=lambda: readers.append(reader_of(there))) for _ in range(3)]
+    found: dict[int, list[torch.Tensor]] = {}
+
+    def read(rank: int) -> None:
+        wanted = [Stretch(name, 4 * rank, 4 * rank + 4) for name in ("a", "b", "c")]
+        found[rank] = list(reader_of(there).source("exp_avg").stretches(wanted))
+
+    threads = [threading.Thread(target=read, args=(rank,)) for rank in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(readers) == 3
-    fetched = [path for method, path, _ in machines.server.requests if method == "GET" and path.endswith("weights-00000.safetensors")]
-    assert len(fetched) == 1
+    assert {rank: [tensor.tolist() for tensor in tensors] for rank, tensors in found.items()} == dict.fromkeys(range(3), [[2.0] * 4] * 3)
+    asked = [path.rpartition("/")[2] for method, path, _ in machines.server.requests if method == "GET" and "attempt-001/" in path]
+    assert sorted(name for name in asked if name.endswith(".json")) == ["index.json", "manifest.json", "state.json"]
+    assert {name for name in asked if not name.endswith(".json")} == {"exp_avg-00000.safetensors"}, "no other kind's file is opened"
+    assert {file.name for file in there.iterdir()} == {"index.json", "manifest.json", "state.json"}
     shutil.rmtree(there)
     with pytest.raises(TerraceError, match="the fence does not list it"):
         reader_of(there.with_name("step-000009"))
@@ -279,4 +291,4 @@ def test_a_storage_that_fails_now_and_then_costs_nothing_but_time(machines: Mach
     finally:
         machines.server.fault = None
     assert machines.server.failed > 0
-    assert load_file(found.path / "weights-00000.safetensors")["a"][0, 0] == 2.0
+    assert reader_of(found.path).read("weights", "a")[0, 0] == 2.0

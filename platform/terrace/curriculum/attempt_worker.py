@@ -98,7 +98,9 @@ def complete_stage(
     result = train_stage(
         recipe, stage_index, open_feed(), folder, start, context, objective.open_objective, observers, attempt, storage
     )
-    # What the stage trained with is gone from memory by now: the suites ask the model that was written.
+    # What the stage trained with is gone from memory by now: the suites ask the model that was written, whole on every machine.
+    if stage.evaluate.suites and storage is not None:
+        storage.fetch_final(folder / "final")
     result = dataclasses.replace(result, suites=ask_suites(stage, folder, context))
     write_result(folder, result, context)
     notifier(observers, context)("finished", dataclasses.asdict(result))

@@ -33,7 +33,7 @@ from terrace.models.head import LossHead
 from terrace.models.parts import HEADS as PREFIX
 from terrace.models.parts import mtp_models
 from terrace.models.view_heads import KIND as VIEWS
-from terrace.models.weights import TensorSource, random_source
+from terrace.models.weights import SourceWithOwn, TensorSource, random_source
 
 log = logging.getLogger(__name__)
 
@@ -137,16 +137,14 @@ def source_with_heads(skeleton: Any, source: TensorSource, start: Path | None, s
     shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters() if is_head(name)}
     random = random_source(skeleton, seed)
 
-    def read(name: str) -> torch.Tensor:
-        if not is_head(name):
-            return source(name)
+    def head(name: str) -> torch.Tensor:
         if stored is not None:
             return stored[name]
         if heads.kind == "medusa":
             return source(family.embedding if tied else family.head).clone() if "lm_heads" in name else torch.zeros(shapes[name])
         return random(name)
 
-    return read
+    return SourceWithOwn(source, is_head, head)
 
 
 def stored_name(name: str) -> str:

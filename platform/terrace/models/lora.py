@@ -24,7 +24,7 @@ from torch import nn
 
 from terrace.errors import InputError, nearest
 from terrace.models.families.registry import family_of_model
-from terrace.models.weights import TensorSource
+from terrace.models.weights import SourceWithOwn, TensorSource
 from terrace.recipe.schema import PARTS, Stage
 from terrace.recipe.schema_training import Lora
 
@@ -130,17 +130,15 @@ def adapted_source(model: Any, source: TensorSource, seed: int) -> TensorSource:
     """The source of a model with adapters, from that of the plain one and the stage's seed."""
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if is_adapter(name)}
 
-    def read(name: str) -> torch.Tensor:
+    def adapter(name: str) -> torch.Tensor:
         if UP in name:
             return torch.zeros(shapes[name])
-        if DOWN in name:
-            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-            bound = 1.0 / math.sqrt(shapes[name][1])  # Kaiming's uniform distribution with a = sqrt(5), as peft draws it
-            return torch.empty(shapes[name]).uniform_(-bound, bound, generator=generator)
-        return source(plain_name(name))
+        digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        bound = 1.0 / math.sqrt(shapes[name][1])  # Kaiming's uniform distribution with a = sqrt(5), as peft draws it
+        return torch.empty(shapes[name]).uniform_(-bound, bound, generator=generator)
 
-    return read
+    return SourceWithOwn(source, is_adapter, adapter, plain_name)
 
 
 def merged(model: Any, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -159,6 +157,15 @@ def merged(model: Any, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[
             yield f"{layer}.weight", base + scales[layer] * (tensor.float() @ down.float())
         else:
             yield plain_name(name), tensor
+
+
+def sources_of(names: Iterable[str]) -> dict[str, list[str]]:
+    """By name in the plain model, the tensors of a model with adapters that `merged` makes it from, in the order in which it wants them."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        layer = name.partition(DOWN if DOWN in name else UP)[0]
+        found.setdefault(f"{layer}.weight" if is_adapter(name) else plain_name(name), []).append(name)
+    return found
 
 
 # ---------------------------------------------------------------- adapters in files

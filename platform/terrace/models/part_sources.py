@@ -112,6 +112,9 @@ class VitAsTower(Directory):
         pieces = [torch.empty(self._source.shape(self._stored[stored]), device="meta") for stored in self._of[name]]
         return tuple(self._made(name, pieces).shape)
 
+    def reads_parts(self, name: str) -> bool:
+        return False
+
     def read(self, name: str) -> torch.Tensor:
         return self._made(name, [self._source.read(self._stored[stored]) for stored in self._of[name]])
 

@@ -1,7 +1,7 @@
 """Where initial weights come from: random numbers seeded by name, Hugging Face directories, or one source per part.
 
-A source is asked for one tensor at a time by name, so a strategy that shards can take each tensor, keep its slice and
-let the rest go; and the random weights of a tensor depend on the seed and its name only, never on ranks or the order
+A source is asked by name, for one tensor at a time or, where weights are stored as the model has them, for parts of tensors: a
+strategy that shards reads what it keeps. The random weights of a tensor depend on the seed and its name only, never on ranks or the order
 of calls. Every tensor that is missing, unexpected or of another shape is named; nothing is silently left random.
 """
 
@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import itertools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from transformers import PreTrainedModel
@@ -24,13 +25,63 @@ from terrace.models.families.interface import FamilyModel
 from terrace.models.families.registry import family_of_model
 from terrace.models.part_sources import differences, part_directory
 from terrace.models.surgery import Surgery
-from terrace.models.tensor_files import Directory
+from terrace.models.tensor_files import Directory, Stretch
 from terrace.recipe.schema import PARTS, Model, PartName
 from terrace.recipe.schema_changes import ModelChanges
 
 log = logging.getLogger(__name__)
 
 TensorSource = Callable[[str], torch.Tensor]  # parameter name -> full tensor on the CPU
+
+
+@runtime_checkable
+class PartSource(Protocol):
+    """A source that also reads parts of tensors, so that no more is read than is held."""
+
+    def __call__(self, name: str) -> torch.Tensor: ...
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """Of a tensor whose parts can be read; None: it comes only whole."""
+
+    def stretches(self, wanted: Sequence[Stretch]) -> Iterator[torch.Tensor]:
+        """Parts of tensors, flat, in the order asked."""
+
+
+def stretches_of(source: TensorSource, wanted: Sequence[Stretch]) -> Iterator[torch.Tensor]:
+    """Parts of tensors, flat, in the order asked, from any source."""
+    if isinstance(source, PartSource):
+        yield from source.stretches(wanted)
+        return
+    for stretch in wanted:
+        yield source(stretch.name).reshape(-1)[stretch.start : stretch.end]
+
+
+def part_shape(source: TensorSource, name: str) -> tuple[int, ...] | None:
+    """The shape of a tensor whose parts the source can read; None: it gives it only whole."""
+    return source.shape(name) if isinstance(source, PartSource) else None
+
+
+class SourceWithOwn:
+    """A source beside which some tensors come from elsewhere, as those of adapters and of heads do."""
+
+    def __init__(
+        self, source: TensorSource, is_own: Callable[[str], bool], own: TensorSource, name_there: Callable[[str], str] = lambda name: name
+    ) -> None:
+        self._source, self._is_own, self._own, self._name_there = source, is_own, own, name_there
+
+    def __call__(self, name: str) -> torch.Tensor:
+        return self._own(name) if self._is_own(name) else self._source(self._name_there(name))
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        return None if self._is_own(name) else part_shape(self._source, self._name_there(name))
+
+    def stretches(self, wanted: Sequence[Stretch]) -> Iterator[torch.Tensor]:
+        for own, run in itertools.groupby(wanted, lambda stretch: self._is_own(stretch.name)):
+            if own:
+                yield from stretches_of(self._own, list(run))
+            else:
+                there = [Stretch(self._name_there(stretch.name), stretch.start, stretch.end) for stretch in run]
+                yield from stretches_of(self._source, there)
 
 
 @dataclass
@@ -113,22 +164,49 @@ def compared_weights(
     _compare_positions(skeleton.config, by_part["language"], report)
     if report.missing or report.reshaped:
         raise InputError("initial weights do not fit the model: " + "; ".join(report.missing + report.reshaped))
+    return InitialWeights(by_part, random, family, surgery, grown, shapes), report
 
-    def read(name: str) -> torch.Tensor:
-        directory = by_part[family.part_of(name)]
+
+class InitialWeights:
+    """The source that `initial_weights` gives."""
+
+    def __init__(
+        self, by_part: Mapping[PartName, Directory | None], random: TensorSource, family: FamilyModel, surgery: Surgery, grown: set[str],
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        self._by_part, self._random, self._family, self._surgery = by_part, random, family, surgery
+        self._grown, self._shapes = grown, shapes
+
+    def __call__(self, name: str) -> torch.Tensor:
+        directory = self._by_part[self._family.part_of(name)]
         lacks = directory is None or name not in directory.names
-        if lacks and (other := family.copied_from(name)) is not None:
-            return read(other)
-        if directory is None or (name not in directory.names and not surgery.makes(name)):
-            return random(name)
-        tensor = surgery.read(directory, name)
-        if name in grown:
-            whole = random(name).to(tensor.dtype)
+        if lacks and (other := self._family.copied_from(name)) is not None:
+            return self(other)
+        if directory is None or (name not in directory.names and not self._surgery.makes(name)):
+            return self._random(name)
+        tensor = self._surgery.read(directory, name)
+        if name in self._grown:
+            whole = self._random(name).to(tensor.dtype)
             whole[: tensor.shape[0]] = tensor
             return whole
         return tensor
 
-    return read, report
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        return self._shapes[name] if self._as_stored(name) is not None else None
+
+    def stretches(self, wanted: Sequence[Stretch]) -> Iterator[torch.Tensor]:
+        for directory, run in itertools.groupby(wanted, lambda stretch: self._as_stored(stretch.name)):
+            if directory is not None:
+                yield from directory.stretches(list(run))
+            else:
+                yield from (self(stretch.name).reshape(-1)[stretch.start : stretch.end] for stretch in run)
+
+    def _as_stored(self, name: str) -> Directory | None:
+        """The directory that holds a tensor as the model has it."""
+        directory = self._by_part[self._family.part_of(name)]
+        if directory is None or name not in directory.names or not directory.reads_parts(name):
+            return None
+        return directory if directory.shape(name) == self._shapes[name] else None  # neither grown nor stretched
 
 
 def _compare(

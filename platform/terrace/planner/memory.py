@@ -167,7 +167,7 @@ def _state(shape: ModelShape, stage: Stage, workers: int, compute: int, on_gpu: 
             waiting = compute * bucket
     host = 0.0
     if strategy.startswith("zero") and compute < FP32:
-        host = FP32 * (everything - trained)  # frozen weights in full precision, for exports
+        host = FP32 * (everything - trained) / shards  # frozen weights in full precision, for exports: each rank its share
     if parallel.offload_optimizer != "none":
         host, optimizer = host + optimizer + gradients, 0.0
         gradients = 0.0 if strategy in ("zero2", "zero3") else gradients

@@ -203,6 +203,26 @@ def read_ranges(uri: str, ranges: Sequence[Range], storage: Storage = DEFAULT_ST
     return results
 
 
+def read_ranges_into(uri: str, ranges: Sequence[Range], buffers: Sequence[memoryview], storage: Storage = DEFAULT_STORAGE) -> list[int]:
+    """The bytes of each (offset, size) into the buffer of that size, without a copy in between on disk; how many came of each."""
+    if is_remote(uri):
+        blocks = iter(read_ranges(uri, [wanted for wanted in ranges if wanted[1]], storage))  # nothing cannot be asked for
+        lengths = []
+        for (_, size), buffer in zip(ranges, buffers):
+            block = next(blocks) if size else b""
+            buffer[: len(block)] = block
+            lengths.append(len(block))
+        return lengths
+    got = []
+    with open(uri.removeprefix("file://"), "rb", buffering=0) as file:
+        for (offset, size), buffer in zip(ranges, buffers):
+            filled = 0
+            while filled < size and (more := os.preadv(file.fileno(), [buffer[filled:]], offset + filled)):
+                filled += more
+            got.append(filled)
+    return got
+
+
 def merge_ranges(ranges: Sequence[Range], gap: int = MERGE_GAP_BYTES) -> list[tuple[Range, list[int]]]:
     """Ranges joined where the gap between them is at most `gap` bytes: [((offset, size), [numbers of the ranges inside])]."""
     order = sorted(range(len(ranges)), key=lambda number: ranges[number])

@@ -34,7 +34,9 @@ from terrace.storage.synchronise import synchronise as synchronise_files
 log = logging.getLogger(__name__)
 
 MARK, USERS, FETCHED = ".storage.json", ".mirror.users", ".fetched"
+STORED_AT = ".stored-at"  # in a folder here whose tensors may lie on the storage alone: where
 ACCEPT = "TERRACE_STORAGE_WITHOUT_CONDITIONS"
+WITHOUT_TENSORS = " without tensors"
 DATA_LAST, FINAL_LAST = "prepared.json", "config.json"  # written last into their folders: with them, the folder is complete
 
 # ---------------------------------------------------------------- names
@@ -170,11 +172,14 @@ def store_folder(folder: Path, last: str) -> None:
         # Small ones are always written: another content can have the same size.
         if there.get(name) != (folder / name).stat().st_size or (folder / name).stat().st_size < 2**20 or last == FINAL_LAST:
             conditional.store_copy(folder / name, f"{uri}/{name}")
-    _note_fetched(folder, uri, last)
+    _note_fetched(folder, uri, last, whole=there.keys() <= set(names))
 
 
-def fetch_folder(folder: Path, last: str) -> bool:
-    """Have a folder of a stored run here as the storage holds it; False where it is not complete there (or the run not stored)."""
+def fetch_folder(folder: Path, last: str, tensors: bool = True) -> bool:
+    """Have a folder of a stored run here as the storage holds it; False where it is not complete there (or the run not stored).
+
+    Without `tensors` the safetensors files directly in it stay there, and the folder says where (STORED_AT).
+    """
     uri = uri_of(folder)
     if uri is None:
         return False
@@ -183,20 +188,36 @@ def fetch_folder(folder: Path, last: str) -> bool:
         found = conditional.read_versioned(f"{uri}/{last}")
         if found is None:
             return False
-        noted = folder / FETCHED
-        if noted.is_file() and noted.read_text() == found[1] and (folder / last).is_file():
+        noted, enough = folder / FETCHED, {found[1]} if tensors else {found[1], found[1] + WITHOUT_TENSORS}
+        if noted.is_file() and noted.read_text() in enough and (folder / last).is_file():
             return True
         for entry in sorted(conditional.list_objects(uri), key=lambda entry: entry.name == last):
+            if not tensors and _is_tensor_file(entry.name):
+                (folder / entry.name).unlink(missing_ok=True)  # of an earlier version: nothing here is known to be this one's
+                continue
             target = folder / entry.name
             with atomic_path(target) as temporary:
                 conditional.fetch_copy(f"{uri}/{entry.name}", entry.size, temporary)
-        noted.write_text(found[1])
+        _note(folder, uri, found[1], tensors)
     return True
 
 
-def _note_fetched(folder: Path, uri: str, last: str) -> None:
+def _note_fetched(folder: Path, uri: str, last: str, whole: bool) -> None:
     found = conditional.read_versioned(f"{uri}/{last}")
-    (folder / FETCHED).write_text(found[1] if found else "")
+    _note(folder, uri, found[1] if found else "", whole)
+
+
+def _note(folder: Path, uri: str, version: str, whole: bool) -> None:
+    """What of which version of the storage's folder is here."""
+    (folder / FETCHED).write_text(version + ("" if whole else WITHOUT_TENSORS))
+    if whole:
+        (folder / STORED_AT).unlink(missing_ok=True)
+    else:
+        (folder / STORED_AT).write_text(uri)
+
+
+def _is_tensor_file(name: str) -> bool:
+    return "/" not in name and name.endswith(".safetensors")
 
 
 def move_folder(folder: Path, aside: Path) -> None:

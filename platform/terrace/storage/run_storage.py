@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from terrace.storage import mirror
+from terrace.storage import conditional, mirror
 
 
 class RunStorage(Protocol):
@@ -15,11 +15,15 @@ class RunStorage(Protocol):
         """Where a folder of the run lies on S3, whose checkpoints are then completed by a conditional write of their fence
         object (train.checkpoint_storage); None where this disk is all there is."""
 
-    def fetch_final(self, folder: Path) -> None:
-        """Bring a stage's `final/` here, whole or not at all, if it is not here."""
+    def fetch_final(self, folder: Path, tensors: bool = True) -> None:
+        """Bring a stage's `final/` here, whole or not at all, if it is not here. Without its `tensors` the folder says where they lie,
+        and whoever reads weights reads there what it needs (models.tensor_files)."""
+
+    def store_file(self, file: Path, folder: Path) -> None:
+        """Give one file of a `final/` to the other machines, under that folder's name; it counts when the folder is published."""
 
     def publish_final(self, folder: Path) -> None:
-        """Give a stage's `final/` to the other machines, whole or not at all."""
+        """Give a stage's `final/` to the other machines: what lies in this folder, beside what was stored of it by `store_file`."""
 
     def flush(self, path: Path) -> None:
         """Store what was written below the run of `path` by now."""
@@ -31,8 +35,11 @@ class OnThisDisk:
     def uri_of(self, path: Path) -> str | None:
         return None
 
-    def fetch_final(self, folder: Path) -> None:
+    def fetch_final(self, folder: Path, tensors: bool = True) -> None:
         """It is here."""
+
+    def store_file(self, file: Path, folder: Path) -> None:
+        """It is where it stays."""
 
     def publish_final(self, folder: Path) -> None:
         """It is there."""
@@ -47,8 +54,11 @@ class Mirrored:
     def uri_of(self, path: Path) -> str | None:
         return mirror.uri_of(path)
 
-    def fetch_final(self, folder: Path) -> None:
-        mirror.fetch_folder(folder, mirror.FINAL_LAST)
+    def fetch_final(self, folder: Path, tensors: bool = True) -> None:
+        mirror.fetch_folder(folder, mirror.FINAL_LAST, tensors)
+
+    def store_file(self, file: Path, folder: Path) -> None:
+        conditional.store_copy(file, f"{mirror.uri_of(folder)}/{file.name}")
 
     def publish_final(self, folder: Path) -> None:
         mirror.store_folder(folder, mirror.FINAL_LAST)

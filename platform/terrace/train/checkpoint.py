@@ -1,19 +1,22 @@
-"""Writing checkpoints: whole tensors by parameter name, spread over the ranks as files, complete only with a manifest.
+"""Writing checkpoints: every rank writes the stretches of tensors that it holds, complete only with a manifest.
 
     step-000120/
       manifest.json                    written last: step, attempt, and the size and sha256 of every other file
+      index.json                       which numbers of which parameter lie in which rank's file (train.checkpoint_index)
       state.json                       step, data position, schedule, optimizer steps, hashes, totals
       weights-00000.safetensors …      one file per kind and writing rank, keyed by parameter name
       exp_avg-00000.safetensors …
       exp_avg_sq-00000.safetensors …   (or the state of another optimizer; average-…: of the weights)
       objective-00000.safetensors      the objective's own tensors, where it has any
 
-Neither the strategy nor the number of ranks leaves a trace in the format, so any may load what any other saved. Each
-rank copies the tensors it owns to host memory (training waits for that alone), then writes in a thread. Threads use
-no collective: a rank that has finished leaves a small report beside its files, and rank 0 waits for all of them,
-checks that no younger attempt has taken over, writes the manifest and renames the folder. A crash at any moment
-leaves a folder without a manifest, which loading passes over by name. Of a run on S3, every rank uploads what it wrote
-and keeps no copy; there the last act is the fence's (`checkpoint_storage.py`).
+This is format 2; checkpoints of format 1, whose files hold whole tensors and which have no index, are still read. What a parameter's
+numbers are called depends on neither the strategy nor the number of ranks, so any may load what any other saved, and each reads only what
+it will hold. Each rank copies its stretches into host memory that is kept for the next time (training waits for that alone; 4 bytes for
+each of its numbers), then writes in a thread, one kind after another. Threads use no collective: a rank that has finished leaves a small
+report beside its files, and rank 0 waits for all of them, checks that every number was written once and that no younger attempt has taken
+over, writes index and manifest and renames the folder. A crash at any moment leaves a folder without a manifest, which loading passes over
+by name. Of a run on S3, every rank uploads a file as soon as it is written and keeps no copy, so its disk holds one kind's stretches at a
+time; there the last act is the fence's (`checkpoint_storage.py`).
 """
 
 from __future__ import annotations
@@ -31,21 +34,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from terrace.errors import TerraceError
+from terrace.models.tensor_writing import save_file
 from terrace.recipe.schema import Checkpoint
 from terrace.storage.durable import file_digest, json_bytes, sync_folder, write_durably
 from terrace.storage.run_storage import RunStorage
-from terrace.train.checkpoint_storage import FENCE, MANIFEST, Superseded, folder_name, stored_checkpoints
+from terrace.train.checkpoint_index import Written, index_values, joined_index
+from terrace.train.checkpoint_storage import FENCE, INDEX, MANIFEST, Superseded, folder_name, stored_checkpoints
 from terrace.train.optimizers import OPTIMIZER_KINDS, Kind
 from terrace.train.retention import superfluous
+from terrace.train.staging import Staging
 from terrace.train.strategies.interface import Strategy
+from terrace.train.strategies.shards import Shard, whole_shard
 from terrace.worker.context import WorkerContext
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 KINDS: tuple[Kind, ...] = ("weights", *OPTIMIZER_KINDS, "average")
 OBJECTIVE = "objective"  # the objective's own tensors, beside those kinds
 Tensors = Iterable[tuple[str, torch.Tensor]]
@@ -64,6 +70,7 @@ class CheckpointWriter:
     ) -> None:
         self._storage = storage
         self._folder, self._options, self._context, self._attempt = folder, options, context, attempt
+        self._staging = Staging()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._stored = stored_checkpoints(folder, self._storage)
@@ -85,7 +92,7 @@ class CheckpointWriter:
         `metrics` are what was measured at the step: they decide which checkpoint is the best. `objective` is its own state.
         """
         self.wait()
-        held = _owned_tensors(strategy, objective, self._context)
+        held = self._copies(strategy, objective)
         step = int(state["step"])
         state = {"format_version": FORMAT_VERSION, "attempt": self._attempt, **state}
         state["optimizer_steps"] = strategy.optimizer_steps()
@@ -97,6 +104,14 @@ class CheckpointWriter:
             self.wait()
         return self._folder / folder_name(step)
 
+    def _copies(self, strategy: Strategy, objective: Tensors) -> dict[str, list[Shard]]:
+        """Host copies of what this rank writes: its own shards, and rank 0 the objective's tensors, which are whole on every rank."""
+        held = {kind: self._staging.copies(kind, strategy.shards(kind)) for kind in KINDS}
+        own = [whole_shard(name, tensor) for name, tensor in objective]
+        held[OBJECTIVE] = self._staging.copies(OBJECTIVE, own) if self._context.rank == 0 else []
+        self._staging.wait()
+        return held
+
     def wait(self) -> None:
         """Wait for the write in progress; raises what went wrong in it."""
         if self._thread is not None:
@@ -107,7 +122,7 @@ class CheckpointWriter:
             raise error
 
     def _guarded(
-        self, step: int, held: dict[str, dict[str, torch.Tensor]], state: dict[str, Any], metrics: dict[str, float]
+        self, step: int, held: dict[str, list[Shard]], state: dict[str, Any], metrics: dict[str, float]
     ) -> None:
         try:
             self._write(step, held, state, metrics)
@@ -115,7 +130,7 @@ class CheckpointWriter:
             self._error = error
 
     def _write(
-        self, step: int, held: dict[str, dict[str, torch.Tensor]], state: dict[str, Any], metrics: dict[str, float]
+        self, step: int, held: dict[str, list[Shard]], state: dict[str, Any], metrics: dict[str, float]
     ) -> None:
         rank = self._context.rank
         work = self._folder / f".writing-{folder_name(step)}-attempt-{self._attempt}"
@@ -123,22 +138,26 @@ class CheckpointWriter:
             work = work.with_name(f"{work.name}-rank-{rank:05d}")  # ranks of several machines share no disk
         work.mkdir(parents=True, exist_ok=True)
         files: dict[str, dict[str, Any]] = {}
-        for kind, tensors in held.items():
-            if tensors:
-                name = f"{kind}-{rank:05d}.safetensors"
-                save_file(tensors, work / name)
-                files[name] = _describe(work / name)
-        if rank == 0:
-            write_durably(work / "state.json", json_bytes(state))
-            files["state.json"] = _describe(work / "state.json")
-        if self._stored is not None:
-            for name in files:
-                self._stored.upload(work / name, step, self._attempt)
+        written: Written = {}
+        for kind, shards in held.items():
+            if shards:
+                name = file_name(kind, rank)
+                save_file({shard.name: shard.values.view(shard.shape) if shard.is_whole else shard.values for shard in shards}, work / name)
+                written[kind] = {shard.name: (list(shard.shape), shard.start, len(shard.values)) for shard in shards}
+                self._finish_file(work / name, files, step)
         if rank != 0:
-            self._report(work, step, files)
+            self._report(work, step, {"files": files, "written": written})
             return
-        for other in range(1, self._context.world_size):
-            files.update(self._report_of(other, work, step))
+        write_durably(work / "state.json", json_bytes(state))
+        self._finish_file(work / "state.json", files, step)
+        others = (self._report_of(other, work, step) for other in range(1, self._context.world_size))
+        reports = [{"files": files, "written": written}, *others]
+        index, faults = joined_index((number, report["written"]) for number, report in enumerate(reports))
+        if faults:
+            raise CheckpointFailed(f"step {step}: the ranks' parts do not make whole tensors: {'; '.join(faults[:4])}")
+        files = {name: facts for report in reports for name, facts in report["files"].items()}
+        (work / INDEX).write_text(json.dumps(index_values(index), separators=(",", ":")))
+        self._finish_file(work / INDEX, files, step)
         manifest = {"format_version": FORMAT_VERSION, "step": step, "attempt": self._attempt, "files": files, "metrics": metrics}
         write_durably(work / MANIFEST, json_bytes(manifest))
         if self._stored is not None:
@@ -146,15 +165,22 @@ class CheckpointWriter:
         else:
             self._complete(work, step)
 
-    def _report(self, work: Path, step: int, files: dict[str, dict[str, Any]]) -> None:
+    def _finish_file(self, file: Path, files: dict[str, dict[str, Any]], step: int) -> None:
+        """Have a written file on the disk to stay, or on S3 and no more here, and note its size and checksum."""
+        files[file.name] = _describe(file)
+        if self._stored is not None:
+            self._stored.upload(file, step, self._attempt)
+            file.unlink()
+
+    def _report(self, work: Path, step: int, content: dict[str, Any]) -> None:
         """Tell rank 0 that this rank's files are there."""
         report = work / f"report-{self._context.rank:05d}.json"
-        write_durably(report, json_bytes(files))
+        write_durably(report, json.dumps(content, separators=(",", ":")).encode())
         if self._stored is not None:
             self._stored.upload(report, step, self._attempt)
             shutil.rmtree(work)
 
-    def _report_of(self, rank: int, work: Path, step: int) -> dict[str, dict[str, Any]]:
+    def _report_of(self, rank: int, work: Path, step: int) -> dict[str, Any]:
         name = f"report-{rank:05d}.json"
         if self._stored is None:
             content = _await_file(work / name)
@@ -196,22 +222,9 @@ class CheckpointWriter:
             shutil.rmtree(copy, ignore_errors=True)
 
 
-def _owned_tensors(strategy: Strategy, objective: Tensors, context: WorkerContext) -> dict[str, dict[str, torch.Tensor]]:
-    """Host copies of the tensors that this rank writes: each of the strategy's goes to the rank with the fewest bytes so
-    far, the objective's (whole on every rank) to rank 0."""
-    held: dict[str, dict[str, torch.Tensor]] = {}
-    load = [0] * context.world_size
-    for kind in KINDS:
-        held[kind] = {}
-        for name, tensor in strategy.tensors(kind):
-            owner = load.index(min(load))
-            load[owner] += tensor.numel() * tensor.element_size()
-            if owner == context.rank:
-                # clone, because training goes on changing the original while the thread writes
-                held[kind][name] = tensor.detach().to("cpu", copy=True).contiguous()
-    own = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in objective}
-    held[OBJECTIVE] = own if context.rank == 0 else {}
-    return held
+def file_name(kind: str, rank: int) -> str:
+    """The file of a rank's stretches of one kind."""
+    return f"{kind}-{rank:05d}.safetensors"
 
 
 def _describe(path: Path) -> dict[str, Any]:

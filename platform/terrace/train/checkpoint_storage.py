@@ -6,8 +6,8 @@
 
 There is no rename on S3, so a checkpoint becomes complete by one conditional write of the fence object that adds its
 step. A younger attempt declares itself by a conditional write of the same object, and from then on the older one's
-fails: whatever it still uploads, below a prefix of its own, counts for nothing. The disk holds a checkpoint only while
-it is written or read.
+fails: whatever it still uploads, below a prefix of its own, counts for nothing. The disk holds a file only while it is written; of a
+checkpoint that is read it has the small files, and each rank reads from the others the ranges that it needs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from terrace.storage.run_storage import RunStorage
 
 log = logging.getLogger(__name__)
 FENCE = "attempt.json"
-MANIFEST = "manifest.json"
+MANIFEST, INDEX, STATE = "manifest.json", "index.json", "state.json"
 
 
 class Superseded(TerraceError):
@@ -150,7 +150,8 @@ class StoredCheckpoints:
         return found
 
     def fetch(self, step: int, folder: Path) -> str | None:
-        """Copy a complete checkpoint into `folder` unless it is there; why it cannot be used, or None. Checksums are the caller's."""
+        """Copy the small files of a complete checkpoint (what it is, not its tensors) into `folder` unless they are there; why it cannot
+        be used, or None. Checksums are the caller's."""
         entry = self.complete().get(step)
         if entry is None:
             return "the fence does not list it"
@@ -165,7 +166,7 @@ class StoredCheckpoints:
             shutil.rmtree(work, ignore_errors=True)
             prefix = self.prefix(step, entry.attempt)
             for listed in conditional.list_objects(prefix):
-                if not listed.name.startswith("report-"):
+                if listed.name in (MANIFEST, INDEX, STATE):
                     conditional.fetch_copy(join(prefix, listed.name), listed.size, work / listed.name)
             if not (work / MANIFEST).is_file():
                 return f"{MANIFEST} is missing"
@@ -173,6 +174,10 @@ class StoredCheckpoints:
                 return f"{MANIFEST} is not the one that the fence lists"
             work.rename(folder)
         return None
+
+    def place(self, step: int) -> str:
+        """The prefix below which the files of a complete checkpoint lie."""
+        return self.prefix(step, self.complete()[step].attempt)
 
 
 def stored_checkpoints(folder: Path, storage: RunStorage) -> StoredCheckpoints | None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from terrace.models.export import KEPT_FILES, export_hf
-from terrace.models.heads import FOLDER, without_heads, write_heads
-from terrace.models.lora import merged, split, uses_lora, write_adapter
+import torch
+
+from terrace.models.export import KEPT_FILES, ExportFiles
+from terrace.models.heads import FOLDER, is_head, write_heads
+from terrace.models.lora import is_adapter, merged, plain_name, sources_of, uses_lora, write_adapter
 from terrace.models.precision import DTYPE_NAMES, DTYPES
 from terrace.recipe.identity import start_index, taken_from
 from terrace.recipe.rules_lora import keeps_adapters
@@ -19,8 +23,10 @@ from terrace.recipe.stretches import last_stretch
 from terrace.storage.durable import json_bytes, write_durably
 from terrace.storage.files import absolute, join, read_file
 from terrace.storage.run_storage import RunStorage
+from terrace.train.export import export_together
+from terrace.train.hand_over import HeldTensors
 from terrace.train.strategies.interface import Strategy
-from terrace.worker.collectives import barrier
+from terrace.worker.collectives import barrier, gather_objects
 from terrace.worker.context import WorkerContext
 
 
@@ -57,38 +63,58 @@ def export_final(
     strategy: Strategy, recipe: Recipe, stage_index: int, config: Any, tokenizer_dir: Path | None, out_dir: Path,
     context: WorkerContext, storage: RunStorage, base: str | None = None,
 ) -> None:
-    """Gather the whole weights on rank 0 (host memory: 4 bytes per parameter) and write them. All ranks call it.
+    """Write the final weights, every rank its files (train.export). All ranks call it.
 
     Adapters are merged; they also stand by themselves in `adapter/`, with the model they belong to in `adapter/base/` unless
     `base`, where the stage's weights come from, still is that model. The averaged weights, where the stage exports them, go to
-    `final-ema/` first: `final/` says that all is there.
+    `final-ema/` first: `final/` says that all is there. Adapters and heads alone come together on rank 0.
     """
-    stage = recipe.stages[stage_index]
-    state, end = {}, last_stretch(stage).pixels
-    for name, tensor in strategy.tensors("weights"):
-        if context.rank == 0:
-            state[name] = tensor.detach().to("cpu", copy=True)
-    averaged = dict(state)
-    for name, tensor in strategy.tensors("average") if stage.ema is not None and stage.ema.export else ():
-        if context.rank == 0:
-            averaged[name] = tensor.detach().to("cpu", copy=True)
+    stage, model = recipe.stages[stage_index], strategy.model
+    end = last_stretch(stage).pixels
+    files = ExportFiles(
+        config, tokenizer_dir, (end.min, end.max), DTYPE_NAMES[stage.precision], kept_files(recipe.model.pretrained)
+    )
+    held = HeldTensors(strategy.shards("weights"), context)
+    names = [name for name, _ in model.named_parameters() if name in held.shapes]
+    write = functools.partial(
+        export_together, sources=sources_of(name for name in names if not is_head(name)), merge=functools.partial(merged, model),
+        files=files, stored=DTYPES[final_precision(recipe, stage_index)], storage=storage,
+    )
+    if stage.ema is not None and stage.ema.export:
+        beside = out_dir.with_name(f"{out_dir.name}-ema")
+        write(_averaged(strategy, context), out_dir=beside)
+        _publish(beside, context, storage)
+    write(held, out_dir=out_dir)
+    if uses_lora(stage):
+        adapters = [name for name in names if is_adapter(name) and not is_head(name)]
+        if base is None:
+            plain = {plain_name(name): [name] for name in names if not is_adapter(name) and not is_head(name)}
+            inside = out_dir / "adapter" / "base"
+            base = str(write(held, sources=plain, merge=_plainly, out_dir=inside).absolute())
+        for _, tensors in held.hand_over([(0, adapters)]):
+            write_adapter(model, tensors, base, out_dir / "adapter")
+    if stage.train.heads is not None:
+        for _, tensors in held.hand_over([(0, [name for name in names if is_head(name)])]):
+            write_heads(model, tensors, out_dir / FOLDER)
+    _publish(out_dir, context, storage)
+
+
+def _averaged(strategy: Strategy, context: WorkerContext) -> HeldTensors:
+    """The averages of the weights that have one, and the others as they are."""
+    averages = list(strategy.shards("average"))
+    known = {name for found in gather_objects([shard.name for shard in averages], context) for name in found}
+    rest = (shard for shard in strategy.shards("weights") if shard.name not in known)
+    return HeldTensors([*averages, *rest], context)
+
+
+def _plainly(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """What adapters stand beside, without them."""
+    return ((plain_name(name), tensor) for name, tensor in tensors)
+
+
+def _publish(folder: Path, context: WorkerContext, storage: RunStorage) -> None:
     if context.rank == 0:
-        stored, kept = DTYPES[final_precision(recipe, stage_index)], kept_files(recipe.model.pretrained)
-        trained, state = state, without_heads(state)
-        how = (config, tokenizer_dir), ((end.min, end.max), DTYPE_NAMES[stage.precision], stored, kept)
-        if stage.ema is not None and stage.ema.export:
-            beside = out_dir.with_name(f"{out_dir.name}-ema")
-            export_hf(dict(merged(strategy.model, without_heads(averaged).items())), *how[0], beside, *how[1])
-            storage.publish_final(beside)
-        export_hf(dict(merged(strategy.model, state.items())), *how[0], out_dir, *how[1])
-        if uses_lora(stage):
-            plain, adapters = split(state)
-            if base is None:
-                base = str(export_hf(plain, *how[0], out_dir / "adapter" / "base", *how[1]).absolute())
-            write_adapter(strategy.model, adapters, base, out_dir / "adapter")
-        if stage.train.heads is not None:
-            write_heads(strategy.model, trained, out_dir / FOLDER)
-        storage.publish_final(out_dir)
+        storage.publish_final(folder)
     barrier(context)
 
 

@@ -12,14 +12,15 @@ from typing import Any, Literal
 
 import torch
 
-from terrace.models.weights import TensorSource
+from terrace.models.tensor_files import Stretch
+from terrace.models.weights import TensorSource, stretches_of
 from terrace.recipe.schema import Stage
 from terrace.train.optimizer import ParameterGroup, Rule
 
 Kind = Literal["weights", "exp_avg", "exp_avg_sq", "momentum_buffer", "row_var", "col_var", "variance", "average"]
 OPTIMIZER_KINDS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq", "momentum_buffer", "row_var", "col_var", "variance")
 MUON_RMS = "match_rms_adamw"  # its updates are scaled to the size of AdamW's, so that one learning rate serves both
-Fill = Callable[[Any, torch.Tensor], None]  # copies (this rank's part of) a whole tensor into one
+Part = Callable[[Any], tuple[int, torch.Tensor]]  # of a (sharded) tensor: its first number here and this rank's numbers, flat
 
 
 def kinds_of(rule: Rule, stage: Stage, dimensions: int) -> tuple[Kind, ...]:
@@ -51,11 +52,20 @@ def torch_optimizer(rule: Rule, stage: Stage, groups: list[dict[str, Any]]) -> t
     return torch.optim.Muon(groups, lr=0.0, momentum=options.momentum or 0.95, nesterov=True, adjust_lr_fn=MUON_RMS)
 
 
+def fill_parts(targets: Mapping[str, Any], source: TensorSource, part: Part) -> None:
+    """This rank's part of every named tensor, from a source."""
+    places = {name: part(tensor) for name, tensor in targets.items()}
+    wanted = [Stretch(name, start, start + values.numel()) for name, (start, values) in places.items()]
+    with torch.no_grad():
+        for (_, values), found in zip(places.values(), stretches_of(source, wanted), strict=True):
+            values.copy_(found)
+
+
 class Optimizers:
     """The torch optimizers of a stage's groups, their state and the average of the weights."""
 
-    def __init__(self, stage: Stage, groups: list[ParameterGroup], parameters: Mapping[str, Any], fill: Fill) -> None:
-        self._stage, self._parameters, self._fill = stage, parameters, fill
+    def __init__(self, stage: Stage, groups: list[ParameterGroup], parameters: Mapping[str, Any], part: Part) -> None:
+        self._stage, self._parameters, self._part = stage, parameters, part
         self._rules = {name: group.rule for group in groups for name in group.names}
         made = torch_groups(groups, parameters)
         self._groups: list[dict[str, Any]] = [{} for _ in groups]
@@ -105,23 +115,27 @@ class Optimizers:
     def kinds(self, name: str) -> tuple[Kind, ...]:
         return kinds_of(self._rules[name], self._stage, self._parameters[name].dim())
 
-    def load(self, source: Callable[[Kind, str], torch.Tensor], steps: dict[str, int]) -> None:
-        """Replace the state of the parameters in `steps`."""
+    def load(self, source: Callable[[Kind], TensorSource], steps: dict[str, int]) -> None:
+        """Replace the state of the parameters in `steps`; of each tensor only this rank's part is read."""
+        states: dict[str, dict[str, Any]] = {}
         for name, count in steps.items():
             parameter, rule = self._parameters[name], self._rules[name]
-            state: dict[str, Any] = {}
+            state = states[name] = {}
             if rule == "adamw":
                 state["step"] = torch.tensor(float(count), dtype=torch.float32, device=parameter.device)
             elif rule == "adafactor":
                 state["step"] = torch.tensor(float(count), dtype=torch.float32)
             for kind in self.kinds(name):
                 if rule == "adafactor" and kind != "variance":
-                    state[kind] = source(kind, name).to(parameter.device, torch.float32).clone()
+                    state[kind] = source(kind)(name).to(parameter.device, torch.float32).clone()
                 else:
                     state[kind] = torch.zeros_like(parameter.detach())
-                    self._fill(state[kind], source(kind, name))
-            self._optimizers[rule].state[parameter] = state
-            self._steps[name] = count
+        for kind in OPTIMIZER_KINDS:
+            wanted = {name: state[kind] for name, state in states.items() if kind in state and kind not in ("row_var", "col_var")}
+            fill_parts(wanted, source(kind), self._part)
+        for name, state in states.items():
+            self._optimizers[self._rules[name]].state[self._parameters[name]] = state
+            self._steps[name] = steps[name]
 
     def restart_average(self) -> None:
         """The average begins at the weights as they are."""
@@ -129,9 +143,7 @@ class Optimizers:
             self._averages = {name: self._parameters[name].detach().clone() for name in self._rules}
 
     def load_average(self, source: TensorSource) -> None:
-        with torch.no_grad():
-            for name, average in self._averages.items():
-                self._fill(average, source(name))
+        fill_parts(self._averages, source, self._part)
 
     def _state(self, name: str) -> dict[str, Any]:
         return self._optimizers[self._rules[name]].state.get(self._parameters[name]) or {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from terrace.train.restore import CheckpointReader, keep_optimizer_state, newest
 from terrace.train.setup import names_of_kept_parts
 from terrace.train.step import BatchCounts, NonFinite
 from terrace.train.strategies.interface import Strategy
+from terrace.train.strategies.shards import ReadTogether
 from terrace.worker.collectives import barrier, from_rank_zero
 from terrace.worker.context import WorkerContext
 
@@ -122,15 +122,14 @@ def resume_or_hand_over(
     `identity` is the stage's hash. Raises InputError if the checkpoint was made under another one, or if its place in
     the data is not this feed's: what would be continued is then another stage.
     """
-    found = newest_complete(stage_dir / "checkpoints", storage) if context.rank == 0 else None
-    path = from_rank_zero(found.path if found else None, context)
+    path = newest_complete(stage_dir / "checkpoints", storage, context=context).path
     left_out = set(json.loads((stage_dir / LEFT_OUT).read_text())) if (stage_dir / LEFT_OUT).is_file() else set()
     if path is None:
         kept = names_of_kept_parts(strategy.model, stage)
         if kept and start_weights is not None:
-            before = previous_checkpoint(start_weights, storage)
+            before = previous_checkpoint(start_weights, storage, context)
             if any(map(is_adapter, kept)):  # the same adapters go on, beside the weights they were trained for
-                strategy.load_weights(functools.partial(before.read, "weights"))
+                strategy.load_weights(before.source("weights"))
             fresh = keep_optimizer_state(strategy, before, kept)
             if fresh and context.rank == 0:
                 log.warning("optimizer_state: keep: %d tensors start fresh, they did not train before", len(fresh))
@@ -145,7 +144,7 @@ def resume_or_hand_over(
         )
     feed.restore(state["data"])
     resume(strategy, reader)
-    objective.load(lambda name: reader.read(OBJECTIVE, name))
+    objective.load(ReadTogether(reader.source(OBJECTIVE), reader.names(OBJECTIVE), context))
     log.info("resumed from %s (step %d, saved by %s)", path, state["step"], state["saved_by"])
     return Progress(
         step=int(state["step"]),

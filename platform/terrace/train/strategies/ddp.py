@@ -20,6 +20,7 @@ from terrace.models.weights import TensorSource
 from terrace.train.loss_scale import LossScale
 from terrace.train.optimizers import Kind, Optimizers
 from terrace.train.strategies.interface import Setup, StepModule
+from terrace.train.strategies.shards import ReadTogether, Shard, divided, whole_shard
 
 
 class DataParallel:
@@ -30,13 +31,14 @@ class DataParallel:
         self._precision, self._device, self._world_size = stage.precision, context.device, context.world_size
         self._offload = stage.activation_offload
         self.loss_scale = LossScale() if stage.precision == "fp16" else None
-        self.model = materialise(setup.skeleton, setup.source, context.device)
+        self._context = context
+        self.model = materialise(setup.skeleton, self._together(setup.source, setup.skeleton), context.device)
         self._parameters = dict(self.model.named_parameters())
         self._module: Any = StepModule(self.model, setup.loss)
         self._synchronised = context.world_size > 1
         if self._synchronised:
             self._module = DistributedDataParallel(self._module, forward_sync_buffers=False, gradient_as_bucket_view=True)
-        self._optimizers = Optimizers(stage, setup.groups, self._parameters, lambda target, whole: target.copy_(whole))
+        self._optimizers = Optimizers(stage, setup.groups, self._parameters, lambda tensor: (0, tensor.view(-1)))
         self._trained = [name for group in setup.groups for name in group.names]
 
     def loss(self, batch: Any) -> torch.Tensor:
@@ -78,6 +80,13 @@ class DataParallel:
     def discard(self) -> None:
         self._optimizers.zero()
 
+    def _together(self, source: TensorSource, model: Any) -> ReadTogether:
+        return ReadTogether(source, [name for name, _ in model.named_parameters()], self._context)
+
+    def shards(self, kind: Kind) -> Iterator[Shard]:
+        whole = (whole_shard(name, tensor) for name, tensor in self.tensors(kind))
+        return divided(whole, self._context.rank, self._context.world_size)
+
     def tensors(self, kind: Kind) -> Iterator[tuple[str, torch.Tensor]]:
         if kind == "weights":
             for name, parameter in self._parameters.items():
@@ -92,6 +101,7 @@ class DataParallel:
         return self._optimizers.kinds(name)
 
     def load_weights(self, source: TensorSource) -> None:
+        source = self._together(source, self.model)
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(source(name))
@@ -101,8 +111,8 @@ class DataParallel:
         with torch.no_grad():
             self._parameters[name].clamp_(max=highest)
 
-    def load_optimizer(self, source: Callable[[Kind, str], torch.Tensor], steps: dict[str, int]) -> None:
-        self._optimizers.load(source, steps)
+    def load_optimizer(self, source: Callable[[Kind], TensorSource], steps: dict[str, int]) -> None:
+        self._optimizers.load(lambda kind: ReadTogether(source(kind), steps, self._context), steps)
 
     def load_average(self, source: TensorSource) -> None:
-        self._optimizers.load_average(source)
+        self._optimizers.load_average(ReadTogether(source, self._trained, self._context))

@@ -1,4 +1,4 @@
-"""ZeRO-1, 2 and 3 through DeepSpeed; the only file that imports it.
+"""ZeRO-1, 2 and 3 through DeepSpeed, which is imported here alone.
 
 Optimizer state is split over ranks (1), gradients too (2), parameters too (3), with offload of optimizer and
 parameters to host memory or NVMe. The optimizer is torch's AdamW or SGD with the same groups as everywhere; clipping is
@@ -6,12 +6,13 @@ DeepSpeed's, at the recipe's limit. bf16: compute weights in bf16, float32 maste
 frozen parameters may be mixed at will.
 
 ZeRO-3 builds the model block by block, each rank keeping its part of it at once; ZeRO-1 and 2 hold all weights on every
-rank anyway. Whole tensors go in and out through DeepSpeed's own `safe_get_full_*` and `safe_set_full_*`, so checkpoints have the
-same format as under any other strategy. Note that ZeRO-2 and 3 reduce gradients at every pack: that is what they are.
+rank anyway. What a rank keeps goes in and out as stretches by parameter name (`deepspeed_parts`), so checkpoints have the same format
+as under any other strategy. Note that ZeRO-2 and 3 reduce gradients at every pack: that is what they are.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -19,16 +20,27 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from terrace.errors import InputError, TerraceError
+from terrace.errors import InputError
 from terrace.models.build import materialise, restore_buffers
 from terrace.models.parts import transformer_blocks
 from terrace.models.precision import DTYPES
-from terrace.models.weights import TensorSource
+from terrace.models.weights import TensorSource, stretches_of
 from terrace.recipe.schema import Stage
 from terrace.train.loss_scale import LossScale
 from terrace.train.optimizers import Kind, kinds_of, torch_groups, torch_optimizer
 from terrace.train.strategies.build_locks import build_root, remove_abandoned_locks
+from terrace.train.strategies.deepspeed_optimizers import drop_gradients, flat_partitions, gradient_norm
+from terrace.train.strategies.deepspeed_parts import (
+    full_shape,
+    own_partition,
+    own_state,
+    own_stretch,
+    partition_of,
+    set_own_state,
+    set_partition,
+)
 from terrace.train.strategies.interface import Setup, StepModule, scalars_as_vectors
+from terrace.train.strategies.shards import ReadTogether, Shard, divided, even_share, gather_even, whole_shard
 from terrace.worker.context import WorkerContext, data_place
 
 BUCKET = 500_000_000  # gradients that are reduced at once, DeepSpeed's default
@@ -40,19 +52,21 @@ class Zero:
     def __init__(self, setup: Setup) -> None:
         stage, context = setup.stage, setup.context
         deepspeed = _import_deepspeed(context)
-        self._world_size = context.world_size
+        self._world_size, self._context = context.world_size, context
+        source = ReadTogether(setup.source, [name for name, _ in setup.skeleton.named_parameters()], context)
         self._offload_activations = stage.activation_offload
         self._zero_stage = int(stage.parallel.strategy[-1])
         self.loss_scale = LossScale() if stage.precision == "fp16" else None
         trained = sum(parameter.numel() for parameter in setup.skeleton.parameters() if parameter.requires_grad)
         configuration = _configuration(stage, context, trained)
+        self._swaps = stage.parallel.offload_parameters == "nvme"
         self._scalars = scalars_as_vectors(setup.skeleton)
         # Its swapper wants to see all parameters at once, so for nvme the whole model is built first.
         by_block = self._zero_stage == 3 and stage.parallel.offload_parameters != "nvme"
         if by_block:
-            self.model = _partitioned(setup, configuration)
+            self.model = _partitioned(setup, source, configuration)
         else:
-            self.model = materialise(setup.skeleton, setup.source, context.device)
+            self.model = materialise(setup.skeleton, source, context.device)
         if stage.parallel.offload_parameters == "nvme":  # left to itself, DeepSpeed rounds to bf16 on a CPU, whatever it is told
             deepspeed.zero.Init(module=self.model, config_dict_or_path=configuration, mem_efficient_linear=False)
         self._parameters: dict[str, Any] = dict(self.model.named_parameters())
@@ -60,7 +74,7 @@ class Zero:
         # The partitions are flat, so only rules that treat every number alike come here: the recipe's rules see to it.
         self._kinds = kinds_of(setup.groups[0].rule, stage, dimensions=1)
         optimizer = torch_optimizer(setup.groups[0].rule, stage, torch_groups(setup.groups, self._parameters))
-        self._frozen_masters = _keep_frozen_masters(self._parameters, setup.source, stage)
+        self._shapes = {name: () if name in self._scalars else full_shape(parameter) for name, parameter in self._parameters.items()}
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=StepModule(self.model, setup.loss),
             optimizer=optimizer,
@@ -70,9 +84,12 @@ class Zero:
         )
         self._groups = [group.names for group in setup.groups]
         self._steps = dict.fromkeys(self._trained, 0)
+        self._frozen: dict[str, Shard] = {}
+        if stage.precision != "fp32" or stage.parallel.offload_parameters == "nvme":
+            self._frozen = {name: self._frozen_share(name) for name in self._parameters if name not in self._steps}
         self._create_state()
         _rotary_in_float32(self.model)
-        if stage.precision != "fp32":
+        if stage.precision != "fp32" or self._frozen:
             self.load_weights(setup.source)  # the masters, which DeepSpeed made from weights in compute precision
 
     def loss(self, batch: Any) -> torch.Tensor:
@@ -93,7 +110,7 @@ class Zero:
 
     def clip(self, limit: float | None) -> float:
         """The norm that DeepSpeed will clip by in `step` (`limit` is in its configuration)."""
-        return _gradient_norm(self._optimizer)
+        return gradient_norm(self._optimizer)
 
     def step(self, learning_rates: list[float]) -> None:
         for group, rate in zip(self._optimizer.param_groups, learning_rates, strict=True):
@@ -103,7 +120,35 @@ class Zero:
             self._steps[name] += 1
 
     def discard(self) -> None:
-        _drop_gradients(self._optimizer)
+        drop_gradients(self._optimizer)
+
+    def shards(self, kind: Kind) -> Iterator[Shard]:
+        if kind != "weights":
+            for name in self._trained if kind in self._kinds else ():
+                if self._steps[name]:
+                    yield from self._own_state(name, kind)
+            return
+        alike = []
+        for name, parameter in self._parameters.items():
+            if name in self._steps:
+                yield from self._own_state(name, None)
+            elif name in self._frozen:
+                yield from [self._frozen[name]] if self._frozen[name].values.numel() else []
+            elif self._zero_stage == 3:
+                yield from (Shard(name, self._shapes[name], *found) for found in own_partition(parameter, self._context.rank))
+            else:
+                alike.append(whole_shard(name, parameter.view(self._shapes[name])))
+        yield from divided(alike, self._context.rank, self._world_size)
+
+    def _own_state(self, name: str, kind: Kind | None) -> Iterator[Shard]:
+        """This rank's part of a trained weight (kind None) or of its optimizer's state, if it has one."""
+        for start, values in own_state(self._parameters[name], kind, self._context.rank):
+            yield Shard(name, self._shapes[name], start, values)
+
+    def _frozen_share(self, name: str) -> Shard:
+        """DeepSpeed casts frozen weights to the compute precision and keeps no master: each rank has its share of one on the host."""
+        first, last = even_share(math.prod(self._shapes[name]), self._context.rank, self._world_size)
+        return Shard(name, self._shapes[name], first, torch.empty(last - first))
 
     def tensors(self, kind: Kind) -> Iterator[tuple[str, torch.Tensor]]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -111,21 +156,15 @@ class Zero:
         if kind != "weights":
             for name in self._trained if kind in self._kinds else ():
                 if self._steps[name]:
-                    yield name, safe_get_full_optimizer_state(self._parameters[name], kind).view(self._shape(name))
+                    yield name, safe_get_full_optimizer_state(self._parameters[name], kind).view(self._shapes[name])
             return
         for name, parameter in self._parameters.items():
             if name in self._steps:
-                yield name, safe_get_full_fp32_param(parameter).view(self._shape(name))
-            elif name in self._frozen_masters:
-                yield name, self._frozen_masters[name]
+                yield name, safe_get_full_fp32_param(parameter).view(self._shapes[name])
+            elif name in self._frozen:
+                yield name, *gather_even([self._frozen[name].values], [self._shapes[name]], self._context)
             else:
-                yield name, _gathered(parameter).view(self._shape(name))
-
-    def _shape(self, name: str) -> torch.Size:
-        if name in self._scalars:
-            return torch.Size(())
-        parameter = self._parameters[name]
-        return getattr(parameter, "ds_shape", parameter.shape)
+                yield name, _gathered(parameter).view(self._shapes[name])
 
     def optimizer_steps(self) -> dict[str, int]:
         return {name: count for name, count in self._steps.items() if count}
@@ -140,11 +179,23 @@ class Zero:
         raise NotImplementedError("partitions are reduced before they can be measured; the recipe's rules ask for ddp")
 
     def load_weights(self, source: TensorSource) -> None:
+        """ZeRO-3 reads what this rank keeps; under ZeRO-1 and 2 every rank holds all weights in compute precision."""
+        frozen = [name for name in self._frozen if self._frozen[name].values.numel()]
+        for name, found in zip(frozen, stretches_of(source, [self._frozen[name].stretch for name in frozen]), strict=True):
+            self._frozen[name].values.copy_(found)
+        if self._zero_stage == 3 and not self._swaps:
+            self._load_partitions(source)
+            return
+        together = ReadTogether(source, self._parameters, self._context)
         for name in self._parameters:
-            whole = source(name).float()
-            if name in self._frozen_masters:
-                self._frozen_masters[name].copy_(whole)
-            self._set(name, whole)
+            self._set(name, together(name).float())
+
+    def _load_partitions(self, source: TensorSource) -> None:
+        wanted = {name: partition_of(parameter, name, self._context.rank) for name, parameter in self._parameters.items()}
+        for name, found in zip(wanted, stretches_of(source, list(wanted.values())), strict=True):
+            set_partition(self._parameters[name], found)
+            if name in self._steps:
+                set_own_state(self._parameters[name], None, found)
 
     def _set(self, name: str, whole: torch.Tensor) -> None:
         """A weight in compute precision, and its master where it trains."""
@@ -163,11 +214,9 @@ class Zero:
         parameter = self._parameters[name]
         whole = safe_get_full_fp32_param(parameter) if name in self._steps else None
         if whole is not None and bool((whole > highest).any()):
-            self._set(name, whole.view(self._shape(name)).clamp(max=highest))
+            self._set(name, whole.view(self._shapes[name]).clamp(max=highest))
 
-    def load_optimizer(self, source: Callable[[Kind, str], torch.Tensor], steps: dict[str, int]) -> None:
-        from deepspeed.utils import safe_set_full_optimizer_state
-
+    def load_optimizer(self, source: Callable[[Kind], TensorSource], steps: dict[str, int]) -> None:
         counts = [{steps.get(name, 0) for name in names} for names in self._groups]
         for names, found in zip(self._groups, counts):
             if len(found) > 1:
@@ -181,16 +230,16 @@ class Zero:
                 value.zero_()
             if "step" in state:
                 state["step"] += float(max(counts[owners[number] if owners else number]))
-        for name, count in steps.items():
-            for kind in self._kinds:
-                whole = source(kind, name).float().to(self._parameters[name].device)
-                whole = whole.view(1) if name in self._scalars else whole
-                safe_set_full_optimizer_state(self._parameters[name], whole, kind)
-            self._steps[name] = count
+        for kind in self._kinds:
+            wanted = {name: own_stretch(self._parameters[name], name, self._context.rank) for name in steps}
+            wanted = {name: stretch for name, stretch in wanted.items() if stretch is not None}
+            for name, found in zip(wanted, stretches_of(source(kind), list(wanted.values())), strict=True):
+                set_own_state(self._parameters[name], kind, found)
+        self._steps.update(steps)
 
     def _flat_states(self) -> list[dict[str, torch.Tensor]]:
         """The optimizer's state of this rank's flat partitions, one per group (and per sub-group under ZeRO-3)."""
-        return [self._optimizer.optimizer.state[flat] for flat in _flat_partitions(self._optimizer)]
+        return [self._optimizer.optimizer.state[flat] for flat in flat_partitions(self._optimizer)]
 
     def _create_state(self) -> None:
         """Create the optimizer's state before the first step.
@@ -199,7 +248,7 @@ class Zero:
         none yet.
         """
         swapped = getattr(self._optimizer, "_swappable_optimizer_subgroup", lambda number: False)
-        for number, flat in enumerate(_flat_partitions(self._optimizer)):
+        for number, flat in enumerate(flat_partitions(self._optimizer)):
             state = self._optimizer.optimizer.state[flat]
             if "exp_avg" in self._kinds:
                 state["step"] = torch.zeros((), device=flat.device)
@@ -211,50 +260,6 @@ class Zero:
                 self._optimizer._optimizer_states_and_gradient_swap_out(number)
         if self._zero_stage != 3 and self._kinds:
             self._optimizer._lazy_init_hp_params_optimizer_state()
-
-
-# DeepSpeed has three optimizers around ours, told apart by their attributes: ZeRO-3's, that of ZeRO-1 and 2, and another for
-# ZeRO-1 in bf16. What they lack in common is here.
-
-
-def _flat_partitions(optimizer: Any) -> list[torch.Tensor]:
-    """This rank's float32 partitions, which are the keys of the optimizer's state."""
-    for attribute in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
-        if hasattr(optimizer, attribute):
-            return list(getattr(optimizer, attribute))
-    raise TerraceError(f"DeepSpeed's {type(optimizer).__name__} is not one that Terrace knows; install deepspeed 0.19")
-
-
-def _gradient_norm(optimizer: Any) -> float:
-    """Global norm of the reduced gradients before a step; not a number if a gradient is not finite."""
-    from deepspeed.runtime.utils import combine_grad_norm_groups, get_global_norm_of_tensors, is_invalid_grad_norm
-
-    if hasattr(optimizer, "_get_norm_groups"):
-        norm = combine_grad_norm_groups(optimizer._get_norm_groups())
-    elif hasattr(optimizer, "scaled_global_norm"):
-        norm = optimizer.scaled_global_norm()
-    else:
-        norm = get_global_norm_of_tensors(optimizer.get_grads_for_norm()[0], mpu=None, norm_type=2)
-    if is_invalid_grad_norm(norm):
-        return float("nan")
-    return float(norm) / float(getattr(optimizer, "loss_scale", 1.0))
-
-
-def _drop_gradients(optimizer: Any) -> None:
-    """Forget accumulated gradients, as DeepSpeed does after an overflow."""
-    if hasattr(optimizer, "_overflow_clean_up"):
-        optimizer._overflow_clean_up(optimizer.loss_scale)
-        optimizer.micro_step_id = 0
-    elif hasattr(optimizer, "clear_hp_grads"):
-        optimizer.clear_hp_grads()
-        optimizer.clear_lp_grads()
-    else:
-        optimizer.zero_grad(set_to_none=True)
-        optimizer._release_preflattened_grad_buffers()
-        for gradients in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
-            for key in gradients:
-                gradients[key] = None
-        optimizer.micro_step_id = -1
 
 
 def _import_deepspeed(context: WorkerContext) -> Any:
@@ -313,15 +318,7 @@ def _configuration(stage: Stage, context: WorkerContext, trained: int) -> dict[s
     return configuration
 
 
-def _keep_frozen_masters(parameters: dict[str, Any], source: TensorSource, stage: Stage) -> dict[str, torch.Tensor]:
-    """DeepSpeed casts frozen weights to the compute precision and keeps no master: hold float32 copies on the host."""
-    if stage.precision == "fp32":
-        return {}
-    frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
-    return {name: source(name).to("cpu", torch.float32, copy=True) for name in frozen}
-
-
-def _partitioned(setup: Setup, configuration: dict[str, Any]) -> Any:
+def _partitioned(setup: Setup, source: TensorSource, configuration: dict[str, Any]) -> Any:
     """ZeRO-3: fill the skeleton block by block and let each rank keep its part at once.
 
     A rank never holds more than one whole block (or the embeddings) beside its share, in compute precision.
@@ -336,7 +333,7 @@ def _partitioned(setup: Setup, configuration: dict[str, Any]) -> Any:
     rest = [module for module in reversed(list(model.modules())) if id(module) not in inside and _own_tensors(module)]
     for whole in (*blocks, *rest):
         for module in whole.modules() if whole in blocks else (whole,):
-            _fill_module(module, names[id(module)], setup.source, setup.context.device, dtype)
+            _fill_module(module, names[id(module)], source, setup.context.device, dtype)
         model.tie_weights()  # filling the embeddings made a new parameter of them
         own = next(whole.parameters(recurse=False), None)
         if whole in blocks or (own is not None and not own.is_meta):  # an output layer that waits for the embeddings it is tied to

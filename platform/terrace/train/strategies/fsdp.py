@@ -10,6 +10,7 @@ Accumulation without synchronisation keeps whole float32 gradients on every rank
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -20,15 +21,16 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from terrace.errors import InputError
+from terrace.errors import InputError, TerraceError
 from terrace.models.build import restore_buffers
 from terrace.models.parts import transformer_blocks
 from terrace.models.precision import DTYPES
 from terrace.models.weights import TensorSource
 from terrace.recipe.schema import Stage
 from terrace.train.loss_scale import LossScale
-from terrace.train.optimizers import Kind, Optimizers
+from terrace.train.optimizers import Kind, Optimizers, fill_parts
 from terrace.train.strategies.interface import Setup, StepModule, scalars_as_vectors
+from terrace.train.strategies.shards import Shard, divided
 from terrace.worker.context import WorkerContext
 
 
@@ -37,7 +39,7 @@ class FullyShard:
 
     def __init__(self, setup: Setup) -> None:
         stage, context = setup.stage, setup.context
-        self._world_size = context.world_size
+        self._world_size, self._rank = context.world_size, context.rank
         self._offload_activations = stage.activation_offload
         self.loss_scale = LossScale() if stage.precision == "fp16" else None
         self.model = setup.skeleton
@@ -56,7 +58,7 @@ class FullyShard:
             parameter.requires_grad_(trainable[name])
         self._fill_weights(setup.source)
         self._trained = [name for group in setup.groups for name in group.names]
-        self._optimizers = Optimizers(stage, setup.groups, self._parameters, _fill)
+        self._optimizers = Optimizers(stage, setup.groups, self._parameters, _part)
 
     def loss(self, batch: Any) -> torch.Tensor:
         with torch.no_grad():
@@ -95,9 +97,28 @@ class FullyShard:
     def discard(self) -> None:
         self._optimizers.zero()
 
+    def _held(self, kind: Kind) -> Iterator[tuple[str, Any]]:
+        if kind != "weights":
+            return self._optimizers.tensors(kind)
+        return ((name, parameter.detach()) for name, parameter in self._parameters.items())
+
+    def shards(self, kind: Kind) -> Iterator[Shard]:
+        sharded, plain = [], []
+        for name, tensor in self._held(kind):
+            start, values = _part(tensor)
+            shard = Shard(name, () if name in self._scalars else tuple(tensor.shape), start, values)
+            (sharded if isinstance(tensor, DTensor) else plain).append(shard)
+        yield from divided(sharded, *self._replica)
+        yield from divided(plain, self._rank, self._world_size)
+
+    @property
+    def _replica(self) -> tuple[int, int]:
+        """(number, how many) of the groups of a hybrid strategy, which hold the same shards."""
+        mesh = next((p.device_mesh for p in self._parameters.values() if isinstance(p, DTensor)), None)
+        return (0, 1) if mesh is None or mesh.ndim == 1 else (mesh.get_local_rank("replicate"), mesh.size(0))
+
     def tensors(self, kind: Kind) -> Iterator[tuple[str, torch.Tensor]]:
-        found = ((n, p.detach()) for n, p in self._parameters.items()) if kind == "weights" else self._optimizers.tensors(kind)
-        for name, tensor in found:
+        for name, tensor in self._held(kind):
             whole = _whole(tensor, self._device)
             yield name, whole.reshape(()) if name in self._scalars else whole
 
@@ -115,15 +136,13 @@ class FullyShard:
         for module in self._module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        with torch.no_grad():
-            for name, parameter in self._parameters.items():
-                _fill(parameter, source(name))
+        fill_parts(self._parameters, source, _part)
 
     def hold_below(self, name: str, highest: float) -> None:
         with torch.no_grad():
             _local(self._parameters[name]).clamp_(max=highest)
 
-    def load_optimizer(self, source: Callable[[Kind, str], torch.Tensor], steps: dict[str, int]) -> None:
+    def load_optimizer(self, source: Callable[[Kind], TensorSource], steps: dict[str, int]) -> None:
         self._optimizers.load(source, steps)
 
     def load_average(self, source: TensorSource) -> None:
@@ -150,7 +169,7 @@ def _shard(module: Any, model: Any, stage: Stage, context: WorkerContext, on_hos
 def _mesh(stage: Stage, context: WorkerContext) -> DeviceMesh:
     """All ranks, or `hybrid_shard_size` neighbours that shard and as many groups of them as replicate."""
     if not dist.is_initialized():  # one process on its own
-        backend = "nccl" if context.device.startswith("cuda") else "gloo"
+        backend = "cuda:nccl,cpu:gloo" if context.device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, rank=0, world_size=1, store=dist.HashStore())
     kind = torch.device(context.device).type
     size = stage.parallel.hybrid_shard_size
@@ -172,16 +191,14 @@ def _local(tensor: Any) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _fill(target: Any, whole: torch.Tensor) -> None:
-    """Copy this rank's part of a whole tensor into a sharded (or plain) one."""
-    whole = whole.reshape(target.shape) if target.dim() != whole.dim() else whole
-    if not isinstance(target, DTensor):
-        target.copy_(whole)
-        return
-    shape, offset = compute_local_shape_and_global_offset(target.shape, target.device_mesh, target.placements)
-    local = target.to_local()
-    if local.numel():
-        local.copy_(whole[tuple(slice(start, start + length) for start, length in zip(offset, shape))])
+def _part(tensor: Any) -> tuple[int, torch.Tensor]:
+    """The first number of this rank's part of a tensor, and that part, flat: whole rows, since groups are split along them."""
+    if not isinstance(tensor, DTensor):
+        return 0, tensor.detach().view(-1)
+    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    if tuple(shape[1:]) != tuple(tensor.shape[1:]):
+        raise TerraceError(f"a tensor of shape {list(tensor.shape)} is not split along its rows: {tensor.placements}")
+    return offset[0] * math.prod(tensor.shape[1:]), tensor.detach().to_local().view(-1)
 
 
 def _whole(tensor: Any, device: torch.device) -> torch.Tensor:

@@ -1,8 +1,8 @@
 """What the loop asks of a strategy. One file beside this one per strategy; none of them appears anywhere else.
 
-A strategy owns the model, its gradients and the optimizer, however they are spread over ranks. Whole tensors go in
-and out by parameter name, so checkpoints know neither the strategy nor the number of ranks. Every method is
-collective: all ranks call it in the same order.
+A strategy owns the model, its gradients and the optimizer, however they are spread over ranks. They go in and out by parameter
+name, as the stretches that a rank holds (`shards`), so checkpoints know neither the strategy nor the number of ranks and no rank handles
+more than its part. Every method but `shards` is collective: all ranks call it in the same order.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from terrace.recipe.schema import Stage
 from terrace.train.loss_scale import LossScale
 from terrace.train.optimizer import ParameterGroup
 from terrace.train.optimizers import Kind
+from terrace.train.strategies.shards import Shard
 from terrace.worker.context import WorkerContext
 
 Loss = Callable[[Any, Any], torch.Tensor]  # (transformers model, batch) -> summed loss, float32 scalar
@@ -57,8 +58,13 @@ class Strategy(Protocol):
     def discard(self) -> None:
         """Drop the gradients."""
 
+    def shards(self, kind: Kind) -> Iterator[Shard]:
+        """What this rank keeps in float32 of the parameters that have state of the kind, on whatever device it lies: every number of
+        a tensor is in exactly one rank's shards. No rank waits for another."""
+
     def tensors(self, kind: Kind) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, whole float32 tensor) in the same order on every rank, of the parameters that have state of the kind."""
+        """(name, whole float32 tensor) in the same order on every rank, of the parameters that have state of the kind: for engines
+        that answer with the whole model, and for tests."""
 
     def optimizer_steps(self) -> dict[str, int]:
         """Steps the optimizer has made, per trained parameter."""
@@ -72,7 +78,7 @@ class Strategy(Protocol):
     def hold_below(self, name: str, highest: float) -> None:
         """Lower the numbers of a weight that lie above `highest` to it."""
 
-    def load_optimizer(self, source: Callable[[Kind, str], torch.Tensor], steps: dict[str, int]) -> None:
+    def load_optimizer(self, source: Callable[[Kind], TensorSource], steps: dict[str, int]) -> None:
         """Replace the optimizer's state of the parameters in `steps`."""
 
     def load_average(self, source: TensorSource) -> None:
