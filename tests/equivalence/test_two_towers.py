@@ -13,7 +13,7 @@ import torch
 from families import picture
 from PIL import Image
 from processes import run_ranks
-from towers import TOWERS, gradients_of_step, gradients_of_steps, pair_pack, towers_model, towers_recipe, train_towers
+from towers import gradients_of_step, gradients_of_steps, pair_pack, towers_model, towers_recipe, train_towers
 from transformers import AutoImageProcessor, AutoModel
 
 from terrace.data.images import load_pixels
@@ -162,7 +162,7 @@ def test_every_strategy_and_number_of_ranks_gives_the_losses_of_one_process(layo
                 torch.testing.assert_close(tensor, straight[key], rtol=1e-3, atol=2e-4, msg=f"{name} {key}")
 
 
-@pytest.mark.parametrize("name", TOWERS)
+@pytest.mark.parametrize("name", ["clip", "siglip", "siglip2"])
 def test_a_family_of_two_towers_counts_freezes_starts_and_cuts_as_its_class_does(name, tmp_path):
     model, config = towers_model(name)
     shape, family = shape_of_config(config.to_dict(), name), family_of_model(model)
