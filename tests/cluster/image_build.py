@@ -81,13 +81,14 @@ def built(dockerfile: Path, context: Path, work: Path, arguments: dict[str, str]
 
 @contextlib.contextmanager
 def machine_files(image: Image) -> Iterator[None]:
-    """/proc, /dev and /sys inside the image while the block runs, as a container engine gives them."""
+    """/proc, /dev with its shared memory, and /sys inside the image while the block runs, as a container engine gives them."""
+    names = ("proc", "dev", "dev/shm", "sys")
     try:
-        for name in ("proc", "dev", "sys"):
+        for name in names:
             subprocess.run(["mount", "--bind", f"/{name}", str(image.root / name)], check=True)
         yield
     finally:
-        for name in ("sys", "dev", "proc"):
+        for name in reversed(names):
             subprocess.run(["umount", "--lazy", str(image.root / name)], check=False)
 
 
