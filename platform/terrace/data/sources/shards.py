@@ -62,7 +62,7 @@ def _sample(key: str, data: dict[str, bytes], default_id: str, kind: str, rules:
     named = _names_images(row)
     suffixes = _images(key, data, named)
     text = _text(data)
-    conversation = any(not is_empty(row.get(name)) for name in _CONVERSATION_KEYS)
+    conversation = bool(row) and any(not is_empty(row.get(name)) for name in _CONVERSATION_KEYS)
     if text is not None and not conversation:
         if is_empty(row.get("text")) or not str(row["text"]).strip() or str(row["text"]).strip() == text.strip():
             row = {**row, "text": text}
