@@ -148,4 +148,4 @@ def test_a_weight_where_nothing_is_balanced_is_refused(name):
     assert problems(name, {}) == []
     assert "no experts" in problems("llava", {})[0]
     assert "frozen" in problems(name, {"train": {"projector": {"lr": 1e-3}}})[0]
-    assert "objective lm" in problems(name, {"objective": "reward_model"})[0]
+    assert "part of the objectives lm, dpo" in problems(name, {"objective": "reward_model"})[0]

@@ -71,6 +71,7 @@ def test_two_ranks_of_any_strategy_equal_one_process(tmp_path, reference):
         assert_same_run(tmp_path / name, reference, 1e-5, 1e-4)
 
 
+@pytest.mark.slow
 def test_bf16_stays_close(tmp_path, reference):
     recipes = {name: two_stages(name, "bf16").model_dump(mode="json") for name in ("ddp", *STRATEGIES)}
     run_ranks(2, train_each, recipes, str(tmp_path), timeout=600)
