@@ -194,3 +194,12 @@ def gradients_of_step(
 def gradients_of_steps(rank: int, world_size: int, cases: Sequence[tuple[Any, ...]]) -> list[tuple[float, dict[str, np.ndarray]]]:
     """`gradients_of_step` of several cases in the same processes."""
     return [gradients_of_step(rank, world_size, *case) for case in cases]
+
+
+def assert_equal(found: tuple[float, dict[str, np.ndarray]], expected: tuple[float, dict[str, np.ndarray]], tolerance: float) -> None:
+    """Losses within a share of themselves, gradients within the same share of the largest."""
+    (loss, gradients), (wanted, reference) = found, expected
+    assert abs(loss - wanted) <= tolerance * abs(wanted), (loss, wanted)
+    largest = max(float(np.abs(gradient).max()) for gradient in reference.values())
+    worst = max((float(np.abs(gradients[key] - reference[key]).max()), key) for key in reference)
+    assert worst[0] < tolerance * largest, worst

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from processes import run_ranks
-from towers import gradients_of_step, gradients_of_steps, pair_pack, towers_model, towers_recipe, train_towers
+from towers import assert_equal, gradients_of_step, gradients_of_steps, pair_pack, towers_model, towers_recipe, train_towers
 from transformers import Blip2ForImageTextRetrieval
 
 from terrace.errors import Preempted
@@ -137,14 +137,6 @@ def published_step(dtype, keys=None):
     loss = contrast + matching + smoothed(torch.cat(tokens), torch.cat(targets))
     loss.backward()
     return float(loss.detach()), {key: np.zeros(1) if p.grad is None else p.grad.numpy() for key, p in model.named_parameters()}
-
-
-def assert_equal(found, expected, tolerance):
-    (loss, gradients), (wanted, reference) = found, expected
-    assert loss == pytest.approx(wanted, rel=tolerance)
-    largest = max(float(np.abs(gradient).max()) for gradient in reference.values())
-    worst = max((float(np.abs(gradients[key] - reference[key]).max()), key) for key in reference)
-    assert worst[0] < tolerance * largest, worst
 
 
 def test_value_and_gradients_are_the_formulas_whatever_the_packs():

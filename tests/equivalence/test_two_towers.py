@@ -13,7 +13,7 @@ import torch
 from families import picture
 from PIL import Image
 from processes import run_ranks
-from towers import gradients_of_step, gradients_of_steps, pair_pack, towers_model, towers_recipe, train_towers
+from towers import assert_equal, gradients_of_step, gradients_of_steps, pair_pack, towers_model, towers_recipe, train_towers
 from transformers import AutoImageProcessor, AutoModel
 
 from terrace.data.images import load_pixels
@@ -47,14 +47,6 @@ def published_step(name, dtype):
     loss = model(input_ids=torch.from_numpy(ids), **pixels, return_loss=True).loss
     loss.backward()
     return float(loss.detach()), {key: np.zeros(1) if p.grad is None else p.grad.numpy() for key, p in model.named_parameters()}
-
-
-def assert_equal(found, expected, tolerance):
-    (loss, gradients), (wanted, reference) = found, expected
-    assert loss == pytest.approx(wanted, rel=tolerance)
-    largest = max(float(np.abs(gradient).max()) for gradient in reference.values())
-    worst = max((float(np.abs(gradients[key] - reference[key]).max()), key) for key in reference)
-    assert worst[0] < tolerance * largest, worst
 
 
 @pytest.mark.parametrize("name", CASES)
