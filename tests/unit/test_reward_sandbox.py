@@ -4,6 +4,7 @@ without namespaces, as in an ordinary pod."""
 from __future__ import annotations
 
 import os
+import resource
 import time
 from pathlib import Path
 
@@ -197,6 +198,22 @@ def test_a_response_that_breaks_the_judge_is_wrong_and_a_solution_that_does_is_a
         outcomes = pool.judge("escaping_rules:breaks", items)
     assert [outcome.value for outcome in outcomes] == [0.0, 1.0, None]
     assert "the response breaks the judge: time limit" in outcomes[0].rule
+
+
+def test_it_judges_in_a_process_that_has_many_files_open():
+    """`select` refuses descriptors from 1,024 on, which a trainer with many sources and workers has."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2048:
+        pytest.skip("needs 2,048 file descriptors")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    held = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        with SandboxPool(1) as pool:
+            assert [outcome.value for outcome in pool.judge("math", [RewardItem("", "\\boxed{4}", "4")])] == [1.0]
+    finally:
+        for descriptor in held:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_what_is_too_large_is_refused_at_once():
