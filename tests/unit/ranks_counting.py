@@ -25,4 +25,4 @@ def lead() -> int:
 if __name__ == "__main__":
     from terrace.cluster.ranks_worker import led
 
-    sys.exit(led(lead))
+    sys.exit(led(lead, fake_stage))

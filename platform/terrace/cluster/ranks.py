@@ -1,15 +1,16 @@
 """The processes that torchrun or Slurm's srun started, without Ray: rank 0 controls the run, all others do what it orders.
 
 Orders go through torch's TCP store: at torchrun's own, or one that rank 0 opens at MASTER_ADDR:MASTER_PORT. They are few (an attempt
-begins, an attempt is ended, all go home), numbered from 1, and read by every rank in that order.
+begins, an attempt is ended, all go home), numbered from 1, and read by every rank in that order. They are JSON: whoever reaches the store's
+port can say what is trained, but not what is executed.
 """
 
 from __future__ import annotations
 
 import datetime
 import functools
+import json
 import os
-import pickle
 import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -83,13 +84,13 @@ def store_of(ranks: Ranks) -> Any:
 
 
 def order(ranks: Ranks, number: int, what: dict[str, Any]) -> None:
-    store_of(ranks).set(f"order/{number}", pickle.dumps(what))
+    store_of(ranks).set(f"order/{number}", json.dumps(what))
 
 
 def ordered(ranks: Ranks, number: int) -> dict[str, Any] | None:
     """The order of that number, if it was given."""
     store = store_of(ranks)
-    return pickle.loads(store.get(f"order/{number}")) if store.check([f"order/{number}"]) else None  # noqa: S301 - rank 0 of this job made it
+    return json.loads(store.get(f"order/{number}")) if store.check([f"order/{number}"]) else None
 
 
 def deaf_to_signals() -> None:

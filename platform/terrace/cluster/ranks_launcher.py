@@ -26,16 +26,16 @@ LAST_WORDS_SECONDS = 10.0  # after a rank has failed, the others may still say w
 
 
 class RanksLauncher:
-    """In rank 0. `run_stage` must be importable by name: it is called in new processes."""
+    """In rank 0. `run_stage` is what `ranks_worker.led` has in every rank: a function importable by name, called in new processes."""
 
     name = "ranks"
 
     def __init__(self, recipe: Recipe, run_stage: Callable[..., Any], ranks: Ranks | None = None):
         from terrace.cluster.ranks_worker import Attempts
 
-        self._recipe, self._run_stage = without_ray(recipe), run_stage
+        self._recipe = without_ray(recipe)
         self._ranks = ranks or ranks_of()
-        self._attempts = Attempts(self._ranks)
+        self._attempts = Attempts(self._ranks, run_stage)
         self._launched: dict[tuple[str, int], int] = {}  # (stage, attempt) -> workers
         self._failed: dict[int, float] = {}  # attempt -> since when a rank has failed
         self._killed: set[int] = set()
@@ -53,7 +53,7 @@ class RanksLauncher:
         files.claim_attempt(stage_directory(request.run_dir, request.stage_index, request.stage), request.attempt)
         workers = workers_of(self._recipe.stages[request.stage_index], self._ranks.world_size)
         config = {
-            "run_stage": self._run_stage, "recipe": self._recipe, "stage_index": request.stage_index,
+            "recipe": self._recipe.model_dump(mode="json"), "stage_index": request.stage_index,
             "run_dir": mirror.place_of(request.run_dir), "attempt": request.attempt,
         }  # fmt: skip
         mirror.flush(request.run_dir)

@@ -17,6 +17,7 @@ from terrace.cluster.attempt_files import write_outcome
 from terrace.cluster.local_worker import Surroundings, run_surrounded
 from terrace.cluster.ranks import LOOK_SECONDS, SIGNALS, Ranks, deaf_to_signals, ordered, ranks_of, store_of
 from terrace.errors import InputError, TerraceError
+from terrace.recipe.schema import Recipe
 from terrace.storage import mirror
 from terrace.storage.run_layout import stage_directory
 
@@ -25,10 +26,10 @@ GROUP_SECONDS = 1800
 
 
 class Attempts:
-    """The processes of this rank. An attempt's end is told in the store: `ended/ATTEMPT/RANK`."""
+    """The processes of this rank, each of which calls `run_stage`. An attempt's end is told in the store: `ended/ATTEMPT/RANK`."""
 
-    def __init__(self, ranks: Ranks):
-        self._ranks = ranks
+    def __init__(self, ranks: Ranks, run_stage: Callable[..., Any]):
+        self._ranks, self._run_stage = ranks, run_stage
         self._next = 1
         self._processes: dict[int, multiprocessing.process.BaseProcess] = {}  # attempt -> its process
 
@@ -51,9 +52,9 @@ class Attempts:
             process.join()
 
     def _launch(self, what: dict[str, Any]) -> None:
-        config = what["config"]
         if self._ranks.rank >= what["workers"]:
             return
+        config = {**what["config"], "recipe": Recipe.model_validate(what["config"]["recipe"]), "run_stage": self._run_stage}
         resources = config["recipe"].stages[config["stage_index"]].resources
         os.environ["OMP_NUM_THREADS"] = str(max(1, int(resources.cpus_per_worker)))  # read when the new process imports torch
         process = multiprocessing.get_context("spawn").Process(
@@ -67,11 +68,11 @@ class Attempts:
         self._processes[config["attempt"]] = process
 
 
-def led(lead: Callable[[], int]) -> int:
-    """Run the command: `lead` in rank 0, its orders in the others. All end with its exit status."""
+def led(lead: Callable[[], int], run_stage: Callable[..., Any]) -> int:
+    """Run the command: `lead` in rank 0, its orders in the others, which call `run_stage`. All end with its exit status."""
     ranks = ranks_of()
     if ranks.rank > 0:
-        return follow(ranks)
+        return follow(ranks, run_stage)
     status = 1
     try:
         status = lead()
@@ -94,10 +95,10 @@ def dismiss(ranks: Ranks, status: int) -> None:
         time.sleep(LOOK_SECONDS)
 
 
-def follow(ranks: Ranks) -> int:
+def follow(ranks: Ranks, run_stage: Callable[..., Any]) -> int:
     """A rank that is not the first: do what is ordered until all are sent home; its exit status is rank 0's."""
     deaf_to_signals()
-    attempts, store = Attempts(ranks), store_of(ranks)
+    attempts, store = Attempts(ranks, run_stage), store_of(ranks)
     try:
         while not store.check(["end"]):
             attempts.look()

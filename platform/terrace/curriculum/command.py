@@ -124,8 +124,9 @@ def run_command(arguments: argparse.Namespace) -> int:
 
 def _led(command: Callable[[], int]) -> int:
     from terrace.cluster.ranks_worker import led
+    from terrace.curriculum.attempt_worker import run_in_worker
 
-    return led(command)
+    return led(command, run_in_worker)
 
 
 def _run(arguments: argparse.Namespace) -> int:
