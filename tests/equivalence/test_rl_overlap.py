@@ -103,8 +103,13 @@ def test_nothing_is_lost_or_trained_twice(folder, monkeypatch):
 @pytest.mark.parametrize("staleness", [1, 3])
 def test_nothing_is_lost_or_trained_twice_under_20_kills(folder, monkeypatch, staleness):
     slow_updates(monkeypatch)
-    assert kill_and_go_on(folder, f"twenty-{staleness}", 20, staleness, 12, staleness) == 20
-    checked(folder, f"twenty-{staleness}", 12, staleness)
+    kills, runs = 0, 0
+    while kills < 20:  # a run may end before its next place is reached
+        name = f"twenty-{staleness}-{runs}"
+        kills += kill_and_go_on(folder, name, 20 - kills, 10 * staleness + runs, 12, staleness)
+        checked(folder, name, 12, staleness)
+        runs += 1
+    assert runs < 5, "most places are reached"
 
 
 def test_without_staleness_it_is_the_on_policy_run(folder):
