@@ -42,6 +42,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "duplicates": ("terrace.evaluate.duplicates_command", "find samples and pictures that stand in several sources or suites"),
     "chat": ("terrace.talk.chat_command", "talk to a model in the terminal"),
     "serve": ("terrace.talk.serve_command", "serve a model over HTTP in OpenAI's form, with a page to try it"),
+    "export": ("terrace.talk.export_command", "copy a stage's model out of its run, in another number format if wanted"),
     "evaluate": ("terrace.evaluate.command", "score a model on suites"),
     "report": ("terrace.curriculum.report_command", "write a run's report"),
     "track": ("terrace.curriculum.track_command", "fill an MLflow server, or another tracker, from a run directory"),
@@ -58,7 +59,7 @@ GROUPS = {
     "Runs": ("run", "status", "logs", "pause", "suspend", "resume", "cancel"),
     "Recipes": ("init", "recipes", "validate", "plan", "schema", "render"),
     "Data": ("ingest", "index", "inspect", "order", "duplicates", "recaption"),
-    "Models": ("chat", "serve", "evaluate", "report", "track", "judge", "serve-rewards", "demo", "completion"),
+    "Models": ("chat", "serve", "export", "evaluate", "report", "track", "judge", "serve-rewards", "demo", "completion"),
 }
 
 
@@ -122,7 +123,7 @@ def run_subcommand(given: list[str]) -> int:
         parsed.overrides = [*parsed.overrides, *rest]  # key.path=value may stand behind an option too
     elif rest:
         raise InputError(f"unrecognized arguments: {' '.join(rest)} (`terrace {name} --help`)")
-    if name in READ_SAMPLES:
+    if name in READ_SAMPLES or getattr(parsed, "index", False):
         _draw_demo_scenes(parsed)
     return int(parsed.main(parsed) or 0)
 
