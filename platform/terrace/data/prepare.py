@@ -91,12 +91,13 @@ def prepare_data(
 ) -> PreparedData:
     """Ingest and index every source that a stage uses, train or load the tokenizer. Restartable at any point, instant when done.
 
-    `run_dir`: the run's folder; without one the data goes below the user's cache folder, under the recipe's name.
+    `run_dir`: the run's folder; without one the data goes below the user's cache folder, under the recipe's name, and sources that
+    have changed since are read again.
     """
     root = Path(absolute(str(run_dir))) / "data" if run_dir is not None else default_root(recipe)
     pinned = _load_manifest(root)
     mark = data_mark(recipe)
-    if pinned is not None and pinned.get("mark") == mark:
+    if run_dir is not None and pinned is not None and pinned.get("mark") == mark:  # a run keeps what it began with
         try:
             return load_prepared(root)
         except (InputError, FileNotFoundError):
