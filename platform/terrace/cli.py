@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -142,6 +143,10 @@ def _draw_demo_scenes(parsed: argparse.Namespace) -> None:
         return  # rows, or nothing: the subcommand says what is wrong
     sources = load_recipe(path, getattr(parsed, "overrides", ())).data.sources
     if any("demo-corpus" in source.uri for source in sources.values()):
+        if launcher == "local" and os.environ.get("RAY_ADDRESS"):
+            from terrace.cluster.start_ray import require_answer
+
+            require_answer(os.environ["RAY_ADDRESS"])
         from terrace.demo.corpus import draw_missing
 
         draw_missing(sources, print)
