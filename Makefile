@@ -15,7 +15,8 @@ export RAY_DEDUP_LOGS := 0
 export DS_ACCELERATOR ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-cluster test-vllm lint bench-data bench-rl bench-rewards bench-train bench-plans docs site clean
+.PHONY: help install demo test test-all test-cluster test-vllm lint \
+	bench-data bench-objectives bench-plans bench-rl bench-rewards bench-train docs site clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 22
@@ -70,6 +71,9 @@ lint: $(STAMP)  ## Ruff, and the contract on which layer may import which
 
 bench-data: $(STAMP)  ## Samples a second, CPU and memory of the data path beside other loaders
 	$(BIN)/python tests/bench/bench_data.py $(ARGS)
+
+bench-objectives: $(STAMP)  ## A step of clip beside open_clip, of dpo beside TRL
+	$(BIN)/python tests/bench/bench_objectives.py $(ARGS)
 
 bench-rl: $(STAMP)  ## Seconds per RL iteration
 	$(BIN)/python tests/bench/bench_rl.py $(ARGS)

@@ -285,10 +285,13 @@ class Stage(Strict):
 class Tracking(Strict):
     uri: str | None = Field(None, description="MLflow tracking URI; default: sqlite in the run directory.")
     experiment: str = Field("terrace", description="MLflow experiment, and the project of trackers beside it.")
-    also: list[Literal["tensorboard", "wandb"]] = Field(
+    also: list[Literal["tensorboard", "wandb", "swanlab"]] = Field(
         [],
-        description="Trackers beside MLflow, each through its own client, with files in the run directory: `tensorboard`, `wandb`"
-        " (offline unless `WANDB_MODE` says otherwise).",
+        description="Trackers beside MLflow, each through its own client, with files in the run directory: `tensorboard`, `wandb`,"
+        " `swanlab` (the last two offline unless `WANDB_MODE` or `SWANLAB_MODE` says otherwise).",
+    )
+    system_metrics: bool = Field(
+        False, description="Log what the controller's machine does (CPU, memory, disk, network, GPUs) by MLflow's own monitor."
     )
     log_every_steps: int = Field(1, ge=1, description="Log step metrics every so many steps.")
 
