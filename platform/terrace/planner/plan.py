@@ -18,8 +18,10 @@ from terrace.planner.changes import Change, nearest_changes
 from terrace.planner.data_facts import SourceFacts
 from terrace.planner.flops import PackFlops, training_flops
 from terrace.planner.gpus import find_gpu, usable_bytes
-from terrace.planner.memory import Memory, gradients_reach, optimizer_bytes, stage_memory, worst_pack
+from terrace.planner.memory import COMPUTE_BYTES, Memory, gradients_reach, optimizer_bytes, stage_memory, worst_pack
 from terrace.planner.parameters import active_parameters, head_parameters, parameter_counts, trainable_counts, trained_parts
+from terrace.planner.reduction import reduces_every_pack, settled
+from terrace.planner.second_models import rollout_note
 from terrace.planner.shapes import model_shape
 from terrace.planner.work import Work, has_images, stage_work
 from terrace.recipe.changes import stage_recipe
@@ -125,14 +127,18 @@ def _stage_plan(
     work = stage_work(recipe, stage, shape, facts)
     trained = trained_parts(stage)
     pack = worst_pack(stage, has_images(recipe, stage))
+    limit = usable_bytes(gpu, recipe.planning)
+    stage, asked = settled(stage, shape, workers, pack, limit), stage
     memory = stage_memory(shape, stage, workers, pack)
     flops = training_flops(shape, work.pack, trained, checkpointed_parts(stage))
     peak = gpu.bf16_tflops * 1e12 * (0.5 if stage.precision == "fp32" else 1.0)  # TF32 runs at half the rate of bf16
     parameters = parameter_counts(shape)
     everything = sum(parameters.values())
     checkpoint = WEIGHT_BYTES * (everything + head_parameters(shape, stage)) + optimizer_bytes(shape, stage)
-    limit = usable_bytes(gpu, recipe.planning)
     notes = []
+    if reduces_every_pack(stage, workers):
+        why = "whole ones do not fit" if asked.parallel.reduce_every_pack is None else "the recipe says so"
+        notes.append(f"gradients are reduced at every pack: {why} (parallel.reduce_every_pack)")
     counted_first = counts_experts_first(recipe, stage, workers)
     if counted_first:
         notes.append("its packs run forward once more, to count what the experts of the whole batch get: expert_balance 0 spares that")
@@ -141,7 +147,9 @@ def _stage_plan(
     if work.steps is None:
         notes.append("a budget in epochs needs an index: name prepared data with --data")
     if stage.objective == "grpo":
-        notes.append("generation of responses is not part of this plan")
+        notes.append("the time to generate responses is not part of this plan")
+        if note := rollout_note(shape, stage, memory.weights + memory.optimizer, COMPUTE_BYTES[stage.precision], limit):
+            notes.append(note)
     if stage.objective in ("dpo", "mpo", "kto"):
         notes.append("one forward pass over every row for the reference is not part of this plan")
     if stage.rollout_workers:
@@ -165,7 +173,7 @@ def _stage_plan(
         usable_bytes=limit,
         checkpoint_bytes=checkpoint,
         storage_bytes=checkpoint * _kept_checkpoints(stage, work.steps) + WEIGHT_BYTES * everything,
-        changes=[] if memory.total <= limit else nearest_changes(stage, shape, workers, pack, limit),
+        changes=[] if memory.total <= limit else nearest_changes(asked, shape, workers, pack, limit),
         notes=notes,
     )
 

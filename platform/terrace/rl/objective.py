@@ -25,10 +25,10 @@ from terrace.generation.engines import open_engine
 from terrace.generation.interface import Sampling
 from terrace.generation.tokens import forbidden_tokens
 from terrace.models.attention import choose_backend
-from terrace.models.build import build_model
+from terrace.models.build import meta_model
 from terrace.models.lora import merged
-from terrace.models.precision import compute_context
 from terrace.models.shared_prompt import use_shared_prompt_attention
+from terrace.models.weights import initial_weights
 from terrace.objectives.grpo import PolicyBatch, summed_policy_loss
 from terrace.objectives.interface import Counts, Objective, Opening, StageRun, StepExamples
 from terrace.recipe.schema_grpo import GrpoOptions
@@ -97,7 +97,7 @@ class Grpo(Objective):
         self._policy = policy_options(opening.stage, self._options, forbidden)
         self._figures = UpdateFigures()
         self._held = ExitStack()
-        self._reference: Any = None
+        self._reference: Callable[[PolicyBatch], Any] | None = None  # gives a batch its log-probabilities
         self._collector: Any = None
         self._history: dict[str, list[Any]] = {}
         self._update: Update | None = None
@@ -117,9 +117,10 @@ class Grpo(Objective):
         backend, _ = choose_backend(recipe.model.attention, torch.device(context.device).type, stage.precision)
         use_shared_prompt_attention(run.strategy.model, backend)
         if self._options.kl_coefficient > 0:
-            reference = build_model(recipe.model, feed.config, context.device, start=opening.start_weights, changes=stage.model_changes)
-            self._reference = reference.eval().requires_grad_(False)
-            use_shared_prompt_attention(self._reference, backend)
+            reference = meta_model(feed.config)
+            source, _ = initial_weights(recipe.model, reference, opening.start_weights, stage.model_changes)
+            use_shared_prompt_attention(reference, backend)
+            self._reference = run.strategy.frozen(reference, source, self.loss)
         sandbox = self._held.enter_context(SandboxPool(SANDBOX_WORKERS))
         router = Router(settled(stage.rewards, recipe, opening.stage_dir.parent), sandbox, bool(stage.environment))
         environments = Environments(stage.environment, tuple(stage.rewards), sandbox, feed.reader.sights)
@@ -270,10 +271,9 @@ class Grpo(Objective):
         return policy_batch(example.groups, self.opening.context.device, self.opening.dtype)
 
     def _reference_logprobs(self, example: PolicyPack) -> torch.Tensor:
-        batch, device = self._plain_batch(example), self.opening.context.device
-        with torch.no_grad(), compute_context(self.opening.stage.precision, device):
-            summed_policy_loss(self._reference, batch, self._policy)
-        return batch.results.get("logprobs", torch.zeros(0, device=device))
+        batch = self._plain_batch(example)
+        self._reference(batch)
+        return batch.results.get("logprobs", torch.zeros(0, device=self.opening.context.device))
 
     def loss(self, model: Any, batch: PolicyBatch) -> torch.Tensor:
         return summed_policy_loss(model, batch, self._policy)
