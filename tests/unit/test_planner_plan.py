@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from terrace import cli
 from terrace.errors import InputError
@@ -16,7 +17,7 @@ from terrace.planner.data_facts import SampleMeans, SourceFacts
 from terrace.planner.gpus import GPUS, find_gpu
 from terrace.planner.memory import stage_memory, worst_pack
 from terrace.planner.parameters import part_sizes
-from terrace.planner.plan import make_plan, workers_for
+from terrace.planner.plan import StagePlan, make_plan, workers_for
 from terrace.planner.render import plan_values
 from terrace.planner.shapes import model_shape
 from terrace.recipe.loading import load_recipe
@@ -206,6 +207,40 @@ def test_an_index_makes_samples_and_epochs_exact() -> None:
     assert stage.work.pack.visual_tokens == pytest.approx(256 * 17 / 80, rel=0.01)
 
 
+def test_stages_of_compared_answers_count_rows_and_what_runs_forward_beside() -> None:
+    """An index knows prompt and chosen answer, 100 tokens of which 30 are the answer; the rejected one is taken to be as long."""
+    whole = SourceFacts(96, SampleMeans(100, 30, 100 * 100, 16, 16 * 16 * 16, 9_000))
+
+    def stage(objective: str, *changes: str, indexed: bool = True) -> StagePlan:
+        recipe = load_recipe(TINY, [
+            "data.sources.pairs={uri: nowhere, kind: preference}", "stages.1.mixture={captions: null, documents: null, pairs: 1}",
+            f"stages.1.objective={objective}", "stages.1.budget={epochs: 3}", "stages.1.batch={packs: 8}", *changes,
+        ])  # fmt: skip
+        facts = [dict.fromkeys(recipe.data.sources, whole) if indexed else {}] * len(recipe.stages)
+        return make_plan(recipe, facts=facts).stages[1]
+
+    plan = stage("dpo")
+    assert plan.work.samples == 3 * 96
+    assert plan.work.steps == 3 * 96 / 8
+    assert plan.work.pack.tokens == 130
+    assert plan.work.pack.supervised_tokens == 60
+    assert plan.work.pack.token_squares == 70 * 70 + 2 * 70 * 30 + 30 * 30 + 30 * 100  # the second answer sees prompt and itself
+    forward = sum(plan.pack_flops.forward.values())
+    assert plan.reference_flops == pytest.approx(96 * forward)  # each row once, whatever the epochs
+    assert plan.hours * 3600 == pytest.approx(plan.work.steps * plan.step_seconds + plan.reference_seconds)
+    rate = plan.reference_flops / plan.reference_seconds
+    assert plan.step_seconds == pytest.approx(8 * plan.pack_flops.model / rate)
+    for free in (stage("orpo"), stage("dpo", "stages.1.dpo.reference_free=true")):
+        assert free.reference_flops == 0
+        assert free.step_seconds == pytest.approx(plan.step_seconds)
+    kto = stage("kto")  # each prompt with another one's answer, in the reference and in every step
+    assert kto.reference_flops == pytest.approx(96 * forward * (1 + 100 / 130))
+    assert kto.step_seconds == pytest.approx(plan.step_seconds + 8 * forward * (100 / 130) / rate)
+    assert "reference" in " ".join(kto.notes)
+    unknown = stage("dpo", indexed=False)
+    assert unknown.reference_flops is unknown.hours is None
+
+
 def test_a_remote_model_cannot_be_planned() -> None:
     recipe = load_recipe(TINY, ["model.config=null", "model.pretrained=s3://models/somewhere"])
     with pytest.raises(InputError, match="needs the model's shape"):
@@ -235,6 +270,33 @@ def test_the_command_prints_a_table_that_says_what_does_not_fit(capsys: pytest.C
     text = capsys.readouterr().out
     assert "does NOT fit" in text
     assert "stages.projector-warmup.frozen_activation_checkpointing=true" in text
+
+
+def test_epochs_are_known_once_the_rows_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"Row {number} of forty."}) + "\n" for number in range(40)))
+    values = yaml.safe_load(TINY.read_text())
+    values["data"]["sources"] = {"text": {"uri": "text.jsonl", "kind": "text", "holdout_samples": 10}}
+    values["stages"] = [{**values["stages"][2], "mixture": {"text": 1.0}, "budget": {"epochs": 2}}]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    ask = ["plan", str(tmp_path / "recipe.yaml"), "--json"]
+
+    def planned(*more: str) -> dict:
+        assert cli.main([*ask, *more]) == 0
+        return json.loads(capsys.readouterr().out)["stages"][0]
+
+    assert planned()["steps"] is None
+    assert any("--index counts them" in note for note in planned()["notes"])
+    counted = planned("--index")
+    assert (counted["samples"], counted["exact"]) == (60, True)
+    assert counted["steps"] >= 1
+    assert planned("--index") == counted
+    assert cli.main([*ask, "--index", "--data", str(tmp_path)]) == 2
+    with (tmp_path / "text.jsonl").open("a") as rows:
+        rows.write('{"text": "another one"}\n')
+    assert planned("--index")["samples"] == 62, "rows that came since"
 
 
 def test_a_wrong_recipe_or_gpu_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,6 +29,7 @@ from terrace.models.build import meta_model
 from terrace.models.lora import merged
 from terrace.models.shared_prompt import use_shared_prompt_attention
 from terrace.models.weights import initial_weights
+from terrace.objectives.experts import ExpertBalance, open_balance
 from terrace.objectives.grpo import PolicyBatch, summed_policy_loss
 from terrace.objectives.interface import Counts, Objective, Opening, StageRun, StepExamples
 from terrace.recipe.schema_grpo import GrpoOptions
@@ -99,6 +100,7 @@ class Grpo(Objective):
         self._held = ExitStack()
         self._reference: Callable[[PolicyBatch], Any] | None = None  # gives a batch its log-probabilities
         self._collector: Any = None
+        self._experts: ExpertBalance | None = None
         self._history: dict[str, list[Any]] = {}
         self._update: Update | None = None
         self._mismatch = 0.0
@@ -116,11 +118,12 @@ class Grpo(Objective):
         recipe, context = opening.recipe, opening.context
         backend, _ = choose_backend(recipe.model.attention, torch.device(context.device).type, stage.precision)
         use_shared_prompt_attention(run.strategy.model, backend)
+        self._experts = open_balance(opening, run.strategy.model)
         if self._options.kl_coefficient > 0:
             reference = meta_model(feed.config)
             source, _ = initial_weights(recipe.model, reference, opening.start_weights, stage.model_changes)
             use_shared_prompt_attention(reference, backend)
-            self._reference = run.strategy.frozen(reference, source, self.loss)
+            self._reference = run.strategy.frozen(reference, source, self._policy_loss)
         sandbox = self._held.enter_context(SandboxPool(SANDBOX_WORKERS))
         router = Router(settled(stage.rewards, recipe, opening.stage_dir.parent), sandbox, bool(stage.environment))
         environments = Environments(stage.environment, tuple(stage.rewards), sandbox, feed.reader.sights)
@@ -256,6 +259,10 @@ class Grpo(Objective):
 
     def before(self, examples: Sequence[PolicyPack], scale: float) -> None:
         self._figures = UpdateFigures(self._version)
+        if self._experts:
+            self._experts.before(
+                examples, scale, lambda example: self.strategy.loss(self._plain_batch(example)), lambda example: len(example.groups)
+            )
 
     def batch(self, example: PolicyPack) -> PolicyBatch:
         batch = self._plain_batch(example)
@@ -276,6 +283,11 @@ class Grpo(Objective):
         return batch.results.get("logprobs", torch.zeros(0, device=self.opening.context.device))
 
     def loss(self, model: Any, batch: PolicyBatch) -> torch.Tensor:
+        if self._experts is None:
+            return self._policy_loss(model, batch)
+        return self._experts.loss(model, batch.batch, lambda: self._policy_loss(model, batch))
+
+    def _policy_loss(self, model: Any, batch: PolicyBatch) -> torch.Tensor:
         return summed_policy_loss(model, batch, self._policy)
 
     def seen(self, example: PolicyPack, batch: PolicyBatch) -> None:
@@ -290,6 +302,7 @@ class Grpo(Objective):
         update = self._update
         assert update is not None
         self._ran = ran
+        balance = self._experts.values(ran) if self._experts else {}
         if not ran:
             self._mismatch = 0.0
             return {"pack_fill": 0.0, **update.shared}
@@ -298,7 +311,7 @@ class Grpo(Objective):
             for task, entropy in found.entropy.items():
                 update.figures[task]["entropy"] = entropy
         self._mismatch = found.fields.get("logprob_mismatch_mean", 0.0)
-        return {**found.fields, **update.shared}
+        return {**found.fields, **update.shared, **balance}
 
     def why_nothing_trains(self, taken: StepExamples) -> str:
         assert self._update is not None
