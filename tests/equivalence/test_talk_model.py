@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 from families import case_of, model_of, picture
+from single_answers import answer, load_speaker
 
 from terrace.cli import main
 from terrace.data.types import Sample
 from terrace.errors import InputError
-from terrace.evaluate.generate import answer, load_speaker
 from terrace.models.export import export_hf
 from terrace.talk.conversation import Turn
 from terrace.talk.talker import Wishes, model_directory, open_talker

@@ -15,7 +15,7 @@ from terrace.errors import InputError
 from terrace.planner.data_facts import SampleMeans, SourceFacts
 from terrace.planner.gpus import GPUS, find_gpu
 from terrace.planner.memory import stage_memory, worst_pack
-from terrace.planner.plan import make_plan, workers_for
+from terrace.planner.plan import StagePlan, make_plan, workers_for
 from terrace.planner.render import plan_values
 from terrace.planner.shapes import model_shape
 from terrace.recipe.loading import load_recipe
@@ -155,6 +155,40 @@ def test_an_index_makes_samples_and_epochs_exact() -> None:
     assert stage.work.steps == 19  # 240 samples of 80 tokens on average, 4 x 256 tokens a step
     assert stage.work.pack.tokens == pytest.approx(256, rel=0.01)
     assert stage.work.pack.visual_tokens == pytest.approx(256 * 17 / 80, rel=0.01)
+
+
+def test_stages_of_compared_answers_count_rows_and_what_runs_forward_beside() -> None:
+    """An index knows prompt and chosen answer, 100 tokens of which 30 are the answer; the rejected one is taken to be as long."""
+    whole = SourceFacts(96, SampleMeans(100, 30, 100 * 100, 16, 16 * 16 * 16, 9_000))
+
+    def stage(objective: str, *changes: str, indexed: bool = True) -> StagePlan:
+        recipe = load_recipe(TINY, [
+            "data.sources.pairs={uri: nowhere, kind: preference}", "stages.1.mixture={captions: null, documents: null, pairs: 1}",
+            f"stages.1.objective={objective}", "stages.1.budget={epochs: 3}", "stages.1.batch={packs: 8}", *changes,
+        ])  # fmt: skip
+        facts = [dict.fromkeys(recipe.data.sources, whole) if indexed else {}] * len(recipe.stages)
+        return make_plan(recipe, facts=facts).stages[1]
+
+    plan = stage("dpo")
+    assert plan.work.samples == 3 * 96
+    assert plan.work.steps == 3 * 96 / 8
+    assert plan.work.pack.tokens == 130
+    assert plan.work.pack.supervised_tokens == 60
+    assert plan.work.pack.token_squares == 70 * 70 + 2 * 70 * 30 + 30 * 30 + 30 * 100  # the second answer sees prompt and itself
+    forward = sum(plan.pack_flops.forward.values())
+    assert plan.reference_flops == pytest.approx(96 * forward)  # each row once, whatever the epochs
+    assert plan.hours * 3600 == pytest.approx(plan.work.steps * plan.step_seconds + plan.reference_seconds)
+    rate = plan.reference_flops / plan.reference_seconds
+    assert plan.step_seconds == pytest.approx(8 * plan.pack_flops.model / rate)
+    for free in (stage("orpo"), stage("dpo", "stages.1.dpo.reference_free=true")):
+        assert free.reference_flops == 0
+        assert free.step_seconds == pytest.approx(plan.step_seconds)
+    kto = stage("kto")  # each prompt with another one's answer, in the reference and in every step
+    assert kto.reference_flops == pytest.approx(96 * forward * (1 + 100 / 130))
+    assert kto.step_seconds == pytest.approx(plan.step_seconds + 8 * forward * (100 / 130) / rate)
+    assert "reference" in " ".join(kto.notes)
+    unknown = stage("dpo", indexed=False)
+    assert unknown.reference_flops is unknown.hours is None
 
 
 def test_a_remote_model_cannot_be_planned() -> None:

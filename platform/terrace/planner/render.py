@@ -71,7 +71,9 @@ def _stage_values(stage: StagePlan, plan: Plan) -> dict[str, Any]:
         "flops": stage.flops,
         "recompute_flops": None if work.steps is None else recompute * work.steps,
         "flops_per_step": {"forward": forward, "backward": backward, "recompute": recompute},
+        "reference_flops": stage.reference_flops,
         "step_seconds": stage.step_seconds,
+        "reference_seconds": stage.reference_seconds,
         "hours": stage.hours,
         "gpu_hours": stage.gpu_hours,
         "cost": None if stage.gpu_hours is None else stage.gpu_hours * plan.price_per_gpu_hour,
@@ -207,6 +209,8 @@ def _work_rows(plan: Plan) -> list[list[str]]:
         _row("model FLOPs", plan, lambda s: power(s.flops), power(_sum(s.flops for s in stages))),
         _row("GPUs", plan, lambda s: f"{s.gpus} {s.stage.parallel.strategy}"),
         _row("step", plan, lambda s: duration(s.step_seconds)),
+        *([_row("reference, before the steps", plan, lambda s: duration(s.reference_seconds) if s.reference_seconds else "")]
+          if any(stage.reference_seconds for stage in stages) else []),
         _row("time", plan, lambda s: duration(_seconds(s.hours)), duration(_seconds(_sum(s.hours for s in stages)))),
         _row("GPU hours", plan, lambda s: count(s.gpu_hours), count(_sum(s.gpu_hours for s in stages))),
         _row("cost", plan, lambda s: count(_times(s.gpu_hours, price)),

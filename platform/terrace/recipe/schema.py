@@ -214,9 +214,8 @@ class Stage(Strict):
     loss_chunk_tokens: int = Field(1024, ge=1, description="Rows of logits that exist at once in the loss.")
     expert_balance: Annotated[float, Field(ge=0)] | None = Field(
         None,
-        description="Weight of the loss that spreads tokens over a mixture of experts (objectives lm, dpo, mpo, kto, orpo and simpo; a "
-        "language model that trains); "
-        "default: the model configuration's.",
+        description="Weight of the loss that spreads tokens over a mixture of experts, where the language model trains; default: the "
+        "model configuration's.",
     )
     z_loss: float = Field(
         0.0, ge=0, description="Weight of log²Z, the square of the logits' log-sum-exp, in the loss of each target (objective lm)."
