@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import time
+from pathlib import Path
 
 import pytest
 
@@ -84,3 +85,26 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
     for directory, words in ((tmp_path / "none", "there is no such folder"), (tmp_path, r"no config\.json in it")):
         with pytest.raises(InputError, match=rf"model\.pretrained: .*{words}"):
             model_config(Model(architecture="qwen2_vl", pretrained=str(directory)))
+
+
+def test_places_that_cannot_be_written_are_named(tmp_path, monkeypatch, capsys):
+    """A file where a run's folder goes, a home that is not there, a dead cluster before a demo's scenes are drawn."""
+    tiny = str(Path(__file__).resolve().parents[1] / "recipes" / "tiny.yaml")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
+    monkeypatch.chdir(tmp_path)
+    dead = {"RAY_ADDRESS": "127.0.0.1:1"}
+    for arguments, variables, words in (
+        (["run", tiny, "--run-dir", str(tmp_path / "file")], {}, f"the run directory {tmp_path}/file cannot be made (it is a file)"),
+        (["run", tiny, "--run-dir", "/proc/nowhere"], {}, "the run directory /proc/nowhere cannot be made"),
+        (["order", tiny, "alignment"], {}, "cannot be made (No such file or directory); set XDG_CACHE_HOME"),
+        (["run", "demo", "--run-dir", str(tmp_path / "run")], dead, "no Ray cluster answers there"),
+    ):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        assert cli.main(arguments) == 2, arguments
+        out, err = capsys.readouterr()
+        assert words in err
+        assert "drawing" not in out
+        assert err.count("\n") == 1, err
+    assert not (tmp_path / "runs").exists()

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from terrace import cli
 from terrace.errors import InputError
@@ -219,6 +220,33 @@ def test_the_command_prints_a_table_that_says_what_does_not_fit(capsys: pytest.C
     text = capsys.readouterr().out
     assert "does NOT fit" in text
     assert "stages.projector-warmup.frozen_activation_checkpointing=true" in text
+
+
+def test_epochs_are_known_once_the_rows_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"Row {number} of forty."}) + "\n" for number in range(40)))
+    values = yaml.safe_load(TINY.read_text())
+    values["data"]["sources"] = {"text": {"uri": "text.jsonl", "kind": "text", "holdout_samples": 10}}
+    values["stages"] = [{**values["stages"][2], "mixture": {"text": 1.0}, "budget": {"epochs": 2}}]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    ask = ["plan", str(tmp_path / "recipe.yaml"), "--json"]
+
+    def planned(*more: str) -> dict:
+        assert cli.main([*ask, *more]) == 0
+        return json.loads(capsys.readouterr().out)["stages"][0]
+
+    assert planned()["steps"] is None
+    assert any("--index counts them" in note for note in planned()["notes"])
+    counted = planned("--index")
+    assert (counted["samples"], counted["exact"]) == (60, True)
+    assert counted["steps"] >= 1
+    assert planned("--index") == counted
+    assert cli.main([*ask, "--index", "--data", str(tmp_path)]) == 2
+    with (tmp_path / "text.jsonl").open("a") as rows:
+        rows.write('{"text": "another one"}\n')
+    assert planned("--index")["samples"] == 62, "rows that came since"
 
 
 def test_a_wrong_recipe_or_gpu_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:

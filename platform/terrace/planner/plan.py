@@ -144,7 +144,7 @@ def _stage_plan(
     if gpus is not None and used != gpus:
         notes.append(f"runs on {used} of {gpus} GPUs: its batch of {stage.batch.packs} packs must divide by the workers")
     if work.steps is None:
-        notes.append("a budget in epochs needs an index: name prepared data with --data")
+        notes.append("a budget in epochs needs the samples counted: --index counts them, or name prepared data with --data")
     if stage.objective == "grpo":
         notes.append("generation of responses is not part of this plan")
     if stage.rollout_workers:

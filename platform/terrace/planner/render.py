@@ -277,7 +277,7 @@ def _print_advice(plan: Plan, console: Any) -> None:
     if any(not stage.work.exact for stage in plan.stages):
         planning = plan.recipe.planning
         console.print(
-            f"\n[dim]~ assumed, no index given (--data): {planning.tokens_per_sample:g} tokens per sample, "
+            f"\n[dim]~ assumed, no index given (--data, --index): {planning.tokens_per_sample:g} tokens per sample, "
             f"{planning.visual_token_share:.0%} of them visual where a source has images (see planning in the recipe)[/dim]"
         )
     for stage in plan.stages:

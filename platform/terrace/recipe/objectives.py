@@ -65,9 +65,10 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
         needs_targets=True,
         balances=True,
     ),
-    "grpo": ObjectiveEntry("terrace.rl.objective", "terrace.rl.prompt_feed"),
+    "grpo": ObjectiveEntry("terrace.rl.objective", "terrace.rl.prompt_feed", balances=True),
     "reward_model": ObjectiveEntry(
-        "terrace.objectives.reward_model", "terrace.rl.pair_feed", only_kind="preference", answers=False, counts_rows=True
+        "terrace.objectives.reward_model", "terrace.rl.pair_feed", only_kind="preference", answers=False, counts_rows=True,
+        balances=True,
     ),
     **{
         name: ObjectiveEntry(
@@ -83,7 +84,7 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
     ),
     **{
         name: ObjectiveEntry(
-            f"terrace.objectives.{name}", refused_kinds=FOR_ANSWERS, needs_targets=True, heads=True
+            f"terrace.objectives.{name}", refused_kinds=FOR_ANSWERS, needs_targets=True, heads=True, balances=True
         )
         for name in ("mtp", "medusa")
     },

@@ -214,9 +214,8 @@ class Stage(Strict):
     loss_chunk_tokens: int = Field(1024, ge=1, description="Rows of logits that exist at once in the loss.")
     expert_balance: Annotated[float, Field(ge=0)] | None = Field(
         None,
-        description="Weight of the loss that spreads tokens over a mixture of experts (objectives lm, dpo, mpo, kto, orpo and simpo; a "
-        "language model that trains); "
-        "default: the model configuration's.",
+        description="Weight of the loss that spreads tokens over a mixture of experts, where the language model trains; default: the "
+        "model configuration's.",
     )
     z_loss: float = Field(
         0.0, ge=0, description="Weight of log²Z, the square of the logits' log-sum-exp, in the loss of each target (objective lm)."
@@ -286,10 +285,13 @@ class Stage(Strict):
 class Tracking(Strict):
     uri: str | None = Field(None, description="MLflow tracking URI; default: sqlite in the run directory.")
     experiment: str = Field("terrace", description="MLflow experiment, and the project of trackers beside it.")
-    also: list[Literal["tensorboard", "wandb"]] = Field(
+    also: list[Literal["tensorboard", "wandb", "swanlab"]] = Field(
         [],
-        description="Trackers beside MLflow, each through its own client, with files in the run directory: `tensorboard`, `wandb`"
-        " (offline unless `WANDB_MODE` says otherwise).",
+        description="Trackers beside MLflow, each through its own client, with files in the run directory: `tensorboard`, `wandb`,"
+        " `swanlab` (the last two offline unless `WANDB_MODE` or `SWANLAB_MODE` says otherwise).",
+    )
+    system_metrics: bool = Field(
+        False, description="Log what the controller's machine does (CPU, memory, disk, network, GPUs) by MLflow's own monitor."
     )
     log_every_steps: int = Field(1, ge=1, description="Log step metrics every so many steps.")
 

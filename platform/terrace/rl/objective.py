@@ -29,6 +29,7 @@ from terrace.models.build import build_model
 from terrace.models.lora import merged
 from terrace.models.precision import compute_context
 from terrace.models.shared_prompt import use_shared_prompt_attention
+from terrace.objectives.experts import ExpertBalance, open_balance
 from terrace.objectives.grpo import PolicyBatch, summed_policy_loss
 from terrace.objectives.interface import Counts, Objective, Opening, StageRun, StepExamples
 from terrace.recipe.schema_grpo import GrpoOptions
@@ -99,6 +100,7 @@ class Grpo(Objective):
         self._held = ExitStack()
         self._reference: Any = None
         self._collector: Any = None
+        self._experts: ExpertBalance | None = None
         self._history: dict[str, list[Any]] = {}
         self._update: Update | None = None
         self._mismatch = 0.0
@@ -116,6 +118,7 @@ class Grpo(Objective):
         recipe, context = opening.recipe, opening.context
         backend, _ = choose_backend(recipe.model.attention, torch.device(context.device).type, stage.precision)
         use_shared_prompt_attention(run.strategy.model, backend)
+        self._experts = open_balance(opening, run.strategy.model)
         if self._options.kl_coefficient > 0:
             reference = build_model(recipe.model, feed.config, context.device, start=opening.start_weights, changes=stage.model_changes)
             self._reference = reference.eval().requires_grad_(False)
@@ -255,6 +258,10 @@ class Grpo(Objective):
 
     def before(self, examples: Sequence[PolicyPack], scale: float) -> None:
         self._figures = UpdateFigures(self._version)
+        if self._experts:
+            self._experts.before(
+                examples, scale, lambda example: self.strategy.loss(self._plain_batch(example)), lambda example: len(example.groups)
+            )
 
     def batch(self, example: PolicyPack) -> PolicyBatch:
         batch = self._plain_batch(example)
@@ -276,7 +283,10 @@ class Grpo(Objective):
         return batch.results.get("logprobs", torch.zeros(0, device=device))
 
     def loss(self, model: Any, batch: PolicyBatch) -> torch.Tensor:
-        return summed_policy_loss(model, batch, self._policy)
+        def plain() -> torch.Tensor:
+            return summed_policy_loss(model, batch, self._policy)
+
+        return self._experts.loss(model, batch.batch, plain) if self._experts else plain()
 
     def seen(self, example: PolicyPack, batch: PolicyBatch) -> None:
         self._figures.add(example.groups, batch.results)
@@ -290,6 +300,7 @@ class Grpo(Objective):
         update = self._update
         assert update is not None
         self._ran = ran
+        balance = self._experts.values(ran) if self._experts else {}
         if not ran:
             self._mismatch = 0.0
             return {"pack_fill": 0.0, **update.shared}
@@ -298,7 +309,7 @@ class Grpo(Objective):
             for task, entropy in found.entropy.items():
                 update.figures[task]["entropy"] = entropy
         self._mismatch = found.fields.get("logprob_mismatch_mean", 0.0)
-        return {**found.fields, **update.shared}
+        return {**found.fields, **update.shared, **balance}
 
     def why_nothing_trains(self, taken: StepExamples) -> str:
         assert self._update is not None
