@@ -20,6 +20,7 @@ from terrace.planner.flops import PackFlops, training_flops
 from terrace.planner.gpus import find_gpu, usable_bytes
 from terrace.planner.memory import Memory, gradients_reach, optimizer_bytes, stage_memory, worst_pack
 from terrace.planner.parameters import active_parameters, head_parameters, parameter_counts, trainable_counts, trained_parts
+from terrace.planner.rollouts import RolloutPlan, rollout_plan
 from terrace.planner.shapes import model_shape
 from terrace.planner.work import Work, has_images, stage_work
 from terrace.recipe.changes import stage_recipe
@@ -50,6 +51,7 @@ class StagePlan:
     storage_bytes: float
     changes: list[Change]  # the nearest changes that fit, where the stage does not
     notes: list[str]
+    rollouts: RolloutPlan | None = None  # of a stage that decodes
 
     @property
     def fits(self) -> bool:
@@ -140,8 +142,9 @@ def _stage_plan(
         notes.append(f"runs on {used} of {gpus} GPUs: its batch of {stage.batch.packs} packs must divide by the workers")
     if work.steps is None:
         notes.append("a budget in epochs needs an index: name prepared data with --data")
-    if stage.objective == "grpo":
-        notes.append("generation of responses is not part of this plan")
+    rollouts = rollout_plan(shape, stage, gpu, workers, memory.total, limit) if stage.objective == "grpo" else None
+    if rollouts is not None:
+        notes += rollouts.notes
     if stage.objective in ("dpo", "mpo", "kto"):
         notes.append("one forward pass over every row for the reference is not part of this plan")
     if stage.rollout_workers:
@@ -167,6 +170,7 @@ def _stage_plan(
         storage_bytes=checkpoint * _kept_checkpoints(stage, work.steps) + WEIGHT_BYTES * everything,
         changes=[] if memory.total <= limit else nearest_changes(stage, shape, workers, pack, limit),
         notes=notes,
+        rollouts=rollouts,
     )
 
 
