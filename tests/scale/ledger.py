@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.distributed import multi_threaded_pg as threaded
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -74,7 +75,9 @@ class _Watch(TorchDispatchMode):
 
 
 def _on_host(values: Any) -> list[torch.Tensor]:
-    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu"]
+    """The tensors among the values, and this rank's parts of those that are spread over ranks."""
+    leaves = (leaf._local_tensor if isinstance(leaf, DTensor) else leaf for leaf in tree_leaves(values))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu"]
     return [tensor for tensor in tensors if type(tensor) in (torch.Tensor, torch.nn.Parameter)]
 
 

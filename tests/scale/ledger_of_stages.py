@@ -22,9 +22,9 @@ from thread_ranks import run_threads
 Limit = tuple[float, float]  # what a rank may have at most: so many models of float32 divided by the ranks, and so many whole ones
 
 LIMITS: dict[tuple[str, str], Limit] = {  # by action and what is counted; three tensors of the model's size are checked and then read
-    ("start", "read"): (1.05, 0), ("start", "received"): (0.01, 0), ("start", "written"): (0, 0), ("start", "held"): (1.05, 0),
+    ("start", "read"): (1.05, 0), ("start", "received"): (0.01, 0), ("start", "written"): (0, 0), ("start", "held"): (2.1, 0),
     ("save", "read"): (0, 0), ("save", "received"): (0.01, 0), ("save", "written"): (3.1, 0), ("save", "held"): (3.05, 0),
-    ("resume", "read"): (6.1, 0), ("resume", "received"): (0.01, 0), ("resume", "written"): (0, 0), ("resume", "held"): (2.1, 0),
+    ("resume", "read"): (6.1, 0), ("resume", "received"): (0.01, 0), ("resume", "written"): (0, 0), ("resume", "held"): (3.05, 0),
     ("generate", "held"): (0, 1.05), ("train after", "held"): (0, 0),  # a rollout engine's own weights, while it generates and after
     ("export", "read"): (0, 0), ("export", "received"): (1.3, 0), ("export", "written"): (1.3, 0), ("export", "held"): (1.3, 0),
 }
