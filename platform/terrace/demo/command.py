@@ -30,8 +30,8 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder of .jsonl files to train on instead")
     parser.add_argument("--run-dir", type=Path, help="directory of the run (default: runs/demo, or runs/demo-<folder>)")
     parser.add_argument(
-        "--launcher", choices=("process", "local"), default="process",
-        help="process: stages in processes of this machine (default); local: on a Ray that is started for it, as `terrace run` does",
+        "--launcher", choices=("local", "process"), default="local",
+        help="local: on a Ray that is started for it, as `terrace run` does (default); process: processes of this machine, less CPU time",
     )  # fmt: skip
     parser.add_argument("--dashboard", action="store_true", help="launcher local: start Ray's dashboard too")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the recipe")

@@ -8,6 +8,7 @@ from typing import Any
 from terrace.planner.changes import Change
 from terrace.planner.memory import Memory
 from terrace.planner.plan import Plan, StagePlan
+from terrace.planner.reduction import reduces_every_pack
 from terrace.recipe.schema import PARTS
 
 GIB = 2**30
@@ -62,6 +63,7 @@ def _stage_values(stage: StagePlan, plan: Plan) -> dict[str, Any]:
         },
         "exact": work.exact,
         "strategy": stage.stage.parallel.strategy,
+        "reduce_every_pack": reduces_every_pack(stage.stage, stage.workers),
         "workers": stage.workers,
         "gpus": stage.gpus,
         "memory_per_gpu_bytes": _memory_values(stage.memory),
