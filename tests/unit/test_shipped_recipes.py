@@ -148,6 +148,7 @@ def test_the_table_of_recipes_is_current() -> None:
 
 # Of the field's history, by the first words of a row; LLaVA-1.5 is LLaVA, too.
 SYSTEMS = (
+    "LaVIN", "LLaMA-VID",
     "BLIP-2", "Chameleon", "CogVLM", "Flamingo", "InstructBLIP", "InternLM-XComposer", "InternVL-1.5", "InternVL-2.5", "Kimi-VL",
     "Llama-3.2-Vision", "LLaVA-1.5", "LLaVA-NeXT", "LLaVA-UHD", "LLaVAR", "MIMIC-IT", "MiMo-VL", "MiniCPM-Llama3-V-2.5", "MiniCPM-V-2.6",
     "MoE-LLaVA", "Monkey", "NExT-GPT", "Otter-", "OtterHD", "Qwen-VL", "Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "SVIT", "UI-TARS", "Yi-VL",
