@@ -154,23 +154,6 @@ def run_decoding(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     }  # fmt: skip
 
 
-def export_weights(folder: Path, args: argparse.Namespace) -> None:
-    """The initial weights as a Hugging Face directory, for TRL."""
-    import torch
-
-    from terrace.data.prepare import load_prepared
-    from terrace.data.tokenizer import load_tokenizer
-    from terrace.models.build import build_model, model_config
-    from terrace.models.export import export_hf
-
-    recipe = recipe_of(folder, args)
-    tokenizer_dir = load_prepared(folder / "data").tokenizer_dir
-    config = model_config(recipe.model, load_tokenizer(tokenizer_dir))
-    state = {name: p.detach() for name, p in build_model(recipe.model, config).named_parameters()}
-    with torch.no_grad():
-        export_hf(state, config, tokenizer_dir, folder / "weights", (784, args.pixels), "float32")
-
-
 def measured(which: str, lengths: str, rollout: str, folder: Path, args: argparse.Namespace) -> dict[str, Any] | None:
     """Figures of one process of its own; None if it failed."""
     tokens = args.tokens * (TAIL_TOKENS if lengths == "tail" else 1)
@@ -243,6 +226,7 @@ def main() -> None:
         print("RESULT " + json.dumps(figures))
         return
     from rl_stage import prepare
+    from train_setup import export_weights
 
     runs: list[tuple[str, str, str]] = []
     for lengths in ("full", "tail"):
@@ -253,8 +237,9 @@ def main() -> None:
     watch = Watch()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare(folder, recipe_of(folder, args))
-        export_weights(folder, args)
+        recipe = recipe_of(folder, args)
+        prepare(folder, recipe)
+        export_weights(recipe, folder, args.pixels)
         results = {run: found for run in runs if (found := measured(*run, folder, args)) is not None}
     load = watch.end()
     text = table(results, args)

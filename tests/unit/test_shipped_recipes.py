@@ -9,19 +9,20 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from recipe_table import PUBLISHED, filled
+from families import NAMES as FAMILIES
+from recipe_table import PUBLISHED, filled, table
 
 from terrace.models.build import meta_model, model_config
 from terrace.models.families.registry import family_of_model
 from terrace.models.parts import part_parameters
 from terrace.planner.adapters import with_adapters
-from terrace.planner.parameters import parameter_counts, trainable_counts
+from terrace.planner.parameters import head_parameters, parameter_counts, trainable_counts
 from terrace.planner.plan import make_plan
 from terrace.planner.render import plan_values
 from terrace.planner.shapes import model_shape
 from terrace.recipe.changes import stage_recipe
 from terrace.recipe.loading import load_recipe
-from terrace.recipe.schema import PARTS, Model
+from terrace.recipe.schema import PARTS, Model, Stage
 from terrace.recipe.shipped import names
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -88,6 +89,33 @@ def test_parameters_are_those_that_the_source_states(name: str, parts: tuple[str
     assert sum(counts[part] for part in parts) == pytest.approx(stated, rel=max(open_share, 1e-3 if open_share else 0), abs=0)
 
 
+def test_a_further_block_of_mimo_has_the_published_parameters() -> None:
+    """The one layer of MiMo-7B for the token after the next, with its projection and norms."""
+    recipe = load_recipe("mimo-vl-7b")
+    stage = recipe.stages[-1].model_dump() | {"objective": "mtp", "train": {"heads": {"lr": 1e-3}}}
+    assert head_parameters(model_shape(recipe), Stage.model_validate(stage)) == 210_790_400
+
+
+# What a stage trains where that is less than its parts: (recipe, stage, figure, share that the statement leaves open).
+TRAINED = [
+    ("lavin-7b", 0, 3.8e6, 0.05 / 3.8),  # "3.8M"
+    ("lavin-13b", 0, 5.4e6, 0.05 / 5.4),  # "5.4M"
+    # Four windows in 48 blocks: query, key and value from 16 numbers; the output from 16; beside the feed-forward from 32; three factors.
+    # With the resampler and the language model, all of which train.
+    ("monkey-9b", 0, 48 * 4 * (16 * (1664 + 3 * 1664) + 16 * 2 * 1664 + 32 * 2 * 1664 + 3) + 75_005_952 + 7_721_324_544, 0),
+    # Projections between queries, patches and tokens, and the MLP; from 768 and 1408 numbers to 4096.
+    ("llama-vid-7b", 0, 769 * 1408 + 1409 * 1408 + 2 * 1409 * 4096 + 4097 * 4096, 0),
+]
+
+
+@pytest.mark.parametrize(("name", "index", "stated", "open_share"), TRAINED)
+def test_a_stage_trains_as_many_parameters_as_its_source_states(name: str, index: int, stated: float, open_share: float) -> None:
+    seen = stage_recipe(load_recipe(name), index)
+    stage = seen.stages[index]
+    shape = with_adapters(model_shape(seen), stage, seen.model.model_copy(update={"init": None}))
+    assert sum(trainable_counts(shape, stage).values()) == pytest.approx(stated, rel=open_share, abs=0)
+
+
 def test_the_plan_of_llava_13b_is_near_the_hours_that_it_took() -> None:
     """5.5 and 20 hours on eight A100 as published; the plan assumes a share of the peak, so half to one and a half is near."""
     hours = [stage["hours"] for stage in plan_values(make_plan(load_recipe("llava-1.5-13b")))["stages"]]
@@ -114,8 +142,23 @@ def test_an_extending_recipe_changes_single_keys_of_the_configuration(tmp_path: 
 
 
 def test_the_table_of_recipes_is_current() -> None:
-    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
     assert page == filled(page), "run `make docs`"
+
+
+# Of the field's history, by the first words of a row; LLaVA-1.5 is LLaVA, too.
+SYSTEMS = (
+    "BLIP-2", "Chameleon", "CogVLM", "Flamingo", "InstructBLIP", "InternLM-XComposer", "InternVL-1.5", "InternVL-2.5", "Kimi-VL",
+    "Llama-3.2-Vision", "LLaVA-1.5", "LLaVA-NeXT", "LLaVA-UHD", "LLaVAR", "MIMIC-IT", "MiMo-VL", "MiniCPM-Llama3-V-2.5", "MiniCPM-V-2.6",
+    "MoE-LLaVA", "Monkey", "NExT-GPT", "Otter-", "OtterHD", "Qwen-VL", "Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "SVIT", "UI-TARS", "Yi-VL",
+)  # fmt: skip
+
+
+def test_the_table_has_every_system_and_every_family_that_writes_text() -> None:
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table().split("\n")[2:]]
+    assert [name for name in SYSTEMS if not any(row[0].startswith(name) for row in rows)] == []
+    assert {f"`{name}`" for name in FAMILIES} <= {row[1] for row in rows}
+    assert all(len(row) == 8 and all(row) for row in rows)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -83,8 +83,9 @@ class NativeEngine:
     def converse(
         self, prompts: Sequence[Prompt], sampling: Sampling, react: React, done: Callable[[int, list[Response]], None]
     ) -> list[list[Response]]:
-        """See turns.converse: here nothing that was read once is read again, but where layers read pictures beside the text."""
-        if family_of_model(self._model).family.crosses:
+        """See turns.converse: here nothing that was read once is read again, but where layers read or ask for pictures."""
+        family = family_of_model(self._model).family
+        if family.crosses or family.asks_kinds:
             return converse_again(self, prompts, sampling, react, done)
         per_wave = max(1, self._max_rows // sampling.samples)
         training, dtype = self._model.training, DTYPES[self._precision]

@@ -11,14 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from terrace.families.shapes import ModelShape
-from terrace.planner.memory import COMPUTE_BYTES, FP32
+from terrace.planner.memory import COMPUTE_BYTES, FP32, Memory
 from terrace.planner.parameters import active_parameters, parameter_counts
+from terrace.planner.second_models import SHARDED, copy_bytes, has_copy, overlapped
 from terrace.recipe.schema import Gpu, Stage
 from terrace.recipe.schema_grpo import GrpoOptions
 
 NETWORK_BYTES_PER_SECOND = 25e9  # between machines, for each GPU: 200 Gbit/s
 HOST_BYTES_PER_SECOND = 25e9  # between a GPU and its host: PCIe 4.0 x16, what is left of 32
-SHARDED = ("zero3", "fsdp")
 VLLM_SHARE = {"colocated": 0.5, "separate": 0.9}  # of the GPU's memory (generation.vllm_policy)
 
 
@@ -32,6 +32,7 @@ class RolloutPlan:
     room_bytes: float  # for keys and values on a GPU that decodes, beside what else is there at that time
     hand_over_seconds: float  # per iteration, at the bandwidths above
     longest_response_seconds: float  # at least
+    always: bool  # the copy is there while the model trains as well
     on_gpus: bool
 
     @property
@@ -41,7 +42,8 @@ class RolloutPlan:
 
     @property
     def notes(self) -> list[str]:
-        copies = f"{_gib(self.copy_bytes)} of weights in each" if self.copy_bytes else "decode on the model that trains, no copy"
+        when = "always" if self.always else "while it generates"
+        copies = f"{_gib(self.copy_bytes)} of weights in each {when}" if self.copy_bytes else "decode on the model that trains, no copy"
         words = [
             f"rollouts: {self.engines} engines, {copies}; keys and values of a longest sequence {_gib(self.sequence_bytes)}, room for "
             f"{self.sequences} of them on a GPU",
@@ -56,26 +58,24 @@ class RolloutPlan:
         return words
 
 
-def rollout_plan(shape: ModelShape, stage: Stage, gpu: Gpu, workers: int, training_bytes: float, usable: float) -> RolloutPlan:
-    """The rollouts of a `grpo` stage. `training_bytes`: peak of the update on a GPU."""
+def rollout_plan(shape: ModelShape, stage: Stage, gpu: Gpu, workers: int, memory: Memory, usable: float) -> RolloutPlan:
+    """The rollouts of a `grpo` stage. `memory`: of the update, on a GPU."""
     options = stage.grpo or GrpoOptions()
     size, language = sum(parameter_counts(shape).values()), shape.language
     compute = COMPUTE_BYTES[stage.precision]
-    sharded = stage.parallel.strategy in SHARDED
-    overlapped = options.overlap is not None and options.overlap.max_staleness > 0
-    copied = sharded or overlapped or options.engine == "vllm" or options.placement == "separate"
-    embeddings = language.vocabulary * language.width * (1 if language.tied else 2)
-    # The native engine's embedding stays float32, and so does the head that shares it.
-    kept_float = 0 if options.engine == "vllm" else (embeddings if language.tied else embeddings / 2)
-    copy = copied * (size * compute + kept_float * (FP32 - compute))
-    head_size = language.head_size
-    sequence = 2.0 * language.layers * language.key_heads * head_size * compute * stage.sequence_length
     if options.engine == "vllm":
+        copy = float(size * compute)
         room = VLLM_SHARE[options.placement] * usable - copy
+    elif options.placement == "separate":
+        copy = copy_bytes(shape, compute)
+        room = usable - copy
     else:
-        room = usable - copy - (training_bytes if options.placement == "colocated" else 0.0)
+        copy = copy_bytes(shape, compute) if has_copy(stage) else 0.0
+        # A copy that is used while the model trains is part of the update's memory; else weights and optimizer stay beside it.
+        room = usable - (memory.total if overlapped(options) else memory.weights + memory.optimizer + copy)
+    sequence = 2.0 * language.layers * language.key_heads * language.head_size * compute * stage.sequence_length
     read = active_parameters(shape)["language"] - (0 if language.tied else language.vocabulary * language.width)
-    gathered = FP32 * size * (workers - 1) / workers if sharded else 0.0
+    gathered = FP32 * size * (workers - 1) / workers if stage.parallel.strategy in SHARDED else 0.0
     return RolloutPlan(
         engines=options.rollout_workers if options.placement == "separate" else workers,
         copy_bytes=copy,
@@ -85,6 +85,7 @@ def rollout_plan(shape: ModelShape, stage: Stage, gpu: Gpu, workers: int, traini
         room_bytes=room,
         hand_over_seconds=gathered / NETWORK_BYTES_PER_SECOND + copy / HOST_BYTES_PER_SECOND,
         longest_response_seconds=options.max_response_tokens * read * compute / (gpu.bandwidth_gbs * 1e9),
+        always=options.placement == "separate" or overlapped(options),
         on_gpus=stage.resources.gpus_per_worker > 0,
     )
 
