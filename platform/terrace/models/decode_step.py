@@ -94,7 +94,8 @@ def usual(model: Any) -> bool:
     language = family_of_model(model).language(model)
     layers = getattr(language, "layers", None)
     rotation = getattr(language, "rotary_emb", None)
-    if layers is None or getattr(rotation, "rope_type", None) not in STEADY_ROTATIONS or type(language.norm).__name__ not in NORMS:
+    kind = getattr(rotation, "rope_type", None)  # of some families a dict, with a kind for each type of layer
+    if layers is None or not isinstance(kind, str) or kind not in STEADY_ROTATIONS or type(language.norm).__name__ not in NORMS:
         return False
     return type(language.embed_tokens) is torch.nn.Embedding and all(
         type(layer).__name__ in LAYERS and _plain(layer) for layer in layers
