@@ -16,11 +16,11 @@ from terrace.planner.changes import Change, nearest_changes
 from terrace.planner.data_facts import SourceFacts
 from terrace.planner.flops import PackFlops, training_flops
 from terrace.planner.gpus import find_gpu, usable_bytes
-from terrace.planner.memory import COMPUTE_BYTES, Memory, gradients_reach, optimizer_bytes, stage_memory, worst_pack
+from terrace.planner.memory import Memory, gradients_reach, optimizer_bytes, stage_memory, worst_pack
 from terrace.planner.parameters import active_parameters, head_parameters, parameter_counts, trainable_counts, trained_parts
 from terrace.planner.passes import passes_beside, rows_of_reference
 from terrace.planner.reduction import reduces_every_pack, settled
-from terrace.planner.second_models import rollout_note
+from terrace.planner.rollouts import RolloutPlan, rollout_plan
 from terrace.planner.shapes import model_shape
 from terrace.planner.work import Work, has_images, stage_work
 from terrace.recipe.changes import stage_recipe
@@ -53,6 +53,7 @@ class StagePlan:
     storage_bytes: float
     changes: list[Change]  # the nearest changes that fit, where the stage does not
     notes: list[str]
+    rollouts: RolloutPlan | None = None  # of a stage that decodes
 
     @property
     def fits(self) -> bool:
@@ -151,10 +152,9 @@ def _stage_plan(
         notes.append(f"runs on {used} of {gpus} GPUs: its batch of {stage.batch.packs} packs must divide by the workers")
     if work.steps is None:
         notes.append("a budget in epochs needs the samples counted: --index counts them, or name prepared data with --data")
-    if stage.objective == "grpo":
-        notes.append("the time to generate responses is not part of this plan")
-        if note := rollout_note(shape, stage, memory.weights + memory.optimizer, COMPUTE_BYTES[stage.precision], limit):
-            notes.append(note)
+    rollouts = rollout_plan(shape, stage, gpu, workers, memory, limit) if stage.objective == "grpo" else None
+    if rollouts is not None:
+        notes += rollouts.notes
     if stage.rollout_workers:
         gpus_more = stage.rollout_workers * stage.resources.gpus_per_worker
         notes.append(f"{stage.rollout_workers} rollout workers ({gpus_more:g} GPUs) come on top of these")
@@ -180,6 +180,7 @@ def _stage_plan(
         storage_bytes=checkpoint * _kept_checkpoints(stage, work.steps) + WEIGHT_BYTES * everything,
         changes=[] if memory.total <= limit else nearest_changes(asked, shape, workers, pack, limit),
         notes=notes,
+        rollouts=rollouts,
     )
 
 

@@ -9,6 +9,7 @@ from terrace.planner.changes import Change
 from terrace.planner.memory import Memory
 from terrace.planner.plan import Plan, StagePlan
 from terrace.planner.reduction import reduces_every_pack
+from terrace.planner.rollouts import rollout_values
 from terrace.recipe.schema import PARTS
 
 GIB = 2**30
@@ -85,6 +86,7 @@ def _stage_values(stage: StagePlan, plan: Plan) -> dict[str, Any]:
         "fits": stage.fits,
         "changes": [_change_values(change, stage) for change in stage.changes],
         "notes": stage.notes,
+        **({"rollouts": rollout_values(stage.rollouts)} if stage.rollouts is not None else {}),
     }
 
 

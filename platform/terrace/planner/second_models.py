@@ -24,14 +24,14 @@ def second_model_bytes(shape: ModelShape, stage: Stage, shards: int, compute: in
     held = 0.0
     if options.kl_coefficient > 0:
         held += FP32 * _parameters(shape) / (shards if stage.parallel.strategy in SHARDED else 1)
-    return held + (copy_bytes(shape, compute) if has_copy(stage) and _overlapped(options) else 0.0)
+    return held + (copy_bytes(shape, compute) if has_copy(stage) and overlapped(options) else 0.0)
 
 
 def has_copy(stage: Stage) -> bool:
     """Whether the native engine decodes, beside the model that trains, with weights of its own."""
     options = stage.grpo or GrpoOptions()
     beside = options.engine == "native" and options.placement == "colocated"
-    return stage.objective == "grpo" and beside and (stage.parallel.strategy in SHARDED or _overlapped(options))
+    return stage.objective == "grpo" and beside and (stage.parallel.strategy in SHARDED or overlapped(options))
 
 
 def copy_bytes(shape: ModelShape, compute: int) -> float:
@@ -40,24 +40,7 @@ def copy_bytes(shape: ModelShape, compute: int) -> float:
     return compute * (_parameters(shape) - embeddings) + FP32 * embeddings
 
 
-def rollout_note(shape: ModelShape, stage: Stage, held: float, compute: int, limit: float) -> str | None:
-    """What an engine of its own takes while it generates; `held`: weights and optimizer, which stay on the GPU meanwhile."""
-    options = stage.grpo or GrpoOptions()
-    if stage.objective != "grpo":
-        return None
-    size = copy_bytes(shape, compute) / 2**30
-    if options.placement == "separate":
-        return f"every rollout worker holds the whole model: {size:.1f} GiB of weights"
-    if options.engine == "vllm":
-        return "every GPU holds the whole model while vLLM generates on it, in half of its memory at most"
-    if not has_copy(stage):
-        return None
-    when = "always, since it generates while the model trains" if _overlapped(options) else "while it generates"
-    note = f"every GPU holds a whole copy of the model {when}: {size:.1f} GiB beside {held / 2**30:.1f}"
-    return note if size * 2**30 + held <= limit else f"{note}, which does not fit: use grpo.placement separate"
-
-
-def _overlapped(options: GrpoOptions) -> bool:
+def overlapped(options: GrpoOptions) -> bool:
     return options.overlap is not None and options.overlap.max_staleness > 0
 
 
