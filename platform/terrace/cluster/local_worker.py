@@ -56,7 +56,7 @@ def run_worker(config: dict[str, Any]) -> None:
 
 def run_surrounded(config: dict[str, Any], place: Surroundings) -> None:
     """Run the stage, on a stored run's local folder that follows the storage meanwhile. Its process group exists already."""
-    run_dir = mirror.open_run(config["run_dir"])
+    run_dir = mirror.open_run(config["run_dir"], admitted=True)
     mirror.fetch_folder(run_dir / "data", mirror.DATA_LAST)
     with mirror.following(run_dir):
         _run_worker(config, run_dir, place)

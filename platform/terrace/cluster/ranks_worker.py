@@ -156,7 +156,7 @@ def _leave_outcome(config: dict[str, Any], rank: int, error: BaseException) -> N
     stage = config["recipe"].stages[config["stage_index"]]
     message = (str(error).strip().splitlines() or [type(error).__name__])[0]
     told = message if isinstance(error, TerraceError) else f"{type(error).__name__}: {message}"
-    with mirror.following(run_dir := mirror.open_run(config["run_dir"])):
+    with mirror.following(run_dir := mirror.open_run(config["run_dir"], admitted=True)):
         write_outcome(
             stage_directory(run_dir, config["stage_index"], stage.name), config["attempt"], rank,
             {"rank": rank, "status": "failed", "error": type(error).__name__, "message": told, "time": time.time(),
