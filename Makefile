@@ -15,7 +15,8 @@ export RAY_DEDUP_LOGS := 0
 export DS_ACCELERATOR ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-cluster test-vllm lint bench-data bench-rl bench-rewards bench-train docs site clean
+.PHONY: help install demo test test-all test-cluster test-vllm lint \
+	bench-data bench-objectives bench-plans bench-rl bench-rewards bench-train docs site clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 22
@@ -71,6 +72,9 @@ lint: $(STAMP)  ## Ruff, and the contract on which layer may import which
 bench-data: $(STAMP)  ## Samples a second, CPU and memory of the data path beside other loaders
 	$(BIN)/python tests/bench/bench_data.py $(ARGS)
 
+bench-objectives: $(STAMP)  ## A step of clip beside open_clip, of dpo beside TRL
+	$(BIN)/python tests/bench/bench_objectives.py $(ARGS)
+
 bench-rl: $(STAMP)  ## Seconds per RL iteration
 	$(BIN)/python tests/bench/bench_rl.py $(ARGS)
 
@@ -80,12 +84,15 @@ bench-rewards: $(STAMP)  ## CPU per judgement of the rule rewards
 bench-train: $(STAMP)  ## A training step beside a bare PyTorch loop, transformers.Trainer and other strategies
 	$(BIN)/python tests/bench/bench_train.py $(ARGS)
 
+bench-plans: $(STAMP)  ## Seconds of `terrace plan` for every recipe, each in a process of its own
+	$(BIN)/python tests/bench/bench_plans.py $(ARGS)
+
 docs: $(STAMP)  ## Writes what is generated from schema and parsers: references and the Kubernetes resource
 	$(BIN)/python -m terrace.recipe.reference docs/recipe-reference.md
 	$(BIN)/python -m terrace.cluster.crd
 	$(BIN)/python -m terrace.cluster.reference docs/kubernetes-reference.md
 	$(BIN)/python -m terrace.command_reference docs/commands.md
-	$(BIN)/python tests/recipe_table.py docs/recipes.md
+	$(BIN)/python tests/recipe_table.py docs/families.md
 
 site: $(STAMP)  ## The documentation as pages in site/; a broken link is an error
 	$(BIN)/python -m pip install --quiet --progress-bar off -c constraints.txt -e '.[docs]'

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from packs import tiny_recipe
 from terrace.families.registry import family_class
 from terrace.models.build import model_config
 from terrace.objectives.interface import StageFeed, StepExamples
-from terrace.objectives.lm import LanguageModelling
+from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import Model
 from terrace.train.loop import train_stage
 from terrace.worker.context import WorkerContext
@@ -62,6 +63,7 @@ def train_experts(
                 lines.append(values)
 
         context = WorkerContext(rank=rank, world_size=world_size, local_rank=rank)
-        train_stage(recipe, 0, feed, target, None, context, LanguageModelling, (observe,))
+        objective = importlib.import_module(OBJECTIVES[recipe.stages[0].objective].module).open_objective
+        train_stage(recipe, 0, feed, target, None, context, objective, (observe,))
         found.append(lines)
     return found

@@ -1,16 +1,19 @@
-"""Writes the table of published systems into docs/recipes.md from the recipes themselves: `python tests/recipe_table.py docs/recipes.md`.
+"""Writes the table of systems into docs/families.md from the recipes themselves: `python tests/recipe_table.py docs/families.md`.
 
 System and source are the first line of a recipe's comment, family, stages and objectives are the recipe's, and how sure a recipe is
-are the words "assumed", "borrowed" and "recalled" beside its values, counted with those of what it extends.
+are the words "assumed", "borrowed" and "recalled" beside its values, counted with those of what it extends. A family that no recipe
+has stands with the curriculum that all families are taken through (test_family_stages.py).
 """
 
 from __future__ import annotations
 
+import itertools
 import re
 import sys
 from collections import Counter
 from pathlib import Path
 
+from families import NAMES, QUICK
 from tiny_recipes import FAST
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as CLASSES
 
@@ -22,26 +25,44 @@ from terrace.recipe.shipped import names, shipped_file
 
 OWN = ("clicking", "demo", "demo-encoder-to-morl", "demo-morl", "five-tasks-morl", "sft")  # of no published system
 PUBLISHED = tuple(name for name in names() if name not in OWN)
-ENCODERS = {"vit": "ViTModel", "vit_mae": "ViTMAEForPreTraining"}  # of pictures alone
+OTHER_CLASSES = {"vit": "ViTModel", "vit_mae": "ViTMAEForPreTraining"}  # of pictures alone
 BEGIN, END = "<!-- recipes: written by `make docs` from the recipes -->", "<!-- /recipes -->"
 SURE = ("assumed", "borrowed", "recalled")
 TRAINS = {"vision": "V", "projector": "P", "language": "L"}
 HEAD = """\
-| system | recipe | family | stages (what trains) | parity reference | tiny test | how sure |
-|---|---|---|---|---|---|---|"""
+| system | family | stages (what trains) | objective | recipe | tiny test | parity reference | how sure |
+|---|---|---|---|---|---|---|---|"""
 
 
 def table() -> str:
     """The table as Markdown."""
-    return "\n".join([HEAD, *map(row, PUBLISHED)])
+    return "\n".join([HEAD, *map(row, PUBLISHED), *map(row_of_family, without_recipe())])
 
 
 def row(name: str) -> str:
     recipe = load_recipe(name)
-    stages = "; ".join(stage_words(stage) for stage in recipe.stages)
-    tested = "`make test`" if name in FAST else "`make test-all`"
-    cells = (heading(name)[0], f"`{name}`", f"`{last_model(recipe).architecture}`", stages, parity(recipe), tested, sureness(name, recipe))
+    stages = "; ".join(map(stage_words, recipe.stages))
+    cells = (
+        heading(name)[0], f"`{last_model(recipe).architecture}`", stages, objectives(recipe), f"`{name}`", where(name in FAST),
+        parity(recipe), sureness(name, recipe),
+    )  # fmt: skip
     return f"| {' | '.join(cells)} |"
+
+
+def without_recipe() -> list[str]:
+    """Families that write text and end no shipped curriculum."""
+    taken = {last_model(load_recipe(name)).architecture for name in names()}
+    return [name for name in NAMES if name not in taken]
+
+
+def row_of_family(name: str) -> str:
+    """Stages and objectives are those of test_family_stages.py, whatever the system's own are."""
+    stages, learn = "warm (P); all (VPL); judge (VPL); morl (L); compare (VPL)", "lm x2; reward_model; grpo; mpo"
+    return f"| the family alone | `{name}` | {stages} | {learn} | none | {where(name in QUICK)} | {class_of(name)} | no published values |"
+
+
+def where(fast: bool) -> str:
+    return "`make test`" if fast else "`make test-all`"
 
 
 def heading(name: str) -> tuple[str, str]:
@@ -51,9 +72,15 @@ def heading(name: str) -> tuple[str, str]:
 
 
 def stage_words(stage: Stage) -> str:
-    """`alignment (VP)`, with the objective where it is not the language model's own."""
+    """`alignment (VP)`."""
     letters = "".join(letter for part, letter in TRAINS.items() if getattr(stage.train, part))
-    return f"{stage.name} ({letters}{'' if stage.objective == 'lm' else f', {stage.objective}'})"
+    return f"{stage.name} ({letters})"
+
+
+def objectives(recipe: Recipe) -> str:
+    """Of the stages in turn: `lm x2; dpo`."""
+    runs = [(name, len(list(run))) for name, run in itertools.groupby(stage.objective for stage in recipe.stages)]
+    return "; ".join(name if count == 1 else f"{name} x{count}" for name, count in runs)
 
 
 def last_model(recipe: Recipe) -> Model:
@@ -62,10 +89,20 @@ def last_model(recipe: Recipe) -> Model:
 
 
 def parity(recipe: Recipe) -> str:
-    """What the model is compared with: transformers' class of its family, or what the tests write out."""
+    """What the model is compared with: transformers' class of its family, or formulas that the tests write out."""
     model = last_model(recipe)
-    name = CLASSES.get(model.architecture) or ENCODERS.get(model.architecture)
-    return f"`{name}`" if name else f"formula of its {model.connector.kind}, written out" if model.connector else "formula"
+    if model.connector is None:
+        return class_of(model.architecture)
+    config = model.config or {}
+    experts = (" and visual expert" if config.get("visual_expert") else "") + (" and experts" if config.get("experts") else "")
+    return f"{model.connector.kind}{experts}, written out"
+
+
+def class_of(architecture: str) -> str:
+    """Of transformers, or the formula where it has none with that loss."""
+    spelt = architecture.replace("blip_2", "blip-2")
+    found = CLASSES.get(spelt) or OTHER_CLASSES.get(architecture)
+    return f"`{found}`" if found else "formula"
 
 
 def sureness(name: str, recipe: Recipe) -> str:

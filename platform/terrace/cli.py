@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -42,6 +43,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "duplicates": ("terrace.evaluate.duplicates_command", "find samples and pictures that stand in several sources or suites"),
     "chat": ("terrace.talk.chat_command", "talk to a model in the terminal"),
     "serve": ("terrace.talk.serve_command", "serve a model over HTTP in OpenAI's form, with a page to try it"),
+    "export": ("terrace.talk.export_command", "copy a stage's model out of its run, in another number format if wanted"),
     "evaluate": ("terrace.evaluate.command", "score a model on suites"),
     "report": ("terrace.curriculum.report_command", "write a run's report"),
     "track": ("terrace.curriculum.track_command", "fill an MLflow server, or another tracker, from a run directory"),
@@ -58,7 +60,7 @@ GROUPS = {
     "Runs": ("run", "status", "logs", "pause", "suspend", "resume", "cancel"),
     "Recipes": ("init", "recipes", "validate", "plan", "schema", "render"),
     "Data": ("ingest", "index", "inspect", "order", "duplicates", "recaption"),
-    "Models": ("chat", "serve", "evaluate", "report", "track", "judge", "serve-rewards", "demo", "completion"),
+    "Models": ("chat", "serve", "export", "evaluate", "report", "track", "judge", "serve-rewards", "demo", "completion"),
 }
 
 
@@ -122,7 +124,7 @@ def run_subcommand(given: list[str]) -> int:
         parsed.overrides = [*parsed.overrides, *rest]  # key.path=value may stand behind an option too
     elif rest:
         raise InputError(f"unrecognized arguments: {' '.join(rest)} (`terrace {name} --help`)")
-    if name in READ_SAMPLES:
+    if name in READ_SAMPLES or getattr(parsed, "index", False):
         _draw_demo_scenes(parsed)
     return int(parsed.main(parsed) or 0)
 
@@ -141,6 +143,10 @@ def _draw_demo_scenes(parsed: argparse.Namespace) -> None:
         return  # rows, or nothing: the subcommand says what is wrong
     sources = load_recipe(path, getattr(parsed, "overrides", ())).data.sources
     if any("demo-corpus" in source.uri for source in sources.values()):
+        if launcher == "local" and os.environ.get("RAY_ADDRESS"):
+            from terrace.cluster.start_ray import require_answer
+
+            require_answer(os.environ["RAY_ADDRESS"])
         from terrace.demo.corpus import draw_missing
 
         draw_missing(sources, print)

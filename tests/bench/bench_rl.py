@@ -176,23 +176,6 @@ def run_trl(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     return marks.medians()
 
 
-def export_weights(folder: Path, args: argparse.Namespace) -> None:
-    """The initial weights as a Hugging Face directory, for TRL."""
-    import torch
-
-    from terrace.data.prepare import load_prepared
-    from terrace.data.tokenizer import load_tokenizer
-    from terrace.models.build import build_model, model_config
-    from terrace.models.export import export_hf
-
-    recipe = recipe_of(folder, args)
-    tokenizer_dir = load_prepared(folder / "data").tokenizer_dir
-    config = model_config(recipe.model, load_tokenizer(tokenizer_dir))
-    state = {name: p.detach() for name, p in build_model(recipe.model, config).named_parameters()}
-    with torch.no_grad():
-        export_hf(state, config, tokenizer_dir, folder / "weights", (784, args.pixels), "float32")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--prompts", type=int, default=4)
@@ -210,11 +193,13 @@ def main() -> None:
         print("RESULT " + json.dumps(figures))
         return
     from rl_stage import prepare
+    from train_setup import export_weights
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare(folder, recipe_of(folder, args))
-        export_weights(folder, args)
+        recipe = recipe_of(folder, args)
+        prepare(folder, recipe)
+        export_weights(recipe, folder, args.pixels)
         results = {}
         for which in ("terrace", "trl") if args.trl else ("terrace",):
             command = [sys.executable, __file__, *sys.argv[1:], "--only", which, "--folder", name]

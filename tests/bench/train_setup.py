@@ -60,6 +60,16 @@ def small_model(attention: str = "auto") -> dict[str, Any]:
     return model_values(text, vision, tied=False, attention=attention)
 
 
+def middle_model(attention: str = "auto") -> dict[str, Any]:
+    """55 million parameters: a checkpoint of 0.66 GB."""
+    text = {
+        "vocab_size": 16_384, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8,
+        "num_attention_heads": 8, "num_key_value_heads": 2,
+    }  # fmt: skip
+    vision = {"depth": 6, "hidden_size": 256, "intermediate_size": 1024, "num_heads": 4, "fullatt_block_indexes": [5]}
+    return model_values(text, vision, tied=False, attention=attention)
+
+
 def tiny_model(attention: str = "auto") -> dict[str, Any]:
     """For tests of the benchmarks themselves."""
     text = {
@@ -106,3 +116,19 @@ def full_pack(number: int, length: int, samples: int) -> PackedExample:
     rng = np.random.default_rng([7, number])
     parts = [segment(rng, text, [image] if image else []) for text, image in sample_shapes(rng, samples, length)]
     return pack_segments(number, parts, length)
+
+
+def export_weights(recipe: Recipe, folder: Path, highest_pixels: int) -> None:
+    """The recipe's first weights as a Hugging Face directory, `folder`/weights, with the tokenizer of the data prepared in `folder`."""
+    import torch
+
+    from terrace.data.prepare import load_prepared
+    from terrace.data.tokenizer import load_tokenizer
+    from terrace.models.build import build_model, model_config
+    from terrace.models.export import export_hf
+
+    tokenizer_dir = load_prepared(folder / "data").tokenizer_dir
+    config = model_config(recipe.model, load_tokenizer(tokenizer_dir))
+    state = {name: p.detach() for name, p in build_model(recipe.model, config).named_parameters()}
+    with torch.no_grad():
+        export_hf(state, config, tokenizer_dir, folder / "weights", (784, highest_pixels), "float32")

@@ -25,6 +25,7 @@ def test_torchrun_trains_what_ray_trains(tmp_path: Path, overrides: list[str]):
     assert ended.returncode == 0, ended.stderr + ended.stdout
     assert len(re.findall(r"all 4 stages are complete", ended.stdout)) == 1, "one process speaks"
     assert {event["launcher"] for event in events(tmp_path / "ranks") if "launcher" in event} == {"ranks"}
+    assert "stage_attempt_failed" not in {event["event"] for event in events(tmp_path / "ranks")}
     assert losses(tmp_path / "ranks") == losses(tmp_path / "ray")
     for stage in STAGES:
         assert final_bytes(tmp_path / "ranks", stage) == final_bytes(tmp_path / "ray", stage), stage

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from single_answers import answer, load_speaker
 
 from terrace.cli import main
 from terrace.data.prepare import prepare_data
@@ -15,7 +16,6 @@ from terrace.data.tokenizer import train_tokenizer
 from terrace.errors import InputError
 from terrace.evaluate.compare import compare
 from terrace.evaluate.engine import load_model
-from terrace.evaluate.generate import answer, load_speaker
 from terrace.evaluate.replies import Settings
 from terrace.evaluate.run import evaluate_model, read_results
 from terrace.evaluate.sample_losses import held_out_cases, loss_measure

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from terrace.curriculum.attempt_worker import run_stage
 from terrace.data.prepare import prepare_data
 from terrace.errors import Preempted
 from terrace.evaluate.replies import Settings
-from terrace.evaluate.run import evaluate_model
+from terrace.evaluate.run import evaluate_model, read_results
 from terrace.families.registry import family_class
 from terrace.recipe.schema import PARTS, Recipe
 from terrace.worker.context import WorkerContext
@@ -113,18 +114,18 @@ def test_a_family_trains_resumes_evaluates_and_exports(name, tmp_path, monkeypat
     assert results[2].evaluation["after"]["preference/loss"] > 0
     assert results[3].steps == 2
     assert results[4].evaluation["after"]["preference/margin"] > 0
-    # Stopped after one step of the second stage, by a copy of the run, it ends with the same bits.
+    # Stopped after one step of the second stage, by a copy of the run as it stood before, it ends with the same bits.
     again = tmp_path / "again"
-    prepare_data(recipe, again, use_ray=False)
-    run_stage(recipe, 0, again, 1, WorkerContext())
+    shutil.copytree(run_dir, again, ignore=shutil.ignore_patterns("0[2-5]-*"))
     asked = iter(range(100))
     with pytest.raises(Preempted):
         run_stage(recipe, 1, again, 1, WorkerContext(should_stop=lambda: "told" if next(asked) >= 1 else None))
     run_stage(recipe, 1, again, 2, WorkerContext())
     assert weights_of(again, "02-all") == weights_of(run_dir, "02-all")
-    # The exported model is asked: the loss of held-out samples is that of the stage's own evaluation.
-    scores = evaluate_model(
-        run_dir / "stages" / "02-all" / "final", [f"loss:{run_dir}"], tmp_path / "scores", Settings(device="cpu", limit=3)
-    )
-    [suite] = scores["suites"].values()
-    assert suite["scores"]
+    # The exported model is asked: held-out samples their loss, and pictures their answers.
+    final = run_dir / "stages" / "02-all" / "final"
+    how = Settings(device="cpu", limit=3, max_new_tokens=6)
+    scores = evaluate_model(final, [f"loss:{run_dir}", f"counting:{tmp_path}/prompts.jsonl"], tmp_path / "scores", how)
+    assert all(suite["scores"] for suite in scores["suites"].values())
+    _, rows = read_results(tmp_path / "scores")
+    assert [row.answer_tokens > 0 for row in rows if row.suite.startswith("counting")] == [True] * 3

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from packs import reference_images
+from single_answers import answer, load_speaker
 
 from terrace.data.images import image_size
 from terrace.data.prompt import read_prompt
 from terrace.data.tokenizer import train_tokenizer
 from terrace.data.types import Sample
 from terrace.demo import scenes
-from terrace.evaluate.generate import answer, load_speaker
 from terrace.families.qwen2_5_vl import Qwen25VL
 from terrace.models.build import build_model, model_config
 from terrace.models.export import export_hf

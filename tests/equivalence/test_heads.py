@@ -216,5 +216,7 @@ def test_every_strategy_gives_the_losses_of_one_process(tmp_path):
         for strategy in ("ddp", "fsdp", "zero2", "zero3"):
             jobs[f"{name}-{strategy}"] = recipe_of(kind, frozen, parallel={"strategy": strategy}).model_dump(mode="json")
     run_ranks(2, train_each, jobs, str(tmp_path), timeout=900)
-    for name in jobs:
+    four = {name.replace("-ddp", "-four"): values for name, values in jobs.items() if name.endswith("-ddp")}
+    run_ranks(4, train_each, four, str(tmp_path), timeout=300)
+    for name in [*jobs, *four]:
         np.testing.assert_allclose(losses(tmp_path / name), losses(tmp_path / name.split("-")[0]), rtol=2e-5, err_msg=name)

@@ -78,6 +78,9 @@ def test_loss_gradients_parameters_and_start_are_those_of_the_class():
             assert float((ours.grad - theirs.grad).abs().max()) < 2e-6 * largest, name
 
 
+LAYOUTS = {2: ("ddp", "fsdp", "zero2", "zero3"), 4: ("ddp",)}  # ranks and strategies
+
+
 def write_pictures(folder: Path) -> None:
     """A folder of pictures and nothing else."""
     rng = np.random.default_rng(1)
@@ -151,14 +154,16 @@ def test_pictures_of_a_source_train_resume_and_export(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_ranks_under_every_strategy_give_the_losses_of_one(tmp_path):
+@pytest.mark.timeout(900)
+def test_ranks_under_every_strategy_give_the_losses_of_one(tmp_path):
     write_pictures(tmp_path)
     recipe = recipe_of(tmp_path)
-    runs = [(strategy, str(tmp_path / strategy)) for strategy in ("ddp", "fsdp", "zero2")]
-    for folder in ("one", "ddp", "fsdp", "zero2"):
-        prepare_data(recipe, tmp_path / folder, use_ray=False)
+    runs = {ranks: [(name, str(tmp_path / f"{name}-{ranks}")) for name in names] for ranks, names in LAYOUTS.items()}
+    for folder in (tmp_path / "one", *(run for layout in runs.values() for _, run in layout)):
+        prepare_data(recipe, Path(folder), use_ray=False)
     values = recipe.model_dump(mode="json")
     train_pictures(0, 1, values, [("ddp", str(tmp_path / "one"))])
-    run_ranks(2, train_pictures, values, runs, timeout=500)
-    for strategy, run in runs:
-        np.testing.assert_allclose(losses(Path(run)), losses(tmp_path / "one"), rtol=1e-5, err_msg=strategy)
+    for ranks, layout in runs.items():
+        run_ranks(ranks, train_pictures, values, layout, timeout=400)
+        for strategy, run in layout:
+            np.testing.assert_allclose(losses(Path(run)), losses(tmp_path / "one"), rtol=1e-5, err_msg=f"{strategy} on {ranks}")

@@ -208,14 +208,15 @@ def test_killed_anywhere_ends_with_the_same_bits(folder, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_every_layout_gives_the_losses_of_one_process(folder):
-    jobs = {("kto", strategy): 2 for strategy in ("ddp", "fsdp", "zero2", "zero3")} | {("dpo", "fsdp"): 2, ("mpo", "ddp"): 4}
-    for name in ("dpo", "kto", "mpo"):
+    jobs = [(name, strategy, 2) for name in OBJECTIVES for strategy in ("ddp", "fsdp", "zero2", "zero3")]
+    jobs += [(name, "ddp", 4) for name in OBJECTIVES]
+    for name in OBJECTIVES:
         run(recipe_of(folder, name, steps=3), folder, f"{name}-one")
     for ranks in (2, 4):
         recipes = {f"{name}-{strategy}-{ranks}": recipe_of(folder, name, steps=3, parallel={"strategy": strategy}).model_dump(mode="json")
-                   for (name, strategy), wanted in jobs.items() if wanted == ranks}  # fmt: skip
-        run_ranks(ranks, run_each, recipes, str(folder), timeout=500)
-    for (name, strategy), ranks in jobs.items():
+                   for name, strategy, wanted in jobs if wanted == ranks}  # fmt: skip
+        run_ranks(ranks, run_each, recipes, str(folder), timeout=900)
+    for name, strategy, ranks in jobs:
         found = figures_of(folder, f"{name}-{strategy}-{ranks}")
         for line, expected in zip(found, figures_of(folder, f"{name}-one"), strict=True):
             for key in ("loss", "accuracy", "margin", "chosen_logprob", "grad_norm"):
@@ -226,6 +227,20 @@ def test_every_layout_gives_the_losses_of_one_process(folder):
 def run_each(rank: int, world_size: int, jobs: dict[str, Any], folder: str) -> None:
     for name, values in jobs.items():
         rl_stage.run_rank(rank, world_size, values, folder, name)
+
+
+@pytest.mark.slow
+def test_every_comparing_objective_resumes_to_the_same_bits(folder):
+    for name in OBJECTIVES:
+        recipe = recipe_of(folder, name, checkpoint={"every_steps": 1})
+        run(recipe, folder, f"uninterrupted-{name}")
+        for _ in range(3):
+            with pytest.raises(Preempted):
+                run(recipe, folder, f"stopped-{name}", should_stop=lambda: "told")
+        run(recipe, folder, f"stopped-{name}")
+        assert figures_of(folder, f"stopped-{name}") == figures_of(folder, f"uninterrupted-{name}"), name
+        final = "final/model.safetensors"
+        assert (folder / f"stopped-{name}" / final).read_bytes() == (folder / f"uninterrupted-{name}" / final).read_bytes(), name
 
 
 @pytest.mark.slow

@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 from families import case_of, model_of, picture
+from single_answers import answer, load_speaker
 
 from terrace.cli import main
 from terrace.data.types import Sample
 from terrace.errors import InputError
-from terrace.evaluate.generate import answer, load_speaker
 from terrace.models.export import export_hf
 from terrace.talk.conversation import Turn
 from terrace.talk.talker import Wishes, model_directory, open_talker
@@ -137,3 +137,42 @@ def test_bf16_files_are_read_as_float32_where_that_is_asked(run_dir, tmp_path):
         one = open_talker(directory, precision="fp32")
         texts.append(one.answer(one.prompt(turns), Wishes(max_tokens=16)).answers[0].text)
     assert texts[0] == texts[1]
+
+
+def test_a_model_leaves_its_run_in_another_number_format(run_dir, tmp_path, capsys):
+    """What `terrace export` writes is what a stage of that format would have written, and transformers opens it."""
+    import json
+
+    from safetensors.torch import load_file
+    from transformers import AutoModelForImageTextToText
+
+    whole = model_directory(run_dir)
+    (whole / "adapter").mkdir(exist_ok=True)
+    (whole / "adapter" / "adapter_config.json").write_text("{}")
+    assert main(["export", str(run_dir), str(tmp_path / "same")]) == 0
+    assert {file.name: file.read_bytes() for file in whole.iterdir() if file.is_file()} == {
+        file.name: file.read_bytes() for file in (tmp_path / "same").iterdir() if file.is_file()
+    }
+    assert (tmp_path / "same" / "adapter" / "adapter_config.json").is_file()
+    assert main(["export", str(run_dir), str(tmp_path / "half"), "--stage", "sft", "--precision", "bf16"]) == 0
+    before, after = load_file(whole / "model.safetensors"), load_file(tmp_path / "half" / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], before[name].to(torch.bfloat16)) for name in before)
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    opened = AutoModelForImageTextToText.from_pretrained(tmp_path / "half")
+    assert opened.dtype == torch.bfloat16
+    assert main(["export", str(tmp_path / "half"), str(tmp_path / "again"), "--precision", "fp32"]) == 0
+    assert all(torch.equal(value, after[name].float()) for name, value in load_file(tmp_path / "again" / "model.safetensors").items())
+    capsys.readouterr()
+    for arguments, words in (
+        ([str(run_dir), str(tmp_path / "half")], "is there already"),
+        ([str(run_dir), str(tmp_path / "x"), "--stage", "morl"], "no stage morl among 02-sft"),
+        ([str(run_dir), str(whole / "x")], "lies inside"),
+        ([str(run_dir), str(tmp_path / "x"), "--format", "gguf"], "convert_hf_to_gguf.py"),
+        ([str(run_dir), str(tmp_path / "x"), "--format", "awq"], "llm-compressor"),
+        ([str(run_dir), str(tmp_path / "x"), "--format", "onnx"], "hf is written here"),
+        ([str(tmp_path), str(tmp_path / "x")], "no config.json"),
+    ):
+        assert main(["export", *arguments]) == 2, arguments
+        assert words in capsys.readouterr().err
+    assert not list(tmp_path.glob(".*.partial"))

@@ -129,7 +129,24 @@ def test_a_stage_stopped_and_resumed_ends_with_the_same_bits_and_exports_the_cla
         assert measured["caption/image_to_text_r1"] == pytest.approx(recalls(images, texts, range(12))["image_to_text_r1"])
 
 
-LAYOUTS = {"ddp": 2, "fsdp": 2, "zero2": 2, "ddp on four": 4}
+@pytest.mark.slow
+def test_every_kind_of_towers_resumes_to_the_same_bits(tmp_path):
+    """After one, two and three steps of four."""
+    values = {
+        f"{name} {objective}": towers_recipe(name, objective, checkpoint={"every_steps": 1}).model_dump(mode="json")
+        for name in ("clip", "siglip", "siglip2") for objective in ("clip", "siglip")
+    }  # fmt: skip
+    train_towers(0, 1, values, str(tmp_path / "whole"))
+    for name, value in values.items():
+        for _ in range(3):
+            with pytest.raises(Preempted):
+                train_towers(0, 1, {name: value}, str(tmp_path / "killed"), stop_after=1)
+        train_towers(0, 1, {name: value}, str(tmp_path / "killed"))
+        assert weights(tmp_path / "killed" / name) == weights(tmp_path / "whole" / name), name
+        assert losses(tmp_path / "killed" / name) == losses(tmp_path / "whole" / name), name
+
+
+LAYOUTS = {"ddp": 2, "fsdp": 2, "zero2": 2, "zero3": 2, "ddp on four": 4}
 
 
 @pytest.mark.slow

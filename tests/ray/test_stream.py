@@ -157,3 +157,18 @@ def test_held_out_packs_are_no_training_samples(data):
     trained = {(ref.source, ref.id) for _, packs in plan.steps() for pack in packs for ref in pack.samples}
     assert not kept & trained
     assert [len(pack.sample_ids) for pack in held["caption"]] == [3]
+
+
+def test_the_first_step_does_not_wait_for_ray(ray_cluster, data, expected, monkeypatch):
+    _, prepared, plan = data
+    taken, blocks = threading.Event(), ray_stream._blocks
+
+    def late(*given):
+        assert taken.wait(60), "Ray Data was waited for before the first pack was given"
+        yield from blocks(*given)
+
+    monkeypatch.setattr(ray_stream, "_blocks", late)
+    stream = open_stream(plan, prepared, 0, 1, 0, "ray")
+    found = [contents(next(stream).packs)]
+    taken.set()
+    assert found + [contents(step.packs) for step in stream] == expected

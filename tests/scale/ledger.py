@@ -33,6 +33,11 @@ class Ledger:
     held: int = 0  # at most, at a time, of what was made meanwhile
     alive: dict[int, tuple[StorageWeakRef, int]] = field(default_factory=dict)
 
+    def left(self) -> int:
+        """What was made meanwhile and is still there, inside the block, as large as it is now: storages of gathered weights are emptied."""
+        there = (torch.UntypedStorage._new_with_weak_ptr(reference.cdata) for reference, _ in self.alive.values())
+        return sum(storage.nbytes() for storage in there if storage is not None)
+
 
 _LOCAL = threading.local()
 

@@ -163,7 +163,7 @@ def test_rows_without_a_stage_are_refused(look, checkpoint, names, path, words):
         (["--from", "{}/nothing", "--data", "{}/llama"], "no such folder"),
         (["--from", "Qwen/Qwen2.5-VL-7B-Instruct", "--data", "{}/llama"], "hf download"),
         (["--from", "{}/rows", "--data", "{}/llama"], "lacks config.json, tokenizer.json, *.safetensors"),
-        (["--from", "{}/checkpoint", "--data", "{}/nothing"], "no file at"),
+        (["--from", "{}/checkpoint", "--data", "{}/nothing"], "no such file or folder"),
         (["--from", "{}/checkpoint", "--data", "{}/shards"], "shards already"),
         (["--from", "{}/checkpoint", "--data", "{}/rows/strange.jsonl"], "foo"),
         (["--from", "{}/checkpoint", "--data", "{}/rows/none.jsonl"], "no readable row"),

@@ -100,8 +100,9 @@ def test_the_installed_command_runs_without_the_source_tree(installed: Path, tmp
     demo = start(installed, tmp_path, "demo", "--run-dir", str(tmp_path / "demo"))  # beside the others: it takes seconds to begin
     started.append(demo)
     assert said(installed, tmp_path, "--version") == f"terrace {terrace.__version__}\n"
-    listed = said(installed, tmp_path, "recipes", "list").splitlines()
+    listed = said(installed, tmp_path, "recipes").splitlines()
     assert [line.split()[0] for line in listed] == names()
+    assert said(installed, tmp_path, "recipes", "show", "yi-vl-6b") == (ROOT / "jobs" / "recipes" / "yi-vl-6b.yaml").read_text()
     assert "qwen2.5-vl-7b is valid: 3 stages" in said(installed, tmp_path, "validate", "qwen2.5-vl-7b", "--offline")
     # A copy works from anywhere, with what it extends found by name.
     assert "wrote mimo-vl-7b-rl.yaml" in said(installed, tmp_path, "recipes", "copy", "mimo-vl-7b-rl")

@@ -6,19 +6,23 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from terrace import cli
 from terrace.errors import InputError
 from terrace.planner.data_facts import SampleMeans, SourceFacts
 from terrace.planner.gpus import GPUS, find_gpu
 from terrace.planner.memory import stage_memory, worst_pack
-from terrace.planner.plan import make_plan, workers_for
+from terrace.planner.parameters import part_sizes
+from terrace.planner.plan import StagePlan, make_plan, workers_for
 from terrace.planner.render import plan_values
 from terrace.planner.shapes import model_shape
 from terrace.recipe.loading import load_recipe
 from terrace.recipe.schema import Planning
+from terrace.recipe.schema_grpo import OverlapOptions
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MIMO = REPOSITORY / "jobs" / "recipes" / "mimo-vl-7b.yaml"
@@ -66,6 +70,53 @@ def test_bytes_per_parameter_of_each_strategy(strategy: str, packs: int, bytes_p
     memory = stage_memory(model_shape(recipe), stage, 8, worst_pack(stage, True))
     held = memory.weights + memory.gradients + memory.optimizer
     assert held == pytest.approx(bytes_per_parameter * 8_306_217_216, rel=1e-6)
+
+
+@pytest.mark.parametrize(("gpu", "asked", "every_pack", "fits"), [
+    ("h100-80gb", None, False, True), ("l40s-48gb", None, True, True),
+    ("l40s-48gb", "false", False, False), ("h100-80gb", "true", True, True),
+])  # fmt: skip
+def test_gradients_are_reduced_at_every_pack_where_whole_ones_do_not_fit(gpu: str, asked: str | None, every_pack: bool, fits: bool) -> None:
+    changes = ["stages.2.parallel.strategy=fsdp", "stages.2.batch.packs=16", "stages.2.resources.workers=8"]
+    changes += [f"stages.2.parallel.reduce_every_pack={asked}"] if asked else []
+    changes += ["stages.2.train.language.activation_checkpointing=true", "stages.2.train.vision.activation_checkpointing=true"]
+    plan = make_plan(load_recipe(MIMO, changes), gpu=gpu, gpus=8)
+    stage, values = plan.stages[2], plan_values(plan)["stages"][2]
+    assert (values["reduce_every_pack"], values["fits"]) == (every_pack, fits)
+    assert values["memory_per_gpu_bytes"]["gradients"] == pytest.approx(4 * 8_306_217_216 / (8 if every_pack else 1), rel=1e-6)
+    assert any("reduced at every pack" in note for note in stage.notes) == every_pack
+    if not fits:
+        assert stage.changes[0].overrides == ["parallel.reduce_every_pack=true"]
+    for one in plan.stages[:2]:
+        assert not any("every pack" in note for note in one.notes)  # other strategies have nothing to choose
+
+
+def test_second_models_of_reinforcement_learning_are_planned() -> None:
+    """A reference is divided where weights are; an engine's copy counts in a step only where it generates meanwhile."""
+    recipe = load_recipe(REPOSITORY / "jobs" / "recipes" / "mimo-vl-7b-rl.yaml")
+    shape, (number, stage) = model_shape(recipe), next((n, s) for n, s in enumerate(recipe.stages) if s.objective == "grpo")
+    assert stage.grpo is not None
+
+    def weights(strategy: str, **grpo: Any) -> float:
+        plain = {"engine": "native", "placement": "colocated", "overlap": None, "kl_coefficient": 0.0}
+        options = stage.grpo.model_copy(update={**plain, **grpo})
+        parallel = stage.parallel.model_copy(update={"strategy": strategy})
+        changed = stage.model_copy(update={"grpo": options, "parallel": parallel})
+        notes.append(make_plan(recipe.model_copy(update={"stages": [*recipe.stages[:number], changed]}), gpus=8).stages[number].notes)
+        return stage_memory(shape, changed, 8, worst_pack(changed, True)).weights
+
+    notes: list[list[str]] = []
+    whole = sum(size.total for size in part_sizes(shape).values())
+    for strategy, held in (("fsdp", 4 * whole / 8), ("zero3", 4 * whole / 8), ("ddp", 4 * whole), ("zero2", 4 * whole)):
+        assert weights(strategy, kl_coefficient=0.1) - weights(strategy) == pytest.approx(held)
+    copy = weights("fsdp", overlap=OverlapOptions()) - weights("fsdp")
+    assert 2 * whole < copy < 4 * whole
+    said = [" ".join(one) for one in notes]
+    assert "a whole copy of the model while it generates" in said[0]
+    assert "whole copy" not in said[4]  # ddp decodes with what it trains
+    assert "a whole copy of the model always" in said[-2]
+    weights("fsdp", placement="separate")
+    assert "every rollout worker holds the whole model" in " ".join(notes[-1])
 
 
 def test_frozen_parts_cost_neither_gradients_nor_optimizer() -> None:
@@ -156,6 +207,40 @@ def test_an_index_makes_samples_and_epochs_exact() -> None:
     assert stage.work.pack.visual_tokens == pytest.approx(256 * 17 / 80, rel=0.01)
 
 
+def test_stages_of_compared_answers_count_rows_and_what_runs_forward_beside() -> None:
+    """An index knows prompt and chosen answer, 100 tokens of which 30 are the answer; the rejected one is taken to be as long."""
+    whole = SourceFacts(96, SampleMeans(100, 30, 100 * 100, 16, 16 * 16 * 16, 9_000))
+
+    def stage(objective: str, *changes: str, indexed: bool = True) -> StagePlan:
+        recipe = load_recipe(TINY, [
+            "data.sources.pairs={uri: nowhere, kind: preference}", "stages.1.mixture={captions: null, documents: null, pairs: 1}",
+            f"stages.1.objective={objective}", "stages.1.budget={epochs: 3}", "stages.1.batch={packs: 8}", *changes,
+        ])  # fmt: skip
+        facts = [dict.fromkeys(recipe.data.sources, whole) if indexed else {}] * len(recipe.stages)
+        return make_plan(recipe, facts=facts).stages[1]
+
+    plan = stage("dpo")
+    assert plan.work.samples == 3 * 96
+    assert plan.work.steps == 3 * 96 / 8
+    assert plan.work.pack.tokens == 130
+    assert plan.work.pack.supervised_tokens == 60
+    assert plan.work.pack.token_squares == 70 * 70 + 2 * 70 * 30 + 30 * 30 + 30 * 100  # the second answer sees prompt and itself
+    forward = sum(plan.pack_flops.forward.values())
+    assert plan.reference_flops == pytest.approx(96 * forward)  # each row once, whatever the epochs
+    assert plan.hours * 3600 == pytest.approx(plan.work.steps * plan.step_seconds + plan.reference_seconds)
+    rate = plan.reference_flops / plan.reference_seconds
+    assert plan.step_seconds == pytest.approx(8 * plan.pack_flops.model / rate)
+    for free in (stage("orpo"), stage("dpo", "stages.1.dpo.reference_free=true")):
+        assert free.reference_flops == 0
+        assert free.step_seconds == pytest.approx(plan.step_seconds)
+    kto = stage("kto")  # each prompt with another one's answer, in the reference and in every step
+    assert kto.reference_flops == pytest.approx(96 * forward * (1 + 100 / 130))
+    assert kto.step_seconds == pytest.approx(plan.step_seconds + 8 * forward * (100 / 130) / rate)
+    assert "reference" in " ".join(kto.notes)
+    unknown = stage("dpo", indexed=False)
+    assert unknown.reference_flops is unknown.hours is None
+
+
 def test_a_remote_model_cannot_be_planned() -> None:
     recipe = load_recipe(TINY, ["model.config=null", "model.pretrained=s3://models/somewhere"])
     with pytest.raises(InputError, match="needs the model's shape"):
@@ -185,6 +270,33 @@ def test_the_command_prints_a_table_that_says_what_does_not_fit(capsys: pytest.C
     text = capsys.readouterr().out
     assert "does NOT fit" in text
     assert "stages.projector-warmup.frozen_activation_checkpointing=true" in text
+
+
+def test_epochs_are_known_once_the_rows_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"Row {number} of forty."}) + "\n" for number in range(40)))
+    values = yaml.safe_load(TINY.read_text())
+    values["data"]["sources"] = {"text": {"uri": "text.jsonl", "kind": "text", "holdout_samples": 10}}
+    values["stages"] = [{**values["stages"][2], "mixture": {"text": 1.0}, "budget": {"epochs": 2}}]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    ask = ["plan", str(tmp_path / "recipe.yaml"), "--json"]
+
+    def planned(*more: str) -> dict:
+        assert cli.main([*ask, *more]) == 0
+        return json.loads(capsys.readouterr().out)["stages"][0]
+
+    assert planned()["steps"] is None
+    assert any("--index counts them" in note for note in planned()["notes"])
+    counted = planned("--index")
+    assert (counted["samples"], counted["exact"]) == (60, True)
+    assert counted["steps"] >= 1
+    assert planned("--index") == counted
+    assert cli.main([*ask, "--index", "--data", str(tmp_path)]) == 2
+    with (tmp_path / "text.jsonl").open("a") as rows:
+        rows.write('{"text": "another one"}\n')
+    assert planned("--index")["samples"] == 62, "rows that came since"
 
 
 def test_a_wrong_recipe_or_gpu_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:

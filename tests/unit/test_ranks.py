@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fakes import tiny_recipe
 from waiting import eventually
 
+from terrace.cluster.process_launcher import ranks_here
 from terrace.cluster.ranks import Ranks, by_torchrun, is_follower, ranks_of
 from terrace.cluster.ranks_launcher import without_ray, workers_of
 from terrace.curriculum.journal import read_journal
@@ -55,6 +56,8 @@ def test_stages_and_ranks(monkeypatch: pytest.MonkeyPatch):
         assert workers_of(recipe.stages[0], world) == expected
     with pytest.raises(InputError, match=r"resources.workers is 2, .* is 1: start 2, or set stages.stage-a.resources.workers=1"):
         workers_of(tiny_recipe(1, resources={"workers": 2}).stages[0], 1)
+    for workers, cores, expected in ((2, 1, 2), (1, 8, 1), ([1, 64], 2, 2), ([4, 64], 2, 4)):
+        assert ranks_here(tiny_recipe(1, resources={"workers": workers}, batch={"packs": 64}).stages[0], cores) == expected
     assert without_ray(tiny_recipe(2)).stages[1].data_loading.engine == "inline"
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
@@ -129,3 +132,32 @@ def test_wrong_input_and_a_first_rank_that_is_killed(tmp_path: Path):
     before = steps_of(tmp_path / "killed")
     time.sleep(1.0)
     assert steps_of(tmp_path / "killed") == before, "no process of the attempt is left"
+
+
+@pytest.mark.slow
+def test_one_command_starts_its_workers_stops_on_a_signal_survives_a_death_and_goes_on(tmp_path: Path):
+    """`--launcher process`: the same with processes that this one starts, of which SIGTERM to it ends none before its checkpoint."""
+    run_dir, temporary = tmp_path / "run", tmp_path / "temporary"
+    run_dir.mkdir()
+    temporary.mkdir()
+
+    def start_alone() -> subprocess.Popen:
+        environment = {**os.environ, "TERRACE_FAKE_STEP_SECONDS": "0.2", "TMPDIR": str(temporary)}
+        command = [sys.executable, str(HERE / "ranks_counting.py"), str(run_dir), "12", "2", "process"]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    (run_dir / "hold-stage-a").write_text("4")
+    process = start_alone()
+    assert eventually(lambda: (run_dir / "stages/01-stage-a/metrics.jsonl").exists(), 100)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(200) == 143, process.stdout.read()
+    assert steps_of(run_dir) == [1, 2, 3]
+    (run_dir / "hold-stage-a").unlink()
+    (run_dir / "fail-stage-a-2").write_text("die")
+    process = start_alone()
+    assert process.wait(200) == 0, process.stdout.read()
+    assert steps_of(run_dir) == list(range(1, 13)), "every step once"
+    failed = [event for event in read_journal(run_dir).events if event["event"] == "stage_attempt_failed"]
+    assert [(event["kind"], event["reason"]) for event in failed] == [("infrastructure", "RankDied")]
+    assert [event["launcher"] for event in read_journal(run_dir).events if "launcher" in event] == ["process", "process"]
+    assert not list(temporary.glob("terrace-process-*"))

@@ -21,6 +21,8 @@ def test_list_show_and_copy(tmp_path: Path, capsys: pytest.CaptureFixture[str], 
     assert main(["recipes", "list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == shipped.names()
+    assert main(["recipes"]) == 0
+    assert capsys.readouterr().out.splitlines() == lines
     assert all(len(line.split("  ")) >= 4 and line.split("  ")[-1] for line in lines), "a recipe without a description"
     assert main(["recipes", "show", "mimo-vl-7b"]) == 0
     assert capsys.readouterr().out == shipped.shipped_file("mimo-vl-7b").read_text()

@@ -9,19 +9,20 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from recipe_table import PUBLISHED, filled
+from families import NAMES as FAMILIES
+from recipe_table import PUBLISHED, filled, table
 
 from terrace.models.build import meta_model, model_config
 from terrace.models.families.registry import family_of_model
 from terrace.models.parts import part_parameters
 from terrace.planner.adapters import with_adapters
-from terrace.planner.parameters import parameter_counts, trainable_counts
+from terrace.planner.parameters import head_parameters, parameter_counts, trainable_counts
 from terrace.planner.plan import make_plan
 from terrace.planner.render import plan_values
 from terrace.planner.shapes import model_shape
 from terrace.recipe.changes import stage_recipe
 from terrace.recipe.loading import load_recipe
-from terrace.recipe.schema import PARTS, Model
+from terrace.recipe.schema import PARTS, Model, Stage
 from terrace.recipe.shipped import names
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,6 +109,13 @@ def test_a_stage_trains_as_many_parameters_as_its_source_states(name: str, index
     assert sum(trainable_counts(shape, stage).values()) == pytest.approx(stated, rel=open_share, abs=0)
 
 
+def test_a_further_block_of_mimo_has_the_published_parameters() -> None:
+    """The one layer of MiMo-7B for the token after the next, with its projection and norms."""
+    recipe = load_recipe("mimo-vl-7b")
+    stage = recipe.stages[-1].model_dump() | {"objective": "mtp", "train": {"heads": {"lr": 1e-3}}}
+    assert head_parameters(model_shape(recipe), Stage.model_validate(stage)) == 210_790_400
+
+
 def test_the_plan_of_llava_13b_is_near_the_hours_that_it_took() -> None:
     """5.5 and 20 hours on eight A100 as published; the plan assumes a share of the peak, so half to one and a half is near."""
     hours = [stage["hours"] for stage in plan_values(make_plan(load_recipe("llava-1.5-13b")))["stages"]]
@@ -134,8 +142,23 @@ def test_an_extending_recipe_changes_single_keys_of_the_configuration(tmp_path: 
 
 
 def test_the_table_of_recipes_is_current() -> None:
-    page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
     assert page == filled(page), "run `make docs`"
+
+
+# Of the field's history, by the first words of a row; LLaVA-1.5 is LLaVA, too.
+SYSTEMS = (
+    "BLIP-2", "Chameleon", "CogVLM", "Flamingo", "InstructBLIP", "InternLM-XComposer", "InternVL-1.5", "InternVL-2.5", "Kimi-VL",
+    "Llama-3.2-Vision", "LLaVA-1.5", "LLaVA-NeXT", "LLaVA-UHD", "LLaVAR", "MIMIC-IT", "MiMo-VL", "MiniCPM-Llama3-V-2.5", "MiniCPM-V-2.6",
+    "MoE-LLaVA", "Monkey", "NExT-GPT", "Otter-", "OtterHD", "Qwen-VL", "Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "SVIT", "UI-TARS", "Yi-VL",
+)  # fmt: skip
+
+
+def test_the_table_has_every_system_and_every_family_that_writes_text() -> None:
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table().split("\n")[2:]]
+    assert [name for name in SYSTEMS if not any(row[0].startswith(name) for row in rows)] == []
+    assert {f"`{name}`" for name in FAMILIES} <= {row[1] for row in rows}
+    assert all(len(row) == 8 and all(row) for row in rows)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

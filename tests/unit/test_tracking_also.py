@@ -166,3 +166,41 @@ def test_wandb_has_every_step_once_and_no_secret(tmp_path: Path, monkeypatch: py
     for file in (tmp_path / "wandb").rglob("*"):
         if file.is_file():
             assert secret.encode() not in file.read_bytes(), file
+
+
+@pytest.mark.slow
+def test_swanlab_has_every_step_once_and_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """SwanLab itself, offline: its own reader finds the steps of both processes under one id, stages as sections, and nothing else."""
+    pytest.importorskip("swanlab", reason="swanlab is not installed")
+    from swanlab.proto.swanlab.record.v1.record_pb2 import Record
+    from swanlab.sdk.internal.core_python.store import DataStoreReader
+
+    secret = "s3cr3t-of-the-environment-0123456789abcdef"
+    for name in ("SWANLAB_API_KEY", "AWS_SECRET_ACCESS_KEY", "MLFLOW_TRACKING_PASSWORD"):
+        monkeypatch.setenv(name, secret)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(sys, "argv", [*sys.argv, f"--password={secret}"])
+    monkeypatch.delenv("SWANLAB_MODE", raising=False)
+    warnings: list[str] = []
+    told(tmp_path, [row(1), row(2, loss=None), row(3)], "SCHEDULED", warnings, "swanlab")
+    told(tmp_path, [row(1), row(2, loss=None), *(row(step) for step in range(3, 7))], "FINISHED", warnings, "swanlab")
+    assert warnings == []
+    steps: dict[str, list[int]] = {}
+    starts = []
+    for file in sorted(tmp_path.glob("swanlab/run-*/*.swanlab")):
+        reader = DataStoreReader()
+        reader.open(str(file))
+        for data in reader:
+            record = Record()
+            record.ParseFromString(data)
+            if record.HasField("start"):
+                starts.append((record.start.project, record.start.id, record.start.name))
+            if record.HasField("scalar"):
+                steps.setdefault(record.scalar.key, []).append(record.scalar.step)
+    assert starts == [("terrace", "parent", "mine")] * 2, "joined by their id"
+    assert (steps["01-sft/loss"], steps["loss"]) == ([1, 2, 3, 4, 5, 6], [101, 103, 104, 105, 106])
+    assert steps["01-sft/eval/caption/loss"] == [0, 6]
+    assert len(list(tmp_path.glob("swanlab/run-*/files/*"))) == 4, "metadata without content, and the parameters, of each process"
+    for file in (tmp_path / "swanlab").rglob("*"):
+        if file.is_file():
+            assert secret.encode() not in file.read_bytes(), file

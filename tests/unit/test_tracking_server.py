@@ -139,7 +139,8 @@ def test_steps_of_an_outage_arrive_when_the_server_is_back(server: Server, tmp_p
     monkeypatch.setattr(tracking_module, "FIRST_WAIT_SECONDS", 0.3)
     monkeypatch.setattr(tracking_module, "LARGEST_WAIT_SECONDS", 0.3)
     path, said, ids = tmp_path / "metrics.jsonl", [], []
-    tracking = open_tracking(tmp_path, server.uri, "outage", said.append)
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.2")
+    tracking = open_tracking(tmp_path, server.uri, "outage", said.append, system_metrics=True)
     tracking.open_run(RunSpec("key", "run", {}, {}, done=ids.append))
 
     def rows(first: int, last: int) -> None:
@@ -149,6 +150,7 @@ def test_steps_of_an_outage_arrive_when_the_server_is_back(server: Server, tmp_p
 
     rows(1, 5)
     assert tracking.flush(60)
+    assert eventually(lambda: len(steps(client(server), ids[0], "system/cpu_utilization_percentage")) > 1, 60)
     server.kill()
     rows(6, 10)
     assert eventually(lambda: tracking.away, 60)
@@ -165,6 +167,9 @@ def test_steps_of_an_outage_arrive_when_the_server_is_back(server: Server, tmp_p
     assert steps(found, ids[0], "loss") == list(range(1, 31))
     assert {run.info.status for run in runs_by_name(found, "outage").values()} == {"FINISHED"}
     assert len(runs_by_name(found, "outage")) == 2
+    machine = steps(found, ids[0], "system/cpu_utilization_percentage")
+    assert machine == list(range(len(machine)))
+    assert not [name for name in found.get_run(ids[1]).data.metrics if name.startswith("system/")], "of the curriculum's run alone"
     assert [line.partition(f"{server.uri} is ")[2][:10] for line in said] == ["not reache", "back"]
 
 

@@ -74,7 +74,9 @@ def init_command(arguments: argparse.Namespace) -> int:
     run = arguments.directory / "run"
     print(f"\n{file} is written. Then:")
     last = f":{choice.stages[-1].name}" if len(choice.stages) > 1 else ""
-    for line in (f"terrace validate {file}", f"terrace inspect {file}{last}", f"terrace run {file} --run-dir {run}", f"terrace chat {run}"):
+    plans = [f"terrace plan {file} --index"] if machine.gpus else []
+    looks = [f"terrace validate {file}", *plans, f"terrace inspect {file}{last}"]
+    for line in (*looks, f"terrace run {file} --run-dir {run}", f"terrace chat {run}"):
         print(f"  {line}")
     return 0
 

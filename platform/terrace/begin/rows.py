@@ -6,6 +6,7 @@ is refused there. A few hundred rows of each source are opened with their pictur
 
 from __future__ import annotations
 
+import glob
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,7 @@ from terrace.data.tokenizer import TextTokenizer
 from terrace.errors import InputError
 from terrace.families.interface import Bounds, Family
 from terrace.recipe.schema import Data, Source
-from terrace.storage.files import absolute
+from terrace.storage.files import absolute, is_remote
 
 OPENED_ROWS = 256  # of a source: with their pictures
 COUNTED_BYTES = 256 * 2**20  # of a source: rows of larger ones are estimated from those that were read
@@ -69,6 +70,8 @@ class Looked:
 def look_at(uri: str, taken: Sequence[str], tokenizer: TextTokenizer, family: Family) -> Looked:
     """Look at the rows at a file, folder or s3:// URI. Raises InputError where there are none that can be used."""
     where = absolute(uri)
+    if not is_remote(where) and not glob.has_magic(where) and not Path(where).exists():
+        raise InputError(f"--data {uri}: there is no such file or folder")
     name = source_name(_stem(where), taken)
     probe = Source(uri=where, kind="instruction")
     storage = Data(sources={name: probe}).storage

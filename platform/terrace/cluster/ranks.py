@@ -35,6 +35,7 @@ class Ranks:
     port: int
     prefix: str  # of keys, so that a restart by torchrun finds none of those before it
     hosted: bool  # the store is torchrun's
+    file: str = ""  # of the store, instead of address and port: all ranks are on this machine
 
 
 def by_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
@@ -73,6 +74,8 @@ def store_of(ranks: Ranks) -> Any:
     """This process's connection. Raises TerraceError where rank 0 is not there within minutes."""
     import torch.distributed as dist
 
+    if ranks.file:
+        return dist.PrefixStore(ranks.prefix, dist.FileStore(ranks.file))
     master = ranks.rank == 0 and not ranks.hosted
     try:
         store = dist.TCPStore(

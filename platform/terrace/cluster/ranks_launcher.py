@@ -35,9 +35,9 @@ class RanksLauncher:
 
         self._recipe = without_ray(recipe)
         self._ranks = ranks or ranks_of()
-        self._attempts = Attempts(self._ranks, run_stage)
-        self._launched: dict[tuple[str, int], int] = {}  # (stage, attempt) -> workers
-        self._failed: dict[int, float] = {}  # attempt -> since when a rank has failed
+        self._attempts: Any = Attempts(self._ranks, run_stage)
+        self._launched: dict[tuple[str, int], tuple[int, int]] = {}  # (stage, attempt) -> number of its order, workers
+        self._failed: dict[int, float] = {}  # number of its order -> since when a rank has failed
         self._killed: set[int] = set()
         self._orders = 0
         for stage in recipe.stages:
@@ -57,7 +57,7 @@ class RanksLauncher:
             "run_dir": mirror.place_of(request.run_dir), "attempt": request.attempt,
         }  # fmt: skip
         mirror.flush(request.run_dir)
-        self._launched[key] = workers
+        self._launched[key] = (self._orders + 1, workers)
         self._order({"kind": "launch", "config": config, "workers": workers})
 
     def observe(self, stage_index: int, stage: str, attempt: int) -> AttemptObservation:
@@ -67,8 +67,9 @@ class RanksLauncher:
                 return AttemptObservation(stage, attempt, "succeeded", result=result)
             return outcomes.outcome(folder, stage, attempt) or outcomes.unknown(folder, stage, attempt)
         ended = self._ended(stage, attempt)
-        if len(ended) < self._launched[stage, attempt]:
-            self._end_what_cannot_go_on(attempt, ended)
+        number, workers = self._launched[stage, attempt]
+        if len(ended) < workers:
+            self._end_what_cannot_go_on(number, ended)
             row = last_row(folder / "metrics.jsonl")
             step, progress = row["step"] if row else None, outcomes.progress_time(folder)
             return AttemptObservation(stage, attempt, "running", live=True, step=step, progress_at=progress)
@@ -86,13 +87,14 @@ class RanksLauncher:
         return AttemptObservation(stage, attempt, "failed", failure="program", reason="NoResult", message=message)
 
     def live_attempts(self) -> list[tuple[str, int]]:
-        live = {key for key, workers in self._launched.items() if len(self._ended(*key)) < workers}
+        live = {key for key, (_, workers) in self._launched.items() if len(self._ended(*key)) < workers}
         live |= {(process.stage, process.attempt) for process in live_processes(self._run_dir)}
         return sorted(live)
 
     def stop(self, stage_index: int, stage: str, attempt: int, reason: str, force: bool) -> None:
         if force:
-            self._order({"kind": "kill", "attempt": attempt})
+            if (stage, attempt) in self._launched:
+                self._order({"kind": "kill", "order": self._launched[stage, attempt][0]})
         else:
             files.request_stop(stage_directory(self._run_dir, stage_index, stage), attempt, reason)
 
@@ -109,16 +111,17 @@ class RanksLauncher:
         """Rank -> exit status of the attempt's processes that have ended."""
         self._attempts.look()
         store = store_of(self._ranks)
-        names = {rank: f"ended/{attempt}/{rank}" for rank in range(self._launched[stage, attempt])}
+        number, workers = self._launched[stage, attempt]
+        names = {rank: f"ended/{number}/{rank}" for rank in range(workers)}
         return {rank: int(store.get(name)) for rank, name in names.items() if store.check([name])}
 
-    def _end_what_cannot_go_on(self, attempt: int, ended: dict[int, int]) -> None:
+    def _end_what_cannot_go_on(self, number: int, ended: dict[int, int]) -> None:
         """A rank that died leaves the others in a collective that nobody answers: after a moment they are ended."""
         if any(ended.values()):
-            since = self._failed.setdefault(attempt, time.monotonic())
-            if time.monotonic() - since > LAST_WORDS_SECONDS and attempt not in self._killed:
-                self._killed.add(attempt)
-                self._order({"kind": "kill", "attempt": attempt})
+            since = self._failed.setdefault(number, time.monotonic())
+            if time.monotonic() - since > LAST_WORDS_SECONDS and number not in self._killed:
+                self._killed.add(number)
+                self._order({"kind": "kill", "order": number})
 
 
 def workers_of(stage: Stage, world_size: int) -> int:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from terrace.cluster.attempt_files import write_outcome
-from terrace.cluster.local_worker import Surroundings, run_surrounded
+from terrace.cluster.local_worker import Surroundings, process_group_backend, run_surrounded
 from terrace.cluster.ranks import LOOK_SECONDS, SIGNALS, Ranks, deaf_to_signals, ordered, ranks_of, store_of
 from terrace.errors import InputError, TerraceError
 from terrace.recipe.schema import Recipe
@@ -26,46 +26,47 @@ GROUP_SECONDS = 1800
 
 
 class Attempts:
-    """The processes of this rank, each of which calls `run_stage`. An attempt's end is told in the store: `ended/ATTEMPT/RANK`."""
+    """The processes of this rank, each of which calls `run_stage`. An attempt goes by the number of its order, since every stage has
+    a first one; its end is told in the store: `ended/NUMBER/RANK`."""
 
     def __init__(self, ranks: Ranks, run_stage: Callable[..., Any]):
         self._ranks, self._run_stage = ranks, run_stage
         self._next = 1
-        self._processes: dict[int, multiprocessing.process.BaseProcess] = {}  # attempt -> its process
+        self._processes: dict[int, multiprocessing.process.BaseProcess] = {}  # number of the order -> its process
 
     def look(self) -> None:
         """Take the orders that are new, and tell of what has ended."""
         while (what := ordered(self._ranks, self._next)) is not None:
-            self._next += 1
             if what["kind"] == "launch":
-                self._launch(what)
-            elif (process := self._processes.get(what["attempt"])) is not None:
+                self._launch(what, self._next)
+            elif (process := self._processes.get(what["order"])) is not None:
                 process.kill()
-        for attempt, process in list(self._processes.items()):
+            self._next += 1
+        for number, process in list(self._processes.items()):
             if process.exitcode is not None:
-                store_of(self._ranks).set(f"ended/{attempt}/{self._ranks.rank}", str(process.exitcode))
-                del self._processes[attempt]
+                store_of(self._ranks).set(f"ended/{number}/{self._ranks.rank}", str(process.exitcode))
+                del self._processes[number]
 
     def kill_all(self) -> None:
         for process in self._processes.values():
             process.kill()
             process.join()
 
-    def _launch(self, what: dict[str, Any]) -> None:
+    def _launch(self, what: dict[str, Any], number: int) -> None:
         if self._ranks.rank >= what["workers"]:
             return
         config = {**what["config"], "recipe": Recipe.model_validate(what["config"]["recipe"]), "run_stage": self._run_stage}
         resources = config["recipe"].stages[config["stage_index"]].resources
         os.environ["OMP_NUM_THREADS"] = str(max(1, int(resources.cpus_per_worker)))  # read when the new process imports torch
         process = multiprocessing.get_context("spawn").Process(
-            target=_attempt, args=(self._ranks, what["workers"], config, os.getpid()), name=f"attempt-{config['attempt']}"
+            target=_attempt, args=(self._ranks, what["workers"], config, os.getpid(), number), name=f"attempt-{number}"
         )
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # until the process itself has said that it is deaf to them
         try:
             process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        self._processes[config["attempt"]] = process
+        self._processes[number] = process
 
 
 def led(lead: Callable[[], int], run_stage: Callable[..., Any]) -> int:
@@ -113,7 +114,7 @@ def follow(ranks: Ranks, run_stage: Callable[..., Any]) -> int:
     return status
 
 
-def _attempt(ranks: Ranks, workers: int, config: dict[str, Any], parent: int) -> None:
+def _attempt(ranks: Ranks, workers: int, config: dict[str, Any], parent: int, number: int) -> None:
     """In the attempt's process. What went wrong is in the outcome and in the rank's log: nothing of it is printed."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
@@ -123,7 +124,7 @@ def _attempt(ranks: Ranks, workers: int, config: dict[str, Any], parent: int) ->
     import torch.distributed as dist
 
     try:
-        place = _joined(ranks, workers, config)
+        place = _joined(ranks, workers, config, number)
     except BaseException as error:
         _leave_outcome(config, ranks.rank, error)
         os._exit(1)
@@ -134,7 +135,7 @@ def _attempt(ranks: Ranks, workers: int, config: dict[str, Any], parent: int) ->
     dist.destroy_process_group()
 
 
-def _joined(ranks: Ranks, workers: int, config: dict[str, Any]) -> Surroundings:
+def _joined(ranks: Ranks, workers: int, config: dict[str, Any], number: int) -> Surroundings:
     """This rank's device, and the group of the attempt's ranks."""
     import torch.distributed as dist
 
@@ -142,9 +143,9 @@ def _joined(ranks: Ranks, workers: int, config: dict[str, Any]) -> Surroundings:
     device = _device(ranks, stage.name) if stage.resources.gpus_per_worker else "cpu"
     os.environ.update(RANK=str(ranks.rank), WORLD_SIZE=str(workers), LOCAL_RANK=str(ranks.local_rank))
     client = dataclasses.replace(ranks, hosted=True)  # of the store that is there: rank 0's first process, or torchrun, has opened it
-    store = dist.PrefixStore(f"attempt-{config['attempt']}", store_of(client))
+    store = dist.PrefixStore(f"attempt-{number}", store_of(client))
     dist.init_process_group(
-        "gloo" if device == "cpu" else "nccl", store=store, rank=ranks.rank, world_size=workers,
+        "gloo" if device == "cpu" else process_group_backend(stage) or "nccl", store=store, rank=ranks.rank, world_size=workers,
         timeout=datetime.timedelta(seconds=GROUP_SECONDS),
     )  # fmt: skip
     return Surroundings(ranks.rank, workers, ranks.local_rank, device)

@@ -15,7 +15,7 @@ from terrace.curriculum import on_kubernetes
 from terrace.errors import InputError
 from terrace.storage import mirror
 
-LAUNCHERS = ("local", "ray", "ranks", "kubernetes")
+LAUNCHERS = ("local", "process", "ray", "ranks", "kubernetes")
 RUN_HELP = "directory of the run, s3://BUCKET/PREFIX, or k8s://NAMESPACE/NAME"
 RERUN_HELP = "run this stage and those after it again from their beginning; what they wrote is moved aside"
 
@@ -87,7 +87,8 @@ def _launcher_options(parser: argparse.ArgumentParser) -> None:
         "--launcher",
         choices=LAUNCHERS,
         default="ranks" if by_torchrun() else "local",
-        help="local: Ray in this process (default); ray: jobs on a running Ray cluster; ranks: the processes that torchrun or srun"
+        help="local: Ray in this process (default); process: processes on this machine, without Ray; ray: jobs on a running Ray cluster;"
+        " ranks: the processes that torchrun or srun"
         " started, without Ray (default under torchrun); kubernetes: a Curriculum",
     )
     parser.add_argument("--address", help="launcher ray: the cluster's dashboard, for example http://127.0.0.1:8265")

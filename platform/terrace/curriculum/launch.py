@@ -49,4 +49,9 @@ def make_launcher(recipe: Recipe, name: str, address: str | None, dashboard: boo
         from terrace.curriculum.attempt_worker import run_in_worker
 
         return RanksLauncher(recipe, run_in_worker)
-    raise InputError(f"launcher {name}: use local, ray, ranks or kubernetes")
+    if name == "process":
+        from terrace.cluster.process_launcher import ProcessLauncher
+        from terrace.curriculum.attempt_worker import run_in_worker
+
+        return ProcessLauncher(recipe, run_in_worker)
+    raise InputError(f"launcher {name}: use local, process, ray, ranks or kubernetes")

@@ -84,6 +84,11 @@ def run_curriculum(
     if request and request.get("stage", names[0]) not in names:
         raise InputError(f"there is no stage {request['stage']}; the recipe's stages are {', '.join(names)}")
     request = _with_stages(recipe, request) if request else None
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = "it is a file" if run_dir.is_file() else error.strerror
+        raise InputError(f"the run directory {run_dir} cannot be made ({what}); name a folder that can be written") from error
     state = fold(names, read_journal(run_dir).events)
     if state.phase == "succeeded" and request is None and not changed_keys(stored_recipe(run_dir) or recipe, recipe):
         return Outcome("succeeded", 0, f"{mirror.place_of(run_dir)}: this run is complete; nothing to do", state)

@@ -35,7 +35,9 @@ class Watch:
     def start(self) -> None:
         """Open tracking and continue or create the curriculum's run."""
         tracking = self._recipe.tracking
-        self._tracking = open_tracking(self._run_dir, tracking.uri, tracking.experiment, self._display.message, tracking.also)
+        self._tracking = open_tracking(
+            self._run_dir, tracking.uri, tracking.experiment, self._display.message, tracking.also, tracking.system_metrics
+        )
         self._tracked = TrackedRun(self._tracking, self._recipe, self._run_dir, self._state)
         self._tracked.start(lambda run_id: self._new_runs.append({"event": "tracking_started", "run_id": run_id}))
         self._tracking.flush()

@@ -116,6 +116,7 @@ def is_deep_colour(data: bytes) -> bool:
 
 # ---------------------------------------------------------------- places in the bytes
 
+_SEGMENT = struct.Struct(">BBH").unpack_from  # of a JPEG: 0xFF, the marker, and its length with these two bytes
 Place = tuple[int, str, tuple[int, int] | None]  # (byte of the value, struct's byte order, (start, size) of the PNG chunk around it)
 
 
@@ -138,9 +139,11 @@ def _orientation_place(data: bytes) -> Place | None:
 
 
 def _jpeg_exif(data: bytes) -> int | None:
-    at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
+    at, last = 2, len(data) - 4
+    while at <= last:
+        lead, marker, length = _SEGMENT(data, at)
+        if lead != 0xFF:
+            return None
         if marker == 0xFF:
             at += 1
             continue
@@ -151,7 +154,7 @@ def _jpeg_exif(data: bytes) -> int | None:
             continue
         if marker == 0xE1 and data[at + 4 : at + 10] == b"Exif\0\0":
             return at + 10
-        at += 2 + int.from_bytes(data[at + 2 : at + 4])
+        at += 2 + length
     return None
 
 

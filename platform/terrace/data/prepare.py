@@ -91,12 +91,13 @@ def prepare_data(
 ) -> PreparedData:
     """Ingest and index every source that a stage uses, train or load the tokenizer. Restartable at any point, instant when done.
 
-    `run_dir`: the run's folder; without one the data goes below the user's cache folder, under the recipe's name.
+    `run_dir`: the run's folder; without one the data goes below the user's cache folder, under the recipe's name, and sources that
+    have changed since are read again.
     """
-    root = Path(absolute(str(run_dir))) / "data" if run_dir is not None else default_root(recipe)
+    root = Path(absolute(str(run_dir))) / "data" if run_dir is not None else _made(default_root(recipe))
     pinned = _load_manifest(root)
     mark = data_mark(recipe)
-    if pinned is not None and pinned.get("mark") == mark:
+    if run_dir is not None and pinned is not None and pinned.get("mark") == mark:  # a run keeps what it began with
         try:
             return load_prepared(root)
         except (InputError, FileNotFoundError):
@@ -212,6 +213,17 @@ def default_root(recipe: Recipe) -> Path:
     """Where a recipe's data goes when no run names a folder."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache / "terrace" / f"{recipe.name}-{data_mark(recipe)[:12]}"
+
+
+def _made(root: Path) -> Path:
+    """The folder, once it is there. Raises InputError where the user's cache folder cannot be written."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{root}: the folder for prepared data cannot be made ({error.strerror}); set XDG_CACHE_HOME to a folder that can be written"
+        ) from error
+    return root
 
 
 def data_mark(recipe: Recipe) -> str:

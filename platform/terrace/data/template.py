@@ -161,7 +161,7 @@ def _measure(
         coordinates.append((image, axis, float(value)))
         return family.coordinate_text(0)
 
-    for kind, value, flags in _joined(_known_tokens(pieces, tokenizer, family), shortest):
+    for kind, value, flags in _joined(pieces, tokenizer, family, shortest):
         before = coordinates_before  # `_joined` has rendered those of this piece already
         coordinates_before = len(coordinates)
         if first_target[0] < 0 and kind in ("mark", "token") and flags[0][2]:
@@ -174,7 +174,8 @@ def _measure(
                 length = len(tokens)
             else:
                 length, offsets = tokenizer.count(value), []
-            if first_target[0] < 0 and any(flag for _, _, flag in flags):
+            learnt = [value[start:stop] for start, stop, flag in flags if flag]
+            if learnt and first_target[0] < 0:
                 within = int(_token_flags(flags, offsets).argmax()) if len(flags) > 1 else 0
                 first_target = (ids + within, len(visuals), before)
             if breaks:
@@ -182,9 +183,9 @@ def _measure(
             ids += length
             if len(flags) > 1:
                 supervised_tokens += int(_token_flags(flags, offsets).sum())
-            elif flags[0][2]:
+            elif learnt:
                 supervised_tokens += length
-            text_to_learn |= any(flag and value[start:stop].strip() for start, stop, flag in flags)
+            text_to_learn = text_to_learn or any(map(str.strip, learnt))
         elif kind in ("mark", "token"):
             ids += 1
             supervised_tokens += 1 if flags[0][2] else 0
@@ -202,26 +203,22 @@ def _measure(
     return Measure(fixed, supervised_tokens, tuple(visuals), tuple(coordinates), good_cuts, first_target), text_to_learn
 
 
-def _known_tokens(pieces: Iterator[Piece], tokenizer: TextTokenizer, family: Family) -> Iterator[Piece]:
-    """The pieces, with a `token` that this tokenizer does not have, or that is a mark of the family's own, as its letters."""
-    for kind, value, supervised in pieces:
-        is_text = kind == "token" and (value in family.marks.values() or tokenizer.token_id(value) is None)
-        yield ("text" if is_text else kind), value, supervised
-
-
 # Characters [start, stop) of a joined text that are, or are not, targets; one such run for a mark or an image.
 Flags = list[tuple[int, int, bool]]
 
 
 def _joined(
-    pieces: Iterator[Piece], render: Callable[[int, int, float], str]
+    pieces: Iterator[Piece], tokenizer: TextTokenizer, family: Family, render: Callable[[int, int, float], str]
 ) -> Iterator[tuple[str, Any, Flags]]:
-    """Join the text between two marks or cuts, with coordinates rendered by `render(image, axis, value)`."""
+    """Join the text between two marks or cuts, with coordinates rendered by `render(image, axis, value)`, and a `token` that this
+    tokenizer does not have, or that is a mark of the family's own, as its letters."""
     text, flags = "", Flags()
     for kind, value, supervised in pieces:
         if kind == "coordinates":
             numbers = [render(value["image"], axis % 2, number) for axis, number in enumerate(value["values"])]
             kind, value = "text", f"[{', '.join(numbers)}]"
+        elif kind == "token" and (value in family.marks.values() or tokenizer.token_id(value) is None):
+            kind = "text"
         if kind == "text":
             if flags and flags[-1][2] == supervised:
                 flags[-1] = (flags[-1][0], len(text) + len(value), supervised)
@@ -264,8 +261,8 @@ def _encode(
     asked: list[int] | None = None
     if family.reads_questions:
         pieces, question = itertools.tee(pieces)
-        asked = tokenizer.encode_question(_question(family.question(list(question)), at_this_resolution))
-    for kind, value, flags in _joined(_known_tokens(pieces, tokenizer, family), at_this_resolution):
+        asked = tokenizer.encode_question(_question(family.question(list(question)), tokenizer, family, at_this_resolution))
+    for kind, value, flags in _joined(pieces, tokenizer, family, at_this_resolution):
         if kind == "text" and len(flags) > 1:
             tokens, offsets = tokenizer.encode_with_offsets(value)
             ids += tokens
@@ -299,9 +296,9 @@ def _encode(
     )
 
 
-def _question(asked: Sequence[Piece], render: Callable[[int, int, float], str]) -> str:
+def _question(asked: Sequence[Piece], tokenizer: TextTokenizer, family: Family, render: Callable[[int, int, float], str]) -> str:
     """The text of a question; empty for running text, which asks nothing."""
-    return "".join(value for kind, value, _ in _joined(iter(asked), render) if kind == "text")
+    return "".join(value for kind, value, _ in _joined(iter(asked), tokenizer, family, render) if kind == "text")
 
 
 def _visual(start: int, value: dict[str, Any], views: Sequence[View], family: Family) -> tuple[Visual, View]:

@@ -195,12 +195,11 @@ def sdpa_segments(
     if key.shape[1] != heads:
         key = key.repeat_interleave(heads // key.shape[1], dim=1)
         value = value.repeat_interleave(heads // value.shape[1], dim=1)
+    runs = runs_of_equal_length(boundaries)
+    sizes = [length * count for _, length, count in runs]  # cut once: the backward of a cut joins, that of slices adds up whole tensors
     outputs = []
-    for start, length, count in runs_of_equal_length(boundaries):
-        q, k, v = (
-            tensor[0, :, start : start + length * count].unflatten(1, (count, length)).transpose(0, 1)
-            for tensor in (query, key, value)
-        )  # [count, H, length, D]
+    for (_, length, count), *cut in zip(runs, *(tensor[0].split(sizes, dim=1) for tensor in (query, key, value)), strict=True):
+        q, k, v = (tensor.unflatten(1, (count, length)).transpose(0, 1) for tensor in cut)  # [count, H, length, D]
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale)
         outputs.append(out.transpose(1, 2).reshape(count * length, heads, dimension))
     return torch.cat(outputs).unsqueeze(0)

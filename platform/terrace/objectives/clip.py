@@ -9,6 +9,8 @@ pair, tell it how its vectors move their rows, so that no matrix of gradients is
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from terrace.objectives.two_towers import Share, TwoTowersObjective
@@ -22,7 +24,8 @@ class Clip(TwoTowersObjective):
     """See the module's docstring."""
 
     def share(self, vectors: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, context: WorkerContext) -> Share:
-        return clip_share(vectors, scale, context)
+        found = clip_share(vectors, scale, context)
+        return found if bias is None else replace(found, bias=torch.zeros_like(found.scale))  # it moves a row's logits alike
 
 
 open_objective = Clip

@@ -8,7 +8,8 @@ loss is linear in the probabilities, so that packing, accumulation and the numbe
 tokens count as any other; padding and empty packs do not. A prompt that is computed once for several answers counts once.
 
 A family whose balance is that of each sequence (DeepSeek-V3's form) needs no such pass: its losses add up, divided by
-the sequences of the global batch; a prompt with its answers is one.
+the sequences of the global batch; a prompt with its answers is one. A group of rollouts that is too long for one pack is split,
+and its prompt then counts once in each part (rl.units).
 
 Letters: M sparse layers, E experts, k experts of a token.
 """
@@ -29,6 +30,12 @@ from terrace.models.families.interface import Choice
 from terrace.models.families.registry import family_of_model
 from terrace.models.routing import heard, real_tokens, segment_numbers
 from terrace.objectives.interface import Opening
+
+
+def open_balance(opening: Opening, model: Any) -> ExpertBalance | None:
+    """The stage's account of the model's routers, once the model is there; None where it has none."""
+    family = family_of_model(model)
+    return ExpertBalance(opening, family.family.balances_sequences) if family.routers(model) else None
 
 
 class ExpertBalance:
@@ -53,15 +60,16 @@ class ExpertBalance:
         self._listens = False
 
     def before(
-        self, batches: Sequence[Any], scale: float, measure: Callable[[Any], Any], pack_of: Callable[[Any], Any] = lambda batch: batch
+        self, batches: Sequence[Any], scale: float, measure: Callable[[Any], Any], sequences: Callable[[Any], int]
     ) -> None:
-        """`batches` of a step, each with its pack; `measure(batch)` runs one forward without gradient through the strategy."""
+        """`batches` of a step; `measure(batch)` runs one forward without gradient through the strategy, `sequences(batch)` counts what
+        it holds."""
         self._listens, self._counts, self._balance, self._shares, self._dropped = True, None, 0.0, None, None
         self._factor = self.weight / scale
         if not self.weight:
             return
         if self._by_sequence:
-            held = sum(len(pack_of(batch).segment_ends) for batch in batches) if self._first_of_its_group else 0
+            held = sum(map(sequences, batches)) if self._first_of_its_group else 0
             self._sequences = float(self._opening.total([held])[0])
         elif len(batches) > 1:
             self._counting, self._counted = True, None
@@ -132,10 +140,10 @@ class ExpertBalance:
     def _per_token(self) -> int:
         return int(language_config(self._opening.feed.config).num_experts_per_tok)
 
-    def values(self) -> dict[str, Any]:
-        """Metrics of the step, after its backward. Collective."""
+    def values(self, ran: bool) -> dict[str, Any]:
+        """Metrics of the step, after its backward; none where it did not run. Collective."""
         self.rest()
-        if self._counts is None:
+        if not ran or self._counts is None:
             return {}
         layers, experts = self._counts.shape
         whole = self._opening.total([self._balance, *self._counts.double().flatten().cpu().tolist()])

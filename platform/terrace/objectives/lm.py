@@ -15,10 +15,10 @@ import torch
 from terrace.data.order.balance import CostModel, cost_of
 from terrace.data.types import PackedExample, no_pixels
 from terrace.models.batch import DeviceBatch, to_device
-from terrace.models.families.registry import family_model, family_of_model, output_layer
+from terrace.models.families.registry import family_model, output_layer
 from terrace.models.forward import pack_hidden
 from terrace.models.sequence_parallel import shard_to_device
-from terrace.objectives.experts import ExpertBalance
+from terrace.objectives.experts import ExpertBalance, open_balance
 from terrace.objectives.interface import Counts, Objective, Opening, StageRun, StepExamples
 from terrace.worker.context import data_place
 
@@ -35,9 +35,7 @@ class LanguageModelling(Objective):
 
     def begin(self, run: StageRun) -> None:
         super().begin(run)
-        family = family_of_model(self.strategy.model)
-        if family.routers(self.strategy.model):
-            self._experts = ExpertBalance(self.opening, family.family.balances_sequences)
+        self._experts = open_balance(self.opening, self.strategy.model)
 
     def loss(self, model: Any, batch: DeviceBatch) -> torch.Tensor:
         def plain() -> torch.Tensor:
@@ -48,10 +46,12 @@ class LanguageModelling(Objective):
 
     def before(self, examples: Sequence[PackedExample], scale: float) -> None:
         if self._experts:
-            self._experts.before(examples, scale, lambda example: self.strategy.loss(self.batch(example)))
+            self._experts.before(
+                examples, scale, lambda example: self.strategy.loss(self.batch(example)), lambda example: len(example.segment_ends)
+            )
 
     def values(self, ran: bool) -> dict[str, Any]:
-        return self._experts.values() if self._experts and ran else {}
+        return self._experts.values(ran) if self._experts else {}
 
     def weight(self, example: PackedExample) -> float:
         return example.supervised_tokens

@@ -19,11 +19,10 @@ import torch
 
 from terrace.data.types import PackedExample
 from terrace.models.attention import choose_backend
-from terrace.models.families.registry import family_of_model
 from terrace.models.shared_prompt import use_shared_prompt_attention
 from terrace.objectives import reference
 from terrace.objectives.answers import AnswerBatch, AnswerPack, answer_batch, answer_logprobs, empty_answers
-from terrace.objectives.experts import ExpertBalance
+from terrace.objectives.experts import ExpertBalance, open_balance
 from terrace.objectives.interface import Counts, Objective, Opening, StageFeed, StageRun, StepExamples
 from terrace.objectives.reference import ReferenceTable
 from terrace.recipe.identity import stage_hash
@@ -91,9 +90,8 @@ class Preference(Objective):
 
     def begin(self, run: StageRun) -> None:
         super().begin(run)
-        opening, family = self.opening, family_of_model(run.strategy.model)
-        if family.routers(run.strategy.model):
-            self._experts = ExpertBalance(opening, family.family.balances_sequences)
+        opening = self.opening
+        self._experts = open_balance(opening, run.strategy.model)
         backend, _ = choose_backend(opening.recipe.model.attention, torch.device(opening.context.device).type, opening.stage.precision)
         use_shared_prompt_attention(run.strategy.model, backend)
 
@@ -203,7 +201,9 @@ class Preference(Objective):
             whole = self.opening.gather([weights, tokens]).sum(axis=0)
             self._sft_factor = self.sft_weight * float(whole[0]) / max(1.0, float(whole[1]))
         if self._experts and self.strategy.model.training:  # held-out losses are without
-            self._experts.before(examples, scale, lambda example: self.strategy.loss(self.batch(example)), self.pack_of)
+            self._experts.before(
+                examples, scale, lambda example: self.strategy.loss(self.batch(example)), lambda example: len(example.pack.segment_ends)
+            )
         elif self._experts:
             self._experts.rest()
 
@@ -220,7 +220,7 @@ class Preference(Objective):
         )  # fmt: skip
 
     def values(self, ran: bool) -> dict[str, Any]:
-        balance = self._experts.values() if self._experts and ran else {}
+        balance = self._experts.values(ran) if self._experts else {}
         return self._figures() | balance if ran else {}
 
     def _figures(self) -> dict[str, float]:

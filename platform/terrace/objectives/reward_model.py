@@ -22,6 +22,7 @@ from terrace.models.attention import choose_backend
 from terrace.models.batch import DeviceBatch, to_device
 from terrace.models.families.registry import family_of_model, output_layer
 from terrace.models.shared_prompt import Unit, units_hidden, use_shared_prompt_attention
+from terrace.objectives.experts import ExpertBalance, open_balance
 from terrace.objectives.interface import Counts, Objective, Opening, StageRun, StepExamples
 from terrace.objectives.lm import empty_pack
 
@@ -55,6 +56,7 @@ class RewardModel(Objective):
         super().__init__(opening)
         self._right = 0.0
         self._pairs = 0.0
+        self._experts: ExpertBalance | None = None
 
     def begin(self, run: StageRun) -> None:
         super().begin(run)
@@ -62,9 +64,13 @@ class RewardModel(Objective):
         device = torch.device(opening.context.device).type
         backend, _ = choose_backend(opening.recipe.model.attention, device, opening.stage.precision)
         use_shared_prompt_attention(run.strategy.model, backend)
+        self._experts = open_balance(opening, run.strategy.model)
 
     def loss(self, model: Any, batch: PairBatch) -> torch.Tensor:
-        return summed_preference_loss(model, batch)
+        def plain() -> torch.Tensor:
+            return summed_preference_loss(model, batch)
+
+        return self._experts.loss(model, batch.batch, plain) if self._experts else plain()
 
     def weight(self, example: PairPack) -> float:
         return len(example.sources)
@@ -90,6 +96,10 @@ class RewardModel(Objective):
 
     def before(self, examples: list[PairPack], scale: float) -> None:
         self._right = 0.0
+        if self._experts:
+            self._experts.before(
+                examples, scale, lambda example: self.strategy.loss(self.batch(example)), lambda example: len(example.pack.segment_ends)
+            )
 
     def seen(self, example: PairPack, batch: PairBatch) -> None:
         self._right += float((batch.results.get("margins", torch.zeros(0)) > 0).sum())
@@ -99,9 +109,10 @@ class RewardModel(Objective):
         return total / self._pairs  # not times its inverse: the last bit of the loss is that of the first runs
 
     def values(self, ran: bool) -> dict[str, Any]:
+        balance = self._experts.values(ran) if self._experts else {}
         if not ran:
             return {}
-        return {"accuracy": float(self.opening.gather([self._right]).sum()) / self._pairs}
+        return {"accuracy": float(self.opening.gather([self._right]).sum()) / self._pairs} | balance
 
     def pack_of(self, example: PairPack) -> PackedExample:
         return example.pack
@@ -110,6 +121,8 @@ class RewardModel(Objective):
         """Of the held-out pairs: loss, accuracy (share whose chosen answer scores higher), and mean and deviation of all scores, by which a
         reward may centre and scale them."""
         alive()
+        if self._experts:
+            self._experts.rest()
         packs: list[PairPack] = self.opening.feed.held_out()
         most = int(self.opening.gather([float(len(packs))]).max())
         sums = [0.0, 0.0, 0.0, 0.0, 0.0]

@@ -5,6 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from terrace.errors import InputError
+from terrace.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from terrace.planner.data_facts import SourceFacts
 
 
 def register(subparsers: argparse._SubParsersAction) -> None:
@@ -20,6 +27,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     plan.add_argument("--mfu", type=_share, help="share of the GPU's peak that training reaches (default: planning.mfu)")
     plan.add_argument("--price", type=_positive, help="price of one GPU hour (default: planning.price_per_gpu_hour)")
     plan.add_argument("--data", type=Path, metavar="DIR", help="prepared data (RUN_DIR/data): exact samples and epochs")
+    plan.add_argument("--index", action="store_true", help="the same from data that is prepared now, in the user's cache folder")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     plan.set_defaults(main=plan_command)
 
@@ -30,24 +38,32 @@ def plan_command(arguments: argparse.Namespace) -> int:
     from terrace.recipe.loading import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
-    facts = None
-    if arguments.data is not None:
-        from terrace.planner.data_facts import load_facts
-
-        facts = load_facts(recipe, arguments.data)
     plan = make_plan(
         recipe,
         gpu=arguments.gpu,
         gpus=arguments.gpus,
         mfu=arguments.mfu,
         price_per_gpu_hour=arguments.price,
-        facts=facts,
+        facts=_facts(recipe, arguments),
     )
     if arguments.json:
         print(json.dumps(plan_values(plan), indent=2))
     else:
         print_plan(plan)
     return 0
+
+
+def _facts(recipe: Recipe, arguments: argparse.Namespace) -> list[dict[str, SourceFacts]] | None:
+    """What prepared data says: that which is named, or is made now."""
+    from terrace.data.lines import Lines
+    from terrace.data.prepare import prepare_data
+    from terrace.planner.data_facts import load_facts
+
+    if arguments.data is not None and arguments.index:
+        raise InputError("--data names data that is prepared, --index prepares it: give one of them")
+    if arguments.data is not None:
+        return load_facts(recipe, arguments.data)
+    return load_facts(recipe, prepare_data(recipe, progress=Lines()).root) if arguments.index else None
 
 
 def _positive(text: str) -> float:

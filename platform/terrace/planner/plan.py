@@ -11,15 +11,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from terrace.data.family import balance_weight
-from terrace.families.registry import family_class
 from terrace.planner.adapters import with_adapters
 from terrace.planner.changes import Change, nearest_changes
 from terrace.planner.data_facts import SourceFacts
 from terrace.planner.flops import PackFlops, training_flops
 from terrace.planner.gpus import find_gpu, usable_bytes
-from terrace.planner.memory import Memory, gradients_reach, optimizer_bytes, stage_memory, worst_pack
+from terrace.planner.memory import COMPUTE_BYTES, Memory, gradients_reach, optimizer_bytes, stage_memory, worst_pack
 from terrace.planner.parameters import active_parameters, head_parameters, parameter_counts, trainable_counts, trained_parts
+from terrace.planner.passes import passes_beside, rows_of_reference
+from terrace.planner.reduction import reduces_every_pack, settled
+from terrace.planner.second_models import rollout_note
 from terrace.planner.shapes import model_shape
 from terrace.planner.work import Work, has_images, stage_work
 from terrace.recipe.changes import stage_recipe
@@ -45,6 +46,8 @@ class StagePlan:
     memory_kept: Memory  # with none
     pack_flops: PackFlops
     step_seconds: float
+    reference_flops: float | None  # of the passes before the first step; None: unknown without an index
+    reference_seconds: float | None
     usable_bytes: float
     checkpoint_bytes: float
     storage_bytes: float
@@ -63,7 +66,9 @@ class StagePlan:
 
     @property
     def hours(self) -> float | None:
-        return None if self.work.steps is None else self.work.steps * self.step_seconds / SECONDS_PER_HOUR
+        if self.work.steps is None or self.reference_seconds is None:
+            return None
+        return (self.work.steps * self.step_seconds + self.reference_seconds) / SECONDS_PER_HOUR
 
     @property
     def gpu_hours(self) -> float | None:
@@ -125,25 +130,31 @@ def _stage_plan(
     work = stage_work(recipe, stage, shape, facts)
     trained = trained_parts(stage)
     pack = worst_pack(stage, has_images(recipe, stage))
+    limit = usable_bytes(gpu, recipe.planning)
+    stage, asked = settled(stage, shape, workers, pack, limit), stage
     memory = stage_memory(shape, stage, workers, pack)
     flops = training_flops(shape, work.pack, trained, checkpointed_parts(stage))
     peak = gpu.bf16_tflops * 1e12 * (0.5 if stage.precision == "fp32" else 1.0)  # TF32 runs at half the rate of bf16
+    forward, rate = sum(flops.forward.values()), used * peak * mfu
     parameters = parameter_counts(shape)
     everything = sum(parameters.values())
     checkpoint = WEIGHT_BYTES * (everything + head_parameters(shape, stage)) + optimizer_bytes(shape, stage)
-    limit = usable_bytes(gpu, recipe.planning)
     notes = []
-    counted_first = counts_experts_first(recipe, stage, workers)
-    if counted_first:
-        notes.append("its packs run forward once more, to count what the experts of the whole batch get: expert_balance 0 spares that")
+    if reduces_every_pack(stage, workers):
+        why = "whole ones do not fit" if asked.parallel.reduce_every_pack is None else "the recipe says so"
+        notes.append(f"gradients are reduced at every pack: {why} (parallel.reduce_every_pack)")
+    beside = passes_beside(recipe, stage, workers, work)
+    rows = rows_of_reference(work) if beside.of_reference else 0.0
+    reference = None if rows is None else beside.of_reference * forward * rows
+    notes += beside.told
     if gpus is not None and used != gpus:
         notes.append(f"runs on {used} of {gpus} GPUs: its batch of {stage.batch.packs} packs must divide by the workers")
     if work.steps is None:
-        notes.append("a budget in epochs needs an index: name prepared data with --data")
+        notes.append("a budget in epochs needs the samples counted: --index counts them, or name prepared data with --data")
     if stage.objective == "grpo":
-        notes.append("generation of responses is not part of this plan")
-    if stage.objective in ("dpo", "mpo", "kto"):
-        notes.append("one forward pass over every row for the reference is not part of this plan")
+        notes.append("the time to generate responses is not part of this plan")
+        if note := rollout_note(shape, stage, memory.weights + memory.optimizer, COMPUTE_BYTES[stage.precision], limit):
+            notes.append(note)
     if stage.rollout_workers:
         gpus_more = stage.rollout_workers * stage.resources.gpus_per_worker
         notes.append(f"{stage.rollout_workers} rollout workers ({gpus_more:g} GPUs) come on top of these")
@@ -161,20 +172,15 @@ def _stage_plan(
         memory_checkpointed=stage_memory(shape, with_checkpointing(stage, True), workers, pack),
         memory_kept=stage_memory(shape, with_checkpointing(stage, False), workers, pack),
         pack_flops=flops,
-        step_seconds=(flops.model + counted_first * sum(flops.forward.values())) * stage.batch.packs / (used * peak * mfu),
+        step_seconds=(flops.model + beside.in_step * forward) * stage.batch.packs / rate,
+        reference_flops=reference,
+        reference_seconds=None if reference is None else reference / rate,
         usable_bytes=limit,
         checkpoint_bytes=checkpoint,
         storage_bytes=checkpoint * _kept_checkpoints(stage, work.steps) + WEIGHT_BYTES * everything,
-        changes=[] if memory.total <= limit else nearest_changes(stage, shape, workers, pack, limit),
+        changes=[] if memory.total <= limit else nearest_changes(asked, shape, workers, pack, limit),
         notes=notes,
     )
-
-
-def counts_experts_first(recipe: Recipe, stage: Stage, workers: int) -> bool:
-    """Whether a load-balancing loss over the whole batch takes a forward pass of its own (objectives.experts)."""
-    family = family_class(recipe.model.architecture)
-    several = stage.batch.packs * stage.parallel.sequence_parallel > workers
-    return family.experts and not family.balances_sequences and several and balance_weight(recipe, stage) > 0
 
 
 def checkpointed_parts(stage: Stage) -> list[PartName]:

@@ -8,6 +8,7 @@ from typing import Any
 from terrace.planner.changes import Change
 from terrace.planner.memory import Memory
 from terrace.planner.plan import Plan, StagePlan
+from terrace.planner.reduction import reduces_every_pack
 from terrace.recipe.schema import PARTS
 
 GIB = 2**30
@@ -62,6 +63,7 @@ def _stage_values(stage: StagePlan, plan: Plan) -> dict[str, Any]:
         },
         "exact": work.exact,
         "strategy": stage.stage.parallel.strategy,
+        "reduce_every_pack": reduces_every_pack(stage.stage, stage.workers),
         "workers": stage.workers,
         "gpus": stage.gpus,
         "memory_per_gpu_bytes": _memory_values(stage.memory),
@@ -71,7 +73,9 @@ def _stage_values(stage: StagePlan, plan: Plan) -> dict[str, Any]:
         "flops": stage.flops,
         "recompute_flops": None if work.steps is None else recompute * work.steps,
         "flops_per_step": {"forward": forward, "backward": backward, "recompute": recompute},
+        "reference_flops": stage.reference_flops,
         "step_seconds": stage.step_seconds,
+        "reference_seconds": stage.reference_seconds,
         "hours": stage.hours,
         "gpu_hours": stage.gpu_hours,
         "cost": None if stage.gpu_hours is None else stage.gpu_hours * plan.price_per_gpu_hour,
@@ -207,6 +211,8 @@ def _work_rows(plan: Plan) -> list[list[str]]:
         _row("model FLOPs", plan, lambda s: power(s.flops), power(_sum(s.flops for s in stages))),
         _row("GPUs", plan, lambda s: f"{s.gpus} {s.stage.parallel.strategy}"),
         _row("step", plan, lambda s: duration(s.step_seconds)),
+        *([_row("reference, before the steps", plan, lambda s: duration(s.reference_seconds) if s.reference_seconds else "")]
+          if any(stage.reference_seconds for stage in stages) else []),
         _row("time", plan, lambda s: duration(_seconds(s.hours)), duration(_seconds(_sum(s.hours for s in stages)))),
         _row("GPU hours", plan, lambda s: count(s.gpu_hours), count(_sum(s.gpu_hours for s in stages))),
         _row("cost", plan, lambda s: count(_times(s.gpu_hours, price)),
@@ -273,7 +279,7 @@ def _print_advice(plan: Plan, console: Any) -> None:
     if any(not stage.work.exact for stage in plan.stages):
         planning = plan.recipe.planning
         console.print(
-            f"\n[dim]~ assumed, no index given (--data): {planning.tokens_per_sample:g} tokens per sample, "
+            f"\n[dim]~ assumed, no index given (--data, --index): {planning.tokens_per_sample:g} tokens per sample, "
             f"{planning.visual_token_share:.0%} of them visual where a source has images (see planning in the recipe)[/dim]"
         )
     for stage in plan.stages:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from terrace.data.family import family_of
 from terrace.families.shapes import ModelShape
@@ -90,7 +90,14 @@ def _joined(works: list[Work]) -> Work:
 def _stretch_work(recipe: Recipe, stage: Stage, shape: ModelShape, facts: Mapping[str, SourceFacts]) -> Work:
     exact = all(facts.get(name) is not None and facts[name].samples > 0 for name in stage.mixture.weights)
     shares = _shares(stage, facts if exact else {})
-    if OBJECTIVES[stage.objective].fixed_packs:
+    pack_tokens = float(stage.sequence_length)
+    if OBJECTIVES[stage.objective].counts_rows:
+        mean = _mixed({name: facts[name].means for name in shares}, shares) if exact else None
+        pack = _load(mean, shape) if mean else _assumed(recipe, stage, shape, shares, _assumed_sample_tokens(recipe, stage, shares))
+        pack_bytes = mean.bytes if mean else pack.visual_tokens * recipe.planning.bytes_per_visual_token
+        pack = _with_second_answer(pack)
+        pack_tokens = sample_tokens = pack.tokens
+    elif OBJECTIVES[stage.objective].fixed_packs:
         pack, sample_tokens = _fixed(stage, shape), stage.sequence_length / stage.batch.samples_per_pack
         pack_bytes = stage.batch.samples_per_pack * (
             _mixed({name: facts[name].means for name in shares}, shares).bytes if exact else recipe.planning.bytes_per_visual_token
@@ -101,11 +108,11 @@ def _stretch_work(recipe: Recipe, stage: Stage, shape: ModelShape, facts: Mappin
         pack, pack_bytes = _load(mean.scaled(per_pack), shape), mean.bytes * per_pack
         sample_tokens = mean.tokens / FILL
     else:
-        pack = _assumed(recipe, stage, shape, shares)
+        pack = _assumed(recipe, stage, shape, shares, stage.sequence_length)
         sample_tokens = _assumed_sample_tokens(recipe, stage, shares)
         pack_bytes = pack.visual_tokens * recipe.planning.bytes_per_visual_token
         pack_bytes += (pack.tokens - pack.visual_tokens) * TEXT_BYTES_PER_TOKEN
-    per_step = stage.batch.packs * stage.sequence_length
+    per_step = stage.batch.packs * pack_tokens
     budget = stage.budget
     samples: float | None = budget.samples
     if budget.epochs is not None:
@@ -183,12 +190,21 @@ def _assumed_sample_tokens(recipe: Recipe, stage: Stage, shares: Mapping[str, fl
     return min(stage.sequence_length, sum(share * means[name] for name, share in shares.items()))
 
 
-def _assumed(recipe: Recipe, stage: Stage, shape: ModelShape, shares: Mapping[str, float]) -> PackLoad:
+def _with_second_answer(row: PackLoad) -> PackLoad:
+    """A row of which the index knows the prompt and the first answer: the second one is as long, and sees the prompt as well."""
+    answer = row.supervised_tokens
+    return replace(
+        row, tokens=row.tokens + answer, supervised_tokens=2 * answer, token_squares=row.token_squares + answer * row.tokens
+    )
+
+
+def _assumed(recipe: Recipe, stage: Stage, shape: ModelShape, shares: Mapping[str, float], tokens: float) -> PackLoad:
+    """A pack of so many tokens."""
     planning = recipe.planning
     with_images = sum(share for name, share in shares.items() if recipe.data.sources[name].kind != "text")
-    visual = planning.visual_token_share * with_images * stage.sequence_length
+    visual = planning.visual_token_share * with_images * tokens
     limit = stage.data_loading.max_visual_tokens_per_pack
     visual = visual if limit is None else min(visual, limit)
     segment = _assumed_sample_tokens(recipe, stage, shares)
     image = min(family_of(recipe.model).largest_image_tokens(stage.pixels.max), planning.visual_token_share * segment)
-    return assumed_load(shape, stage.sequence_length, visual, segment, image)
+    return assumed_load(shape, tokens, visual, segment, image)

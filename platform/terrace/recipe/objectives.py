@@ -29,6 +29,7 @@ class ObjectiveEntry:
     heads: bool = False  # it trains `train.heads`
     views: bool = False  # it compares views of pictures
     fixed_packs: bool = False  # a pack is `batch.samples_per_pack` samples of one picture each, rather than a full sequence
+    counts_rows: bool = False  # `batch.packs` are rows of a source, each a prompt with its answers, rather than full sequences
     balances: bool = False  # it adds the load-balancing loss of a mixture of experts (`expert_balance`)
     figures: tuple[str, ...] = ()  # what it measures of every kind of held-out samples, as `eval/KIND/FIGURE`; none: the loss
 
@@ -64,9 +65,10 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
         needs_targets=True,
         balances=True,
     ),
-    "grpo": ObjectiveEntry("terrace.rl.objective", "terrace.rl.prompt_feed"),
+    "grpo": ObjectiveEntry("terrace.rl.objective", "terrace.rl.prompt_feed", balances=True),
     "reward_model": ObjectiveEntry(
-        "terrace.objectives.reward_model", "terrace.rl.pair_feed", only_kind="preference", answers=False
+        "terrace.objectives.reward_model", "terrace.rl.pair_feed", only_kind="preference", answers=False, counts_rows=True,
+        balances=True,
     ),
     **{
         name: ObjectiveEntry(
@@ -82,7 +84,7 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
     ),
     **{
         name: ObjectiveEntry(
-            f"terrace.objectives.{name}", refused_kinds=FOR_ANSWERS, needs_targets=True, heads=True
+            f"terrace.objectives.{name}", refused_kinds=FOR_ANSWERS, needs_targets=True, heads=True, balances=True
         )
         for name in ("mtp", "medusa")
     },
@@ -94,7 +96,9 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
         for name in VIEW_OPTIONS
     },
     **{
-        name: ObjectiveEntry(f"terrace.objectives.{name}", "terrace.rl.answer_feed", only_kind="preference", balances=True)
+        name: ObjectiveEntry(
+            f"terrace.objectives.{name}", "terrace.rl.answer_feed", only_kind="preference", balances=True, counts_rows=True
+        )
         for name in ("dpo", "mpo", "kto", "orpo", "simpo")
     },
 }

@@ -16,7 +16,8 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         " mimo-vl-7b`, `extends: mimo-vl-7b`.",
     )
     parser.add_argument(
-        "action", choices=("list", "show", "copy"), help="list them, print one as it is written, or copy one to change it"
+        "action", nargs="?", default="list", choices=("list", "show", "copy"),
+        help="list them (default), print one as it is written, or copy one to change it",
     )
     parser.add_argument("name", nargs="?", metavar="NAME", help="of show and copy: a name from the list")
     parser.add_argument("to", nargs="?", type=Path, metavar="TO", help="of copy: a file or folder; default: NAME.yaml here")

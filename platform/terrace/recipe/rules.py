@@ -43,6 +43,7 @@ TRAIN_METRICS = (
     "train/step_seconds",
     "train/expert_balance_loss",
     "train/expert_fullest_share",
+    "train/expert_dropped_share",
 )
 
 

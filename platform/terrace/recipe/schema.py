@@ -101,6 +101,11 @@ class Parallel(Strict):
     nvme_path: str | None = Field(None, description="Local folder for `nvme` offload.")
     reshard_after_forward: bool = Field(True, description="FSDP: free gathered parameters between forward and backward.")
     hybrid_shard_size: int | None = Field(None, ge=1, description="FSDP: shard over this many ranks, replicate over the rest.")
+    reduce_every_pack: bool | None = Field(
+        None,
+        description="FSDP: reduce gradients after every pack instead of keeping whole ones until a step's last. Default: where those would "
+        "not fit on the GPU.",
+    )
     sequence_parallel: int = Field(1, ge=1, description="Ranks that share one pack (Ulysses).")
 
 
@@ -214,9 +219,8 @@ class Stage(Strict):
     loss_chunk_tokens: int = Field(1024, ge=1, description="Rows of logits that exist at once in the loss.")
     expert_balance: Annotated[float, Field(ge=0)] | None = Field(
         None,
-        description="Weight of the loss that spreads tokens over a mixture of experts (objectives lm, dpo, mpo, kto, orpo and simpo; a "
-        "language model that trains); "
-        "default: the model configuration's.",
+        description="Weight of the loss that spreads tokens over a mixture of experts, where the language model trains; default: the "
+        "model configuration's.",
     )
     z_loss: float = Field(
         0.0, ge=0, description="Weight of log²Z, the square of the logits' log-sum-exp, in the loss of each target (objective lm)."
@@ -286,10 +290,13 @@ class Stage(Strict):
 class Tracking(Strict):
     uri: str | None = Field(None, description="MLflow tracking URI; default: sqlite in the run directory.")
     experiment: str = Field("terrace", description="MLflow experiment, and the project of trackers beside it.")
-    also: list[Literal["tensorboard", "wandb"]] = Field(
+    also: list[Literal["tensorboard", "wandb", "swanlab"]] = Field(
         [],
-        description="Trackers beside MLflow, each through its own client, with files in the run directory: `tensorboard`, `wandb`"
-        " (offline unless `WANDB_MODE` says otherwise).",
+        description="Trackers beside MLflow, each through its own client, with files in the run directory: `tensorboard`, `wandb`,"
+        " `swanlab` (the last two offline unless `WANDB_MODE` or `SWANLAB_MODE` says otherwise).",
+    )
+    system_metrics: bool = Field(
+        False, description="Log what the controller's machine does (CPU, memory, disk, network, GPUs) by MLflow's own monitor."
     )
     log_every_steps: int = Field(1, ge=1, description="Log step metrics every so many steps.")
 
@@ -305,7 +312,8 @@ class Gpu(Strict):
 
 
 class Planning(Strict):
-    """What `terrace plan` assumes where the recipe alone does not say it. Never changes what a run computes."""
+    """What `terrace plan` assumes where the recipe alone does not say it. Never changes what a run computes
+    (`memory_margin` also decides when FSDP reduces gradients, where `parallel.reduce_every_pack` leaves it open)."""
 
     gpu: str = Field("h100-80gb", description="GPU of the plan, from the planner's table or `gpus`.")
     gpus: dict[Name, Gpu] = Field({}, description="Further GPUs by name.")

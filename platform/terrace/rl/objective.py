@@ -25,10 +25,11 @@ from terrace.generation.engines import open_engine
 from terrace.generation.interface import Sampling
 from terrace.generation.tokens import forbidden_tokens
 from terrace.models.attention import choose_backend
-from terrace.models.build import build_model
+from terrace.models.build import meta_model
 from terrace.models.lora import merged
-from terrace.models.precision import compute_context
 from terrace.models.shared_prompt import use_shared_prompt_attention
+from terrace.models.weights import initial_weights
+from terrace.objectives.experts import ExpertBalance, open_balance
 from terrace.objectives.grpo import PolicyBatch, summed_policy_loss
 from terrace.objectives.interface import Counts, Objective, Opening, StageRun, StepExamples
 from terrace.recipe.schema_grpo import GrpoOptions
@@ -97,8 +98,9 @@ class Grpo(Objective):
         self._policy = policy_options(opening.stage, self._options, forbidden)
         self._figures = UpdateFigures()
         self._held = ExitStack()
-        self._reference: Any = None
+        self._reference: Callable[[PolicyBatch], Any] | None = None  # gives a batch its log-probabilities
         self._collector: Any = None
+        self._experts: ExpertBalance | None = None
         self._history: dict[str, list[Any]] = {}
         self._update: Update | None = None
         self._mismatch = 0.0
@@ -116,10 +118,12 @@ class Grpo(Objective):
         recipe, context = opening.recipe, opening.context
         backend, _ = choose_backend(recipe.model.attention, torch.device(context.device).type, stage.precision)
         use_shared_prompt_attention(run.strategy.model, backend)
+        self._experts = open_balance(opening, run.strategy.model)
         if self._options.kl_coefficient > 0:
-            reference = build_model(recipe.model, feed.config, context.device, start=opening.start_weights, changes=stage.model_changes)
-            self._reference = reference.eval().requires_grad_(False)
-            use_shared_prompt_attention(self._reference, backend)
+            reference = meta_model(feed.config)
+            source, _ = initial_weights(recipe.model, reference, opening.start_weights, stage.model_changes)
+            use_shared_prompt_attention(reference, backend)
+            self._reference = run.strategy.frozen(reference, source, self._policy_loss)
         sandbox = self._held.enter_context(SandboxPool(SANDBOX_WORKERS))
         router = Router(settled(stage.rewards, recipe, opening.stage_dir.parent), sandbox, bool(stage.environment))
         environments = Environments(stage.environment, tuple(stage.rewards), sandbox, feed.reader.sights)
@@ -255,6 +259,10 @@ class Grpo(Objective):
 
     def before(self, examples: Sequence[PolicyPack], scale: float) -> None:
         self._figures = UpdateFigures(self._version)
+        if self._experts:
+            self._experts.before(
+                examples, scale, lambda example: self.strategy.loss(self._plain_batch(example)), lambda example: len(example.groups)
+            )
 
     def batch(self, example: PolicyPack) -> PolicyBatch:
         batch = self._plain_batch(example)
@@ -270,12 +278,16 @@ class Grpo(Objective):
         return policy_batch(example.groups, self.opening.context.device, self.opening.dtype)
 
     def _reference_logprobs(self, example: PolicyPack) -> torch.Tensor:
-        batch, device = self._plain_batch(example), self.opening.context.device
-        with torch.no_grad(), compute_context(self.opening.stage.precision, device):
-            summed_policy_loss(self._reference, batch, self._policy)
-        return batch.results.get("logprobs", torch.zeros(0, device=device))
+        batch = self._plain_batch(example)
+        self._reference(batch)
+        return batch.results.get("logprobs", torch.zeros(0, device=self.opening.context.device))
 
     def loss(self, model: Any, batch: PolicyBatch) -> torch.Tensor:
+        if self._experts is None:
+            return self._policy_loss(model, batch)
+        return self._experts.loss(model, batch.batch, lambda: self._policy_loss(model, batch))
+
+    def _policy_loss(self, model: Any, batch: PolicyBatch) -> torch.Tensor:
         return summed_policy_loss(model, batch, self._policy)
 
     def seen(self, example: PolicyPack, batch: PolicyBatch) -> None:
@@ -290,6 +302,7 @@ class Grpo(Objective):
         update = self._update
         assert update is not None
         self._ran = ran
+        balance = self._experts.values(ran) if self._experts else {}
         if not ran:
             self._mismatch = 0.0
             return {"pack_fill": 0.0, **update.shared}
@@ -298,7 +311,7 @@ class Grpo(Objective):
             for task, entropy in found.entropy.items():
                 update.figures[task]["entropy"] = entropy
         self._mismatch = found.fields.get("logprob_mismatch_mean", 0.0)
-        return {**found.fields, **update.shared}
+        return {**found.fields, **update.shared, **balance}
 
     def why_nothing_trains(self, taken: StepExamples) -> str:
         assert self._update is not None

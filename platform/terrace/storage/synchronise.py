@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 LARGEST_BYTES = 512 * 2**20  # a file beyond this (a profiler's trace) stays on its machine
 UPLOAD_BYTES_PER_SECOND = 2**20  # a file that grows is written whole each time: it waits a second per MiB between two writes
 STATE, LOCK = ".mirror.json", ".mirror.lock"
-_NOT_AT_TOP = ("data", "ray", "mlruns", "mlartifacts", "tensorboard", "wandb")
+_NOT_AT_TOP = ("data", "ray", "mlruns", "mlartifacts", "tensorboard", "wandb", "swanlab")
 _OWN_WRITER = ("journal.jsonl", "controller.lease")  # written through conditional writes of their own; only read here
 
 

@@ -21,8 +21,8 @@ from terrace.track.follow import MetricsFollower
 from terrace.track.points import Point
 from terrace.track.series import Dated, RunSpec, Series, batches
 
-ALSO = {"tensorboard": "terrace.track.tensorboard_files", "wandb": "terrace.track.wandb_runs"}
-INSTALL = {"tensorboard": "tensorboard", "wandb": "'terrace[wandb]'"}
+ALSO = {"tensorboard": "terrace.track.tensorboard_files", "wandb": "terrace.track.wandb_runs", "swanlab": "terrace.track.swanlab_runs"}
+INSTALL = {"tensorboard": "tensorboard", "wandb": "'terrace[wandb]'", "swanlab": "'terrace[swanlab]'"}
 BATCH_POINTS = 5_000
 
 

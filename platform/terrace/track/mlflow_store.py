@@ -42,6 +42,7 @@ class Store:
     experiment: str
     artifact_dir: Path | None = None
     warn: Callable[[str], None] = LOGGER.warning
+    system_metrics: bool = False
     _client: Any = None
     _experiment_id: str = ""
     _specs: dict[str, RunSpec] = field(default_factory=dict)
@@ -49,6 +50,7 @@ class Store:
     _positions: dict[tuple[str, str], int] = field(default_factory=dict)  # (run, marker) -> newest step on the server
     _followers: dict[tuple[str, Series], MetricsFollower] = field(default_factory=dict)
     _refused: set[str] = field(default_factory=set)  # names of metrics that the server does not take
+    _monitors: dict[str, Any] = field(default_factory=dict)  # of this machine, by the key of the run that they add to
 
     def answers(self) -> bool:
         """Whether the server is there, whatever it thinks of what was sent."""
@@ -61,6 +63,8 @@ class Store:
 
     def forget(self) -> None:
         """Look everything up again: the server may have lost or deleted what was known of it."""
+        for key in list(self._monitors):
+            self._unwatch(key)
         self._experiment_id = ""
         self._ids.clear()
         self._positions.clear()
@@ -69,11 +73,14 @@ class Store:
     def open_run(self, spec: RunSpec) -> str:
         """Find or make the run, and have it running."""
         self._specs[spec.key] = spec
-        return self._run_id(spec.key)
+        run_id = self._run_id(spec.key)
+        self._watch(spec.key, run_id)
+        return run_id
 
     def log_rows(self, key: str, series: Series) -> None:
         """What the file has and the server has not."""
         run_id = self._run_id(key)
+        self._watch(key, run_id)
         place = (run_id, series.marker)
         if place not in self._positions:
             history = self._client.get_metric_history(run_id, series.marker)
@@ -119,9 +126,23 @@ class Store:
     def end_run(self, key: str, status: str, tags: dict[str, str], ended: float | None = None) -> None:
         """`status` is MLflow's: FINISHED, FAILED, KILLED, or SCHEDULED for a run that will go on."""
         run_id = self._run_id(key)
+        self._unwatch(key)
         for name, value in tags.items():
             self._client.set_tag(run_id, name, value)
         self._client.set_terminated(run_id, status=status, end_time=_milliseconds(ended))
+
+    def _watch(self, key: str, run_id: str) -> None:
+        """MLflow's own monitor adds what this machine does to the curriculum's run, after what an earlier process added."""
+        if not self.system_metrics or self._specs[key].parent or key in self._monitors:
+            return
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        self._monitors[key] = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=self.uri)
+        self._monitors[key].start()
+
+    def _unwatch(self, key: str) -> None:
+        if (monitor := self._monitors.pop(key, None)) is not None:
+            monitor.finish()
 
     # ------------------------------------------------------------ the connection and its runs
 

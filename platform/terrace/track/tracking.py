@@ -217,11 +217,14 @@ class Trackers:
         return sum(one.failed for one in self._each)
 
 
-def open_tracking(run_dir: Path, uri: str | None, experiment: str, warn: Callable[[str], None], also: Sequence[str] = ()) -> Trackers:
+def open_tracking(
+    run_dir: Path, uri: str | None, experiment: str, warn: Callable[[str], None], also: Sequence[str] = (), system_metrics: bool = False
+) -> Trackers:
     """Tracking at `uri`, or in `RUN/mlflow.db`, and at each of `also`. A file of SQLite has its artifacts in `mlartifacts` beside it:
     MLflow's own choice would be `./mlruns` of whatever folder the command was called in. Raises InputError where a client is missing."""
     uri = uri or f"sqlite:///{Path(run_dir).absolute()}/mlflow.db"
     file = uri.removeprefix("sqlite:///")
     artifacts = Path(file).absolute().parent / "mlartifacts" if file != uri and file else None
-    stores = [Store(uri, experiment, artifacts, warn), *(open_also(kind, run_dir, experiment, warn) for kind in dict.fromkeys(also))]
+    beside = [open_also(kind, run_dir, experiment, warn) for kind in dict.fromkeys(also)]
+    stores = [Store(uri, experiment, artifacts, warn, system_metrics), *beside]
     return Trackers([Tracking(store, warn) for store in stores])

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -301,17 +301,17 @@ def index_group(
         "height": [height for _, height in sizes],
         "fixed_tokens": measure.fixed_tokens,
         "supervised_tokens": measure.supervised_tokens,
-        "visual_image": [image for image, _, _, _ in measure.visuals],
-        "visual_frames": [frames for _, frames, _, _ in measure.visuals],
-        "visual_place": [place for _, _, place, _ in measure.visuals],
-        "visual_coordinates": [coordinates for _, _, _, coordinates in measure.visuals],
-        "coordinate_image": [image for image, _, _ in measure.coordinates],
-        "coordinate_axis": [axis for _, axis, _ in measure.coordinates],
-        "coordinate_value": [value for _, _, value in measure.coordinates],
+        **_apart(("visual_image", "visual_frames", "visual_place", "visual_coordinates"), measure.visuals),
+        **_apart(("coordinate_image", "coordinate_axis", "coordinate_value"), measure.coordinates),
         "cuts": list(measure.cuts),
         **dict(zip(("target_place", "target_visuals", "target_coordinates"), measure.first_target)),
     }
     return row, turned
+
+
+def _apart(names: tuple[str, ...], entries: Sequence[tuple[Any, ...]]) -> dict[str, Sequence[Any]]:
+    """A column for each place of the entries."""
+    return dict(zip(names, zip(*entries))) if entries else dict.fromkeys(names, ())
 
 
 def measure_any(sample: Sample, sizes: list[tuple[int, int]], tokenizer: TextTokenizer, family: Family) -> Measure:

@@ -10,11 +10,13 @@ _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"), (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )  # fmt: skip
+_MARKS_BEGIN = frozenset(mark[:1] for mark, _ in _MARKS)
 
 
 def decode_text(data: bytes, what: str = "the text") -> str:
     """The text of a file, without its byte order mark. Raises Refusal for any other encoding."""
-    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8")
+    marked = data[:1] in _MARKS_BEGIN
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), "utf-8") if marked else "utf-8"
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:

@@ -108,7 +108,7 @@ class Fields:
     def of(self, names: Iterable[str]) -> list[str]:
         """Those of these keys that say something: a row has few keys, and the known spellings are many."""
         values = self._values
-        return [name for name in names if name in values]
+        return [] if values.keys().isdisjoint(names) else [name for name in names if name in values]
 
     def look(self, name: str) -> Any:
         """The value, or None; the key stays to be taken."""

@@ -35,12 +35,12 @@ def read_form(fields: Fields, kind: str) -> Turns | None:
         return _preference(fields, _as_turns(turns, "messages"), kind)
     if isinstance(texts := fields.look("texts"), list) and texts and all(isinstance(pair, dict) for pair in texts):
         return _pairs_of_texts(fields)
-    question = next((name for name in QUESTION_KEYS if name in fields), None)
-    if question is None:
+    questions = fields.of(QUESTION_KEYS)
+    if not questions:
         return _implicit_prompt(fields) if "chosen" in fields or "rejected" in fields else None
-    if question == "prompt":
+    if questions[0] == "prompt":
         return _prompt(fields, kind)
-    return _question(fields, question, kind)
+    return _question(fields, questions[0], kind)
 
 
 def label_of(fields: Fields, has_answer: bool, compared: bool) -> bool | None:

@@ -102,8 +102,8 @@ def _images(key: str, data: dict[str, bytes], named: bool) -> list[str]:
     """The suffixes of the sample's images, in order. Raises Refusal for members that nobody reads, and for an order that nobody knows."""
     images, unread = [], []
     for suffix in data:
-        infix = suffix.rpartition(".")[0]
-        if is_image_suffix(suffix) and (named or infix.rpartition(".")[2] not in MASK_NAMES):
+        infix, _, extension = suffix.rpartition(".")
+        if extension in IMAGE_EXTENSIONS and (named or infix.rpartition(".")[2] not in MASK_NAMES):
             images.append(suffix)
         elif suffix not in TEXT_SUFFIXES and suffix not in DESCRIPTIVE_SUFFIXES:
             unread.append(suffix)
@@ -111,7 +111,8 @@ def _images(key: str, data: dict[str, bytes], named: bool) -> list[str]:
         found = ", ".join(f"{key}.{suffix}" for suffix in list(data)[:6])
         told = f"nobody reads the member {key}.{unread[0]} (found {found}); the key of a sample ends at the first dot of its name"
         raise Refusal("unknown_field", f"{told}. Rename it, or write `ignore: [{unread[0]}]` in the source to leave it out")
-    images.sort(key=_natural)
+    if len(images) > 1:
+        images.sort(key=_natural)
     if len(images) > 1 and not named:
         infixes = [re.fullmatch(r"(.*?)(\d+)", suffix.rpartition(".")[0]) for suffix in images]
         if any(found is None for found in infixes) or len({found[1] for found in infixes if found}) > 1:

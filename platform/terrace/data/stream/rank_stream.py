@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from terrace.data.order.plan import StagePlan
-from terrace.data.stream.tasks import PackTask, TaskSettings, make_pack, pack_task
+from terrace.data.stream.inline import inline_packs
+from terrace.data.stream.tasks import PackTask, TaskSettings, pack_task
 from terrace.data.types import PackedExample, PackSpec
 from terrace.errors import InputError
 
@@ -77,22 +75,6 @@ def rank_tasks(plan: StagePlan, settings: TaskSettings, hand: Hand, start_step: 
             waiting = waiting[size:]
     if waiting:
         yield pack_task(waiting, settings, plan.spares)
-
-
-def inline_packs(tasks: Iterator[PackTask], settings: TaskSettings, prefetch_packs: int) -> Iterator[PackedExample]:
-    """Packs made in a thread of this process, at most `prefetch_packs` ahead."""
-    ready: deque[Future[PackedExample]] = deque()
-    specs = (part for task in tasks for part in task.parts)
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="terrace-decode") as pool:
-        try:
-            for spec in specs:
-                ready.append(pool.submit(partial(make_pack, spec, settings)))
-                if len(ready) > prefetch_packs:
-                    yield ready.popleft().result()
-            while ready:
-                yield ready.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _by_step(packs: Iterator[PackedExample], plan: StagePlan, world_size: int, start_step: int) -> Iterator[StepInput]:

@@ -10,7 +10,7 @@ import itertools
 import logging
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from ray.data.block import BlockMetadata
 from ray.data.datasource import ReadTask
 
 from terrace.data.stream.allocator import keep_freed_memory
+from terrace.data.stream.inline import inline_packs
 from terrace.data.stream.tasks import PackTask, TaskSettings, run_task
 from terrace.data.types import PackedExample
 from terrace.errors import TerraceError
@@ -34,6 +35,7 @@ from terrace.recipe.schema import Stage
 
 LOOP_PAUSE_SECONDS = 0.01
 PIPELINE_TASKS = (64, 256)  # tasks of the first and every later execution; planning 64 takes 0.3 s, starting one 0.5 to 1 s
+FIRST_PACKS = 32  # made by the training process at most: two seconds of a core at 8,192 tokens and 450 by 450 pixels
 BLOCK_BYTES = 64 * 2**20  # larger blocks hold finished packs back, smaller ones cost a fixed 5 ms each
 STORE_SHARE = 0.75  # of the object store, for all ranks together
 AHEAD = "terrace.ahead"  # key of an execution's `Ahead`
@@ -167,20 +169,29 @@ def task_bytes(task: PackTask, row_values: int) -> int:
 def ray_packs(
     tasks: Iterator[PackTask], settings: TaskSettings, stage: Stage, world_size: int
 ) -> Iterator[PackedExample]:
-    """Packs of the tasks, in order, from one Ray Data execution after another.
+    """Packs of the tasks, in order: a first few made here, the others from one Ray Data execution after another.
 
-    The first execution is short, so that training starts before much is planned; while one runs, a thread plans the
-    next.
+    Until an execution's first block is there, 5 s pass: most of them its workers import torch, which this process has done. So the
+    packs of the first step (`FIRST_PACKS` at most) are made in a thread here meanwhile. The first execution is short, so that training
+    starts before much is planned; while one runs, a thread plans the next.
     """
     sizes = itertools.chain(PIPELINE_TASKS, itertools.repeat(PIPELINE_TASKS[-1]))
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="terrace-plan") as planner:
+    loading = stage.data_loading
+    packs_here = min(FIRST_PACKS, stage.batch.packs // world_size)
+    here = list(itertools.islice(tasks, -(-packs_here // loading.packs_per_task)))
+    with ThreadPoolExecutor(max_workers=2, thread_name_prefix="terrace-plan") as pool:
         some = list(itertools.islice(tasks, next(sizes)))
+        made = inline_packs(iter(here), settings, loading.prefetch_packs)
         while some:
-            following = planner.submit(lambda: list(itertools.islice(tasks, next(sizes))))
             blocks = _blocks(some, settings, stage, world_size)
+            first = pool.submit(next, blocks, None)
+            following = pool.submit(lambda: list(itertools.islice(tasks, next(sizes))))
             try:
-                for table in blocks:
+                yield from made
+                table = first.result()
+                while table is not None:
                     yield from from_table(table, settings.collate.family)
+                    table = next(blocks, None)
             except TerraceError:
                 raise
             except Exception as error:
@@ -189,8 +200,11 @@ def ray_packs(
                     raise
                 raise cause from None
             finally:
+                made.close()
+                wait([first])  # a generator that runs cannot be closed
                 blocks.close()
             some = following.result()
+        yield from made  # where a stage is that short; else it has ended
 
 
 def _blocks(tasks: list[PackTask], settings: TaskSettings, stage: Stage, world_size: int) -> Iterator[pa.Table]:
@@ -210,7 +224,7 @@ def _blocks(tasks: list[PackTask], settings: TaskSettings, stage: Stage, world_s
     context.execution_options.resource_limits = limits
     with DataContext.current(context):
         dataset: Dataset = ray.data.read_datasource(
-            PackSource(tasks, settings), override_num_blocks=len(tasks), num_cpus=ahead.cpus, concurrency=ahead.tasks
+            PackSource(tasks, settings), override_num_blocks=len(tasks), num_cpus=ahead.cpus, concurrency=min(ahead.tasks, len(tasks))
         )
     loading = stage.data_loading
     prefetch = max(1, loading.prefetch_packs // loading.packs_per_task)  # in blocks; a block holds at most a task's packs

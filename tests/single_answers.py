@@ -1,8 +1,5 @@
-"""Greedy answers of a model directory, one sample at a time, through the same template and patches as training.
-
-A key-value cache over transformers' own layers; prompt and pictures are encoded once. Meant for demos, spot checks and small
-evaluations: about 60 ms per short answer of a tiny model on a CPU. Rollouts of an RL stage have their own batched engine.
-"""
+"""A decoder of another make, that engines are compared with: greedy answers of a model directory, one sample at a time, over
+transformers' own layers and key-value cache. Prompt and pictures are encoded once, through the template and the pixels of training."""
 
 from __future__ import annotations
 
@@ -21,7 +18,6 @@ from terrace.data.images import image_size
 from terrace.data.prompt import read_prompt
 from terrace.data.tokenizer import TextTokenizer, load_tokenizer
 from terrace.data.types import Sample
-from terrace.errors import InputError
 from terrace.evaluate.model_files import model_sight
 from terrace.families.configurations import language_config
 from terrace.families.interface import Sight
@@ -54,12 +50,11 @@ def load_speaker(
 ) -> Speaker:
     """The model of a Hugging Face directory that a stage wrote (`stages/NN-name/final`).
 
-    `pixels` defaults to what the directory's preprocessor_config.json says. Raises InputError when the directory is none.
+    `pixels` defaults to what the directory's preprocessor_config.json says.
     """
     sight, tokenizer = Sight(directory_family(directory), pixels) if pixels else model_sight(directory), load_tokenizer(directory)
     sight = Sight(tokenizer.fit(sight.family), sight.pixels)
-    if sight.family.crosses:
-        raise InputError(f"{directory}: {sight.family.name} reads pictures beside its text; ask it with `terrace talk`")
+    assert not sight.family.crosses, "it knows no pictures beside the text: test_families.py compares those with `generate`"
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

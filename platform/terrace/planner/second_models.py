@@ -1,0 +1,65 @@
+"""Models beside the one that trains: the reference of a KL term, and the weights of a rollout engine.
+
+A reference is held as the strategy holds weights: divided by the ranks under fsdp and zero3, else whole. An engine decodes with whole
+weights: the native one with those of the model that trains where a rank has them whole, else with a copy (linear layers in the stage's
+precision, the rest float32) that is there while it generates; one that generates while the model trains has it always.
+"""
+
+from __future__ import annotations
+
+from terrace.families.shapes import ModelShape
+from terrace.planner.parameters import part_sizes
+from terrace.recipe.schema import Stage
+from terrace.recipe.schema_grpo import GrpoOptions
+
+FP32 = 4
+SHARDED = ("fsdp", "zero3")
+
+
+def second_model_bytes(shape: ModelShape, stage: Stage, shards: int, compute: int) -> float:
+    """Bytes on one GPU while a step is made, beside the stage's own weights. `shards`: the ranks that a sharded model is divided by."""
+    if stage.objective != "grpo":
+        return 0.0
+    options = stage.grpo or GrpoOptions()
+    held = 0.0
+    if options.kl_coefficient > 0:
+        held += FP32 * _parameters(shape) / (shards if stage.parallel.strategy in SHARDED else 1)
+    return held + (copy_bytes(shape, compute) if has_copy(stage) and _overlapped(options) else 0.0)
+
+
+def has_copy(stage: Stage) -> bool:
+    """Whether the native engine decodes, beside the model that trains, with weights of its own."""
+    options = stage.grpo or GrpoOptions()
+    beside = options.engine == "native" and options.placement == "colocated"
+    return stage.objective == "grpo" and beside and (stage.parallel.strategy in SHARDED or _overlapped(options))
+
+
+def copy_bytes(shape: ModelShape, compute: int) -> float:
+    """Whole weights of a native engine: what linear layers read in compute precision, embeddings in float32."""
+    embeddings = shape.language.vocabulary * shape.language.width
+    return compute * (_parameters(shape) - embeddings) + FP32 * embeddings
+
+
+def rollout_note(shape: ModelShape, stage: Stage, held: float, compute: int, limit: float) -> str | None:
+    """What an engine of its own takes while it generates; `held`: weights and optimizer, which stay on the GPU meanwhile."""
+    options = stage.grpo or GrpoOptions()
+    if stage.objective != "grpo":
+        return None
+    size = copy_bytes(shape, compute) / 2**30
+    if options.placement == "separate":
+        return f"every rollout worker holds the whole model: {size:.1f} GiB of weights"
+    if options.engine == "vllm":
+        return "every GPU holds the whole model while vLLM generates on it, in half of its memory at most"
+    if not has_copy(stage):
+        return None
+    when = "always, since it generates while the model trains" if _overlapped(options) else "while it generates"
+    note = f"every GPU holds a whole copy of the model {when}: {size:.1f} GiB beside {held / 2**30:.1f}"
+    return note if size * 2**30 + held <= limit else f"{note}, which does not fit: use grpo.placement separate"
+
+
+def _overlapped(options: GrpoOptions) -> bool:
+    return options.overlap is not None and options.overlap.max_staleness > 0
+
+
+def _parameters(shape: ModelShape) -> float:
+    return sum(size.total for size in part_sizes(shape).values())
