@@ -15,7 +15,7 @@ export RAY_DEDUP_LOGS := 0
 export DS_ACCELERATOR ?= cpu
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-cluster test-vllm lint \
+.PHONY: help install demo test test-all test-cluster test-s3 test-vllm lint \
 	bench-data bench-objectives bench-plans bench-rl bench-rewards bench-train docs site clean
 
 help:  ## This list
@@ -45,6 +45,14 @@ test-cluster: $(STAMP)  ## The operator's suite on the cluster of KUBECONFIG (Ku
 	@mkdir -p build
 	$(BIN)/python -m pytest -m cluster tests/cluster/test_end_to_end.py --timeout 3600 -o junit_family=xunit1 --junitxml build/cluster.xml $(ARGS); \
 	  ended=$$?; $(BIN)/python tests/cluster/cluster_table.py build/cluster.xml build/cluster.md; exit $$ended
+
+# The tests that ask for an S3 server, fast ones and slow ones, with SeaweedFS behind the counting and the faults instead of moto.
+S3_TESTS := $(addprefix tests/,unit/test_data_storage.py unit/test_follower.py unit/test_stored_run.py unit/test_stored_control.py \
+  unit/test_stored_weights.py unit/test_checkpoints.py unit/test_data_everywhere.py unit/test_data_inspect.py unit/test_tracking.py \
+  ray/test_stream_faults.py e2e/test_stored_whole_run.py)
+
+test-s3: $(STAMP)  ## The tests of S3 against a real object store on loopback
+	TERRACE_TEST_STORE=seaweedfs $(BIN)/python -m pytest $(S3_TESTS) $(ARGS)
 
 # vLLM wants an older transformers than Terrace, so it has an environment of its own (3.5 GB).
 VLLM_VENV ?= .venv-vllm

@@ -314,12 +314,12 @@ def table(strikes: list[Strike]) -> str:
     return "\n".join(rows)
 
 
-def write_section(path: Path, strikes: list[Strike]) -> None:
-    """Replace the section, or append it."""
+def write_section(path: Path, section: str, text: str, rows: str) -> None:
+    """Replace a section of a page, or append it."""
     before = path.read_text(encoding="utf-8") if path.exists() else "# Reliability\n"
-    head, _, rest = before.partition(SECTION + "\n")
+    head, _, rest = before.partition(section + "\n")
     after = rest.partition("\n## ")[2]
-    path.write_text(f"{head.rstrip()}\n\n{TEXT}\n{table(strikes)}\n" + (f"\n## {after}" if after else ""), encoding="utf-8")
+    path.write_text(f"{head.rstrip()}\n\n{text}\n{rows}\n" + (f"\n## {after}" if after else ""), encoding="utf-8")
 
 
 def main() -> int:
@@ -354,7 +354,7 @@ def main() -> int:
                 options.record.write_text(json.dumps(known, indent=1))
     ordered = [strikes[key] for key in sorted(strikes)]
     if options.write:
-        write_section(options.write, ordered)
+        write_section(options.write, SECTION, TEXT, table(ordered))
     return 0 if all(one.equal for one in ordered) else 1
 
 

@@ -292,3 +292,15 @@ def test_a_storage_that_fails_now_and_then_costs_nothing_but_time(machines: Mach
         machines.server.fault = None
     assert machines.server.failed > 0
     assert reader_of(found.path).read("weights", "a")[0, 0] == 2.0
+
+
+@pytest.mark.usefixtures("hurried")
+@pytest.mark.parametrize("answer", [503, (403, "AccessDenied"), (400, "ExpiredToken")])
+def test_a_checkpoint_waits_for_a_storage_that_is_away_longer_than_a_request_tries(machines: Machines, run: str, answer):
+    writer = writer_in(stage_on(machines, "a", run))
+    save(writer, 2, loss=1.0)
+    machines.server.requests.clear()
+    machines.server.fault = lambda number, method: answer if len(machines.server.requests) < 35 else None  # three times ten tries
+    save(writer, 4, loss=1.0)
+    assert len(machines.server.requests) > 35
+    assert reader_of(newest(stage_on(machines, "b", run) / "checkpoints").path).read("weights", "a")[0, 0] == 4.0

@@ -101,6 +101,11 @@ class Parallel(Strict):
     nvme_path: str | None = Field(None, description="Local folder for `nvme` offload.")
     reshard_after_forward: bool = Field(True, description="FSDP: free gathered parameters between forward and backward.")
     hybrid_shard_size: int | None = Field(None, ge=1, description="FSDP: shard over this many ranks, replicate over the rest.")
+    reduce_every_pack: bool | None = Field(
+        None,
+        description="FSDP: reduce gradients after every pack instead of keeping whole ones until a step's last. Default: where those would "
+        "not fit on the GPU.",
+    )
     sequence_parallel: int = Field(1, ge=1, description="Ranks that share one pack (Ulysses).")
 
 
@@ -307,7 +312,8 @@ class Gpu(Strict):
 
 
 class Planning(Strict):
-    """What `terrace plan` assumes where the recipe alone does not say it. Never changes what a run computes."""
+    """What `terrace plan` assumes where the recipe alone does not say it. Never changes what a run computes
+    (`memory_margin` also decides when FSDP reduces gradients, where `parallel.reduce_every_pack` leaves it open)."""
 
     gpu: str = Field("h100-80gb", description="GPU of the plan, from the planner's table or `gpus`.")
     gpus: dict[Name, Gpu] = Field({}, description="Further GPUs by name.")

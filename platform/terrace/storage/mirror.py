@@ -25,9 +25,9 @@ from typing import Any
 
 from terrace.errors import InputError
 from terrace.recipe.credentials import credentials_problem
-from terrace.storage import conditional
+from terrace.storage import conditional, s3
 from terrace.storage.files import atomic_path
-from terrace.storage.follower import Follower, TellsLost
+from terrace.storage.follower import Follower, TellsLost, patiently
 from terrace.storage.synchronise import LOCK, file_lock
 from terrace.storage.synchronise import synchronise as synchronise_files
 
@@ -77,8 +77,9 @@ def place_of(run_dir: Path) -> str:
 # ---------------------------------------------------------------- opening and following
 
 
-def open_run(run: str | Path) -> Path:
-    """The local folder of a run. Of a stored one it is first brought to what the storage holds.
+def open_run(run: str | Path, admitted: bool = False) -> Path:
+    """The local folder of a run. Of a stored one it is first brought to what the storage holds. `admitted`: for a worker, whose
+    controller has been let in already, so that no refusal is taken for a mistake (`s3.admitted`).
 
     While no other process of this machine follows the run, what the storage does not know is dropped: it was written by a process
     that died before it could bring it there.
@@ -90,6 +91,8 @@ def open_run(run: str | Path) -> Path:
         raise InputError(f"the run's name {problem}")
     if not all(conditional.split(uri)):
         raise InputError(f"{run}: a run on S3 is named s3://BUCKET/PREFIX")
+    if admitted:
+        s3.admitted(uri)
     root = local_folder(uri)
     root.mkdir(parents=True, exist_ok=True)
     with file_lock(root / LOCK):
@@ -137,7 +140,8 @@ def following(run_dir: Path, lost: TellsLost | None = None) -> Iterator[Follower
         finally:
             end.set()
             thread.join()
-            synchronise(root)
+            last = lambda: synchronise(root)  # noqa: E731
+            last() if follower.lost is not None else patiently(last)
 
 
 def flush(path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from terrace.storage import conditional, mirror
+from terrace.storage.follower import patiently
 
 
 class RunStorage(Protocol):
@@ -49,22 +50,22 @@ class OnThisDisk:
 
 
 class Mirrored:
-    """A run on S3 whose small files follow the storage meanwhile (storage.mirror)."""
+    """A run on S3 whose small files follow the storage meanwhile (storage.mirror), and which waits for a storage that is away."""
 
     def uri_of(self, path: Path) -> str | None:
         return mirror.uri_of(path)
 
     def fetch_final(self, folder: Path, tensors: bool = True) -> None:
-        mirror.fetch_folder(folder, mirror.FINAL_LAST, tensors)
+        patiently(lambda: mirror.fetch_folder(folder, mirror.FINAL_LAST, tensors))
 
     def store_file(self, file: Path, folder: Path) -> None:
-        conditional.store_copy(file, f"{mirror.uri_of(folder)}/{file.name}")
+        patiently(lambda: conditional.store_copy(file, f"{mirror.uri_of(folder)}/{file.name}"))
 
     def publish_final(self, folder: Path) -> None:
-        mirror.store_folder(folder, mirror.FINAL_LAST)
+        patiently(lambda: mirror.store_folder(folder, mirror.FINAL_LAST))
 
     def flush(self, path: Path) -> None:
-        mirror.flush(path)
+        patiently(lambda: mirror.flush(path))
 
 
 def run_storage(run_dir: Path) -> RunStorage:

@@ -67,14 +67,24 @@ def _open_anew() -> None:
         _opened = time.monotonic()
 
 
+def _place(uri: str, storage: Storage, writes: bool) -> tuple[Any, ...]:
+    return (os.getpid(), storage.endpoint_url, *uri.removeprefix("s3://").split("/")[:2], writes)
+
+
+def admitted(uri: str, storage: Storage = DEFAULT_STORAGE) -> None:
+    """This process comes after another one that has read and written there, so a refusal is a fault that passes, not a mistake."""
+    _served.update(_place(uri, storage, writes) for writes in (False, True))
+
+
 def retried(action: Callable[[], Result], uri: str, storage: Storage = DEFAULT_STORAGE, writes: bool = False) -> Result:
     """Run `action`, again while the storage has a passing fault, at most `storage.max_attempts` times.
 
     A refusal (no credentials, access denied, no such bucket) is the user's mistake and said at once, except where the same place has
-    served this process before: then a token has run out or a gateway starts, and each try reads the credentials anew. `action` must
-    therefore ask `s3` for its file system itself. Raises InputError, StorageError, FileNotFoundError.
+    served this process before, or one that it comes after (`admitted`): then a token has run out or a gateway starts, and each try reads
+    the credentials anew. `action` must therefore ask `s3` for its file system itself. Raises InputError, StorageError,
+    FileNotFoundError.
     """
-    place = (os.getpid(), storage.endpoint_url, *uri.removeprefix("s3://").split("/")[:2], writes)
+    place = _place(uri, storage, writes)
     for attempt in range(1, storage.max_attempts + 1):
         try:
             result = action()

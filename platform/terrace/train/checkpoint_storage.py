@@ -25,6 +25,7 @@ from typing import Any
 from terrace.errors import TerraceError
 from terrace.storage import conditional
 from terrace.storage.files import join
+from terrace.storage.follower import patiently
 from terrace.storage.run_storage import RunStorage
 
 log = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ class StoredCheckpoints:
         self._change(attempt, {str(step): None for step in steps})
         for step in steps:
             folder = join(self.uri, folder_name(step))
-            conditional.remove([join(folder, entry.name) for entry in conditional.list_objects(folder)])
+            patiently(lambda folder=folder: conditional.remove([join(folder, entry.name) for entry in conditional.list_objects(folder)]))
 
     def remove_remains(self, attempt: int) -> None:
         """Delete what older attempts uploaded of checkpoints that they did not complete."""
@@ -107,7 +108,7 @@ class StoredCheckpoints:
             complete = {step: entry for step, entry in (fence["complete"] | entries).items() if entry is not None}
             return (json.dumps({"attempt": attempt, "complete": complete}, indent=1) + "\n").encode()
 
-        conditional.swap(join(self.uri, FENCE), change)
+        patiently(lambda: conditional.swap(join(self.uri, FENCE), change))
 
     # ------------------------------------------------------------ writing
 
@@ -115,15 +116,20 @@ class StoredCheckpoints:
         return join(self.uri, folder_name(step), attempt_name(attempt))
 
     def upload(self, file: Path, step: int, attempt: int) -> None:
-        """Raises Superseded before it writes. What a superseded attempt was uploading at that moment, nothing lists."""
-        self._check(attempt)
-        conditional.store_copy(file, join(self.prefix(step, attempt), file.name))
+        """Raises Superseded before it writes. What a superseded attempt was uploading at that moment, nothing lists. A storage that is away
+        is waited for: training goes on meanwhile, and an attempt that failed here would cost all its ranks the steps since the last one."""
+
+        def store() -> None:
+            self._check(attempt)
+            conditional.store_copy(file, join(self.prefix(step, attempt), file.name))
+
+        patiently(store)
 
     def await_report(self, name: str, step: int, attempt: int, seconds: float) -> bytes | None:
         """A small object that another rank leaves when its files are there; None when it did not come in time."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            if (found := conditional.read_versioned(join(self.prefix(step, attempt), name))) is not None:
+            if (found := patiently(lambda: conditional.read_versioned(join(self.prefix(step, attempt), name)))) is not None:
                 return found[0]
             time.sleep(0.2)
         return None

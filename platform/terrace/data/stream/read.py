@@ -19,7 +19,8 @@ from terrace.data.sources.refusals import Refusal
 from terrace.data.sources.shards import is_image_suffix, sample_of_members
 from terrace.data.types import Sample
 from terrace.errors import DamagedData
-from terrace.storage.files import read_ranges
+from terrace.storage.files import is_remote, read_ranges
+from terrace.storage.s3 import admitted
 
 
 def read_sample(index: SourceIndex, row: int) -> tuple[Sample, list[bytes]]:
@@ -42,6 +43,8 @@ def read_located(locations: Sequence[SampleLocation]) -> list[tuple[Sample, list
     for (shard, _), numbers in by_shard.items():
         spans = [(number, place, member) for number in numbers for place, member in enumerate(locations[number].members)]
         ranges = [(offset, size) for _, _, (_, offset, size, _) in spans]
+        if is_remote(shard):
+            admitted(shard, locations[numbers[0]].storage)  # it was read when it was indexed
         try:
             blocks = read_ranges(shard, ranges, locations[numbers[0]].storage)
         except FileNotFoundError:
