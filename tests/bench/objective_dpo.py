@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,17 +61,25 @@ def recipe_of(folder: Path, args: Namespace) -> Any:
     return Recipe.model_validate(values)
 
 
+def now() -> tuple[float, float]:
+    """(wall-clock seconds, processor seconds of this process); other work on the machine changes the second less."""
+    return time.perf_counter(), time.process_time()
+
+
 class Clock:
     """Seconds between the ends of neighbouring steps."""
 
     def __init__(self) -> None:
-        self._ends: list[float] = []
+        self._ends: list[tuple[float, float]] = []
 
     def mark(self) -> None:
-        self._ends.append(time.perf_counter())
+        self._ends.append(now())
 
-    def median(self) -> float:
-        return statistics.median([late - early for early, late in itertools.pairwise(self._ends)][WARM_STEPS - 1 :])
+    def medians(self, beside: Sequence[float] = (0.0, 0.0)) -> dict[str, float]:
+        """Of wall-clock and processor seconds; `beside`: of both what is added to each step."""
+        spans = [[late - early for early, late in zip(*pair)] for pair in itertools.pairwise(self._ends)][WARM_STEPS - 1 :]
+        wall, processor = (statistics.median(values) + more for values, more in zip(zip(*spans), beside))
+        return {"step_seconds": wall, "processor_seconds": processor}
 
 
 def run_terrace(folder: Path, args: Namespace) -> dict[str, Any]:
@@ -84,7 +93,7 @@ def run_terrace(folder: Path, args: Namespace) -> dict[str, Any]:
 
     torch.set_num_threads(args.threads)
     order: list[list[str]] = []
-    reference = 0.0
+    reference = [0.0, 0.0]
 
     class Told(Dpo):
         def before(self, examples: Any, scale: float) -> None:
@@ -93,10 +102,9 @@ def run_terrace(folder: Path, args: Namespace) -> dict[str, Any]:
                 order.append([name for example in examples for name in example.pack.sample_ids])
 
         def _make_reference(self, alive: Any) -> None:
-            nonlocal reference
-            begun = time.perf_counter()
+            begun = now()
             super()._make_reference(alive)
-            reference += time.perf_counter() - begun
+            reference[:] = [sum(one) - early for *one, early in zip(reference, now(), begun)]
 
     recipe, context, clock = recipe_of(folder, args), WorkerContext(), Clock()
     feed = open_feed(recipe, 0, load_prepared(folder / "data"), context)
@@ -105,7 +113,8 @@ def run_terrace(folder: Path, args: Namespace) -> dict[str, Any]:
         lines = [json.loads(line) for line in (Path(place) / "metrics.jsonl").read_text().splitlines()]
     (folder / "order.json").write_text(json.dumps(order))
     told = {name: [line[name] for line in lines] for name in ("loss", "chosen_logprob", "rejected_logprob")}
-    return told | {"step_seconds": clock.median(), "reference_seconds_per_step": reference / len(lines)}
+    shares = [seconds / len(lines) for seconds in reference]
+    return told | clock.medians(shares) | {"reference_seconds_per_step": shares[0]}
 
 
 def run_trl(folder: Path, args: Namespace) -> dict[str, Any]:
@@ -161,14 +170,14 @@ def run_trl(folder: Path, args: Namespace) -> dict[str, Any]:
     trainer.train()
     lines = [line for line in trainer.state.log_history if "logps/chosen" in line]
     told = {ours: [line[theirs] for line in lines] for ours, theirs in (("loss", "loss"), ("chosen_logprob", "logps/chosen"))}
-    return told | {"step_seconds": clock.median()}
+    return told | clock.medians()
 
 
 KINDS = {"terrace": run_terrace, "trl": run_trl}
 
 
 def measure(args: Namespace, script: str) -> dict[str, Any]:
-    """Of each of KINDS (TRL where `args.trl` names its folder) the figures of the round with the median step; losses of both."""
+    """Of each of KINDS (TRL where `args.trl` names its folder) the figures of the round with the median step, losses among them."""
     from train_setup import export_weights
 
     from terrace.data.prepare import prepare_data
@@ -186,7 +195,7 @@ def measure(args: Namespace, script: str) -> dict[str, Any]:
                 path = [args.trl] if kind != "terrace" else []
                 path += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
                 environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
-                command = [sys.executable, script, *sys.argv[1:], "--run", kind, "--folder", name]
+                command = [sys.executable, script, *args.given, "--run", kind, "--folder", name]
                 done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
                 answers = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
                 if not answers:

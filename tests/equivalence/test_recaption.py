@@ -18,6 +18,7 @@ import pytest
 import torch
 from families import CONFIGS
 from PIL import Image
+from s3_server import ACCESS, serve_s3
 from towers import TOWERS
 from transformers import AutoImageProcessor, AutoTokenizer, Blip2ForImageTextRetrieval, CLIPModel
 
@@ -32,13 +33,15 @@ from terrace.evaluate.vectors import load_vector_model
 from terrace.families.registry import family_class
 from terrace.models.build import build_model, model_config
 from terrace.models.export import export_hf
+from terrace.recaption import models
 from terrace.recaption import run as recaption_run
 from terrace.recaption.captions import question
 from terrace.recaption.models import OpenModels, open_models
 from terrace.recipe.errors import RecipeError
 from terrace.recipe.loading import load_recipe
-from terrace.recipe.schema import Data, Model, Source
+from terrace.recipe.schema import Data, Model, Source, Storage
 from terrace.recipe.schema_recaption import Recaption
+from terrace.storage.s3 import s3
 
 TINY = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
 COLOURS = {"red": (230, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220)}
@@ -324,3 +327,50 @@ def loaded_inputs(loaded, pixels, facts):
 
     return family_of_model(loaded.network).inputs(pixels, facts)["pixel_values"]
 
+
+
+@pytest.mark.slow
+def test_shards_go_to_an_object_store_and_a_kill_on_the_way_changes_nothing(world, monkeypatch):
+    """To a store that fails requests now and then: the same files as in a folder, each the same bytes."""
+    folder, fake = world
+    options = {"filter": str(folder), "threshold": 0.5}
+    recaption_run.run(job_of(folder, "whole", **options))
+    wanted = {name: value for name, value in digest(folder / "whole").items() if name != "recaption.json"}  # which names the folder
+    with serve_s3() as server:
+        for name, value in ACCESS.items():
+            monkeypatch.setenv(name, value)
+        storage = Storage(endpoint_url=server.url)
+        s3(storage).mkdir("bucket")
+        local = job_of(folder, **options)
+        job = replace(
+            local, wanted=local.wanted.model_copy(update={"out": "s3://bucket/deep/better"}),
+            data=local.data.model_copy(update={"storage": storage}),
+        )  # fmt: skip
+        server.fault = lambda number, method: 503 if number % 7 == 3 else None
+        for call in (2, 5, 9):  # after the mark of the settings, after a shard, between a shard and its receipt
+            process = multiprocessing.get_context("spawn").Process(target=killed_with_fakes, args=(job, call))
+            process.start()
+            process.join(120)
+            assert process.exitcode == -signal.SIGKILL
+        fake.asked.clear()
+        report = recaption_run.run(job)
+        assert 0 < len(fake.asked) < 19, "parts with a receipt ask nobody"
+        assert server.failed
+        server.fault = None
+        assert recaption_run.run(job) == report
+        root, store = "bucket/deep/better/", s3(storage)
+        found = {path.removeprefix(root): hashlib.sha256(store.cat_file(path)).hexdigest() for path in store.find(root)}
+        found.pop("recaption.json")
+        assert found == wanted
+        source = Source(uri="s3://bucket/deep/better/shards", kind="caption")
+        read = ingest_source("better", source, job.data.model_copy(update={"sources": {"better": source}}), folder / "read")
+        groups = [group for shard in read.shards for group in scan_shard(shard.uri, storage)]
+        assert len(groups) == sum(report["kept"].values())
+        assert all(group.refusal is None for group in groups)
+
+
+def killed_with_fakes(job: recaption_run.Job, call: int) -> None:
+    """In a process of its own, whose connections are its own: another run that dies before its `call`-th file."""
+    fake = Fake([])
+    models.open_models = lambda *_: OpenModels(fake.write, fake.judge)
+    killed_at(job, call)
