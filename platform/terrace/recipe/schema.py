@@ -101,7 +101,10 @@ class Parallel(Strict):
     nvme_path: str | None = Field(None, description="Local folder for `nvme` offload.")
     reshard_after_forward: bool = Field(True, description="FSDP: free gathered parameters between forward and backward.")
     hybrid_shard_size: int | None = Field(None, ge=1, description="FSDP: shard over this many ranks, replicate over the rest.")
-    sequence_parallel: int = Field(1, ge=1, description="Ranks that share one pack (Ulysses).")
+    sequence_parallel: int = Field(1, ge=1, description="Ranks that share one pack.")
+    sequence_exchange: Literal["heads", "ring"] = Field(
+        "heads", description="How they attend: all-to-all over heads (Ulysses), or keys and values around a ring, on any number of ranks."
+    )
 
 
 class Resources(Strict):
