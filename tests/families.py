@@ -127,6 +127,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "text_config": TEXT | {"model_type": "llama"}, "vision_config": TOWER | {"image_size": 56, "patch_size": 14},
         "qformer_config": Q_FORMER | {"vocab_size": VOCABULARY}, "num_query_tokens": 4,
     },
+    "llama_vid": {
+        "text_config": TEXT | {"model_type": "llama"}, "vision_config": TOWER | {"image_size": 56, "patch_size": 14},
+        "qformer_config": Q_FORMER | {"vocab_size": VOCABULARY}, "num_query_tokens": 4, "content_side": 2, "tie_word_embeddings": False,
+    },
     "llava": {
         "text_config": TEXT, "vision_config": TOWER | {"image_size": 56, "patch_size": 14}, "image_seq_length": 16,
     },
@@ -220,6 +224,7 @@ PIXELS: dict[str, Bounds] = {
     "qwen3_vl": (4_096, 40_000), "qwen3_vl_moe": (4_096, 40_000), "internvl": (3_136, 6 * 56 * 56), "minicpmv4_6": (12_544, 5 * 112 * 112),
     "idefics3": (3_136, 168 * 168), "smolvlm": (4_356, 198 * 198), "mistral3": (784, 140 * 140), "fuyu": (324, 162 * 288),
 }  # fmt: skip
+MIDDLE["llama_vid"] = MIDDLE["instructblip"]
 WORDS = ["How many circles are there? A red circle and 3 blue squares.\n", "USER: ASSISTANT: You are a helpful assistant. user system"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from adapted import ADAPTED, adapted_case, adapted_config
 from families import Case, case_of, conversation, pack_of, recipe_model
 from packs import tiny_recipe
 
@@ -25,9 +26,11 @@ def family_pack(case: Case, number: int, with_images: bool) -> PackedExample:
 
 
 def family_recipe(name: str, strategy: str) -> Recipe:
-    parts = {part: {"lr": 1e-3} for part in family_class(name).trainable()}
+    """Of a family, or of a model with adapters by their name."""
+    model = {"architecture": "terrace_vlm", "config": adapted_config(name)} if name in ADAPTED else recipe_model(name)
+    parts = {part: {"lr": 1e-3} for part in family_class(model["architecture"]).trainable()}
     return tiny_recipe(
-        model=recipe_model(name), train=parts, budget={"steps": STEPS}, batch={"packs": 2}, parallel={"strategy": strategy}
+        model=model, train=parts, budget={"steps": STEPS}, batch={"packs": 2}, parallel={"strategy": strategy}
     )
 
 
@@ -35,7 +38,8 @@ def train_families(rank: int, world_size: int, names: list[str], strategies: lis
     """Losses by (family, strategy). Every second step the pack of the second rank is text alone."""
     found = {}
     for name in names:
-        case = case_of(name, Path(folder) / f"tokenizers-{world_size}-{rank}")
+        tokenizers = Path(folder) / f"tokenizers-{world_size}-{rank}"
+        case = adapted_case(name, tokenizers) if name in ADAPTED else case_of(name, tokenizers)
 
         def stream(start: int, case: Case = case) -> Iterator[StepExamples]:
             for step in range(start, STEPS):

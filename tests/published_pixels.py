@@ -112,6 +112,7 @@ def _mllama(case: Case, image: np.ndarray) -> Rows:
 
 PROCESSORS: dict[str, Callable[[Case, np.ndarray], Rows]] = {
     "qwen2_vl": _patches, "qwen2_5_vl": _patches, "qwen3_vl": _patches, "qwen3_vl_moe": _patches, "llava": _llava, "terrace_vlm": _llava,
+    "llama_vid": _llava,
     "internvl": _internvl, "llava_next": _llava_next, "llava_onevision": _onevision, "minicpmv4_6": _minicpm, "idefics3": _idefics,
     "smolvlm": _idefics, "mllama": _mllama, "mistral3": _pixtral, "glm4v": _glm, "fuyu": _fuyu,
 }  # fmt: skip

@@ -104,7 +104,7 @@ def tiny_model(published: Model) -> dict[str, Any]:
     model = {"architecture": published.architecture, "config": shrunk(published.config or {}, small)}
     if published.connector is not None:
         model["connector"] = published.connector.model_dump(exclude_none=True, exclude_defaults=True)
-        few = {"queries": 9, "heads": 4, "width": 64, "layers": 2}
+        few = {"queries": 9, "heads": 4, "width": 64, "layers": 2, "every": 1}
         model["connector"] |= {key: few[key] for key in OPTIONS[published.connector.kind] if key in few}
     if published.init is not None and (taken := published.init.stages()):
         model["init"] = {part: f"{FROM_STAGE}{name}" for part, name in taken.items()}

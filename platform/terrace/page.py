@@ -41,7 +41,8 @@ th:first-child, td:first-child { text-align: left; padding-left: 0; }
 th i { display: inline-block; width: 9px; height: 9px; border-radius: 50%; margin-right: 7px; }
 footer { margin-top: 40px; color: var(--muted); font-size: 13px; }
 code { font: 13px ui-monospace, "SF Mono", Menlo, Consolas, monospace; }
-@media print { :root { color-scheme: light; --ink: #000; --muted: #555; --line: #ccc; --page: #fff; --panel: #fff; --soft: #eee;
+@media print { @page { margin: 12mm; } * { -webkit-print-color-adjust: exact; print-color-adjust: exact; }
+  :root { color-scheme: light; --ink: #000; --muted: #555; --line: #ccc; --page: #fff; --panel: #fff; --soft: #eee;
   --faint: #888; } main { max-width: none; padding: 0; } h2 { break-after: avoid; } .panel { overflow: visible; } }
 """
 

@@ -60,6 +60,16 @@ def small_model(attention: str = "auto") -> dict[str, Any]:
     return model_values(text, vision, tied=False, attention=attention)
 
 
+def middle_model(attention: str = "auto") -> dict[str, Any]:
+    """55 million parameters: a checkpoint of 0.66 GB."""
+    text = {
+        "vocab_size": 16_384, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8,
+        "num_attention_heads": 8, "num_key_value_heads": 2,
+    }  # fmt: skip
+    vision = {"depth": 6, "hidden_size": 256, "intermediate_size": 1024, "num_heads": 4, "fullatt_block_indexes": [5]}
+    return model_values(text, vision, tied=False, attention=attention)
+
+
 def tiny_model(attention: str = "auto") -> dict[str, Any]:
     """For tests of the benchmarks themselves."""
     text = {

@@ -1,4 +1,4 @@
-"""They learn: a tiny CLIP and SigLIP find the caption of a drawn scene, a masked autoencoder draws patches that it did not see."""
+"""They learn: a tiny CLIP, SigLIP and Q-Former find the caption of a drawn scene, a masked autoencoder draws what it did not see."""
 
 from __future__ import annotations
 
@@ -28,6 +28,13 @@ MODELS: dict[str, dict[str, Any]] = {
         **VISION, "patch_size": 8, "decoder_hidden_size": 64, "decoder_intermediate_size": 128, "decoder_num_hidden_layers": 2,
         "decoder_num_attention_heads": 4, "norm_pix_loss": True,
     },
+    "blip_2_matching": {
+        "vision_config": VISION, "text_config": {"model_type": "opt"}, "num_query_tokens": 8, "image_text_hidden_size": 64,
+        "qformer_config": {
+            **WIDTH, "num_hidden_layers": 2, "max_position_embeddings": 64, "encoder_hidden_size": 64, "use_qformer_text_input": True,
+            "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+        },
+    },
 }  # fmt: skip
 
 
@@ -37,7 +44,7 @@ def corpus(tmp_path_factory) -> Path:
 
 
 def train(corpus: Path, run_dir: Path, name: str, objective: str, steps: int) -> dict[str, dict[str, float]]:
-    parts = ("vision", "projector") if objective == "mae" else ("vision", "projector", "language")
+    parts = ("vision", "projector", "language") if objective in ("clip", "siglip") else ("vision", "projector")
     recipe = Recipe.model_validate({
         "name": "learn", "model": {"architecture": name, "config": MODELS[name]}, "tokenizer": {"train_vocabulary_size": 600},
         "data": {"sources": {"captions": {"uri": str(corpus / "captions.jsonl"), "holdout_samples": HELD_OUT}}},
@@ -53,11 +60,13 @@ def train(corpus: Path, run_dir: Path, name: str, objective: str, steps: int) ->
     return run_stage(recipe, 0, run_dir, 1, WorkerContext()).evaluation
 
 
-@pytest.mark.parametrize(("name", "r5"), [("clip", 0.5), ("siglip", 0.12)])
-def test_two_towers_find_the_caption_of_a_scene(name, r5, corpus, tmp_path):
+@pytest.mark.parametrize(("name", "objective", "r5"), [
+    ("clip", "clip", 0.5), ("siglip", "siglip", 0.12), ("blip_2_matching", "matching", 0.08),
+])  # fmt: skip
+def test_the_caption_of_a_scene_is_found(name, objective, r5, corpus, tmp_path):
     """Of 200 held-out pairs, chance finds one in 40 among the first five."""
     torch.set_num_threads(1)
-    after = train(corpus, tmp_path / "run", name, name, 120)["after"]
+    after = train(corpus, tmp_path / "run", name, objective, 120)["after"]
     print(name, json.dumps(after))
     assert after["caption/image_to_text_r5"] > r5
     assert after["caption/text_to_image_r5"] > r5

@@ -52,19 +52,23 @@ def hatched(rng: np.random.Generator) -> tuple[np.ndarray, int]:
     return (pixels + rng.normal(0, 8, pixels.shape)).clip(0, 255).astype(np.uint8), direction
 
 
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory) -> Path:
+def write_hatched(folder: Path, grey: bool) -> Path:
     """A folder of pictures to train on, and a suite of others with their directions."""
-    folder = tmp_path_factory.mktemp("hatched")
     rows = []
     for part, count in (("train", TRAINED), ("asked", ASKED)):
         (folder / part).mkdir()
         for number in range(count):
             pixels, direction = hatched(np.random.default_rng([part == "asked", number]))
-            Image.fromarray(pixels).save(folder / part / f"{number}.png")
+            picture = Image.fromarray(pixels)
+            (picture.convert("L").convert("RGB") if grey else picture).save(folder / part / f"{number}.png")
             rows += [{"image": f"asked/{number}.png", "caption": f"direction {direction}"}] if part == "asked" else []
     (folder / "directions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory) -> Path:
+    return write_hatched(tmp_path_factory.mktemp("hatched"), grey=False)
 
 
 def recipe_of(drawn: Path, objective: str, steps: int, lr: float, model: dict[str, Any], **stage: Any) -> Recipe:
@@ -114,3 +118,19 @@ def test_views_teach_the_direction_of_hatching(objective, drawn, tmp_path):
     recipe = recipe_of(drawn, objective, steps, lr, {"architecture": "vit", "config": TOWER}, **options)
     before, after = before_and_after(drawn, tmp_path, recipe)
     assert after["probe"] > before["probe"] + 0.2
+
+
+MASKED = {
+    **TOWER, "patch_size": 4, "decoder_hidden_size": 64, "decoder_intermediate_size": 128, "decoder_num_hidden_layers": 1,
+    "decoder_num_attention_heads": 4, "norm_pix_loss": True,
+}  # fmt: skip
+
+
+def test_features_of_a_masked_autoencoder_tell_the_direction(tmp_path):
+    """Of grey pictures: what it draws are colours too, and nearest neighbours go by them."""
+    (tmp_path / "grey").mkdir()
+    drawn = write_hatched(tmp_path / "grey", grey=True)
+    recipe = recipe_of(drawn, "mae", 300, 1.5e-3, {"architecture": "vit_mae", "config": MASKED})
+    before, after = before_and_after(drawn, tmp_path, recipe)
+    assert after["knn"] > before["knn"] + 0.15
+    assert after["probe"] > before["probe"] + 0.3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from adapted import ADAPTED
 from expert_steps import train_experts
 from families import NAMES, QUICK
 from family_ranks import STEPS, train_families
@@ -12,7 +13,7 @@ from processes import run_ranks
 
 SHARED = ("kimi_k25", "gemma3", "paligemma")  # whose attention is more than causal over heads of one width
 FIRST = [name for name in QUICK if name in ("qwen2_5_vl", "llava", "terrace_vlm")]  # merged, in rows and of parts: a guard each
-OTHERS = [name for name in NAMES if name not in FIRST]
+OTHERS = [name for name in NAMES if name not in FIRST] + [*ADAPTED]
 
 
 @pytest.mark.timeout(600)

@@ -121,6 +121,32 @@ def test_positions_and_rope_base_change_between_stages(tmp_path):
     assert weights_of(again, "02-changed") == weights_of(run_dir, "02-changed")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["blip_2", "gemma3", "idefics", "instructblip", "paligemma"])
+def test_towers_of_one_square_are_stretched_in_every_family_that_has_one(family, tmp_path):
+    """56 to 84 pixels: the plan's counts, what the changed stage begins with, and its steps."""
+    torch.set_num_threads(1)
+    write_rows(tmp_path)
+    recipe = recipe_of(tmp_path, {"interpolate_positions": 84}, CONFIGS[family], family)
+    assert check(recipe) == []
+    run_dir = tmp_path / "run"
+    prepare_data(recipe, run_dir, use_ray=False)
+    for number in range(2):
+        run_stage(recipe, number, run_dir, 1, WorkerContext())
+    seen, data = stage_data(recipe, 1, load_prepared(run_dir / "data"))
+    assert data.family.side == 84
+    before = Directory(run_dir / "stages" / "01-before" / "final")
+    config = model_config(seen.model, load_prepared(run_dir / "data").tokenizer())
+    model = build_model(seen.model, config, start=Path(before.path), changes=recipe.stages[1].model_changes)
+    [table] = [name for name, parameter in model.named_parameters() if tuple(parameter.shape) != tuple(before.shape(name))]
+    assert "position_embedding" in table
+    for name, parameter in model.named_parameters():
+        old = before.read(name)
+        assert torch.equal(parameter, stretched_positions(old, tuple(parameter.shape)) if name == table else old), name
+    counted = {part: sum(p.numel() for _, p in pairs) for part, pairs in part_parameters(model).items()}
+    assert parameter_counts(shape_of_config(config.to_dict(), family)) == counted
+
+
 def test_positions_are_stretched_by_bicubic_convolution_beside_other_tokens():
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(1 + 16, 6, generator=generator)

@@ -139,7 +139,7 @@ def test_ranks_and_every_objective_balance_alike(tmp_path, family):
     run_ranks(2, run_each, recipes, str(folder), timeout=800)
     for name, strategy in (("kto", "fsdp"), ("mpo", "zero3"), ("reward_model", "zero2")):
         same(figures_of(folder, f"{family}-{name}-{strategy}"), one[name][:-1])
-    for name in ("kto", "mpo", "reward_model"):
+    for name in ("kto", "mpo"):  # a reward model reads the last token of an answer, too
         assert one[name][0]["expert_tokens"] == one["simpo"][0]["expert_tokens"]
 
 

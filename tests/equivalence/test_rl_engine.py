@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from terrace.generation.copies import EngineOnCopy, lighten
+from terrace.errors import TerraceError
+from terrace.generation.copies import EngineOnCopy, empty_copy, lighten
 from terrace.generation.interface import Prompt, Response, Sampling, uniforms
 from terrace.generation.native import NativeEngine
 from terrace.generation.separate import as_bytes, from_bytes
@@ -221,6 +222,34 @@ def test_a_copy_in_the_engine_s_precision_says_what_the_model_says(model):
             assert a.tokens.tolist() == b.tokens.tolist()
             assert a.logprobs.tolist() == b.logprobs.tolist()
             assert set(b.versions.tolist()) == {3}
+
+
+def test_a_copy_beside_a_training_model_is_there_only_while_it_generates(model):
+    """Its memory is given back when it sleeps; made anew it says the same, and a hand-over that leaves a tensor out is refused."""
+    copy_of = empty_copy(model.config, "cpu", torch.float32)
+    use_shared_prompt_attention(copy_of, "sdpa_segments")
+    copied = EngineOnCopy(copy_of, NativeEngine(copy_of, FORBIDDEN, (), "cpu", "fp32"), stays=False)
+    sampling, held = Sampling(samples=2, max_tokens=8, seed=8), {}
+
+    def bytes_held() -> int:
+        return sum(parameter.untyped_storage().nbytes() for parameter in copy_of.parameters())
+
+    assert bytes_held() == 0
+    weights = {name: value.detach() for name, value in model.named_parameters()}
+    for version in (1, 2):
+        copied.update_weights(lambda: iter(weights.items()), version)
+        copied.wake()
+        assert bytes_held() == sum(4 * value.numel() for value in weights.values())
+        held[version] = copied.generate(PROMPTS, sampling)
+        copied.sleep()
+        assert bytes_held() == 0
+    expected = engine_of(model, stop=()).generate(PROMPTS, sampling)
+    for groups in held.values():
+        for one, other in zip(expected, groups, strict=True):
+            assert [a.tokens.tolist() for a in one] == [b.tokens.tolist() for b in other]
+            assert [a.logprobs.tolist() for a in one] == [b.logprobs.tolist() for b in other]
+    with pytest.raises(TerraceError, match=r"got no weights for 1 tensors, such as lm_head\.weight"):
+        copied.update_weights(lambda: ((name, value) for name, value in weights.items() if name != "lm_head.weight"), 3)
 
 
 def test_a_complete_group_is_handed_on_while_others_decode(model, monkeypatch):

@@ -192,6 +192,18 @@ def test_two_ranks_have_the_figures_of_one(folder, undisturbed, strategy):
             assert close(one[key], two[key], 1e-3), key
 
 
+@pytest.mark.slow
+def test_a_reference_in_shards_on_two_ranks_gives_the_kl_of_a_whole_one(folder):
+    options = {"kl_coefficient": 0.1, "updates_per_rollout": 2}
+    run(rl_recipe(folder, 2, options), folder, "kl-whole")
+    shards = rl_recipe(folder, 2, options, parallel={"strategy": "fsdp"}).model_dump(mode="json")
+    run_ranks(2, rl_stage.run_rank, shards, str(folder), "kl-shards")
+    for one, two in zip(figures_of(folder, "kl-whole"), figures_of(folder, "kl-shards"), strict=True):
+        for key in ("loss", "grad_norm", "kl"):
+            assert one[key] == pytest.approx(two[key], rel=1e-3, abs=1e-5), key
+    assert figures_of(folder, "kl-shards")[1]["kl"] > 0
+
+
 def test_told_to_stop_it_saves_and_goes_on(folder, undisturbed):
     with pytest.raises(Preempted):
         run(rl_recipe(folder, checkpoint={}), folder, "stopped", should_stop=lambda: "test")

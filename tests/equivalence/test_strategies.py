@@ -66,6 +66,8 @@ def assert_same_run(folder, reference, rtol: float, weight_tolerance: float) -> 
 
 def test_two_ranks_of_any_strategy_equal_one_process(tmp_path, reference):
     recipes = {name: two_stages(name).model_dump(mode="json") for name in ("ddp", *STRATEGIES)}
+    every_pack = {"strategy": "fsdp", "reduce_every_pack": True}
+    recipes["fsdp-every-pack"] = two_stages("fsdp", parallel=every_pack).model_dump(mode="json")
     run_ranks(2, train_each, recipes, str(tmp_path), timeout=600)
     for name in recipes:
         assert_same_run(tmp_path / name, reference, 1e-5, 1e-4)

@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.testing._internal.distributed import multi_threaded_pg as threaded
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,6 +33,11 @@ class Ledger:
     received: int = 0
     held: int = 0  # at most, at a time, of what was made meanwhile
     alive: dict[int, tuple[StorageWeakRef, int]] = field(default_factory=dict)
+
+    def left(self) -> int:
+        """What was made meanwhile and is still there, inside the block, as large as it is now: storages of gathered weights are emptied."""
+        there = (torch.UntypedStorage._new_with_weak_ptr(reference.cdata) for reference, _ in self.alive.values())
+        return sum(storage.nbytes() for storage in there if storage is not None)
 
 
 _LOCAL = threading.local()
@@ -69,7 +75,9 @@ class _Watch(TorchDispatchMode):
 
 
 def _on_host(values: Any) -> list[torch.Tensor]:
-    tensors = [leaf for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu"]
+    """The tensors among the values, and this rank's parts of those that are spread over ranks."""
+    leaves = (leaf._local_tensor if isinstance(leaf, DTensor) else leaf for leaf in tree_leaves(values))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.device.type == "cpu"]
     return [tensor for tensor in tensors if type(tensor) in (torch.Tensor, torch.nn.Parameter)]
 
 

@@ -22,24 +22,30 @@ from thread_ranks import run_threads
 Limit = tuple[float, float]  # what a rank may have at most: so many models of float32 divided by the ranks, and so many whole ones
 
 LIMITS: dict[tuple[str, str], Limit] = {  # by action and what is counted; three tensors of the model's size are checked and then read
-    ("start", "read"): (1.05, 0), ("start", "received"): (0.01, 0), ("start", "written"): (0, 0), ("start", "held"): (1.05, 0),
+    ("start", "read"): (1.05, 0), ("start", "received"): (0.01, 0), ("start", "written"): (0, 0), ("start", "held"): (2.1, 0),
     ("save", "read"): (0, 0), ("save", "received"): (0.01, 0), ("save", "written"): (3.1, 0), ("save", "held"): (3.05, 0),
-    ("resume", "read"): (6.1, 0), ("resume", "received"): (0.01, 0), ("resume", "written"): (0, 0), ("resume", "held"): (2.1, 0),
+    ("resume", "read"): (6.1, 0), ("resume", "received"): (0.01, 0), ("resume", "written"): (0, 0), ("resume", "held"): (3.05, 0),
+    ("generate", "held"): (0, 1.05), ("train after", "held"): (0, 0),  # a rollout engine's own weights, while it generates and after
     ("export", "read"): (0, 0), ("export", "received"): (1.3, 0), ("export", "written"): (1.3, 0), ("export", "held"): (1.3, 0),
 }
 _WEIGHTS_WHOLE = {  # ranks hold whole weights; DeepSpeed makes the rest of the state when it starts
     ("start", "received"): (0.0, 2.1), ("start", "held"): (4.1, 1.1), ("resume", "received"): (0.0, 1.1),
 }
+_REFERENCE_IN_SHARDS = {("reference", "read"): (1.05, 0), ("reference", "held"): (1.05, 0), ("reference", "received"): (0, 1.05)}
 OWN_LIMITS: dict[str, dict[tuple[str, str], Limit]] = {
-    "fsdp": {},
+    "fsdp": {("accumulate", "held"): (0, 1.05), **_REFERENCE_IN_SHARDS},  # whole gradients, until the last pack of a step
+    "fsdp-every-pack": {("accumulate", "held"): (1.05, 0), **_REFERENCE_IN_SHARDS},
     "ddp": {  # whole moments as well
         ("start", "received"): (0.0, 2.1), ("start", "held"): (0.0, 2.1),
         ("resume", "received"): (0.0, 3.1), ("resume", "held"): (0.0, 2.5),
+        ("reference", "read"): (1.05, 0), ("reference", "held"): (0, 1.05),
     },
     "zero1": _WEIGHTS_WHOLE, "zero2": _WEIGHTS_WHOLE,
-    "zero3": {("start", "received"): (0.0, 3.1), ("start", "held"): (5.2, 0.0)},  # block by block, of which each rank keeps its part
+    "zero3": {  # block by block, of which each rank keeps its part
+        ("start", "received"): (0.0, 3.1), ("start", "held"): (5.2, 0.0), **_REFERENCE_IN_SHARDS,
+    },
 }  # fmt: skip
-ACTIONS = ("start", "save", "resume", "export")
+ACTIONS = ("start", "reference", "accumulate", "generate", "train after", "save", "resume", "export")
 
 
 @dataclass
@@ -64,7 +70,10 @@ def model_of(width: int) -> dict[str, Any]:
 
 
 def recipe_of(strategy: str, width: int) -> Any:
-    return tiny_recipe(model=model_of(width), parallel={"strategy": strategy}, batch={"packs": 64})
+    """`strategy`, which may end in `-every-pack`."""
+    name, _, every = strategy.partition("-")
+    parallel = {"strategy": name, **({"reduce_every_pack": True} if every else {})}
+    return tiny_recipe(model=model_of(width), parallel=parallel, batch={"packs": 64})
 
 
 def start_directory(strategy: str, width: int, folder: Path) -> list[int]:
@@ -81,8 +90,11 @@ def start_directory(strategy: str, width: int, folder: Path) -> list[int]:
 
 def one_rank(rank: int, ranks: int, strategy: str, width: int, folder: str) -> dict[str, Ledger]:
     """What one rank does, with `instruments` there: start, one step, save, resume, export."""
+    from terrace.generation.copies import EngineOnCopy, empty_copy
+    from terrace.generation.native import NativeEngine
     from terrace.models.batch import to_device
-    from terrace.models.build import model_config
+    from terrace.models.build import meta_model, model_config
+    from terrace.models.weights import initial_weights
     from terrace.objectives.lm import summed_loss
     from terrace.recipe.schema import Checkpoint
     from terrace.storage.run_storage import OnThisDisk
@@ -100,9 +112,29 @@ def one_rank(rank: int, ranks: int, strategy: str, width: int, folder: str) -> d
         made = prepare_strategy(recipe.model, recipe.stages[0], config, context, loss, place / "start")
     random = np.random.default_rng(rank)
     batch = to_device(pack_segments(rank, [segment(random, 20, [(2, 2)])]), "cpu", torch.float32)
+    with counted(ledgers["reference"]) as own:  # of a KL term
+        skeleton = meta_model(config)
+        reference = made.frozen(skeleton, initial_weights(recipe.model, skeleton, place / "start")[0], loss)
+        reference(batch)
+        dist.barrier()
+        own.held = own.left()
+    if not strategy.startswith("zero"):  # which reduces at every pack, or keeps whole gradients
+        with counted(ledgers["accumulate"]) as own:
+            made.accumulate(batch, 1e-2, last=False)
+            dist.barrier()  # what a collective of threads exchanges is let go of when the next one ends
+            own.held = own.left()
     made.accumulate(batch, 1e-2, last=True)
     made.clip(None)
     made.step([1e-3] * len(made._groups if strategy.startswith("zero") else made._optimizers._groups))
+    if not strategy.startswith("zero"):
+        with counted(ledgers["generate"]) as own:
+            model = empty_copy(config, "cpu", torch.float32)
+            engine = EngineOnCopy(model, NativeEngine(model, (), (), "cpu", "fp32"), stays=False)
+            engine.update_weights(lambda: made.tensors("weights"))
+            dist.barrier()
+            own.held = own.left()
+            engine.sleep()
+            ledgers["train after"].held = own.left()
     writer = CheckpointWriter(place / "checkpoints", Checkpoint(), context, 1, storage)
     dist.barrier()
     with counted(ledgers["save"]):

@@ -67,6 +67,14 @@ def test_success_hands_the_weights_over_to_the_next_stage():
     assert actions[-1] == Launch(1, "stage-b", 1)
 
 
+def test_the_next_stage_waits_until_the_processes_of_the_last_one_are_gone():
+    """It has succeeded, and something of it still runs: the next stage would meet it on its GPUs."""
+    (waiting,) = step(tiny_recipe(2), started(), seen("succeeded", live=True, result=RESULT), NOW)
+    assert isinstance(waiting, Wait)
+    assert "ending" in waiting.reason
+    assert events_of(step(tiny_recipe(2), started(), seen("succeeded", live=False, result=RESULT), NOW)) == ["stage_completed"]
+
+
 def test_no_attempt_starts_while_an_older_one_may_still_write():
     actions = step(tiny_recipe(1), started(failed("program")), Observation(live=(("stage-a", 1),)), NOW + 10)
     assert actions == [Stop(0, "stage-a", 1, "the attempt is over", force=True), actions[1]]

@@ -16,6 +16,8 @@ import pytest
 from data_reading import FAMILY, Reading
 from PIL import Image
 
+from terrace.data.order.eligible import Fitting
+from terrace.data.order.stored import stored_source
 from terrace.data.sources import readers, shard_walk
 from terrace.data.tokenizer import train_tokenizer
 from terrace.errors import InputError
@@ -23,6 +25,7 @@ from terrace.recipe.schema import Source
 from terrace.storage.files import list_files
 from terrace.storage.s3 import DEFAULT_STORAGE
 
+PIXELS = (784, 401_408)
 HI = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
 
 
@@ -330,3 +333,20 @@ def test_links_on_disk_and_foreign_addresses(read, tmp_path: Path, tokenizer) ->
     for address in ("gs://bucket/rows.jsonl", "https://x.org/rows.jsonl", "hf://data"):
         with pytest.raises(InputError, match="fetch them first"):
             list_files(Source(uri=address).uri, DEFAULT_STORAGE)
+
+
+def test_a_sample_with_more_visual_tokens_than_a_pack_may_have_is_refused(tmp_path: Path, tokenizer) -> None:
+    """Though its text and pictures together are shorter than the sequence: one sample alone would fill the vision tower's memory."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    sides = (56, 112, 224)  # 4, 16 and 64 visual tokens
+    for side in sides:
+        Image.new("RGB", (side, side), "red").save(folder / f"{side}.png")
+    rows = [json.dumps({"image": f"{side}.png", "text": "A red square."}) for side in sides]
+    (folder / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    found = Reading(folder / "rows.jsonl", tmp_path / "out", tokenizer, kind="caption")
+    assert found.index is not None
+    assert sorted(found.index.visual_tokens(PIXELS).tolist()) == [4, 16, 64]
+    for limit, kept in ((None, 3), (64, 3), (63, 2), (15, 1), (3, 0)):
+        made = stored_source("s", Source(uri="x", kind="caption"), found.index, Fitting(PIXELS, 1024, limit))
+        assert (made.count, made.changes.get("refused", 0)) == (kept, 3 - kept), limit

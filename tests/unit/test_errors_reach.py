@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from terrace import cli
 from terrace.cluster.attempt_files import write_outcome
 from terrace.cluster.attempt_outcome import outcome
 from terrace.cluster.start_ray import require_answer
-from terrace.errors import DamagedData, InputError
+from terrace.errors import DamagedData, InputError, Preempted
 from terrace.models.build import model_config
 from terrace.recipe.schema import Model
 
@@ -85,6 +88,29 @@ def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
     for directory, words in ((tmp_path / "none", "there is no such folder"), (tmp_path, r"no config\.json in it")):
         with pytest.raises(InputError, match=rf"model\.pretrained: .*{words}"):
             model_config(Model(architecture="qwen2_vl", pretrained=str(directory)))
+
+
+def test_a_signal_while_ray_starts_is_a_stop_on_request():
+    """Ray's own handler ends the process with status 15 and without a word."""
+    from terrace.cluster.start_ray import _own_signal_handlers
+
+    def starts() -> None:
+        with _own_signal_handlers():
+            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+
+    def ends() -> None:
+        with _own_signal_handlers():
+            sys.exit(3)
+
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted, match="the same command continues") as raised:
+        starts()
+    assert raised.value.exit_status == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    with pytest.raises(SystemExit):
+        ends()
 
 
 def test_places_that_cannot_be_written_are_named(tmp_path, monkeypatch, capsys):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +14,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from fakes import tiny_recipe
 
-from terrace.cluster import ray_jobs
+from terrace.cluster import heartbeat, ray_jobs, seen
 from terrace.cluster.attempt import LaunchRequest
 from terrace.cluster.attempt_files import Fenced, claim_attempt, read_json
+from terrace.cluster.attempt_outcome import progress_time
 from terrace.cluster.local_worker import reporter
 from terrace.cluster.ray_jobs import ClusterUnreachable, RayJobsLauncher
 
@@ -80,3 +83,39 @@ def test_an_overtaken_attempt_does_not_overwrite_the_newer_ones_progress(tmp_pat
     with pytest.raises(Fenced, match="attempt 2"):
         old({"step": 4}, None)
     assert read_json(tmp_path / "progress.json")["step"] == 5
+
+
+@pytest.mark.parametrize("skew", [0.0, -3600.0, 3600.0], ids=["same", "behind", "ahead"])
+def test_another_machine_s_clock_decides_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skew: float):
+    """A worker lives as long as its heartbeat changes here, and progress counts from the change that was seen, whatever its clock says."""
+    now = 1_000_000.0
+    monkeypatch.setattr(seen.time, "time", lambda: now)
+    alive = tmp_path / "stages" / "01-a" / "attempts" / "001" / "alive-0000.json"
+    alive.parent.mkdir(parents=True)
+    worker = {"stage": "a", "attempt": 1, "rank": 0, "host": "elsewhere", "pid": 1, "started": 0.0, "node_id": ""}
+    alive.write_text(json.dumps(worker))
+    metrics = tmp_path / "stages" / "01-a" / "metrics.jsonl"
+    metrics.write_text("{}")
+    for file in (alive, metrics):
+        os.utime(file, (now + skew, now + skew))
+
+    def lives() -> bool:
+        return bool(heartbeat.live_processes(tmp_path))
+
+    assert lives()
+    assert progress_time(metrics.parent) == now
+    now += heartbeat.DEAD_AFTER_SECONDS - 1
+    assert lives()
+    os.utime(alive, (now + skew, now + skew))  # it beats
+    assert lives()
+    now += heartbeat.DEAD_AFTER_SECONDS - 1
+    assert lives()
+    now += 2
+    assert not lives()
+    assert progress_time(metrics.parent) == 1_000_000.0
+    os.utime(metrics, (now + skew, now + skew))
+    assert progress_time(metrics.parent) == now
+    alive.unlink()
+    metrics.unlink()
+    assert not lives()
+    assert progress_time(metrics.parent) is None

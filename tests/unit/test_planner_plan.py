@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -15,11 +16,13 @@ from terrace.errors import InputError
 from terrace.planner.data_facts import SampleMeans, SourceFacts
 from terrace.planner.gpus import GPUS, find_gpu
 from terrace.planner.memory import stage_memory, worst_pack
+from terrace.planner.parameters import part_sizes
 from terrace.planner.plan import StagePlan, make_plan, workers_for
 from terrace.planner.render import plan_values
 from terrace.planner.shapes import model_shape
 from terrace.recipe.loading import load_recipe
 from terrace.recipe.schema import Planning
+from terrace.recipe.schema_grpo import OverlapOptions
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 MIMO = REPOSITORY / "jobs" / "recipes" / "mimo-vl-7b.yaml"
@@ -67,6 +70,53 @@ def test_bytes_per_parameter_of_each_strategy(strategy: str, packs: int, bytes_p
     memory = stage_memory(model_shape(recipe), stage, 8, worst_pack(stage, True))
     held = memory.weights + memory.gradients + memory.optimizer
     assert held == pytest.approx(bytes_per_parameter * 8_306_217_216, rel=1e-6)
+
+
+@pytest.mark.parametrize(("gpu", "asked", "every_pack", "fits"), [
+    ("h100-80gb", None, False, True), ("l40s-48gb", None, True, True),
+    ("l40s-48gb", "false", False, False), ("h100-80gb", "true", True, True),
+])  # fmt: skip
+def test_gradients_are_reduced_at_every_pack_where_whole_ones_do_not_fit(gpu: str, asked: str | None, every_pack: bool, fits: bool) -> None:
+    changes = ["stages.2.parallel.strategy=fsdp", "stages.2.batch.packs=16", "stages.2.resources.workers=8"]
+    changes += [f"stages.2.parallel.reduce_every_pack={asked}"] if asked else []
+    changes += ["stages.2.train.language.activation_checkpointing=true", "stages.2.train.vision.activation_checkpointing=true"]
+    plan = make_plan(load_recipe(MIMO, changes), gpu=gpu, gpus=8)
+    stage, values = plan.stages[2], plan_values(plan)["stages"][2]
+    assert (values["reduce_every_pack"], values["fits"]) == (every_pack, fits)
+    assert values["memory_per_gpu_bytes"]["gradients"] == pytest.approx(4 * 8_306_217_216 / (8 if every_pack else 1), rel=1e-6)
+    assert any("reduced at every pack" in note for note in stage.notes) == every_pack
+    if not fits:
+        assert stage.changes[0].overrides == ["parallel.reduce_every_pack=true"]
+    for one in plan.stages[:2]:
+        assert not any("every pack" in note for note in one.notes)  # other strategies have nothing to choose
+
+
+def test_second_models_of_reinforcement_learning_are_planned() -> None:
+    """A reference is divided where weights are; an engine's copy counts in a step only where it generates meanwhile."""
+    recipe = load_recipe(REPOSITORY / "jobs" / "recipes" / "mimo-vl-7b-rl.yaml")
+    shape, (number, stage) = model_shape(recipe), next((n, s) for n, s in enumerate(recipe.stages) if s.objective == "grpo")
+    assert stage.grpo is not None
+
+    def weights(strategy: str, **grpo: Any) -> float:
+        plain = {"engine": "native", "placement": "colocated", "overlap": None, "kl_coefficient": 0.0}
+        options = stage.grpo.model_copy(update={**plain, **grpo})
+        parallel = stage.parallel.model_copy(update={"strategy": strategy})
+        changed = stage.model_copy(update={"grpo": options, "parallel": parallel})
+        notes.append(make_plan(recipe.model_copy(update={"stages": [*recipe.stages[:number], changed]}), gpus=8).stages[number].notes)
+        return stage_memory(shape, changed, 8, worst_pack(changed, True)).weights
+
+    notes: list[list[str]] = []
+    whole = sum(size.total for size in part_sizes(shape).values())
+    for strategy, held in (("fsdp", 4 * whole / 8), ("zero3", 4 * whole / 8), ("ddp", 4 * whole), ("zero2", 4 * whole)):
+        assert weights(strategy, kl_coefficient=0.1) - weights(strategy) == pytest.approx(held)
+    copy = weights("fsdp", overlap=OverlapOptions()) - weights("fsdp")
+    assert 2 * whole < copy < 4 * whole
+    said = [" ".join(one) for one in notes]
+    assert "GiB of weights in each while it generates" in said[0]
+    assert "no copy" in said[4]  # ddp decodes with what it trains
+    assert "GiB of weights in each always" in said[-2]
+    weights("fsdp", placement="separate")
+    assert "GiB of weights in each always" in " ".join(notes[-1])
 
 
 def test_frozen_parts_cost_neither_gradients_nor_optimizer() -> None:

@@ -58,6 +58,7 @@ REFUSED = [
      "stages.0.parallel.offload_parameters", "zero3 only"),
     (["stages.0.parallel.nvme_path=/d"], "stages.0.parallel.nvme_path", "nothing is offloaded"),
     (["stages.0.parallel.hybrid_shard_size=1"], "stages.0.parallel.hybrid_shard_size", "option of fsdp"),
+    (["stages.0.parallel.reduce_every_pack=true"], "stages.0.parallel.reduce_every_pack", "option of fsdp"),
     (["stages.0.parallel.reshard_after_forward=false"], "stages.0.parallel.reshard_after_forward", "option of fsdp"),
     (["stages.0.parallel={strategy: fsdp, hybrid_shard_size: 3}", "stages.0.resources.workers=4"],
      "stages.0.parallel.hybrid_shard_size", "does not divide 4"),

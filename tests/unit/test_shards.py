@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from thread_ranks import run_threads
 
-from terrace.cluster.local import process_group_backend
+from terrace.cluster.local_worker import process_group_backend
 from terrace.models.tensor_files import Stretch, TensorFile
 from terrace.models.tensor_writing import save_file
 from terrace.recipe.schema import Stage

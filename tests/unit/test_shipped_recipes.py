@@ -96,6 +96,26 @@ def test_a_further_block_of_mimo_has_the_published_parameters() -> None:
     assert head_parameters(model_shape(recipe), Stage.model_validate(stage)) == 210_790_400
 
 
+# What a stage trains where that is less than its parts: (recipe, stage, figure, share that the statement leaves open).
+TRAINED = [
+    ("lavin-7b", 0, 3.8e6, 0.05 / 3.8),  # "3.8M"
+    ("lavin-13b", 0, 5.4e6, 0.05 / 5.4),  # "5.4M"
+    # Four windows in 48 blocks: query, key and value from 16 numbers; the output from 16; beside the feed-forward from 32; three factors.
+    # With the resampler and the language model, all of which train.
+    ("monkey-9b", 0, 48 * 4 * (16 * (1664 + 3 * 1664) + 16 * 2 * 1664 + 32 * 2 * 1664 + 3) + 75_005_952 + 7_721_324_544, 0),
+    # Projections between queries, patches and tokens, and the MLP; from 768 and 1408 numbers to 4096.
+    ("llama-vid-7b", 0, 769 * 1408 + 1409 * 1408 + 2 * 1409 * 4096 + 4097 * 4096, 0),
+]
+
+
+@pytest.mark.parametrize(("name", "index", "stated", "open_share"), TRAINED)
+def test_a_stage_trains_as_many_parameters_as_its_source_states(name: str, index: int, stated: float, open_share: float) -> None:
+    seen = stage_recipe(load_recipe(name), index)
+    stage = seen.stages[index]
+    shape = with_adapters(model_shape(seen), stage, seen.model.model_copy(update={"init": None}))
+    assert sum(trainable_counts(shape, stage).values()) == pytest.approx(stated, rel=open_share, abs=0)
+
+
 def test_the_plan_of_llava_13b_is_near_the_hours_that_it_took() -> None:
     """5.5 and 20 hours on eight A100 as published; the plan assumes a share of the peak, so half to one and a half is near."""
     hours = [stage["hours"] for stage in plan_values(make_plan(load_recipe("llava-1.5-13b")))["stages"]]
@@ -128,6 +148,7 @@ def test_the_table_of_recipes_is_current() -> None:
 
 # Of the field's history, by the first words of a row; LLaVA-1.5 is LLaVA, too.
 SYSTEMS = (
+    "LaVIN", "LLaMA-VID",
     "BLIP-2", "Chameleon", "CogVLM", "Flamingo", "InstructBLIP", "InternLM-XComposer", "InternVL-1.5", "InternVL-2.5", "Kimi-VL",
     "Llama-3.2-Vision", "LLaVA-1.5", "LLaVA-NeXT", "LLaVA-UHD", "LLaVAR", "MIMIC-IT", "MiMo-VL", "MiniCPM-Llama3-V-2.5", "MiniCPM-V-2.6",
     "MoE-LLaVA", "Monkey", "NExT-GPT", "Otter-", "OtterHD", "Qwen-VL", "Qwen2-VL", "Qwen2.5-VL", "Qwen3-VL", "SVIT", "UI-TARS", "Yi-VL",

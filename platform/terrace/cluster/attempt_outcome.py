@@ -7,6 +7,7 @@ from typing import Any
 
 from terrace.cluster.attempt import AttemptObservation, FailureKind
 from terrace.cluster.attempt_files import read_json, read_outcomes
+from terrace.cluster.seen import unchanged_since
 from terrace.track.follow import last_row
 
 
@@ -36,11 +37,11 @@ def stage_result(stage_dir: Path) -> dict[str, Any] | None:
 
 
 def progress_time(stage_dir: Path) -> float | None:
-    """The newest write by the trainer that only progress causes: a step, a report, a checkpoint."""
+    """When this process last saw a write by the trainer that only progress causes: a step, a report, a checkpoint."""
     times = []
     for name in ("metrics.jsonl", "progress.json", "checkpoints"):
         try:
-            times.append((stage_dir / name).stat().st_mtime)
+            times.append(unchanged_since(stage_dir / name))
         except FileNotFoundError:
             continue
     return max(times, default=None)

@@ -2,8 +2,8 @@
 
 A worker leaves `attempts/<NNN>/alive-<rank>.json` (host, process, Ray node) and touches it every two seconds until it
 ends. A controller that comes back after a crash thereby sees workers that outlived the one before, and waits for them
-or ends them before it starts others. On the same machine the process table decides; elsewhere a heartbeat older than
-20 seconds is a death.
+or ends them before it starts others. On the same machine the process table decides; elsewhere a heartbeat that this process has not
+seen change for 20 seconds of its own clock is a death.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 import psutil
 
 from terrace.cluster.attempt_files import read_json, write_atomic
+from terrace.cluster.seen import unchanged_since
 
 BEAT_SECONDS = 2.0
 DEAD_AFTER_SECONDS = 20.0
@@ -86,7 +87,7 @@ def _lives(process: WorkerProcess) -> bool:
     if process.host == socket.gethostname():
         return _same_process(process) is not None
     try:
-        return time.time() - process.path.stat().st_mtime < DEAD_AFTER_SECONDS
+        return time.time() - unchanged_since(process.path) < DEAD_AFTER_SECONDS
     except FileNotFoundError:
         return False
 

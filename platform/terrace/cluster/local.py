@@ -17,10 +17,10 @@ from terrace.cluster import attempt_files as files
 from terrace.cluster import attempt_outcome as outcomes
 from terrace.cluster.attempt import AttemptObservation, LaunchRequest
 from terrace.cluster.heartbeat import end_processes, live_processes
-from terrace.cluster.local_worker import run_worker
+from terrace.cluster.local_worker import process_group_backend, run_worker
 from terrace.cluster.start_ray import ray_lives, start_ray
 from terrace.errors import InputError
-from terrace.recipe.schema import Recipe, Stage
+from terrace.recipe.schema import Recipe
 from terrace.storage import mirror
 from terrace.storage.faults import StorageError
 from terrace.storage.run_layout import stage_directory
@@ -171,14 +171,6 @@ def _trainer(recipe: Recipe, request: LaunchRequest, run_stage: StageFunction) -
         ),
         torch_config=TorchConfig(backend=process_group_backend(stage), timeout_s=1800),
     )
-
-
-def process_group_backend(stage: Stage) -> str | None:
-    """What the workers' process group speaks; None: Ray's choice. FSDP whose shards lie on the host reduces the norm of its gradients
-    there, so that group serves both devices."""
-    parallel = stage.parallel
-    on_host = "cpu" in (parallel.offload_parameters, parallel.offload_optimizer)
-    return "cuda:nccl,cpu:gloo" if stage.resources.gpus_per_worker and parallel.strategy == "fsdp" and on_host else None
 
 
 def _ray_storage(run_dir: Path) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from terrace.cluster import stop_notice
 from terrace.cluster.attempt_log import log_to
 from terrace.cluster.heartbeat import Heartbeat
 from terrace.errors import Preempted, TerraceError
+from terrace.recipe.schema import Stage
 from terrace.storage import mirror
 from terrace.storage.run_layout import stage_directory
 
@@ -154,3 +155,11 @@ def _stop_watch(stage_dir: Path, attempt: int) -> Callable[[], str | None]:
         return reason
 
     return should_stop
+
+
+def process_group_backend(stage: Stage) -> str | None:
+    """What the workers' process group speaks; None: the launcher's choice. FSDP whose shards lie on the host reduces the norm of its
+    gradients there, so that group serves both devices."""
+    parallel = stage.parallel
+    on_host = "cpu" in (parallel.offload_parameters, parallel.offload_optimizer)
+    return "cuda:nccl,cpu:gloo" if stage.resources.gpus_per_worker and parallel.strategy == "fsdp" and on_host else None

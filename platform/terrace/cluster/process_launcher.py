@@ -1,7 +1,7 @@
 """The launcher for one machine without Ray: an attempt is one process per worker, all of them started by this one.
 
-It is `ranks_launcher` with this process in the place of torchrun: no cluster starts and no port is opened for orders. Ray's own
-processes cost a stage of a minute on two cores about half as much as its training.
+It is `ranks_launcher` with this process in the place of torchrun: no cluster starts and no port is opened for orders, and a
+stage begins after the seconds that importing takes.
 """
 
 from __future__ import annotations

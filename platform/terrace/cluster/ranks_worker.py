@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from terrace.cluster.attempt_files import write_outcome
-from terrace.cluster.local_worker import Surroundings, run_surrounded
+from terrace.cluster.local_worker import Surroundings, process_group_backend, run_surrounded
 from terrace.cluster.ranks import LOOK_SECONDS, SIGNALS, Ranks, deaf_to_signals, ordered, ranks_of, store_of
 from terrace.errors import InputError, TerraceError
 from terrace.recipe.schema import Recipe
@@ -145,7 +145,7 @@ def _joined(ranks: Ranks, workers: int, config: dict[str, Any], number: int) -> 
     client = dataclasses.replace(ranks, hosted=True)  # of the store that is there: rank 0's first process, or torchrun, has opened it
     store = dist.PrefixStore(f"attempt-{number}", store_of(client))
     dist.init_process_group(
-        "gloo" if device == "cpu" else "nccl", store=store, rank=ranks.rank, world_size=workers,
+        "gloo" if device == "cpu" else process_group_backend(stage) or "nccl", store=store, rank=ranks.rank, world_size=workers,
         timeout=datetime.timedelta(seconds=GROUP_SECONDS),
     )  # fmt: skip
     return Surroundings(ranks.rank, workers, ranks.local_rank, device)

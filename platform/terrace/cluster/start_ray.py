@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from terrace.errors import InputError
+from terrace.errors import InputError, Preempted
 from terrace.recipe.schema import Recipe
 
 ANSWER_SECONDS = 10.0  # that a cluster has to answer
@@ -86,13 +86,21 @@ def require_answer(address: str) -> None:
 
 @contextlib.contextmanager
 def _own_signal_handlers() -> Iterator[None]:
-    """Ray's core puts a handler below Python's that aborts the process on SIGTERM: what was asked for before is put back."""
+    """Ray ends the process with status 15 where SIGTERM reaches it while it starts, and its core puts a handler below Python's that
+    aborts on SIGTERM: what was asked for before is put back. Raises Preempted for a signal that came meanwhile."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
+    except SystemExit as error:
+        if error.code != signal.SIGTERM:
+            raise
+        import ray
+
+        ray.shutdown()
+        raise Preempted("told to stop while Ray was starting; the same command continues the run") from None
     finally:
         for number, handler in before.items():
             if handler is not None:

@@ -261,7 +261,7 @@ def _encode(
     asked: list[int] | None = None
     if family.reads_questions:
         pieces, question = itertools.tee(pieces)
-        asked = tokenizer.encode_question(_question(question, tokenizer, family, at_this_resolution))
+        asked = tokenizer.encode_question(_question(family.question(list(question)), tokenizer, family, at_this_resolution))
     for kind, value, flags in _joined(pieces, tokenizer, family, at_this_resolution):
         if kind == "text" and len(flags) > 1:
             tokens, offsets = tokenizer.encode_with_offsets(value)
@@ -296,11 +296,9 @@ def _encode(
     )
 
 
-def _question(pieces: Iterator[Piece], tokenizer: TextTokenizer, family: Family, render: Callable[[int, int, float], str]) -> str:
-    """The text in front of the first cut, which parts a question from its answer; empty for running text, which asks nothing."""
-    before = list(pieces)
-    cut = next((place for place, piece in enumerate(before) if piece[0] == "cut"), 0)
-    return "".join(value for kind, value, _ in _joined(iter(before[:cut]), tokenizer, family, render) if kind == "text")
+def _question(asked: Sequence[Piece], tokenizer: TextTokenizer, family: Family, render: Callable[[int, int, float], str]) -> str:
+    """The text of a question; empty for running text, which asks nothing."""
+    return "".join(value for kind, value, _ in _joined(iter(asked), tokenizer, family, render) if kind == "text")
 
 
 def _visual(start: int, value: dict[str, Any], views: Sequence[View], family: Family) -> tuple[Visual, View]:

@@ -29,7 +29,11 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder of .jsonl files to train on instead")
     parser.add_argument("--run-dir", type=Path, help="directory of the run (default: runs/demo, or runs/demo-<folder>)")
-    parser.add_argument("--dashboard", action="store_true", help="start Ray's dashboard too")
+    parser.add_argument(
+        "--launcher", choices=("local", "process"), default="local",
+        help="local: on a Ray that is started for it, as `terrace run` does (default); process: processes of this machine, less CPU time",
+    )  # fmt: skip
+    parser.add_argument("--dashboard", action="store_true", help="launcher local: start Ray's dashboard too")
     parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the recipe")
     parser.set_defaults(main=demo_command)
 
@@ -57,7 +61,7 @@ def demo_command(arguments: argparse.Namespace) -> int:
             shown.message(f"after {recipe.stages[stages - 1].name}: {in_short(results)}; pictures with answers: {page}")
 
         with Onlooker(recipe, run_dir, finished, shown.message):
-            outcome = run_with_launcher(recipe, run_dir, "local", dashboard=arguments.dashboard, display=shown)
+            outcome = run_with_launcher(recipe, run_dir, arguments.launcher, dashboard=arguments.dashboard, display=shown)
         if outcome.phase != "succeeded":
             print(outcome.message, file=sys.stderr)
             return outcome.exit_status

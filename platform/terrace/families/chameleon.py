@@ -132,6 +132,10 @@ class Chameleon(OneTile):
     # ------------------------------------------------------------ configuration
 
     @classmethod
+    def resized(cls, config: Mapping[str, Any], side: int) -> None:
+        """Its encoder is convolutions."""
+
+    @classmethod
     def shape(cls, config: Mapping[str, Any], vocabulary: int | None = None) -> ModelShape:
         family = cls.of(config)
         parameters, products = _encoder(config["vq_config"])

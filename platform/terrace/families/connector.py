@@ -15,6 +15,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {  # kind -> options that mean something t
     "pixel_shuffle_mlp": ("merge",),
     "resampler": ("queries", "heads", "positions", "output_projection"),
     "q_former": ("queries", "heads", "layers", "width"),
+    "class_tokens": ("every", "width"),
 }
 
 
@@ -23,10 +24,11 @@ class Connector(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
-    kind: Literal["linear", "mlp", "mlp_layer_norm", "pixel_shuffle_mlp", "resampler", "q_former"] = Field(
+    kind: Literal["linear", "mlp", "mlp_layer_norm", "pixel_shuffle_mlp", "resampler", "q_former", "class_tokens"] = Field(
         "mlp",
         description="`linear` (LLaVA), `mlp` with GELU (LLaVA-1.5), `mlp_layer_norm` (Yi-VL), `pixel_shuffle_mlp` (InternVL): one token per"
-        " patch, or per `merge`² patches; `resampler` (Qwen-VL, LLaVA-UHD, MiniCPM-V), `q_former` (BLIP-2): one token per query.",
+        " patch, or per `merge`² patches; `resampler` (Qwen-VL, LLaVA-UHD, MiniCPM-V), `q_former` (BLIP-2): one token per query;"
+        " `class_tokens` (LaVIN): the class token behind every few blocks of the tower, through a narrow MLP.",
     )
     layers: int = Field(
         2, ge=1, description="Linear layers of an MLP; layers of a Q-Former, which looks at the picture in every second one."
@@ -45,7 +47,8 @@ class Connector(BaseModel):
         description="A LayerNorm and a linear layer behind a resampler's attention: of the projector (MiniCPM-V), or counted, trained and"
         " frozen with the vision tower (Qwen-VL).",
     )
-    width: int = Field(768, ge=4, description="Width of a Q-Former.")
+    width: int = Field(768, ge=4, description="Width of a Q-Former, or inside the MLP of class_tokens.")
+    every: int = Field(4, ge=1, description="Blocks of the tower from one class token that is taken to the next (class_tokens).")
 
 
 def checked(config: Mapping[str, Any]) -> Connector | None:
@@ -67,7 +70,10 @@ def folded(value: Any) -> Any:
         connector = Connector.model_validate(given)
     except ValidationError:
         return value  # which the field, or the family's check of the configuration, will say
-    return {**value, "config": {**value["config"], "connector": connector.model_dump()}}
+    options = connector.model_dump()
+    if connector.kind != "class_tokens" and options["every"] == Connector.model_fields["every"].default:
+        del options["every"]  # came later: what runs and checkpoints have of other kinds stays as it was
+    return {**value, "config": {**value["config"], "connector": options}}
 
 
 def findings(connector: Connector, vision_width: int | None, width: int | None, across: int | None) -> Iterator[tuple[str, str]]:

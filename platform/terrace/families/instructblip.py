@@ -84,7 +84,8 @@ class InstructBlip(Blip2):
         vision, former, family = config["vision_config"], config["qformer_config"], cls.of(config)
         language = qwen_language(config, vocabulary, attention_biases=False)
         queries = q_former(former, vision["hidden_size"], family.patches + 1, family.tokens, language.width)
-        return ModelShape(tower_shape(vision, family), _reading({**FORMER_DEFAULTS, **former}, queries, family), language)
+        asked = reading({**FORMER_DEFAULTS, **former}, queries, family.tokens, cls.counted_question)
+        return ModelShape(tower_shape(vision, family), asked, language)
 
     @classmethod
     def check(cls, config: Mapping[str, Any], trained_tokenizer: bool) -> Iterator[Finding]:
@@ -94,11 +95,11 @@ class InstructBlip(Blip2):
             yield ("text_config", "model_type"), "must be llama: other decoders and encoder-decoders are not supported here"
 
 
-def _reading(former: Mapping[str, Any], pictures: ProjectorShape, family: InstructBlip) -> ProjectorShape:
-    """A Q-Former that also reads a question of `counted_question` tokens, with words, positions and a feed-forward of their own."""
-    width, inner, layers, words = former["hidden_size"], former["intermediate_size"], former["num_hidden_layers"], family.counted_question
+def reading(former: Mapping[str, Any], pictures: ProjectorShape, queries: int, words: int) -> ProjectorShape:
+    """A Q-Former that also reads a question of so many words, with embeddings, positions and a feed-forward of their own."""
+    width, inner, layers = former["hidden_size"], former["intermediate_size"], former["num_hidden_layers"]
     feed = 2 * width * inner + inner + width + 2 * width
-    share = words / family.tokens
+    share = words / queries
     # Every token of the question goes through self-attention and feed-forward, and meets the queries as they meet it.
     products = layers * (share * (4 * width * width + 2 * width * inner) + 2 * width * (words * (1 + share) + words))
     return replace(

@@ -148,6 +148,7 @@ class Family(ABC):
     text_fields: ClassVar[Mapping[str, str]] = {}  # further fields of `text_config` -> role
     flat: ClassVar[bool] = False  # the configuration holds the language model's fields itself, not in `text_config`
     crosses: ClassVar[bool] = False  # pictures stay beside the sequence, whose tokens read them by cross-attention
+    asks_kinds: ClassVar[bool] = False  # layers ask whether a token's sample has pictures; a conversation is then read again in each turn
     spare_rows: ClassVar[int] = 0  # of the embedding behind the vocabulary: marks that no answer has may stand there
     looks_ahead: ClassVar[bool] = False  # tokens of pictures or prompts see later ones: attention is not causal alone
     unshared: ClassVar[str] = ""  # why ranks cannot share a pack (sequence parallelism); empty: they can
@@ -218,6 +219,10 @@ class Family(ABC):
         """The facts of an image whose sample asks a question, as token ids."""
         return facts
 
+    def question(self, pieces: Sequence[Piece]) -> Sequence[Piece]:
+        """What a sample asks, of its pieces; this default: those before the first cut, which parts a question from its answer."""
+        return pieces[: next((place for place, piece in enumerate(pieces) if piece[0] == "cut"), 0)]
+
     def heading(self, number: int) -> Iterator[Piece]:
         """What stands in front of a sample's image `number`, counted from 0 in the order of the text."""
         yield from (("mark", role, False) for role in self.before)
@@ -227,10 +232,8 @@ class Family(ABC):
         return len(self.before)
 
     def written(self, view: View) -> Iterator[tuple[str, Any]]:
-        """What stands for an image between `before` and `after`: ("image", placeholders), ("mark", role) or ("inside", name).
-
-        `view.tokens` placeholders and `view.inner` other tokens.
-        """
+        """What stands for an image between `before` and `after`, `view.tokens` placeholders and `view.inner` other tokens:
+        ("image", placeholders), ("mark", role) or ("inside", name)."""
         yield "image", view.tokens
 
     @abstractmethod
@@ -238,10 +241,8 @@ class Family(ABC):
         """uint8 [rows, row_values] of a picture, written into `out` if that is given."""
 
     def pictures_of(self, rows: np.ndarray, facts: Sequence[int]) -> np.ndarray:
-        """The inverse, for looking at what the model sees: uint8 [frames, H, W, 3] of an image's (or video's) rows.
-
-        This default shows square tiles one by one.
-        """
+        """The inverse, for looking at what the model sees: uint8 [frames, H, W, 3] of an image's (or video's) rows; this default shows
+        square tiles one by one."""
         side = math.isqrt(self.row_values // 3)
         return np.ascontiguousarray(rows.reshape(-1, 3, side, side).transpose(0, 2, 3, 1))
 

@@ -70,6 +70,10 @@ class OneTile(Family):
     def token_grid(self, facts: Sequence[int]) -> tuple[int, int, int]:
         return 1, 1, self.tokens
 
+    @classmethod
+    def resized(cls, config: Mapping[str, Any], side: int) -> dict[str, Any]:
+        return {**config, "vision_config": {**config["vision_config"], "image_size": side}}
+
     def preprocessor(self, pixels: Bounds) -> dict[str, Any]:
         return {
             "image_processor_type": self.image_processor, "processor_class": self.processor_class, "do_resize": True, "do_rescale": True,

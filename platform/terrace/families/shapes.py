@@ -36,6 +36,7 @@ class VisionShape:
     merged_patches: int = 1
     merger_products: int = 0  # that merger's multiply-adds per patch, and how many keys a patch's attention sees in it
     merger_keys: int = 0
+    adapter_products: int = 0  # multiply-adds per row of a block, in adapters that are the model's own
     mask_keys: float = 0.0  # numbers per patch of a mask over the keys of a picture, which all blocks are given
 
     @property
@@ -121,6 +122,7 @@ class LanguageShape:
     rotary: bool = True  # positions turn queries and keys; else they are learned and added
     experts: ExpertsShape | None = None
     latent: LatentShape | None = None
+    adapter_products: int = 0  # multiply-adds per token of a layer, in adapters that are the model's own
     masked: bool = False  # attention with a mask over each sample, which keeps keys and values as few as they are
 
     def with_latent(self, latent: LatentShape, experts: ExpertsShape) -> LanguageShape:

@@ -1,9 +1,9 @@
 """A vision tower, a connector and a language model taken from different checkpoints: Qwen-VL, Yi-VL, LLaVA, InternVL from parts.
 
 `model.connector` says what stands between them, `image_layout` in the configuration how a picture becomes squares of the
-tower's size: `square` (stretched, Qwen-VL), `padded` (LLaVA, Yi-VL) or `tiles` in the nearest aspect ratio with a thumbnail
-(InternVL). Towers are CLIP's and SigLIP's, language models those with Llama's layout; the conversation is ChatML.
-Coordinates are thousandths of the picture, of the padded square under `padded`.
+tower's size: `square` (stretched, Qwen-VL), `padded` (LLaVA, Yi-VL), `tiles` in the nearest aspect ratio with a thumbnail
+(InternVL), or `windows`, always the same grid of them with an overview (Monkey). Towers are CLIP's and SigLIP's, language models
+those with Llama's layout; the conversation is ChatML. Coordinates are thousandths of the picture, of the padded square under `padded`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from terrace.errors import nearest
+from terrace.families import added
 from terrace.families.checks import complete, language_rules
 from terrace.families.connector import Connector, checked, findings
 from terrace.families.interface import Bounds, Costs, Family, Finding, Picture, View
@@ -27,8 +28,9 @@ from terrace.families.shapes import ExpertsShape, LanguageShape, ModelShape, Pro
 from terrace.families.squares import padded_coordinate, padded_coordinates
 from terrace.families.tiles import cut_tiles
 
-LAYOUTS = ("square", "padded", "tiles")
+LAYOUTS = ("square", "padded", "tiles", "windows")
 CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
+WINDOW_PROCESSOR, WINDOW_PROCESSOR_FILE = "WindowImageProcessor", "image_processing_windows"  # which goes into an export
 LANGUAGES = {"llama": False, "mistral": False, "qwen2": True, "qwen3": False}  # model type -> biases on query, key and value
 
 
@@ -44,18 +46,29 @@ class TerraceVlm(InternVL):
     output_in_tower: bool = False  # what stands behind the resampler's attention is a part of vision
     visual_expert: bool = False
     experts_per_token: int = 0  # of an upcycled language model
+    grid: tuple[int, int] = (1, 1)  # rows and columns of windows
+    modality_adapters: bool = False
     siglip: bool = False  # its own mean and deviation of pixels, no class token
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> TerraceVlm:
         vision = config.get("vision_config") or {}
         side, patch = vision.get("image_size", 224), vision.get("patch_size", 14)
-        connector = checked(config) or Connector()
+        connector, rows_columns = checked(config) or Connector(), config.get("window_grid") or (1, 1)
+        tokens = picture_tokens(connector, side // patch, vision.get("num_hidden_layers", 24))
         return cls(
-            side, picture_tokens(connector, side // patch), patch, config.get("image_layout", "square"),
+            side, tokens, patch, config.get("image_layout", "square"),
             connector.output_projection == "vision", bool(config.get("visual_expert")), (config.get("experts") or {}).get("per_token", 0),
-            vision.get("model_type", CLIP) == SIGLIP,
+            (rows_columns[0], rows_columns[-1]), config.get("modality_adapters") is not None, vision.get("model_type", CLIP) == SIGLIP,
         )  # fmt: skip
+
+    @property
+    def asks_kinds(self) -> bool:  # type: ignore[override]
+        return self.modality_adapters
+
+    @property
+    def unshared(self) -> str:  # type: ignore[override]
+        return "its modality_adapters ask for a token's whole sample" if self.modality_adapters else ""
 
     @property
     def mean(self) -> tuple[float, ...]:
@@ -72,7 +85,14 @@ class TerraceVlm(InternVL):
         return max(1, self.side * self.side // self.tokens)
 
     def most_tiles(self, most_pixels: int) -> int:
-        return super().most_tiles(most_pixels) if self.layout == "tiles" else 1
+        return super().most_tiles(most_pixels) if self.layout == "tiles" else math.prod(self.grid)
+
+    def view(self, width: int, height: int, pixels: Bounds) -> View:
+        if self.layout != "windows":
+            return super().view(width, height, pixels)
+        (rows, columns), squares = self.grid, math.prod(self.grid) + 1
+        size = (rows * self.side, columns * self.side)
+        return View(squares * self.tokens, squares, self.grid, size, (COORDINATE_SCALE, COORDINATE_SCALE))
 
     def pixels(self, picture: Picture, view: View, out: np.ndarray | None = None) -> np.ndarray:
         if self.layout != "padded":
@@ -118,8 +138,14 @@ class TerraceVlm(InternVL):
             experts = ExpertsShape(sparse["count"], sparse["per_token"], language.intermediate, dense_layers=dense)
             language = dataclasses.replace(language, experts=experts)
         width, inner, depth = vision["hidden_size"], vision["intermediate_size"], vision["num_hidden_layers"]
-        block, values, patches = clip_block(width, inner), 3 * family.patch**2, (family.side // family.patch) ** 2
-        idle, layer = idle_blocks(config), config.get("vision_feature_layer", -2)
+        added_here = added.modality_parameters(config, language.width)
+        language = dataclasses.replace(
+            language, layer_biases=language.layer_biases + added_here, adapter_products=added.modality_products(config, language.width),
+            other_biases=language.other_biases + (added.WAYS * language.width if added_here else 0),
+        )  # fmt: skip
+        block = clip_block(width, inner) + added.window_parameters(config, width) + added.modality_parameters(config, width)
+        values, patches = 3 * family.patch**2, (family.side // family.patch) ** 2
+        idle, layer = untaken_blocks(config), config.get("vision_feature_layer", -2)
         # SigLIP: a bias of the patches; CLIP: the class token, its position and a norm before the blocks. Both: a norm behind them.
         other = values * width + patches * width + 2 * width + (width if family.siglip else 4 * width)
         other += output_parameters(language.width) if family.output_in_tower else 0
@@ -128,6 +154,7 @@ class TerraceVlm(InternVL):
             VisionShape(
                 depth=depth, width=width, intermediate=inner, heads=vision["num_attention_heads"], gated=False, window=None,
                 full_blocks=depth, patch_values=values, patches_per_token=patches / family.tokens, block_parameters=block,
+                adapter_products=added.window_products(config, width) + added.modality_products(config, width),
                 other_parameters=other, extra_tokens=0 if family.siglip else 1, unused_parameters=idle * block + behind, idle_blocks=idle,
             ),
             projector_shape(checked(config) or Connector(), width, language.width, patches).plus(visual_expert(language, family)),
@@ -159,6 +186,7 @@ class TerraceVlm(InternVL):
             yield (*at, "image_size"), f"{vision['image_size']} is no multiple of patch_size {vision['patch_size']}"
         if vision["hidden_size"] % vision["num_attention_heads"]:
             yield (*at, "num_attention_heads"), f"{vision['num_attention_heads']} heads do not divide {vision['hidden_size']}"
+        yield from added.findings(config, config.get("image_layout", "square"))
         layer = config.get("vision_feature_layer", -2)
         if not isinstance(layer, int) or not -vision["num_hidden_layers"] <= layer <= -1:
             yield ("vision_feature_layer",), f"must be -1 (the tower's output) to -{vision['num_hidden_layers']}"
@@ -167,6 +195,8 @@ class TerraceVlm(InternVL):
             yield ("connector",), "needs `connector` with its kind, best written as model.connector"
             return
         width = text.get("hidden_size") if isinstance(text, dict) else None
+        if connector.kind == "class_tokens" and (vision.get("model_type", CLIP) != CLIP or connector.every > vision["num_hidden_layers"]):
+            yield ("connector", "kind"), f"class_tokens needs a clip_vision_model of {connector.every} blocks or more"
         across = vision["image_size"] // vision["patch_size"]
         for field, message in findings(connector, vision["hidden_size"], width if isinstance(width, int) else None, across):
             yield ("connector", field), message
@@ -190,6 +220,10 @@ class TerraceVlm(InternVL):
         del shared["processor_class"]
         if self.layout == "tiles":
             return shared
+        if self.layout == "windows":
+            code = {"AutoImageProcessor": f"{WINDOW_PROCESSOR_FILE}.{WINDOW_PROCESSOR}"}
+            kind = {"image_processor_type": WINDOW_PROCESSOR, "auto_map": code}
+            return {name: shared[name] for name in ("image_mean", "image_std", "size")} | {**kind, "window_grid": list(self.grid)}
         for name in ("crop_to_patches", "min_patches", "max_patches"):
             del shared[name]
         if self.layout == "padded":
@@ -204,11 +238,21 @@ class TerraceVlm(InternVL):
         return {}
 
 
-def picture_tokens(connector: Connector, across: int) -> int:
-    """Visual tokens of one square of `across` x `across` patches."""
+def picture_tokens(connector: Connector, across: int, blocks: int) -> int:
+    """Visual tokens of one square of `across` x `across` patches, through a tower of `blocks`."""
+    if connector.kind == "class_tokens":
+        return max(1, blocks // connector.every)
     if connector.kind in ("resampler", "q_former"):
         return connector.queries
     return (across // (connector.merge if connector.kind == "pixel_shuffle_mlp" else 1)) ** 2
+
+
+def untaken_blocks(config: Mapping[str, Any]) -> int:
+    """Blocks of the tower behind the last whose features are taken."""
+    connector = checked(config)
+    if connector is not None and connector.kind == "class_tokens":
+        return int(config["vision_config"]["num_hidden_layers"]) % connector.every
+    return idle_blocks(config)
 
 
 def visual_expert(language: LanguageShape, family: TerraceVlm) -> int:
@@ -234,6 +278,9 @@ def projector_shape(connector: Connector, vision: int, width: int, patches: int)
     if kind == "pixel_shuffle_mlp":
         merged = vision * connector.merge**2
         return ProjectorShape(2 * merged + merged * width + width * width + 2 * width, width * (merged + width), width)
+    if kind == "class_tokens":
+        inner = connector.width
+        return ProjectorShape(vision * inner + inner + inner * width + width, inner * (vision + width), inner)
     queries = connector.queries
     if kind == "resampler":
         parameters = queries * width + vision * width + 4 * width + 4 * (width * width + width)

@@ -147,26 +147,41 @@ class SharedPromptCache:
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None = None
     ) -> torch.Tensor:
         """query [1, H, R * n, D], key and value [1, K, R * n, D] of the new tokens -> [1, R * n, H, D]."""
-        rows, heads, kv_heads = len(self._lengths), query.shape[1], key.shape[1]
-        fed, share = query.shape[2] // rows, heads // kv_heads
+        rows = len(self._lengths)
+        fed = query.shape[2] // rows
+        query, key, value = (tensor[0].transpose(0, 1).unflatten(0, (rows, fed)) for tensor in (query, key, value))
+        return self._attend(layer, query, key, value, scale, window).flatten(0, 1)[None]
+
+    def attend_rows(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None = None
+    ) -> torch.Tensor:
+        """query [R, H, D], key and value [R, K, D] of one new token per row -> [R, H, D]."""
+        return self._attend(layer, query[:, None], key[:, None], value[:, None], scale, window)[:, 0]
+
+    def _attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, window: int | None
+    ) -> torch.Tensor:
+        """query [R, n, H, D], key and value [R, n, K, D] -> [R, n, H, D]."""
+        rows, fed, heads, size = query.shape
+        kv_heads = key.shape[2]
+        share = heads // kv_heads
         step = self._now(fed, key.device)
         own_key, own_value = self._with_room(layer, key, value, step.longest)
-        new = [tensor[0].transpose(0, 1).reshape(rows, fed, kv_heads, -1) for tensor in (key, value)]
         first, unseen = 0, None
         if step.length is not None:
-            own_key[:, :, step.length], own_value[:, :, step.length] = new[0][:, 0], new[1][:, 0]
+            own_key[:, :, step.length], own_value[:, :, step.length] = key[:, 0], value[:, 0]
             first = 0 if window is None else max(0, step.longest - window)
         else:
             which = torch.arange(rows, device=key.device)[:, None]
-            own_key[which, :, step.places], own_value[which, :, step.places] = new
+            own_key[which, :, step.places], own_value[which, :, step.places] = key, value
             unseen = step.unseen(window, share)
-        grouped = query[0].transpose(0, 1).reshape(rows, fed, kv_heads, share, -1).transpose(1, 2)
-        grouped = grouped.reshape(rows, kv_heads, fed * share, -1) * scale
+        grouped = (query * scale).view(rows, fed, kv_heads, share, size).transpose(1, 2)
+        grouped = grouped.reshape(rows, kv_heads, fed * share, size)
         own = _attended(grouped, own_key[:, :, first : step.longest], own_value[:, :, first : step.longest], unseen)
         prompt = self._to_prompts(layer, grouped, step, window)
         out = torch.lerp(prompt[0], own[0], torch.sigmoid(own[1] - prompt[1]))
         out = out.reshape(rows, kv_heads, fed, share, -1).transpose(1, 2)
-        return out.reshape(1, rows * fed, heads, -1).to(query.dtype)
+        return out.reshape(rows, fed, heads, -1).to(query.dtype)
 
     def _now(self, fed: int, device: torch.device) -> _Step:
         if self._step is None:
@@ -182,13 +197,12 @@ class SharedPromptCache:
         return self._step
 
     def _with_room(self, layer: int, key: torch.Tensor, value: torch.Tensor, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The response block of a layer with room for `longest` tokens."""
+        """The response block of a layer with room for `longest` tokens; key and value [R, n, K, D] of new ones."""
         if longest > self._room:
             self._room = max(ROOM, longest, 2 * self._room)
         pair = self._responses.get(layer)
         if pair is None or pair[0].shape[2] < longest:
-            rows, kv_heads = len(self._lengths), key.shape[1]
-            grown = tuple(tensor.new_zeros(rows, kv_heads, self._room, tensor.shape[3]) for tensor in (key, value))
+            grown = tuple(tensor.new_zeros(len(tensor), tensor.shape[2], self._room, tensor.shape[3]) for tensor in (key, value))
             for block, old in zip(grown, pair or ()):
                 block[:, :, : old.shape[2]] = old
             pair = self._responses[layer] = (grown[0], grown[1])

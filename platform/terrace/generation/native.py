@@ -35,6 +35,7 @@ from terrace.generation.sequences import Sequences
 from terrace.generation.turns import React, converse_again
 from terrace.generation.usage import Usage
 from terrace.models.batch import to_device
+from terrace.models.decode_step import DecodeStep, rotated_axes, usual
 from terrace.models.families.registry import family_of_model, output_layer
 from terrace.models.precision import DTYPES, compute_context
 from terrace.models.shared_prompt import Unit, decode_logits, units_hidden
@@ -62,6 +63,7 @@ class NativeEngine:
         self._gate = _Gate()
         self.version = 0  # of the weights: that of the last `replacing`
         self.usage = Usage()
+        self._step: DecodeStep | None = None
 
     def generate(
         self, prompts: Iterable[Prompt | None], sampling: Sampling, ready: GroupReady | None = None, heard: Heard | None = None,
@@ -71,6 +73,7 @@ class NativeEngine:
         told every token as it comes. Once `stop` says so, what is not complete is given up."""
         training = self._model.training
         self._model.eval()
+        self._step = (self._step or DecodeStep(self._model)) if usual(self._model) else None
         try:
             with torch.no_grad(), compute_context(self._precision, str(self._device)):
                 return self._continuous(iter(prompts), sampling, ready, heard, stop)
@@ -80,8 +83,9 @@ class NativeEngine:
     def converse(
         self, prompts: Sequence[Prompt], sampling: Sampling, react: React, done: Callable[[int, list[Response]], None]
     ) -> list[list[Response]]:
-        """See turns.converse: here nothing that was read once is read again, but where layers read pictures beside the text."""
-        if family_of_model(self._model).family.crosses:
+        """See turns.converse: here nothing that was read once is read again, but where layers read or ask for pictures."""
+        family = family_of_model(self._model).family
+        if family.crosses or family.asks_kinds:
             return converse_again(self, prompts, sampling, react, done)
         per_wave = max(1, self._max_rows // sampling.samples)
         training, dtype = self._model.training, DTYPES[self._precision]
@@ -143,17 +147,19 @@ class NativeEngine:
                 if first or state.free >= max(1, int(state.rows * REFILL_SHARE)):
                     self._refill(source, first, state, cache, sampling)
                     first = []
-                if not state.live.any() and source.empty and not state.waiting:
-                    break
-                if state.live.mean() <= 1 - COMPACT_SHARE and source.empty and not state.waiting:
-                    cache.keep_rows(state.keep_live())
-                if state.live.any():
-                    began, live = time.time(), int(state.live.sum())
-                    logits = self._decode(self._on_device(state.newest), self._on_device(state.positions), cache)
+                live = state.rows - state.free
+                if source.empty and not state.waiting:
+                    if not live:
+                        break
+                    if live <= (1 - COMPACT_SHARE) * state.rows:
+                        cache.keep_rows(state.keep_live())
+                if live:
+                    began = time.time()
+                    logits = self._decode(self._on_device(state.newest), state.positions, cache)
                     cache.advance()
                     self._sample(logits, np.arange(state.rows), state, cache, sampling)
                     self.usage.step(rows, live, began)
-            if not state.live.any():
+            if state.free == state.rows:
                 self.usage.end()
                 time.sleep(PAUSE)  # for the next prompt
         self.usage.end()
@@ -181,7 +187,7 @@ class NativeEngine:
     def _sample(self, logits: torch.Tensor, rows: np.ndarray, state: Sequences, cache: SharedPromptCache, sampling: Sampling) -> None:
         """The next token of each of these rows."""
         tokens, logprobs = sample_tokens(logits, self._on_device(state.draws(rows)), self._forbidden, sampling)
-        stopped = torch.isin(tokens, self._stop)
+        stopped = (tokens.unsqueeze(1) == self._stop).any(dim=1)
         ended = state.record(rows, tokens.cpu().numpy(), logprobs.cpu().numpy(), stopped.cpu().numpy(), self.version)
         if len(ended):
             cache.end(ended)
@@ -199,9 +205,12 @@ class NativeEngine:
         hidden = units_hidden(self._model, batch, units, kept)
         return hidden[self._on_device(example.segment_ends.astype(np.int64) - 1)], kept, units
 
-    def _decode(self, tokens: torch.Tensor, positions: torch.Tensor, cache: SharedPromptCache) -> torch.Tensor:
+    def _decode(self, tokens: torch.Tensor, positions: np.ndarray, cache: SharedPromptCache) -> torch.Tensor:
         """Logits float32 [A, V] after one more token of each of the A rows; positions [P, A]."""
-        return decode_logits(self._model, tokens, positions, cache)
+        axes = rotated_axes(positions)
+        if self._step is not None and axes is not None:
+            return self._step.logits(tokens, axes, cache)
+        return decode_logits(self._model, tokens, self._on_device(positions), cache)
 
 
 class _Source:

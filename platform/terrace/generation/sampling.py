@@ -15,15 +15,14 @@ def sample_tokens(
     logits = logits.index_fill(1, forbidden, float("-inf")) if len(forbidden) else logits
     if sampling.temperature == 0:
         tokens = logits.argmax(dim=1)
-    else:
-        probabilities = torch.softmax(logits.double() / sampling.scale, dim=1)
-        if sampling.top_p < 1:
-            probabilities = nucleus(probabilities, sampling.top_p)
-        cumulative = probabilities.cumsum(dim=1)
-        # Just below 1, so that rounding never points behind the last token that has any probability.
-        wanted = draws * (1 - 1e-12) * cumulative[:, -1]
-        tokens = torch.searchsorted(cumulative, wanted.unsqueeze(1), right=True).squeeze(1)
-    return tokens, token_logprobs(logits, tokens, sampling.scale)
+        return tokens, token_logprobs(logits, tokens, sampling.scale)
+    probabilities = torch.softmax(logits if sampling.scale == 1.0 else logits / sampling.scale, dim=1)
+    offered = nucleus(probabilities.double(), sampling.top_p) if sampling.top_p < 1 else probabilities
+    cumulative = offered.cumsum(dim=1, dtype=torch.float64)
+    # Just below 1, so that rounding never points behind the last token that has any probability.
+    wanted = draws * (1 - 1e-12) * cumulative[:, -1]
+    tokens = torch.searchsorted(cumulative, wanted.unsqueeze(1), right=True)
+    return tokens.squeeze(1), probabilities.gather(1, tokens).squeeze(1).log()
 
 
 def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:

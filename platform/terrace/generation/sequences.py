@@ -39,6 +39,7 @@ class Sequences:
         self._waiting: deque[tuple[int, int, torch.Tensor]] = deque()  # (prompt, sample, hidden state [1, H])
         self._room = min(FIRST_ROOM, sampling.max_tokens)
         self.live = np.zeros(rows, bool)
+        self.free = rows  # rows without a sequence
         self.number_of_row = np.full(rows, -1, np.int64)  # the prompt's place
         self._sample_of_row = np.zeros(rows, np.int64)
         self._lengths = np.zeros(rows, np.int64)
@@ -51,11 +52,6 @@ class Sequences:
     @property
     def rows(self) -> int:
         return len(self.live)
-
-    @property
-    def free(self) -> int:
-        """Rows without a sequence."""
-        return int((~self.live).sum())
 
     @property
     def waiting(self) -> bool:
@@ -89,6 +85,7 @@ class Sequences:
             self._next[:, row] = prompt.next_positions
             states.append(hidden)
         self.live[rows] = True
+        self.free -= len(rows)
         return rows, torch.cat(states) if states else torch.zeros(0)
 
     @property
@@ -107,8 +104,9 @@ class Sequences:
 
     def record(self, rows: np.ndarray, tokens: np.ndarray, logprobs: np.ndarray, stopped: np.ndarray, version: int) -> np.ndarray:
         """Note the next token of these rows, where they have a sequence. Returns the rows whose sequences have ended."""
-        counts = self.live[rows]
-        rows, tokens, logprobs, stopped = rows[counts], tokens[counts], logprobs[counts], stopped[counts]
+        if self.free:
+            counts = self.live[rows]
+            rows, tokens, logprobs, stopped = rows[counts], tokens[counts], logprobs[counts], stopped[counts]
         places = self._lengths[rows]
         self._grow(int(places.max(initial=0)) + 1)
         self._tokens[rows, places], self._logprobs[rows, places], self._versions[rows, places] = tokens, logprobs, version
@@ -119,6 +117,7 @@ class Sequences:
         ends = stopped | (self._lengths[rows] >= self._sampling.max_tokens)
         ended = rows[ends]
         self.live[ended] = False
+        self.free += len(ended)
         for row, finished in zip(ended.tolist(), stopped[ends].tolist()):
             self._end(row, finished)
         return ended
@@ -146,5 +145,5 @@ class Sequences:
         kept = np.flatnonzero(self.live)
         for name in ("live", "number_of_row", "_sample_of_row", "_lengths", "_noise", "_tokens", "_logprobs", "_versions"):
             setattr(self, name, getattr(self, name)[kept])
-        self._next = self._next[:, kept]
+        self._next, self.free = self._next[:, kept], 0
         return kept

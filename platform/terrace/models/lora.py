@@ -178,7 +178,7 @@ def split(state: Mapping[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], d
 
 
 def write_adapter(model: Any, adapters: Mapping[str, torch.Tensor], base: str, out_dir: Path) -> None:
-    """A directory that peft, and vLLM by its documentation, load onto the model in `base`.
+    """A directory that peft and vLLM load onto the model in `base`.
 
     Readers know one rank and one scale: adapters that differ in them are filled up with zeros to the largest rank, and their
     scale goes into B; the product stays what it is.

@@ -5,8 +5,8 @@ attends to itself; each response attends to the prompt and to itself, never to a
 response go on from the prompt's end, so logits and gradients are those of G separate sequences, while a prompt of P
 tokens (mostly image) costs P instead of G * P rows in every layer, and its images one pass through the vision tower.
 
-The responses of a unit are padded to the longest of them inside attention only: one call per unit, exact on every
-device.
+The responses of a unit are filled up inside attention only, to the longest of those that are about as long: one call per unit where they
+all are, exact on every device.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
@@ -84,28 +85,58 @@ def _responses(
     window: int | None,
 ) -> torch.Tensor:
     """Attention of all responses of a unit to the prompt and themselves: [sum of responses, H, D]."""
-    lengths, longest, count = unit.responses, max(unit.responses), len(unit.responses)
-    begin = unit.start + unit.prompt
+    own = [tensor[0, :, unit.start + unit.prompt : unit.end].transpose(0, 1) for tensor in (query, key, value)]  # [S, h, D] each
+    lengths = np.asarray(unit.responses)
+    if (lengths == lengths.max()).all():
+        return _level(*own, prompt_key, prompt_value, len(lengths), scale, window)
+    ends, parts, places = np.cumsum(lengths), [], []
+    for numbers in _alike(lengths):
+        within = np.arange(lengths[numbers].max())[None]
+        real = within < lengths[numbers][:, None]
+        taken = (ends - lengths)[numbers][:, None] + within  # a place without a row of its own gets the first: nothing real sees it
+        padded = [_rows(tensor, torch.from_numpy(np.where(real, taken, 0).ravel()).to(tensor.device)) for tensor in own]
+        out = _level(*padded, prompt_key, prompt_value, len(numbers), scale, window)
+        parts.append(_rows(out, torch.from_numpy(np.flatnonzero(real)).to(out.device)))
+        places.append(taken[real])
+    back = np.argsort(np.concatenate(places))
+    return _rows(torch.cat(parts), torch.from_numpy(back).to(query.device))
 
-    def padded(tensor: torch.Tensor) -> torch.Tensor:  # [1, h, T, D] -> [G, h, longest, D]
-        rows = tensor[0, :, begin : unit.end]
-        if all(length == longest for length in lengths):
-            return rows.unflatten(1, (count, longest)).transpose(0, 1)
-        parts = [F.pad(part, (0, 0, 0, longest - part.shape[1])) for part in rows.split(lengths, dim=1)]
-        return torch.stack(parts)
 
-    q = padded(query)
-    k = torch.cat([prompt_key.expand(count, -1, -1, -1), padded(key)], dim=2)
-    v = torch.cat([prompt_value.expand(count, -1, -1, -1), padded(value)], dim=2)
-    # Padding stands behind every real token of its response, so the causal mask alone hides it.
+def _alike(lengths: np.ndarray) -> list[np.ndarray]:
+    """Numbers of the responses, those of similar length together: each at least half as long as the longest of its group. What fills
+    one up is computed too, and grows with the square of the length."""
+    groups: list[list[int]] = []
+    for number in np.argsort(-lengths, kind="stable").tolist():
+        if lengths[number] and (not groups or 2 * lengths[number] < lengths[groups[-1][0]]):
+            groups.append([])
+        if lengths[number]:
+            groups[-1].append(number)
+    return [np.asarray(group) for group in groups]
+
+
+def _level(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, prompt_key: torch.Tensor, prompt_value: torch.Tensor, count: int,
+    scale: float, window: int | None,
+) -> torch.Tensor:  # fmt: skip
+    """`count` responses of one length N, tensors [count * N, h, D] each: [count * N, H, D]. What fills a response up stands behind all of
+    its real tokens, so the causal mask alone hides it."""
+    longest, prompt = len(query) // count, prompt_key.shape[2]
+    q, own_key, own_value = (tensor.unflatten(0, (count, longest)).transpose(1, 2) for tensor in (query, key, value))
+    k = torch.cat([prompt_key.expand(count, -1, -1, -1), own_key], dim=2)
+    v = torch.cat([prompt_value.expand(count, -1, -1, -1), own_value], dim=2)
     rows = torch.arange(longest, device=q.device)
-    visible = torch.ones(longest, unit.prompt + longest, dtype=torch.bool, device=q.device)
-    visible[:, unit.prompt :] = rows[:, None] >= rows[None, :]
+    visible = torch.ones(longest, prompt + longest, dtype=torch.bool, device=q.device)
+    visible[:, prompt:] = rows[:, None] >= rows[None, :]
     if window is not None:
-        places = torch.arange(unit.prompt + longest, device=q.device)
-        visible &= unit.prompt + rows[:, None] - places[None] < window
+        places = torch.arange(prompt + longest, device=q.device)
+        visible &= prompt + rows[:, None] - places[None] < window
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return torch.cat([out[place, :, :length].transpose(0, 1) for place, length in enumerate(lengths)])
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _rows(tensor: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """tensor[places] for [N, h, D]; an embedding, because its backward adds whole rows."""
+    return F.embedding(places, tensor.flatten(1)).unflatten(1, tensor.shape[1:])
 
 
 def _attention(

@@ -1,7 +1,8 @@
 """What to change when a stage does not fit: the fewest changes, the cheapest first, written as overrides.
 
-Candidates are combinations of: a strategy that shards more (costs communication), activation checkpointing (a third
-more compute), fewer rows of logits at once, the optimizer or the activations in host memory (slow), or else more GPUs.
+Candidates are combinations of: a strategy that shards more or gradients reduced at every pack (costs communication), activation
+checkpointing (a third more compute), fewer rows of logits at once, the optimizer or the activations in host memory (slow), or else more
+GPUs.
 The first combination in this order of pain that fits is returned.
 """
 
@@ -11,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 
-from terrace.planner.memory import Memory, PackSize, gradients_reach, stage_memory
+from terrace.planner.memory import Memory, PackSize, accumulates, gradients_reach, stage_memory
+from terrace.planner.reduction import settled, with_reduction
 from terrace.planner.shapes import ModelShape
 from terrace.recipe.schema import PARTS, Stage
 
@@ -50,7 +52,7 @@ def nearest_changes(stage: Stage, shape: ModelShape, workers: int, pack: PackSiz
 
 def _first(candidates: Iterator[Change], shape: ModelShape, pack: PackSize, limit: float) -> Change | None:
     for change in candidates:
-        memory = stage_memory(shape, change.stage, change.workers, pack)
+        memory = stage_memory(shape, settled(change.stage, shape, change.workers, pack, limit), change.workers, pack)
         if memory.total <= limit:
             return replace(change, memory=memory)
     return None
@@ -61,6 +63,8 @@ def _candidates(stage: Stage, counts: list[int], offloads: tuple[tuple[str, ...]
         for strategy in _strategies(stage):
             changed, overrides = _changed(stage, strategy, checkpointing, small_chunk, offload)
             yield Change(overrides, count, changed)
+            if stage.parallel.reduce_every_pack is False and accumulates(stage, count):
+                yield Change([*overrides, "parallel.reduce_every_pack=true"], count, with_reduction(changed, True))
 
 
 def _larger_counts(stage: Stage, workers: int) -> list[int]:

@@ -109,8 +109,8 @@ def _forward(shape: ModelShape, load: PackLoad) -> dict[PartName, dict[str, floa
     squares -= vision.merged_blocks * load.image_squares * (1 - 1 / vision.merged_patches**2)
     # Of the experts that a token goes to, not of all.
     feed_forward = language.feed_forward_matrices * language.mean_intermediate + language.router_width
-    layer = language.attention_matrices + language.width * feed_forward
-    matrices = vision.width * (4 * vision.width + products * vision.intermediate)
+    layer = language.attention_matrices + language.width * feed_forward + language.adapter_products
+    matrices = vision.width * (4 * vision.width + products * vision.intermediate) + vision.adapter_products
     idle = vision.idle_blocks / max(1, vision.depth)
     adapters = {
         "vision": 2 * rows * shape.adapters_of("vision").parameters,

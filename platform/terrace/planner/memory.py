@@ -17,6 +17,7 @@ from math import gcd
 
 from terrace.families.shapes import ModelShape
 from terrace.planner.parameters import head_parameters, part_sizes, trainable_counts, trains_whole
+from terrace.planner.second_models import second_model_bytes
 from terrace.planner.views import kept_pictures, teacher_parameters
 from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import PARTS, PartName, Stage
@@ -94,8 +95,9 @@ def stage_memory(shape: ModelShape, stage: Stage, workers: int, pack: PackSize, 
     in_language = sum(kept) + language.working + _ring_buffers(shape, stage, pack) + _under_way(shape, stage, state, 0.0)
     in_vision = kept[0] + vision.working + _under_way(shape, stage, state, 1.0)
     fullest = max(at_head, in_language, in_vision)
+    beside = FP32 * teacher_parameters(shape, stage) + second_model_bytes(shape, stage, _shards(stage, workers), compute)
     return Memory(
-        weights=state.weights + FP32 * teacher_parameters(shape, stage),
+        weights=state.weights + beside,
         gradients=state.gradients,
         optimizer=state.optimizer,
         vision_activations=kept[0],
@@ -157,10 +159,10 @@ def _state(shape: ModelShape, stage: Stage, workers: int, compute: int, on_gpu: 
         if compute < FP32:  # autocast's copies of every matrix that gradients pass through
             buffers = compute * matrices_in_backward(shape, stage)
     elif strategy == "fsdp":
-        shards = gcd(parallel.hybrid_shard_size or workers, workers)
+        shards = _shards(stage, workers)
         weights, optimizer = FP32 * everything / shards, states / shards
-        accumulates = stage.batch.packs > workers  # whole gradients on every rank until the last pack of a step
-        gradients = FP32 * trained / (1 if accumulates else shards)
+        whole = accumulates(stage, workers) and not parallel.reduce_every_pack  # on every rank until the last pack of a step
+        gradients = FP32 * trained / (1 if whole else shards)
         if workers > 1:  # two blocks gathered (one ahead), the embeddings, one block's gradient being reduced
             gathered = 2 * largest_block if parallel.reshard_after_forward else everything - outer
             buffers = compute * (gathered + outer) + FP32 * largest_block
@@ -186,6 +188,16 @@ def _state(shape: ModelShape, stage: Stage, workers: int, compute: int, on_gpu: 
     if parallel.offload_parameters != "none":
         host, weights = host + weights, 0.0
     return _State(weights, gradients, optimizer, buffers, host, waiting)
+
+
+def _shards(stage: Stage, workers: int) -> int:
+    """The workers that a sharded model is divided by."""
+    return gcd(stage.parallel.hybrid_shard_size or workers, workers)
+
+
+def accumulates(stage: Stage, workers: int) -> bool:
+    """Whether a worker has several packs in a step."""
+    return stage.batch.packs * stage.parallel.sequence_parallel > workers
 
 
 def optimizer_bytes(shape: ModelShape, stage: Stage) -> float:

@@ -19,6 +19,8 @@ from terrace.planner.gpus import find_gpu, usable_bytes
 from terrace.planner.memory import Memory, gradients_reach, optimizer_bytes, stage_memory, worst_pack
 from terrace.planner.parameters import active_parameters, head_parameters, parameter_counts, trainable_counts, trained_parts
 from terrace.planner.passes import passes_beside, rows_of_reference
+from terrace.planner.reduction import reduces_every_pack, settled
+from terrace.planner.rollouts import RolloutPlan, rollout_plan
 from terrace.planner.shapes import model_shape
 from terrace.planner.work import Work, has_images, stage_work
 from terrace.recipe.changes import stage_recipe
@@ -51,6 +53,7 @@ class StagePlan:
     storage_bytes: float
     changes: list[Change]  # the nearest changes that fit, where the stage does not
     notes: list[str]
+    rollouts: RolloutPlan | None = None  # of a stage that decodes
 
     @property
     def fits(self) -> bool:
@@ -128,6 +131,8 @@ def _stage_plan(
     work = stage_work(recipe, stage, shape, facts)
     trained = trained_parts(stage)
     pack = worst_pack(stage, has_images(recipe, stage))
+    limit = usable_bytes(gpu, recipe.planning)
+    stage, asked = settled(stage, shape, workers, pack, limit), stage
     memory = stage_memory(shape, stage, workers, pack)
     flops = training_flops(shape, work.pack, trained, checkpointed_parts(stage))
     peak = gpu.bf16_tflops * 1e12 * (0.5 if stage.precision == "fp32" else 1.0)  # TF32 runs at half the rate of bf16
@@ -135,8 +140,10 @@ def _stage_plan(
     parameters = parameter_counts(shape)
     everything = sum(parameters.values())
     checkpoint = WEIGHT_BYTES * (everything + head_parameters(shape, stage)) + optimizer_bytes(shape, stage)
-    limit = usable_bytes(gpu, recipe.planning)
     notes = []
+    if reduces_every_pack(stage, workers):
+        why = "whole ones do not fit" if asked.parallel.reduce_every_pack is None else "the recipe says so"
+        notes.append(f"gradients are reduced at every pack: {why} (parallel.reduce_every_pack)")
     beside = passes_beside(recipe, stage, workers, work)
     rows = rows_of_reference(work) if beside.of_reference else 0.0
     reference = None if rows is None else beside.of_reference * forward * rows
@@ -145,8 +152,9 @@ def _stage_plan(
         notes.append(f"runs on {used} of {gpus} GPUs: its batch of {stage.batch.packs} packs must divide by the workers")
     if work.steps is None:
         notes.append("a budget in epochs needs the samples counted: --index counts them, or name prepared data with --data")
-    if stage.objective == "grpo":
-        notes.append("generation of responses is not part of this plan")
+    rollouts = rollout_plan(shape, stage, gpu, workers, memory, limit) if stage.objective == "grpo" else None
+    if rollouts is not None:
+        notes += rollouts.notes
     if stage.rollout_workers:
         gpus_more = stage.rollout_workers * stage.resources.gpus_per_worker
         notes.append(f"{stage.rollout_workers} rollout workers ({gpus_more:g} GPUs) come on top of these")
@@ -170,8 +178,9 @@ def _stage_plan(
         usable_bytes=limit,
         checkpoint_bytes=checkpoint,
         storage_bytes=checkpoint * _kept_checkpoints(stage, work.steps) + WEIGHT_BYTES * everything,
-        changes=[] if memory.total <= limit else nearest_changes(stage, shape, workers, pack, limit),
+        changes=[] if memory.total <= limit else nearest_changes(asked, shape, workers, pack, limit),
         notes=notes,
+        rollouts=rollouts,
     )
 
 

@@ -8,6 +8,8 @@ from typing import Any
 from terrace.planner.changes import Change
 from terrace.planner.memory import Memory
 from terrace.planner.plan import Plan, StagePlan
+from terrace.planner.reduction import reduces_every_pack
+from terrace.planner.rollouts import rollout_values
 from terrace.recipe.schema import PARTS
 
 GIB = 2**30
@@ -62,6 +64,7 @@ def _stage_values(stage: StagePlan, plan: Plan) -> dict[str, Any]:
         },
         "exact": work.exact,
         "strategy": stage.stage.parallel.strategy,
+        "reduce_every_pack": reduces_every_pack(stage.stage, stage.workers),
         "workers": stage.workers,
         "gpus": stage.gpus,
         "memory_per_gpu_bytes": _memory_values(stage.memory),
@@ -83,6 +86,7 @@ def _stage_values(stage: StagePlan, plan: Plan) -> dict[str, Any]:
         "fits": stage.fits,
         "changes": [_change_values(change, stage) for change in stage.changes],
         "notes": stage.notes,
+        **({"rollouts": rollout_values(stage.rollouts)} if stage.rollouts is not None else {}),
     }
 
 

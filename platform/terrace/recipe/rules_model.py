@@ -29,10 +29,11 @@ def check(recipe: Recipe) -> Iterator[Problem]:
         yield from check_model(model, tokenizer, at)
     for index, stage in enumerate(recipe.stages):
         try:
-            family = family_class(stage_model(recipe, index).architecture)
+            model = stage_model(recipe, index)
+            family = family_class(model.architecture)
         except InputError:
             continue  # said above
-        yield from _stage(stage, family, ("stages", index))
+        yield from _stage(stage, family, _unshared(model, family), ("stages", index))
 
 
 def check_model(model: Model, tokenizer: Tokenizer, at: Path) -> Iterator[Problem]:
@@ -56,7 +57,15 @@ def check_model(model: Model, tokenizer: Tokenizer, at: Path) -> Iterator[Proble
         yield from _config(model.config, family, at, trained_tokenizer=trained, recipe_says=model.connector is not None)
 
 
-def _stage(stage: Stage, family: type[Family], at: Path) -> Iterator[Problem]:
+def _unshared(model: Model, family: type[Family]) -> str:
+    """Why ranks cannot share a pack of the model, which its configuration may decide; empty: they can."""
+    try:
+        return family.of(model.config or {}).unshared
+    except (InputError, TypeError, ValueError, AttributeError):
+        return ""  # a configuration that is wrong, which is said where it is checked
+
+
+def _stage(stage: Stage, family: type[Family], unshared: str, at: Path) -> Iterator[Problem]:
     """What the family cannot do in a stage."""
     if (reason := family.refused_objectives.get(stage.objective)) is not None:
         yield Problem((*at, "objective"), f"{stage.objective} cannot train a {family.name} here: {reason}")
@@ -68,8 +77,8 @@ def _stage(stage: Stage, family: type[Family], at: Path) -> Iterator[Problem]:
     if stage.grpo is not None and stage.grpo.engine == "vllm" and not family.whole_pictures:
         told = f"vllm cannot answer for {family.name}, whose tiles cannot be given back as whole pictures; choose native"
         yield Problem((*at, "grpo", "engine"), told)
-    if stage.parallel.sequence_parallel > 1 and family.unshared:
-        yield Problem((*at, "parallel", "sequence_parallel"), f"ranks cannot share a pack of {family.name}: {family.unshared}")
+    if stage.parallel.sequence_parallel > 1 and unshared:
+        yield Problem((*at, "parallel", "sequence_parallel"), f"ranks cannot share a pack of {family.name}: {unshared}")
     if stage.parallel.sequence_exchange == "ring" and family.looks_ahead:
         told = f"a {family.name} has tokens that see later ones, which a ring does not pass on; use heads"
         yield Problem((*at, "parallel", "sequence_exchange"), told)

@@ -30,6 +30,8 @@ def check(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
             yield Problem((*key, "hybrid_shard_size"), f"is an option of fsdp, not of {strategy}")
         if not parallel.reshard_after_forward:
             yield Problem((*key, "reshard_after_forward"), f"is an option of fsdp, not of {strategy}")
+        if parallel.reduce_every_pack is not None:
+            yield Problem((*key, "reduce_every_pack"), f"is an option of fsdp, not of {strategy}")
     elif parallel.hybrid_shard_size is not None:
         workers = stage.resources.workers
         for count in {workers} if isinstance(workers, int) else set(workers):

@@ -105,6 +105,11 @@ class Parallel(Strict):
     sequence_exchange: Literal["heads", "ring"] = Field(
         "heads", description="How they attend: all-to-all over heads (Ulysses), or keys and values around a ring, on any number of ranks."
     )
+    reduce_every_pack: bool | None = Field(
+        None,
+        description="FSDP: reduce gradients after every pack instead of keeping whole ones until a step's last. Default: where those would "
+        "not fit on the GPU.",
+    )
 
 
 class Resources(Strict):
@@ -310,7 +315,8 @@ class Gpu(Strict):
 
 
 class Planning(Strict):
-    """What `terrace plan` assumes where the recipe alone does not say it. Never changes what a run computes."""
+    """What `terrace plan` assumes where the recipe alone does not say it. Never changes what a run computes
+    (`memory_margin` also decides when FSDP reduces gradients, where `parallel.reduce_every_pack` leaves it open)."""
 
     gpu: str = Field("h100-80gb", description="GPU of the plan, from the planner's table or `gpus`.")
     gpus: dict[Name, Gpu] = Field({}, description="Further GPUs by name.")

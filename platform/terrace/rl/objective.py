@@ -25,10 +25,10 @@ from terrace.generation.engines import open_engine
 from terrace.generation.interface import Sampling
 from terrace.generation.tokens import forbidden_tokens
 from terrace.models.attention import choose_backend
-from terrace.models.build import build_model
+from terrace.models.build import meta_model
 from terrace.models.lora import merged
-from terrace.models.precision import compute_context
 from terrace.models.shared_prompt import use_shared_prompt_attention
+from terrace.models.weights import initial_weights
 from terrace.objectives.experts import ExpertBalance, open_balance
 from terrace.objectives.grpo import PolicyBatch, summed_policy_loss
 from terrace.objectives.interface import Counts, Objective, Opening, StageRun, StepExamples
@@ -98,7 +98,7 @@ class Grpo(Objective):
         self._policy = policy_options(opening.stage, self._options, forbidden)
         self._figures = UpdateFigures()
         self._held = ExitStack()
-        self._reference: Any = None
+        self._reference: Callable[[PolicyBatch], Any] | None = None  # gives a batch its log-probabilities
         self._collector: Any = None
         self._experts: ExpertBalance | None = None
         self._history: dict[str, list[Any]] = {}
@@ -120,9 +120,10 @@ class Grpo(Objective):
         use_shared_prompt_attention(run.strategy.model, backend)
         self._experts = open_balance(opening, run.strategy.model)
         if self._options.kl_coefficient > 0:
-            reference = build_model(recipe.model, feed.config, context.device, start=opening.start_weights, changes=stage.model_changes)
-            self._reference = reference.eval().requires_grad_(False)
-            use_shared_prompt_attention(self._reference, backend)
+            reference = meta_model(feed.config)
+            source, _ = initial_weights(recipe.model, reference, opening.start_weights, stage.model_changes)
+            use_shared_prompt_attention(reference, backend)
+            self._reference = run.strategy.frozen(reference, source, self._policy_loss)
         sandbox = self._held.enter_context(SandboxPool(SANDBOX_WORKERS))
         router = Router(settled(stage.rewards, recipe, opening.stage_dir.parent), sandbox, bool(stage.environment))
         environments = Environments(stage.environment, tuple(stage.rewards), sandbox, feed.reader.sights)
@@ -277,16 +278,17 @@ class Grpo(Objective):
         return policy_batch(example.groups, self.opening.context.device, self.opening.dtype)
 
     def _reference_logprobs(self, example: PolicyPack) -> torch.Tensor:
-        batch, device = self._plain_batch(example), self.opening.context.device
-        with torch.no_grad(), compute_context(self.opening.stage.precision, device):
-            summed_policy_loss(self._reference, batch, self._policy)
-        return batch.results.get("logprobs", torch.zeros(0, device=device))
+        batch = self._plain_batch(example)
+        self._reference(batch)
+        return batch.results.get("logprobs", torch.zeros(0, device=self.opening.context.device))
 
     def loss(self, model: Any, batch: PolicyBatch) -> torch.Tensor:
-        def plain() -> torch.Tensor:
-            return summed_policy_loss(model, batch, self._policy)
+        if self._experts is None:
+            return self._policy_loss(model, batch)
+        return self._experts.loss(model, batch.batch, lambda: self._policy_loss(model, batch))
 
-        return self._experts.loss(model, batch.batch, plain) if self._experts else plain()
+    def _policy_loss(self, model: Any, batch: PolicyBatch) -> torch.Tensor:
+        return summed_policy_loss(model, batch, self._policy)
 
     def seen(self, example: PolicyPack, batch: PolicyBatch) -> None:
         self._figures.add(example.groups, batch.results)

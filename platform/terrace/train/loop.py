@@ -29,6 +29,7 @@ from terrace.train.metrics import MetricsLog, measured, step_line
 from terrace.train.optimizer import ParameterGroup, parameter_groups, schedule_factor
 from terrace.train.profiling import StepProfiler
 from terrace.train.progress import Progress, next_attempt, resume_or_hand_over
+from terrace.train.reduction import settle_reduction
 from terrace.train.setup import prepare_strategy
 from terrace.train.step import BatchCounts, NonFinite, StepOutcome, count_batch, filled_up, nothing_done, run_step, seed_step
 from terrace.train.strategies.interface import Strategy
@@ -113,6 +114,7 @@ def train_stage(
         contextlib.closing(objective),
     ):
         # Open: model, optimizer, checkpoint folder.
+        stage = settle_reduction(recipe, stage, feed.config, context)
         strategy = prepare_strategy(recipe.model, stage, feed.config, context, objective.loss, start_weights)
         groups = parameter_groups(strategy.model, stage)
         writer = CheckpointWriter(stage_dir / "checkpoints", stage.checkpoint, context, attempt, storage)

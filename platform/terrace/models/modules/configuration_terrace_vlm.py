@@ -22,6 +22,9 @@ class TerraceVlmConfig(PreTrainedConfig):
     connector: dict[str, Any] | None = None
     experts: dict[str, Any] | None = None  # count, per_token, capacity_factor, auxiliary_loss, layers: of an upcycled language model
     visual_expert: bool = False  # own matrices for image tokens in every layer of the language model
+    modality_adapters: dict[str, Any] | None = None  # rank, groups, temperature: of LaVIN's adapters in tower and language model
+    window_adapters: dict[str, Any] | None = None  # attention_rank, mlp_rank: of Monkey's adapters for each window
+    window_grid: list[int] | None = None  # rows and columns of windows of a picture, for the image_layout `windows`
     image_layout: str = "square"
     image_token_id: int = 0
     vision_feature_layer: int = -2

@@ -38,6 +38,17 @@ class PixelShuffleMlp(nn.Module):
         return self.down_proj(nn.functional.gelu(self.up_proj(self.norm(cells.flatten(3).flatten(1, 2)))))
 
 
+class NarrowMlp(nn.Module):
+    """LaVIN's, over class tokens of several blocks: down to a narrow width, SiLU, and up."""
+
+    def __init__(self, vision_width: int, width: int, inner: int) -> None:
+        super().__init__()
+        self.down_proj, self.up_proj = nn.Linear(vision_width, inner), nn.Linear(inner, width)
+
+    def forward(self, features: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        return self.up_proj(nn.functional.silu(self.down_proj(features)))
+
+
 def make_connector(options: dict[str, Any], vision_width: int, width: int) -> nn.Module:
     """The connector that a configuration's `connector` describes."""
     kind = options["kind"]
@@ -45,6 +56,8 @@ def make_connector(options: dict[str, Any], vision_width: int, width: int) -> nn
         return Mlp(vision_width, width, 1 if kind == "linear" else options["layers"], kind == "mlp_layer_norm")
     if kind == "pixel_shuffle_mlp":
         return PixelShuffleMlp(vision_width, width, options["merge"])
+    if kind == "class_tokens":
+        return NarrowMlp(vision_width, width, options["width"])
     if kind == "resampler":
         heads = options["heads"] or max(1, width // 128)
         projects = options["output_projection"] != "none"

@@ -11,10 +11,12 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 
 from .configuration_terrace_vlm import TerraceVlmConfig
 from .connectors import make_connector
+from .modality_adapters import KindVectors, ModalityAdapter, add_modality_adapters
 from .q_former import QFormer
 from .resampler import Resampler
 from .sparse_mlp import SparseMlp
 from .visual_expert import add_visual_experts
+from .window_adapters import WindowLinear, add_window_adapters
 
 
 class TerraceVlmPreTrainedModel(LlavaPreTrainedModel):
@@ -26,7 +28,7 @@ class TerraceVlmPreTrainedModel(LlavaPreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, Resampler | QFormer):
             init.trunc_normal_(module.query, std=0.02)
-        elif isinstance(module, SparseMlp):
+        elif isinstance(module, SparseMlp | WindowLinear | ModalityAdapter | KindVectors):
             module.reset_own_parameters()
 
 
@@ -43,21 +45,35 @@ class TerraceVlmModel(TerraceVlmPreTrainedModel, LlavaModel):
                 self.language_model.layers[number].mlp = SparseMlp(width, inner, sparse["count"], sparse["per_token"], capacity)
         if config.visual_expert:
             add_visual_experts(self.language_model)
+        self.squares = None
+        if config.window_adapters is not None:
+            rows, columns = config.window_grid
+            self.squares = add_window_adapters(self.vision_tower, rows * columns, **config.window_adapters)
+        if config.modality_adapters is not None:
+            add_modality_adapters(self.language_model, self.vision_tower, **config.modality_adapters)
         self.post_init()
 
     def forward(self, input_ids: torch.Tensor | None = None, **kwargs: Any) -> Any:
-        if self.config.visual_expert and input_ids is not None and bool((places := input_ids == self.config.image_token_id).any()):
+        asked = self.config.visual_expert or self.config.modality_adapters is not None
+        if asked and input_ids is not None and bool((places := input_ids == self.config.image_token_id).any()):
             kwargs["image_places"] = places
         return super().forward(input_ids, **kwargs)
 
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         """[N, 3, S, S] -> `pooler_output`, N tensors [T, H]."""
-        layer, vision = self.config.vision_feature_layer, self.config.vision_config
-        outputs = self.vision_tower(pixel_values, output_hidden_states=layer != -1, return_dict=True)
-        features = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
+        layer, vision, connector = self.config.vision_feature_layer, self.config.vision_config, self.config.connector
+        class_tokens = connector["kind"] == "class_tokens"
+        if self.squares is not None:
+            self.squares.set(len(pixel_values), pixel_values.device)
+        outputs = self.vision_tower(pixel_values, output_hidden_states=class_tokens or layer != -1, return_dict=True)
         across = vision.image_size // vision.patch_size
-        patches = features[:, features.shape[1] - across * across :]  # without a class token
-        return BaseModelOutputWithPooling(pooler_output=list(self.multi_modal_projector(patches, across, across)))
+        if class_tokens:
+            behind = outputs.hidden_states[connector["every"] :: connector["every"]]
+            features = torch.stack([states[:, 0] for states in behind], dim=1)
+        else:
+            features = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
+            features = features[:, features.shape[1] - across * across :]  # without a class token
+        return BaseModelOutputWithPooling(pooler_output=list(self.multi_modal_projector(features, across, across)))
 
 
 class TerraceVlmForConditionalGeneration(TerraceVlmPreTrainedModel, LlavaForConditionalGeneration):

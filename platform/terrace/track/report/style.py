@@ -52,7 +52,8 @@ pattern .back { fill: var(--panel); } pattern line.failed { stroke: var(--bad); 
 .asked { stroke: var(--hold); stroke-dasharray: 3 3; } .cut { fill: var(--soft); }
 .gate path { fill: var(--panel); stroke: var(--good); stroke-width: 1.5; } .gate.missed path { stroke: var(--bad); }
 .timeline .gate text { fill: var(--good); font-weight: 700; } .timeline .gate.missed text { fill: var(--bad); }
-td.text, th.text { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+td.text, th.text { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 170px; }
+.timeline { min-width: 640px; }
 td .arrow { color: var(--faint); padding: 0 5px; } td b { font-weight: 600; }
 td.worse { color: var(--bad); } .none { color: var(--faint); }
 td { vertical-align: top; }
@@ -78,17 +79,20 @@ table.plan td, table.plan th { padding-inline: 7px; } table.plan td { font-size:
 .card .said { font-weight: 600; margin-top: 3px; } .card.right .said::before { content: "✓ "; color: var(--good); }
 .card.wrong .said::before { content: "✗ "; color: var(--bad); }
 .judgements img { float: left; margin: 2px 12px 2px 0; border-radius: 6px; }
-.said-table td, .judgements td { white-space: pre-wrap; overflow-wrap: anywhere; }
+.said-table td, .judgements td { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 120px; }
 details { margin-top: 10px; } summary { cursor: pointer; font-weight: 600; }
 pre { font: 12px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; background: var(--panel); border: 1px solid var(--line);
   border-radius: 10px; padding: 14px 16px; white-space: pre-wrap; overflow-wrap: anywhere; }
-@media screen and (max-width: 820px) { .g2, .g3, .pair { grid-template-columns: minmax(0, 1fr); } }
+@media screen and (max-width: 820px) { .g3 { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .pair { grid-template-columns: minmax(0, 1fr); } }
+@media screen and (max-width: 600px) { .g2, .g3 { grid-template-columns: minmax(0, 1fr); } .panel > .chart svg { min-width: 560px; } }
 @media print { @page { size: A4 landscape; margin: 12mm; } :root { --run1: #123c8c; --run2: #8a3f05; --bar: #4a4f5a; --good: #0a5a32;
   --bad: #8f1d22; --hold: #5c4708; }
   body { font-size: 12px; } nav, #recipe { display: none; } .panel { padding: 10px 12px; border-radius: 0; border-width: 1px 0; }
   h2 { margin-top: 26px; }
+  td.text, th.text, .said-table td, .judgements td { min-width: 0; } .timeline { min-width: 0; }
   .cards { grid-template-columns: repeat(6, minmax(0, 1fr)); gap: 10px; } .card { font-size: 10.5px; }
   .card .picture { max-height: 130px; }
   .card, tr, .flow > div, .timeline, header.run { break-inside: avoid; }
-  h2, h3 { break-after: avoid; } * { -webkit-print-color-adjust: exact; print-color-adjust: exact; } }
+  h2, h3 { break-after: avoid; } }
 """

@@ -19,7 +19,8 @@ from terrace.models.precision import compute_context
 from terrace.models.weights import TensorSource
 from terrace.train.loss_scale import LossScale
 from terrace.train.optimizers import Kind, Optimizers
-from terrace.train.strategies.interface import Setup, StepModule
+from terrace.train.strategies.frozen import whole_loss
+from terrace.train.strategies.interface import FrozenLoss, Loss, Setup, StepModule
 from terrace.train.strategies.shards import ReadTogether, Shard, divided, whole_shard
 
 
@@ -28,6 +29,7 @@ class DataParallel:
 
     def __init__(self, setup: Setup) -> None:
         stage, context = setup.stage, setup.context
+        self._stage = stage
         self._precision, self._device, self._world_size = stage.precision, context.device, context.world_size
         self._offload = stage.activation_offload
         self.loss_scale = LossScale() if stage.precision == "fp16" else None
@@ -68,6 +70,9 @@ class DataParallel:
         if limit is not None and bool(torch.isfinite(norm)):
             torch.nn.utils.clip_grads_with_norm_([self._parameters[name] for name in self._trained], limit, norm)
         return float(norm)
+
+    def frozen(self, skeleton: Any, source: TensorSource, loss: Loss) -> FrozenLoss:
+        return whole_loss(skeleton, source, loss, self._stage, self._context)
 
     def gradient_square(self) -> float:
         gradients = [p.grad for p in (self._parameters[name] for name in self._trained) if p.grad is not None]

@@ -39,7 +39,8 @@ from terrace.train.strategies.deepspeed_parts import (
     set_own_state,
     set_partition,
 )
-from terrace.train.strategies.interface import Setup, StepModule, scalars_as_vectors
+from terrace.train.strategies.frozen import sharded_loss, whole_loss
+from terrace.train.strategies.interface import FrozenLoss, Loss, Setup, StepModule, scalars_as_vectors
 from terrace.train.strategies.shards import ReadTogether, Shard, divided, even_share, gather_even, whole_shard
 from terrace.worker.context import WorkerContext, data_place
 
@@ -52,7 +53,7 @@ class Zero:
     def __init__(self, setup: Setup) -> None:
         stage, context = setup.stage, setup.context
         deepspeed = _import_deepspeed(context)
-        self._world_size, self._context = context.world_size, context
+        self._world_size, self._stage, self._context = context.world_size, stage, context
         source = ReadTogether(setup.source, [name for name, _ in setup.skeleton.named_parameters()], context)
         self._offload_activations = stage.activation_offload
         self._zero_stage = int(stage.parallel.strategy[-1])
@@ -174,6 +175,9 @@ class Zero:
 
     def load_average(self, source: TensorSource) -> None:
         """There is none: the recipe's rules ask for ddp or fsdp."""
+
+    def frozen(self, skeleton: Any, source: TensorSource, loss: Loss) -> FrozenLoss:
+        return (sharded_loss if self._zero_stage == 3 else whole_loss)(skeleton, source, loss, self._stage, self._context)
 
     def gradient_square(self) -> float:
         raise NotImplementedError("partitions are reduced before they can be measured; the recipe's rules ask for ddp")

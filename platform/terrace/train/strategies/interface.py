@@ -24,6 +24,8 @@ from terrace.worker.context import WorkerContext
 
 Loss = Callable[[Any, Any], torch.Tensor]  # (transformers model, batch) -> summed loss, float32 scalar
 
+FrozenLoss = Callable[[Any], torch.Tensor]  # batch -> loss of a model that never trains, without gradients; every rank calls it
+
 
 @dataclass
 class Setup:
@@ -83,6 +85,10 @@ class Strategy(Protocol):
 
     def load_average(self, source: TensorSource) -> None:
         """Replace the average of the weights, where the stage keeps one."""
+
+    def frozen(self, skeleton: Any, source: TensorSource, loss: Loss) -> FrozenLoss:
+        """A second model (on the meta device) that never trains, held as this strategy holds weights: whole where it holds them whole, else
+        a part of it on every rank. It computes as the first one does."""
 
     def gradient_square(self) -> float:
         """Squared norm of the gradient that this rank has accumulated by itself before its last pack, as one of `loss * scale`."""

@@ -1,0 +1,60 @@
+"""What an RL stage's rollouts cost, for 7B and 72B shapes, against figures worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from terrace.planner.plan import make_plan
+from terrace.planner.render import plan_values
+from terrace.recipe.loading import load_recipe
+
+OF_72B = [
+    "model.config.text_config.hidden_size=8192", "model.config.text_config.intermediate_size=29568",
+    "model.config.text_config.num_hidden_layers=80", "model.config.text_config.num_attention_heads=64",
+    "model.config.text_config.num_key_value_heads=8", "model.config.vision_config.out_hidden_size=8192",
+]  # fmt: skip
+
+
+def rollouts_of(*overrides: str, gpu: str = "h100-80gb"):
+    plan = make_plan(load_recipe("mimo-vl-7b-rl", list(overrides)), gpu=gpu)
+    [stage] = [stage for stage in plan.stages if stage.name == "morl"]
+    [values] = [values for values in plan_values(plan)["stages"] if values["name"] == "morl"]
+    return stage, values["rollouts"]
+
+
+def test_a_model_of_7b_beside_training():
+    stage, values = rollouts_of()
+    size = sum(stage.parameters.values())
+    language = load_recipe("mimo-vl-7b-rl", []).model.config["text_config"]
+    head = language.get("head_dim") or language["hidden_size"] // language["num_attention_heads"]
+    assert values["copy_bytes"] == values["sent_bytes"] == 2 * size
+    assert values["gathered_bytes"] == round(4 * size * 63 / 64)
+    assert values["sequence_bytes"] == 2 * language["num_hidden_layers"] * language["num_key_value_heads"] * head * 2 * 40960
+    assert values["room_bytes"] == round(0.5 * stage.usable_bytes - 2 * size)
+    assert values["sequences_per_gpu"] == int(values["room_bytes"] / values["sequence_bytes"])
+    assert values["hand_over_seconds"] == pytest.approx((4 * size * 63 / 64 + 2 * size) / 25e9)
+    read = stage.parameters["language"] - language["vocab_size"] * language["hidden_size"]  # all but the input embedding
+    assert values["longest_response_seconds_at_least"] == pytest.approx(32768 * 2 * read / 3.35e12)
+    assert any(f"room for {values['sequences_per_gpu']} of them" in note for note in stage.notes)
+
+
+def test_options_decide_what_is_copied_and_moved():
+    morl = "stages.morl"
+    stage, native = rollouts_of(f"{morl}.grpo.engine=native", f"{morl}.parallel.strategy=zero2")
+    assert native["copy_bytes"] == native["gathered_bytes"] == native["hand_over_seconds"] == 0
+    assert native["room_bytes"] == round(stage.usable_bytes - stage.memory.weights - stage.memory.optimizer)
+    assert any("no copy" in note for note in stage.notes)
+    stage, sharded = rollouts_of(f"{morl}.grpo.engine=native")
+    assert sharded["copy_bytes"] > 2 * sum(stage.parameters.values()), "the embedding stays float32"
+    _, apart = rollouts_of(f"{morl}.grpo.placement=separate", f"{morl}.grpo.rollout_workers=16")
+    assert apart["engines"] == 16
+    assert apart["room_bytes"] == round(0.9 * stage.usable_bytes - apart["copy_bytes"])
+
+
+def test_72b_does_not_fit_one_gpu_and_that_is_said():
+    stage, values = rollouts_of(*OF_72B)
+    assert 70e9 < sum(stage.parameters.values()) < 80e9
+    assert values["sequences_per_gpu"] == 0
+    assert any("no room for one longest sequence" in note for note in stage.notes)
+    _, larger = rollouts_of(*OF_72B, "stages.morl.grpo.placement=separate", "stages.morl.grpo.rollout_workers=8", gpu="mi300x-192gb")
+    assert larger["sequences_per_gpu"] > 0
