@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from packs import ALL_PARTS, IMAGE_PAD, VIDEO_PAD, random_pack, tiny_recipe
+from packs import IMAGE_PAD, VIDEO_PAD, random_pack, tiny_recipe
 from processes import run_ranks
-from ranks import losses, stage_dir, train_each, train_stages
+from ranks import losses, train_each, train_stages
+from shared_packs import assert_same_run, recipe_of, values_of
 
 from terrace.errors import InputError
 from terrace.models.build import meta_model, model_config
@@ -22,41 +23,7 @@ from terrace.models.sequence_parallel import (
     shard_to_device,
     use_sequence_parallel,
 )
-from terrace.models.weights import Directory
-from terrace.recipe.schema import Recipe
 from terrace.worker.context import WorkerContext, data_place
-
-
-def recipe_of(strategy: str, size: int, **changes) -> Recipe:
-    """A frozen-language stage, then all parts with recomputed activations; steps without images and odd lengths.
-
-    The epsilon is above the rounding of a sum: AdamW would divide a gradient of 1e-9, all rounding, by itself and move the weight by it.
-    """
-    common = {
-        "parallel": {"strategy": strategy, "sequence_parallel": size}, "batch": {"packs": 2}, "optimizer": {"eps": 1e-6}, **changes,
-    }  # fmt: skip
-    everything = {**ALL_PARTS, "language": {"lr": 1e-3, "activation_checkpointing": True}}
-    return tiny_recipe([
-        {"name": "warm", "train": {"projector": {"lr": 1e-3}}, "budget": {"steps": 2}, **common},
-        {"name": "all", "train": everything, "budget": {"steps": 3}, **common},
-    ])
-
-
-def weights(folder):
-    directory = Directory(folder / "final")
-    return {name: directory.read(name) for name in sorted(directory.names)}
-
-
-def assert_same_run(ours, reference, rtol=1e-5, weight_tolerance=5e-5):
-    for index in (0, 1):
-        np.testing.assert_allclose(losses(ours, index), losses(reference, index), rtol=rtol)
-    found, expected = weights(stage_dir(ours, 1)), weights(stage_dir(reference, 1))
-    for name, tensor in expected.items():
-        assert float((found[name] - tensor).abs().max()) < weight_tolerance, name
-
-
-def values_of(recipe: Recipe) -> dict:
-    return recipe.model_dump(mode="json")
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +36,8 @@ def reference(tmp_path_factory):
 
 def test_two_ranks_that_share_packs_equal_one(tmp_path, reference):
     recipes = {strategy: values_of(recipe_of(strategy, 2)) for strategy in ("ddp", "fsdp")}
+    ring = {"strategy": "ddp", "sequence_parallel": 2, "sequence_exchange": "ring"}
+    recipes["ring"] = values_of(recipe_of("ddp", 2, parallel=ring))
     run_ranks(2, train_each, recipes, str(tmp_path))
     for name in recipes:
         assert_same_run(tmp_path / name, reference)

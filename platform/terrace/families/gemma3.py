@@ -23,6 +23,7 @@ from terrace.families.tools import refuse_tools
 class Gemma3(OneTile):
     name: ClassVar[str] = "gemma3"
     images_both_ways: ClassVar[bool] = True
+    looks_ahead: ClassVar[bool] = True
     marks: ClassVar[Mapping[str, str]] = {
         "start": "<bos>", "end_of_text": "<eos>", "start_of_turn": "<start_of_turn>", "end_of_turn": "<end_of_turn>",
         "image_start": "<start_of_image>", "image_end": "<end_of_image>", "image": "<image_soft_token>",

@@ -150,6 +150,7 @@ class Family(ABC):
     crosses: ClassVar[bool] = False  # pictures stay beside the sequence, whose tokens read them by cross-attention
     asks_kinds: ClassVar[bool] = False  # layers ask whether a token's sample has pictures; a conversation is then read again in each turn
     spare_rows: ClassVar[int] = 0  # of the embedding behind the vocabulary: marks that no answer has may stand there
+    looks_ahead: ClassVar[bool] = False  # tokens of pictures or prompts see later ones: attention is not causal alone
     unshared: ClassVar[str] = ""  # why ranks cannot share a pack (sequence parallelism); empty: they can
     gives: ClassVar[str] = "text"  # what the model gives: text, `vectors` of pictures and texts, `pictures`, or `matches` of both
     keeps_end: ClassVar[bool] = False  # a sample that is cut keeps its last token

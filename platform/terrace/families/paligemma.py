@@ -28,6 +28,7 @@ class PaliGemma(OneTile):
     name: ClassVar[str] = "paligemma"
     marks: ClassVar[Mapping[str, str]] = {"start": "<bos>", "end_of_turn": "<eos>", "image": "<image>"}
     begin_of_text: ClassVar[str] = "start"
+    looks_ahead: ClassVar[bool] = True
     end_of_text: ClassVar[str] = "end_of_turn"
     never: ClassVar[tuple[str, ...]] = ("image", "start")
     token_fields: ClassVar[Mapping[str, str]] = {"image_token_index": "image"}

@@ -1,8 +1,10 @@
-"""Ulysses sequence parallelism: a group of ranks shares one pack, so that a long one fits.
+"""Sequence parallelism: a group of ranks shares one pack, so that a long one fits.
 
-Each rank embeds, normalises and multiplies its own run of the pack's tokens. Around attention, one all-to-all turns
-"my tokens, all heads" into "all tokens, my heads", the usual kernel runs over the whole pack's segments, and another
-turns it back. Images are split over the group, whole images in order; their features are gathered, and each rank
+Each rank embeds, normalises and multiplies its own run of the pack's tokens. Attention goes one of two ways. `heads` (Ulysses): one
+all-to-all turns "my tokens, all heads" into "all tokens, my heads", the usual kernel runs over the whole pack's segments, and another
+turns it back; heads bound the number of ranks. `ring`: keys and values travel around the group (models.ring_attention).
+
+Images are split over the group, whole images in order; their features are gathered, and each rank
 keeps those of its own tokens. Activations and logits per rank shrink by the size of the group; weights do not.
 
 The loss of a rank is that of its tokens, so the sum over ranks is the pack's, and gradients of weights add up as they
@@ -10,7 +12,7 @@ do over data-parallel ranks: strategies need not know of it. Every rank issues t
 tokens hold: the pack is padded to a multiple of the group with tokens of a segment of their own, and a rank without
 an image runs the blank one.
 
-Cost per layer and token: 2 (heads + key/value heads) x head size numbers sent, forward, and as many backward.
+Cost of `heads` per layer and token: 2 (heads + key/value heads) x head size numbers sent, forward, and as many backward.
 Shape letters: S ranks of the group, T tokens of the padded pack, t = T / S, H heads, K key/value heads, D head size.
 """
 
@@ -33,8 +35,10 @@ from terrace.families.configurations import language_config
 from terrace.models.attention import give_language_attention, registered_name
 from terrace.models.batch import MOST_POSITION_ROWS, DeviceBatch, to_device
 from terrace.models.families.interface import Features
+from terrace.models.ring_attention import ring_attention
 
 NAME = "terrace_flash_ulysses"  # "flash" as in models.attention: transformers then builds no mask
+RING_NAME = "terrace_flash_ring"
 
 
 @dataclass(frozen=True)
@@ -92,14 +96,16 @@ def check_heads(text_config: Any, size: int) -> None:
     if heads % size or (key_heads % size and size % key_heads):
         raise InputError(
             f"parallel.sequence_parallel {size}: {heads} attention heads and {key_heads} key/value heads cannot be dealt "
-            f"evenly to {size} ranks; choose a number that divides {heads}, and divides {key_heads} or is a multiple of it"
+            f"evenly to {size} ranks; choose a number that divides {heads}, and divides {key_heads} or is a multiple of it, or "
+            "parallel.sequence_exchange: ring, which deals no heads"
         )
 
 
-def use_sequence_parallel(model: Any, backend: str, size: int) -> None:
+def use_sequence_parallel(model: Any, backend: str, size: int, exchange: str = "heads") -> None:
     """Give the language layers this attention around `backend`, which goes on serving the vision tower."""
-    check_heads(language_config(model.config), size)
-    give_language_attention(model, NAME, backend)
+    if exchange == "heads":
+        check_heads(language_config(model.config), size)
+    give_language_attention(model, NAME if exchange == "heads" else RING_NAME, backend)
 
 
 # ---------------------------------------------------------------- the pack
@@ -242,4 +248,29 @@ def _attention(
     return scatter_tokens(out[..., :width], sequence_group), None
 
 
+def _ring(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, scaling: float | None = None, sequence_group: SequenceGroup | None = None,
+    segment_boundaries: list[int] | None = None, bidirectional_groups: torch.Tensor | None = None,
+    sliding_window: int | None = None, softcap: float | None = None, dropout: float = 0.0, **rest: Any,
+) -> tuple[torch.Tensor, None]:
+    """The same by ring attention, which is causal and knows windows; groups of tokens that see each other it does not."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if sequence_group is None:
+        plain = ALL_ATTENTION_FUNCTIONS[registered_name(module.plain_backend)]
+        return plain(
+            module, query, key, value, attention_mask, scaling=scale, segment_boundaries=segment_boundaries, dropout=dropout,
+            bidirectional_groups=bidirectional_groups, sliding_window=sliding_window, softcap=softcap, **rest,
+        )  # fmt: skip
+    if attention_mask is not None or dropout or softcap is not None or bidirectional_groups is not None or segment_boundaries is None:
+        raise InputError(
+            "parallel.sequence_exchange: ring attends causally within segments, without mask, dropout, cap or tokens that see later "
+            "ones, which this model has; use sequence_exchange: heads"
+        )
+    if value.dtype != query.dtype:  # rotary embedding in fp32 under autocast
+        query, key = query.to(value.dtype), key.to(value.dtype)
+    return ring_attention(query, key, value, segment_boundaries, scale, sliding_window, sequence_group), None
+
+
 AttentionInterface.register(NAME, _attention)
+AttentionInterface.register(RING_NAME, _ring)

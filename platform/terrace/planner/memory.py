@@ -27,6 +27,7 @@ MOMENTS = 8  # two float32 moments of AdamW
 MOMENTUM = 4  # one, of SGD and Muon
 DEEPSPEED_BUCKET = 5e8  # elements of DeepSpeed's reduce and gather buckets
 MAX_LIVE = 1e9  # parameters that ZeRO-3 keeps gathered at a time
+RING_TILE_NUMBERS = 64 * 2**20  # scores of a tile of ring attention, at most (models.ring_attention)
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
@@ -91,7 +92,7 @@ def stage_memory(shape: ModelShape, stage: Stage, workers: int, pack: PackSize, 
     # The fullest moment: at the output layer everything is kept; a block in backward works on its own; when vision's turn has
     # come, what the language blocks kept is gone, and nearly all gradients are there.
     at_head = sum(kept) + logits + head + _under_way(shape, stage, state, 0.0)
-    in_language = sum(kept) + language.working + _under_way(shape, stage, state, 0.0)
+    in_language = sum(kept) + language.working + _ring_buffers(shape, stage, pack) + _under_way(shape, stage, state, 0.0)
     in_vision = kept[0] + vision.working + _under_way(shape, stage, state, 1.0)
     fullest = max(at_head, in_language, in_vision)
     beside = FP32 * teacher_parameters(shape, stage) + second_model_bytes(shape, stage, _shards(stage, workers), compute)
@@ -106,6 +107,17 @@ def stage_memory(shape: ModelShape, stage: Stage, workers: int, pack: PackSize, 
         buffers=state.buffers + head,
         host=host,
     )
+
+
+def _ring_buffers(shape: ModelShape, stage: Stage, pack: PackSize) -> float:
+    """What a layer of ring attention takes while it runs backward: two tiles of scores, keys and values of three ranks with the
+    gradients of two, and the gradients of its own queries and of what it gave; all but what is passed on in float32."""
+    if stage.parallel.sequence_parallel == 1 or stage.parallel.sequence_exchange != "ring":
+        return 0.0
+    language, compute = shape.language, COMPUTE_BYTES[stage.precision]
+    tile = min(RING_TILE_NUMBERS, language.heads * pack.tokens * min(pack.tokens, 4096))
+    sent = language.key_width + language.key_width * language.value_width / language.query_width
+    return FP32 * 2 * tile + pack.tokens * (sent * (3 * compute + 2 * FP32) + FP32 * (language.query_width + language.value_width))
 
 
 # ---------------------------------------------------------------- parameters
@@ -260,7 +272,9 @@ def _language_layer(shape: ModelShape, stage: Stage, compute: int, on_gpu: bool)
     language, trained = shape.language, stage.train.language is not None
     width, inner, query = language.width, language.mean_intermediate, language.query_width
     value = language.value_width
-    key = language.key_width if on_gpu or language.masked else query  # exact attention on CPU repeats keys and values for every head
+    ring = stage.parallel.sequence_exchange == "ring"
+    grouped = on_gpu or language.masked or ring  # exact attention on CPU repeats keys and values for every head
+    key = language.key_width if grouped else query
     autocast = stage.parallel.strategy == "ddp" and compute < FP32
     norms = language.norms * FP32 * width
     attention = compute * (query + key + value + min(key, value)) + FP32 * language.heads

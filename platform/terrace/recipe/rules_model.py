@@ -79,6 +79,9 @@ def _stage(stage: Stage, family: type[Family], unshared: str, at: Path) -> Itera
         yield Problem((*at, "grpo", "engine"), told)
     if stage.parallel.sequence_parallel > 1 and unshared:
         yield Problem((*at, "parallel", "sequence_parallel"), f"ranks cannot share a pack of {family.name}: {unshared}")
+    if stage.parallel.sequence_exchange == "ring" and family.looks_ahead:
+        told = f"a {family.name} has tokens that see later ones, which a ring does not pass on; use heads"
+        yield Problem((*at, "parallel", "sequence_exchange"), told)
     if stage.z_loss and stage.objective != "lm":
         yield Problem((*at, "z_loss"), f"is part of the objective lm; this stage's objective is {stage.objective}")
     if not stage.expert_balance:

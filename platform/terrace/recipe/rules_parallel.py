@@ -39,6 +39,8 @@ def check(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
                 yield Problem((*key, "hybrid_shard_size"), f"{parallel.hybrid_shard_size} does not divide {count} workers")
     if parallel.sequence_parallel > 1:
         yield from _sequence_parallel(recipe, stage, (*key, "sequence_parallel"))
+    elif parallel.sequence_exchange != "heads":
+        yield Problem((*key, "sequence_exchange"), "says how ranks share a pack; give sequence_parallel, the number of them, as well")
 
 
 def _sequence_parallel(recipe: Recipe, stage: Stage, key: Path) -> Iterator[Problem]:
@@ -48,11 +50,13 @@ def _sequence_parallel(recipe: Recipe, stage: Stage, key: Path) -> Iterator[Prob
         yield Problem(key, f"{size} ranks may share a pack under the objective lm only, not under {stage.objective}")
     text = language_config(recipe.model.config or {})
     heads, key_heads = text.get("num_attention_heads"), text.get("num_key_value_heads")
+    if stage.parallel.sequence_exchange == "ring":
+        return  # no head is dealt
     if not (isinstance(heads, int) and isinstance(key_heads, int) and heads > 0 and key_heads > 0):
         return  # named elsewhere, or known only to the pretrained directory: checked again when training starts
     if heads % size or (key_heads % size and size % key_heads):
         yield Problem(
             key,
             f"{size} ranks cannot share {heads} attention heads and {key_heads} key/value heads evenly: it must divide "
-            f"{heads}, and divide {key_heads} or be a multiple of it",
+            f"{heads}, and divide {key_heads} or be a multiple of it (or sequence_exchange: ring, which deals no heads)",
         )

@@ -101,12 +101,15 @@ class Parallel(Strict):
     nvme_path: str | None = Field(None, description="Local folder for `nvme` offload.")
     reshard_after_forward: bool = Field(True, description="FSDP: free gathered parameters between forward and backward.")
     hybrid_shard_size: int | None = Field(None, ge=1, description="FSDP: shard over this many ranks, replicate over the rest.")
+    sequence_parallel: int = Field(1, ge=1, description="Ranks that share one pack.")
+    sequence_exchange: Literal["heads", "ring"] = Field(
+        "heads", description="How they attend: all-to-all over heads (Ulysses), or keys and values around a ring, on any number of ranks."
+    )
     reduce_every_pack: bool | None = Field(
         None,
         description="FSDP: reduce gradients after every pack instead of keeping whole ones until a step's last. Default: where those would "
         "not fit on the GPU.",
     )
-    sequence_parallel: int = Field(1, ge=1, description="Ranks that share one pack (Ulysses).")
 
 
 class Resources(Strict):

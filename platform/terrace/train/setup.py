@@ -105,7 +105,7 @@ def prepare_strategy(
     if backend == "varlen":
         reason = f"{reason}; {activate_flash_attention_3()[1]}"
     if stage.parallel.sequence_parallel > 1:
-        use_sequence_parallel(skeleton, backend, stage.parallel.sequence_parallel)
+        use_sequence_parallel(skeleton, backend, stage.parallel.sequence_parallel, stage.parallel.sequence_exchange)
     kernels, kernels_reason = choose_kernels(model.kernels, torch.device(context.device).type)
     if context.rank == 0:
         log.info("attention: %s (%s)", backend, reason)
