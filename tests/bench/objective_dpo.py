@@ -119,30 +119,15 @@ def run_terrace(folder: Path, args: Namespace) -> dict[str, Any]:
 
 def run_trl(folder: Path, args: Namespace) -> dict[str, Any]:
     import torch
+    from trl_model import trl_model
 
     torch.set_num_threads(args.threads)
-    library = torch.library.Library("torchvision", "DEF")  # torchvision's wheel is built for CUDA; nothing here calls these
-    library.define("nms(Tensor x) -> Tensor")
-    library.define("qnms(Tensor x) -> Tensor")
     from datasets import Dataset
     from PIL import Image
-    from transformers import (
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLProcessor,
-        Qwen2TokenizerFast,
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
-        TrainerCallback,
-    )
+    from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
-    weights = folder / "weights"
-    tokenizer = Qwen2TokenizerFast.from_pretrained(weights, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    processor = Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(min_pixels=784, max_pixels=2 * args.pixels), tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(), chat_template=tokenizer.chat_template,
-    )  # fmt: skip
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(weights, dtype=torch.float32, attn_implementation="sdpa")
+    processor, model = trl_model(folder / "weights", 2 * args.pixels)
     written = {row["id"]: row for row in map(json.loads, (folder / "pairs.jsonl").read_text().splitlines())}
     rows = []
     for name in itertools.chain(*json.loads((folder / "order.json").read_text())):

@@ -13,34 +13,15 @@ from imposed_lengths import drawn, impose_on_transformers
 def run_trl(folder: Path, args: argparse.Namespace, marks: Any) -> dict[str, float]:
     """Seconds of a training step of TRL, from its own weights folder."""
     import torch
+    from trl_model import trl_model
 
     torch.set_num_threads(args.threads)
-    library = torch.library.Library(
-        "torchvision", "DEF"
-    )  # torchvision's wheel is built for CUDA; nothing here calls these
-    library.define("nms(Tensor x) -> Tensor")
-    library.define("qnms(Tensor x) -> Tensor")
     from datasets import Dataset
     from PIL import Image
-    from transformers import (
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLProcessor,
-        Qwen2TokenizerFast,
-        Qwen2VLImageProcessor,
-        Qwen2VLVideoProcessor,
-        TrainerCallback,
-    )
+    from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    weights = folder / "weights"
-    tokenizer = Qwen2TokenizerFast.from_pretrained(weights, eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    processor = Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessor(min_pixels=784, max_pixels=args.pixels),
-        tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor(),
-        chat_template=tokenizer.chat_template,
-    )
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(weights, dtype=torch.float32, attn_implementation="sdpa")
+    processor, model = trl_model(folder / "weights", args.pixels)
     rows = [json.loads(line) for line in (folder / "digits.jsonl").read_text().splitlines()]
     data = Dataset.from_list(
         [
@@ -93,6 +74,6 @@ def run_trl(folder: Path, args: argparse.Namespace, marks: Any) -> dict[str, flo
         callbacks=[Clock()],
     )
     lengths = drawn(args.lengths, args.prompts * args.iterations, args.samples, args.tokens)
-    impose_on_transformers(model, lengths, tokenizer.eos_token_id)
+    impose_on_transformers(model, lengths, processor.tokenizer.eos_token_id)
     trainer.train()
     return marks.figures() | {"response_tokens": float(lengths.sum()) / args.iterations}
