@@ -28,6 +28,7 @@ from terrace.curriculum.journal import (
     read_journal,
     renew_lease,
 )
+from terrace.curriculum.lease import outlast_lease
 from terrace.storage import conditional, follower, mirror
 from terrace.storage.conditional import write_if
 from terrace.storage.faults import StorageError
@@ -48,6 +49,32 @@ def test_a_second_controller_on_another_machine_is_refused_until_the_lease_expir
         assert acquire_lease(there, 60, clock=lambda: now + 5061).token == first.token + 1
         with machines.on("a"), pytest.raises(LeaseLost, match=re.escape(f"{run} was taken over by process")):
             renew_lease(first)
+
+
+def test_a_machine_that_never_saw_the_lease_watches_it_and_goes_on_where_nobody_renews_it(machines: Machines, run: str):
+    """As a pod that replaces a dead one: refused at once it would be gone before the lease, and its successor would begin anew."""
+    now, told = [1000.0], list[str]()
+
+    def pass_time(seconds: float) -> None:
+        now[0] += seconds
+
+    def renewed(seconds: float) -> None:
+        pass_time(seconds)
+        with machines.on("a"):
+            renew_lease(first, clock=lambda: 0.0)  # whatever that machine's clock says
+
+    with machines.on("a"):
+        first = acquire_lease(mirror.open_run(run), 60, clock=lambda: 5e6)
+        outlast_lease(mirror.open_run(run), told.append, lambda: now[0], pass_time)  # this machine's own process: it is not watched
+    with machines.on("b"):
+        there = mirror.open_run(run)
+        with pytest.raises(LeaseHeld, match=r"process \d+ on a since .* stops it\.$"):
+            outlast_lease(there, told.append, lambda: now[0], renewed)
+        began = now[0]
+        outlast_lease(there, told.append, lambda: now[0], pass_time)
+        assert now[0] - began == pytest.approx(60, abs=2)
+        assert acquire_lease(there, 60, clock=lambda: now[0]).token == first.token + 1
+    assert [re.search(r"watched for (\d+) s", line)[1] for line in told] == ["60", "60"]
 
 
 def test_of_controllers_that_come_at_once_one_is_let_in(machines: Machines, run: str, monkeypatch: pytest.MonkeyPatch):

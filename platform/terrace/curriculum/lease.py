@@ -31,6 +31,7 @@ from terrace.storage.follower import patiently
 
 LEASE_SECONDS = 60.0
 LEASE_NAME = "controller.lease"
+WATCH_SECONDS = 2.0  # between two looks at a lease that may run out
 Content = dict[str, Any]
 
 
@@ -74,12 +75,37 @@ def acquire_lease(run_dir: Path, seconds: float = LEASE_SECONDS, clock: Callable
     return Lease(path, _change(path, take)["token"], seconds)
 
 
-def _held_by(held: Content, place: str, left: float) -> str:
-    """Who works there, and what to do; whether a process of another machine still runs cannot be seen from here."""
+def outlast_lease(
+    run_dir: Path, tell: Callable[[str], None], clock: Callable[[], float] = time.time, pause: Callable[[float], None] = time.sleep
+) -> None:
+    """Watch the lease of a controller on another machine until it is renewed or has run out. Raises LeaseHeld where it is renewed.
+
+    Whoever comes on a machine with an empty disk, as a pod does that replaces a dead one, has not seen the lease before. Were it refused
+    at once, and its successor again on another machine, nobody would ever have seen it long enough.
+    """
+    path = Path(run_dir) / LEASE_NAME
+    read = (lambda: read_json(path)) if mirror.uri_of(path) is None else (lambda: patiently(lambda: _read_stored(path)))
+    first = held = read()
+    while held and not held.get("released") and held["host"] != socket.gethostname():
+        left = _seconds_left(path, held, clock())
+        if left <= 0:
+            return
+        if _mark(held) != _mark(first):
+            raise LeaseHeld(_held_by(held, mirror.place_of(Path(run_dir)), None))
+        if held is first:
+            who = f"process {held['pid']} on {held['host']} had this run and may be gone"
+            tell(f"{who}: its lease is watched for {math.ceil(left)} s, and the run goes on here unless it is renewed")
+        pause(min(left, WATCH_SECONDS))
+        held = read()
+
+
+def _held_by(held: Content, place: str, left: float | None) -> str:
+    """Who works there, and what to do; whether a process of another machine still runs cannot be seen from here. `left`: None where it was
+    seen to renew its lease."""
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime(held["acquired"]))
     who = f"process {held['pid']} on {held['host']} since {since} UTC"
     message = f"another controller works on {place}: {who}. `terrace suspend {place}` stops it."
-    if held["host"] == socket.gethostname():
+    if left is None or held["host"] == socket.gethostname():
         return message
     return f"{message} If it is gone, run the command again in {math.ceil(left)} s, when its lease has run out"
 
@@ -158,13 +184,18 @@ def _seconds_left(path: Path, held: Content, now: float) -> float:
 def _unchanged_since(path: Path, held: Content, now: float) -> float:
     """When this machine first saw the lease as it is now, by its own clock."""
     note = path.with_name(f".controller.seen-{socket.gethostname()}.json")
-    lease = [held["token"], held["host"], held["pid"], held.get("renewed")]
+    lease = _mark(held)
     seen = read_json(note)
     if seen and seen["lease"] == lease and seen["since"] <= now:
         return float(seen["since"])
     with contextlib.suppress(OSError):  # a directory that may only be read
         write_atomic(note, json.dumps({"lease": lease, "since": now}))
     return now
+
+
+def _mark(held: Content) -> list[Any]:
+    """What differs between two holders, and each time that one renews its lease."""
+    return [held["token"], held["host"], held["pid"], held.get("renewed")]
 
 
 def _process_started(pid: int) -> float | None:

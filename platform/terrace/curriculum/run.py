@@ -23,6 +23,7 @@ from terrace.curriculum import machine
 from terrace.curriculum.actions import Action, Clear, Finish, Launch, Observation, Prepare, Record, Stop, Wait
 from terrace.curriculum.graph import with_dependents
 from terrace.curriculum.journal import Journal, pending_requests, read_journal
+from terrace.curriculum.lease import outlast_lease
 from terrace.curriculum.run_directory import changed_keys, check_changes, store_recipe, stored_recipe
 from terrace.curriculum.state import RunState, StageState, apply, fold
 from terrace.curriculum.watch import Watch
@@ -94,6 +95,7 @@ def run_curriculum(
         return Outcome("succeeded", 0, f"{mirror.place_of(run_dir)}: this run is complete; nothing to do", state)
     interrupted = threading.Event()
     mirror.require_conditions(run_dir)
+    outlast_lease(run_dir, display.message)
     with mirror.following(run_dir, lost=lambda _: interrupted.set()) as follower, Journal(run_dir) as journal:
         state = fold(names, journal.events)
         if journal.torn:
