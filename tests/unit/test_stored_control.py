@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import sys
@@ -10,6 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
+import s3fs
+from fsspec.asyn import sync_wrapper
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -75,6 +78,22 @@ def test_a_machine_that_never_saw_the_lease_watches_it_and_goes_on_where_nobody_
         assert now[0] - began == pytest.approx(60, abs=2)
         assert acquire_lease(there, 60, clock=lambda: now[0]).token == first.token + 1
     assert [re.search(r"watched for (\d+) s", line)[1] for line in told] == ["60", "60"]
+
+
+def test_a_write_that_is_never_answered_is_given_up_and_made_again(machines: Machines, run: str, monkeypatch: pytest.MonkeyPatch):
+    real, asked = s3fs.S3FileSystem._call_s3, []
+
+    async def unanswered_once(self, method, *rest, **what):
+        asked.append(method)
+        if len(asked) == 1:
+            await asyncio.Event().wait()
+        return await real(self, method, *rest, **what)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "call_s3", sync_wrapper(unanswered_once))
+    monkeypatch.setattr(conditional, "_limit", lambda storage: {"timeout": 0.2})
+    assert write_if(f"{run}/note.json", b"{}", None)
+    assert conditional.read_versioned(f"{run}/note.json")[0] == b"{}"
+    assert asked == ["put_object", "put_object"]
 
 
 def test_of_controllers_that_come_at_once_one_is_let_in(machines: Machines, run: str, monkeypatch: pytest.MonkeyPatch):

@@ -65,6 +65,12 @@ def write_if(uri: str, data: bytes, version: str | None, storage: Storage = DEFA
     raise Changed(f"{uri} was changed by somebody else")
 
 
+def _limit(storage: Storage) -> dict[str, float]:
+    """For fsspec: when a whole request is given up. The client's own limit counts from an answer's beginning, and one to a store that died
+    meanwhile may never begin: the caller holds the mirror's lock."""
+    return {"timeout": 2 * storage.timeout_seconds}
+
+
 def _put_if(uri: str, data: bytes, version: str | None, storage: Storage) -> str | None:
     """The new version, or None where the condition was refused."""
     bucket, key = split(uri)
@@ -72,7 +78,7 @@ def _put_if(uri: str, data: bytes, version: str | None, storage: Storage) -> str
 
     def put() -> str | None:
         try:
-            answer = s3(storage).call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
+            answer = s3(storage).call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition, **_limit(storage))
         except OSError as error:
             if condition_refused(error):
                 return None
@@ -104,7 +110,7 @@ def _accepts_wrong(uri: str, condition: str, version: str | None, storage: Stora
     """Whether a write whose condition does not hold goes through. A service that does not know the header has no condition either."""
     try:
         if version is None:
-            retried(lambda: s3(storage).call_s3("put_object", **_object(uri), Body=b"there"), uri, storage, writes=True)
+            retried(lambda: s3(storage).call_s3("put_object", **_object(uri), Body=b"there", **_limit(storage)), uri, storage, writes=True)
         return _put_if(uri, condition.encode(), version, storage) is not None
     except StorageError as error:
         if not_implemented(error):
@@ -135,7 +141,7 @@ def list_objects(uri: str, storage: Storage = DEFAULT_STORAGE, deep: bool = True
     arguments = {"Bucket": bucket, "Prefix": key} | ({} if deep else {"Delimiter": "/"})
     found: list[Listed] = []
     while True:
-        page = retried(lambda: s3(storage).call_s3("list_objects_v2", **arguments), uri, storage)
+        page = retried(lambda: s3(storage).call_s3("list_objects_v2", **arguments, **_limit(storage)), uri, storage)
         for entry in page.get("Contents", ()):
             if name := entry["Key"].removeprefix(key):
                 found.append(Listed(name, int(entry["Size"]), entry["ETag"].strip('"'), entry["LastModified"].timestamp()))
@@ -162,7 +168,7 @@ def fetch_copy(uri: str, size: int, local: Path, storage: Storage = DEFAULT_STOR
 def remove(uris: list[str], storage: Storage = DEFAULT_STORAGE) -> None:
     """Delete objects; those that are gone already are passed over."""
     for uri in uris:
-        retried(lambda uri=uri: s3(storage).call_s3("delete_object", **_object(uri)), uri, storage, writes=True)
+        retried(lambda uri=uri: s3(storage).call_s3("delete_object", **_object(uri), **_limit(storage)), uri, storage, writes=True)
 
 
 def copy_object(source: str, target: str, storage: Storage = DEFAULT_STORAGE) -> None:
