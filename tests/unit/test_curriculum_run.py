@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,11 @@ from curriculum_launcher import CountingLauncher, Killed
 from fakes import tiny_recipe
 
 from terrace import cli
+from terrace.cluster.attempt_files import write_atomic
 from terrace.curriculum import journal as journal_module
+from terrace.curriculum import lease as lease_module
 from terrace.curriculum import run as run_module
-from terrace.curriculum.journal import Journal, lease_holder, leave_request, read_journal
+from terrace.curriculum.journal import Journal, LeaseHeld, lease_holder, leave_request, read_journal
 from terrace.curriculum.run import Outcome, run_curriculum
 from terrace.curriculum.status import run_status
 from terrace.errors import InputError
@@ -264,3 +268,23 @@ def test_commands_without_a_controller_go_into_the_journal(tmp_path: Path, capsy
     assert run(tmp_path, CountingLauncher(recipe)).phase == "cancelled"
     assert cli.main(["pause", str(tmp_path)]) == 2
     assert "cancelled" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("renewed", [False, True])
+def test_a_run_whose_controller_was_another_machine_waits_for_its_lease(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renewed: bool):
+    """It goes on where nobody renews the lease; else it leaves, and has launched nothing."""
+    monkeypatch.setattr(lease_module, "WATCH_SECONDS", 0.05)
+    held = {"token": 4, "host": "another-machine", "pid": 7, "process_started": 1.0, "acquired": 50.0, "renewed": 50.0, "expires": 50.3}
+    file = tmp_path / lease_module.LEASE_NAME
+    file.write_text(json.dumps(held))
+    if renewed:
+        threading.Timer(0.1, write_atomic, (file, json.dumps({**held, "renewed": 50.1, "expires": 50.4}))).start()
+    launcher, output = CountingLauncher(tiny_recipe(4)), io.StringIO()
+    if renewed:
+        with pytest.raises(LeaseHeld, match="process 7 on another-machine"):
+            run(tmp_path, launcher, output=output)
+        assert launcher.launched == []
+    else:
+        assert run(tmp_path, launcher, output=output).phase == "succeeded"
+        assert {event["token"] for event in read_journal(tmp_path).events} == {5}
+    assert "process 7 on another-machine had this run and may be gone" in output.getvalue()

@@ -32,6 +32,7 @@ from terrace.curriculum.journal import (
     renew_lease,
 )
 from terrace.curriculum.lease import outlast_lease
+from terrace.recipe.schema import Storage
 from terrace.storage import conditional, follower, mirror
 from terrace.storage.conditional import write_if
 from terrace.storage.faults import StorageError
@@ -90,8 +91,7 @@ def test_a_write_that_is_never_answered_is_given_up_and_made_again(machines: Mac
         return await real(self, method, *rest, **what)
 
     monkeypatch.setattr(s3fs.S3FileSystem, "call_s3", sync_wrapper(unanswered_once))
-    monkeypatch.setattr(conditional, "_limit", lambda storage: {"timeout": 0.2})
-    assert write_if(f"{run}/note.json", b"{}", None)
+    assert write_if(f"{run}/note.json", b"{}", None, Storage(timeout_seconds=0.1))
     assert conditional.read_versioned(f"{run}/note.json")[0] == b"{}"
     assert asked == ["put_object", "put_object"]
 

@@ -161,5 +161,4 @@ def process_group_backend(stage: Stage) -> str | None:
     """What the workers' process group speaks; None: the launcher's choice. FSDP whose shards lie on the host reduces the norm of its
     gradients there, so that group serves both devices."""
     parallel = stage.parallel
-    on_host = "cpu" in (parallel.offload_parameters, parallel.offload_optimizer)
-    return "cuda:nccl,cpu:gloo" if stage.resources.gpus_per_worker and parallel.strategy == "fsdp" and on_host else None
+    return "cuda:nccl,cpu:gloo" if stage.resources.gpus_per_worker and parallel.strategy == "fsdp" and parallel.on_host else None

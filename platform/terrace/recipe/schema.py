@@ -111,6 +111,11 @@ class Parallel(Strict):
         "not fit on the GPU.",
     )
 
+    @property
+    def on_host(self) -> bool:
+        """Whether FSDP's shards lie in the machine's memory between uses."""
+        return "cpu" in (self.offload_parameters, self.offload_optimizer)
+
 
 class Resources(Strict):
     workers: int | tuple[int, int] = Field(1, description="Number of workers, or [min, max] for elastic training.")

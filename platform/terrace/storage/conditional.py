@@ -45,7 +45,7 @@ def read_versioned(uri: str, storage: Storage = DEFAULT_STORAGE) -> tuple[bytes,
     def get() -> tuple[bytes, str] | None:
         filesystem = s3(storage)
         try:
-            return sync(filesystem.loop, _get_object, filesystem, bucket, key)
+            return sync(filesystem.loop, _get_object, filesystem, bucket, key, **_limit(storage))
         except FileNotFoundError as error:
             if is_no_bucket(error):
                 raise

@@ -20,6 +20,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +141,7 @@ def following(run_dir: Path, lost: TellsLost | None = None) -> Iterator[Follower
         finally:
             end.set()
             thread.join()
-            last = lambda: synchronise(root)  # noqa: E731
+            last = partial(synchronise, root)
             last() if follower.lost is not None else patiently(last)
 
 

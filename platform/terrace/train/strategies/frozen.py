@@ -17,7 +17,7 @@ from terrace.models.precision import compute_context
 from terrace.models.weights import TensorSource
 from terrace.recipe.schema import Stage
 from terrace.train.optimizers import fill_parts
-from terrace.train.strategies.fully_sharded import buffers_to, on_host, part_of, shard
+from terrace.train.strategies.fully_sharded import buffers_to, part_of, shard
 from terrace.train.strategies.interface import FrozenLoss, Loss, StepModule, scalars_as_vectors
 from terrace.train.strategies.shards import ReadTogether
 from terrace.worker.context import WorkerContext
@@ -41,7 +41,7 @@ def sharded_loss(skeleton: Any, source: TensorSource, loss: Loss, stage: Stage, 
     module: Callable[[Any], torch.Tensor] = StepModule(skeleton, loss)
     scalars_as_vectors(skeleton)
     shard(module, skeleton, stage, context, free_rest=True)
-    skeleton.to_empty(device="cpu" if on_host(stage) else context.device)
+    skeleton.to_empty(device="cpu" if stage.parallel.on_host else context.device)
     skeleton.tie_weights()
     buffers_to(skeleton, torch.device(context.device))
     skeleton.requires_grad_(False)

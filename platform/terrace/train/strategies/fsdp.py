@@ -22,7 +22,7 @@ from terrace.models.weights import TensorSource
 from terrace.train.loss_scale import LossScale
 from terrace.train.optimizers import Kind, Optimizers, fill_parts
 from terrace.train.strategies.frozen import sharded_loss
-from terrace.train.strategies.fully_sharded import buffers_to, local_of, on_host, part_of, shard, whole_of
+from terrace.train.strategies.fully_sharded import buffers_to, local_of, part_of, shard, whole_of
 from terrace.train.strategies.interface import FrozenLoss, Loss, Setup, StepModule, scalars_as_vectors
 from terrace.train.strategies.shards import Shard, divided
 
@@ -38,7 +38,7 @@ class FullyShard:
         self.loss_scale = LossScale() if stage.precision == "fp16" else None
         self.model = setup.skeleton
         self._module: Any = StepModule(self.model, setup.loss)
-        self._device = torch.device("cpu" if on_host(stage) else context.device)
+        self._device = torch.device("cpu" if stage.parallel.on_host else context.device)
         trainable = {name: parameter.requires_grad for name, parameter in self.model.named_parameters()}
         self._scalars = scalars_as_vectors(self.model)
         shard(self._module, self.model, stage, context)

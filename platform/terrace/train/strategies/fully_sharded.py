@@ -20,11 +20,6 @@ from terrace.recipe.schema import Stage
 from terrace.worker.context import WorkerContext
 
 
-def on_host(stage: Stage) -> bool:
-    """Whether shards lie in the machine's memory between uses."""
-    return "cpu" in (stage.parallel.offload_parameters, stage.parallel.offload_optimizer)
-
-
 def shard(module: Any, model: Any, stage: Stage, context: WorkerContext, free_rest: bool = False) -> None:
     """Make every block and then the rest an FSDP group. `free_rest`: after the forward too, for a model that has no backward."""
     policy = MixedPrecisionPolicy(
@@ -35,7 +30,7 @@ def shard(module: Any, model: Any, stage: Stage, context: WorkerContext, free_re
     options: dict[str, Any] = {
         "mesh": mesh_of(stage, context),
         "mp_policy": policy,
-        "offload_policy": CPUOffloadPolicy(pin_memory=context.device.startswith("cuda")) if on_host(stage) else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy(pin_memory=context.device.startswith("cuda")) if stage.parallel.on_host else OffloadPolicy(),
     }
     for block in transformer_blocks(model):
         fully_shard(block, reshard_after_forward=stage.parallel.reshard_after_forward, **options)
