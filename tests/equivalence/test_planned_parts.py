@@ -21,6 +21,10 @@ ADDED = {
         "pictures": {"scale": 84, "positions": "bucketed", "text": "marked"}, "connector": SLICES["connector"] | {"positions": "keys"},
         "vision_config": SLICES["vision_config"] | SIGLIP | {"image_size": 140}, "vision_feature_layer": -1,
     },
+    "eva_clip_g": {
+        "vision_variant": "eva_clip_g", "vision_feature_layer": -1, "connector": {"kind": "q_former", "queries": 5, "width": 64},
+    },
+    "eva2_clip_e": {"vision_variant": "eva2_clip_e", "vision_feature_layer": -1, "connector": {"kind": "glu", "width": 96}},
     "growing_square": {"pictures": {"layout": "square", "scale": 84}, "connector": {"kind": "mlp", "layers": 2}},
 }  # fmt: skip
 
