@@ -265,6 +265,7 @@ def _language_activations(shape: ModelShape, stage: Stage, pack: PackSize, compu
     language, train = shape.language, stage.train.language
     residual = FP32 if stage.parallel.strategy == "ddp" else compute
     layer = _language_layer(shape, stage, compute, on_gpu) + _adapter_values(shape, "language", compute) / max(1, language.layers)
+    layer += _own_inputs(shape, stage, pack, on_gpu) * compute
     working = pack.tokens * (3 * language.mean_intermediate * compute + 2 * language.width * residual)
     if not gradients_reach(stage, "language"):
         return _Activations(0.0, working)
@@ -308,6 +309,19 @@ def _language_layer(shape: ModelShape, stage: Stage, compute: int, on_gpu: bool)
         attention += 0 if on_gpu else compute * query
         feed_forward += inner * compute if language.rotary else 0  # plain ReLU keeps what it gives alone
     return norms + attention + rotary + feed_forward
+
+
+def _own_inputs(shape: ModelShape, stage: Stage, pack: PackSize, on_gpu: bool) -> float:
+    """Numbers per token of a layer whose matrices visual tokens have of their own: each matrix that trains keeps a copy of its kind's
+    inputs, in place of one that all matrices share."""
+    language = shape.language
+    if not shape.projector.in_place:
+        return 0.0
+    inner, shared = 5 * language.width + language.query_width + language.intermediate, 0.0
+    if stage.train.language is not None:
+        shared = 2 * language.width + (0 if on_gpu else language.query_width) + language.intermediate
+    visual = min(1.0, pack.visual_tokens / pack.tokens)
+    return inner * (visual * (stage.train.projector is not None) + (1 - visual) * (stage.train.language is not None)) - shared
 
 
 def _adapter_values(shape: ModelShape, part: PartName, compute: int) -> float:
