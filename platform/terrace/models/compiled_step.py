@@ -75,7 +75,8 @@ class CompiledStep(DecodeStep):
         vocabulary, hidden = self._head.weight.shape
         self._call = _Step(
             gemm=_gemm(), layers=len(self._layers), hidden=hidden, inner=perceptron.gate_proj.weight.shape[0],
-            heads=heads, kv_heads=kv_heads, vocabulary=vocabulary, epsilon=self._language.norm.variance_epsilon, scale=attention.scaling, layer=self._blocks,
+            heads=heads, kv_heads=kv_heads, vocabulary=vocabulary,
+            epsilon=self._language.norm.variance_epsilon, scale=attention.scaling, layer=self._blocks,
         )  # fmt: skip
         self.begin()
 
