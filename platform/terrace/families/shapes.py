@@ -198,6 +198,12 @@ NO_LANGUAGE = LanguageShape(
 )  # of an encoder of pictures alone
 
 
+NO_VISION = VisionShape(
+    depth=0, width=0, intermediate=0, heads=1, gated=False, window=None, full_blocks=0, patch_values=0, patches_per_token=1.0,
+    block_parameters=0, other_parameters=0,
+)  # of an encoder of texts alone
+
+
 @dataclass(frozen=True)
 class ModelShape:
     vision: VisionShape

@@ -155,7 +155,8 @@ def _state(shape: ModelShape, stage: Stage, workers: int, compute: int, on_gpu: 
     strategy = parallel.strategy
     buffers = waiting = 0.0
     if strategy == "ddp":
-        weights, gradients, optimizer = FP32 * everything, FP32 * trained, states
+        weights, gradients = FP32 * everything, FP32 * trained
+        optimizer = states - (1 - 1 / workers) * muon_bytes(shape, stage)  # each matrix's momentum is kept by the worker that steps it
         if compute < FP32:  # autocast's copies of every matrix that gradients pass through
             buffers = compute * matrices_in_backward(shape, stage)
     elif strategy == "fsdp":
@@ -209,11 +210,20 @@ def optimizer_bytes(shape: ModelShape, stage: Stage) -> float:
     elif options.kind == "adafactor":  # a float32 sum per row and per column; matrices are about as wide as the model
         states = 2 * FP32 * numbers / language.width
     elif options.kind == "muon":
-        outer = language.vocabulary * language.width * (1 if language.tied else 2) if trains_whole(stage, "language") else 0
-        states = MOMENTUM * (numbers - outer) + MOMENTS * outer
+        matrices = muon_bytes(shape, stage)
+        states = matrices + MOMENTS * (numbers - matrices / MOMENTUM)
     else:
         states = MOMENTS * numbers
     return states + (FP32 * numbers if stage.ema is not None else 0.0)
+
+
+def muon_bytes(shape: ModelShape, stage: Stage) -> float:
+    """Bytes of Muon's momentum over all workers: everything trained but embeddings and output layer. 0 under other optimizers."""
+    if stage.optimizer.kind != "muon":
+        return 0.0
+    language = shape.language
+    outer = language.vocabulary * language.width * (1 if language.tied else 2) if trains_whole(stage, "language") else 0
+    return MOMENTUM * (sum(trainable_counts(shape, stage).values()) + head_parameters(shape, stage) - outer)
 
 
 def gradients_reach(stage: Stage, part: PartName) -> bool:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
-from .slicing import sliced
+from .slicing import sliced  # families/slicing.py, which an export puts beside this file
 
 
 class SliceImageProcessor(BaseImageProcessor):
