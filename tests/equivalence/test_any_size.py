@@ -110,7 +110,7 @@ def connector_alone(case: Case, model, features: torch.Tensor, rows: int, column
     return norm(out, module.output_norm) @ module.output_proj.weight.T
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "bucketed" else pytest.mark.slow) for name in VARIANTS])
 def test_each_picture_is_what_the_tower_makes_of_it_alone_and_the_plan_counts_the_model(name, folder):
     """Of several pictures in different slices: positions, the mask over padding, the connector, the order; then gradients and counts."""
     case = variant(name, folder)

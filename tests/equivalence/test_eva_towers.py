@@ -95,7 +95,7 @@ def test_eva2_clip_e_has_its_norms_behind_attention_and_feed_forward():
     assert not list(ours.post_layernorm.parameters())
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [pytest.param("eva_clip_g", marks=pytest.mark.slow), "eva2_clip_e"])
 def test_a_model_of_parts_around_it_is_counted_packed_trained_and_exported(variant, tmp_path):
     torch.set_num_threads(1)
     small, options = case_of("terrace_vlm", tmp_path), VARIANTS[variant]

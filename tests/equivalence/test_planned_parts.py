@@ -52,7 +52,11 @@ def added_case(name: str, folder, middle: bool = False) -> Case:
     return Case(architecture, section, family, small.tokenizer, model_config(section, small.tokenizer), pixels)
 
 
-@pytest.mark.parametrize("trained", [("projector",), ("vision", "language"), tuple(PARTS)], ids="+".join)
+@pytest.mark.parametrize(
+    "trained",
+    [pytest.param(("projector",), marks=pytest.mark.slow), pytest.param(("vision", "language"), marks=pytest.mark.slow), tuple(PARTS)],
+    ids="+".join,
+)
 @pytest.mark.parametrize("name", ADDED)
 def test_flops_are_those_of_the_flop_counter(name, trained, folder, monkeypatch):
     load, visual_tokens, found = flops(added_case(name, folder), trained, monkeypatch)
