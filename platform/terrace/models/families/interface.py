@@ -96,6 +96,7 @@ class FamilyModel:
     mean: ClassVar[Sequence[float]] = (0.48145466, 0.4578275, 0.40821073)
     std: ClassVar[Sequence[float]] = (0.26862954, 0.26130258, 0.27577711)
     published: ClassVar[Sequence[tuple[str, str]]] = PUBLISHED
+    reads_vit: bool = False  # its tower is a ViT, whose tensors it takes as they are
     blank_value: ClassVar[float] = 0.0  # of the text-only guard's picture, normalised
 
     def __init__(self, family: Family) -> None:
