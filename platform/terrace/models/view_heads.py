@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from terrace.families.configurations import vision_config
 from terrace.recipe.schema_views import Projector
 from terrace.recipe.view_heads import HeadPlan, Layers, head_plan
 
@@ -105,4 +106,4 @@ def attach_view_heads(model: Any, objective: str, options: Projector, width: int
 
 def tower_width(config: Any) -> int:
     """Width of what the tower of a model says of a picture."""
-    return int(getattr(config, "vision_config", config).hidden_size)
+    return int(vision_config(config).hidden_size)
