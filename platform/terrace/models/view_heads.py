@@ -27,6 +27,16 @@ class HeadLinear(nn.Linear):
         self.reset_parameters()
 
 
+class SmallLinear(nn.Linear):
+    """Starts as DINO's published layers do. PyTorch's own biases are as large as what its weights say of a picture: after three such
+    layers without a norm all pictures look alike."""
+
+    def reset_own_parameters(self) -> None:
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
 class Rows(HeadLinear):
     """Prototypes: rows that vectors are compared with by cosine, so that their lengths say nothing."""
 
@@ -61,7 +71,8 @@ def mlp(plan: Layers) -> nn.Sequential:
         last = number == count - 1
         normed = plan.norm != "none" and (plan.final_norm or not last)
         width = plan.widths[number + 1]
-        layers.append(HeadLinear(plan.widths[number], width, bias=not normed))
+        linear = SmallLinear if plan.small_start else HeadLinear
+        layers.append(linear(plan.widths[number], width, bias=not normed))
         if normed and plan.norm == "batch":
             layers.append(BatchNorm(width, affine=not last))
         elif normed:
