@@ -35,7 +35,11 @@ ENCODERS["vit_mae"] = ENCODERS["vit"] | {
 FEW = {"hidden_width": 16, "output_width": 8, "predictor_width": 4, "prototypes": 12, "queue": 10}  # of heads over views
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220)}
 BLIP_2 = CONFIGS["blip_2"]
-SMALL = {**CONFIGS, **ENCODERS, "blip_2_matching": {
+TEXTS = {"bert": {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 1024,
+    "vocab_size": 448,
+}}  # fmt: skip
+SMALL = {**CONFIGS, **ENCODERS, **TEXTS, "blip_2_matching": {
     "vision_config": BLIP_2["vision_config"], "qformer_config": BLIP_2["qformer_config"], "num_query_tokens": BLIP_2["num_query_tokens"],
     "text_config": {"vocab_size": BLIP_2["text_config"]["vocab_size"]}, "image_text_hidden_size": 16,
 }}  # fmt: skip
