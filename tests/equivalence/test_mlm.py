@@ -14,6 +14,8 @@ import torch
 from PIL import Image
 from processes import run_ranks
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from towers import write_rows
 from transformers import (
     AutoModelForMaskedLM,
@@ -40,6 +42,7 @@ from terrace.models.taken import check_taken
 from terrace.models.tensor_files import Directory
 from terrace.objectives.masked_tokens import Masking
 from terrace.objectives.mlm import asked_rows, right_tokens
+from terrace.planner.flops import exact_load, training_flops
 from terrace.planner.parameters import parameter_counts, part_sizes
 from terrace.planner.shapes import shape_of_config
 from terrace.recipe.rules import check
@@ -73,6 +76,19 @@ def packed(samples: Mapping[str, list[int]], epochs: list[int] | None = None, se
     )  # fmt: skip
 
 
+def flops_of_a_step_are_planned(model: Any, shape: Any) -> None:
+    lengths, rng = [40, 13, 60], np.random.default_rng(0)
+    pack = packed({str(number): rng.integers(4, 300, length).tolist() for number, length in enumerate(lengths)}, sequence_length=128)
+    pack.targets[::7] = pack.input_ids[::7]
+    batch = to_device(pack, "cpu", torch.float32)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # the only kernel it counts on a CPU
+        asked = asked_rows(model, batch)
+        output_layer(model)(asked, batch.targets, 1_000).backward()
+    load = exact_load(shape, lengths, [(0, 0)], pack.supervised_tokens)
+    assert training_flops(shape, load, ["language"]).model == pytest.approx(counter.get_total_flops(), rel=0.01)
+    model.zero_grad()
+
+
 @pytest.mark.parametrize("name", CLASSES)
 def test_loss_gradients_parameters_and_start_are_those_of_the_class(name, tmp_path):
     torch.set_num_threads(1)
@@ -86,6 +102,7 @@ def test_loss_gradients_parameters_and_start_are_those_of_the_class(name, tmp_pa
     counted = {part: sum(p.numel() for _, p in pairs) for part, pairs in part_parameters(model).items()}
     assert parameter_counts(shape) == {"vision": 0, "projector": 0} | counted
     assert part_sizes(shape)["language"].block == sum(p.numel() for p in seen.blocks_of(model, "language")[0].parameters())
+    flops_of_a_step_are_planned(model, shape)
     published = AutoModelForMaskedLM.from_config(config)
     assert type(published) is CLASSES[name]
     assert {key for key, _ in published.named_parameters()} == {key for key, _ in model.named_parameters()}
@@ -114,7 +131,7 @@ def test_loss_gradients_parameters_and_start_are_those_of_the_class(name, tmp_pa
     for names in (list(samples)[:4], list(samples)[4:5], list(samples)[5:]):
         batch = to_device(masking.pack(packed({key: samples[key] for key in names})), "cpu", torch.float32)
         asked = asked_rows(model, batch)
-        right += right_tokens(output_layer(model), asked, batch.targets, 5)
+        right += right_tokens(output_layer(model), asked, batch.targets)
         loss = output_layer(model)(asked, batch.targets, 5) / divisor
         loss.backward()
         told += float(loss.detach())

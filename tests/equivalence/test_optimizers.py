@@ -23,7 +23,8 @@ from terrace.train.step import noise_scale
 
 KINDS: dict[str, dict[str, Any]] = {
     "sgd": {"kind": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}, "plain": {"kind": "sgd"},
-    "adafactor": {"kind": "adafactor"}, "muon": {"kind": "muon"},
+    "adafactor": {"kind": "adafactor"}, "muon": {"kind": "muon"}, "rising": {"weight_decay": 0.04, "final_weight_decay": 0.4},
+    "lars": {"kind": "lars", "momentum": 0.9, "trust": 0.05, "weight_decay": 0.01},
 }  # fmt: skip
 AVERAGE = {"decay": 0.9, "export": True}
 LARGE = {part: {"lr": 1e-2} for part in ("vision", "projector", "language")}
@@ -90,7 +91,7 @@ def test_sgd_with_momentum_is_its_formula(tmp_path):
 def test_every_strategy_that_takes_an_optimizer_gives_the_same_losses(tmp_path):
     torch.set_num_threads(1)
     offered = {"sgd": ("ddp", "fsdp", "zero1", "zero2", "zero3"), "plain": ("ddp", "fsdp", "zero2"), "adafactor": ("ddp",),
-               "muon": ("ddp", "fsdp")}  # fmt: skip
+               "muon": ("ddp", "fsdp"), "lars": ("ddp", "fsdp"), "rising": ("ddp", "fsdp", "zero2", "zero3")}  # fmt: skip
     jobs = {}
     for kind, strategies in offered.items():
         train_stages(0, 1, values(kind), str(tmp_path / kind))

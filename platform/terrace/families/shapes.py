@@ -128,6 +128,7 @@ class LanguageShape:
     experts: ExpertsShape | None = None
     latent: LatentShape | None = None
     adapter_products: int = 0  # multiply-adds per token of a layer, in adapters that are the model's own
+    head_products: int = 0  # multiply-adds per supervised token in front of the output layer
     masked: bool = False  # attention with a mask over each sample, which keeps keys and values as few as they are
 
     def with_latent(self, latent: LatentShape, experts: ExpertsShape) -> LanguageShape:

@@ -8,7 +8,7 @@ marks where it begins and ends, and none where it was cut.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -129,4 +129,4 @@ def encoder_shape(config: Mapping[str, Any], vocabulary: int | None, filled: boo
     types = int(config.get("type_vocab_size", 2)) * width
     behind = width * width + width + (2 * width + size if filled else 0)  # a layer; its LayerNorm and a bias of every token
     # Two norms of the embeddings' width are counted for a tower of two towers, scale and shift of the last one: here of the first.
-    return text_shape(config, vocabulary, types + behind)
+    return replace(text_shape(config, vocabulary, types + behind), head_products=width * width if filled else 0)

@@ -138,7 +138,7 @@ def _forward(shape: ModelShape, load: PackLoad) -> dict[PartName, dict[str, floa
             "adapters": adapters["language"],
             "linear": 2 * load.tokens * language.layers * layer,
             "attention": 2 * (language.query_width + language.value_width) * language.layers * load.token_squares,
-            "head": 2 * load.supervised_tokens * language.width * language.vocabulary,
+            "head": 2 * load.supervised_tokens * (language.width * language.vocabulary + language.head_products),
         },
     }
 

@@ -205,7 +205,7 @@ def optimizer_bytes(shape: ModelShape, stage: Stage) -> float:
     """Bytes of the optimizer's state over all workers, and of the average of weights where the stage keeps one."""
     language, options = shape.language, stage.optimizer
     numbers = sum(trainable_counts(shape, stage).values()) + head_parameters(shape, stage)
-    if options.kind == "sgd":
+    if options.kind in ("sgd", "lars"):
         states = MOMENTUM * numbers if options.momentum else 0.0
     elif options.kind == "adafactor":  # a float32 sum per row and per column; matrices are about as wide as the model
         states = 2 * FP32 * numbers / language.width

@@ -1,14 +1,14 @@
 """The optimizer of a stage, for the strategies that keep whole parameters or shards of them: one step over all groups, state by name.
 
-Every group has one rule (train.optimizer): torch's AdamW, SGD with momentum, Adafactor, or Muon for matrices with AdamW for the rest. A
-parameter's state is told by kind, under torch's own names, so checkpoints know neither the strategy nor how many optimizers there are.
+Every group has one rule (train.optimizer): torch's AdamW, SGD with momentum, Adafactor, LARS, or Muon for matrices with AdamW for the
+rest. A parameter's state is told by kind, under torch's own names, so checkpoints know neither the strategy nor the number of optimizers.
 Ranks that hold all weights alike may share Muon's matrices (train.matrix_shares): of those that another rank steps this one has no state.
 Beside it may stand the running average of the weights (`ema`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -17,8 +17,9 @@ import torch
 from terrace.models.tensor_files import Stretch
 from terrace.models.weights import TensorSource, stretches_of
 from terrace.recipe.schema import Stage
+from terrace.train.lars import Lars
 from terrace.train.matrix_shares import MatrixShares
-from terrace.train.optimizer import ParameterGroup, Rule
+from terrace.train.optimizer import ParameterGroup, Rate, Rule
 
 Kind = Literal["weights", "exp_avg", "exp_avg_sq", "momentum_buffer", "row_var", "col_var", "variance", "average"]
 OPTIMIZER_KINDS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq", "momentum_buffer", "row_var", "col_var", "variance")
@@ -36,11 +37,17 @@ def kinds_of(rule: Rule, stage: Stage, dimensions: int) -> tuple[Kind, ...]:
 
 
 def torch_groups(groups: list[ParameterGroup], parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The groups as a torch optimizer takes them; their learning rates are set before every step."""
+    """The groups as a torch optimizer takes them; their learning rates and decays are set before every step."""
     return [
         {"params": [parameters[name] for name in group.names], "lr": 0.0, "weight_decay": group.weight_decay}
         for group in groups
     ]
+
+
+def set_rates(groups: Sequence[dict[str, Any]], rates: Sequence[Rate]) -> None:
+    """Give each group of a torch optimizer its learning rate and weight decay."""
+    for group, (rate, decay) in zip(groups, rates, strict=True):
+        group["lr"], group["weight_decay"] = rate, decay
 
 
 def torch_optimizer(rule: Rule, stage: Stage, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -50,6 +57,8 @@ def torch_optimizer(rule: Rule, stage: Stage, groups: list[dict[str, Any]]) -> t
         return torch.optim.AdamW(groups, fused=True, betas=tuple(options.betas), eps=options.eps)
     if rule == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=options.momentum, nesterov=options.nesterov)
+    if rule == "lars":
+        return Lars(groups, options.momentum, options.trust)
     if rule == "adafactor":
         return torch.optim.Adafactor(groups, lr=0.0)
     return torch.optim.Muon(groups, lr=0.0, momentum=options.momentum or 0.95, nesterov=True, adjust_lr_fn=MUON_RMS)
@@ -87,10 +96,9 @@ class Optimizers:
         self._averages: dict[str, torch.Tensor] = {}
         self.restart_average()
 
-    def step(self, learning_rates: list[float]) -> None:
-        """One step, one learning rate per group; gradients are gone afterwards."""
-        for group, rate in zip(self._groups, learning_rates, strict=True):
-            group["lr"] = rate
+    def step(self, rates: Sequence[Rate]) -> None:
+        """One step; gradients are gone afterwards."""
+        set_rates(self._groups, rates)
         for optimizer in self._optimizers.values():
             optimizer.step()
         for name in self._steps:

@@ -8,7 +8,7 @@ through autocast, so weights, gradients and their reduction stay float32.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from terrace.models.precision import compute_context
 from terrace.models.weights import TensorSource
 from terrace.train.loss_scale import LossScale
 from terrace.train.matrix_shares import MatrixShares, shared_out
+from terrace.train.optimizer import Rate
 from terrace.train.optimizers import Kind, Optimizers
 from terrace.train.strategies.frozen import whole_loss
 from terrace.train.strategies.interface import FrozenLoss, Loss, Setup, StepModule
@@ -83,8 +84,8 @@ class DataParallel:
         factor = self._world_size * (self.loss_scale.value if self.loss_scale else 1.0)
         return (float(torch.nn.utils.get_total_norm(gradients)) / factor) ** 2
 
-    def step(self, learning_rates: list[float]) -> None:
-        self._optimizers.step(learning_rates)
+    def step(self, rates: Sequence[Rate]) -> None:
+        self._optimizers.step(rates)
 
     def discard(self) -> None:
         self._optimizers.zero()
