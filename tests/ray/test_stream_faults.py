@@ -133,6 +133,7 @@ import hashlib, json, ray
 from pathlib import Path
 from ray.cluster_utils import Cluster
 from stream_rows import contents, open_all
+from terrace.data.stream.rank_stream import open_stream
 
 cluster = Cluster(initialize_head=True, head_node_args={{"num_cpus": 1, "object_store_memory": 200 * 2**20}})
 node = cluster.add_node(num_cpus=2, object_store_memory=200 * 2**20)
