@@ -284,7 +284,7 @@ def test_an_export_carries_its_code_and_loads_where_there_is_no_terrace(tmp_path
     assert done.returncode == 0, done.stderr[-2000:]
     assert {path.name for path in final.glob("*.py")} == {
         "configuration_terrace_vlm.py", "modeling_terrace_vlm.py", "connectors.py", "resampler.py", "q_former.py", "sine_positions.py",
-        "sparse_mlp.py", "visual_expert.py", "modality_adapters.py", "window_adapters.py",
+        "sparse_mlp.py", "visual_expert.py", "modality_adapters.py", "window_adapters.py", "padded_pictures.py",
     }  # fmt: skip
 
 

@@ -150,14 +150,16 @@ class TerraceVlm(InternVL):
         other = values * width + patches * width + 2 * width + (width if family.siglip else 4 * width)
         other += output_parameters(language.width) if family.output_in_tower else 0
         behind = 0 if family.siglip and layer == -1 else 2 * width
+        plain_gelu = vision.get("hidden_act", "gelu_pytorch_tanh" if family.siglip else "quick_gelu") == "quick_gelu"  # no fused function
         return ModelShape(
             VisionShape(
                 depth=depth, width=width, intermediate=inner, heads=vision["num_attention_heads"], gated=False, window=None,
                 full_blocks=depth, patch_values=values, patches_per_token=patches / family.tokens, block_parameters=block,
                 adapter_products=added.window_products(config, width) + added.modality_products(config, width),
-                other_parameters=other, extra_tokens=0 if family.siglip else 1, unused_parameters=idle * block + behind, idle_blocks=idle,
+                other_parameters=other, kept_inner=3 if plain_gelu else 2, extra_tokens=0 if family.siglip else 1,
+                unused_parameters=idle * block + behind, idle_blocks=idle,
             ),
-            projector_shape(checked(config) or Connector(), width, language.width, patches).plus(visual_expert(language, family)),
+            projector_shape(checked(config) or Connector(), width, language.width, patches).plus(*visual_expert(language, family)),
             language,
         )  # fmt: skip
 
@@ -255,11 +257,14 @@ def untaken_blocks(config: Mapping[str, Any]) -> int:
     return idle_blocks(config)
 
 
-def visual_expert(language: LanguageShape, family: TerraceVlm) -> int:
-    """Parameters of the image tokens' own matrices, which train with the projector; they run in place of the language model's."""
+def visual_expert(language: LanguageShape, family: TerraceVlm) -> tuple[int, int]:
+    """Parameters of the image tokens' own matrices, which train with the projector, and multiply-adds of a token in them; they run in
+    place of the language model's."""
+    if not family.visual_expert:
+        return 0, 0
     matrices = 2 * language.width * (language.query_width + language.key_width) + 3 * language.width * language.intermediate
     biases = language.query_width + 2 * language.key_width if language.attention_biases else 0
-    return language.layers * (matrices + biases) if family.visual_expert else 0
+    return language.layers * (matrices + biases), language.layers * matrices
 
 
 def output_parameters(width: int) -> int:
@@ -284,12 +289,14 @@ def projector_shape(connector: Connector, vision: int, width: int, patches: int)
     queries = connector.queries
     if kind == "resampler":
         parameters = queries * width + vision * width + 4 * width + 4 * (width * width + width)
-        products = patches * (vision * width + 2 * width * width + 2 * queries * width) + queries * 2 * width * width
+        products, per_patch = width * width, vision * width + 2 * width * width + 2 * queries * width
         if connector.output_projection != "none":
-            products += queries * width * width
+            products += width * width
             parameters += output_parameters(width) if connector.output_projection == "projector" else 0
         kept = patches * 4 * width + queries * 3 * width
-        return ProjectorShape(parameters, products // queries, kept // queries // 3)
+        return ProjectorShape(
+            parameters, products, kept // queries // 3, patch_products=per_patch, patch_outer=vision * width, once=queries * width * width
+        )
     inner, looks = connector.width, (layers + 1) // 2
     layer = 4 * (inner * inner + inner) + 2 * inner + 8 * inner * inner + 5 * inner + 2 * inner
     look = 2 * (inner * inner + inner) + 2 * (vision * inner + inner) + 2 * inner

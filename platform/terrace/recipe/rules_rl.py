@@ -105,6 +105,8 @@ def _grpo(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
 
 
 def _rollout(stage: Stage, options: GrpoOptions, key: Path) -> Iterator[Problem]:
+    if options.compile_decoding and options.engine == "vllm":
+        yield Problem((*key, "compile_decoding"), "is of engine native; vLLM compiles for itself")
     if options.rollout == "seamless" and options.engine == "vllm":
         yield Problem((*key, "rollout"), "`seamless` is of engine native; vLLM batches continuously within a round")
     if options.rollout == "seamless" and options.placement == "separate":
