@@ -160,6 +160,7 @@ def test_a_node_dies(folder: Path, expected, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False, env=environment)
     [line] = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")] or [done.stderr[-3000:]]
+    assert line.startswith("FOUND "), line
     found, alive = json.loads(line.removeprefix("FOUND "))
     assert alive == 1
     assert found == [hashlib.sha256(repr(step).encode()).hexdigest() for step in expected]
