@@ -1,14 +1,14 @@
 """DDP: every rank holds the whole model; gradients are averaged while the last pack's backward runs.
 
 Also what runs on one process (no wrapper then). Memory per rank: 16 bytes per trained parameter (float32 weight,
-gradient, two moments) and 4 per frozen one. bf16 and fp16 through autocast, so weights, gradients and their reduction
-stay float32.
+gradient, two moments) and 4 per frozen one; Muon's momentum is divided by the ranks (train.matrix_shares). bf16 and fp16
+through autocast, so weights, gradients and their reduction stay float32.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from terrace.models.build import materialise
 from terrace.models.precision import compute_context
 from terrace.models.weights import TensorSource
 from terrace.train.loss_scale import LossScale
+from terrace.train.matrix_shares import MatrixShares, shared_out
+from terrace.train.optimizer import Rate
 from terrace.train.optimizers import Kind, Optimizers
 from terrace.train.strategies.frozen import whole_loss
 from terrace.train.strategies.interface import FrozenLoss, Loss, Setup, StepModule
@@ -40,7 +42,10 @@ class DataParallel:
         self._synchronised = context.world_size > 1
         if self._synchronised:
             self._module = DistributedDataParallel(self._module, forward_sync_buffers=False, gradient_as_bucket_view=True)
-        self._optimizers = Optimizers(stage, setup.groups, self._parameters, lambda tensor: (0, tensor.view(-1)))
+        matrices = {name: self._parameters[name].shape for group in setup.groups if group.rule == "muon" for name in group.names}
+        owners = shared_out(matrices, context.world_size) if self._synchronised else {}
+        self._shares = MatrixShares(context.rank, owners)
+        self._optimizers = Optimizers(stage, setup.groups, self._parameters, lambda tensor: (0, tensor.view(-1)), self._shares)
         self._trained = [name for group in setup.groups for name in group.names]
 
     def loss(self, batch: Any) -> torch.Tensor:
@@ -79,8 +84,8 @@ class DataParallel:
         factor = self._world_size * (self.loss_scale.value if self.loss_scale else 1.0)
         return (float(torch.nn.utils.get_total_norm(gradients)) / factor) ** 2
 
-    def step(self, learning_rates: list[float]) -> None:
-        self._optimizers.step(learning_rates)
+    def step(self, rates: Sequence[Rate]) -> None:
+        self._optimizers.step(rates)
 
     def discard(self) -> None:
         self._optimizers.zero()
@@ -89,6 +94,8 @@ class DataParallel:
         return ReadTogether(source, [name for name, _ in model.named_parameters()], self._context)
 
     def shards(self, kind: Kind) -> Iterator[Shard]:
+        if self._shared(kind):
+            return (whole_shard(name, tensor) for name, tensor in self._optimizers.tensors(kind))
         whole = (whole_shard(name, tensor) for name, tensor in self.tensors(kind))
         return divided(whole, self._context.rank, self._context.world_size)
 
@@ -97,7 +104,16 @@ class DataParallel:
             for name, parameter in self._parameters.items():
                 yield name, parameter.detach()
             return
-        yield from self._optimizers.tensors(kind)
+        held = dict(self._optimizers.tensors(kind))
+        if self._shared(kind):
+            steps = self._optimizers.steps()
+            held |= {name: torch.empty_like(self._parameters[name]) for name in self._shares.owners if name in steps and name not in held}
+            self._shares.exchange(held)
+        yield from sorted(held.items())
+
+    def _shared(self, kind: Kind) -> bool:
+        """Whether every rank has other tensors of the kind, whole: the momentum of the matrices that it steps."""
+        return kind == "momentum_buffer" and bool(self._shares.owners)
 
     def optimizer_steps(self) -> dict[str, int]:
         return self._optimizers.steps()
@@ -117,7 +133,9 @@ class DataParallel:
             self._parameters[name].clamp_(max=highest)
 
     def load_optimizer(self, source: Callable[[Kind], TensorSource], steps: dict[str, int]) -> None:
-        self._optimizers.load(lambda kind: ReadTogether(source(kind), steps, self._context), steps)
+        self._optimizers.load(
+            lambda kind: source(kind) if self._shared(kind) else ReadTogether(source(kind), steps, self._context), steps
+        )
 
     def load_average(self, source: TensorSource) -> None:
         self._optimizers.load_average(ReadTogether(source, self._trained, self._context))
