@@ -63,7 +63,7 @@ def recipe_of(folder: Path, args: argparse.Namespace):
 
     grpo: dict[str, Any] = {
         "prompts_per_iteration": args.prompts, "samples_per_prompt": args.samples, "max_response_tokens": args.tokens,
-        "dynamic_sampling": False,
+        "dynamic_sampling": False, "compile_decoding": not args.plain_decoding,
     }  # fmt: skip
     if args.rollout != "rounds":
         grpo["rollout"] = "seamless"
@@ -137,7 +137,8 @@ def run_decoding(folder: Path, args: argparse.Namespace) -> dict[str, float]:
         prompts.append(Prompt(ids, positions, patches, grids, each // 4, each, key=("prompts", number), id=str(number), task="task"))
     lengths = drawn("tail", args.decoded_prompts, args.samples, args.tokens)
     impose_on_terrace(lengths, args.prompts if args.rollout == "static" else None)
-    engine = native.NativeEngine(model, (VIDEO_PAD,) if VIDEO_PAD < 300 else (), (0,), "cpu", "fp32", args.prompts * args.samples)
+    never, rows = (VIDEO_PAD,) if VIDEO_PAD < 300 else (), args.prompts * args.samples
+    engine = native.NativeEngine(model, never, (0,), "cpu", "fp32", rows, compiled=args.rollout != "static" and not args.plain_decoding)
     if args.rollout == "static":
         native.COMPACT_SHARE = 2.0  # no row leaves: what static batching is
     sampling = Sampling(args.samples, args.tokens, seed=1)
@@ -161,6 +162,7 @@ def measured(which: str, lengths: str, rollout: str, folder: Path, args: argpars
         sys.executable, __file__, "--only", which, "--lengths", lengths, "--rollout", rollout, "--folder", str(folder),
         *(word for name in ("prompts", "samples", "pixels", "iterations", "threads", "decoded_prompts")
           for word in (f"--{name.replace('_', '-')}", str(getattr(args, name)))), "--tokens", str(tokens),
+        *(["--plain-decoding"] if args.plain_decoding else []),
     ]  # fmt: skip
     path = [args.trl] if which == "trl" else []
     path += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
@@ -208,6 +210,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=8)
     parser.add_argument("--decoded-prompts", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--plain-decoding", action="store_true", help="without the compiled decoding step")
     parser.add_argument("--trl", help="measure TRL too, with this folder on its path (see above)")
     parser.add_argument("--cases", nargs="*", default=["full", "tail", "decoding"], help="full, tail, decoding")
     parser.add_argument("--write", type=Path, help="write the table to this file, unless something else ran meanwhile")

@@ -16,10 +16,14 @@ from families import CONFIGS, SIGLIP, Case, case_of, conversation, model_of, pac
 from transformers import CLIPVisionModel, SiglipVisionModel
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionConfig, Idefics2VisionEmbeddings
 
+from terrace.data.prompt import read_prompt
 from terrace.data.template import encode_prompt
 from terrace.data.types import Sample
 from terrace.families.registry import make_family
 from terrace.families.slicing import sliced
+from terrace.generation.engines import forbidden_tokens, stop_tokens
+from terrace.generation.interface import Prompt, Sampling
+from terrace.generation.native import NativeEngine
 from terrace.models.attention import use_attention
 from terrace.models.batch import image_facts, to_device
 from terrace.models.build import build_model, model_config
@@ -29,6 +33,7 @@ from terrace.models.forward import pack_hidden
 from terrace.models.modules.sine_positions import resized_positions, sine_positions
 from terrace.models.modules.sliced_towers import bucketed_places
 from terrace.models.parts import part_parameters
+from terrace.models.shared_prompt import use_shared_prompt_attention
 from terrace.objectives.lm import summed_loss
 from terrace.planner.parameters import parameter_counts
 from terrace.planner.plan import make_plan
@@ -45,7 +50,9 @@ VARIANTS = {  # LLaVA-UHD's, MiniCPM-V's, CogVLM's pictures
         "pictures": {"scale": 84, "positions": "bucketed", "text": "marked"}, "connector": KEYS, "vision_feature_layer": -1,
         "vision_config": BASE["vision_config"] | SIGLIP | {"image_size": 140},
     },
-    "square": {"pictures": {"layout": "square", "scale": 84, "text": "marked"}, "connector": {"kind": "mlp", "layers": 2}},
+    "square": {
+        "pictures": {"layout": "square", "scale": 84, "text": "marked", "text_positions": "one"}, "connector": {"kind": "glu", "width": 40},
+    },
 }  # fmt: skip
 PIXELS = {"separated": (1, 6 * 56**2), "bucketed": (1, 4 * 84**2), "square": (1, 84**2)}
 
@@ -103,7 +110,7 @@ def connector_alone(case: Case, model, features: torch.Tensor, rows: int, column
     return norm(out, module.output_norm) @ module.output_proj.weight.T
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name == "bucketed" else pytest.mark.slow) for name in VARIANTS])
 def test_each_picture_is_what_the_tower_makes_of_it_alone_and_the_plan_counts_the_model(name, folder):
     """Of several pictures in different slices: positions, the mask over padding, the connector, the order; then gradients and counts."""
     case = variant(name, folder)
@@ -179,6 +186,47 @@ def test_a_picture_reads_as_its_system_writes_it(name, folder):
     expected = WRITTEN[name].replace("QQ", "<|image_pad|>" * each)
     assert case.tokenizer.decode(read.input_ids[visual.start : visual.start + visual.length]) == expected
     assert view.tokens == WRITTEN[name].count("QQ") * each
+
+
+def test_the_tokens_of_a_square_share_a_position_in_training_and_in_the_class_s_own_forward_and_generate(folder):
+    """As counted by hand; the class alone, which is told ids and pixels; its decoding, with a picture in the prompt, and the engine's."""
+    case = variant("square", folder)
+    model = model_of(case)
+    sample = conversation(1, [(90, 60), (50, 50)])
+    example = pack_of(case, [sample, conversation(2, [(30, 30)])])
+    image, at, expected = case.config.image_token_id, -1, []
+    for place, token in enumerate(example.input_ids.tolist()):
+        start = place in (0, *example.segment_ends[:-1])
+        at = 0 if start else at + (token != image or example.input_ids[place - 1] != image)
+        expected.append(at)
+    assert example.position_ids.shape[0] == 2
+    assert example.position_ids[1].tolist() == expected
+    assert int((example.input_ids == image).sum()) == 3 * 36 == example.visual_tokens
+    reference = type(model)(case.config).eval()
+    reference.load_state_dict(model.state_dict())
+    family = family_of_model(model)
+    use_attention(model, "sdpa_segments")
+    alone = pack_of(case, [sample])
+    inputs = family.inputs(family.normalised(torch.from_numpy(alone.pixels), torch.float32), image_facts(alone))
+    ids = torch.from_numpy(alone.input_ids.astype(np.int64))[None]
+    with torch.no_grad():
+        ours = model.lm_head(pack_hidden(model, to_device(alone, "cpu", torch.float32)))
+        theirs = reference(input_ids=ids, **inputs).logits[0]
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
+        counted = reference.model(input_ids=ids, **inputs, position_ids=torch.arange(ids.shape[1])[None]).last_hidden_state
+        assert float((reference.lm_head(counted)[0] - theirs).abs().max()) > 0.01 * float(theirs.abs().max())
+    never, stop = forbidden_tokens(case.tokenizer, case.config), stop_tokens(case.tokenizer, case.config)
+    use_shared_prompt_attention(model, "sdpa_segments")
+    read = read_prompt(sample.sample, sample.images, sample.sizes, case.tokenizer, case.family, case.pixels)
+    prompt = Prompt(**vars(read.inputs), key=("s", 1), id="1")
+    engine = NativeEngine(model, never, stop, "cpu", "fp32", max_rows=4)
+    [[answer]] = engine.generate([prompt], Sampling(samples=1, max_tokens=8, temperature=0.0))
+    asked = torch.from_numpy(prompt.input_ids.astype(np.int64))[None]
+    out = reference.generate(
+        input_ids=asked, attention_mask=torch.ones_like(asked), **inputs, max_new_tokens=8, do_sample=False, suppress_tokens=list(never),
+        eos_token_id=list(stop), pad_token_id=stop[0],
+    )  # fmt: skip
+    assert answer.tokens.tolist() == out[0, asked.shape[1] :].tolist()
 
 
 def test_a_stage_below_a_slice_sees_one_picture_of_its_pixels_and_is_planned_so(folder):

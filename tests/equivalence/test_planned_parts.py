@@ -21,6 +21,10 @@ ADDED = {
         "pictures": {"scale": 84, "positions": "bucketed", "text": "marked"}, "connector": SLICES["connector"] | {"positions": "keys"},
         "vision_config": SLICES["vision_config"] | SIGLIP | {"image_size": 140}, "vision_feature_layer": -1,
     },
+    "eva_clip_g": {
+        "vision_variant": "eva_clip_g", "vision_feature_layer": -1, "connector": {"kind": "q_former", "queries": 5, "width": 64},
+    },
+    "eva2_clip_e": {"vision_variant": "eva2_clip_e", "vision_feature_layer": -1, "connector": {"kind": "glu", "width": 96}},
     "growing_square": {"pictures": {"layout": "square", "scale": 84}, "connector": {"kind": "mlp", "layers": 2}},
 }  # fmt: skip
 
@@ -48,7 +52,11 @@ def added_case(name: str, folder, middle: bool = False) -> Case:
     return Case(architecture, section, family, small.tokenizer, model_config(section, small.tokenizer), pixels)
 
 
-@pytest.mark.parametrize("trained", [("projector",), ("vision", "language"), tuple(PARTS)], ids="+".join)
+@pytest.mark.parametrize(
+    "trained",
+    [pytest.param(("projector",), marks=pytest.mark.slow), pytest.param(("vision", "language"), marks=pytest.mark.slow), tuple(PARTS)],
+    ids="+".join,
+)
 @pytest.mark.parametrize("name", ADDED)
 def test_flops_are_those_of_the_flop_counter(name, trained, folder, monkeypatch):
     load, visual_tokens, found = flops(added_case(name, folder), trained, monkeypatch)

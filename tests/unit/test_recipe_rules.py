@@ -44,6 +44,8 @@ REFUSED = [
     (["stages.0.parallel.sequence_parallel=2"], "stages.0.resources.workers", "sequence_parallel"),
     (["stages.0.parallel.sequence_parallel=3", "stages.0.resources.workers=3"],
      "stages.0.parallel.sequence_parallel", "3 ranks cannot share"),
+    (["stages.0.parallel.compile=true", "model.attention=flex"], "stages.0.parallel.compile", "compiled by itself"),
+    (["stages.0.parallel={compile: true, strategy: zero3}"], "stages.0.parallel.compile", "use fsdp"),
     (["stages.0.parallel.sequence_exchange=ring"], "stages.0.parallel.sequence_exchange", "give sequence_parallel"),
     (["model={architecture: paligemma, config: null, pretrained: /p}", "stages.0.parallel={sequence_parallel: 2, sequence_exchange: ring}"],
      "stages.0.parallel.sequence_exchange", "see later ones"),

@@ -5,21 +5,24 @@ The map `pictures` of the configuration says how. `layout: slices` cuts a pictur
 into one square of `sqrt(pixels.max)`. `scale` is the side in pixels of the square, at most, or of a square slice, whose area every slice
 keeps; `sides`, whether those are rounded to the nearest patch or down; `positions` of the tower's patches, its table stretched over the
 picture (`interpolated`) or read at the nearest places (`bucketed`); whether the `overview` stands `first` or `last`; `text`, what is
-written around the pictures: `numbered` as in MiniCPM-V 2.6, `marked` as in 2.5, `separated` as in LLaVA-UHD. A stage's `pixels.max`
+written around the pictures: `numbered` as in MiniCPM-V 2.6, `marked` as in 2.5, `separated` as in LLaVA-UHD; `text_positions`, whether
+the tokens of a square have a position `each` in the language model, or `one` together (CogVLM). A stage's `pixels.max`
 bounds the slices: `max / scale^2`, at least one, which has `max` pixels where that is less. Coordinates are thousandths of the picture.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
+
+import numpy as np
 
 from terrace.errors import nearest
 from terrace.families.chatml import chat_template
 from terrace.families.connector import Connector, checked
-from terrace.families.interface import Bounds, Family, Finding, Piece, View
+from terrace.families.interface import Bounds, Family, Finding, Piece, View, Visual
 from terrace.families.minicpmv4_6 import COORDINATE_SCALE, MOST_SLICES, MiniCPMV
 from terrace.families.shapes import ModelShape
 from terrace.families.slices import Slices
@@ -29,9 +32,9 @@ from terrace.families.terrace_vlm import TerraceVlm, projector_shape, visual_exp
 PROCESSOR, PROCESSOR_FILE = "SliceImageProcessor", "image_processing_slices"  # which goes into an export
 CHOICES = {
     "layout": ("slices", "square"), "text": ("numbered", "marked", "separated"), "sides": ("nearest", "down"),
-    "positions": ("interpolated", "bucketed"), "overview": ("first", "last"),
+    "positions": ("interpolated", "bucketed"), "overview": ("first", "last"), "text_positions": ("each", "one"),
 }  # fmt: skip
-BY_PATCH = ("linear", "mlp", "mlp_layer_norm")  # connectors that give one token per patch, wherever it stands
+BY_PATCH = ("linear", "mlp", "mlp_layer_norm", "glu")  # connectors that give one token per patch, wherever it stands
 
 
 def picture_options(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,6 +61,7 @@ class TerraceVlmAnySize(Slices, TerraceVlm):
     text: str = "numbered"
     exceeding: bool = True  # a slice may have a little more than scale x scale pixels
     overview_first: bool = True  # type: ignore[misc]
+    one_position: bool = False  # for all tokens of a picture
     line_end: int = 1  # tokens of a line end and of a comma, encoded alone: the tokenizer's business
     comma: int = 1
 
@@ -67,11 +71,26 @@ class TerraceVlmAnySize(Slices, TerraceVlm):
         return replace(
             super().of(config), layout=options["layout"], scale=options["scale"], text=options["text"],
             exceeding=options["sides"] == "nearest", overview_first=options["overview"] == "first",
-            queries=0 if connector.kind in BY_PATCH else connector.queries,
+            one_position=options["text_positions"] == "one", queries=0 if connector.kind in BY_PATCH else connector.queries,
         )  # type: ignore[return-value]
 
     def fitted(self, count: Callable[[str], int]) -> Family:
         return replace(self, line_end=count(self.inside["row_end"]), comma=count(self.inside["comma"]))
+
+    @property
+    def position_rows(self) -> int:  # type: ignore[override]
+        return 2 if self.one_position else 1
+
+    def positions(self, length: int, visuals: Sequence[Visual]) -> np.ndarray:
+        """A second row says what the language model takes where the tokens of a picture share one position."""
+        counted = super().positions(length, visuals)
+        if not self.one_position:
+            return counted
+        steps = np.ones(length, np.int32)
+        for visual in visuals:
+            first = visual.start + (self.text != "separated")  # behind the mark in front
+            steps[first + 1 : first + visual.tokens] = 0
+        return np.concatenate([counted, (steps.cumsum(dtype=np.int32) - 1)[None]])
 
     def inside_tokens(self, name: str) -> int:
         return self.comma if name == "comma" else self.line_end
@@ -178,6 +197,8 @@ class TerraceVlmAnySize(Slices, TerraceVlm):
         for name in ("modality_adapters", "window_adapters"):
             if config.get(name) is not None:
                 yield (name,), f"and pictures of any size do not go together: write model.architecture: {TerraceVlm.name}"
+        if picture_options(config)["text_positions"] == "one" and picture_options(config)["layout"] != "square":
+            yield ("pictures", "text_positions"), "one is for a picture that is one square: layout: square"
         connector, kinds = checked(config), ("resampler",) if picture_options(config)["layout"] == "slices" else ("resampler", *BY_PATCH)
         if connector is not None and connector.kind not in kinds:
             yield ("connector", "kind"), f"must be {' or '.join(kinds)}, not {connector.kind}, with this layout of `pictures`"

@@ -30,6 +30,9 @@ class TerraceVlmAnySizeFamily(TerraceVlmFamily):
     def code_files(self) -> list[Path]:
         return files_of([*self.code.values(), PROCESSOR_FILE])
 
+    def language_positions(self, positions: torch.Tensor) -> torch.Tensor:
+        return positions[-1]  # the row that says those of the text, where there are two
+
     def inputs(self, values: torch.Tensor, images: ImageFacts) -> dict[str, Any]:
         return patches_side_by_side(self.family, values, images)
 

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaPreTrainedModel
 
 from .configuration_terrace_vlm_any_size import TerraceVlmAnySizeConfig
+from .eva_towers import behind_eva
 from .modeling_terrace_vlm import TerraceVlmForConditionalGeneration, TerraceVlmModel
 from .padded_pictures import padded
 from .sliced_towers import give_slices
@@ -51,6 +52,7 @@ class TerraceVlmAnySizeModel(TerraceVlmModel):
             mask = create_bidirectional_mask(tower.config, like, everything)
         outputs = tower(pictures, attention_mask=mask, output_hidden_states=layer != -1, return_dict=True)
         features = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
+        features = behind_eva(tower, self.config.vision_variant, features)
         features = features[:, length - pictures.shape[1] :]
         if self.config.connector["kind"] == "resampler":
             tokens = list(self.multi_modal_projector(features, 0, 0, sizes, seen))
@@ -67,6 +69,7 @@ class TerraceVlmAnySizeForConditionalGeneration(TerraceVlmForConditionalGenerati
         LlavaPreTrainedModel.__init__(self, config)
         self.model = TerraceVlmAnySizeModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.skipped: torch.Tensor | None = None  # positions that pictures of the last prompts left out, [B, 1]
         self.post_init()
 
     def forward(
@@ -75,11 +78,26 @@ class TerraceVlmAnySizeForConditionalGeneration(TerraceVlmForConditionalGenerati
         inputs_embeds: torch.Tensor | None = None, labels: torch.Tensor | None = None, logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
     ) -> Any:
+        if (self.config.pictures or {}).get("text_positions") == "one" and input_ids is not None:
+            position_ids = self._positions(input_ids, position_ids, past_key_values)
         return super().forward(
             input_ids=input_ids, pixel_values=pixel_values, target_sizes=target_sizes, attention_mask=attention_mask,
             position_ids=position_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds, labels=labels,
             logits_to_keep=logits_to_keep, **kwargs,
         )  # fmt: skip
+
+    def _positions(self, input_ids: torch.Tensor, given: torch.Tensor | None, cache: Any) -> torch.Tensor:
+        """[B, L]: every token but the further ones of a picture, which share the position of its first, counts one."""
+        before = cache.get_seq_length() if cache is not None else 0
+        if given is None:
+            given = torch.arange(before, before + input_ids.shape[1], device=input_ids.device).expand(len(input_ids), -1)
+        if before and self.skipped is not None:
+            return given - self.skipped
+        picture = input_ids == self.config.image_token_id
+        further = nn.functional.pad(picture[:, 1:] & picture[:, :-1], (1, 0))
+        left_out = further.long().cumsum(1)
+        self.skipped = left_out[:, -1:]
+        return given - left_out
 
 
 __all__ = ["TerraceVlmAnySizeForConditionalGeneration", "TerraceVlmAnySizeModel"]

@@ -44,8 +44,11 @@ class Resampler(nn.Module):
         if self.positions == "queries_and_keys":
             grid = math.isqrt(len(queries))
             queries = queries + resized_positions(queries.shape[-1], grid, grid, grid, queries.device).to(queries.dtype)
-        positions = padded_tables(sizes, self._key_positions, features.shape[1]) if sizes else self._key_positions(rows, columns)
-        keys = values + positions.to(values.device, values.dtype)
+
+        def positions(rows: int, columns: int) -> torch.Tensor:
+            return self._key_positions(rows, columns, values.device).to(values.dtype)
+
+        keys = values + (padded_tables(sizes, positions, features.shape[1]) if sizes else positions(rows, columns))
         # Queries are the same for every picture: projected once.
         q = self.q_proj(queries).expand(len(features), -1, -1)
         q, k, v = (self._by_head(tensor) for tensor in (q, self.k_proj(keys), self.v_proj(values)))
@@ -54,12 +57,12 @@ class Resampler(nn.Module):
         out = self.o_proj(out.transpose(1, 2).flatten(2))
         return out if self.output_proj is None else self.output_proj(self.output_norm(out))
 
-    def _key_positions(self, rows: int, columns: int) -> torch.Tensor:
+    def _key_positions(self, rows: int, columns: int, device: torch.device) -> torch.Tensor:
         """float32 [rows * columns, H]"""
         queries, width = self.query.shape
         if self.positions == "queries_and_keys":
-            return resized_positions(width, math.isqrt(queries), rows, columns)
-        return sine_positions(width, rows, columns)
+            return resized_positions(width, math.isqrt(queries), rows, columns, device)
+        return sine_positions(width, rows, columns, device)
 
     def _by_head(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.unflatten(2, (self.heads, -1)).transpose(1, 2)

@@ -75,6 +75,8 @@ def stretched(square: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 def give_slices(tower: Any, bucketed: bool) -> SlicedEmbeddings:
     """Put such embeddings into a tower, and return them."""
     kinds = {"clip_vision_model": SlicedClipEmbeddings, "siglip_vision_model": SlicedSiglipEmbeddings}
+    before = tower.embeddings
     tower.embeddings = kinds[tower.config.model_type](tower.config)
+    tower.embeddings.patch_embedding = before.patch_embedding  # of a tower that embeds patches otherwise
     tower.embeddings.bucketed = bucketed
     return tower.embeddings
