@@ -142,7 +142,9 @@ REFUSED = [
     ([*GRPO, REWARDS, "stages.3.grpo.max_response_tokens=512"], "stages.3.grpo.max_response_tokens", "no room"),
     ([*GRPO, REWARDS, "stages.3.grpo={rollout_workers: 2, max_response_tokens: 9}"], "stages.3.grpo.rollout_workers", "separate"),
     ([*GRPO, REWARDS, "stages.3.grpo={clip_high: 0.2, max_response_tokens: 9}"], "stages.3.grpo.clip_high", "always 1"),
-    ([*GRPO, REWARDS, "stages.3.grpo={rollout: seamless, engine: vllm, max_response_tokens: 9}"], "stages.3.grpo.rollout", "engine native"),
+    ([*GRPO, REWARDS, "stages.3.grpo={rollout: seamless, engine: vllm, overlap: {max_staleness: 1}}"],
+     "stages.3.grpo.overlap.max_staleness", "set max_staleness 0 with vllm"),
+    ([*GRPO, REWARDS, "stages.3.grpo={compile_decoding: true, engine: vllm}"], "stages.3.grpo.compile_decoding", "is of engine native"),
     ([*GRPO, REWARDS, "stages.3.grpo={overlap: {}, max_response_tokens: 9}"], "stages.3.grpo.overlap", "rollout: seamless"),
     (
         [*GRPO, REWARDS, "stages.3.grpo={overlap: {}, rollout: seamless, easy_pool_probability: 0.1, max_response_tokens: 9}"],
