@@ -8,7 +8,8 @@ All train the same tiny Qwen2.5-VL from the same weights in fp32 on the same dra
 prompts, samples and tokens, one optimizer step per iteration, no KL, the same reward (the share of digits; Terrace in its sandbox, TRL
 in the process). A random model ends its answers anywhere, so their lengths are drawn beforehand and are the same for all: `full`, every
 answer as long as it may be, and `tail`, log-normal with sigma 1. The first two iterations are left out. All processes have the same
-number of threads; `overlap` decodes in one while another trains, which is what it is for. TRL's AsyncGRPOTrainer does not run here: its
+number of threads; `overlap` decodes in one while another trains, which is what it is for. Terrace decodes with the compiled step
+(`compile_decoding`), unless `--plain-decoding` says otherwise. TRL's AsyncGRPOTrainer does not run here: its
 attention is a kernel of FlashAttention-3, its weights go over NCCL.
 
 The load of the machine is taken before and during every run. Where something else ran, the table is not written.
@@ -111,7 +112,7 @@ def run_terrace(folder: Path, args: argparse.Namespace) -> dict[str, float]:
 
 def run_decoding(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """Decoded tokens per second of the `native` engine on answers with a long tail: in batches, each until its last answer has ended and
-    all of them computed until then (`static`), and continuously in as many places."""
+    all of them computed until then (`static`), and continuously in as many places, with plain and with compiled steps."""
     import numpy as np
     import torch
     from imposed_lengths import drawn, impose_on_terrace
@@ -138,7 +139,7 @@ def run_decoding(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     lengths = drawn("tail", args.decoded_prompts, args.samples, args.tokens)
     impose_on_terrace(lengths, args.prompts if args.rollout == "static" else None)
     never, rows = (VIDEO_PAD,) if VIDEO_PAD < 300 else (), args.prompts * args.samples
-    engine = native.NativeEngine(model, never, (0,), "cpu", "fp32", rows, compiled=args.rollout != "static" and not args.plain_decoding)
+    engine = native.NativeEngine(model, never, (0,), "cpu", "fp32", rows, compiled=args.rollout == "compiled")
     if args.rollout == "static":
         native.COMPACT_SHARE = 2.0  # no row leaves: what static batching is
     sampling = Sampling(args.samples, args.tokens, seed=1)
@@ -194,7 +195,8 @@ def table(results: dict[tuple[str, str, str], dict[str, Any]], args: argparse.Na
     decoded = {rollout: one for (which, _, rollout), one in results.items() if which == "decoding"}
     if decoded:
         lines += ["", "| batching | tokens per second | steps | places idle |", "|---|---|---|---|"]
-        for name, one in decoded.items():
+        for kind, one in decoded.items():
+            name = "continuous, compiled steps" if kind == "compiled" else kind
             lines.append(f"| {name} | {one['tokens_per_second']:.0f} | {one['steps']:.0f} | {one['idle_share_of_places']:.0%} |")
     shape = f"{args.prompts} prompts x {args.samples} samples x {args.tokens} tokens (tail: at most {TAIL_TOKENS * args.tokens})"
     lines += ["", f"{shape}, {args.threads} thread(s), {args.iterations - 2} iterations."]
@@ -236,7 +238,7 @@ def main() -> None:
         if lengths in args.cases:
             runs += [("terrace", lengths, "rounds"), *([("trl", lengths, "")] if args.trl else []), ("terrace", lengths, "overlap")]
     if "decoding" in args.cases:
-        runs += [("decoding", "tail", "static"), ("decoding", "tail", "continuous")]
+        runs += [("decoding", "tail", rollout) for rollout in ("static", "continuous", *(() if args.plain_decoding else ("compiled",)))]
     watch = Watch()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -2,6 +2,7 @@
 
     make bench-train                          # everything, about 8 minutes on two cores
     make bench-train ARGS="--only bare"       # one of: bare, trainer, strategies, memory
+    make bench-train ARGS="--only bare --compile"    # with parallel.compile beside the same bare loop
 
 *bare*: the same model, packs and optimizer in the fewest lines of PyTorch (whole logits, no metrics, no checks). One step
 of it runs before each step of Terrace's stage, inside the stage's own data feed, so both see the same machine at the
@@ -63,7 +64,8 @@ class Step:
 
 def recipe_of(args: argparse.Namespace, strategy: str = "ddp", extra_steps: int = 0) -> Recipe:
     model = tiny_model() if args.tiny else small_model()
-    return bench_recipe(model, args.steps + WARM_STEPS + extra_steps, args.packs, args.length, parallel={"strategy": strategy})
+    parallel = {"strategy": strategy, "compile": args.compile}
+    return bench_recipe(model, args.steps + WARM_STEPS + extra_steps, args.packs, args.length, parallel=parallel)
 
 
 def packs_of(args: argparse.Namespace, step: int) -> list[PackedExample]:
@@ -307,6 +309,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--length", type=int, default=512, help="tokens of a pack")
     parser.add_argument("--samples", type=int, default=8, help="samples of a pack")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="Terrace's blocks through torch.compile (parallel.compile)")
     parser.add_argument("--tiny", action="store_true", help="a model for testing this script")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)

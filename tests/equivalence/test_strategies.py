@@ -19,11 +19,13 @@ from ranks import (
     train_with_a_poisoned_pack,
     train_with_loss_scale,
 )
+from traced import continue_traced, train_each_traced
 
 from terrace.models.weights import Directory
 from terrace.recipe.schema import Recipe
 
 STRATEGIES = ["fsdp", "zero1", "zero2", "zero3"]
+COMPILED = ["ddp", "fsdp", "zero1", "zero2"]
 
 
 def two_stages(strategy: str, precision: str = "fp32", **changes):
@@ -71,6 +73,23 @@ def test_two_ranks_of_any_strategy_equal_one_process(tmp_path, reference):
     run_ranks(2, train_each, recipes, str(tmp_path), timeout=600)
     for name in recipes:
         assert_same_run(tmp_path / name, reference, 1e-5, 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_compiled_blocks_under_every_strategy_equal_one_process(tmp_path, reference):
+    """Through a freeze boundary, with recomputed blocks and a rank without pictures; killed, and continued with and without."""
+    compiled = {name: {"parallel": {"strategy": name, "compile": True}} for name in COMPILED}
+    recipes = {name: two_stages(name, **changes).model_dump(mode="json") for name, changes in compiled.items()}
+    [counts, _] = run_ranks(2, train_each_traced, recipes, str(tmp_path), timeout=800)
+    assert 0 < counts[0] <= 24
+    for name in recipes:
+        assert_same_run(tmp_path / name, reference, 1e-5, 1e-4)
+    saved = cut_back(shutil.copytree(tmp_path / "ddp", tmp_path / "saved"), 4)
+    others = {"compiled": recipes["ddp"], "plain": two_stages("fsdp").model_dump(mode="json")}
+    run_ranks(2, continue_traced, others, str(saved), str(tmp_path / "continued"), timeout=400)
+    assert_same_run(tmp_path / "continued" / "compiled", tmp_path / "ddp", 1e-6, 1e-6)
+    assert_same_run(tmp_path / "continued" / "plain", reference, 1e-5, 1e-4)
 
 
 @pytest.mark.slow

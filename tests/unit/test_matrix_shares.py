@@ -51,7 +51,7 @@ def stepped(rank: int, ranks: int, steps: range, state: dict[Kind, dict[str, tor
         draw = torch.Generator().manual_seed(100 + step)
         for name in sorted(held):
             held[name].grad = torch.randn(held[name].shape, generator=draw)
-        optimizers.step([0.01, 0.02, 0.02])
+        optimizers.step([(0.01, 0.1), (0.02, 0.0), (0.02, 0.0)])
         assert all(parameter.grad is None for parameter in held.values()), "other ranks' matrices keep no gradients either"
     assert optimizers.steps() == dict.fromkeys(held, steps.stop)
     kept = {kind: {name: tensor.clone() for name, tensor in optimizers.tensors(kind)} for kind in OPTIMIZER_KINDS}

