@@ -118,7 +118,7 @@ REFUSED = [
     (["stages.0.objective=kto"], "stages.0.mixture.weights.captions", "objective kto learns from answers of kind preference"),
     (["stages.0.optimizer.kind=adafactor", "stages.0.parallel.strategy=fsdp"], "stages.0.optimizer.kind", "rows and columns"),
     (["stages.0.optimizer.kind=muon", "stages.0.parallel.strategy=zero2"], "stages.0.optimizer.kind", "ddp or fsdp"),
-    (["stages.0.optimizer.momentum=0.9"], "stages.0.optimizer.momentum", "sgd and muon"),
+    (["stages.0.optimizer.momentum=0.9"], "stages.0.optimizer.momentum", "sgd, lars and muon"),
     (["stages.0.optimizer={kind: sgd, nesterov: true}"], "stages.0.optimizer.nesterov", "with momentum"),
     (["stages.0.ema={}", "stages.0.parallel.strategy=zero3"], "stages.0.ema", "ddp or fsdp"),
     (["stages.0.gradient_noise=true", "stages.0.parallel.strategy=fsdp"], "stages.0.gradient_noise", "single workers"),
