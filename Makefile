@@ -49,7 +49,7 @@ test-cluster: $(STAMP)  ## The operator's suite on the cluster of KUBECONFIG (Ku
 # The tests that ask for an S3 server, fast ones and slow ones, with SeaweedFS behind the counting and the faults instead of moto.
 S3_TESTS := $(addprefix tests/,unit/test_data_storage.py unit/test_follower.py unit/test_stored_run.py unit/test_stored_control.py \
   unit/test_stored_weights.py unit/test_checkpoints.py unit/test_data_everywhere.py unit/test_data_inspect.py unit/test_tracking.py \
-  ray/test_stream_faults.py e2e/test_stored_whole_run.py)
+  ray/test_stream_faults.py e2e/test_stored_whole_run.py equivalence/test_recaption.py)
 
 test-s3: $(STAMP)  ## The tests of S3 against a real object store on loopback
 	TERRACE_TEST_STORE=seaweedfs $(BIN)/python -m pytest $(S3_TESTS) $(ARGS)

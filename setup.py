@@ -13,5 +13,5 @@ setup(
         "terrace_operator": "operators/terrace_operator",
         "terrace.recipe.shipped": "jobs/recipes",
     },
-    package_data={"terrace.recipe.shipped": ["*.yaml"], "terrace.demo": ["*.yaml"]},
+    package_data={"terrace.recipe.shipped": ["*.yaml"], "terrace.demo": ["*.yaml"], "terrace.models": ["*.c"]},
 )

@@ -50,7 +50,7 @@ def count_own(rank: int, world_size: int, name: str, experts: int, folder: str) 
     named = {name: parameter for name, parameter in strategy.model.named_parameters() if parameter.dim() == 3}
     found = {"weights": sum(p.numel() for p in named.values()), "gradients": sum(p.grad.numel() for p in named.values())}
     strategy.clip(1.0)
-    strategy.step([1e-3] * sum(1 for _ in strategy._optimizers._groups))
+    strategy.step([(1e-3, 0.0)] * len(strategy._optimizers._groups))
     shards = {kind: [shard for shard in strategy.shards(kind) if len(shard.shape) == 3] for kind in ("weights", "exp_avg")}
     found["moments"] = sum(tensor.numel() for name, tensor in strategy._optimizers.tensors("exp_avg") if name in named)
     found["shards"] = {kind: sum(shard.values.numel() for shard in own) for kind, own in shards.items()}

@@ -1,24 +1,30 @@
 """A stand-in for the vllm module: it takes only what vLLM 0.32 documents, and keeps the state whose neglect makes the real one fail.
 
 It expands placeholders from the pictures' sizes, has a prefix cache and, as vLLM, two encoder caches: the scheduler's, which
-decides whether the tower runs, and the worker's, which has its output. `reload_weights` empties the worker's alone.
+decides whether the tower runs, and the worker's, which has its output. `reload_weights` empties the worker's alone. A directory without
+weights is read with `load_format: dummy`, which fills what no checkpoint brings with random numbers too, or by a loader that
+the file of `worker_extension_cls` registers; that class's methods are the worker's.
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.machinery
 import os
 import sys
 import types
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+import torch
 
 STOP = 7
 UNIT = 28  # pixels of a token's side
 ARGUMENTS = {
     "model", "dtype", "enable_sleep_mode", "gpu_memory_utilization", "kv_cache_memory_bytes", "max_model_len", "logprobs_mode",
-    "limit_mm_per_prompt", "seed", "generation_config",
+    "limit_mm_per_prompt", "seed", "generation_config", "load_format", "worker_extension_cls",
 }  # fmt: skip
 PARAMETERS = {"n", "max_tokens", "temperature", "top_p", "seed", "logprobs", "stop_token_ids", "logit_bias", "detokenize"}
 
@@ -38,6 +44,8 @@ class Seen:
     dies_at_step: int | None = None
     expands_by: int = 0  # tokens too many for each image
     alive: int = 0
+    weights: dict[str, Any] = field(default_factory=dict)  # what the worker loaded last
+    loaders: dict[str, type] = field(default_factory=dict)  # by load format
 
     @property
     def names(self) -> list[str]:
@@ -122,12 +130,53 @@ class FakeEngine:
             raise RuntimeError("Encoder cache miss for an image")
 
 
+def worker_of(extension: str, seen: Seen) -> Any:
+    """vLLM's worker, with the methods of a class that is given by name; one that has a method of the worker's is refused."""
+
+    class Worker:
+        def reload_weights(self, weights_iterator: Any = None, weights_path: str | None = None, is_checkpoint_format: bool = True) -> None:
+            seen.weights = dict(weights_iterator)
+
+    module, _, name = extension.rpartition(".")
+    mixed = getattr(importlib.import_module(module), name) if extension else object
+    assert not any(hasattr(Worker, one) for one in vars(mixed) if not one.startswith("__"))
+    return type("Extended", (Worker, mixed) if extension else (Worker,), {})()
+
+
+class Model(torch.nn.Module):
+    """A weight that a checkpoint has, and the pictures' mean, which none has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((2,), torch.nan))
+        self.register_buffer("mean", torch.full((2,), 0.5))
+
+
+def loaded(arguments: dict[str, Any], seen: Seen) -> Model:
+    """The model as vLLM's loaders leave it."""
+    model, form = Model(), arguments.get("load_format", "auto")
+    if form in seen.loaders:
+        seen.loaders[form]().load_weights(model, None)
+    elif form == "dummy":
+        for tensor in model.state_dict().values():
+            tensor.uniform_(-1e-3, 1e-3)
+    else:
+        assert form == "auto", f"Load format {form} is not supported"
+        assert list(Path(arguments["model"]).glob("*.safetensors")), "Cannot find any model weights"
+        model.weight.data.zero_()
+    return model
+
+
 def llm_class(seen: Seen) -> type:
     class LLM:
         def __init__(self, **arguments: Any) -> None:
             assert set(arguments) <= ARGUMENTS, set(arguments) - ARGUMENTS
             if arguments["enable_sleep_mode"] and seen.device_type == "cpu":
                 raise ValueError("Sleep mode is not supported on current platform.")
+            self._worker = worker_of(arguments.get("worker_extension_cls", ""), seen)
+            model = loaded(arguments, seen)
+            assert bool((model.mean == 0.5).all()), "pictures are normalised by random numbers"
+            assert not bool(model.weight.isnan().any()), "vLLM runs the model when it is opened"
             seen.calls.append(("open", {**arguments, "visible": os.environ.get("CUDA_VISIBLE_DEVICES")}))
             self._sleep_mode, self._asleep = arguments["enable_sleep_mode"], set()
             self._counter = 0
@@ -155,10 +204,12 @@ def llm_class(seen: Seen) -> type:
             seen.calls.append(("wake_up", tags))
             self._asleep -= set(tags)
 
-        def collective_rpc(self, method: str) -> None:
+        def collective_rpc(self, method: str, timeout: float | None = None, args: tuple = (), kwargs: dict | None = None) -> list[Any]:
             seen.calls.append(("collective_rpc", method))
             assert "weights" not in self._asleep
+            answer = getattr(self._worker, method)(*args, **(kwargs or {}))
             self.llm_engine.worker_images.clear()
+            return [answer]
 
         def reset_prefix_cache(self) -> bool:
             seen.calls.append(("reset_prefix_cache", None))
@@ -170,13 +221,20 @@ def llm_class(seen: Seen) -> type:
 def install(monkeypatch: Any) -> Seen:
     """Put the stand-in in vllm's place for one test."""
     seen = Seen()
-    names = ("vllm", "vllm.platforms", "vllm.v1", "vllm.v1.engine", "vllm.v1.engine.exceptions")
+    loader = "vllm.model_executor.model_loader"
+    names = (
+        "vllm", "vllm.platforms", "vllm.v1", "vllm.v1.engine", "vllm.v1.engine.exceptions", "vllm.model_executor", loader,
+        f"{loader}.base_loader",
+    )  # fmt: skip
     modules = {name: types.ModuleType(name) for name in names}
     modules["vllm"].__spec__ = importlib.machinery.ModuleSpec("vllm", None)
     modules["vllm"].LLM, modules["vllm"].SamplingParams = llm_class(seen), SamplingParams
     type_of = type("Platform", (), {"device_type": property(lambda _: seen.device_type)})
     modules["vllm.platforms"].current_platform = type_of()
     modules["vllm.v1.engine.exceptions"].EngineDeadError = EngineDeadError
+    modules[loader].register_model_loader = lambda form: lambda kind: seen.loaders.setdefault(form, kind)
+    modules[f"{loader}.base_loader"].BaseModelLoader = type("BaseModelLoader", (), {})
+    monkeypatch.delitem(sys.modules, "terrace.generation.vllm_worker", raising=False)  # it registers when it is imported
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     return seen

@@ -144,6 +144,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vision_config": TOWER | {"model_type": "clip_vision_model", "image_size": 56, "patch_size": 14},
         "connector": {"kind": "resampler", "queries": 9, "heads": 4}, "image_layout": "padded", "tie_word_embeddings": False,
     },
+    "terrace_vlm_any_size": {
+        "text_config": TEXT | {"model_type": "qwen2"},
+        "vision_config": TOWER | {"model_type": "clip_vision_model", "image_size": 56, "patch_size": 14},
+        "connector": {"kind": "resampler", "queries": 9, "heads": 4, "output_projection": "projector"}, "tie_word_embeddings": False,
+        "pictures": {"scale": 84},
+    },
     "llava_next": {
         "text_config": TEXT, "vision_config": TOWER | {"image_size": 56, "patch_size": 14},
         "image_grid_pinpoints": [[56, 112], [112, 56], [112, 112], [168, 56], [56, 168]],
@@ -221,10 +227,11 @@ MIDDLE: dict[str, dict[str, Any]] = {  # what `middle_case` changes of a configu
     },
 }  # fmt: skip
 PIXELS: dict[str, Bounds] = {
+    "terrace_vlm_any_size": (784, 5 * 84 * 84),
     "qwen3_vl": (4_096, 40_000), "qwen3_vl_moe": (4_096, 40_000), "internvl": (3_136, 6 * 56 * 56), "minicpmv4_6": (12_544, 5 * 112 * 112),
     "idefics3": (3_136, 168 * 168), "smolvlm": (4_356, 198 * 198), "mistral3": (784, 140 * 140), "fuyu": (324, 162 * 288),
 }  # fmt: skip
-MIDDLE["llama_vid"] = MIDDLE["instructblip"]
+MIDDLE |= {"llama_vid": MIDDLE["instructblip"], "terrace_vlm_any_size": {"vision_config": MIDDLE_TOWER, "pictures": {"scale": 112}}}
 WORDS = ["How many circles are there? A red circle and 3 blue squares.\n", "USER: ASSISTANT: You are a helpful assistant. user system"]
 
 

@@ -61,8 +61,50 @@ def middle_of_lanczos(case: Any, data: bytes) -> np.ndarray:
     return processor([decoded(data)], return_tensors="np")["pixel_values"].reshape(-1, case.family.row_values)
 
 
+def slices(case: Any, data: bytes) -> np.ndarray:
+    """MiniCPM-V's overview and slices, each resized on its own from the whole: patches one after another."""
+    picture, patch = Image.fromarray(decoded(data)), case.family.patch
+    (rows, columns), overview, (high, wide) = published_slices(*picture.size, case.family.scale, patch, case.pixels[1])
+
+    def patches(size: tuple[int, int], box: tuple[int, int, int, int] | None = None) -> np.ndarray:
+        resized = picture.resize(size[::-1], Image.Resampling.BICUBIC)
+        planes = np.asarray(resized.crop(box) if box else resized)
+        return np.stack([
+            planes[y : y + patch, x : x + patch].transpose(2, 0, 1).reshape(-1)
+            for y in range(0, planes.shape[0], patch) for x in range(0, planes.shape[1], patch)
+        ])  # fmt: skip
+
+    boxes = [(x * wide, y * high, (x + 1) * wide, (y + 1) * high) for y in range(rows) for x in range(columns)]
+    return np.concatenate([patches(overview), *(patches((rows * high, columns * wide), box) for box in boxes)])
+
+
+def published_slices(width: int, height: int, scale: int, unit: int, most_pixels: int) -> tuple[tuple[int, int], ...]:
+    """Grid (rows, columns), overview and slice (height, width) by the rule of the LLaVA-UHD and MiniCPM-V papers, by exhaustion."""
+    most = max(1, most_pixels // scale**2)
+    wanted = min(math.ceil(width * height / scale**2), most)
+
+    def nearest(side: float) -> int:
+        return max(unit, round(side / unit) * unit)
+
+    def fitted(high: float, wide: float, enlarged: bool) -> tuple[int, int]:
+        if enlarged or high * wide > scale * scale:
+            ratio = wide / high
+            high = int(scale / math.sqrt(ratio))
+            wide = int(high * ratio)
+        return nearest(high), nearest(wide)
+
+    if wanted <= 1:
+        return (0, 0), fitted(height, width, True), (0, 0)
+    grids = [(n // columns, columns) for n in range(2, most + 1) if abs(n - wanted) <= 1 for columns in range(1, n + 1) if n % columns == 0]
+    errors = [abs(math.log(width / height) - math.log(columns / rows)) for rows, columns in grids]
+    rows, columns = grids[int(np.argmin(np.round(errors, 12)))]
+    part = fitted(max(1, round(height / rows)), max(1, round(width / columns)), True)  # of a side that the grid divides
+    return (rows, columns), fitted(height, width, False), part
+
+
 WRITTEN_OUT: dict[str, Callable[[Any, bytes], np.ndarray]] = {
     "kimi_k25": kimi_k25, "gemma3": pillow("Gemma3ImageProcessorPil"), "paligemma": pillow("SiglipImageProcessorPil"),
     "blip_2": pillow("BlipImageProcessorPil"), "instructblip": pillow("BlipImageProcessorPil"),
     "idefics": pillow("IdeficsImageProcessorPil"), "chameleon": middle_of_lanczos,
+    "terrace_vlm_any_size": slices,
 }  # fmt: skip

@@ -25,7 +25,7 @@ from terrace.recipe.shipped import names, shipped_file
 
 OWN = ("clicking", "demo", "demo-encoder-to-morl", "demo-morl", "five-tasks-morl", "sft")  # of no published system
 PUBLISHED = tuple(name for name in names() if name not in OWN)
-OTHER_CLASSES = {"vit": "ViTModel", "vit_mae": "ViTMAEForPreTraining"}  # of pictures alone
+OTHER_CLASSES = {"vit": "ViTModel", "vit_mae": "ViTMAEForPreTraining", "bert": "BertForMaskedLM"}  # of pictures, or of text, alone
 BEGIN, END = "<!-- recipes: written by `make docs` from the recipes -->", "<!-- /recipes -->"
 SURE = ("assumed", "borrowed", "recalled")
 TRAINS = {"vision": "V", "projector": "P", "language": "L"}

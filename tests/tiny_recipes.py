@@ -35,7 +35,11 @@ ENCODERS["vit_mae"] = ENCODERS["vit"] | {
 FEW = {"hidden_width": 16, "output_width": 8, "predictor_width": 4, "prototypes": 12, "queue": 10}  # of heads over views
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220)}
 BLIP_2 = CONFIGS["blip_2"]
-SMALL = {**CONFIGS, **ENCODERS, "blip_2_matching": {
+TEXTS = {"bert": {
+    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 1024,
+    "vocab_size": 448,
+}}  # fmt: skip
+SMALL = {**CONFIGS, **ENCODERS, **TEXTS, "blip_2_matching": {
     "vision_config": BLIP_2["vision_config"], "qformer_config": BLIP_2["qformer_config"], "num_query_tokens": BLIP_2["num_query_tokens"],
     "text_config": {"vocab_size": BLIP_2["text_config"]["vocab_size"]}, "image_text_hidden_size": 16,
 }}  # fmt: skip
@@ -71,10 +75,9 @@ def tiny(name: str, folder: Path, steps: int = 2) -> Recipe:
             values["budget"]["steps"] = steps + number + 1
             change["step"] = steps + number
         values["schedule"]["warmup"] = min(values["schedule"]["warmup"], 1)  # more is a number of the published steps
-        low, high = PIXELS.get(architecture, (784, 12_544))
         for bounds in (values, *values.get("changes", ())):
             if bounds["pixels"]:
-                bounds["pixels"] = {"min": low, "max": high}
+                bounds["pixels"] = tiny_pixels(recipe, bounds["pixels"]["max"])
         if side := (values["model_changes"] or {}).get("interpolate_positions"):
             published, small = ((model or {})["vision_config"] for model in (recipe.model.config, whole["model"]["config"]))
             patches = side * small["image_size"] // published["image_size"] // small["patch_size"]
@@ -91,6 +94,17 @@ def tiny(name: str, folder: Path, steps: int = 2) -> Recipe:
             values["rewards"] = {task: [{"name": "rl_rules:share_of_digits"}] for task in values["rewards"]}
     whole.pop("planning", None)
     return parse_recipe(whole, f"tiny-{name}")
+
+
+def tiny_pixels(recipe: Recipe, most: int) -> dict[str, int]:
+    """Bounds on pixels in miniature; where the tower sees pictures of any size, the share of the recipe's largest that `most` is."""
+    low, high = PIXELS.get(recipe.model.architecture, (784, 12_544))
+    if recipe.model.architecture == "terrace_vlm_any_size":
+        parts = [bounds.pixels.max for stage in recipe.stages for bounds in (stage, *stage.changes) if bounds.pixels]
+        scale = SMALL["terrace_vlm_any_size"]["pictures"]["scale"]
+        square = ((recipe.model.config or {}).get("pictures") or {}).get("layout") == "square"
+        high = max(low, (scale**2 if square else high) * most // max(parts))
+    return {"min": low, "max": high}
 
 
 def stage_views(values: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from ranks import Step, train
 
 from terrace.data.types import PackedExample
@@ -22,10 +24,18 @@ TEXT = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 16,
 }  # fmt: skip
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+WIDE = {"initializer_range": 0.3}  # so that what a token sees shows in the vectors
+ARCHITECTURES = {"clip_and_roberta": "vision_text_dual_encoder"}  # of towers under another name
+PADDING = {"vision_text_dual_encoder": 0, "clip_and_roberta": 0}  # where it is not the mark of the end
 TOWERS: dict[str, dict[str, Any]] = {
     "clip": {"text_config": TEXT, "vision_config": VISION, "projection_dim": 16},
     "siglip": {"text_config": TEXT, "vision_config": VISION},
     "siglip2": {"text_config": TEXT, "vision_config": {**{k: v for k, v in VISION.items() if k != "image_size"}, "num_patches": 16}},
+    "vision_text_dual_encoder": {"text_config": TEXT | WIDE, "vision_config": VISION, "projection_dim": 16},
+    "clip_and_roberta": {
+        "text_config": TEXT | WIDE | {"model_type": "roberta", "max_position_embeddings": 17},
+        "vision_config": VISION | {"model_type": "clip_vision_model"}, "projection_dim": 16,
+    },
     "blip_2_matching": {
         "vision_config": VISION, "qformer_config": {
             "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 16,
@@ -34,13 +44,14 @@ TOWERS: dict[str, dict[str, Any]] = {
         "text_config": {"model_type": "opt"}, "num_query_tokens": 4, "image_text_hidden_size": 16, "image_token_index": 399,
     },
 }
-IDS = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+IDS = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1}
 
 
 def section_of(name: str, **changes: Any) -> dict[str, Any]:
     """`model:` of a recipe whose vocabulary is known."""
     config = TOWERS[name]
-    return {"architecture": name, "config": {**config, "text_config": {**config["text_config"], **IDS}, **changes}}
+    ids = IDS | {"pad_token_id": PADDING.get(name, 1)}
+    return {"architecture": ARCHITECTURES.get(name, name), "config": {**config, "text_config": {**config["text_config"], **ids}, **changes}}
 
 
 def towers_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
@@ -203,3 +214,24 @@ def assert_equal(found: tuple[float, dict[str, np.ndarray]], expected: tuple[flo
     largest = max(float(np.abs(gradient).max()) for gradient in reference.values())
     worst = max((float(np.abs(gradients[key] - reference[key]).max()), key) for key in reference)
     assert worst[0] < tolerance * largest, worst
+
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220), "white": (250, 250, 250)}
+
+
+def write_rows(folder: Path, count: int = 40) -> None:
+    """Captions of one picture each, and some of two."""
+    rng = np.random.default_rng(1)
+    rows = []
+    for number in range(count):
+        name, colour = list(COLOURS.items())[number % 4]
+        size = (int(rng.integers(30, 70)), int(rng.integers(30, 70)))
+        pixels = np.full((size[1], size[0], 3), colour, np.uint8)
+        pixels[: number + 1, 0] = 0  # no two pictures are the same
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        rows.append({"image": f"{number}.png", "caption": f"A picture in {name}, number {number}" + " and more" * (number % 7)})
+    for number in range(9):
+        for side in "ab":
+            Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(folder / f"{side}{number}.png")
+        rows.append({"images": [f"a{number}.png", f"b{number}.png"], "caption": f"Two pictures side by side, number {number}"})
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

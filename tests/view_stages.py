@@ -45,13 +45,16 @@ CASES: dict[str, dict[str, Any]] = {
     "cpc": {"cpc": {"output_width": 8, "context_width": 10, "grid": 3, "ahead": 2}},
 }  # fmt: skip
 
+DEPTH = {"train": {"vision": {"lr": 1e-2, "drop_path": 0.6}, "heads": {"lr": 1e-2}}}
+PATHS = {f"{case}-paths": {**CASES[case], **DEPTH} for case in ("simclr", "dino")}  # whose pictures go past some branches
+
 
 def views_recipe(case: str, **stage: Any) -> Recipe:
     defaults: dict[str, Any] = {
         "name": "one", "objective": case.split("-")[0], "train": {"vision": {"lr": 1e-2}, "heads": {"lr": 1e-2}},
         "mixture": {"weights": {"pictures": 1.0}}, "sequence_length": 16, "budget": {"steps": 4}, "precision": "fp32",
         "batch": {"packs": 4, "samples_per_pack": 3}, "schedule": {"kind": "constant", "warmup": 0},
-        "data_loading": {"engine": "inline"}, **CASES[case],
+        "data_loading": {"engine": "inline"}, **(CASES | PATHS)[case],
     }  # fmt: skip
     return Recipe.model_validate({
         "name": "views", "model": {"architecture": "vit", "config": CONFIG}, "tokenizer": {"train_vocabulary_size": 330},

@@ -47,8 +47,9 @@ class Weed:
         config.write_text(json.dumps({"identities": [{"name": "tests", "credentials": credentials, "actions": rights}]}))
         words = [
             str(binary()), "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={self.folder}", "-s3", f"-s3.config={config}",
-            "-s3.iam=false", "-s3.port.iceberg=0", "-s3.localSocket=", "-master.volumeSizeLimitMB=64", "-master.telemetry=false",
-            "-volume.max=1000", *(f"-{name}={port}" for name, port in self.ports.items()),
+            "-s3.iam=false", "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.localSocket=",
+            "-master.volumeSizeLimitMB=64", "-master.telemetry=false", "-volume.max=1000",
+            *(f"-{name}={port}" for name, port in self.ports.items()),
         ]  # fmt: skip
         with open(self.folder / "log.txt", "ab") as log:
             self.process = subprocess.Popen(words, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True)

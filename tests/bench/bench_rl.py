@@ -8,7 +8,8 @@ All train the same tiny Qwen2.5-VL from the same weights in fp32 on the same dra
 prompts, samples and tokens, one optimizer step per iteration, no KL, the same reward (the share of digits; Terrace in its sandbox, TRL
 in the process). A random model ends its answers anywhere, so their lengths are drawn beforehand and are the same for all: `full`, every
 answer as long as it may be, and `tail`, log-normal with sigma 1. The first two iterations are left out. All processes have the same
-number of threads; `overlap` decodes in one while another trains, which is what it is for. TRL's AsyncGRPOTrainer does not run here: its
+number of threads; `overlap` decodes in one while another trains, which is what it is for. Terrace decodes with the compiled step
+(`compile_decoding`), unless `--plain-decoding` says otherwise. TRL's AsyncGRPOTrainer does not run here: its
 attention is a kernel of FlashAttention-3, its weights go over NCCL.
 
 The load of the machine is taken before and during every run. Where something else ran, the table is not written.
@@ -63,7 +64,7 @@ def recipe_of(folder: Path, args: argparse.Namespace):
 
     grpo: dict[str, Any] = {
         "prompts_per_iteration": args.prompts, "samples_per_prompt": args.samples, "max_response_tokens": args.tokens,
-        "dynamic_sampling": False,
+        "dynamic_sampling": False, "compile_decoding": not args.plain_decoding,
     }  # fmt: skip
     if args.rollout != "rounds":
         grpo["rollout"] = "seamless"
@@ -111,7 +112,7 @@ def run_terrace(folder: Path, args: argparse.Namespace) -> dict[str, float]:
 
 def run_decoding(folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """Decoded tokens per second of the `native` engine on answers with a long tail: in batches, each until its last answer has ended and
-    all of them computed until then (`static`), and continuously in as many places."""
+    all of them computed until then (`static`), and continuously in as many places, with plain and with compiled steps."""
     import numpy as np
     import torch
     from imposed_lengths import drawn, impose_on_terrace
@@ -137,7 +138,8 @@ def run_decoding(folder: Path, args: argparse.Namespace) -> dict[str, float]:
         prompts.append(Prompt(ids, positions, patches, grids, each // 4, each, key=("prompts", number), id=str(number), task="task"))
     lengths = drawn("tail", args.decoded_prompts, args.samples, args.tokens)
     impose_on_terrace(lengths, args.prompts if args.rollout == "static" else None)
-    engine = native.NativeEngine(model, (VIDEO_PAD,) if VIDEO_PAD < 300 else (), (0,), "cpu", "fp32", args.prompts * args.samples)
+    never, rows = (VIDEO_PAD,) if VIDEO_PAD < 300 else (), args.prompts * args.samples
+    engine = native.NativeEngine(model, never, (0,), "cpu", "fp32", rows, compiled=args.rollout == "compiled")
     if args.rollout == "static":
         native.COMPACT_SHARE = 2.0  # no row leaves: what static batching is
     sampling = Sampling(args.samples, args.tokens, seed=1)
@@ -161,6 +163,7 @@ def measured(which: str, lengths: str, rollout: str, folder: Path, args: argpars
         sys.executable, __file__, "--only", which, "--lengths", lengths, "--rollout", rollout, "--folder", str(folder),
         *(word for name in ("prompts", "samples", "pixels", "iterations", "threads", "decoded_prompts")
           for word in (f"--{name.replace('_', '-')}", str(getattr(args, name)))), "--tokens", str(tokens),
+        *(["--plain-decoding"] if args.plain_decoding else []),
     ]  # fmt: skip
     path = [args.trl] if which == "trl" else []
     path += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
@@ -192,7 +195,8 @@ def table(results: dict[tuple[str, str, str], dict[str, Any]], args: argparse.Na
     decoded = {rollout: one for (which, _, rollout), one in results.items() if which == "decoding"}
     if decoded:
         lines += ["", "| batching | tokens per second | steps | places idle |", "|---|---|---|---|"]
-        for name, one in decoded.items():
+        for kind, one in decoded.items():
+            name = "continuous, compiled steps" if kind == "compiled" else kind
             lines.append(f"| {name} | {one['tokens_per_second']:.0f} | {one['steps']:.0f} | {one['idle_share_of_places']:.0%} |")
     shape = f"{args.prompts} prompts x {args.samples} samples x {args.tokens} tokens (tail: at most {TAIL_TOKENS * args.tokens})"
     lines += ["", f"{shape}, {args.threads} thread(s), {args.iterations - 2} iterations."]
@@ -208,6 +212,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=8)
     parser.add_argument("--decoded-prompts", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--plain-decoding", action="store_true", help="without the compiled decoding step")
     parser.add_argument("--trl", help="measure TRL too, with this folder on its path (see above)")
     parser.add_argument("--cases", nargs="*", default=["full", "tail", "decoding"], help="full, tail, decoding")
     parser.add_argument("--write", type=Path, help="write the table to this file, unless something else ran meanwhile")
@@ -233,7 +238,7 @@ def main() -> None:
         if lengths in args.cases:
             runs += [("terrace", lengths, "rounds"), *([("trl", lengths, "")] if args.trl else []), ("terrace", lengths, "overlap")]
     if "decoding" in args.cases:
-        runs += [("decoding", "tail", "static"), ("decoding", "tail", "continuous")]
+        runs += [("decoding", "tail", rollout) for rollout in ("static", "continuous", *(() if args.plain_decoding else ("compiled",)))]
     watch = Watch()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

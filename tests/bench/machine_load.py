@@ -33,14 +33,23 @@ class Watch:
     """Made before the measurement; `end` tells of it. Processes that were started and waited for count as this one."""
 
     def __init__(self) -> None:
-        self._before = float(Path("/proc/loadavg").read_text().split()[0])
-        first = _seconds()
-        time.sleep(QUIET_SECONDS)
-        self._others_before = _share(first, _seconds())
+        self._before = load_of_last_minute()
+        self._others_before = others_now()
         self._first = _seconds()
 
     def end(self) -> Load:
         return Load(self._before, self._others_before, _share(self._first, _seconds()))
+
+
+def load_of_last_minute() -> float:
+    return float(Path("/proc/loadavg").read_text().split()[0])
+
+
+def others_now() -> float:
+    """Share of the cores that other processes take, watched for a moment in which this one does nothing."""
+    first = _seconds()
+    time.sleep(QUIET_SECONDS)
+    return _share(first, _seconds())
 
 
 def _seconds() -> tuple[float, float, float]:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from cluster_world import ROOT, tiny_curriculum, tiny_stage
 
-from terrace.cluster.ray_metrics import GAUGES
+from terrace.cluster.ray_metrics import GAUGES, LABELS
 from terrace_operator.gauges import HELP, samples
 from terrace_operator.metrics import Metrics
 
@@ -52,6 +52,41 @@ def test_every_figure_of_a_run_that_is_drawn_is_one_that_its_workers_tell():
     names = {name for text in asked for name in re.findall(r"ray_(terrace_[a-z_]+)", text)}
     assert names == set(GAUGES)
     assert len({(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in dashboard["panels"]}) == len(dashboard["panels"])
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            [name] = re.findall(r"ray_(terrace_[a-z_]+)", target["expr"])
+            told = {"run", "stage", LABELS[name]} if name in LABELS else {"run", "stage"}
+            assert set(re.findall(r"{{(\w+)}}", target["legendFormat"])) == told, f"{target}: lines that differ have names that differ"
+
+
+def test_legends_name_labels_that_what_is_drawn_has(bench):
+    """Of the operator's dashboard: those of the sum, or those of the gauge itself."""
+    gauged = drawn(bench)
+    labels = {name: {key for found, told, _ in gauged if found == name for key in told} for name in HELP}
+    dashboard = json.loads(yaml.safe_load((FOLDER / "dashboard.yaml").read_text())["data"]["terrace.json"])
+    seen = 0
+    for panel in dashboard["panels"]:
+        for target in panel["targets"]:
+            summed = re.search(r"by \(([\w, ]+)\)", target["expr"])
+            name = re.search(r"terrace_[a-z_]+", target["expr"])[0]
+            has = set(summed[1].split(", ")) if summed else labels.get(name, set())
+            named = set(re.findall(r"{{(\w+)}}", target["legendFormat"]))
+            assert named <= has, (panel["title"], named, has)
+            seen += len(named)
+    assert seen > 10
+
+
+def drawn(bench):
+    """Samples of every gauge: of a running curriculum with limits, and of one that waits."""
+    stages = [tiny_stage("warmup", resources={"workers": 2, "gpus_per_worker": 1})]
+    bench.store.create(tiny_curriculum(stages=stages, behaviour={"steps": 60, "step_seconds": 100}, limits={"gpuHours": 10},
+                                       failurePolicy={"maxRestarts": 3}))  # fmt: skip
+    bench.run(650, step=5)
+    running = list(samples(list(bench.store.objects["Curriculum"].values()), bench.clock.now))
+    bench.cluster.quota = 0
+    bench.store.create(tiny_curriculum("waiting", queue={"name": "training"}))
+    bench.run(300, step=5)
+    return [*running, *samples(list(bench.store.objects["Curriculum"].values()), bench.clock.now)]
 
 
 def test_gauges_say_how_a_running_curriculum_stands(bench):

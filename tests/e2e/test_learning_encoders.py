@@ -1,4 +1,5 @@
-"""They learn: a tiny CLIP, SigLIP and Q-Former find the caption of a drawn scene, a masked autoencoder draws what it did not see."""
+"""They learn: a tiny CLIP, SigLIP and Q-Former find the caption of a drawn scene, a masked autoencoder draws what it did not see, and
+a BERT tells masked words of captions."""
 
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ HELD_OUT = 200
 MODELS: dict[str, dict[str, Any]] = {
     "clip": {"text_config": TEXT, "vision_config": VISION, "projection_dim": 64},
     "siglip": {"text_config": TEXT, "vision_config": VISION},
+    "bert": TEXT,
     "vit_mae": {
         **VISION, "patch_size": 8, "decoder_hidden_size": 64, "decoder_intermediate_size": 128, "decoder_num_hidden_layers": 2,
         "decoder_num_attention_heads": 4, "norm_pix_loss": True,
@@ -44,14 +46,16 @@ def corpus(tmp_path_factory) -> Path:
 
 
 def train(corpus: Path, run_dir: Path, name: str, objective: str, steps: int) -> dict[str, dict[str, float]]:
-    parts = ("vision", "projector", "language") if objective in ("clip", "siglip") else ("vision", "projector")
+    parts = {"clip": ("vision", "projector", "language"), "siglip": ("vision", "projector", "language"), "mlm": ("language",)}
+    training = {part: {"lr": 1.5e-3} for part in parts.get(objective, ("vision", "projector"))}
+    batch = {"packs": 24} if objective == "mlm" else {"packs": 1, "samples_per_pack": 64}
     recipe = Recipe.model_validate({
         "name": "learn", "model": {"architecture": name, "config": MODELS[name]}, "tokenizer": {"train_vocabulary_size": 600},
         "data": {"sources": {"captions": {"uri": str(corpus / "captions.jsonl"), "holdout_samples": HELD_OUT}}},
         "stages": [{
-            "name": "one", "objective": objective, "train": {part: {"lr": 1.5e-3} for part in parts}, "precision": "fp32",
+            "name": "one", "objective": objective, "train": training, "precision": "fp32",
             "mixture": {"weights": {"captions": 1.0}}, "sequence_length": 64, "budget": {"steps": steps},
-            "batch": {"packs": 1, "samples_per_pack": 64}, "schedule": {"kind": "cosine", "warmup": 0.1},
+            "batch": batch, "schedule": {"kind": "cosine", "warmup": 0.1},
             "optimizer": {"betas": [0.9, 0.98], "weight_decay": 0.05}, "data_loading": {"engine": "inline"},
             "evaluate": {"max_samples_per_kind": HELD_OUT},
         }],
@@ -79,3 +83,13 @@ def test_a_masked_autoencoder_draws_what_it_did_not_see(corpus, tmp_path):
     print("mae", json.dumps(evaluation))
     assert evaluation["before"]["caption/loss"] > 0.9
     assert evaluation["after"]["caption/loss"] < 0.6
+
+
+def test_masked_words_of_captions_are_told(corpus, tmp_path):
+    """Held-out captions under fixed masks."""
+    torch.set_num_threads(1)
+    evaluation = train(corpus, tmp_path / "run", "bert", "mlm", 200)
+    print("mlm", json.dumps(evaluation))
+    assert evaluation["before"]["caption/accuracy"] < 0.05
+    assert evaluation["after"]["caption/accuracy"] > 0.4
+    assert evaluation["after"]["caption/loss"] < 0.5 * evaluation["before"]["caption/loss"]

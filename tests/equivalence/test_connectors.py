@@ -35,6 +35,7 @@ KINDS = {
     "linear": {"kind": "linear"},
     "mlp": {"kind": "mlp", "layers": 3},
     "mlp_layer_norm": {"kind": "mlp_layer_norm"},
+    "glu": {"kind": "glu", "width": 12},
     "pixel_shuffle_mlp": {"kind": "pixel_shuffle_mlp", "merge": 2},
     "resampler": {"kind": "resampler", "queries": 9, "heads": 4},
     "resampler-keys": {"kind": "resampler", "queries": 6, "heads": 2, "positions": "keys", "output_projection": "projector"},
@@ -105,7 +106,7 @@ def test_sine_positions_are_their_formula_and_stretch_by_bicubic_convolution():
     np.testing.assert_allclose(resized_positions(width, grid, 6, 7).numpy(), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["linear", "mlp", "mlp_layer_norm", "pixel_shuffle_mlp"])
+@pytest.mark.parametrize("name", ["linear", "mlp", "mlp_layer_norm", "glu", "pixel_shuffle_mlp"])
 def test_mlps_are_their_formulas(name):
     made, given = connector_of(name), features()
     x = given.numpy()
@@ -116,6 +117,10 @@ def test_mlps_are_their_formulas(name):
             for r in range(ROWS // 2) for c in range(COLUMNS // 2)
         ]  # fmt: skip
         expected = linear(gelu(linear(norm(np.stack(long, axis=1), made.norm), made.up_proj)), made.down_proj)
+    elif name == "glu":
+        inner = gelu(norm(linear(x, made.linear), made.norm))
+        gate = linear(inner, made.gate_proj)
+        expected = linear(gate / (1 + np.exp(-gate)) * linear(inner, made.up_proj), made.down_proj)
     else:
         expected = x
         for number, layer in enumerate(made.layers):
@@ -284,7 +289,8 @@ def test_an_export_carries_its_code_and_loads_where_there_is_no_terrace(tmp_path
     assert done.returncode == 0, done.stderr[-2000:]
     assert {path.name for path in final.glob("*.py")} == {
         "configuration_terrace_vlm.py", "modeling_terrace_vlm.py", "connectors.py", "resampler.py", "q_former.py", "sine_positions.py",
-        "sparse_mlp.py", "visual_expert.py", "modality_adapters.py", "window_adapters.py",
+        "sparse_mlp.py", "visual_expert.py", "modality_adapters.py", "window_adapters.py", "padded_pictures.py",
+            "eva_towers.py",
     }  # fmt: skip
 
 

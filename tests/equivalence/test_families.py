@@ -22,10 +22,9 @@ from families import (
     recipe_model,
     reference_inputs,
 )
+from measured import activations, flops, trainable
 from pixel_references import NEEDS_TORCHVISION
 from published_pixels import published_pixels
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
 from terrace.data.images import image_size, load_pixels
@@ -45,7 +44,6 @@ from terrace.models.forward import hidden_states, pack_hidden, pack_logits_hidde
 from terrace.models.parts import part_parameters
 from terrace.models.shared_prompt import use_shared_prompt_attention
 from terrace.objectives.lm import summed_loss
-from terrace.planner.flops import exact_load, forward_flops, training_flops
 from terrace.planner.parameters import parameter_counts, part_sizes
 from terrace.planner.shapes import shape_of_config
 from terrace.recipe.schema import PARTS
@@ -65,7 +63,7 @@ CHEAP = (
 )
 STRETCHED = tuple(name for name in NAMES if issubclass(family_class(name), OneTile))
 # Families whose resize is not bicubic, or does not keep the aspect.
-DISTORTING = ("internvl", "minicpmv4_6", "mistral3", "fuyu", "mllama", *TILED, *STRETCHED)
+DISTORTING = ("internvl", "minicpmv4_6", "terrace_vlm_any_size", "mistral3", "fuyu", "mllama", *TILED, *STRETCHED)
 WHOLE_PROCESSORS = ("llava", "llava_next", "idefics3")  # that can be made without torchvision
 
 
@@ -231,31 +229,10 @@ def test_the_planner_counts_what_the_class_has(case):
 
 @pytest.mark.parametrize("trained", [("projector",), ("vision", "projector", "language")], ids="+".join)
 def test_the_planner_s_flops_are_those_of_the_flop_counter(case, trained, monkeypatch):
-    trained = tuple(part for part in trained if part in case.family.trainable()) or ("language",)
-    model = build_model(case.section, case.config)
-    if case.family.experts:  # the counter does not know the grouped product
-        model.set_experts_implementation("eager")
-    use_attention(model, "sdpa_segments")
-    unused = set(family_of_model(model).unused(case.config, [name for name, _ in model.named_parameters()]))
-    for part, pairs in part_parameters(model).items():
-        for name, parameter in pairs:
-            parameter.requires_grad_(part in trained and name not in unused)
-    example = pack_of(case, [conversation(1, [(150, 100)]), conversation(2, []), conversation(3, [(60, 160)])])
-    if case.family.reads_questions:  # the plan counts questions of one length: here as long as those of the pack
-        monkeypatch.setattr(type(case.family), "counted_question", int(example.image_facts[:, 1].max()))
-    shape = shape_of_config(case.config.to_dict(), case.name)
-    pictures = [one for facts in example.image_facts.tolist() for one in case.family.tower_pictures(facts)]
-    lengths = np.diff(example.segment_ends, prepend=0).tolist()
-    load = exact_load(shape, lengths, pictures, example.supervised_tokens)
-    assert load.visual_tokens == example.visual_tokens or case.name in TILED
-    batch = to_device(example, "cpu", torch.float32)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        summed_loss(model, batch, 64).backward()
-    assert counter.get_total_flops() == pytest.approx(training_flops(shape, load, trained).model, rel=0.01)
-    model.requires_grad_(False)
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        summed_loss(model, batch, 64)
-    assert counter.get_total_flops() == pytest.approx(sum(forward_flops(shape, load).values()), rel=0.01)
+    load, visual_tokens, found = flops(case, trainable(case, trained), monkeypatch)
+    assert load.visual_tokens == visual_tokens or case.name in TILED
+    for counted, planned in found:
+        assert counted == pytest.approx(planned, rel=0.01)
 
 
 def test_the_export_loads_in_transformers_with_equal_logits(case, tmp_path):
@@ -377,43 +354,9 @@ def test_a_recipe_of_the_family_validates_and_its_mistakes_are_named(name):
 @pytest.mark.parametrize("trained", [("projector",), ("vision", "projector"), tuple(PARTS)], ids="+".join)
 def test_the_planner_s_activations_are_what_autograd_saves(name, folder, trained, checkpointing, monkeypatch):
     """ddp on a CPU: everything saved for backward, without the weights themselves, within 10 %."""
-    from terrace.planner.memory import PackSize, stage_memory
-    from terrace.recipe.schema import Recipe
-    from terrace.train.setup import checkpoint_activations, freeze_parts
-
     case = middle_case(name, folder)
-    trained = tuple(part for part in trained if part in case.family.trainable()) or ("language",)
-    training = {part: {"lr": 1e-3, "activation_checkpointing": checkpointing} for part in trained}
-    [stage] = Recipe.model_validate({
-        "name": "r", "model": case.section.model_dump(), "tokenizer": {"train_vocabulary_size": 400},
-        "data": {"sources": {"a": {"uri": "x"}}},
-        "stages": [{"name": "s", "train": training, "mixture": {"weights": {"a": 1.0}}, "budget": {"steps": 1}, "precision": "fp32",
-                    "sequence_length": 1024, "loss_chunk_tokens": 64}],
-    }).stages  # fmt: skip
-    model = build_model(case.section, case.config)
-    use_attention(model, "sdpa_segments")
-    model.train()
-    freeze_parts(model, stage)
-    checkpoint_activations(model, stage)
-    example = pack_of(case, [conversation(number, [(200, 150)]) for number in range(5)])
-    if case.family.reads_questions:
-        monkeypatch.setattr(type(case.family), "counted_question", int(example.image_facts[:, 1].max()))
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    saved: dict[int, torch.Tensor] = {}  # held, so that no storage is freed and its address used again
-
-    def keep(tensor):
-        if tensor.untyped_storage().data_ptr() not in weights:
-            saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        summed_loss(model, to_device(example, "cpu", torch.float32), 64)
-    measured = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
-    size = PackSize(example.tokens, example.visual_tokens, example.supervised_tokens)
-    memory = stage_memory(shape_of_config(case.config.to_dict(), name), stage, 1, size, on_gpu=False)
-    width, vocabulary = language_config(case.config).hidden_size, language_config(case.config).vocab_size
-    head = 4 * example.supervised_tokens * width + (4 * vocabulary * width if "language" in trained else 0)  # gradients, made forward
-    assert measured == pytest.approx(memory.vision_activations + memory.language_activations + head, rel=0.1)
+    measured, planned = activations(case, trainable(case, trained), checkpointing, monkeypatch)
+    assert measured == pytest.approx(planned, rel=0.1)
 
 
 def test_the_export_s_image_processor_and_tokenizer_need_nothing_of_terrace(case, tmp_path):
@@ -431,7 +374,7 @@ def test_the_export_s_image_processor_and_tokenizer_need_nothing_of_terrace(case
     image = _decoded(sample.images[0])
     if case.name in NEEDS_TORCHVISION:
         pytest.skip("its image processor needs torchvision")
-    given = AutoImageProcessor.from_pretrained(final)([image], return_tensors="pt")
+    given = AutoImageProcessor.from_pretrained(final, trust_remote_code=True)([image], return_tensors="pt")
     given = {"pixel_values": given} if isinstance(given, torch.Tensor) else given  # Idefics' gives them bare
     if "pixel_values" in given:  # Fuyu's whole processor cuts the patches
         ours = reference_inputs(case, example, model)["pixel_values"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,8 @@ from terrace.train.step import noise_scale
 
 KINDS: dict[str, dict[str, Any]] = {
     "sgd": {"kind": "sgd", "momentum": 0.9, "nesterov": True, "weight_decay": 0.01}, "plain": {"kind": "sgd"},
-    "adafactor": {"kind": "adafactor"}, "muon": {"kind": "muon"},
+    "adafactor": {"kind": "adafactor"}, "muon": {"kind": "muon"}, "rising": {"weight_decay": 0.04, "final_weight_decay": 0.4},
+    "lars": {"kind": "lars", "momentum": 0.9, "trust": 0.05, "weight_decay": 0.01},
 }  # fmt: skip
 AVERAGE = {"decay": 0.9, "export": True}
 LARGE = {part: {"lr": 1e-2} for part in ("vision", "projector", "language")}
@@ -89,7 +91,7 @@ def test_sgd_with_momentum_is_its_formula(tmp_path):
 def test_every_strategy_that_takes_an_optimizer_gives_the_same_losses(tmp_path):
     torch.set_num_threads(1)
     offered = {"sgd": ("ddp", "fsdp", "zero1", "zero2", "zero3"), "plain": ("ddp", "fsdp", "zero2"), "adafactor": ("ddp",),
-               "muon": ("ddp", "fsdp")}  # fmt: skip
+               "muon": ("ddp", "fsdp"), "lars": ("ddp", "fsdp"), "rising": ("ddp", "fsdp", "zero2", "zero3")}  # fmt: skip
     jobs = {}
     for kind, strategies in offered.items():
         train_stages(0, 1, values(kind), str(tmp_path / kind))
@@ -106,6 +108,31 @@ def test_every_strategy_that_takes_an_optimizer_gives_the_same_losses(tmp_path):
             here, there = final(tmp_path / name, "final-ema"), final(tmp_path / kind, "final-ema")
             for key, tensor in there.items():
                 torch.testing.assert_close(here[key], tensor, rtol=1e-2, atol=2e-2 if kind == "muon" else 1e-5, msg=f"{name}: {key}")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_shared_matrices_resume_on_any_number_of_ranks(tmp_path):
+    """Two ranks that share Muon's matrices, killed: on two the same bits, on one and four the same losses."""
+    torch.set_num_threads(1)
+    recipe = values("muon")
+    run_ranks(2, train_stages, recipe, str(tmp_path / "whole"))
+    with pytest.raises(AssertionError, match="Preempted"):
+        run_ranks(2, train_stages, recipe, str(tmp_path / "cut"), 0, 2)
+    for ranks in (2, 1, 4):
+        folder = tmp_path / f"on-{ranks}"
+        shutil.copytree(tmp_path / "cut", folder)
+        if ranks == 1:
+            train_stages(0, 1, recipe, str(folder))
+        else:
+            run_ranks(ranks, train_stages, recipe, str(folder))
+        np.testing.assert_allclose(losses(folder), losses(tmp_path / "whole"), rtol=0 if ranks == 2 else 2e-3)
+        last = stage_dir(folder, 0) / "checkpoints" / "step-000004"
+        files = list(last.glob("momentum_buffer-*"))
+        assert len(files) == ranks, "every rank wrote the momentum of its matrices"
+        if ranks == 2:
+            for name in ("final", "final-ema"):
+                assert all(torch.equal(final(folder, name)[key], tensor) for key, tensor in final(tmp_path / "whole", name).items())
 
 
 def test_the_noise_scale_is_that_of_known_gradients(tmp_path):

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from towers import TOWERS
+from towers import TOWERS, write_rows
 from transformers import AutoModel, AutoTokenizer
 
 from terrace.curriculum.attempt_worker import run_stage
@@ -22,25 +21,6 @@ from terrace.planner.plan import make_plan
 from terrace.recipe.rules import check
 from terrace.recipe.schema import Recipe
 from terrace.worker.context import WorkerContext
-
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 60), "blue": (40, 60, 220), "white": (250, 250, 250)}
-
-
-def write_rows(folder: Path, count: int = 40) -> None:
-    rng = np.random.default_rng(1)
-    rows = []
-    for number in range(count):
-        name, colour = list(COLOURS.items())[number % 4]
-        size = (int(rng.integers(30, 70)), int(rng.integers(30, 70)))
-        pixels = np.full((size[1], size[0], 3), colour, np.uint8)
-        pixels[: number + 1, 0] = 0  # no two pictures are the same
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-        rows.append({"image": f"{number}.png", "caption": f"A picture in {name}, number {number}" + " and more" * (number % 7)})
-    for number in range(9):
-        for side in "ab":
-            Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(folder / f"{side}{number}.png")
-        rows.append({"images": [f"a{number}.png", f"b{number}.png"], "caption": f"Two pictures side by side, number {number}"})
-    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def recipe_of(folder: Path, name: str = "clip", **first: Any) -> Recipe:

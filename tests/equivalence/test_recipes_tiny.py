@@ -11,7 +11,7 @@ import pytest
 import torch
 from recipe_table import PUBLISHED
 from tiny_recipes import ENCODERS, FAST, tiny
-from transformers import AutoModel, AutoModelForImageTextToText, AutoModelForPreTraining
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoModelForMaskedLM, AutoModelForPreTraining
 
 from terrace.curriculum.attempt_worker import run_stage
 from terrace.data.prepare import prepare_data
@@ -86,7 +86,9 @@ def trained(recipe: Recipe, run_dir: Path, index: int) -> set[str]:
 
 
 def exported(folder: Path) -> torch.nn.Module:
-    model, report = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
+    masked = AutoConfig.from_pretrained(folder).architectures[0].endswith("ForMaskedLM")
+    kind = AutoModelForMaskedLM if masked else AutoModelForImageTextToText
+    model, report = kind.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     return model

@@ -1,4 +1,4 @@
-"""Ring attention gives what attention over the whole pack gives; test_sequence_parallel.py trains with it."""
+"""Ring attention gives what attention over the whole pack gives, and ranks that share packs by it train as one rank does."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pytest
 import ring_ranks
 import torch
 from processes import run_ranks
+from ranks import train_each, train_stages
+from shared_packs import assert_same_run, recipe_of, values_of
 
 from terrace.families.registry import built_in, family_class
 from terrace.models.families.interface import FamilyModel
@@ -37,8 +39,11 @@ CASES = {
 
 
 @pytest.mark.slow
-def test_a_ring_of_three_gives_what_the_whole_pack_gives():
-    run_ranks(3, ring_ranks.compare, CASES, "float32", 1e-6)
+@pytest.mark.parametrize(
+    ("ranks", "dtype", "tolerance"), [(2, "float32", 1e-6), (3, "float32", 1e-6), (5, "float32", 1e-6), (3, "bfloat16", 3e-2)]
+)
+def test_a_ring_gives_what_the_whole_pack_gives(ranks: int, dtype: str, tolerance: float):
+    run_ranks(ranks, ring_ranks.compare, CASES, dtype, tolerance)
 
 
 def test_tiles_have_every_pair_that_sees_each_other_once_and_no_other():
@@ -72,3 +77,24 @@ def test_every_family_whose_tokens_look_ahead_says_so():
 
 def test_the_plan_counts_with_the_tiles_that_there_are():
     assert memory.RING_TILE_NUMBERS == TILE_NUMBERS
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("reference")
+    train_stages(0, 1, values_of(recipe_of("ddp", 1)), str(folder))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "strategies"), [(2, ["ddp", "fsdp", "zero1", "zero2", "zero3"]), (3, ["ddp", "fsdp", "zero3"])])
+def test_ranks_that_share_packs_by_a_ring_equal_one(ranks, strategies, tmp_path, reference):
+    """Three ranks: more than two, and a number that divides neither the 4 heads nor the 2 key/value heads."""
+    recipes = {}
+    for strategy in strategies:
+        recipe = recipe_of(strategy, ranks, parallel={"strategy": strategy, "sequence_parallel": ranks, "sequence_exchange": "ring"})
+        recipes[strategy] = values_of(recipe)
+    run_ranks(ranks, train_each, recipes, str(tmp_path), timeout=400)
+    for name in recipes:
+        assert_same_run(tmp_path / name, reference)

@@ -73,6 +73,28 @@ def test_a_changing_stage_is_resumed_exactly_and_ends_as_it_became(tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_a_tower_s_square_that_grows_inside_a_stage_is_resumed_exactly(tmp_path: Path) -> None:
+    """CogVLM's second stage in miniature, 2 x 2 patches and then 6 x 6: stopped before its switch, at it and behind it."""
+    whole = tiny("cogvlm-17b", tmp_path / "rows", steps=2).model_dump(mode="json", exclude_none=True)
+    [stage] = [stage for stage in whole["stages"] if stage["name"] == "expressions"]
+    stage |= {"budget": {"steps": 4}, "name": "vit-pretraining"}
+    assert [change["step"] for change in stage["changes"]] == [2]
+    recipe, run_dir = parse_recipe(whole | {"stages": [stage]}), tmp_path / "run"
+    prepare_data(recipe, run_dir, use_ray=False)
+    assert run_stage(recipe, 0, run_dir, 1, WorkerContext()).steps == 4
+    plan = StagePlan.build(recipe, 0, load_prepared(run_dir / "data"))
+    pictures = [{tokens for pack in plan.packs_of_step(step) for tokens in pack.visual_tokens} - {0} for step in range(4)]
+    assert pictures == [{4}, {4}, {36}, {36}]
+    for stop in (1, 2, 3):
+        again, asked = tmp_path / f"again-{stop}", iter([None] * (stop - 1))
+        prepare_data(recipe, again, use_ray=False)
+        with pytest.raises(Preempted, match=f"saved at step {stop};"):
+            run_stage(recipe, 0, again, 1, WorkerContext(should_stop=lambda asked=asked: next(asked, "told")))
+        run_stage(recipe, 0, again, 2, WorkerContext())
+        assert weights(again) == weights(run_dir)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 3])
 def test_it_goes_on_with_another_number_of_workers(stop: int, tmp_path: Path) -> None:
     """Saved by one worker before or behind the change, continued by two: the losses of the uninterrupted run."""

@@ -15,7 +15,8 @@ from terrace.data.types import Sample
 from terrace.errors import InputError
 from terrace.models.export import export_hf
 from terrace.talk.conversation import Turn
-from terrace.talk.talker import Wishes, model_directory, open_talker
+from terrace.talk.model_place import model_directory
+from terrace.talk.talker import Wishes, open_talker
 
 IMAGE = picture(120, 80)
 

@@ -133,6 +133,7 @@ import hashlib, json, ray
 from pathlib import Path
 from ray.cluster_utils import Cluster
 from stream_rows import contents, open_all
+from terrace.data.stream.rank_stream import open_stream
 
 cluster = Cluster(initialize_head=True, head_node_args={{"num_cpus": 1, "object_store_memory": 200 * 2**20}})
 node = cluster.add_node(num_cpus=2, object_store_memory=200 * 2**20)
@@ -159,6 +160,7 @@ def test_a_node_dies(folder: Path, expected, tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=False, env=environment)
     [line] = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")] or [done.stderr[-3000:]]
+    assert line.startswith("FOUND "), line
     found, alive = json.loads(line.removeprefix("FOUND "))
     assert alive == 1
     assert found == [hashlib.sha256(repr(step).encode()).hexdigest() for step in expected]

@@ -125,7 +125,7 @@ def one_rank(rank: int, ranks: int, strategy: str, width: int, folder: str) -> d
             own.held = own.left()
     made.accumulate(batch, 1e-2, last=True)
     made.clip(None)
-    made.step([1e-3] * len(made._groups if strategy.startswith("zero") else made._optimizers._groups))
+    made.step([(1e-3, 0.0)] * len(made._groups if strategy.startswith("zero") else made._optimizers._groups))
     if not strategy.startswith("zero"):
         with counted(ledgers["generate"]) as own:
             model = empty_copy(config, "cpu", torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 
 import numpy as np
 import pytest
@@ -77,6 +78,10 @@ def test_clicking():
     assert screen[80, 20].tolist() == screen[48, 180].tolist() == [0, 0, 0]  # both clicks
     assert step("over there")["items"] == [{"text": "That is no click. Answer with one point."}]
     assert step("[10, 20, 90, 40]", turn=4) == {"items": None, "reward": 0.0, "done": True, "kept": {}}  # a box is no click
+    assert step("[90, 25]", turn=4)["reward"] == 0.0
+    for beside in ("[100, 15]", "[60, 50]"):  # 30 pixels right of it, and below it
+        assert step(beside, turn=4, closeness=0.3)["reward"] == pytest.approx(0.3 * (1 - 30 / math.hypot(100, 50)))
+    assert step("over there", turn=4, closeness=0.3)["reward"] == step("[60, 15]", cut=True, closeness=0.3)["reward"] == 0.0
     assert step("[60, 15]", cut=True) == {"items": None, "reward": 0.0, "done": True, "kept": {}}
     bad = step_of(clicking, {**call_of("[1, 1]"), "given": {"solution": "red", "metadata": {}, "turn": 1, "turns": 4, "cut": False}}, {})
     assert "no box" in bad["failure"]

@@ -44,7 +44,7 @@ def test_it_is_known_in_the_family_folders_alone(subject: str) -> None:
 def test_a_family_is_two_files_of_one_name() -> None:
     models = {file.stem for file in (PACKAGE / "models" / "families").glob("*.py")}
     assert set(built_in()) <= models
-    assert models - set(built_in()) == {"__init__", "interface", "registry", "two_towers", "crossing", "own_code"}
+    assert models - set(built_in()) == {"__init__", "interface", "registry", "two_towers", "text_encoder", "crossing", "own_code"}
 
 
 def test_a_family_that_leaves_something_out_is_refused_by_what_it_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from terrace.objectives import grpo
 from terrace.objectives.grpo import PolicyOptions, token_logprobs, token_losses
 from terrace.rl.advantages import group_advantages
 
@@ -87,3 +88,20 @@ def test_token_logprobs_divide_by_the_temperature():
     logits = torch.tensor([[0.0, 2.0, 4.0]])
     expected = math.log(math.exp(1) / (1 + math.exp(1) + math.exp(2)))
     assert float(token_logprobs(logits, torch.tensor([1]), 2.0)) == pytest.approx(expected)
+
+@pytest.mark.parametrize("forbidden", [(), (3, 7)])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_entropies_that_do_not_train_cost_no_second_copy_and_change_nothing(forbidden, temperature, monkeypatch):
+    monkeypatch.setattr(grpo, "output_layer", lambda model: model)
+    head, never = torch.nn.Linear(6, 50), torch.tensor(forbidden, dtype=torch.int64)
+    hidden, tokens, weights = torch.randn(9, 6), torch.randint(10, 50, (9,)), torch.randn(9)
+    found = []
+    for trains in (True, False):
+        head.zero_grad()
+        rows = hidden.clone().requires_grad_()
+        logprobs, entropies = grpo.logprobs_and_entropies(head, rows * 1, tokens, never, temperature, trains)
+        (logprobs * weights).sum().backward()
+        assert entropies.requires_grad == trains
+        found.append((logprobs, entropies, rows.grad, head.weight.grad.clone(), head.bias.grad.clone()))
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, atol=2e-6, rtol=1e-5)

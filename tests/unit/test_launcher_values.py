@@ -119,3 +119,23 @@ def test_another_machine_s_clock_decides_nothing(tmp_path: Path, monkeypatch: py
     metrics.unlink()
     assert not lives()
     assert progress_time(metrics.parent) is None
+
+
+def test_one_heartbeat_stands_for_all_workers_of_another_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """256 workers on 32 machines, of which one each beats where a storage lies in between; a machine none of whose workers do is dead."""
+    now = 1_000_000.0
+    monkeypatch.setattr(seen.time, "time", lambda: now)
+    folder = tmp_path / "stages" / "01-a" / "attempts" / "001"
+    folder.mkdir(parents=True)
+    files = [folder / f"alive-{rank:04d}.json" for rank in range(256)]
+    for rank, file in enumerate(files):
+        worker = {"stage": "a", "attempt": 1, "rank": rank, "host": f"machine-{rank // 8}", "pid": 1, "started": 0.0, "node_id": ""}
+        file.write_text(json.dumps(worker))
+        os.utime(file, (now, now))
+    assert len(heartbeat.live_processes(tmp_path)) == 256
+    now += heartbeat.DEAD_AFTER_SECONDS + 1
+    for file in files[3:-8:8]:
+        os.utime(file, (now, now))
+    assert [process.rank for process in heartbeat.live_processes(tmp_path)] == list(range(248))
+    now += heartbeat.DEAD_AFTER_SECONDS + 1
+    assert heartbeat.live_processes(tmp_path) == []

@@ -72,6 +72,16 @@ def test_bytes_per_parameter_of_each_strategy(strategy: str, packs: int, bytes_p
     assert held == pytest.approx(bytes_per_parameter * 8_306_217_216, rel=1e-6)
 
 
+@pytest.mark.parametrize(("strategy", "matrices"), [("ddp", 4 / 8), ("fsdp", 4 / 8)])
+def test_muons_momentum_is_kept_once_among_workers(strategy: str, matrices: float) -> None:
+    changes = ["stages.2.optimizer.kind=muon", f"stages.2.parallel.strategy={strategy}", "stages.2.resources.workers=8"]
+    recipe = load_recipe(MIMO, changes)
+    shape, stage = model_shape(recipe), recipe.stages[2]
+    outer = 2 * shape.language.vocabulary * shape.language.width  # embeddings and output layer, which AdamW steps
+    expected = matrices * (8_306_217_216 - outer) + 8 * outer / (8 if strategy == "fsdp" else 1)
+    assert stage_memory(shape, stage, 8, worst_pack(stage, True)).optimizer == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize(("gpu", "asked", "every_pack", "fits"), [
     ("h100-80gb", None, False, True), ("l40s-48gb", None, True, True),
     ("l40s-48gb", "false", False, False), ("h100-80gb", "true", True, True),

@@ -51,6 +51,10 @@ SIZES = {  # configuration, and billions of parameters in all and of one token a
         },
         "vision_config": SIGLIP | {"image_size": 224}, "projection_dim": 2048, "tie_word_embeddings": True,
     }, 2.9, 2.9),
+    "bert": ({
+        "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "vocab_size": 30522,
+        "max_position_embeddings": 512,
+    }, 0.11, 0.11),
     "blip_2": ({
         "text_config": {
             "model_type": "opt", "hidden_size": 2560, "ffn_dim": 10240, "num_hidden_layers": 32, "num_attention_heads": 32,

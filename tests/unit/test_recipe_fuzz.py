@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from terrace.recipe import shipped
 from terrace.recipe.errors import RecipeError
 from terrace.recipe.identity import recipe_hash, stage_hash
 from terrace.recipe.loading import dump_recipe, load_recipe, parse_recipe
@@ -92,9 +93,9 @@ def check(text: str, folder: Path) -> bool:
     return True
 
 
-def run(count: int, seed: int, folder: Path) -> int:
+def run(count: int, seed: int, folder: Path, base: Path = TINY) -> int:
     (folder / "tiny.yaml").write_text(TINY.read_text())
-    rng, text, valid = random.Random(seed), TINY.read_text(), 0
+    rng, text, valid = random.Random(seed), base.read_text(), 0
     for number in range(count):
         mutant = mutated(text, rng)
         try:
@@ -102,7 +103,7 @@ def run(count: int, seed: int, folder: Path) -> int:
         except BaseException as error:
             kept = folder / f"found-{number}.yaml"
             kept.write_bytes(mutant.encode("utf-8", errors="surrogatepass"))
-            raise AssertionError(f"mutant {number} of seed {seed} ({kept}): {type(error).__name__}: {error}") from error
+            raise AssertionError(f"mutant {number} of {base.name}, seed {seed} ({kept}): {type(error).__name__}: {error}") from error
     return valid
 
 
@@ -116,6 +117,17 @@ def test_mutants_are_read_or_refused(tmp_path):
 def test_ten_thousand_mutants_are_read_or_refused(tmp_path):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     run(10_000, 2, tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_mutants_of_every_shipped_recipe_are_read_or_refused(tmp_path):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    names = shipped.names()
+    assert len(names) > 20
+    for seed, name in enumerate(names):
+        run(100, seed, tmp_path, shipped.recipe_file(Path(name)))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 1024
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import time
 from pathlib import Path
 
 import pytest
+from torture_set import CASES
 
 from terrace.errors import InputError
 from terrace.recipe.schema_grpo import RewardRule
@@ -16,7 +16,6 @@ from terrace.rewards.router import Router
 from terrace.rewards.sandbox import SandboxError, SandboxPool
 from terrace.rewards.types import RewardItem
 
-CASES = runpy.run_path(str(Path(__file__).with_name("reward_cases.py")))["CASES"]
 ITEM_SECONDS = 4.0
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import s3fs
-from fsspec.asyn import sync_wrapper
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -90,10 +89,10 @@ def test_a_write_that_is_never_answered_is_given_up_and_made_again(machines: Mac
             await asyncio.Event().wait()
         return await real(self, method, *rest, **what)
 
-    monkeypatch.setattr(s3fs.S3FileSystem, "call_s3", sync_wrapper(unanswered_once))
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", unanswered_once)
     assert write_if(f"{run}/note.json", b"{}", None, Storage(timeout_seconds=0.1))
     assert conditional.read_versioned(f"{run}/note.json")[0] == b"{}"
-    assert asked == ["put_object", "put_object"]
+    assert asked[:2] == ["put_object", "put_object"]
 
 
 def test_of_controllers_that_come_at_once_one_is_let_in(machines: Machines, run: str, monkeypatch: pytest.MonkeyPatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import time
@@ -177,6 +178,38 @@ def test_a_heartbeat_of_another_machine_stays_young(machines: Machines, run: str
         mirror.flush(here)
         mirror.synchronise(there)
         assert (there / name).stat().st_mtime > first
+
+
+def test_one_worker_of_a_machine_says_for_all_that_they_live(machines: Machines, run: str, monkeypatch: pytest.MonkeyPatch):
+    now = [1_000_000.0]
+    monkeypatch.setattr(synchronise.time, "monotonic", lambda: now[0])
+    with machines.on("a"):
+        here, written = mirror.open_run(run), synchronise.Written()
+        folder = here / "stages/01-warm/attempts/001"
+        folder.mkdir(parents=True)
+        ranks = [folder / f"alive-{rank:04d}.json" for rank in range(8)]
+
+        def turn(alive: list[Path]) -> list[str]:
+            """What goes up two seconds later, when these have touched their files."""
+            now[0] += 2
+            for path in alive:
+                os.utime(path, (now[0], now[0]))
+            machines.server.requests.clear()
+            synchronise.synchronise(here, run, push_only=True, written=written)
+            return [path.rpartition("-")[2] for method, path, _ in machines.server.requests if method == "PUT"]
+
+        for rank, path in enumerate(ranks):
+            path.write_text(json.dumps({"rank": rank, "pid": rank}))
+        assert len(turn(ranks)) == 8, "who they are"
+        assert [turn(ranks) for _ in range(6)] == [["0000.json"], [], ["0000.json"], [], ["0000.json"], []]
+        assert [turn(ranks[3:]) for _ in range(3)] == [["0000.json"], [], ["0003.json"]], "of the dead ones the first was to speak"
+        ranks[5].write_text(json.dumps({"rank": 5, "pid": 9}))
+        assert turn(ranks[3:]) == ["0005.json"], "another process in its place"
+        assert [turn(ranks[3:]) for _ in range(2)] == [["0003.json"], []]
+        ranks[4].unlink()
+        machines.server.requests.clear()
+        synchronise.synchronise(here, run, push_only=True, written=written)
+        assert ("DELETE", f"/{run.removeprefix('s3://')}/stages/01-warm/attempts/001/alive-0004.json", "") in machines.server.requests
 
 
 def test_folders_arrive_complete_or_not_at_all(machines: Machines, run: str):

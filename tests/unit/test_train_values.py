@@ -8,6 +8,7 @@ import math
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -22,9 +23,11 @@ from terrace.models.families.registry import family_model_named
 from terrace.models.parts import has_weight_decay, last_layers, layer_number, part_parameters
 from terrace.models.weights import initial_weights
 from terrace.recipe.schema import Model, Recipe, Schedule
+from terrace.recipe.schema_optimizer import Optimizer
+from terrace.train.lars import Lars
 from terrace.train.loss_scale import LossScale
 from terrace.train.metrics import MetricsLog
-from terrace.train.optimizer import parameter_groups, schedule_factor
+from terrace.train.optimizer import group_rates, parameter_groups, schedule_factor, weight_decay_at
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHAPE = tiny_model()["config"]
@@ -118,6 +121,44 @@ def test_schedules():
     assert [schedule_factor(root, step, 10) for step in (4, 5, 6, 9)] == [1.0, 1.0, 0.5, 0.0]
     steps = Schedule(kind="step", warmup=0, milestones=[0.3, 6], factor=0.5)
     assert [schedule_factor(steps, step, 10) for step in range(10)] == [1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25, 0.25]
+
+
+def test_weight_decay_goes_to_its_end_by_a_cosine_and_only_where_nothing_else_is_said():
+    rising = Optimizer(weight_decay=0.04, final_weight_decay=0.4)
+    published = [0.4 + 0.5 * (0.04 - 0.4) * (1 + np.cos(np.pi * step / 100)) for step in range(100)]
+    np.testing.assert_allclose([weight_decay_at(rising, step, 100) for step in range(100)], published, rtol=1e-12)
+    assert weight_decay_at(Optimizer(weight_decay=0.3), 50, 100) == 0.3
+    stage = _stage(optimizer={"weight_decay": 0.04, "final_weight_decay": 0.4})
+    groups = parameter_groups(SKELETON, stage)
+    rates = group_rates(groups, 0.5, 0.1)
+    assert [rate for rate, _ in rates] == [0.5 * group.peak_lr for group in groups]
+    found = {(group.part, has_weight_decay(group.names[0])): decay for group, (_, decay) in zip(groups, rates)}
+    assert found == {("vision", True): 0.1, ("language", True): 0.3, ("vision", False): 0.0, ("language", False): 0.0}
+
+
+def test_lars_is_its_formula():
+    """Of a matrix and a kernel with trust, of a vector without; a matrix of zeros steps as under SGD."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 4), (2, 3, 2, 2), (5,), (2, 2)]
+    weights = [torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64)) for shape in shapes]
+    weights[3].data.zero_()
+    ours = [weight.detach().clone() for weight in weights]
+    momenta = [torch.zeros_like(weight) for weight in ours]
+    optimizer = Lars([{"params": weights, "weight_decay": 0.1}], momentum=0.9, trust=0.02)
+    for step in range(3):
+        optimizer.param_groups[0]["lr"] = rate = 0.5 / (step + 1)
+        slopes = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        for weight, slope in zip(weights, slopes):
+            weight.grad = slope.clone()
+        optimizer.step()
+        for number, (weight, slope) in enumerate(zip(ours, slopes)):
+            slope = slope + 0.1 * weight
+            if weight.dim() > 1 and float(weight.norm()):
+                slope = slope * (0.02 * weight.norm() / slope.norm())
+            momenta[number] = 0.9 * momenta[number] + slope
+            ours[number] = weight - rate * momenta[number]
+    for weight, expected in zip(weights, ours):
+        torch.testing.assert_close(weight.detach(), expected, rtol=1e-12, atol=1e-14)
 
 
 def test_loss_scale_halves_at_overflow_and_grows_again():

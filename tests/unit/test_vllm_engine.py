@@ -26,6 +26,7 @@ from fake_vllm import STOP
 
 from terrace.errors import InputError, TerraceError
 from terrace.families.qwen2_5_vl import Qwen25VL
+from terrace.generation import vllm as vllm_module
 from terrace.generation import vllm_policy as adapter
 from terrace.generation.interface import Prompt, Sampling
 from terrace.generation.vllm import VllmLost
@@ -46,12 +47,18 @@ def seen(monkeypatch, tmp_path) -> fake_vllm.Seen:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     found = fake_vllm.install(monkeypatch)
 
-    def export(state, config, tokenizer_dir, folder, pixels, dtype):
-        found.calls.append(("export", SimpleNamespace(names=sorted(state), state=state, config=config, pixels=pixels, dtype=dtype)))
-        folder.mkdir(exist_ok=True)
+    class Files:
+        def __init__(self, config, tokenizer_dir, pixels, dtype):
+            found.calls.append(("files", SimpleNamespace(config=config, pixels=pixels, dtype=dtype)))
 
-    monkeypatch.setattr(adapter, "export_hf", export)
-    monkeypatch.setattr(adapter, "first_rows", lambda config: {"a": 1})
+        def write(self, folder):
+            (folder / "config.json").write_text("{}")
+
+    plan = SimpleNamespace(pieces=lambda name, tensor: {f"published.{name}": tensor.to(torch.bfloat16)})
+    parameters = {"a": torch.zeros(1), "b": torch.ones(1)}
+    monkeypatch.setattr(adapter, "ExportFiles", Files)
+    monkeypatch.setattr(adapter, "TensorPlan", lambda config, shapes, stored: plan)
+    monkeypatch.setattr(adapter, "meta_model", lambda config: SimpleNamespace(named_parameters=parameters.items))
     return found
 
 
@@ -101,31 +108,50 @@ def two_prompts(samples: int = 3) -> tuple[list[Prompt], Sampling]:
 PROMPTS, SAMPLING = two_prompts()
 
 
-def test_weights_go_through_a_folder_and_the_engine_sleeps_during_the_update(engine_of, seen):
+def test_weights_go_without_a_file_and_the_engine_sleeps_during_the_update(engine_of, seen):
     engine = engine_of()
     engine.sleep()
     assert seen.calls == [], "there is nothing to put to sleep before the first weights"
     engine.update_weights(weights)
-    (_, exported), (_, options) = seen.calls
-    assert exported.names == ["a", "b"]
-    assert [len(tensor) for tensor in exported.state.values()] == [1, 1], "the rows of the model that is written"
+    options = dict(seen.calls)["open"]
+    assert {name: (len(tensor), tensor.dtype) for name, tensor in seen.weights.items()} == {
+        "published.a": (1, torch.bfloat16), "published.b": (1, torch.bfloat16),
+    }, "the rows of the model that vLLM has, in its precision"  # fmt: skip
     assert options["logprobs_mode"] == "processed_logprobs", "of the tempered distribution without banned tokens"
     assert (options["dtype"], options["max_model_len"], options["generation_config"]) == ("bfloat16", 512, "vllm")
     assert options["limit_mm_per_prompt"]["video"] == 0
     assert options["enable_sleep_mode"]
+    assert [file.name for file in Path(options["model"]).iterdir()] == ["config.json"]
     seen.calls.clear()
     engine.sleep()
     engine.update_weights(weights)
     engine.wake()
-    order = [(name, value) for name, value in seen.calls if name != "export"]
-    assert order == [
-        ("sleep", 2), ("wake_up", ["weights"]), ("collective_rpc", "reload_weights"), ("wake_up", ["kv_cache"]),
+    assert seen.calls == [
+        ("sleep", 2), ("wake_up", ["weights"]), ("collective_rpc", "take_streamed_weights"), ("wake_up", ["kv_cache"]),
         ("reset_encoder_cache", None), ("reset_prefix_cache", None),
     ]  # fmt: skip
-    assert seen.calls[1][0] == "export", "the new folder lies there before vLLM reads it"
     engine.close()
     engine.close()
     assert (seen.alive, seen.names.count("shutdown")) == (0, 1), "its process ends with it, once"
+
+
+def test_weights_may_come_in_parts_and_what_fails_on_the_way_is_said(engine_of, seen):
+    engine = engine_of()
+    first, second = list(weights())
+    engine.update_weights(lambda: iter([first]))
+    with pytest.raises(AssertionError, match=r"has not brought \['b'\]"):
+        engine.generate(PROMPTS, SAMPLING)
+    engine.update_weights(lambda: iter([second]))
+    assert sorted(seen.weights) == ["published.a", "published.b"]
+    large = [("a", torch.zeros(1)), ("b", torch.ones(1, 2**20))]
+
+    def refuses(self, weights_iterator):
+        name, _ = next(weights_iterator)
+        raise ValueError(f"no place for {name}")
+
+    engine._loaded._llm._worker.__class__.reload_weights = refuses
+    with pytest.raises(TerraceError, match=r"did not take the policy's weights \(no place for published.a\)"):
+        engine.update_weights(lambda: iter(large))
 
 
 @pytest.mark.parametrize(("device", "alone"), [("cuda:0", False), ("cuda:0", True), ("cpu", False), ("cpu", True)])
@@ -166,7 +192,7 @@ def test_prompts_are_un_expanded_and_every_sample_has_its_own_seed(engine_of, se
     engine.update_weights(weights)
     arrived = []
     groups = engine.generate(PROMPTS, SAMPLING, lambda place, group: arrived.append((place, len(group))))
-    requests = dict(seen.calls)["generate"]
+    requests = [request for name, several in seen.calls if name == "generate" for request in several]
     assert [request["prompt_token_ids"] for request, _ in requests[::3]] == [[1, START, PAD, END, START, PAD, END, 2], [3, 4]]
     pictures = requests[0][0]["multi_modal_data"]["image"]
     assert [picture.size for picture in pictures] == [(84, 28), (28, 28)]
@@ -185,6 +211,29 @@ def test_prompts_are_un_expanded_and_every_sample_has_its_own_seed(engine_of, se
     assert groups[1][0].logprobs.tolist() == [-1.0, -1.5, -2.0]
     engine.generate(PROMPTS[1:], SAMPLING)
     assert [parameters.seed for _, parameters in seen.calls[-1][1]] == seeds[3:], "whatever else is in the batch"
+
+
+def test_prompts_are_asked_for_as_there_is_room_and_what_is_left_over_is_given_up(engine_of, seen, monkeypatch):
+    monkeypatch.setattr(vllm_module, "PLACES", 6)
+    engine = engine_of()
+    engine.update_weights(weights)
+    asked, complete = [], []
+
+    def source():
+        for number in range(20):
+            if number == 1:
+                yield None
+            asked.append(len(complete))
+            yield prompt(number, [3, 4])
+
+    groups = engine.generate(source(), SAMPLING, lambda place, group: complete.append(place), stop=lambda: len(complete) >= 3)
+    assert asked[:2] == [0, 0]
+    assert asked[2:] == sorted(asked[2:])
+    assert asked[-1] > 0, "as places became free"
+    assert 3 <= len(groups) == len(complete) < len(asked) < 20
+    assert seen.names[-1] == "abort_request"
+    assert len(engine.generate([prompt(2, [3, 4])], SAMPLING)) == 1, "without what was given up"
+    assert not engine._loaded._llm.llm_engine.waiting
 
 
 def test_tokens_are_told_as_they_come_each_once(engine_of, seen):
@@ -268,7 +317,7 @@ def test_a_process_ends_with_a_killed_trainer_but_not_when_it_was_let_go(release
 def test_ids_that_the_tokenizer_lacks_are_cut_off_and_too_many_others_refused(engine_of, seen):
     engine = engine_of(vocabulary=5000, forbidden=(PAD, *range(VOCABULARY, 5000)))
     engine.update_weights(weights)
-    assert dict(seen.calls)["export"].config.text_config.vocab_size == VOCABULARY
+    assert dict(seen.calls)["files"].config.text_config.vocab_size == VOCABULARY
     engine.generate(PROMPTS, SAMPLING)
     assert dict(seen.calls)["generate"][0][1].logit_bias == {PAD: -100.0}
     engine = engine_of(vocabulary=3000, forbidden=tuple(range(2000)), known=3000)

@@ -79,12 +79,12 @@ def test_killed_in_the_middle_and_gone_on_with(undisturbed, in_its_own_process, 
     recipe, calls = recipe_of(undisturbed), []
     generate = VllmEngine.generate
 
-    def killing(self, prompts, sampling, ready=None):
+    def killing(self, prompts, sampling, ready=None, **more):
         calls.append(len(prompts))
         if len(calls) == 5:  # two evaluations before the stage, the first iteration, then this
             [core] = engine_processes()
             core.send_signal(signal.SIGKILL)
-        return generate(self, prompts, sampling, ready)
+        return generate(self, prompts, sampling, ready, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(VllmEngine, "generate", killing)
@@ -96,6 +96,21 @@ def test_killed_in_the_middle_and_gone_on_with(undisturbed, in_its_own_process, 
     assert figures_of(undisturbed, "killed") == figures_of(undisturbed, "undisturbed")
     assert engine_processes() == [], "its process ends with the stage"
     assert private_folders() == []
+
+
+def test_seamless(undisturbed, in_this_process):
+    """A place that is free takes the next prompt; what trains follows from the order and the rewards, so two runs have the same."""
+    for name in ("seamless", "again"):
+        run(recipe_of(undisturbed, rollout="seamless"), undisturbed, name)
+    lines = figures_of(undisturbed, "seamless")
+    for line in lines:
+        assert line["groups_kept"] == 4
+        assert line["groups_surplus"] == 0
+        assert line["logprobs_compared"] == 1.0
+        assert line["logprob_mismatch_max"] < 1e-4
+    for one, other in zip(lines, figures_of(undisturbed, "again"), strict=True):
+        for key in ("tasks", "reward", "groups_drawn", "groups_kept", "supervised_tokens"):
+            assert one[key] == other[key], key
 
 
 def test_a_rollout_worker_answers_as_beside_training(undisturbed, ray_cluster):

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from terrace.begin.decide import Checkpoint
+from terrace.begin.place import check_place
 from terrace.data.family import configuration, directory_family
 from terrace.data.tokenizer import TextTokenizer, load_tokenizer
 from terrace.errors import InputError
 from terrace.families.configurations import language_config
 from terrace.recipe.schema import Model
 from terrace.storage.files import absolute, is_remote, join, read_file
-
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def look_at_checkpoint(given: str) -> Checkpoint:
@@ -25,7 +23,7 @@ def look_at_checkpoint(given: str) -> Checkpoint:
     from terrace.models.weights import initial_weights
 
     directory = absolute(given)
-    _check_place(given, directory)
+    check_place(given)
     config = configuration(Model(pretrained=directory, config=None))
     if "model_type" not in config:
         raise InputError(f"{given}: config.json names no model_type; a checkpoint in the layout of the Hugging Face hub is expected")
@@ -52,24 +50,6 @@ def tokenizer_of(directory: str) -> TextTokenizer:
     folder = Path(tempfile.mkdtemp(prefix="terrace-tokenizer-"))
     (folder / "tokenizer.json").write_bytes(read_file(join(directory, "tokenizer.json")))
     return load_tokenizer(folder)
-
-
-def _check_place(given: str, directory: str) -> None:
-    if is_remote(directory):
-        return
-    path = Path(directory)
-    if not path.exists():
-        if HUB_NAME.fullmatch(given):
-            raise InputError(
-                f"{given}: there is no such folder; if it is a name on the hub, fetch it first: hf download {given} --local-dir"
-                f" checkpoints/{given.rpartition('/')[2]}"
-            )
-        raise InputError(f"{given}: there is no such folder; name a checkpoint in the layout of the Hugging Face hub")
-    missing = [name for name in ("config.json", "tokenizer.json") if not (path / name).is_file()]
-    if not list(path.glob("*.safetensors")):
-        missing.append("*.safetensors")
-    if missing:
-        raise InputError(f"{given}: it lacks {', '.join(missing)}; a checkpoint in the layout of the Hugging Face hub is expected")
 
 
 def _json(directory: str, name: str) -> Any:

@@ -6,6 +6,7 @@ import argparse
 import shlex
 from pathlib import Path
 
+from terrace.begin.place import check_place
 from terrace.errors import InputError
 
 STAGES = ("sft", "warmup+sft", "curriculum", "morl")
@@ -30,6 +31,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 
 def init_command(arguments: argparse.Namespace) -> int:
+    check_place(arguments.checkpoint)
     from terrace.begin.checkpoint import look_at_checkpoint, tokenizer_of
     from terrace.begin.decide import decide, recipe_values
     from terrace.begin.machine import fitted, this_machine

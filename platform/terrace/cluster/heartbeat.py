@@ -2,8 +2,9 @@
 
 A worker leaves `attempts/<NNN>/alive-<rank>.json` (host, process, Ray node) and touches it every two seconds until it
 ends. A controller that comes back after a crash thereby sees workers that outlived the one before, and waits for them
-or ends them before it starts others. On the same machine the process table decides; elsewhere a heartbeat that this process has not
-seen change for 20 seconds of its own clock is a death.
+or ends them before it starts others. On the same machine the process table decides; elsewhere a machine none of whose workers' heartbeats
+this process has seen change for 20 seconds of its own clock is taken for dead with all of them: to a storage one worker speaks for the
+machine.
 """
 
 from __future__ import annotations
@@ -72,24 +73,29 @@ class Heartbeat:
 
 def live_processes(run_dir: Path) -> list[WorkerProcess]:
     """Workers of this run that may still run, whoever started them."""
-    live = []
-    for path in Path(run_dir).glob("stages/*/attempts/*/alive-*.json"):
+    found = []
+    for path in sorted(Path(run_dir).glob("stages/*/attempts/*/alive-*.json")):
         content = read_json(path)
-        if content is None:
-            continue
-        process = WorkerProcess(**content, path=path)
-        if _lives(process):
-            live.append(process)
-    return live
+        if content is not None:
+            found.append(WorkerProcess(**content, path=path))
+    beating = {_machine(process) for process in found if process.host != socket.gethostname() and _beats(process)}
+    return [process for process in found if _machine(process) in beating or _same_process_here(process)]
 
 
-def _lives(process: WorkerProcess) -> bool:
-    if process.host == socket.gethostname():
-        return _same_process(process) is not None
+def _machine(process: WorkerProcess) -> tuple[str, Path]:
+    """The workers that one heartbeat stands for."""
+    return process.host, process.path.parent
+
+
+def _beats(process: WorkerProcess) -> bool:
     try:
         return time.time() - unchanged_since(process.path) < DEAD_AFTER_SECONDS
     except FileNotFoundError:
         return False
+
+
+def _same_process_here(process: WorkerProcess) -> bool:
+    return process.host == socket.gethostname() and _same_process(process) is not None
 
 
 def _same_process(process: WorkerProcess) -> psutil.Process | None:

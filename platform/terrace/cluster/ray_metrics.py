@@ -26,7 +26,7 @@ _FROM_ROWS = {
     "terrace_step": "step", "terrace_loss": "loss", "terrace_grad_norm": "grad_norm", "terrace_tokens_per_second": "tokens_per_second",
     "terrace_memory_peak_bytes": "memory_peak_bytes",
 }  # fmt: skip
-_LABELS = {"terrace_reward": "task", "terrace_held_out": "figure"}
+LABELS = {"terrace_reward": "task", "terrace_held_out": "figure"}  # beside run and stage
 
 
 def metrics_observer(run: str, stage: str) -> list[Observer]:
@@ -39,13 +39,13 @@ def metrics_observer(run: str, stage: str) -> list[Observer]:
     common = {"run": run, "stage": stage}
     gauges = {}
     for name, description in GAUGES.items():
-        labels = (*common, _LABELS[name]) if name in _LABELS else tuple(common)
+        labels = (*common, LABELS[name]) if name in LABELS else tuple(common)
         gauges[name] = Gauge(name, description=description, tag_keys=labels)
         gauges[name].set_default_tags(common)
 
     def observe(event: str, values: dict[str, Any]) -> None:
         for name, label, value in points(event, values):
-            gauges[name].set(value, {_LABELS[name]: label} if label else None)
+            gauges[name].set(value, {LABELS[name]: label} if label else None)
 
     return [observe]
 

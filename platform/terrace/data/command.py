@@ -169,8 +169,11 @@ def _chosen(args: argparse.Namespace) -> tuple[Data, str, Any]:
 
 
 def is_rows(path: Path) -> bool:
-    """Whether what stands where a recipe may is rows: a folder, or a file of another name than recipes have."""
-    return path.is_dir() or (path.is_file() and path.suffix.lower() not in (".yaml", ".yml")) or str(path).startswith("s3:/")
+    """Whether what stands where a recipe may is rows: a folder, a file of another name than recipes have, or what is named like rows."""
+    from terrace.recipe.loading import ROWS
+
+    named = path.suffix.lower() in ROWS or str(path).startswith("s3:/")
+    return named or path.is_dir() or (path.is_file() and path.suffix.lower() not in (".yaml", ".yml"))
 
 
 def told_kind(uri: str, endpoint_url: str | None = None) -> str:

@@ -56,6 +56,8 @@ def _content(
         kind = item.get("type")
         if kind == "text":
             yield "text", item["text"], supervised
+        elif kind in ("image", "video") and not family.reads_pictures:
+            yield "cut", None, False  # the texts before and behind it stay two
         elif kind == "image":
             yield from family.heading(next(images))
             yield "image", {"frames": [item["image"]], "timestamps": None}, False

@@ -23,6 +23,8 @@ CONFIG = "tokenizer_config.json"
 QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+WORD_SIGNS = (("Ġ", "Ċ", "ĉ"), ("▁",))  # white space in front of a word, of byte-level tokenizers and of SentencePiece
+OWN_NAMES = ("cls_token", "sep_token", "mask_token", "pad_token")  # of special tokens that transformers' tokenizers have by themselves
 QUESTION_TOKENIZER = "qformer_tokenizer"  # folder beside a tokenizer's own files, as InstructBLIP is published
 
 
@@ -81,6 +83,19 @@ class TextTokenizer:
     def token_id(self, token: str) -> int | None:
         """The id of a special token, or None where there is none of that spelling."""
         return self._tokenizer.token_to_id(token)
+
+    def special_ids(self) -> list[int]:
+        """Ids of the special tokens, which no text of a sample gives."""
+        return sorted(number for number, token in self._tokenizer.get_added_tokens_decoder().items() if token.special)
+
+    def begins_words(self) -> list[bool] | None:
+        """Of each id whether its token begins a word where text goes on; None for a tokenizer whose tokens do not say so."""
+        model = json.loads(self._file.read_text(encoding="utf-8"))["model"]
+        tokens = [self._tokenizer.id_to_token(number) or "" for number in range(self.vocabulary_size)]
+        if model.get("type") == "WordPiece":
+            return [not token.startswith(model["continuing_subword_prefix"]) for token in tokens]
+        found = [signs for signs in WORD_SIGNS if sum(token.startswith(signs[0]) for token in tokens) > 1]
+        return [token.startswith(found[0]) for token in tokens] if found else None
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text; marks of turns and images in it are text like any other."""
@@ -190,8 +205,10 @@ def _configuration(family: Family | type[Family]) -> dict[str, Any]:
         "model_max_length": 131072,
         "chat_template": family.chat_template,
     }
-    if family.token_names:
-        config["extra_special_tokens"] = {name: family.marks[role] for name, role in family.token_names.items()}
+    named = {name: family.marks[role] for name, role in family.token_names.items()}
+    config |= {name: token for name, token in named.items() if name in OWN_NAMES}
+    if others := {name: token for name, token in named.items() if name not in OWN_NAMES}:
+        config["extra_special_tokens"] = others
     return config
 
 

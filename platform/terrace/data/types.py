@@ -55,7 +55,7 @@ class PackSpec:
     window: int  # packing window this pack came from
     pixels_max: tuple[int, ...] = ()  # per sample, when `too_long: reduce_resolution` lowered it below the stage's limit
     spans: tuple[tuple[int, int] | None, ...] = ()  # per sample, the token range kept (`split`, `truncate_text`)
-    epochs: tuple[int, ...] = ()  # per sample, passes over its source before this one; of packs of a fixed number of samples
+    epochs: tuple[int, ...] = ()  # per sample, passes over its source before this one; of objectives that draw anew in each
     pixels: tuple[int, int] | None = None  # bounds on an image's size, behind one of the stage's `changes` of resolution
 
     def bounds(self, number: int, stage: tuple[int, int]) -> tuple[int, int]:

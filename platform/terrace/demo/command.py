@@ -41,7 +41,6 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 def demo_command(arguments: argparse.Namespace) -> int:
     from terrace.curriculum.launch import run_with_launcher
     from terrace.demo.along import Clock, Onlooker
-    from terrace.demo.summary import summary_of, write_summary
     from terrace.track.progress import Display
 
     run_dir = arguments.run_dir or Path("runs") / ("demo" if arguments.data is None else f"demo-{arguments.data.resolve().name}")
@@ -65,6 +64,8 @@ def demo_command(arguments: argparse.Namespace) -> int:
         if outcome.phase != "succeeded":
             print(outcome.message, file=sys.stderr)
             return outcome.exit_status
+        from terrace.demo.summary import summary_of, write_summary
+
         results = show(recipe, run_dir, arguments.data)
         if fresh or not (run_dir / "summary.json").exists():
             write_summary(summary_of(results, clock if fresh else None, min(first, default=None)), run_dir)

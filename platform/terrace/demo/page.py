@@ -40,6 +40,8 @@ td.up b { color: var(--wrong); }
 .wrong .answer::before { content: "\\00d7"; background: var(--wrong); }
 .card .expected { color: var(--muted); font-size: 13px; padding-left: 25px; margin-top: 2px; white-space: pre-line;
   overflow-wrap: anywhere; }
+@media print { .right .answer::before { color: var(--right); background: none; font-size: 14px; }
+  .wrong .answer::before { color: var(--wrong); background: none; font-size: 14px; } }
 """
 
 

@@ -22,6 +22,7 @@ STYLE = """
 .share .track { background: var(--soft); border-radius: 5px; width: 60px; height: 8px; overflow: hidden; flex: none; }
 .share .fill { background: var(--right); height: 100%; }
 .share b { min-width: 3.2em; }
+@media (max-width: 1000px), print { .share .track { display: none; } }
 td.fell b { color: var(--wrong); }
 """
 

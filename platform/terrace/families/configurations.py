@@ -11,3 +11,8 @@ def language_config(config: Any) -> Any:
     if isinstance(config, Mapping):
         return config.get("text_config") or config
     return getattr(config, "text_config", None) or config
+
+
+def vision_config(config: Any) -> Any:
+    """The tower's part of a transformers configuration; of an encoder of pictures alone that itself."""
+    return getattr(config, "vision_config", None) or config

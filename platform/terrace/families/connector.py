@@ -12,6 +12,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {  # kind -> options that mean something t
     "linear": (),
     "mlp": ("layers",),
     "mlp_layer_norm": ("layers",),
+    "glu": ("width",),
     "pixel_shuffle_mlp": ("merge",),
     "resampler": ("queries", "heads", "positions", "output_projection"),
     "q_former": ("queries", "heads", "layers", "width"),
@@ -24,9 +25,10 @@ class Connector(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
-    kind: Literal["linear", "mlp", "mlp_layer_norm", "pixel_shuffle_mlp", "resampler", "q_former", "class_tokens"] = Field(
+    kind: Literal["linear", "mlp", "mlp_layer_norm", "glu", "pixel_shuffle_mlp", "resampler", "q_former", "class_tokens"] = Field(
         "mlp",
-        description="`linear` (LLaVA), `mlp` with GELU (LLaVA-1.5), `mlp_layer_norm` (Yi-VL), `pixel_shuffle_mlp` (InternVL): one token per"
+        description="`linear` (LLaVA), `mlp` with GELU (LLaVA-1.5), `mlp_layer_norm` (Yi-VL), `glu` (CogVLM) and `pixel_shuffle_mlp`"
+        " (InternVL): one token per"
         " patch, or per `merge`² patches; `resampler` (Qwen-VL, LLaVA-UHD, MiniCPM-V), `q_former` (BLIP-2): one token per query;"
         " `class_tokens` (LaVIN): the class token behind every few blocks of the tower, through a narrow MLP.",
     )
@@ -47,7 +49,7 @@ class Connector(BaseModel):
         description="A LayerNorm and a linear layer behind a resampler's attention: of the projector (MiniCPM-V), or counted, trained and"
         " frozen with the vision tower (Qwen-VL).",
     )
-    width: int = Field(768, ge=4, description="Width of a Q-Former, or inside the MLP of class_tokens.")
+    width: int = Field(768, ge=4, description="Width of a Q-Former, or inside the feed-forward of glu or class_tokens.")
     every: int = Field(4, ge=1, description="Blocks of the tower from one class token that is taken to the next (class_tokens).")
 
 

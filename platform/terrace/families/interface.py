@@ -152,8 +152,9 @@ class Family(ABC):
     spare_rows: ClassVar[int] = 0  # of the embedding behind the vocabulary: marks that no answer has may stand there
     looks_ahead: ClassVar[bool] = False  # tokens of pictures or prompts see later ones: attention is not causal alone
     unshared: ClassVar[str] = ""  # why ranks cannot share a pack (sequence parallelism); empty: they can
-    gives: ClassVar[str] = "text"  # what the model gives: text, `vectors` of pictures and texts, `pictures`, or `matches` of both
+    gives: ClassVar[str] = "text"  # what it gives: text, `vectors` of pictures and texts, `pictures`, `matches` of both, masked `tokens`
     keeps_end: ClassVar[bool] = False  # a sample that is cut keeps its last token
+    reads_pictures: ClassVar[bool] = True  # else those of a sample are left out of what it reads
     reads_questions: ClassVar[bool] = False  # a question is read with each picture of its sample, beside the language model: `asked`
 
     @classmethod

@@ -10,14 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy as np
-
 from terrace.errors import InputError
 from terrace.families.chatml import MARKS, ChatML, chat_template
 from terrace.families.checks import complete, language_rules
-from terrace.families.interface import Bounds, Finding, Picture, Piece, View
-from terrace.families.qwen2_vl import cut_patches, joined_patches, qwen_language
+from terrace.families.interface import Bounds, Finding, Piece, View
+from terrace.families.qwen2_vl import qwen_language
 from terrace.families.shapes import ModelShape, ProjectorShape, VisionShape
+from terrace.families.slices import Slices
 from terrace.families.slicing import sliced
 
 COORDINATE_SCALE = 1000
@@ -27,7 +26,7 @@ LANGUAGES = ("qwen2", "qwen3", "llama")
 
 
 @dataclass(frozen=True)
-class MiniCPMV(ChatML):
+class MiniCPMV(Slices, ChatML):
     """Facts of an image: (rows, columns) of slices, then (height, width) of the overview and of a slice in patches."""
 
     name: ClassVar[str] = "minicpmv4_6"
@@ -58,10 +57,6 @@ class MiniCPMV(ChatML):
         return cls(config.get("image_size", 448), vision.get("patch_size", 14))
 
     # ------------------------------------------------------------ an image
-
-    @property
-    def row_values(self) -> int:
-        return 3 * self.patch * self.patch
 
     @property
     def unit(self) -> int:
@@ -103,29 +98,6 @@ class MiniCPMV(ChatML):
     def largest_image_tokens(self, most_pixels: int) -> int:
         slices = self.most_slices(most_pixels)
         return (slices + (slices > 1)) * (self.scale**2 // self.unit)
-
-    def pixels(self, picture: Picture, view: View, out: np.ndarray | None = None) -> np.ndarray:
-        out = np.empty((view.rows, self.row_values), np.uint8) if out is None else out
-        rows, columns, *sides = view.facts
-        overview = sides[0] * sides[1]
-        cut_patches(picture.planes(sides[0] * self.patch, sides[1] * self.patch), self.patch, 1, out[:overview])
-        if rows:
-            high, wide = sides[2] * self.patch, sides[3] * self.patch
-            planes = picture.planes(*view.size).reshape(3, rows, high, columns, wide)
-            slices = out[overview:].reshape(rows, columns, sides[2] * sides[3], self.row_values)
-            for row in range(rows):
-                for column in range(columns):
-                    cut_patches(planes[:, row, :, column], self.patch, 1, slices[row, column])
-        return out
-
-    def pictures_of(self, rows: np.ndarray, facts: Sequence[int]) -> np.ndarray:
-        """The overview."""
-        high, wide = int(facts[2]), int(facts[3])
-        return joined_patches(rows[: high * wide], high * self.patch, wide * self.patch, self.patch, 1)[None]
-
-    def tower_pictures(self, facts: Sequence[int]) -> list[tuple[int, int]]:
-        rows, columns, *sides = (int(fact) for fact in facts)
-        return [(sides[0], sides[1])] + [(sides[2], sides[3])] * (rows * columns)
 
     def token_grid(self, facts: Sequence[int]) -> tuple[int, int, int]:
         """Overview and slices have different sizes: all in one row."""

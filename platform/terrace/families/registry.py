@@ -18,10 +18,10 @@ from terrace.errors import InputError
 from terrace.families.interface import Family
 
 _SHARED = (
-    "interface", "registry", "shapes", "squares", "connector", "checks", "chatml", "tools", "anyres", "siglip_tower", "slicing", "one_tile",
-    "two_towers", "one_square", "tiles", "configurations", "coordinates", "added",
+    "interface", "registry", "shapes", "squares", "connector", "checks", "chatml", "tools", "anyres", "siglip_tower", "slicing", "slices",
+    "one_tile", "two_towers", "text_encoder", "one_square", "tiles", "configurations", "coordinates", "added",
 )  # fmt: skip
-_SPELT = {"blip-2": "blip_2"}  # model types that are no module's name
+_SPELT = {"blip-2": "blip_2", "vision-text-dual-encoder": "vision_text_dual_encoder"}  # model types that are no module's name
 # Classes that share their model type with another family's, as config.json names them.
 _BY_CLASS = {"Blip2ForImageTextRetrieval": "blip_2_matching"}
 _ELSEWHERE: dict[str, str] = {}  # name of a family -> the module outside of this folder that holds it

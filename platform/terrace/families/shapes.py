@@ -37,6 +37,7 @@ class VisionShape:
     merger_products: int = 0  # that merger's multiply-adds per patch, and how many keys a patch's attention sees in it
     merger_keys: int = 0
     adapter_products: int = 0  # multiply-adds per row of a block, in adapters that are the model's own
+    tokens_per_picture: int = 0  # where they are the same for pictures of any size, which are then padded to the largest of the pack
     mask_keys: float = 0.0  # numbers per patch of a mask over the keys of a picture, which all blocks are given
 
     @property
@@ -59,14 +60,18 @@ class ProjectorShape:
     times: int = 1
     outer: int = 0  # of `products`, those with what the tower gives: no gradient flows back through them where it is frozen
     unused_parameters: int = 0  # of those, what never gets a gradient
+    patch_products: int = 0  # further multiply-adds, per patch; those of them with what the tower gives are `patch_outer`
+    patch_outer: int = 0
+    once: int = 0  # further multiply-adds of a pass, whatever it sees
+    in_place: int = 0  # multiply-adds per visual token in its own matrices that stand in place of the language model's
     first: bool = False  # it reads pixels, which need no gradient
     text_products: int = 0  # multiply-adds per token of the text, in layers of the projector that stand between those of the language model
     text_kept: int = 0  # numbers per token that autograd keeps there
     enters: int = 0  # layers of the language model in front of the first such layer: no gradient of what trains before them reaches them
 
-    def plus(self, parameters: int) -> ProjectorShape:
-        """With parameters that run in place of the language model's own, and so add no work."""
-        return replace(self, parameters=self.parameters + parameters) if parameters else self
+    def plus(self, parameters: int, in_place: int) -> ProjectorShape:
+        """With parameters that run in place of the language model's own, for visual tokens, and so add no work."""
+        return replace(self, parameters=self.parameters + parameters, in_place=in_place) if parameters else self
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,7 @@ class LanguageShape:
     experts: ExpertsShape | None = None
     latent: LatentShape | None = None
     adapter_products: int = 0  # multiply-adds per token of a layer, in adapters that are the model's own
+    head_products: int = 0  # multiply-adds per supervised token in front of the output layer
     masked: bool = False  # attention with a mask over each sample, which keeps keys and values as few as they are
 
     def with_latent(self, latent: LatentShape, experts: ExpertsShape) -> LanguageShape:
@@ -191,6 +197,12 @@ NO_ADAPTERS = AdapterShape(0, 0)
 NO_LANGUAGE = LanguageShape(
     layers=0, width=0, intermediate=0, heads=0, key_heads=0, head_size=0, vocabulary=0, tied=True, attention_biases=False
 )  # of an encoder of pictures alone
+
+
+NO_VISION = VisionShape(
+    depth=0, width=0, intermediate=0, heads=1, gated=False, window=None, full_blocks=0, patch_values=0, patches_per_token=1.0,
+    block_parameters=0, other_parameters=0,
+)  # of an encoder of texts alone
 
 
 @dataclass(frozen=True)

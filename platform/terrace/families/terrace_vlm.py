@@ -31,6 +31,7 @@ from terrace.families.tiles import cut_tiles
 LAYOUTS = ("square", "padded", "tiles", "windows")
 CLIP, SIGLIP = "clip_vision_model", "siglip_vision_model"
 WINDOW_PROCESSOR, WINDOW_PROCESSOR_FILE = "WindowImageProcessor", "image_processing_windows"  # which goes into an export
+EVA = ("eva_clip_g", "eva2_clip_e")  # variants of a tower in CLIP's layout
 LANGUAGES = {"llama": False, "mistral": False, "qwen2": True, "qwen3": False}  # model type -> biases on query, key and value
 
 
@@ -132,7 +133,9 @@ class TerraceVlm(InternVL):
     def shape(cls, config: Mapping[str, Any], vocabulary: int | None = None) -> ModelShape:
         vision, text, family = config["vision_config"], config["text_config"], cls.of(config)
         kind = text.get("model_type", "llama")
-        language = qwen_language(config, vocabulary, LANGUAGES.get(kind, False), head_norms=kind == "qwen3")
+        biases = bool(text.get("attention_bias"))  # on what leaves attention, too
+        language = qwen_language(config, vocabulary, LANGUAGES.get(kind, False) or biases, head_norms=kind == "qwen3")
+        language = dataclasses.replace(language, layer_biases=language.layer_biases + biases * language.width)
         if (sparse := config.get("experts")) is not None:
             dense = language.layers - len(sparse["layers"])
             experts = ExpertsShape(sparse["count"], sparse["per_token"], language.intermediate, dense_layers=dense)
@@ -146,18 +149,23 @@ class TerraceVlm(InternVL):
         block = clip_block(width, inner) + added.window_parameters(config, width) + added.modality_parameters(config, width)
         values, patches = 3 * family.patch**2, (family.side // family.patch) ** 2
         idle, layer = untaken_blocks(config), config.get("vision_feature_layer", -2)
+        variant = config.get("vision_variant")
         # SigLIP: a bias of the patches; CLIP: the class token, its position and a norm before the blocks. Both: a norm behind them.
         other = values * width + patches * width + 2 * width + (width if family.siglip else 4 * width)
         other += output_parameters(language.width) if family.output_in_tower else 0
-        behind = 0 if family.siglip and layer == -1 else 2 * width
+        other -= (2 if variant == "eva2_clip_e" else 1) * 2 * width - width if variant else 0  # norms fewer, and a bias of the patches
+        block -= width if variant == "eva_clip_g" else 0
+        behind = 0 if variant or (family.siglip and layer == -1) else 2 * width
+        plain_gelu = vision.get("hidden_act", "gelu_pytorch_tanh" if family.siglip else "quick_gelu") == "quick_gelu"  # no fused function
         return ModelShape(
             VisionShape(
                 depth=depth, width=width, intermediate=inner, heads=vision["num_attention_heads"], gated=False, window=None,
                 full_blocks=depth, patch_values=values, patches_per_token=patches / family.tokens, block_parameters=block,
                 adapter_products=added.window_products(config, width) + added.modality_products(config, width),
-                other_parameters=other, extra_tokens=0 if family.siglip else 1, unused_parameters=idle * block + behind, idle_blocks=idle,
+                other_parameters=other, kept_inner=3 if plain_gelu else 2, extra_tokens=0 if family.siglip else 1,
+                unused_parameters=idle * block + behind, idle_blocks=idle, outer_norms=int(variant == "eva_clip_g"),
             ),
-            projector_shape(checked(config) or Connector(), width, language.width, patches).plus(visual_expert(language, family)),
+            projector_shape(checked(config) or Connector(), width, language.width, patches).plus(*visual_expert(language, family)),
             language,
         )  # fmt: skip
 
@@ -169,8 +177,8 @@ class TerraceVlm(InternVL):
             kind = text.get("model_type", "llama")
             if kind not in LANGUAGES:
                 yield ("text_config", "model_type"), f"must be one of {', '.join(LANGUAGES)}{nearest(str(kind), LANGUAGES)}"
-            if text.get("attention_bias") or text.get("mlp_bias"):
-                yield ("text_config",), "has `attention_bias` or `mlp_bias`, which no model here has"
+            if text.get("mlp_bias") or (text.get("attention_bias") and (kind != "llama" or config.get("visual_expert"))):
+                yield ("text_config",), "has `attention_bias`, which llama alone has and no visual_expert, or `mlp_bias`, which none has"
         if config.get("image_layout", "square") not in LAYOUTS:
             yield ("image_layout",), f"must be one of {', '.join(LAYOUTS)}{nearest(str(config['image_layout']), LAYOUTS)}"
         fields = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
@@ -180,6 +188,13 @@ class TerraceVlm(InternVL):
             yield (*at, "model_type"), f"must be {CLIP} or {SIGLIP}"
         elif vision.get("model_type") == SIGLIP and vision.get("vision_use_head", True):
             yield at, "needs `vision_use_head: false`: nobody takes what the pooling head gives"
+        if (variant := config.get("vision_variant")) is not None:
+            if variant not in EVA:
+                yield ("vision_variant",), f"must be one of {', '.join(EVA)}{nearest(str(variant), EVA)}"
+            elif vision.get("model_type", CLIP) != CLIP or config.get("vision_feature_layer", -2) != -1:
+                yield ("vision_variant",), f"needs a {CLIP} whose last block is taken: vision_feature_layer: -1"
+            elif (checked(config) or Connector()).kind == "class_tokens":
+                yield ("vision_variant",), "and a connector of class_tokens do not go together"
         if config.get("visual_expert") and config.get("experts"):
             yield ("visual_expert",), "and a mixture of experts do not go together"
         if vision["image_size"] % vision["patch_size"]:
@@ -255,11 +270,14 @@ def untaken_blocks(config: Mapping[str, Any]) -> int:
     return idle_blocks(config)
 
 
-def visual_expert(language: LanguageShape, family: TerraceVlm) -> int:
-    """Parameters of the image tokens' own matrices, which train with the projector; they run in place of the language model's."""
+def visual_expert(language: LanguageShape, family: TerraceVlm) -> tuple[int, int]:
+    """Parameters of the image tokens' own matrices, which train with the projector, and multiply-adds of a token in them; they run in
+    place of the language model's."""
+    if not family.visual_expert:
+        return 0, 0
     matrices = 2 * language.width * (language.query_width + language.key_width) + 3 * language.width * language.intermediate
     biases = language.query_width + 2 * language.key_width if language.attention_biases else 0
-    return language.layers * (matrices + biases) if family.visual_expert else 0
+    return language.layers * (matrices + biases), language.layers * matrices
 
 
 def output_parameters(width: int) -> int:
@@ -275,6 +293,9 @@ def projector_shape(connector: Connector, vision: int, width: int, patches: int)
         matrices = vision * width + (layers - 1) * width * width
         norms = 2 * layers * width if kind == "mlp_layer_norm" else 0
         return ProjectorShape(matrices + layers * width + norms, matrices, (layers - 1) * width + (layers * width if norms else 0))
+    if kind == "glu":
+        products = width * (vision + 3 * connector.width)
+        return ProjectorShape(products + 2 * width, products, (3 * width + 4 * connector.width) // 3)
     if kind == "pixel_shuffle_mlp":
         merged = vision * connector.merge**2
         return ProjectorShape(2 * merged + merged * width + width * width + 2 * width, width * (merged + width), width)
@@ -284,12 +305,14 @@ def projector_shape(connector: Connector, vision: int, width: int, patches: int)
     queries = connector.queries
     if kind == "resampler":
         parameters = queries * width + vision * width + 4 * width + 4 * (width * width + width)
-        products = patches * (vision * width + 2 * width * width + 2 * queries * width) + queries * 2 * width * width
+        products, per_patch = width * width, vision * width + 2 * width * width + 2 * queries * width
         if connector.output_projection != "none":
-            products += queries * width * width
+            products += width * width
             parameters += output_parameters(width) if connector.output_projection == "projector" else 0
         kept = patches * 4 * width + queries * 3 * width
-        return ProjectorShape(parameters, products // queries, kept // queries // 3)
+        return ProjectorShape(
+            parameters, products, kept // queries // 3, patch_products=per_patch, patch_outer=vision * width, once=queries * width * width
+        )
     inner, looks = connector.width, (layers + 1) // 2
     layer = 4 * (inner * inner + inner) + 2 * inner + 8 * inner * inner + 5 * inner + 2 * inner
     look = 2 * (inner * inner + inner) + 2 * (vision * inner + inner) + 2 * inner

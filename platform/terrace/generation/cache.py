@@ -53,7 +53,8 @@ class SharedPromptCache:
         self._responses: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # per layer [R, K, T, D]
         self._beside: tuple[torch.Tensor, ...] | None = None  # of a model whose layers read the prompts' pictures
         self._numbers: list[int] = []  # the caller's number of each prompt
-        self._prompt_lengths = np.zeros(0, np.int64)
+        self.prompt_lengths = np.zeros(0, np.int64)  # of each prompt
+        self.prompt_of_row = np.zeros(rows, np.int64)  # its place among the prompts; 0 of a row without a sequence
         self._number_of_row = np.full(rows, -1, np.int64)
         self._lengths = np.zeros(rows, np.int64)
         self._live = np.zeros(rows, bool)
@@ -66,7 +67,7 @@ class SharedPromptCache:
         """Take over the prompts that `units` cut out of `packed`. Prompts that no row has and that are not `waiting` leave."""
         needed = set(self._number_of_row.tolist())
         kept = [place for place, number in enumerate(self._numbers) if number in needed or number in waiting]
-        lengths = np.concatenate([self._prompt_lengths[kept], [unit.prompt for unit in units]]).astype(np.int64)
+        lengths = np.concatenate([self.prompt_lengths[kept], [unit.prompt for unit in units]]).astype(np.int64)
         longest = int(lengths.max())
         if (beside := packed.pop(BESIDE, None)) is not None:
             before = self._beside or tuple(part[:0] for part in beside)
@@ -77,7 +78,7 @@ class SharedPromptCache:
                 _joined(old, kept, new, units, longest) for old, new in zip(self._prompts.get(layer, (None, None)), pair)
             )  # type: ignore[assignment]
         self._numbers = [self._numbers[place] for place in kept] + list(numbers)
-        self._prompt_lengths = lengths
+        self.prompt_lengths = lengths
         self._hide()
 
     def begin(self, rows: np.ndarray, numbers: np.ndarray) -> None:
@@ -104,7 +105,7 @@ class SharedPromptCache:
             for layer, (key, value) in self._prompts.items():  # there are prompts before there is any response
                 self._prompts[layer] = (key[prompts], value[prompts])
             self._numbers = [self._numbers[place] for place in prompts]
-            self._prompt_lengths = self._prompt_lengths[prompts]
+            self.prompt_lengths = self.prompt_lengths[prompts]
             self._beside = None if self._beside is None else tuple(part[prompts] for part in self._beside)
             self._hide()
         self._place_rows()
@@ -121,7 +122,7 @@ class SharedPromptCache:
 
     def _hide(self) -> None:
         key = next(iter(self._prompts.values()))[0]
-        lengths = torch.from_numpy(self._prompt_lengths).to(key.device)
+        lengths = torch.from_numpy(self.prompt_lengths).to(key.device)
         self._hidden = torch.arange(key.shape[2], device=key.device)[None] >= lengths[:, None]  # [B, P]
         self._unseen = _bias(self._hidden[:, None, None, :]) if bool(self._hidden.any()) else None
 
@@ -138,7 +139,7 @@ class SharedPromptCache:
         places = prompt_of_row * self._width + rank
         self._in_order = bool((places == np.arange(len(places))).all()) and len(places) == len(counts) * self._width
         self._places = torch.from_numpy(places).to(device)
-        self._prompt_of_row = torch.from_numpy(prompt_of_row).to(device)
+        self.prompt_of_row, self._prompt_of_row = prompt_of_row, torch.from_numpy(prompt_of_row).to(device)
         self._step = None
 
     # ------------------------------------------------------------ a pass
@@ -182,6 +183,18 @@ class SharedPromptCache:
         out = torch.lerp(prompt[0], own[0], torch.sigmoid(own[1] - prompt[1]))
         out = out.reshape(rows, kv_heads, fed, share, -1).transpose(1, 2)
         return out.reshape(rows, fed, heads, -1).to(query.dtype)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [R]: tokens of each response so far."""
+        return self._lengths
+
+    def with_room(self, layer: int, kv_heads: int, size: int) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of a layer, of the prompts [B, K, P, D] and of the responses [R, K, T, D], with room for a token more of each
+        live row. For a step that writes and attends by itself."""
+        prompts = self._prompts[layer]
+        like = prompts[0].new_empty(1).expand(len(self._lengths), 1, kv_heads, size)
+        return prompts, self._with_room(layer, like, like, int(self._lengths[self._live].max(initial=0)) + 1)
 
     def _now(self, fed: int, device: torch.device) -> _Step:
         if self._step is None:

@@ -44,7 +44,7 @@ def open_copy_engine(
     copy = empty_copy(config, context.device, DTYPES[stage.precision])
     use_shared_prompt_attention(copy, backend)
     overlapped = options.overlap is not None and options.overlap.max_staleness > 0
-    engine = NativeEngine(copy, forbidden, stop, context.device, stage.precision)
+    engine = NativeEngine(copy, forbidden, stop, context.device, stage.precision, compiled=options.compile_decoding)
     return EngineOnCopy(copy, engine, stays=alone or overlapped)
 
 

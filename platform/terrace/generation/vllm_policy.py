@@ -1,27 +1,29 @@
-"""The vLLM engine of an RL stage: the policy goes to vLLM as a Hugging Face directory on the machine's own disk.
+"""The vLLM engine of an RL stage: the policy goes to vLLM's worker tensor by tensor (`vllm_weights`), never through a file.
 
-Beside a training engine on the same GPU it sleeps (weights and cache dropped) during the policy step; on a CPU, and on a
-rollout worker of its own, it stays awake. Ids that the tokenizer lacks are cut off the vocabulary that vLLM loads.
+vLLM is opened on a directory that has all but weights (configuration, tokenizer, preprocessing). Beside a training engine on the same
+GPU it sleeps (weights and cache dropped) during the policy step; on a CPU, and on a rollout worker of its own, it stays awake. Ids that
+the tokenizer lacks are cut off the vocabulary that vLLM loads.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
+
 from terrace.data.tokenizer import TextTokenizer
-from terrace.errors import InputError
 from terrace.families.configurations import language_config
 from terrace.families.registry import make_family
 from terrace.generation.interface import GroupReady, Prompt, Response, Sampling
 from terrace.generation.vllm import Loading, Tokens, Vllm, require_vllm
 from terrace.generation.vllm_folder import PrivateFolder, settled_bounds
+from terrace.generation.vllm_weights import WeightStream
 from terrace.models.build import meta_model
-from terrace.models.export import export_hf
-from terrace.models.precision import DTYPE_NAMES
+from terrace.models.export import ExportFiles, TensorPlan
+from terrace.models.precision import DTYPE_NAMES, DTYPES
 from terrace.recipe.schema import Stage
-from terrace.worker.collectives import barrier, gather_objects
 from terrace.worker.context import WorkerContext
 
 GPU_MEMORY_SHARE = 0.5  # the rest stays with the training engine
@@ -44,40 +46,56 @@ class VllmEngine:
         self._tokens = Tokens(config.image_token_id, known, tuple(stop))
         self._sleeps = not alone and context.device.startswith("cuda")
         self._memory_share = GPU_MEMORY_SHARE_ALONE if alone else GPU_MEMORY_SHARE
-        self._rows = first_rows(self._config)
         self._dtype = DTYPE_NAMES[stage.precision]
-        self._private = PrivateFolder() if context.local_rank == 0 else None
-        paths = gather_objects(self._private.path if self._private else None, context)
-        path = paths[context.rank - context.local_rank] if context.world_size > 1 else paths[0]  # a machine's ranks are neighbours
-        if path is None or not path.is_dir():
-            raise InputError(f"engine vllm: rank {context.rank} does not see the weights of its machine's first rank ({path})")
-        self._folder = path / "model"
+        self._private = PrivateFolder()
+        self._shapes = {name: parameter.shape for name, parameter in meta_model(self._config).named_parameters()}
+        self._pieces = TensorPlan(self._config, self._shapes, DTYPES[stage.precision]).pieces
         self._loaded: Vllm | None = None
+        self._stream: WeightStream | None = None
+        self._missing = set(self._shapes)  # of the weights that are under way
+
+    @property
+    def precisions(self) -> dict[str, torch.dtype]:
+        """In which type it takes each tensor; they may come in parts."""
+        return dict.fromkeys(self._shapes, DTYPES[self._stage.precision])
 
     def update_weights(self, tensors: Callable[[], Iterator[tuple[str, Any]]], version: int = 0) -> None:
-        """Write the policy as a Hugging Face directory, once per machine, and let vLLM read it (again)."""
-        state = {}
+        """Send tensors to vLLM as they come, all of the policy in one call or in several. The first ones open it."""
+        if self._loaded is None:
+            self._loaded = self._opened()
         for name, tensor in tensors():  # collective where the parameters are sharded: every rank goes through
-            if self._private is not None:
-                known = tensor[: self._rows[name]] if name in self._rows else tensor
-                state[name] = known.detach().to("cpu", copy=True)
-        if self._private is not None:
-            bounds = settled_bounds(self._family, self._stage.pixels.max)
-            export_hf(state, self._config, self._tokenizer.directory, self._folder, bounds, self._dtype)
-        barrier(self._context)
-        if self._loaded is not None:
-            self._loaded.reload()
-            return
+            if self._stream is None:
+                self._stream = self._loaded.open_weights(self._private.path)
+            shape = self._shapes[name]
+            known = tensor[: shape[0]] if shape else tensor  # ids that the tokenizer lacks are cut off
+            for published, piece in self._pieces(name, known.detach()).items():
+                self._stream.send(published, piece)
+            self._missing.discard(name)
+        if self._stream is not None and not self._missing:
+            self._stream.finish()
+            self._loaded.weights_are_in()
+            self._stream, self._missing = None, set(self._shapes)
+
+    def _opened(self) -> Vllm:
+        folder = self._private.path / "model"
+        folder.mkdir()
+        bounds = settled_bounds(self._family, self._stage.pixels.max)
+        ExportFiles(self._config, self._tokenizer.directory, bounds, self._dtype).write(folder)
         loading = Loading(
-            self._folder, self._context.device, self._dtype, self._stage.sequence_length, self._stage.seed, self._memory_share, self._sleeps
-        )
-        self._loaded = Vllm(loading, self._family, self._config, self._tokens)
+            folder, self._context.device, self._dtype, self._stage.sequence_length, self._stage.seed, self._memory_share, self._sleeps,
+            awaits_weights=True,
+        )  # fmt: skip
+        return Vllm(loading, self._family, self._config, self._tokens)
 
     usage = None  # not known
 
-    def generate(self, prompts: Sequence[Prompt], sampling: Sampling, ready: GroupReady | None = None) -> list[list[Response]]:
+    def generate(
+        self, prompts: Iterable[Prompt | None], sampling: Sampling, ready: GroupReady | None = None,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> list[list[Response]]:  # fmt: skip
         assert self._loaded is not None, "update_weights comes first"
-        return self._loaded.generate(prompts, sampling, ready)
+        assert self._stream is None, f"update_weights has not brought {sorted(self._missing)[:3]}"
+        return self._loaded.generate(prompts, sampling, ready, stop=stop)
 
     def sleep(self) -> None:
         """Give the GPU's memory back for the policy step."""
@@ -89,11 +107,13 @@ class VllmEngine:
 
     def close(self) -> None:
         """End the engine, and remove the directory that it read."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
         if self._loaded is not None:
             self._loaded.close()
             self._loaded = None
-        if self._private is not None:
-            self._private.close()
+        self._private.close()
 
 
 def with_vocabulary(config: Any, count: int) -> Any:
@@ -105,8 +125,3 @@ def with_vocabulary(config: Any, count: int) -> Any:
         if getattr(part, "vocab_size", None) is not None:
             part.vocab_size = count
     return config
-
-
-def first_rows(config: Any) -> dict[str, int]:
-    """How many rows each parameter of the model of `config` has: fewer in embedding and head where its vocabulary is cut."""
-    return {name: parameter.shape[0] for name, parameter in meta_model(config).named_parameters() if parameter.dim()}

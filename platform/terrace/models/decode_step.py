@@ -75,7 +75,14 @@ class DecodeStep:
 
     def _rotations(self, positions: np.ndarray, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines [R, 1, D] of these positions; the sines' first half negative, for `_turned`."""
-        last, device = int(positions.max()), states.device
+        self._grow_table(int(positions.max()), states)
+        assert self._table is not None
+        places = torch.from_numpy(positions).to(states.device)
+        return self._table[0][places], self._table[1][places]
+
+    def _grow_table(self, last: int, states: torch.Tensor) -> None:
+        """Until it holds this position, where and in the precision in which `states` are."""
+        device = states.device
         if self._table is None or last >= len(self._table[0]):
             while last >= len(self._turned) * BLOCK:
                 places = torch.arange(len(self._turned) * BLOCK, (len(self._turned) + 1) * BLOCK, device=device)
@@ -84,9 +91,6 @@ class DecodeStep:
                 sines = torch.cat([-sines[..., :half], sines[..., half:]], dim=-1)
                 self._turned.append((cosines[0][:, None], sines[0][:, None]))
             self._table = tuple(torch.cat(parts) for parts in zip(*self._turned))  # type: ignore[assignment]
-        assert self._table is not None
-        places = torch.from_numpy(positions).to(device)
-        return self._table[0][places], self._table[1][places]
 
 
 def usual(model: Any) -> bool:

@@ -61,7 +61,8 @@ class ExportFiles:
             shutil.copyfile(file, folder / file.name)
         if family.family.gives == "text":
             GenerationConfig(eos_token_id=language_config(config).eos_token_id, do_sample=False).save_pretrained(folder)
-        _write_json(folder / "preprocessor_config.json", family.family.preprocessor(self.pixels))
+        if pictures := family.family.preprocessor(self.pixels):
+            _write_json(folder / "preprocessor_config.json", pictures)
         if processor := family.family.processor():
             _write_json(folder / "processor_config.json", processor)
         if self.tokenizer_dir is not None:

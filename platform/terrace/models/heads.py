@@ -122,8 +122,7 @@ def mtp_hidden(
     """h of depth `depth` (from 1), [L, H], from that of the depth before [L, H], tokens int64 [L] and positions [P, 1, L]."""
     family = family_of_model(model)
     embeddings = family.language(model).embed_tokens(tokens.unsqueeze(0))
-    positions = positions if family.family.position_rows > 1 else positions[0]
-    return model.heads.layers[depth - 1](hidden.unsqueeze(0), embeddings, positions, attention)
+    return model.heads.layers[depth - 1](hidden.unsqueeze(0), embeddings, family.language_positions(positions), attention)
 
 
 # ---------------------------------------------------------------- weights and files

@@ -31,7 +31,7 @@ SPECIFICS = {"num_attention_heads": "attention heads", "hidden_act": "activation
 def part_directory(directory: Directory, family: FamilyModel, skeleton: Any) -> Directory:
     """The directory as the source of a part of another model; itself where its names are ones that the family reads."""
     kind = directory.config.get("model_type")
-    if kind in SPELT_LIKE_VIT and family.family.name != kind:
+    if kind in SPELT_LIKE_VIT and family.family.name != kind and not family.reads_vit:
         return VitAsTower(directory, family, {name for name, _ in skeleton.named_parameters()})
     return directory
 

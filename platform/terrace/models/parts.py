@@ -65,7 +65,7 @@ def has_weight_decay(name: str) -> bool:
     """Norm weights, layer scales, temperatures and all biases are not decayed; matrices, convolutions and embeddings are."""
     *_, module, leaf = ("", *name.split("."))
     alone = leaf.endswith("bias") or leaf.startswith(("lambda_", "logit_")) or leaf == "class_embedding"
-    return not (alone or "norm" in module or module in ("ln_q", "pre_layrnorm"))
+    return not (alone or "norm" in module.lower() or module in ("ln_q", "pre_layrnorm"))
 
 
 def has_words(name: str, wanted: Iterable[str]) -> bool:

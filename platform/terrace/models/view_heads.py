@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from terrace.families.configurations import vision_config
 from terrace.recipe.schema_views import Projector
 from terrace.recipe.view_heads import HeadPlan, Layers, head_plan
 
@@ -24,6 +25,16 @@ class HeadLinear(nn.Linear):
 
     def reset_own_parameters(self) -> None:
         self.reset_parameters()
+
+
+class SmallLinear(nn.Linear):
+    """Starts as DINO's published layers do. PyTorch's own biases are as large as what its weights say of a picture: after three such
+    layers without a norm all pictures look alike."""
+
+    def reset_own_parameters(self) -> None:
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 class Rows(HeadLinear):
@@ -60,7 +71,8 @@ def mlp(plan: Layers) -> nn.Sequential:
         last = number == count - 1
         normed = plan.norm != "none" and (plan.final_norm or not last)
         width = plan.widths[number + 1]
-        layers.append(HeadLinear(plan.widths[number], width, bias=not normed))
+        linear = SmallLinear if plan.small_start else HeadLinear
+        layers.append(linear(plan.widths[number], width, bias=not normed))
         if normed and plan.norm == "batch":
             layers.append(BatchNorm(width, affine=not last))
         elif normed:
@@ -105,4 +117,4 @@ def attach_view_heads(model: Any, objective: str, options: Projector, width: int
 
 def tower_width(config: Any) -> int:
     """Width of what the tower of a model says of a picture."""
-    return int(getattr(config, "vision_config", config).hidden_size)
+    return int(vision_config(config).hidden_size)

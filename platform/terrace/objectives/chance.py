@@ -30,3 +30,17 @@ def patch_noise(seed: int, sources: Sequence[str], samples: Sequence[str], epoch
         for source, sample, epoch in zip(sources, samples, epochs, strict=True)
     ]
     return np.asarray(drawn, np.float32).reshape(-1, patches)
+
+
+def kept_paths(
+    seed: int, sources: Sequence[str], samples: Sequence[str], epochs: Sequence[int], views: int, layers: int, rate: float
+) -> np.ndarray:
+    """float32 [views, B, layers, 2]: factors of the two branches of every block, 0 where a view of a picture goes past one. The chance of
+    that rises in a line from 0 in the first block to `rate` in the last."""
+    chances = rate * np.arange(layers, dtype=np.float64)[:, None] / max(1, layers - 1)
+    drawn = [
+        [generator_of(seed, source, sample, int(epoch), f"paths {view}").random((layers, 2)) for view in range(views)]
+        for source, sample, epoch in zip(sources, samples, epochs, strict=True)
+    ]
+    kept = np.where(np.asarray(drawn).reshape(-1, views, layers, 2) >= chances, 1.0 / (1.0 - chances), 0.0)
+    return kept.swapaxes(0, 1).astype(np.float32)

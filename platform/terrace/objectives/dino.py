@@ -9,11 +9,14 @@ temperature is low at first: together they keep all pictures from becoming one c
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 from terrace.objectives.self_supervised import Seen, Told, ViewsObjective, unit
+
+TINY = 1e-30  # below any probability that counts
 
 
 class Dino(ViewsObjective):
@@ -37,7 +40,17 @@ class Dino(ViewsObjective):
         wanted = ((taught - self.kept["centre"].to(taught)) / self.teacher_temperature()).softmax(-1)
         vectors = unit(heads.projected(seen.features))
         scores = heads.prototypes(vectors, frozen=self.progress() < self.options.frozen_prototypes)
-        return Told(crossed(wanted, scores / self.options.student_temperature), vectors, sums={"taught": taught.mean(1).sum(0)})
+        sums = {"taught": taught.mean(1).sum(0), "entropy": -(wanted * wanted.clamp_min(TINY).log()).sum(-1).mean(1).sum()[None]}
+        return Told(crossed(wanted, scores / self.options.student_temperature), vectors, sums=sums)
+
+    def values(self, ran: bool) -> dict[str, Any]:
+        """Beside the spread how sure the teacher is of a view: 0 where it names one prototype, 1 where all are alike to it."""
+        found = super().values(ran)
+        if ran:
+            own = [sum(float(told.sums["entropy"]) for told in self._told), float(sum(len(told.losses) for told in self._told))]
+            entropy, pictures = own if self.meets else self.opening.total(own).tolist()
+            found["teacher_entropy"] = entropy / max(1.0, pictures) / math.log(self.options.prototypes)
+        return found
 
     def remember(self, kept: dict[str, torch.Tensor], sums: dict[str, torch.Tensor], pictures: int) -> None:
         stays = self.options.centre_momentum

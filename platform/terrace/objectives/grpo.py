@@ -33,6 +33,8 @@ from terrace.models.batch import DeviceBatch
 from terrace.models.families.registry import output_layer
 from terrace.models.shared_prompt import Unit, units_hidden
 
+NEVER = -1e30  # a logit of what is never sampled, finite, so that 0 times it is 0
+
 
 @dataclass(frozen=True)
 class PolicyOptions:
@@ -159,16 +161,48 @@ def response_means(values: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
 
 
 def logprobs_and_entropies(
-    model: Any, hidden: torch.Tensor, tokens: torch.Tensor, forbidden: torch.Tensor, scale: float
+    model: Any, hidden: torch.Tensor, tokens: torch.Tensor, forbidden: torch.Tensor, scale: float, entropy_trains: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """float32 [N] each, of rows of hidden states [N, H]."""
+    """float32 [N] each, of rows of hidden states [N, H]. Without `entropy_trains` the entropies have no gradient, and the logits exist
+    once: they become the probabilities that backward needs."""
     logits = output_layer(model)(hidden).float()
+    if not entropy_trains:
+        return _LogprobsAndEntropies.apply(logits, tokens, forbidden, scale)
     if len(forbidden):
         logits = logits.index_fill(1, forbidden, float("-inf"))
     tempered = logits / scale if scale != 1.0 else logits
     logged = torch.log_softmax(tempered, dim=1)
     entropies = -(logged.exp() * logged.masked_fill(torch.isinf(logged), 0.0)).sum(dim=1)
     return logged.gather(1, tokens.unsqueeze(1)).squeeze(1), entropies
+
+
+class _LogprobsAndEntropies(torch.autograd.Function):
+    """`logprobs_and_entropies` of logits [N, V], which it overwrites."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, tokens: torch.Tensor, forbidden: torch.Tensor, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        wanted = tokens.unsqueeze(1)
+        if len(forbidden):
+            logits.index_fill_(1, forbidden, NEVER)
+        if scale != 1.0:
+            logits.div_(scale)
+        chosen = logits.gather(1, wanted).squeeze(1)
+        probabilities = torch.softmax(logits, dim=1)
+        # The largest probability is 1 / sum exp(logit - largest logit).
+        normaliser = logits.amax(dim=1) - probabilities.amax(dim=1).log()
+        entropies = normaliser - logits.mul_(probabilities).sum(dim=1)
+        ctx.save_for_backward(probabilities, wanted)
+        ctx.scale = scale
+        ctx.mark_non_differentiable(entropies)
+        return chosen - normaliser, entropies
+
+    @staticmethod
+    def backward(ctx: Any, upstream: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        probabilities, wanted = ctx.saved_tensors
+        slope = (upstream / ctx.scale).unsqueeze(1)
+        return (probabilities * -slope).scatter_add_(1, wanted, slope), None, None, None
 
 
 def summed_policy_loss(model: Any, batch: PolicyBatch, options: PolicyOptions) -> torch.Tensor:
@@ -179,14 +213,15 @@ def summed_policy_loss(model: Any, batch: PolicyBatch, options: PolicyOptions) -
     logprobs, entropies = [], []
     size = max(len(batch.rows), 1) if options.one_head_call else options.chunk_tokens
     parts = zip(selected.split(size), batch.tokens.split(size))
+    entropy_trains = bool(options.entropy_coefficient)
     chunked = torch.is_grad_enabled() and len(batch.rows) > size
     for rows, tokens in parts if len(batch.rows) else ():
         if chunked:
             made = checkpoint(
-                logprobs_and_entropies, model, rows, tokens, forbidden, options.temperature, use_reentrant=False
+                logprobs_and_entropies, model, rows, tokens, forbidden, options.temperature, entropy_trains, use_reentrant=False
             )
         else:
-            made = logprobs_and_entropies(model, rows, tokens, forbidden, options.temperature)
+            made = logprobs_and_entropies(model, rows, tokens, forbidden, options.temperature, entropy_trains)
         logprobs.append(made[0])
         entropies.append(made[1])
     if not logprobs:  # a pack without responses still runs the model, for the collectives

@@ -25,6 +25,7 @@ from terrace.objectives.chance import patch_noise
 from terrace.objectives.interface import Opening
 from terrace.objectives.lm import empty_pack
 from terrace.objectives.packs import PackObjective
+from terrace.objectives.paths import drawn_paths, running_paths
 from terrace.objectives.two_towers import wide
 
 EPSILON = 1e-6  # beside a patch's variance
@@ -40,6 +41,7 @@ class PictureBatch:
     images: ImageFacts
     noise: torch.Tensor  # float32 [B, patches]
     dtype: torch.dtype
+    paths: torch.Tensor | None = None  # [B, L, 2]: factors of the branches of the encoder's blocks; None: nothing is left out
 
 
 class MaskedAutoencoder(PackObjective):
@@ -60,7 +62,9 @@ class MaskedAutoencoder(PackObjective):
         pixels = torch.from_numpy(example.pixels).to(device) if pictures else None
         if opening.stage.views and len(example.epochs):
             pixels = self._views(pixels, example)
-        return PictureBatch(pictures, pixels, image_facts(example), torch.from_numpy(noise).to(device), opening.dtype)
+        paths = drawn_paths(opening, self._family, example, epochs, 1)
+        noise_there = torch.from_numpy(noise).to(device)
+        return PictureBatch(pictures, pixels, image_facts(example), noise_there, opening.dtype, None if paths is None else paths[0])
 
     def _views(self, pixels: torch.Tensor, example: PackedExample) -> torch.Tensor:
         """One view of each picture, in its place."""
@@ -103,7 +107,8 @@ def summed_loss(model: Any, batch: PictureBatch) -> torch.Tensor:
         blank = family.blank(batch.noise.device, family.compute_dtype(model))
         return 0.0 * family.drawn(model, *blank, batch.noise)[0].float().sum()
     values = family.normalised(batch.pixels, batch.dtype)
-    drawn, there, mask = family.drawn(model, values, batch.images, batch.noise)
+    with running_paths(model, batch.paths, first=True):
+        drawn, there, mask = family.drawn(model, values, batch.images, batch.noise)
     there = wide(there)
     if model.config.norm_pix_loss:
         there = (there - there.mean(-1, keepdim=True)) / (there.var(-1, keepdim=True) + EPSILON).sqrt()

@@ -33,6 +33,7 @@ from terrace.objectives.interface import Opening
 from terrace.objectives.lm import empty_pack
 from terrace.objectives.mae import HELD_OUT
 from terrace.objectives.packs import PackObjective
+from terrace.objectives.paths import drawn_paths, running_paths
 from terrace.objectives.teacher import Teacher, momentum_at
 from terrace.objectives.together import Together
 from terrace.objectives.two_towers import wide
@@ -67,6 +68,7 @@ class ViewBatch:
     purpose: str = "train"  # or `features`, `judge`
     number: int = 0  # of the pack in the step
     teacher: torch.Tensor | None = None
+    paths: torch.Tensor | None = None  # [V, B, L, 2]: factors of the branches of the tower's blocks; None: nothing is left out
     results: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
@@ -178,13 +180,16 @@ class ViewsObjective(PackObjective):
             for source, sample, epoch in zip(example.sources, example.sample_ids, epochs, strict=True)
         ]
         views = [make_views(squares, column) for column in zip(*plans)]
-        views = [self._family.normalised(255.0 * view.flatten(1), self.dtype).view(view.shape) for view in views]
-        return ViewBatch(pictures, self.shown(views), keys, purpose)
+        views = self.shown([self._family.normalised(255.0 * view.flatten(1), self.dtype).view(view.shape) for view in views])
+        paths = drawn_paths(opening, self._family, example, epochs, len(views))
+        return ViewBatch(pictures, views, keys, purpose, paths=paths)
 
     def loss(self, model: Any, batch: ViewBatch) -> torch.Tensor:
         wanted = self.student_views()
-        views = batch.views[wanted] if isinstance(wanted, slice) else [batch.views[place] for place in wanted]
-        features = wide(self._tower(family_of_model(model).view_features, model, views))
+        places = range(len(batch.views))[wanted] if isinstance(wanted, slice) else wanted
+        views = [batch.views[place] for place in places]
+        paths = batch.paths[list(places)] if batch.paths is not None else None
+        features = wide(self._tower(family_of_model(model).view_features, model, views, paths))
         heads = model.heads
         nothing = 0.0 * features.sum() + sum((0.0 * weight).sum() for weight in heads.parameters())  # every gradient is there
         own = features[: batch.pictures]
@@ -223,14 +228,17 @@ class ViewsObjective(PackObjective):
         linear = (own * self._slopes[rows]).sum() + of_heads
         return value + (linear - linear.detach())
 
-    def _tower(self, give: Callable[[Any, torch.Tensor], torch.Tensor], model: Any, views: Views) -> torch.Tensor:
-        """[B, V, W]; neighbouring views of one size run at once."""
+    def _tower(
+        self, give: Callable[[Any, torch.Tensor], torch.Tensor], model: Any, views: Views, paths: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """[B, V, W]; neighbouring views of one size run at once. `paths`: factors of the branches [V, B, L, 2]."""
         found, start = [], 0
         while start < len(views):
             stop = start + 1
             while stop < len(views) and views[stop].shape == views[start].shape:
                 stop += 1
-            found += give(model, torch.cat(list(views[start:stop]))).chunk(stop - start)
+            with running_paths(model, paths[start:stop].flatten(0, 1) if paths is not None else None, first=not start):
+                found += give(model, torch.cat(list(views[start:stop]))).chunk(stop - start)
             start = stop
         return torch.stack(found, dim=1)
 

@@ -41,13 +41,15 @@ def exact_load(shape: ModelShape, segments: Sequence[int], pictures: Iterable[tu
     """
     grids = list(pictures)
     areas = [height * width for height, width in grids]
+    if shape.vision.tokens_per_picture:  # padded to the largest
+        areas = [max(areas)] * len(areas)
     seen = [area + shape.vision.extra_tokens for area in areas]
     return PackLoad(
         tokens=sum(segments),
         supervised_tokens=supervised_tokens,
         token_squares=sum(length * length for length in segments),
         patches=sum(areas),
-        visual_tokens=sum(areas) / shape.vision.patches_per_token,
+        visual_tokens=len(areas) * shape.vision.tokens_per_picture or sum(areas) / shape.vision.patches_per_token,
         pictures=len(grids),
         image_squares=sum(area * area for area in seen),
         window_squares=sum(_window_squares(height, width, shape.vision.window) for height, width in grids),
@@ -102,7 +104,9 @@ def _forward(shape: ModelShape, load: PackLoad) -> dict[PartName, dict[str, floa
     """Per part: `embed` (no gradient of its input is ever needed), `linear`, `attention`, `head`, and low-rank `adapters`."""
     vision, language = shape.vision, shape.language
     products = 3 if vision.gated else 2
-    pictures = 2 * load.visual_tokens * shape.projector.times * shape.projector.products
+    pictures = 2 * shape.projector.times * (
+        load.visual_tokens * shape.projector.products + load.patches * shape.projector.patch_products + shape.projector.once
+    )
     windowed = vision.depth - vision.full_blocks
     rows = load.patches + load.pictures * vision.extra_tokens
     squares = vision.full_blocks * load.image_squares + windowed * load.window_squares
@@ -134,7 +138,7 @@ def _forward(shape: ModelShape, load: PackLoad) -> dict[PartName, dict[str, floa
             "adapters": adapters["language"],
             "linear": 2 * load.tokens * language.layers * layer,
             "attention": 2 * (language.query_width + language.value_width) * language.layers * load.token_squares,
-            "head": 2 * load.supervised_tokens * language.width * language.vocabulary,
+            "head": 2 * load.supervised_tokens * (language.width * language.vocabulary + language.head_products),
         },
     }
 
@@ -177,11 +181,14 @@ def training_flops(shape: ModelShape, load: PackLoad, trained: Sequence[PartName
             + forward[part].get("adapters", 0.0) * 2
             + forward[part].get("between", 0.0) * (weights + bool(trained))  # what comes in goes through norms that train
         )
+    in_place = 2 * load.visual_tokens * shape.projector.in_place  # of the language model's work, with the projector's weights
+    backward["projector"] += in_place * ("projector" in trained)
+    backward["language"] -= in_place * ("language" in trained and not shape.adapters_of("language").parameters)
     if shape.projector.enters and "language" not in trained:  # in front of the first layer that reads pictures
         unreached = shape.projector.enters / shape.language.layers * any(part in trained for part in PARTS[:2])
         backward["language"] -= unreached * (forward["language"]["linear"] + 2 * forward["language"]["attention"])
     if "projector" in trained and "vision" not in trained:  # what the tower gives takes no gradient
-        backward["projector"] -= 2 * load.visual_tokens * shape.projector.outer
+        backward["projector"] -= 2 * (load.visual_tokens * shape.projector.outer + load.patches * shape.projector.patch_outer)
     recompute = {
         part: sum(forward[part].get(kind, 0.0) for kind in ("linear", "attention")) if part in checkpointed else 0.0 for part in PARTS
     }

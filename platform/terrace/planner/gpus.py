@@ -38,7 +38,7 @@ def find_gpu(name: str, planning: Planning) -> Gpu:
     """The GPU of that name from the recipe or the table. Raises InputError with the nearest name."""
     known = {**GPUS, **planning.gpus}
     if name not in known:
-        raise InputError(f"GPU `{name}` is not known{nearest(name, known)} (add it under planning.gpus in the recipe)")
+        raise InputError(f"GPU `{name}` is not known{nearest(name, known, len(known))} (add it under planning.gpus in the recipe)")
     return known[name]
 
 

@@ -160,7 +160,8 @@ def _state(shape: ModelShape, stage: Stage, workers: int, compute: int, on_gpu: 
         elsewhere = experts_elsewhere(shape, stage)
         untrained = elsewhere if trains_whole(stage, "language") else 0  # of them, what this worker has no gradients for
         weights, gradients = FP32 * (everything - elsewhere), FP32 * (trained - untrained)
-        optimizer = states * (trained - untrained) / max(1, trained)
+        # Each matrix's momentum under Muon is kept by the worker that steps it.
+        optimizer = (states - (1 - 1 / workers) * muon_bytes(shape, stage)) * (trained - untrained) / max(1, trained)
         if compute < FP32:  # autocast's copies of every matrix that gradients pass through
             buffers = compute * matrices_in_backward(shape, stage)
     elif strategy == "fsdp":
@@ -209,16 +210,25 @@ def optimizer_bytes(shape: ModelShape, stage: Stage) -> float:
     """Bytes of the optimizer's state over all workers, and of the average of weights where the stage keeps one."""
     language, options = shape.language, stage.optimizer
     numbers = sum(trainable_counts(shape, stage).values()) + head_parameters(shape, stage)
-    if options.kind == "sgd":
+    if options.kind in ("sgd", "lars"):
         states = MOMENTUM * numbers if options.momentum else 0.0
     elif options.kind == "adafactor":  # a float32 sum per row and per column; matrices are about as wide as the model
         states = 2 * FP32 * numbers / language.width
     elif options.kind == "muon":
-        outer = language.vocabulary * language.width * (1 if language.tied else 2) if trains_whole(stage, "language") else 0
-        states = MOMENTUM * (numbers - outer) + MOMENTS * outer
+        matrices = muon_bytes(shape, stage)
+        states = matrices + MOMENTS * (numbers - matrices / MOMENTUM)
     else:
         states = MOMENTS * numbers
     return states + (FP32 * numbers if stage.ema is not None else 0.0)
+
+
+def muon_bytes(shape: ModelShape, stage: Stage) -> float:
+    """Bytes of Muon's momentum over all workers: everything trained but embeddings and output layer. 0 under other optimizers."""
+    if stage.optimizer.kind != "muon":
+        return 0.0
+    language = shape.language
+    outer = language.vocabulary * language.width * (1 if language.tied else 2) if trains_whole(stage, "language") else 0
+    return MOMENTUM * (sum(trainable_counts(shape, stage).values()) + head_parameters(shape, stage) - outer)
 
 
 def gradients_reach(stage: Stage, part: PartName) -> bool:
@@ -260,6 +270,7 @@ def _language_activations(shape: ModelShape, stage: Stage, pack: PackSize, compu
     language, train = shape.language, stage.train.language
     residual = FP32 if stage.parallel.strategy == "ddp" else compute
     layer = _language_layer(shape, stage, compute, on_gpu) + _adapter_values(shape, "language", compute) / max(1, language.layers)
+    layer += _own_inputs(shape, stage, pack, on_gpu) * compute
     working = pack.tokens * (3 * language.mean_intermediate * compute + 2 * language.width * residual)
     if not gradients_reach(stage, "language"):
         return _Activations(0.0, working)
@@ -303,6 +314,19 @@ def _language_layer(shape: ModelShape, stage: Stage, compute: int, on_gpu: bool)
         attention += 0 if on_gpu else compute * query
         feed_forward += inner * compute if language.rotary else 0  # plain ReLU keeps what it gives alone
     return norms + attention + rotary + feed_forward
+
+
+def _own_inputs(shape: ModelShape, stage: Stage, pack: PackSize, on_gpu: bool) -> float:
+    """Numbers per token of a layer whose matrices visual tokens have of their own: each matrix that trains keeps a copy of its kind's
+    inputs, in place of one that all matrices share."""
+    language = shape.language
+    if not shape.projector.in_place:
+        return 0.0
+    inner, shared = 5 * language.width + language.query_width + language.intermediate, 0.0
+    if stage.train.language is not None:
+        shared = 2 * language.width + (0 if on_gpu else language.query_width) + language.intermediate
+    visual = min(1.0, pack.visual_tokens / pack.tokens)
+    return inner * (visual * (stage.train.projector is not None) + (1 - visual) * (stage.train.language is not None)) - shared
 
 
 def _adapter_values(shape: ModelShape, part: PartName, compute: int) -> float:

@@ -22,7 +22,7 @@ from terrace.planner.parameters import active_parameters, head_parameters, param
 from terrace.planner.passes import passes_beside, rows_of_reference
 from terrace.planner.reduction import reduces_every_pack, settled
 from terrace.planner.rollouts import RolloutPlan, rollout_plan
-from terrace.planner.shapes import model_shape
+from terrace.planner.shapes import stage_shape
 from terrace.planner.work import Work, has_images, stage_work
 from terrace.recipe.changes import stage_recipe
 from terrace.recipe.schema import PARTS, Gpu, PartName, Recipe, Stage
@@ -127,7 +127,7 @@ def _stage_plan(
     recipe: Recipe, stage: Stage, gpu: Gpu, gpus: int | None, mfu: float,
     facts: Mapping[str, SourceFacts],
 ) -> StagePlan:  # fmt: skip
-    shape = with_adapters(model_shape(recipe), stage, recipe.model)
+    shape = with_adapters(stage_shape(recipe, stage), stage, recipe.model)
     workers = workers_for(stage, gpus)
     used = int(workers * max(1.0, stage.resources.gpus_per_worker))
     work = stage_work(recipe, stage, shape, facts)

@@ -13,6 +13,7 @@ from terrace.planner.flops import PackLoad, assumed_load
 from terrace.planner.views import seen_patches
 from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import Budget, Recipe, Stage
+from terrace.recipe.schema_mlm import MlmOptions
 from terrace.recipe.stretches import stretches
 
 TEXT_BYTES_PER_TOKEN = 4.0
@@ -112,6 +113,8 @@ def _stretch_work(recipe: Recipe, stage: Stage, shape: ModelShape, facts: Mappin
         sample_tokens = _assumed_sample_tokens(recipe, stage, shares)
         pack_bytes = pack.visual_tokens * recipe.planning.bytes_per_visual_token
         pack_bytes += (pack.tokens - pack.visual_tokens) * TEXT_BYTES_PER_TOKEN
+    if OBJECTIVES[stage.objective].masks:
+        pack = replace(pack, supervised_tokens=pack.tokens * (stage.mlm or MlmOptions()).share)
     per_step = stage.batch.packs * pack_tokens
     budget = stage.budget
     samples: float | None = budget.samples

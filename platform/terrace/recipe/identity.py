@@ -33,7 +33,7 @@ LAYOUT_KEYS = {
 }
 _LAYOUT_KEYS_INSIDE = {
     "train": {part: {"activation_checkpointing"} for part in PARTS},
-    "grpo": {"placement", "rollout_workers", "evaluation_samples", "max_reward_failure_rate", "max_logprob_mismatch"},
+    "grpo": {"compile_decoding", "placement", "rollout_workers", "evaluation_samples", "max_reward_failure_rate", "max_logprob_mismatch"},
     "data_loading": {"prefetch_packs", "packs_per_task", "engine"},
 }
 _MODEL_LAYOUT_KEYS = {"attention", "kernels", "stands_in_for", "connector"}  # `written` holds the connector

@@ -29,6 +29,7 @@ from terrace.recipe.schema import Recipe
 from terrace.recipe.schema_inputs import is_plain_mixture
 
 MAX_FILE_BYTES = 4 * 2**20
+ROWS = (".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".tar")
 FREE_FORM = {"config", "options"}  # maps whose values are passed on as they are
 
 
@@ -109,6 +110,8 @@ def _read_text(path: FilePath, named_by: Place | None) -> str:
             reason = "it is a folder; name the recipe file in it"
         elif not path.is_file():
             reason = "it is a device or a pipe, no file"
+        elif path.suffix.lower() in ROWS:
+            reason = f"by its name it holds rows, not a recipe; `terrace init DIR --from CHECKPOINT --data {path}` writes one for them"
         elif path.stat().st_size > MAX_FILE_BYTES:
             reason = f"it has {path.stat().st_size:,} bytes, more than any recipe ({MAX_FILE_BYTES:,})"
         else:

@@ -29,6 +29,7 @@ class ObjectiveEntry:
     heads: bool = False  # it trains `train.heads`
     views: bool = False  # it compares views of pictures
     fixed_packs: bool = False  # a pack is `batch.samples_per_pack` samples of one picture each, rather than a full sequence
+    masks: bool = False  # it masks tokens of texts, other ones in every pass over a source
     counts_rows: bool = False  # `batch.packs` are rows of a source, each a prompt with its answers, rather than full sequences
     balances: bool = False  # it adds the load-balancing loss of a mixture of experts (`expert_balance`)
     figures: tuple[str, ...] = ()  # what it measures of every kind of held-out samples, as `eval/KIND/FIGURE`; none: the loss
@@ -41,7 +42,12 @@ class ObjectiveEntry:
     def suites(self) -> tuple[str, ...]:
         """Kinds of suites that its model can be asked at the stage's end."""
         asked = ASKED_SUITES if self.answers else ()
-        return {"text": asked, "vectors": VECTOR_SUITES, "pictures": PICTURE_SUITES, "matches": ()}[self.model]
+        return {"text": asked, "vectors": VECTOR_SUITES, "pictures": PICTURE_SUITES, "matches": (), "tokens": ()}[self.model]
+
+    @property
+    def draws_by_pass(self) -> bool:
+        """Whether what chance decides of a sample is another in every pass over its source."""
+        return self.fixed_packs or self.masks
 
     @property
     def reads_packs(self) -> bool:
@@ -64,6 +70,9 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
         shares_packs=True,
         needs_targets=True,
         balances=True,
+    ),
+    "mlm": ObjectiveEntry(
+        "terrace.objectives.mlm", refused_kinds=FOR_ANSWERS, answers=False, model="tokens", masks=True, figures=("loss", "accuracy")
     ),
     "grpo": ObjectiveEntry("terrace.rl.objective", "terrace.rl.prompt_feed", balances=True),
     "reward_model": ObjectiveEntry(
@@ -103,7 +112,7 @@ OBJECTIVES: dict[str, ObjectiveEntry] = {
     },
 }
 # Sections of a stage that only the objective of that name reads.
-OPTIONS = ("grpo", "matching", "mtp", "medusa", "dpo", "mpo", "kto", "orpo", "simpo", *VIEW_OPTIONS)
+OPTIONS = ("grpo", "mlm", "matching", "mtp", "medusa", "dpo", "mpo", "kto", "orpo", "simpo", *VIEW_OPTIONS)
 
 
 def _known(value: Any, validate: Any) -> Any:

@@ -51,7 +51,8 @@ def check_model(model: Model, tokenizer: Tokenizer, at: Path) -> Iterator[Proble
     if model.connector is not None and model.config is None:
         yield Problem((*at, "connector"), "stands in a `config`; `pretrained` brings its own")
     if model.connector is not None and not family.connects:
-        yield Problem((*at, "connector"), f"{family.name} has its own; architecture terrace_vlm takes the recipe's")
+        told = "has its own; the architectures terrace_vlm and terrace_vlm_any_size take the recipe's"
+        yield Problem((*at, "connector"), f"{family.name} {told}")
     if model.config is not None:
         trained = tokenizer.train_vocabulary_size is not None
         yield from _config(model.config, family, at, trained_tokenizer=trained, recipe_says=model.connector is not None)

@@ -13,7 +13,7 @@ from terrace.recipe.schema import Recipe, Stage
 
 GIVES = {
     "text": "writes text", "vectors": "gives vectors of pictures and of texts", "pictures": "reads pictures alone",
-    "matches": "matches pictures with texts",
+    "matches": "matches pictures with texts", "tokens": "fills masked tokens of a text",
 }  # fmt: skip
 
 
@@ -34,6 +34,7 @@ def check(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
         return
     if entry.fixed_packs:
         yield from _fixed_packs(recipe, stage, at)
+    if entry.draws_by_pass:
         for problem in family.check_length(stage.sequence_length):
             yield Problem((*at, "sequence_length"), problem)
     yield from check_views(family, stage, at)

@@ -6,11 +6,13 @@ from collections.abc import Iterator
 
 from terrace.recipe.errors import Path, Problem
 from terrace.recipe.schema import Recipe, Schedule, Stage
+from terrace.recipe.schema_optimizer import Optimizer
 
 # What each optimizer needs of a parameter: all of it, all or shards of its numbers, or nothing in particular.
-STRATEGIES = {"adafactor": ("ddp",), "muon": ("ddp", "fsdp")}
+STRATEGIES = {"adafactor": ("ddp",), "lars": ("ddp", "fsdp"), "muon": ("ddp", "fsdp")}
 WHY = {
     "adafactor": "adafactor keeps sums over whole rows and columns, which {} splits",
+    "lars": "lars takes the norms of whole tensors, which {} keeps as flat pieces",
     "muon": "muon orthogonalises whole matrices, which {} keeps as flat pieces",
 }
 
@@ -37,8 +39,10 @@ def _optimizer(stage: Stage, at: Path) -> Iterator[Problem]:
     allowed = STRATEGIES.get(options.kind)
     if allowed is not None and strategy not in allowed:
         yield Problem((*key, "kind"), f"{WHY[options.kind].format(strategy)}; use parallel.strategy {' or '.join(allowed)}")
-    if options.momentum and options.kind not in ("sgd", "muon"):
-        yield Problem((*key, "momentum"), f"is an option of sgd and muon, not of {options.kind}")
+    if options.momentum and options.kind not in ("sgd", "lars", "muon"):
+        yield Problem((*key, "momentum"), f"is an option of sgd, lars and muon, not of {options.kind}")
+    if options.trust != Optimizer().trust and options.kind != "lars":
+        yield Problem((*key, "trust"), f"is an option of lars, not of {options.kind}")
     if options.nesterov and (options.kind != "sgd" or not options.momentum):
         yield Problem((*key, "nesterov"), "is an option of sgd with momentum")
 

@@ -105,8 +105,8 @@ def _grpo(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
 
 
 def _rollout(stage: Stage, options: GrpoOptions, key: Path) -> Iterator[Problem]:
-    if options.rollout == "seamless" and options.engine == "vllm":
-        yield Problem((*key, "rollout"), "`seamless` is of engine native; vLLM batches continuously within a round")
+    if options.compile_decoding and options.engine == "vllm":
+        yield Problem((*key, "compile_decoding"), "is of engine native; vLLM compiles for itself")
     if options.rollout == "seamless" and options.placement == "separate":
         yield Problem((*key, "rollout"), "`seamless` decodes on the training workers; rollout workers of placement separate have rounds")
     if options.rollout == "seamless" and stage.environment:
@@ -116,6 +116,9 @@ def _rollout(stage: Stage, options: GrpoOptions, key: Path) -> Iterator[Problem]
         return
     if options.rollout != "seamless":
         yield Problem((*key, "overlap"), "keeps what is left over for the next iteration, which has no rounds; set rollout: seamless")
+    if overlap.max_staleness and options.engine == "vllm":
+        told = "needs weights that change between two steps and tokens that say which sampled them, as engine native has them; set"
+        yield Problem((*key, "overlap", "max_staleness"), f"{told} max_staleness 0 with vllm")
     if overlap.max_staleness and (options.easy_pool_probability or options.drop_pass_rate_above is not None):
         name = "easy_pool_probability" if options.easy_pool_probability else "drop_pass_rate_above"
         told = "changes what is drawn after every iteration, and with overlap the next prompts are drawn already; leave one of them out"

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import groupby
 
 from terrace.families.interface import Family
 from terrace.families.one_square import Squares
 from terrace.recipe.errors import Path, Problem
 from terrace.recipe.objectives import OBJECTIVES
-from terrace.recipe.schema import Stage
+from terrace.recipe.schema import PARTS, Stage
 from terrace.recipe.schema_views import CpcOptions
 
 VIEWS_OF = {"mae": 1, "simclr": 2, "moco": 2, "byol": 2, "simsiam": 2, "instance_discrimination": 1, "cpc": 1}  # dino and swav: two or more
 
 
 def check(family: Family, stage: Stage, at: Path) -> Iterator[Problem]:
+    yield from _drop_path(stage, at)
     options = stage.view_options
     if options is None:
         if stage.views and OBJECTIVES[stage.objective].views:
@@ -38,6 +40,24 @@ def check(family: Family, stage: Stage, at: Path) -> Iterator[Problem]:
     if options.norm == "batch" and stage.batch.packs * stage.batch.samples_per_pack < 2:
         yield Problem((*at, "batch"), f"a norm over the batch needs two pictures or more; or give {stage.objective}: {{norm: layer}}")
     yield from _views(family, stage, at)
+
+
+def _drop_path(stage: Stage, at: Path) -> Iterator[Problem]:
+    """Which part a picture may go past, and that blocks which run twice find its factors again."""
+    for part in PARTS:
+        training = getattr(stage.train, part)
+        if training is None or not training.drop_path:
+            continue
+        key: Path = (*at, "train", part, "drop_path")
+        if part != "vision" or not OBJECTIVES[stage.objective].views:
+            names = ", ".join(name for name, entry in OBJECTIVES.items() if entry.views)
+            yield Problem(key, f"is offered for vision under the objectives {names}; leave it out")
+            continue
+        if stage.parallel.compile:
+            yield Problem(key, "is not offered with parallel.compile, whose blocks would not see what is left out; use one of both")
+        sizes = [size for size, _ in groupby(view.side for view in stage.planned_views)]
+        if training.activation_checkpointing and len(set(sizes)) < len(sizes):
+            yield Problem(key, "with activation_checkpointing wants views of one size beside one another: sort them by `side`")
 
 
 def _views(family: Squares, stage: Stage, at: Path) -> Iterator[Problem]:

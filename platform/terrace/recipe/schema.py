@@ -36,6 +36,7 @@ from terrace.recipe.schema_inputs import (
     Tokenizer,
     Weight,
 )
+from terrace.recipe.schema_mlm import MlmOptions
 from terrace.recipe.schema_model import Initialisation, Model
 from terrace.recipe.schema_optimizer import Optimizer, Schedule, WeightAverage
 from terrace.recipe.schema_pairs import MatchingOptions, PairOptions
@@ -244,6 +245,7 @@ class Stage(Strict):
     grpo: GrpoOptions | None = Field(None, description="Options of the objective grpo.")
     pairs: PairOptions | None = Field(None, description="Options of the objectives clip and siglip.")
     matching: MatchingOptions | None = Field(None, description="Options of the objective matching.")
+    mlm: MlmOptions | None = Field(None, description="Options of the objective mlm.")
     mtp: MtpOptions | None = Field(None, description="Options of the objective mtp.")
     medusa: MedusaOptions | None = Field(None, description="Options of the objective medusa.")
     dpo: DpoOptions | None = Field(None, description="Options of the objective dpo.")

@@ -92,6 +92,11 @@ class GrpoOptions(Strict):
     easy_pool_probability: Share = Field(0.0, description="Chance to draw a prompt that is already solved.")
     drop_pass_rate_above: Share | None = Field(None, description="Prompts solved more often than this leave the pool.")
     engine: Literal["native", "vllm"] = Field("native", description="What generates responses.")
+    compile_decoding: bool = Field(
+        False,
+        description="Decode with steps that a C compiler has compiled, where the device is a CPU, the precision fp32 and the model of the"
+        " usual kind (docs/rl.md); elsewhere, and without a compiler, as without it, and the log says why.",
+    )
     placement: Literal["colocated", "separate"] = Field(
         "colocated", description="Whether the training workers generate, or rollout workers of their own."
     )

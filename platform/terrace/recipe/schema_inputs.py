@@ -48,7 +48,9 @@ class Storage(Strict):
     endpoint_url: str | None = Field(None, description="S3-compatible endpoint of the data; unset: AWS.")
     region: str | None = Field(None, description="Region of the data's bucket.")
     max_attempts: int = Field(10, ge=1, le=30, description="Tries of one request, with backoff and jitter; 10 outlast half a minute.")
-    timeout_seconds: Positive = Field(60.0, description="Time limit of one request.")
+    timeout_seconds: Positive = Field(
+        60.0, description="Silence after which a request is given up. In all it may take twice as long, and a second for every 256 KiB."
+    )
 
 
 # Of a source: what one does about samples that stopped a stage. They may change while it is under way and decide no weights before that.

@@ -10,14 +10,18 @@ from terrace.recipe.schema_inputs import Positive, Share, Strict
 
 
 class Optimizer(Strict):
-    kind: Literal["adamw", "sgd", "adafactor", "muon"] = Field(
+    kind: Literal["adamw", "sgd", "lars", "adafactor", "muon"] = Field(
         "adamw", description="Optimizer. muon is for the matrices of blocks and projector, with adamw for all other tensors."
     )
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Of sgd (0: none) and muon (0: its usual 0.95).")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Of sgd and lars (0: none) and muon (0: its usual 0.95).")
+    trust: Positive = Field(0.001, description="lars: the step in a matrix, as a share of its norm, at learning rate 1.")
     nesterov: bool = Field(False, description="sgd looks ahead by its momentum.")
     betas: tuple[Share, Share] = Field((0.9, 0.95), description="AdamW's two decay rates.")
     eps: Positive = Field(1e-8, description="AdamW's epsilon.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.1, description="Decoupled weight decay; a part may override it.")
+    final_weight_decay: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="The decay at the stage's end, to which it goes by a cosine (DINO: from 0.04 to 0.4); none: it stays."
+    )
     clip: Positive | None = Field(1.0, description="Global gradient norm limit; null: none.")
 
 

@@ -35,6 +35,11 @@ class PartTraining(Strict):
     optimizer_state: Literal["reset", "keep"] = Field("reset", description="At the stage's start, if the part trained before.")
     activation_checkpointing: bool = Field(False, description="Recompute the part's activations in the backward pass to save memory.")
     weight_decay: Annotated[float, Field(ge=0)] | None = Field(None, description="Overrides the optimizer's for this part.")
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0,
+        description="Stochastic depth of vision: chance that a picture goes past a branch of the last block; rises in a line from 0 in the"
+        " first (mae, objectives over views).",
+    )
     only: list[Annotated[str, Field(min_length=1)]] = Field(
         [], description="Only tensors with one of these words in their names train (`mlp`, `self_attn.q_proj`); none given: all."
     )

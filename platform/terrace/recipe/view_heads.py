@@ -25,6 +25,7 @@ class Layers:
     norm: str  # batch, layer or none
     final_norm: bool = False
     rectifier: str = "relu"
+    small_start: bool = False  # weights drawn with a deviation of 0.02 and biases of 0, so that nothing but the picture is said at first
 
     @property
     def parameters(self) -> int:
@@ -63,7 +64,7 @@ def head_plan(options: Projector, width: int) -> HeadPlan:
         return Layers((first, *inner, options.output_width), options.norm, final_norm and normed, **more)
 
     if isinstance(options, DinoOptions):
-        return HeadPlan(layers(width, options.layers, False, rectifier="gelu"), prototypes=options.prototypes)
+        return HeadPlan(layers(width, options.layers, False, rectifier="gelu", small_start=True), prototypes=options.prototypes)
     if isinstance(options, SwavOptions):
         return HeadPlan(layers(width, options.layers, False), prototypes=options.prototypes)
     if isinstance(options, CpcOptions):

@@ -3,7 +3,8 @@
 What trains is decided as in `seamless`: the first `prompts_per_iteration` groups in the order of the draw that teach something, once
 all before them are judged. What was begun after them is kept. Every token carries the number of the weights that sampled it (the
 iterations that were trained before); a group with a token older than `max_staleness` iterations is dropped and counted. No more groups
-are begun than the next max_staleness + 1 iterations need, so few are.
+are begun than the iterations need that can still train what these weights sample: max_staleness + 1 while the policy waits, one fewer
+while it trains. So few are too old.
 
 A checkpoint keeps what is judged and not decided, and the place in the order behind what is decided. What was still decoding then is
 begun again with the same draws. So every draw has exactly one fate, which `rl.ledger` writes down.
@@ -79,7 +80,7 @@ class OverlappedCollector(SeamlessCollector):
 
     def collect(self, iteration: int, folder: Path, doing: Callable[[str], None]) -> Collected:
         self._version, self._extra = iteration, 0
-        self._allow()
+        self._allow(iteration)
         if self._collection is None:
             self._open(doing)
         collection, known = self._collection, self._known
@@ -133,10 +134,10 @@ class OverlappedCollector(SeamlessCollector):
             with self._ahead.lock:
                 self._ahead.useless += 1
 
-    def _allow(self) -> None:
-        """Groups for this iteration and as many further ones as may be old, of those that the stage still has."""
-        iterations = max(1, min(self._most_stale + 1, self.order.iterations - self._version))
-        share = -(-self.options.prompts_per_iteration * iterations // self.context.world_size)
+    def _allow(self, next_iteration: int) -> None:
+        """As many groups as can train from `next_iteration` on, while what these weights sample is not too old and the stage goes on."""
+        last = min(self._version + self._most_stale, self.order.iterations - 1)
+        share = -(-self.options.prompts_per_iteration * max(0, last - next_iteration + 1) // self.context.world_size)
         with self._ahead.lock:
             self._ahead.allowed = share + self._extra
 
@@ -155,7 +156,7 @@ class OverlappedCollector(SeamlessCollector):
         missing = self.options.prompts_per_iteration - self._useful(known)
         if missing > 0:  # this rank's share was not enough, or another's
             self._extra += -(-missing // self.context.world_size)
-            self._allow()
+            self._allow(self._version)
 
     # ------------------------------------------------------------ what is chosen
 
@@ -191,7 +192,10 @@ class OverlappedCollector(SeamlessCollector):
         return [group for group in super()._decided_groups(known, end) if self._fresh(group)]
 
     def _decide(self, collection: Collection, known: Known, end: int) -> None:
-        """Everything before draw `end` has its fate."""
+        """Everything before draw `end` has its fate. What begins now, before there are other weights, trains in the next iteration at the
+        earliest."""
+        self._extra = 0
+        self._allow(self._version + 1)
         self.order.settle(collection.draws.marks[end])
         done = [group for number, group in collection.mine.items() if number < end]
         with self._ahead.lock:

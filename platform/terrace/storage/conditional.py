@@ -45,7 +45,7 @@ def read_versioned(uri: str, storage: Storage = DEFAULT_STORAGE) -> tuple[bytes,
     def get() -> tuple[bytes, str] | None:
         filesystem = s3(storage)
         try:
-            return sync(filesystem.loop, _get_object, filesystem, bucket, key, **_limit(storage))
+            return sync(filesystem.loop, _get_object, filesystem, bucket, key)
         except FileNotFoundError as error:
             if is_no_bucket(error):
                 raise
@@ -65,12 +65,6 @@ def write_if(uri: str, data: bytes, version: str | None, storage: Storage = DEFA
     raise Changed(f"{uri} was changed by somebody else")
 
 
-def _limit(storage: Storage) -> dict[str, float]:
-    """For fsspec: when a whole request is given up. The client's own limit counts from an answer's beginning, and one to a store that died
-    meanwhile may never begin: the caller holds the mirror's lock."""
-    return {"timeout": 2 * storage.timeout_seconds}
-
-
 def _put_if(uri: str, data: bytes, version: str | None, storage: Storage) -> str | None:
     """The new version, or None where the condition was refused."""
     bucket, key = split(uri)
@@ -78,7 +72,7 @@ def _put_if(uri: str, data: bytes, version: str | None, storage: Storage) -> str
 
     def put() -> str | None:
         try:
-            answer = s3(storage).call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition, **_limit(storage))
+            answer = s3(storage).call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
         except OSError as error:
             if condition_refused(error):
                 return None
@@ -110,7 +104,7 @@ def _accepts_wrong(uri: str, condition: str, version: str | None, storage: Stora
     """Whether a write whose condition does not hold goes through. A service that does not know the header has no condition either."""
     try:
         if version is None:
-            retried(lambda: s3(storage).call_s3("put_object", **_object(uri), Body=b"there", **_limit(storage)), uri, storage, writes=True)
+            retried(lambda: s3(storage).call_s3("put_object", **_object(uri), Body=b"there"), uri, storage, writes=True)
         return _put_if(uri, condition.encode(), version, storage) is not None
     except StorageError as error:
         if not_implemented(error):
@@ -141,7 +135,7 @@ def list_objects(uri: str, storage: Storage = DEFAULT_STORAGE, deep: bool = True
     arguments = {"Bucket": bucket, "Prefix": key} | ({} if deep else {"Delimiter": "/"})
     found: list[Listed] = []
     while True:
-        page = retried(lambda: s3(storage).call_s3("list_objects_v2", **arguments, **_limit(storage)), uri, storage)
+        page = retried(lambda: s3(storage).call_s3("list_objects_v2", **arguments), uri, storage)
         for entry in page.get("Contents", ()):
             if name := entry["Key"].removeprefix(key):
                 found.append(Listed(name, int(entry["Size"]), entry["ETag"].strip('"'), entry["LastModified"].timestamp()))
@@ -168,7 +162,7 @@ def fetch_copy(uri: str, size: int, local: Path, storage: Storage = DEFAULT_STOR
 def remove(uris: list[str], storage: Storage = DEFAULT_STORAGE) -> None:
     """Delete objects; those that are gone already are passed over."""
     for uri in uris:
-        retried(lambda uri=uri: s3(storage).call_s3("delete_object", **_object(uri), **_limit(storage)), uri, storage, writes=True)
+        retried(lambda uri=uri: s3(storage).call_s3("delete_object", **_object(uri)), uri, storage, writes=True)
 
 
 def copy_object(source: str, target: str, storage: Storage = DEFAULT_STORAGE) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, TypeVar
 
 from terrace.storage.faults import StorageError
-from terrace.storage.synchronise import synchronise
+from terrace.storage.synchronise import Written, synchronise
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Follower:
     uri: str
     tell: TellsLost | None = None
     lost: StorageError | None = None
-    written: dict[str, float] = field(default_factory=dict)  # when each file may be written next (synchronise's throttle)
+    written: Written = field(default_factory=Written)
 
     def follow(self, end: threading.Event) -> None:
         """Until `end` is set. No error leaves it."""
@@ -57,7 +57,7 @@ class Follower:
                     continue
                 try:
                     listing = time.monotonic() >= list_at
-                    news = synchronise(self.root, self.uri, push_only=not listing, throttle=self.written)
+                    news = synchronise(self.root, self.uri, push_only=not listing, written=self.written)
                 except Exception as error:  # of any kind: a dead thread would leave the run unseen
                     wait = min(LARGEST_WAIT_SECONDS, wait * 2)
                     self._warn(error, time.monotonic() - success, wait)

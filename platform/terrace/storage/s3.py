@@ -33,11 +33,12 @@ _served: set[tuple[Any, ...]] = set()  # process, endpoint, bucket, first folder
 
 @lru_cache(maxsize=8)
 def _filesystem(storage_json: str, process: int) -> Any:
-    import s3fs
+    from terrace.storage.bounded import BoundedS3
 
     storage = Storage.model_validate_json(storage_json)
     client: dict[str, Any] = {"region_name": storage.region} if storage.region else {}
-    return s3fs.S3FileSystem(
+    return BoundedS3(
+        timeout_seconds=storage.timeout_seconds,
         endpoint_url=storage.endpoint_url,
         client_kwargs=client,
         # Our own loop retries (with jitter, and a message that names the object): the layers below try once.

@@ -13,7 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from terrace.storage import conditional
@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 LARGEST_BYTES = 512 * 2**20  # a file beyond this (a profiler's trace) stays on its machine
 UPLOAD_BYTES_PER_SECOND = 2**20  # a file that grows is written whole each time: it waits a second per MiB between two writes
+BEAT_SECONDS = 4.0  # between two writes of a machine's heartbeat
 STATE, LOCK = ".mirror.json", ".mirror.lock"
 _NOT_AT_TOP = ("data", "ray", "mlruns", "mlartifacts", "tensorboard", "wandb", "swanlab")
 _OWN_WRITER = ("journal.jsonl", "controller.lease")  # written through conditional writes of their own; only read here
@@ -39,15 +40,23 @@ class Known:
     modified: float
 
 
+@dataclass
+class Written:
+    """What the follower of a machine remembers of its writes."""
+
+    due: dict[str, float] = field(default_factory=dict)  # when each file, and each attempt's heartbeat, may be written next
+    beats: dict[str, bytes] = field(default_factory=dict)  # what each worker's sign of life says
+
+
 def synchronise(
     root: Path,
     uri: str,
     pull_only: bool = False,
     push_only: bool = False,
     drop_unknown: bool = False,
-    throttle: dict[str, float] | None = None,
+    written: Written | None = None,
 ) -> bool:
-    """Take what the storage has newer, then bring what this folder has newer. `throttle`: when each file was last written.
+    """Take what the storage has newer, then bring what this folder has newer. `written`: of earlier calls, which some files wait for.
 
     True where the storage had something newer.
     """
@@ -58,7 +67,7 @@ def synchronise(
             _pull(root, uri, known, drop_unknown)
         news = known != before
         if not pull_only:
-            _push(root, uri, known, throttle)
+            _push(root, uri, known, written)
         if known != before:
             with atomic_path(root / STATE) as temporary:
                 temporary.write_text(json.dumps({name: asdict(entry) for name, entry in known.items()}))
@@ -82,7 +91,11 @@ def _has_own_writer(name: str) -> bool:
 def _may_vanish(name: str) -> bool:
     """Files whose deletion here means something. All others come back: a cleaner of temporary files may have taken them."""
     parts = name.split("/")
-    return parts[0] == "requests" or parts[-1].startswith("alive-") or "iterations" in parts[2:3]
+    return parts[0] == "requests" or _is_heartbeat(name) or "iterations" in parts[2:3]
+
+
+def _is_heartbeat(name: str) -> bool:
+    return name.rpartition("/")[2].startswith("alive-")
 
 
 def _pull(root: Path, uri: str, known: dict[str, Known], drop_unknown: bool) -> None:
@@ -128,18 +141,15 @@ def _pull_one(root: Path, uri: str, name: str, entry: Listed, known: dict[str, K
     known[name] = Known(path.stat().st_mtime_ns, len(content), version, entry.modified)
 
 
-def _push(root: Path, uri: str, known: dict[str, Known], throttle: dict[str, float] | None) -> None:
+def _push(root: Path, uri: str, known: dict[str, Known], written: Written | None) -> None:
     names = set(_local_names(root))
     for name in sorted(names):
         stamp, seen = _stamp(root / name), known.get(name)
         if stamp is None or _has_own_writer(name) or (seen is not None and stamp == (seen.mtime_ns, seen.size)):
             continue
-        now = time.monotonic()
-        if throttle is not None:
-            if now < throttle.get(name, 0.0):
-                continue
-            throttle[name] = now + stamp[1] / UPLOAD_BYTES_PER_SECOND
         try:
+            if written is not None and not _is_due(root, name, stamp[1], seen, written):
+                continue
             content = (root / name).read_bytes()
             version = conditional.write_if(f"{uri}/{name}", content, seen.version if seen else None)
         except FileNotFoundError:
@@ -148,10 +158,40 @@ def _push(root: Path, uri: str, known: dict[str, Known], throttle: dict[str, flo
             log.warning("%s/%s was written by a newer attempt; this process's version of it is dropped", uri, name)
             continue  # the next pull takes what is there
         known[name] = Known(stamp[0], stamp[1], version, time.time())
+        if written is not None and _is_heartbeat(name):
+            written.beats[name] = content
+            _speak_for_others(root, _folder(name), known, written)
     for name in [name for name in known if name not in names and not (root / name).exists()]:
         if _may_vanish(name):
             conditional.remove([f"{uri}/{name}"])
         del known[name]
+
+
+def _is_due(root: Path, name: str, size: int, seen: Known | None, written: Written) -> bool:
+    """Whether a file that changed goes up now. Of the workers of a machine that only say again that they live, one speaks for all."""
+    now, whose, pause = time.monotonic(), name, size / UPLOAD_BYTES_PER_SECOND
+    if seen is not None and _only_beats(root, name, written):
+        whose, pause = _folder(name), BEAT_SECONDS
+    if now < written.due.get(whose, 0.0):
+        return False
+    written.due[whose] = now + pause
+    return True
+
+
+def _only_beats(root: Path, name: str, written: Written) -> bool:
+    return name in written.beats and (root / name).read_bytes() == written.beats[name]
+
+
+def _speak_for_others(root: Path, folder: str, known: dict[str, Known], written: Written) -> None:
+    """What the others touched until now needs no words of its own: one that has died since would seem to live for another turn."""
+    for name in written.beats:
+        with contextlib.suppress(FileNotFoundError):
+            if name in known and _folder(name) == folder and _only_beats(root, name, written):
+                known[name] = replace(known[name], mtime_ns=(root / name).stat().st_mtime_ns)
+
+
+def _folder(name: str) -> str:
+    return name.rpartition("/")[0]
 
 
 def _list_small(uri: str) -> list[Listed]:

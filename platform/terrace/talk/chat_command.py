@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from terrace.errors import InputError, TerraceError
+from terrace.talk.model_place import model_directory
 
 HELP = "/image FILE shows a picture with the next question, /new begins anew, /history tells what was said, /quit ends"
 
@@ -62,23 +63,23 @@ def share_of(most: float) -> Any:
 
 def load_talker(arguments: argparse.Namespace) -> Any:
     """The model that a command line names; says so on the terminal, since it may take a while."""
-    from terrace.talk.talker import model_directory, open_talker
-
     directory = model_directory(arguments.model)
     if sys.stderr.isatty():
         print(f"loading {directory}", file=sys.stderr)
     pixels = tuple(arguments.pixels) if arguments.pixels else None
     if pixels and pixels[0] > pixels[1]:
         raise InputError(f"--pixels: {pixels[0]} is more than {pixels[1]}")
+    from terrace.talk.talker import open_talker  # loads torch, so only once what was asked for is there
+
     return open_talker(directory, arguments.engine, arguments.device, arguments.precision, pixels)
 
 
 def chat_command(arguments: argparse.Namespace) -> int:
-    from terrace.talk.talker import Wishes
-
     pictures = [read_picture(file) for file in arguments.image]
     interactive = arguments.ask is None and sys.stdin.isatty()
     talker = load_talker(arguments)
+    from terrace.talk.talker import Wishes
+
     wishes = Wishes(arguments.max_new_tokens, arguments.temperature, arguments.top_p, arguments.seed)
     chat = Chat(talker, wishes, arguments.system, pictures)
     if interactive:

@@ -59,7 +59,7 @@ def export_command(arguments: argparse.Namespace) -> int:
 
 def chosen_model(path: Path, stage: str | None) -> Path:
     """The model directory: the path itself, or a stage's `final/` below it. Raises InputError where there is none."""
-    from terrace.talk.talker import model_directory
+    from terrace.talk.model_place import model_directory
 
     if stage is None:
         return model_directory(path)

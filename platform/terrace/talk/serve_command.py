@@ -10,6 +10,7 @@ from pathlib import Path
 
 from terrace.errors import InputError
 from terrace.talk.chat_command import add_loading_arguments, count, load_talker, share_of
+from terrace.talk.model_place import model_directory
 
 KEY_VARIABLE = "TERRACE_API_KEY"
 
@@ -39,6 +40,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 def serve_command(arguments: argparse.Namespace) -> int:
     """Serve until interrupted."""
+    model_directory(arguments.model)  # a wrong name is refused before anything slow is loaded
     import uvicorn
 
     from terrace.talk.request import Limits

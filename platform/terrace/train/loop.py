@@ -27,7 +27,7 @@ from terrace.train.checkpoint import CheckpointWriter
 from terrace.train.finish import StageResult, export_final, unchanged_base
 from terrace.train.measure import Meter
 from terrace.train.metrics import MetricsLog, measured, step_line
-from terrace.train.optimizer import ParameterGroup, parameter_groups, schedule_factor
+from terrace.train.optimizer import ParameterGroup, Rate, group_rates, parameter_groups, schedule_factor, weight_decay_at
 from terrace.train.profiling import StepProfiler
 from terrace.train.progress import Progress, next_attempt, resume_or_hand_over
 from terrace.train.reduction import settle_reduction
@@ -177,14 +177,16 @@ def _train(run: StageInProgress, opening: Opening) -> None:
         if objective.ends_with_its_samples and not counts.samples and not counts.damaged_samples:
             break  # of a capped mixture: what follows is as empty as this
         factor = schedule_factor(stage.schedule, taken.step, feed.total_steps)
+        decay = weight_decay_at(stage.optimizer, taken.step, feed.total_steps)
         seed_step(stage.seed, taken.step, context.rank)
         with profiler.step(number) as profiled:
-            outcome, ran = _step(run, taken, counts, [group.peak_lr * factor for group in run.groups], number, doing)
+            outcome, ran = _step(run, taken, counts, group_rates(run.groups, factor, decay), number, doing)
 
         seconds = time.perf_counter() - step_started
         step_started = time.perf_counter()
         progress.advance(number, counts, outcome.loss, seconds, outcome.skipped)
         line = step_line(number, counts, outcome, stage, factor, seconds, taken.wait_seconds, objective.measured)
+        line |= {"weight_decay": decay} if stage.optimizer.final_weight_decay is not None else {}
         if (news := GRAPHS.news()) and context.rank == 0:
             log.info("stage %s, step %d: %s", stage.name, number, news)
         line |= (meter.values(counts.model_flops, seconds) if meter else {}) | profiled | objective.values(ran)
@@ -222,7 +224,7 @@ def _crossed(every: int | None, before: int, now: int) -> bool:
 
 
 def _step(
-    run: StageInProgress, taken: StepExamples, counts: BatchCounts, rates: list[float], number: int, doing: Callable[[str], None]
+    run: StageInProgress, taken: StepExamples, counts: BatchCounts, rates: list[Rate], number: int, doing: Callable[[str], None]
 ) -> tuple[StepOutcome, bool]:
     """The step's outcome, and whether it came as far as its optimizer step. Raises NonFinite unless the recipe says skip."""
     stage, progress, objective = run.stage, run.progress, run.objective

@@ -7,6 +7,7 @@ A group is the parameters of one part and one layer that are decayed alike. Its 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,8 +15,12 @@ from terrace.models.families.registry import family_of_model
 from terrace.models.lora import is_adapter
 from terrace.models.parts import HEADS, has_weight_decay, has_words, last_layers, layer_number
 from terrace.recipe.schema import PARTS, PartName, PartTraining, Schedule, Stage
+from terrace.recipe.schema_optimizer import Optimizer
 
-Rule = Literal["adamw", "sgd", "adafactor", "muon"]
+Rule = Literal["adamw", "sgd", "lars", "adafactor", "muon"]
+
+
+Rate = tuple[float, float]  # learning rate and weight decay of a group in a step
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class ParameterGroup:
     weight_decay: float
     names: tuple[str, ...]
     rule: Rule = "adamw"
+    decay_moves: bool = False  # towards the optimizer's `final_weight_decay`
 
 
 def parameter_rule(name: str, dimensions: int, stage: Stage) -> Rule:
@@ -76,6 +82,7 @@ def parameter_groups(model: Any, stage: Stage) -> list[ParameterGroup]:
                 weight_decay=decay if decayed else 0.0,
                 names=tuple(members),
                 rule=rule,
+                decay_moves=decayed and training.weight_decay is None and stage.optimizer.final_weight_decay is not None,
             )
         )
     return groups
@@ -108,6 +115,19 @@ def schedule_factor(schedule: Schedule, step: int, total_steps: int) -> float:
     progress = min(1.0, (step - start) / max(1, total_steps - start - 1))
     falling = {"linear": 1 - progress, "sqrt": 1 - math.sqrt(progress), "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[shape]
     return schedule.min_ratio + (1 - schedule.min_ratio) * falling
+
+
+def weight_decay_at(optimizer: Optimizer, step: int, total_steps: int) -> float:
+    """The optimizer's weight decay in step `step` (from 0): from `weight_decay` to `final_weight_decay` by a cosine."""
+    last = optimizer.final_weight_decay
+    if last is None:
+        return optimizer.weight_decay
+    return last + (optimizer.weight_decay - last) * (1 + math.cos(math.pi * step / max(1, total_steps))) / 2
+
+
+def group_rates(groups: Sequence[ParameterGroup], factor: float, decay: float) -> list[Rate]:
+    """Of every group in a step: `factor` of `schedule_factor`, `decay` of `weight_decay_at`."""
+    return [(group.peak_lr * factor, decay if group.decay_moves else group.weight_decay) for group in groups]
 
 
 def part_learning_rates(stage: Stage, factor: float) -> dict[str, float]:

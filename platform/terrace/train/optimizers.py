@@ -1,13 +1,15 @@
 """The optimizer of a stage, for the strategies that keep whole parameters or shards of them: one step over all groups, state by name.
 
-Every group has one rule (train.optimizer): torch's AdamW, SGD with momentum, Adafactor, or Muon for matrices with AdamW for the rest. A
-parameter's state is told by kind, under torch's own names, so checkpoints know neither the strategy nor how many optimizers there are.
+Every group has one rule (train.optimizer): torch's AdamW, SGD with momentum, Adafactor, LARS, or Muon for matrices with AdamW for the
+rest. A parameter's state is told by kind, under torch's own names, so checkpoints know neither the strategy nor the number of optimizers.
+Ranks that hold all weights alike may share Muon's matrices (train.matrix_shares): of those that another rank steps this one has no state.
 Beside it may stand the running average of the weights (`ema`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -15,7 +17,9 @@ import torch
 from terrace.models.tensor_files import Stretch
 from terrace.models.weights import TensorSource, stretches_of
 from terrace.recipe.schema import Stage
-from terrace.train.optimizer import ParameterGroup, Rule
+from terrace.train.lars import Lars
+from terrace.train.matrix_shares import MatrixShares
+from terrace.train.optimizer import ParameterGroup, Rate, Rule
 
 Kind = Literal["weights", "exp_avg", "exp_avg_sq", "momentum_buffer", "row_var", "col_var", "variance", "average"]
 OPTIMIZER_KINDS: tuple[Kind, ...] = ("exp_avg", "exp_avg_sq", "momentum_buffer", "row_var", "col_var", "variance")
@@ -33,11 +37,17 @@ def kinds_of(rule: Rule, stage: Stage, dimensions: int) -> tuple[Kind, ...]:
 
 
 def torch_groups(groups: list[ParameterGroup], parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The groups as a torch optimizer takes them; their learning rates are set before every step."""
+    """The groups as a torch optimizer takes them; their learning rates and decays are set before every step."""
     return [
         {"params": [parameters[name] for name in group.names], "lr": 0.0, "weight_decay": group.weight_decay}
         for group in groups
     ]
+
+
+def set_rates(groups: Sequence[dict[str, Any]], rates: Sequence[Rate]) -> None:
+    """Give each group of a torch optimizer its learning rate and weight decay."""
+    for group, (rate, decay) in zip(groups, rates, strict=True):
+        group["lr"], group["weight_decay"] = rate, decay
 
 
 def torch_optimizer(rule: Rule, stage: Stage, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -47,6 +57,8 @@ def torch_optimizer(rule: Rule, stage: Stage, groups: list[dict[str, Any]]) -> t
         return torch.optim.AdamW(groups, fused=True, betas=tuple(options.betas), eps=options.eps)
     if rule == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=options.momentum, nesterov=options.nesterov)
+    if rule == "lars":
+        return Lars(groups, options.momentum, options.trust)
     if rule == "adafactor":
         return torch.optim.Adafactor(groups, lr=0.0)
     return torch.optim.Muon(groups, lr=0.0, momentum=options.momentum or 0.95, nesterov=True, adjust_lr_fn=MUON_RMS)
@@ -64,10 +76,14 @@ def fill_parts(targets: Mapping[str, Any], source: TensorSource, part: Part) -> 
 class Optimizers:
     """The torch optimizers of a stage's groups, their state and the average of the weights."""
 
-    def __init__(self, stage: Stage, groups: list[ParameterGroup], parameters: Mapping[str, Any], part: Part) -> None:
+    def __init__(
+        self, stage: Stage, groups: list[ParameterGroup], parameters: Mapping[str, Any], part: Part, shares: MatrixShares | None = None
+    ) -> None:
         self._stage, self._parameters, self._part = stage, parameters, part
         self._rules = {name: group.rule for group in groups for name in group.names}
-        made = torch_groups(groups, parameters)
+        self._shares = shares or MatrixShares(0, {})
+        own = [replace(group, names=tuple(name for name in group.names if not self._shares.elsewhere(name))) for group in groups]
+        made = torch_groups(own, parameters)
         self._groups: list[dict[str, Any]] = [{} for _ in groups]
         self._optimizers: dict[Rule, torch.optim.Optimizer] = {}
         for rule in dict.fromkeys(group.rule for group in groups):
@@ -80,22 +96,22 @@ class Optimizers:
         self._averages: dict[str, torch.Tensor] = {}
         self.restart_average()
 
-    def step(self, learning_rates: list[float]) -> None:
-        """One step, one learning rate per group; gradients are gone afterwards."""
-        for group, rate in zip(self._groups, learning_rates, strict=True):
-            group["lr"] = rate
+    def step(self, rates: Sequence[Rate]) -> None:
+        """One step; gradients are gone afterwards."""
+        set_rates(self._groups, rates)
         for optimizer in self._optimizers.values():
             optimizer.step()
         for name in self._steps:
             self._steps[name] += self._parameters[name].grad is not None
         self.zero()
+        self._shares.exchange(self._parameters)
         with torch.no_grad():
             for name, average in self._averages.items():
                 average.lerp_(self._parameters[name].detach(), 1 - float(self._decay or 0.0))
 
     def zero(self) -> None:
-        for optimizer in self._optimizers.values():
-            optimizer.zero_grad(set_to_none=True)
+        for name in self._rules:
+            self._parameters[name].grad = None
 
     def tensors(self, kind: Kind) -> Iterator[tuple[str, Any]]:
         """(name, this rank's tensor) of the parameters that have state of the kind."""
@@ -120,6 +136,9 @@ class Optimizers:
         states: dict[str, dict[str, Any]] = {}
         for name, count in steps.items():
             parameter, rule = self._parameters[name], self._rules[name]
+            self._steps[name] = count
+            if self._shares.elsewhere(name):
+                continue
             state = states[name] = {}
             if rule == "adamw":
                 state["step"] = torch.tensor(float(count), dtype=torch.float32, device=parameter.device)
@@ -135,7 +154,6 @@ class Optimizers:
             fill_parts(wanted, source(kind), self._part)
         for name, state in states.items():
             self._optimizers[self._rules[name]].state[self._parameters[name]] = state
-            self._steps[name] = steps[name]
 
     def restart_average(self) -> None:
         """The average begins at the weights as they are."""

@@ -19,6 +19,7 @@ from terrace.models.sequence_parallel import SequenceGroup
 from terrace.objectives.interface import Counts, Objective, StepExamples
 from terrace.recipe.schema import Stage
 from terrace.train.measure import Meter, take_memory_peak
+from terrace.train.optimizer import Rate
 from terrace.train.out_of_memory import OutOfMemory, memory_explained
 from terrace.train.strategies.interface import Strategy
 from terrace.worker.collectives import gather_objects, gather_rows
@@ -134,7 +135,7 @@ def seed_step(seed: int, step: int, rank: int) -> None:
 
 
 def run_step(
-    strategy: Strategy, objective: Objective, examples: Sequence[Any], divisor: float, learning_rates: list[float], stage: Stage,
+    strategy: Strategy, objective: Objective, examples: Sequence[Any], divisor: float, rates: Sequence[Rate], stage: Stage,
     step: int, context: WorkerContext, doing: Callable[[str], None] = lambda _: None,
 ) -> StepOutcome:
     """Forward and backward of every example, clip, optimizer step. `step` counts from 1 (in messages); `doing` hears what comes next.
@@ -174,7 +175,7 @@ def run_step(
                 reason = f"fp16 gradients overflowed; the loss scale is {strategy.loss_scale.value:g} now"
                 return StepOutcome(loss, norm, peak, skipped=True, reason=reason)
             raise _nonfinite("gradient", [objective.names(example) for example in examples], step, context)
-        strategy.step(learning_rates)
+        strategy.step(rates)
     if strategy.loss_scale is not None:
         strategy.loss_scale.after_step()
     small_ones = rows[:, 4] > 0

@@ -59,7 +59,7 @@ def cost_of(model: Model) -> CostModel:
     family = family_of(model)
     smallest = family.view(1, 1, (1, 1))
     patches = sum(rows * columns for rows, columns in family.tower_pictures(smallest.facts))
-    return cost_model(shape_of(model), patches // smallest.rows)
+    return cost_model(shape_of(model), patches // max(1, smallest.rows))
 
 
 def deal(costs: Sequence[float], ranks: int) -> list[list[int]]:

@@ -11,10 +11,7 @@ every mask and every turned or cut picture, on any machine and after any restart
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
-
-import numpy as np
 
 from terrace.data.order.plan import Anchor, StagePlan, Window
 from terrace.data.types import PackSpec
@@ -66,13 +63,10 @@ class FixedPlan(StagePlan):
         sources, columns = self.stretches[0].columns(anchor.position, stop, self.seed)
         if not len(sources):
             return None
-        _, draws = self.interleave.draw(anchor.position, stop)
-        counts = np.asarray([source.count for source in self.sources])
-        epochs = draws // counts[sources]
-        specs = []
-        for members in fixed_groups(len(sources), size):
-            spec = self._spec(anchor.first_pack + len(specs), members, sources, columns, anchor.window)
-            specs.append(replace(spec, epochs=tuple(epochs[members].tolist())))
+        specs = [
+            self._spec(anchor.first_pack + number, members, sources, columns, anchor.window)
+            for number, members in enumerate(fixed_groups(len(sources), size))
+        ]
         return Window(anchor.window, anchor.first_pack, tuple(specs), anchor.position + len(sources))
 
 

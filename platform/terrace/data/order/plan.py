@@ -394,6 +394,7 @@ class StagePlan:
             window=window,
             pixels_max=tuple(chosen["pixels_max"]) if any(chosen["pixels_max"]) else (),
             spans=spans if any(spans) else (),
+            epochs=tuple(columns["epochs"][members].tolist()) if OBJECTIVES[self.stage.objective].draws_by_pass else (),
             pixels=stretch.pixels,
         )
 

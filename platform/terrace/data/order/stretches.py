@@ -52,16 +52,18 @@ class Stretch:
         return self.begin([int(count) if kept else 0 for count, kept in zip(counts, same)])
 
     def columns(self, start: int, stop: int, seed: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """The sources of positions [start, stop) of the stretch, int16, and the columns of their items, int64 each."""
+        """The sources of positions [start, stop) of the stretch, int16, and the columns of their items, int64 each; `epochs` are the
+        passes over the source before this one."""
         assert self.interleave is not None
         sources, draws = self.interleave.draw(start, stop)
-        columns = {name: np.empty(len(sources), dtype=np.int64) for name in COLUMNS}
+        columns = {name: np.empty(len(sources), dtype=np.int64) for name in (*COLUMNS, "epochs")}
         for number, source in enumerate(self.sources):
             here = np.flatnonzero(sources == number)
             if here.size:
                 items = source.take(source_rows(draws[here], source.count, seed, source.name))
                 for name in COLUMNS:
                     columns[name][here] = getattr(items, name)
+                columns["epochs"][here] = draws[here] // source.count
         return sources, columns
 
 

@@ -96,6 +96,7 @@ class FamilyModel:
     mean: ClassVar[Sequence[float]] = (0.48145466, 0.4578275, 0.40821073)
     std: ClassVar[Sequence[float]] = (0.26862954, 0.26130258, 0.27577711)
     published: ClassVar[Sequence[tuple[str, str]]] = PUBLISHED
+    reads_vit: bool = False  # its tower is a ViT, whose tensors it takes as they are
     blank_value: ClassVar[float] = 0.0  # of the text-only guard's picture, normalised
 
     def __init__(self, family: Family) -> None:
@@ -273,7 +274,7 @@ class FamilyModel:
             embeddings, features, has_images = batch.sequence.own_features(embeddings, features)
         if has_images:
             places = self.places(batch.input_ids, model.config)
-            embeddings = embeddings.masked_scatter(places.unsqueeze(-1), features.pooled.to(embeddings.dtype))
+            embeddings = placed(embeddings, places, features.pooled.to(embeddings.dtype))
             more = self.language_inputs(features, places)
         elif batch.sequence is None:
             embeddings = embeddings + 0.0 * features.total().to(embeddings.dtype)  # the text-only guard
@@ -286,14 +287,26 @@ class FamilyModel:
     def run_language(self, model: Any, embeddings: torch.Tensor, positions: torch.Tensor, options: Mapping[str, Any]) -> torch.Tensor:
         """Hidden states [L, H] from embeddings [1, L, H] and positions [P, 1, L], without a cache of transformers' own."""
         output = self.language(model)(
-            inputs_embeds=embeddings, position_ids=positions if self.family.position_rows > 1 else positions[0],
-            attention_mask=None, use_cache=False, **options,
+            inputs_embeds=embeddings, position_ids=self.language_positions(positions), attention_mask=None, use_cache=False, **options,
         )  # fmt: skip
         return output.last_hidden_state[0]
+
+    def language_positions(self, positions: torch.Tensor) -> torch.Tensor:
+        """What the language model takes of positions [P, 1, L]."""
+        return positions if self.family.position_rows > 1 else positions[0]
 
     def compute_dtype(self, model: Any) -> torch.dtype:
         """What the tower computes in where a pack brings no pixels."""
         return next(self.vision(model).parameters()).dtype
+
+
+def placed(embeddings: torch.Tensor, places: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    """Embeddings [1, L, H] with the vectors [N, H] in their order where `places` bool [1, L] says. On a CPU by index: whole rows are
+    copied, and none is looked at element by element; on a GPU the index would have to be waited for."""
+    if embeddings.device.type != "cpu":
+        return embeddings.masked_scatter(places.unsqueeze(-1), vectors)
+    rows = places[0].nonzero().squeeze(1)
+    return embeddings.index_copy(1, rows, vectors[: len(rows)].unsqueeze(0))
 
 
 def configurations(config: Any) -> list[Any]:

@@ -22,10 +22,7 @@ class MiniCPMVModel(FamilyModel):
     std: ClassVar[tuple[float, ...]] = (0.5, 0.5, 0.5)
 
     def inputs(self, values: torch.Tensor, images: ImageFacts) -> dict[str, Any]:
-        patch = self.family.patch
-        sizes = [size for facts in images.facts.tolist() for size in self.family.tower_pictures(facts)]
-        rows = values.view(-1, 3, patch, patch).permute(1, 2, 0, 3).reshape(1, 3, patch, -1)  # patches lie side by side
-        return {"pixel_values": rows, "target_sizes": torch.tensor(sizes, dtype=torch.int32)}
+        return patches_side_by_side(self.family, values, images)
 
     def features(self, model: Any, values: torch.Tensor, images: ImageFacts) -> Features:
         """The tower, then its merger over all pictures as one.
@@ -37,6 +34,14 @@ class MiniCPMVModel(FamilyModel):
         order = torch.from_numpy(windows_in_rows((given["target_sizes"] // 2).tolist())).to(hidden.device, non_blocking=True)
         [pooled] = model.model.merger(hidden[:, order], torch.tensor([[2, len(order) // 2]]))
         return Features(pooled)
+
+
+def patches_side_by_side(family: Any, values: torch.Tensor, images: ImageFacts) -> dict[str, torch.Tensor]:
+    """Normalised patches [R, 3, values / 3] as `pixel_values` [1, 3, patch, patch * R], and `target_sizes` (rows, columns) of pictures."""
+    patch = family.patch
+    sizes = [size for facts in images.facts.tolist() for size in family.tower_pictures(facts)]
+    rows = values.view(-1, 3, patch, patch).permute(1, 2, 0, 3).reshape(1, 3, patch, -1)
+    return {"pixel_values": rows, "target_sizes": torch.tensor(sizes, dtype=torch.int32)}
 
 
 def windows_in_rows(sizes: Sequence[Sequence[int]]) -> np.ndarray:

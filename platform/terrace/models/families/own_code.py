@@ -6,9 +6,11 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+import terrace.families.slicing as slicing
 import terrace.models.modules as modules
 
 FOLDER = Path(modules.__path__[0])
+ELSEWHERE = {"slicing": Path(slicing.__file__)}  # files of other folders that need nothing of the platform
 
 
 def files_of(roots: Iterable[str]) -> list[Path]:
@@ -17,6 +19,10 @@ def files_of(roots: Iterable[str]) -> list[Path]:
     while waiting:
         name = waiting.pop()
         found.add(name)
-        imported = re.findall(r"^from \.(\w+) import", (FOLDER / f"{name}.py").read_text(encoding="utf-8"), re.MULTILINE)
+        imported = re.findall(r"^from \.(\w+) import", _file(name).read_text(encoding="utf-8"), re.MULTILINE)
         waiting |= {*imported} - found
-    return [FOLDER / f"{name}.py" for name in sorted(found)]
+    return [_file(name) for name in sorted(found)]
+
+
+def _file(name: str) -> Path:
+    return ELSEWHERE.get(name, FOLDER / f"{name}.py")

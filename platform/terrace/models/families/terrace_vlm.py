@@ -101,7 +101,7 @@ class TerraceVlmFamily(FamilyModel):
         depth = config.vision_config.num_hidden_layers
         idle = untaken_blocks(config.to_dict())
         behind = [f"{self.blocks['vision']}.{number}." for number in range(depth - idle, depth)]
-        if idle or config.vision_config.model_type == "clip_vision_model":
+        if idle or (config.vision_config.model_type == "clip_vision_model" and config.vision_variant is None):
             behind.append("model.vision_tower.post_layernorm.")
         return [name for name in names if name.startswith(tuple(behind))]
 

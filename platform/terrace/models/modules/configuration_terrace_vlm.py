@@ -21,6 +21,7 @@ class TerraceVlmConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
     connector: dict[str, Any] | None = None
     experts: dict[str, Any] | None = None  # count, per_token, capacity_factor, auxiliary_loss, layers: of an upcycled language model
+    vision_variant: str | None = None  # `eva_clip_g` or `eva2_clip_e`: what a tower in CLIP's layout has otherwise
     visual_expert: bool = False  # own matrices for image tokens in every layer of the language model
     modality_adapters: dict[str, Any] | None = None  # rank, groups, temperature: of LaVIN's adapters in tower and language model
     window_adapters: dict[str, Any] | None = None  # attention_rank, mlp_rank: of Monkey's adapters for each window

@@ -38,6 +38,20 @@ class PixelShuffleMlp(nn.Module):
         return self.down_proj(nn.functional.gelu(self.up_proj(self.norm(cells.flatten(3).flatten(1, 2)))))
 
 
+class Glu(nn.Module):
+    """CogVLM's: a linear layer, LayerNorm and GELU, then a gated feed-forward (SwiGLU); no biases."""
+
+    def __init__(self, vision_width: int, width: int, inner: int) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(vision_width, width, bias=False), nn.LayerNorm(width)
+        self.gate_proj, self.up_proj = (nn.Linear(width, inner, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(inner, width, bias=False)
+
+    def forward(self, features: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+        features = nn.functional.gelu(self.norm(self.linear(features)))
+        return self.down_proj(nn.functional.silu(self.gate_proj(features)) * self.up_proj(features))
+
+
 class NarrowMlp(nn.Module):
     """LaVIN's, over class tokens of several blocks: down to a narrow width, SiLU, and up."""
 
@@ -56,6 +70,8 @@ def make_connector(options: dict[str, Any], vision_width: int, width: int) -> nn
         return Mlp(vision_width, width, 1 if kind == "linear" else options["layers"], kind == "mlp_layer_norm")
     if kind == "pixel_shuffle_mlp":
         return PixelShuffleMlp(vision_width, width, options["merge"])
+    if kind == "glu":
+        return Glu(vision_width, width, options["width"])
     if kind == "class_tokens":
         return NarrowMlp(vision_width, width, options["width"])
     if kind == "resampler":

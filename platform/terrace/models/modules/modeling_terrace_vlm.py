@@ -11,6 +11,7 @@ from transformers.models.llava.modeling_llava import LlavaForConditionalGenerati
 
 from .configuration_terrace_vlm import TerraceVlmConfig
 from .connectors import make_connector
+from .eva_towers import as_eva, behind_eva
 from .modality_adapters import KindVectors, ModalityAdapter, add_modality_adapters
 from .q_former import QFormer
 from .resampler import Resampler
@@ -36,6 +37,8 @@ class TerraceVlmModel(TerraceVlmPreTrainedModel, LlavaModel):
     def __init__(self, config: TerraceVlmConfig) -> None:
         LlavaPreTrainedModel.__init__(self, config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
+        if config.vision_variant is not None:
+            as_eva(self.vision_tower, config.vision_variant)
         vision_width, width = config.vision_config.hidden_size, config.text_config.hidden_size
         self.multi_modal_projector = make_connector(config.connector, vision_width, width)
         self.language_model = AutoModel.from_config(config.text_config)
@@ -72,6 +75,7 @@ class TerraceVlmModel(TerraceVlmPreTrainedModel, LlavaModel):
             features = torch.stack([states[:, 0] for states in behind], dim=1)
         else:
             features = outputs.last_hidden_state if layer == -1 else outputs.hidden_states[layer]
+            features = behind_eva(self.vision_tower, self.config.vision_variant, features)
             features = features[:, features.shape[1] - across * across :]  # without a class token
         return BaseModelOutputWithPooling(pooler_output=list(self.multi_modal_projector(features, across, across)))
 

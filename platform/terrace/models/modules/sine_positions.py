@@ -13,11 +13,11 @@ def sine_positions(width: int, rows: int, columns: int, device: torch.device | s
 
     def along(count: int) -> torch.Tensor:
         angles = torch.arange(count, dtype=torch.float64, device="cpu")[:, None] * frequencies
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
+        return torch.cat([angles.sin(), angles.cos()], dim=1).float().to(device)
 
     by_column = along(columns)[None].expand(rows, -1, -1)
     by_row = along(rows)[:, None].expand(-1, columns, -1)
-    return torch.cat([by_column, by_row], dim=2).reshape(rows * columns, width).float().to(device)
+    return torch.cat([by_column, by_row], dim=2).reshape(rows * columns, width)
 
 
 def resized_positions(width: int, grid: int, rows: int, columns: int, device: torch.device | str | None = None) -> torch.Tensor:

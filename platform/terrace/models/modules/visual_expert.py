@@ -19,11 +19,13 @@ class Places:
     def __init__(self) -> None:
         self.image: torch.Tensor | None = None
         self.text: torch.Tensor | None = None
+        self.back: torch.Tensor | None = None  # where each token stands when those of the text are followed by those of images
 
     def set(self, places: torch.Tensor | None) -> None:
         """`places` is bool [batch, tokens]."""
         flat = None if places is None else places.reshape(-1)
         self.image, self.text = (None, None) if flat is None else (flat.nonzero()[:, 0], (~flat).nonzero()[:, 0])
+        self.back = None if flat is None else torch.cat([self.text, self.image]).argsort()  # type: ignore[list-item]
 
 
 class VisualExpertLinear(nn.Linear):
@@ -39,8 +41,7 @@ class VisualExpertLinear(nn.Linear):
         if image is None or text is None:  # the other matrix still takes part, with nothing: every rank has the same gradients
             return super().forward(input) + self.image(input.reshape(-1, input.shape[-1])[:0]).sum()
         tokens = input.reshape(-1, input.shape[-1])
-        of_text, of_image = super().forward(tokens[text]), self.image(tokens[image])
-        out = of_text.new_zeros(len(tokens), self.out_features).index_copy(0, text, of_text).index_copy(0, image, of_image)
+        out = torch.cat([super().forward(tokens[text]), self.image(tokens[image])])[self.places.back]
         return out.view(*input.shape[:-1], self.out_features)
 
 

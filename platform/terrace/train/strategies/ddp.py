@@ -1,14 +1,15 @@
 """DDP: every rank holds the whole model; gradients are averaged while the last pack's backward runs.
 
 Also what runs on one process (no wrapper then). Memory per rank: 16 bytes per trained parameter (float32 weight,
-gradient, two moments) and 4 per frozen one. bf16 and fp16 through autocast, so weights, gradients and their reduction
-stay float32. Experts may be divided over ranks (`parallel.experts`, own_experts): DDP then leaves their tensors alone.
+gradient, two moments) and 4 per frozen one; Muon's momentum is divided by the ranks (train.matrix_shares). bf16 and fp16
+through autocast, so weights, gradients and their reduction stay float32. Experts may be divided over ranks (`parallel.experts`,
+own_experts): DDP then leaves their tensors alone.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from terrace.models.build import materialise
 from terrace.models.precision import compute_context
 from terrace.models.weights import TensorSource
 from terrace.train.loss_scale import LossScale
+from terrace.train.matrix_shares import MatrixShares, shared_out
+from terrace.train.optimizer import Rate
 from terrace.train.optimizers import Kind, Optimizers
 from terrace.train.strategies.frozen import whole_loss
 from terrace.train.strategies.interface import FrozenLoss, Loss, Setup, StepModule
@@ -45,7 +48,10 @@ class DataParallel:
             own = [f"model.{name}" for name in names if self._is_own(name)]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self._module, own)
             self._module = DistributedDataParallel(self._module, forward_sync_buffers=False, gradient_as_bucket_view=True)
-        self._optimizers = Optimizers(stage, setup.groups, self._parameters, lambda tensor: (0, tensor.view(-1)))
+        matrices = {name: self._parameters[name].shape for group in setup.groups if group.rule == "muon" for name in group.names}
+        owners = shared_out(matrices, context.world_size) if self._synchronised else {}
+        self._shares = MatrixShares(context.rank, owners)
+        self._optimizers = Optimizers(stage, setup.groups, self._parameters, lambda tensor: (0, tensor.view(-1)), self._shares)
         self._trained = [name for group in setup.groups for name in group.names]
 
     def loss(self, batch: Any) -> torch.Tensor:
@@ -87,8 +93,8 @@ class DataParallel:
         factor = self._world_size * (self.loss_scale.value if self.loss_scale else 1.0)
         return (float(torch.nn.utils.get_total_norm(gradients)) / factor) ** 2
 
-    def step(self, learning_rates: list[float]) -> None:
-        self._optimizers.step(learning_rates)
+    def step(self, rates: Sequence[Rate]) -> None:
+        self._optimizers.step(rates)
 
     def discard(self) -> None:
         self._optimizers.zero()
@@ -111,6 +117,9 @@ class DataParallel:
         return ((name, parameter.detach()) for name, parameter in self._parameters.items())
 
     def shards(self, kind: Kind) -> Iterator[Shard]:
+        if self._shared(kind):
+            yield from (whole_shard(name, tensor) for name, tensor in self._optimizers.tensors(kind))
+            return
         held = list(self._held(kind))
         alike = (whole_shard(name, tensor) for name, tensor in held if not self._is_own(name))
         yield from divided(alike, self._context.rank, self._context.world_size)
@@ -118,8 +127,17 @@ class DataParallel:
             yield from self._experts.shards((name, tensor) for name, tensor in held if self._is_own(name))
 
     def tensors(self, kind: Kind) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, tensor in self._held(kind):
+        held = dict(self._held(kind))
+        if self._shared(kind):
+            steps = self._optimizers.steps()
+            held |= {name: torch.empty_like(self._parameters[name]) for name in self._shares.owners if name in steps and name not in held}
+            self._shares.exchange(held)
+        for name, tensor in held.items() if kind == "weights" else sorted(held.items()):
             yield name, self._experts.whole(name, tensor) if self._experts is not None and self._is_own(name) else tensor
+
+    def _shared(self, kind: Kind) -> bool:
+        """Whether every rank has other tensors of the kind, whole: the momentum of the matrices that it steps."""
+        return kind == "momentum_buffer" and bool(self._shares.owners)
 
     def optimizer_steps(self) -> dict[str, int]:
         return self._optimizers.steps()
@@ -139,7 +157,9 @@ class DataParallel:
             self._parameters[name].clamp_(max=highest)
 
     def load_optimizer(self, source: Callable[[Kind], TensorSource], steps: dict[str, int]) -> None:
-        self._optimizers.load(lambda kind: self._together(source(kind), steps), steps)
+        self._optimizers.load(
+            lambda kind: source(kind) if self._shared(kind) else self._together(source(kind), steps), steps
+        )
 
     def load_average(self, source: TensorSource) -> None:
         self._optimizers.load_average(self._together(source, self._trained))

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,8 @@ from terrace.models.precision import DTYPES
 from terrace.models.weights import TensorSource, stretches_of
 from terrace.recipe.schema import Stage
 from terrace.train.loss_scale import LossScale
-from terrace.train.optimizers import Kind, kinds_of, torch_groups, torch_optimizer
+from terrace.train.optimizer import Rate
+from terrace.train.optimizers import Kind, kinds_of, set_rates, torch_groups, torch_optimizer
 from terrace.train.strategies.build_locks import build_root, remove_abandoned_locks
 from terrace.train.strategies.deepspeed_optimizers import drop_gradients, flat_partitions, gradient_norm
 from terrace.train.strategies.deepspeed_parts import (
@@ -113,9 +114,8 @@ class Zero:
         """The norm that DeepSpeed will clip by in `step` (`limit` is in its configuration)."""
         return gradient_norm(self._optimizer)
 
-    def step(self, learning_rates: list[float]) -> None:
-        for group, rate in zip(self._optimizer.param_groups, learning_rates, strict=True):
-            group["lr"] = rate
+    def step(self, rates: Sequence[Rate]) -> None:
+        set_rates(self._optimizer.param_groups, rates)
         self._engine.step()
         for name in self._steps:
             self._steps[name] += 1
@@ -335,13 +335,16 @@ def _partitioned(setup: Setup, source: TensorSource, configuration: dict[str, An
     inside = {id(module) for block in blocks for module in block.modules()}
     # Children before their parents: what holds a parameter of its own beside its children is partitioned with them.
     rest = [module for module in reversed(list(model.modules())) if id(module) not in inside and _own_tensors(module)]
+    waiting: list[Any] = []  # output layers for the embeddings that they are tied to, and what holds them
     for whole in (*blocks, *rest):
         for module in whole.modules() if whole in blocks else (whole,):
             _fill_module(module, names[id(module)], source, setup.context.device, dtype)
         model.tie_weights()  # filling the embeddings made a new parameter of them
-        own = next(whole.parameters(recurse=False), None)
-        if whole in blocks or (own is not None and not own.is_meta):  # an output layer that waits for the embeddings it is tied to
-            deepspeed.zero.Init(module=whole, config_dict_or_path=configuration, mem_efficient_linear=False)
+        if whole in blocks or next(whole.parameters(recurse=False), None) is not None:
+            waiting.append(whole)
+        for module in [module for module in waiting if not any(parameter.is_meta for parameter in module.parameters())]:
+            deepspeed.zero.Init(module=module, config_dict_or_path=configuration, mem_efficient_linear=False)
+            waiting.remove(module)
     restore_buffers(model)
     return model
 

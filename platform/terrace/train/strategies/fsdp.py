@@ -11,7 +11,7 @@ every pack (`parallel.reduce_every_pack`); of a hybrid strategy the groups of re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from terrace.models.weights import TensorSource
 from terrace.train.loss_scale import LossScale
+from terrace.train.optimizer import Rate
 from terrace.train.optimizers import Kind, Optimizers, fill_parts
 from terrace.train.strategies.frozen import sharded_loss
 from terrace.train.strategies.fully_sharded import buffers_to, local_of, part_of, shard, whole_of
@@ -88,8 +89,8 @@ class FullyShard:
     def gradient_square(self) -> float:
         raise NotImplementedError("shards are reduced before they can be measured; the recipe's rules ask for ddp")
 
-    def step(self, learning_rates: list[float]) -> None:
-        self._optimizers.step(learning_rates)
+    def step(self, rates: Sequence[Rate]) -> None:
+        self._optimizers.step(rates)
 
     def discard(self) -> None:
         self._optimizers.zero()

@@ -7,7 +7,7 @@ more than its part. Every method but `shards` is collective: all ranks call it i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from terrace.models.expert_parallel import ExpertDivision
 from terrace.models.weights import TensorSource
 from terrace.recipe.schema import Stage
 from terrace.train.loss_scale import LossScale
-from terrace.train.optimizer import ParameterGroup
+from terrace.train.optimizer import ParameterGroup, Rate
 from terrace.train.optimizers import Kind
 from terrace.train.strategies.shards import Shard
 from terrace.worker.context import WorkerContext
@@ -56,8 +56,8 @@ class Strategy(Protocol):
     def clip(self, limit: float | None) -> float:
         """Global norm of the gradients before clipping them to `limit`; not finite if a gradient is not."""
 
-    def step(self, learning_rates: list[float]) -> None:
-        """One optimizer step, one learning rate per parameter group; gradients are zero afterwards."""
+    def step(self, rates: Sequence[Rate]) -> None:
+        """One optimizer step, learning rate and weight decay of each parameter group; gradients are zero afterwards."""
 
     def discard(self) -> None:
         """Drop the gradients."""
