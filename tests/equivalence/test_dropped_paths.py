@@ -143,6 +143,7 @@ def weights(folder: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_a_stage_whose_pictures_go_past_branches_resumes_to_the_same_bits(tmp_path):
     """With blocks that run twice, and a weight decay that rises."""
     train = {"vision": {"lr": 1e-2, "drop_path": 0.6, "activation_checkpointing": True}, "heads": {"lr": 1e-2}}
