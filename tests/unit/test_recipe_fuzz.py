@@ -150,3 +150,12 @@ def test_corners_of_yaml_are_refused_by_line(text, line, words, tmp_path):
     with pytest.raises(RecipeError) as found:
         load_recipe(file)
     assert any(problem.place.line == line and words in problem.message for problem in found.value.problems), str(found.value)[:500]
+
+
+@pytest.mark.parametrize("name", [".nan", "..", "a..b", "1.5.x", "os.path", "' .a'"])
+def test_names_of_modules_that_hold_no_family_are_refused_by_line(name, tmp_path):
+    file = tmp_path / "corner.yaml"
+    file.write_text(TINY.read_text().replace("architecture: qwen2_5_vl", f"architecture: {name}"))
+    with pytest.raises(RecipeError) as found:
+        load_recipe(file)
+    assert any(problem.place.line == 7 and "cannot be used as a family" in problem.message for problem in found.value.problems)

@@ -43,8 +43,10 @@ def family_class(architecture: str) -> type[Family]:
         raise InputError(f"model.architecture: unknown family {architecture!r}; there are {', '.join(built_in())}, or name a module")
     try:
         found = importlib.import_module(module).FAMILY
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"model.architecture: {module} cannot be used as a family: {error}") from error
+    except Exception as error:  # whatever a module does that is not ours, or a name that none can have
+        raise InputError(f"model.architecture: {module} cannot be used as a family: {type(error).__name__}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Family)):
+        raise InputError(f"model.architecture: {module} cannot be used as a family: its FAMILY is no class of the kind Family")
     if missing := sorted(getattr(found, "__abstractmethods__", ())):
         raise InputError(f"model.architecture: {module} cannot be used as a family: {found.__name__} does not say {', '.join(missing)}")
     _ELSEWHERE[found.name] = module

@@ -55,5 +55,5 @@ def load_named(target: str, what: str) -> Callable[..., Any]:
     module_name, function_name = target.split(":", 1)
     try:
         return getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"{what}: cannot import {target} ({error})") from error
+    except Exception as error:  # whatever a module does that is not ours, or a name that none can have
+        raise InputError(f"{what}: cannot import {target} ({type(error).__name__}: {error})") from error

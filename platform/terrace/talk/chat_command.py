@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from terrace.errors import InputError, TerraceError
 from terrace.talk.model_place import model_directory
 
+ORDERS = ("/image", "/new", "/history", "/help", "/quit")
 HELP = "/image FILE shows a picture with the next question, /new begins anew, /history tells what was said, /quit ends"
 
 
@@ -138,12 +140,15 @@ class Chat:
                 _write(f"{turn.role}: {said}\n")
         elif order == "/help":
             _write(HELP + "\n")
+        elif close := difflib.get_close_matches(order, ORDERS, 1, 0.75) if order.startswith("/") else []:
+            raise InputError(f"there is no {order}; did you mean {close[0]}?")
         else:
             return not line.strip() and not self.pictures
         return True
 
     def ask(self, question: str, write: Any) -> None:
-        """Ask, write the answer as it comes, and remember both. A question that cannot be asked is forgotten again."""
+        """Ask, write the answer as it comes, and remember both. A question that cannot be asked, or was stopped before a word came, is
+        forgotten; its pictures go with the next one."""
         from terrace.talk.conversation import Turn
 
         turn = Turn("user", (*self.pictures, *([question] if question else ())))
@@ -154,11 +159,15 @@ class Chat:
             write(text)
 
         prompt = self._talker.prompt([*self.turns, turn])
-        self.pictures = []
+        pictures, self.pictures, ended = self.pictures, [], False
         try:
             self._talker.answer(prompt, self._wishes, hear)
+            ended = True
         finally:  # an answer that was stopped stays as far as it came
-            self.turns += [turn, Turn("assistant", ("".join(said),))]
+            if said or ended:
+                self.turns += [turn, Turn("assistant", ("".join(said),))]
+            else:
+                self.pictures = pictures
 
 
 def _converse(chat: Chat) -> None:
