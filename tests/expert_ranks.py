@@ -18,6 +18,8 @@ from terrace.objectives.lm import summed_loss
 from terrace.train.setup import prepare_strategy
 from terrace.worker.context import WorkerContext
 
+EXPERTS = ("gate_up_proj", "down_proj")  # last names of tensors of experts
+
 
 def train_each_family(rank: int, world_size: int, names: list[str], runs: Any, folder: str) -> dict[str, list[list[dict[str, Any]]]]:
     """`expert_steps.train_experts` of several families in the same processes."""
@@ -47,11 +49,11 @@ def count_own(rank: int, world_size: int, name: str, experts: int, folder: str) 
     pack = pack_of(case, [SAMPLES[rank]])
     strategy = prepare_strategy(recipe.model, recipe.stages[0], case.config, context, partial(summed_loss, chunk_tokens=64))
     strategy.accumulate(to_device(pack, "cpu", torch.float32), 1e-3, last=True)
-    named = {name: parameter for name, parameter in strategy.model.named_parameters() if parameter.dim() == 3}
+    named = {name: parameter for name, parameter in strategy.model.named_parameters() if name.endswith(EXPERTS)}
     found = {"weights": sum(p.numel() for p in named.values()), "gradients": sum(p.grad.numel() for p in named.values())}
     strategy.clip(1.0)
     strategy.step([(1e-3, 0.0)] * len(strategy._optimizers._groups))
-    shards = {kind: [shard for shard in strategy.shards(kind) if len(shard.shape) == 3] for kind in ("weights", "exp_avg")}
+    shards = {kind: [shard for shard in strategy.shards(kind) if shard.name.endswith(EXPERTS)] for kind in ("weights", "exp_avg")}
     found["moments"] = sum(tensor.numel() for name, tensor in strategy._optimizers.tensors("exp_avg") if name in named)
     found["shards"] = {kind: sum(shard.values.numel() for shard in own) for kind, own in shards.items()}
     found["wholes"] = {shard.name: math.prod(shard.shape) for shard in shards["weights"]}
