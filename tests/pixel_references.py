@@ -105,6 +105,6 @@ def published_slices(width: int, height: int, scale: int, unit: int, most_pixels
 WRITTEN_OUT: dict[str, Callable[[Any, bytes], np.ndarray]] = {
     "kimi_k25": kimi_k25, "gemma3": pillow("Gemma3ImageProcessorPil"), "paligemma": pillow("SiglipImageProcessorPil"),
     "blip_2": pillow("BlipImageProcessorPil"), "instructblip": pillow("BlipImageProcessorPil"),
-    "idefics": pillow("IdeficsImageProcessorPil"), "chameleon": middle_of_lanczos,
+    **dict.fromkeys(("idefics", "flamingo"), pillow("IdeficsImageProcessorPil")), "chameleon": middle_of_lanczos,
     "terrace_vlm_any_size": slices,
 }  # fmt: skip

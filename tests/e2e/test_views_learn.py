@@ -123,6 +123,19 @@ def test_views_teach_the_direction_of_hatching(objective, drawn, tmp_path):
     assert after["probe"] > before["probe"] + rise
 
 
+def test_with_a_norm_over_the_batch_a_small_dino_keeps_away_from_both_collapses(drawn, tmp_path):
+    """Without it the vectors of so small batches draw together within twenty steps, and the teacher holds all prototypes for alike."""
+    torch.set_num_threads(1)
+    options = {**DINO, "norm": "batch", "teacher_temperature": 0.04, "frozen_prototypes": 0.02}
+    recipe = recipe_of(drawn, "dino", 60, 5e-4, {"architecture": "vit", "config": TOWER}, dino=options, views=[WHOLE])
+    prepare_data(recipe, tmp_path, use_ray=False)
+    run_stage(recipe, 0, tmp_path, 1, WorkerContext())
+    lines = [json.loads(line) for line in (tmp_path / "stages" / "01-one" / "metrics.jsonl").read_text().splitlines()]
+    print("dino", [tuple(round(line[name], 2) for name in ("step", "loss", "spread", "teacher_entropy")) for line in lines[::10]])
+    assert all(0.2 < line["teacher_entropy"] < 0.9 for line in lines)
+    assert lines[-1]["spread"] > 0.3
+
+
 MASKED = {
     **TOWER, "patch_size": 4, "decoder_hidden_size": 64, "decoder_intermediate_size": 128, "decoder_num_hidden_layers": 1,
     "decoder_num_attention_heads": 4, "norm_pix_loss": True,

@@ -121,7 +121,8 @@ def test_a_placeholder_behind_the_vocabulary_is_read_and_never_sampled(tmp_path)
     model.config.image_token_index = config.vocab_size
     use_attention(model, "sdpa_segments")
     marks = {**case.tokenizer.marks(case.family), "image": config.vocab_size}
-    tokenizer = SimpleNamespace(marks=lambda family: marks, vocabulary_size=config.vocab_size + 1, token_id={}.get)
+    told = {"marks": lambda family: marks, "fit": lambda family: family, "token_id": {}.get}
+    tokenizer = SimpleNamespace(**told, vocabulary_size=config.vocab_size + 1)
     assert max(forbidden_tokens(tokenizer, case.config)) < config.vocab_size
     section = Model.model_validate({"architecture": "mllama", "config": {**case.section.config}})
     assert model_config(section, tokenizer).image_token_index == config.vocab_size
@@ -132,4 +133,4 @@ def test_a_placeholder_behind_the_vocabulary_is_read_and_never_sampled(tmp_path)
     assert logits.shape[1] == config.vocab_size
     assert torch.isfinite(logits).all()
     with pytest.raises(InputError, match="raise it to at least the tokenizer's"):
-        model_config(section, SimpleNamespace(marks=lambda family: marks, vocabulary_size=config.vocab_size + 9, token_id={}.get))
+        model_config(section, SimpleNamespace(**told, vocabulary_size=config.vocab_size + 9))

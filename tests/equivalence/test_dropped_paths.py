@@ -11,7 +11,7 @@ import pytest
 import torch
 from processes import run_ranks
 from transformers import ViTConfig, ViTModel
-from view_stages import PATHS, gradients_of_step, gradients_of_steps, train_views, views_recipe
+from view_stages import DEPTH, PATHS, gradients_of_step, gradients_of_steps, train_views, views_recipe
 
 from terrace.errors import Preempted
 from terrace.models.build import build_model, model_config
@@ -173,5 +173,6 @@ def test_mistakes_are_told_by_name():
     assert told(**apart) == []
     apart["train"]["vision"]["activation_checkpointing"] = True
     assert any("views of one size beside one another" in line for line in told(**apart))
+    assert any("not offered with parallel.compile" in line for line in told(**DEPTH, parallel={"compile": True}))
     found = told(train={"vision": {"lr": 1e-2}, "language": {"lr": 1e-2, "drop_path": 0.1}, **heads})
     assert any("is offered for vision under the objectives" in line for line in found)

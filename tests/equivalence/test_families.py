@@ -14,7 +14,6 @@ from families import (
     TILED,
     case_of,
     conversation,
-    middle_case,
     model_of,
     pack_of,
     picture,
@@ -23,6 +22,7 @@ from families import (
     reference_inputs,
 )
 from measured import activations, flops, trainable
+from middle_families import middle_case
 from pixel_references import NEEDS_TORCHVISION
 from published_pixels import published_pixels
 from transformers import AutoModelForImageTextToText

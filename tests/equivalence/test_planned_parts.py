@@ -7,8 +7,9 @@ import copy
 import pytest
 import torch
 from adapted import ADAPTED
-from families import CONFIGS, MIDDLE_TOWER, SIGLIP, Case, case_of
+from families import CONFIGS, SIGLIP, Case, case_of
 from measured import activations, flops
+from middle_families import MIDDLE_TOWER
 
 from terrace.families.registry import make_family
 from terrace.models.build import model_config

@@ -28,7 +28,7 @@ from terrace.rl.units import TrainGroup, policy_batch
 QUICK = ("qwen2_5_vl", "llava")
 ALONE = {  # families that cannot read an observation, or none with a picture, and what they say
     "gemma3": "both ways", "llava_onevision": "when one more comes", "paligemma": "one question and its answer",
-    "blip_2": "one question and its answer", "idefics": "observe in text alone", "mllama": "observe in text alone",
+    "blip_2": "one question and its answer", **dict.fromkeys(("idefics", "flamingo", "mllama"), "observe in text alone"),
 }  # fmt: skip
 
 

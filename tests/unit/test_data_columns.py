@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import json
+import mmap
 import os
 import threading
 from collections import Counter
@@ -103,6 +105,35 @@ def test_an_open_folder_holds_no_descriptor(tmp_path: Path):
     found = open_columns(tmp_path)
     assert len(os.listdir("/proc/self/fd")) == before
     assert [found.columns[name][2] for name in names] == list(range(50))
+
+
+def cached_pages(path: Path) -> int:
+    """How many pages of a file the machine holds in memory."""
+    size = path.stat().st_size
+    pages = -(-size // mmap.PAGESIZE)
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), size, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE) as mapped:
+        held, anchor = (ctypes.c_ubyte * pages)(), ctypes.c_char.from_buffer(mapped)
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(ctypes.addressof(anchor)), ctypes.c_size_t(size), held) == 0
+        del anchor
+    return sum(one & 1 for one in held)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="counts pages as Linux does")
+def test_places_that_lie_anywhere_bring_their_own_pages_alone(tmp_path: Path):
+    """Not those around them: a thousandth of a large index's rows would bring all of it from the disk."""
+    values = np.random.default_rng(0).integers(0, 2**16, 12_000_000, dtype=np.int64)
+    column = write(tmp_path, {"x": "i8"}, [{"x": values}]).columns["x"]
+    path = tmp_path / "x.bin"
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    before = cached_pages(path)
+    if before > 500:
+        pytest.skip(f"this file system does not let go of its pages ({before} stay)")
+    places = np.random.default_rng(1).integers(0, len(values), 50)
+    np.testing.assert_array_equal(column[places], values[places])
+    assert cached_pages(path) - before <= 100
+    np.testing.assert_array_equal(column[1_000_000:1_100_000], values[1_000_000:1_100_000])
 
 
 def test_made_once_by_many_and_again_for_another_index(tmp_path: Path):

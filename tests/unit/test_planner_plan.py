@@ -101,6 +101,24 @@ def test_gradients_are_reduced_at_every_pack_where_whole_ones_do_not_fit(gpu: st
         assert not any("every pack" in note for note in one.notes)  # other strategies have nothing to choose
 
 
+def test_divided_experts_and_hybrid_shards_are_planned() -> None:
+    """A worker's memory lacks the experts that others hold, and what it sends them is said."""
+    recipe = REPOSITORY / "jobs" / "recipes" / "qwen3-vl-30b-a3b.yaml"
+    common = ["stages.0.resources.workers=8", "stages.0.batch.packs=8", "stages.0.parallel={strategy: ddp}"]
+    whole, divided = (make_plan(load_recipe(recipe, [*common, *more]), gpu="h100-80gb", gpus=8).stages[0] for more in (
+        [], ["stages.0.parallel.experts=8"],
+    ))  # fmt: skip
+    experts = 3 * 2048 * 768 * 128 * 48  # three matrices of width 2,048 and 768, in 128 experts of 48 layers
+    assert whole.memory.weights - divided.memory.weights == pytest.approx(4 * experts * 7 / 8)
+    [note] = [note for note in divided.notes if "share the experts" in note]
+    sent = 2 * 2 * 8 * divided.stage.sequence_length * 2048 * 48 * 7 / 8  # there and back, in bf16, 8 experts of a token
+    again = divided.stage.frozen_activation_checkpointing
+    assert divided.stage.train.language is None
+    assert f"{(3 if again else 2) * sent / 2**30:.3g} GiB" in note
+    hybrid = make_plan(load_recipe(recipe, [*common, "stages.0.parallel={strategy: fsdp, hybrid_shard_size: 4}"]), gpus=8).stages[0]
+    assert any("4 workers divide the weights, 2 groups" in note for note in hybrid.notes)
+
+
 def test_second_models_of_reinforcement_learning_are_planned() -> None:
     """A reference is divided where weights are; an engine's copy counts in a step only where it generates meanwhile."""
     recipe = load_recipe(REPOSITORY / "jobs" / "recipes" / "mimo-vl-7b-rl.yaml")

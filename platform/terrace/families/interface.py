@@ -233,8 +233,7 @@ class Family(ABC):
         return len(self.before)
 
     def written(self, view: View) -> Iterator[tuple[str, Any]]:
-        """What stands for an image between `before` and `after`, `view.tokens` placeholders and `view.inner` other tokens:
-        ("image", placeholders), ("mark", role) or ("inside", name)."""
+        """What stands between `before` and `after`: ("image", placeholders), ("mark", role) or ("inside", name)."""
         yield "image", view.tokens
 
     @abstractmethod
@@ -242,8 +241,7 @@ class Family(ABC):
         """uint8 [rows, row_values] of a picture, written into `out` if that is given."""
 
     def pictures_of(self, rows: np.ndarray, facts: Sequence[int]) -> np.ndarray:
-        """The inverse, for looking at what the model sees: uint8 [frames, H, W, 3] of an image's (or video's) rows; this default shows
-        square tiles one by one."""
+        """The inverse, to look at: uint8 [frames, H, W, 3] of an image's (or video's) rows; this default shows square tiles one by one."""
         side = math.isqrt(self.row_values // 3)
         return np.ascontiguousarray(rows.reshape(-1, 3, side, side).transpose(0, 2, 3, 1))
 
@@ -262,6 +260,10 @@ class Family(ABC):
         """Temporal patches of a video of `frames` frames, elementwise; 1 for an image, whose `frames` is 0."""
         return np.maximum(1, np.asarray(frames))
 
+    def video_rows(self, frames: Any) -> Any:
+        """Rows of pixels of a video, in those of one frame, elementwise."""
+        return self.frame_pairs(frames)
+
     def video_facts(self, view: View, frames: int) -> tuple[int, ...]:
         raise InputError(f"{self.name} reads no videos here: give single frames as images, or leave video samples out")
 
@@ -274,9 +276,7 @@ class Family(ABC):
         """A coordinate of the original image (axis 0 is x; `size` is (width, height)) in whole units of `view.scale`."""
         return scaled_coordinate(value, size[axis], view.scale[1 - axis])
 
-    def coordinates(
-        self, values: np.ndarray, axes: np.ndarray, widths: np.ndarray, heights: np.ndarray, costs: Costs
-    ) -> np.ndarray:
+    def coordinates(self, values: np.ndarray, axes: np.ndarray, widths: np.ndarray, heights: np.ndarray, costs: Costs) -> np.ndarray:
         """`coordinate` of many, each with its image's size and costs: int64 [C]."""
         new = np.where(axes == 0, costs.scale_widths, costs.scale_heights)
         return scaled_coordinates(values, np.where(axes == 0, widths, heights), new)

@@ -45,7 +45,7 @@ def model_config(model: Model, tokenizer: Any | None = None) -> Any:
         text = values if family.flat else dict(values.get("text_config") or {})
         if tokenizer is not None:
             text.setdefault("vocab_size", tokenizer.vocabulary_size)
-            marks = tokenizer.marks(family.of(values))
+            marks = tokenizer.marks(tokenizer.fit(family.of(values)))
             text.setdefault("bos_token_id", marks[family.begin_of_text])
             text.setdefault("eos_token_id", marks[family.end_of_turn])
             values.update({field: marks[role] for field, role in family.token_fields.items()})

@@ -34,13 +34,14 @@ def compiled(source: Path, definitions: dict[str, int]) -> ctypes.CDLL:
     told = (source.read_bytes(), " ".join(options).encode(), _version(compiler), _processor())
     name = f"{source.stem}-{hashlib.sha256(b'|'.join(told)).hexdigest()[:24]}.so"
     try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "terrace" / "compiled"
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if (folder / name).is_file() and _ours(folder / name):
-            return ctypes.CDLL(str(folder / name))
-        return _made(source, compiler, options, folder / name)
+        kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "terrace" / "compiled"
+        kept.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if (kept / name).is_file() and _ours(kept / name):
+            return ctypes.CDLL(str(kept / name))
+        return _made(source, compiler, options, kept / name)
     except (OSError, RuntimeError):  # no home, no room, a folder of another user
-        return _made(source, compiler, options, Path(tempfile.mkdtemp(prefix="terrace-compiled-")) / name)
+        with tempfile.TemporaryDirectory(prefix="terrace-compiled-") as folder:  # what is loaded stays when its file is gone
+            return _made(source, compiler, options, Path(folder) / name)
 
 
 def _made(source: Path, compiler: str, options: list[str], target: Path) -> ctypes.CDLL:

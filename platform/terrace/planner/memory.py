@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields, replace
 from math import gcd
 
 from terrace.families.shapes import ModelShape
+from terrace.planner.experts import exchange_buffers, experts_elsewhere
 from terrace.planner.parameters import head_parameters, part_sizes, trainable_counts, trains_whole
 from terrace.planner.second_models import second_model_bytes
 from terrace.planner.views import kept_pictures, teacher_parameters
@@ -93,6 +94,7 @@ def stage_memory(shape: ModelShape, stage: Stage, workers: int, pack: PackSize, 
     # come, what the language blocks kept is gone, and nearly all gradients are there.
     at_head = sum(kept) + logits + head + _under_way(shape, stage, state, 0.0)
     in_language = sum(kept) + language.working + _ring_buffers(shape, stage, pack) + _under_way(shape, stage, state, 0.0)
+    in_language += exchange_buffers(shape, stage, pack.tokens, compute)
     in_vision = kept[0] + vision.working + _under_way(shape, stage, state, 1.0)
     fullest = max(at_head, in_language, in_vision)
     beside = FP32 * teacher_parameters(shape, stage) + second_model_bytes(shape, stage, _shards(stage, workers), compute)
@@ -155,8 +157,11 @@ def _state(shape: ModelShape, stage: Stage, workers: int, compute: int, on_gpu: 
     strategy = parallel.strategy
     buffers = waiting = 0.0
     if strategy == "ddp":
-        weights, gradients = FP32 * everything, FP32 * trained
-        optimizer = states - (1 - 1 / workers) * muon_bytes(shape, stage)  # each matrix's momentum is kept by the worker that steps it
+        elsewhere = experts_elsewhere(shape, stage)
+        untrained = elsewhere if trains_whole(stage, "language") else 0  # of them, what this worker has no gradients for
+        weights, gradients = FP32 * (everything - elsewhere), FP32 * (trained - untrained)
+        # Each matrix's momentum under Muon is kept by the worker that steps it.
+        optimizer = (states - (1 - 1 / workers) * muon_bytes(shape, stage)) * (trained - untrained) / max(1, trained)
         if compute < FP32:  # autocast's copies of every matrix that gradients pass through
             buffers = compute * matrices_in_backward(shape, stage)
     elif strategy == "fsdp":
@@ -235,7 +240,7 @@ def matrices_in_backward(shape: ModelShape, stage: Stage) -> float:
     """Parameters of the blocks and the projector that gradients pass through; embeddings and output layer are apart."""
     sizes = part_sizes(shape)
     return sum(
-        sizes[part].in_blocks
+        sizes[part].in_blocks - (experts_elsewhere(shape, stage) if part == "language" else 0)
         for part in PARTS
         if gradients_reach(stage, part) and not (getattr(stage.train, part) is None and stage.frozen_activation_checkpointing)
     )

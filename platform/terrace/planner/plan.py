@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from terrace.planner.adapters import with_adapters
 from terrace.planner.changes import Change, nearest_changes
 from terrace.planner.data_facts import SourceFacts
+from terrace.planner.experts import exchange_bytes
 from terrace.planner.flops import PackFlops, training_flops
 from terrace.planner.gpus import find_gpu, usable_bytes
-from terrace.planner.memory import Memory, gradients_reach, optimizer_bytes, stage_memory, worst_pack
+from terrace.planner.memory import COMPUTE_BYTES, Memory, gradients_reach, optimizer_bytes, stage_memory, worst_pack
 from terrace.planner.parameters import active_parameters, head_parameters, parameter_counts, trainable_counts, trained_parts
 from terrace.planner.passes import passes_beside, rows_of_reference
 from terrace.planner.reduction import reduces_every_pack, settled
@@ -117,8 +118,9 @@ def workers_for(stage: Stage, gpus: int | None) -> int:
     per_worker = max(1.0, stage.resources.gpus_per_worker)
     wanted = max(1, int(gpus / per_worker)) if gpus is not None else workers if isinstance(workers, int) else workers[1]
     ring = stage.parallel.sequence_parallel
-    groups = max(1, wanted // ring)
-    return ring * next(count for count in range(groups, 0, -1) if stage.batch.packs % count == 0)
+    counts = range(max(1, wanted // ring), 0, -1)
+    fitting = (count for count in counts if stage.batch.packs % count == 0 and ring * count % stage.parallel.experts == 0)
+    return ring * next(fitting, 1)
 
 
 def _stage_plan(
@@ -144,6 +146,16 @@ def _stage_plan(
     if reduces_every_pack(stage, workers):
         why = "whole ones do not fit" if asked.parallel.reduce_every_pack is None else "the recipe says so"
         notes.append(f"gradients are reduced at every pack: {why} (parallel.reduce_every_pack)")
+    if stage.parallel.strategy == "fsdp" and (size := stage.parallel.hybrid_shard_size or workers) < workers:
+        notes.append(
+            f"hybrid sharding: {size} workers divide the weights, {workers // size} groups of them hold the same; gradients are scattered "
+            "inside a group and then summed between groups (parallel.hybrid_shard_size)"
+        )
+    if stage.parallel.experts > 1:
+        sent = exchange_bytes(shape, stage, workers, pack.tokens, COMPUTE_BYTES[stage.precision])
+        notes.append(
+            f"{stage.parallel.experts} workers share the experts: each sends about {sent / 2**30:.3g} GiB of tokens a step"
+        )
     beside = passes_beside(recipe, stage, workers, work)
     rows = rows_of_reference(work) if beside.of_reference else 0.0
     reference = None if rows is None else beside.of_reference * forward * rows

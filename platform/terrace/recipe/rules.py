@@ -6,6 +6,7 @@ over one stage (or the recipe) and knows only values, so it costs microseconds a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import PurePath
 
@@ -71,7 +72,8 @@ def allowed_worker_counts(stage: Stage) -> list[int]:
     workers = stage.resources.workers
     low, high = (workers, workers) if isinstance(workers, int) else workers
     ring = stage.parallel.sequence_parallel
-    return [count for count in range(low, high + 1) if count % ring == 0 and stage.batch.packs % (count // ring) == 0]
+    group = math.lcm(ring, stage.parallel.experts)
+    return [count for count in range(low, high + 1) if count % group == 0 and stage.batch.packs % (count // ring) == 0]
 
 
 def nominal_family(recipe: Recipe) -> Family:
@@ -222,6 +224,8 @@ def _workers(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
     for count in sorted({low, high}):
         if count % ring:
             yield Problem(key, f"{count} workers do not form groups of parallel.sequence_parallel {ring}")
+        elif count % stage.parallel.experts:
+            yield Problem(key, f"{count} workers do not form groups of parallel.experts {stage.parallel.experts}")
         elif stage.batch.packs % (count // ring):
             near = [n for n in range(1, stage.batch.packs + 1) if stage.batch.packs % n == 0]
             best = sorted(near, key=lambda n: abs(n - count // ring))[:2]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from terrace.families.configurations import language_config
+from terrace.families.registry import family_class
 from terrace.recipe.errors import Path, Problem
 from terrace.recipe.objectives import OBJECTIVES
 from terrace.recipe.schema import Recipe, Stage
@@ -37,6 +39,8 @@ def check(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
         for count in {workers} if isinstance(workers, int) else set(workers):
             if count % parallel.hybrid_shard_size:
                 yield Problem((*key, "hybrid_shard_size"), f"{parallel.hybrid_shard_size} does not divide {count} workers")
+    if parallel.experts > 1:
+        yield from _experts(recipe, stage, (*key, "experts"))
     if parallel.compile and strategy == "zero3":
         told = "zero3 gathers weights around every layer inside a block, which would cut graphs to pieces; use fsdp, or leave compile out"
         yield Problem((*key, "compile"), told)
@@ -65,3 +69,30 @@ def _sequence_parallel(recipe: Recipe, stage: Stage, key: Path) -> Iterator[Prob
             f"{size} ranks cannot share {heads} attention heads and {key_heads} key/value heads evenly: it must divide "
             f"{heads}, and divide {key_heads} or be a multiple of it (or sequence_exchange: ring, which deals no heads)",
         )
+
+
+def _experts(recipe: Recipe, stage: Stage, key: Path) -> Iterator[Problem]:
+    """What dividing experts over ranks asks of a stage."""
+    size, strategy, family = stage.parallel.experts, stage.parallel.strategy, family_class(recipe.model.architecture)
+    if not family.experts:
+        yield Problem(key, f"{family.name} has no experts to divide; leave it out")
+    if strategy != "ddp":
+        yield Problem(key, f"is an option of ddp, not of {strategy}, which divides every tensor over all workers already; leave it out")
+    if not OBJECTIVES[stage.objective].shares_packs:
+        told = "every rank must make the same passes, and it has passes of single ranks"
+        yield Problem(key, f"{size} ranks may share experts under the objective lm only, not under {stage.objective}: {told}")
+    if stage.optimizer.kind == "adafactor":
+        yield Problem(key, "adafactor measures whole tensors, of which a rank has a part here; use optimizer.kind adamw, sgd or muon")
+    if stage.gradient_noise:
+        yield Problem(key, "gradient_noise needs gradients of single workers, and those of experts are of all that share them")
+    count = expert_count(recipe.model.config or {})
+    if count and count % size:
+        yield Problem(key, f"{size} ranks cannot share {count} experts evenly: it must divide {count}")
+
+
+def expert_count(config: Mapping[str, Any]) -> int | None:
+    """Experts of a sparse layer that a model's configuration states; None where it does not."""
+    text = language_config(config)
+    stated = (text.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    found = next((number for number in stated if number), None) or (config.get("experts") or {}).get("count")
+    return found if isinstance(found, int) else None

@@ -53,6 +53,8 @@ def _drop_path(stage: Stage, at: Path) -> Iterator[Problem]:
             names = ", ".join(name for name, entry in OBJECTIVES.items() if entry.views)
             yield Problem(key, f"is offered for vision under the objectives {names}; leave it out")
             continue
+        if stage.parallel.compile:
+            yield Problem(key, "is not offered with parallel.compile, whose blocks would not see what is left out; use one of both")
         sizes = [size for size, _ in groupby(view.side for view in stage.planned_views)]
         if training.activation_checkpointing and len(set(sizes)) < len(sizes):
             yield Problem(key, "with activation_checkpointing wants views of one size beside one another: sort them by `side`")

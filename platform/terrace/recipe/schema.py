@@ -111,6 +111,7 @@ class Parallel(Strict):
         description="FSDP: reduce gradients after every pack instead of keeping whole ones until a step's last. Default: where those would "
         "not fit on the GPU.",
     )
+    experts: int = Field(1, ge=1, description="ddp: ranks that share the experts of a mixture; each holds its part, and tokens travel.")
     compile: bool = Field(
         False, description="Run transformer blocks through torch.compile. Needs a C++ compiler on CPU, Triton on CUDA; same losses."
     )

@@ -20,6 +20,7 @@ from terrace.errors import InputError
 from terrace.models.attention import activate_flash_attention_3, choose_backend, use_attention
 from terrace.models.build import meta_model
 from terrace.models.compiled import check_compiler, compile_blocks
+from terrace.models.expert_parallel import divide_experts, open_expert_group
 from terrace.models.families.registry import family_of_model
 from terrace.models.heads import attach_heads, is_head, source_with_heads
 from terrace.models.kernels import choose_kernels, use_liger
@@ -113,6 +114,11 @@ def prepare_strategy(
         log.info("norms and gates: %s (%s)", kernels, kernels_reason)
     if kernels == "liger":
         use_liger(skeleton)
+    experts = None
+    if stage.parallel.experts > 1:
+        experts = divide_experts(skeleton, open_expert_group(stage.parallel.experts, context.rank, context.world_size))
+        if context.rank == 0:
+            log.info("experts: %d ranks share those of each layer (parallel.experts)", stage.parallel.experts)
     if stage.parallel.compile:
         check_compiler(torch.device(context.device).type)
         blocks = compile_blocks(skeleton)
@@ -122,7 +128,7 @@ def prepare_strategy(
     if not groups:
         raise InputError(f"stage {stage.name}: no part trains; name at least one of {', '.join(PARTS)} under `train`")
     return open_strategy(
-        Setup(skeleton=skeleton, source=source, groups=groups, stage=stage, context=context, loss=loss)
+        Setup(skeleton=skeleton, source=source, groups=groups, stage=stage, context=context, loss=loss, experts=experts)
     )
 
 

@@ -51,6 +51,7 @@ class Column:
 
     def __getitem__(self, places: Any) -> Any:
         if self._stored is not None:
+            self._advise(mmap.MADV_NORMAL if isinstance(places, slice) else mmap.MADV_RANDOM)
             found = self._stored[places].astype(self.dtype)
             self._let_go()
             return found
@@ -74,8 +75,13 @@ class Column:
     def _let_go(self) -> None:
         """Unmap the pages that a read brought. They stay in the machine's cache for whoever reads next, but count for no process:
         where files are cached in large pieces, one value would leave megabytes in the process that asked for it."""
+        self._advise(mmap.MADV_DONTNEED)
+
+    def _advise(self, what: int) -> None:
+        """Tell the kernel of a large column. Places that lie anywhere are read alone: around each of them it would read 128 KiB ahead,
+        and a thousandth of the rows would bring the whole column from the disk."""
         if self._pages is not None:
-            _C.madvise(ctypes.c_void_p(self._pages.address), ctypes.c_size_t(self._pages.size), mmap.MADV_DONTNEED)
+            _C.madvise(ctypes.c_void_p(self._pages.address), ctypes.c_size_t(self._pages.size), what)
 
     def _count_single(self) -> None:
         self._singles += 1

@@ -232,9 +232,8 @@ class SourceIndex:
             costs = _image_costs(family, widths, heights, bounds, np.diff(starts["image"]))
             pairs = family.frame_pairs(columns["visual_frames"])
             image = np.repeat(starts["image"][:-1], np.diff(starts["visual"])) + columns["visual_image"]
-            visual, rows, written = (
-                _sums(of_image[image] * pairs, starts["visual"]) for of_image in (costs.tokens, costs.rows, costs.lengths)
-            )
+            visual, written = (_sums(of_image[image] * pairs, starts["visual"]) for of_image in (costs.tokens, costs.lengths))
+            rows = _sums(costs.rows[image] * family.video_rows(columns["visual_frames"]), starts["visual"])
             owner = np.repeat(starts["image"][:-1], np.diff(starts["coordinate"])) + columns["coordinate_image"]
             numbers = family.coordinates(
                 columns["coordinate_value"], columns["coordinate_axis"], widths[owner], heights[owner], costs[owner]

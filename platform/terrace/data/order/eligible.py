@@ -161,7 +161,8 @@ def visual_ranges(measure: Measure, images: Sized, bounds: tuple[int, int]) -> l
         view, pairs = family.view(*images.sizes[image], bounds), int(family.frame_pairs(frames))
         length, start = pairs * view.length, place + shown + sum(longer[:coordinates])
         stop = start + length + len(family.after)
-        ranges.append(VisualRange(start - family.heading_tokens(number), stop, pairs * view.tokens, pairs * view.rows, length))
+        rows = int(family.video_rows(frames)) * view.rows
+        ranges.append(VisualRange(start - family.heading_tokens(number), stop, pairs * view.tokens, rows, length))
         shown += length
     return ranges
 

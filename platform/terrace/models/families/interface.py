@@ -194,6 +194,11 @@ class FamilyModel:
         """The modules that send tokens to experts, in the order of layers; none in a dense model."""
         return []
 
+    def experts(self, model: Any) -> list[Any]:
+        """The modules whose own tensors are experts [E, ...], in the order of layers. Their `answers`, or else their `forward`, takes
+        tokens [T, H] and the experts chosen for them with their weights, [T, k] both; an expert E is nobody."""
+        return []
+
     def choice(self, router: Any, output: Any) -> Choice:
         """What a router's output says."""
         raise NotImplementedError

@@ -82,6 +82,9 @@ class KimiK25Model(FamilyModel):
     def routers(self, model: Any) -> list[Any]:
         return [layer.mlp.gate for layer in self.blocks_of(model, "language") if hasattr(layer.mlp, "gate")]
 
+    def experts(self, model: Any) -> list[Any]:
+        return [layer.mlp.experts for layer in self.blocks_of(model, "language") if hasattr(layer.mlp, "experts")]
+
     def choice(self, router: Any, output: Any) -> Choice:
         logits, _, experts = output
         scores = logits.float().sigmoid()

@@ -76,6 +76,9 @@ class TerraceVlmFamily(FamilyModel):
     def routers(self, model: Any) -> list[Any]:
         return [layer.mlp.gate for layer in self.blocks_of(model, "language") if isinstance(layer.mlp, SparseMlp)]
 
+    def experts(self, model: Any) -> list[Any]:
+        return [layer.mlp for layer in self.blocks_of(model, "language") if isinstance(layer.mlp, SparseMlp)]
+
     def choice(self, router: Any, output: Any) -> Choice:
         probabilities = output.float().flatten(0, -2).softmax(dim=-1)
         return Choice(probabilities, probabilities.topk(self.family.experts_per_token, dim=-1).indices)  # type: ignore[attr-defined]

@@ -39,20 +39,24 @@ class SparseMlp(nn.Module):
         kept = self._kept(chosen)
         weights = weights if kept is None else weights * kept
         weights = (weights / weights.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)).to(tokens.dtype)
+        chosen = chosen if kept is None else chosen.masked_fill(~kept, self.gate.out_features)  # nobody's number
+        return self.answers(tokens, chosen, weights).view_as(hidden)
+
+    def answers(self, tokens: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """[T, H], from tokens [T, H], the experts they go to and the weights of these, [T, k] both. Experts may lie on other ranks."""
         out = torch.zeros_like(tokens)
         for number in range(len(self.gate_up_proj)):
-            mine = chosen == number if kept is None else (chosen == number) & kept
-            rows, places = torch.nonzero(mine, as_tuple=True)
+            rows, places = torch.nonzero(chosen == number, as_tuple=True)
             gate, up = nn.functional.linear(tokens[rows], self.gate_up_proj[number]).chunk(2, dim=-1)
             answer = nn.functional.linear(nn.functional.silu(gate) * up, self.down_proj[number])
             out = out.index_add(0, rows, (answer * weights[rows, places, None]).to(out.dtype))
-        return out.view_as(hidden)
+        return out
 
     def _kept(self, chosen: torch.Tensor) -> torch.Tensor | None:
         """bool [T, k]: assignments within the experts' capacity; None: all."""
         if self.capacity_factor is None or not torch.is_grad_enabled():
             return None
-        count, experts = chosen.numel(), len(self.gate_up_proj)
+        count, experts = chosen.numel(), self.gate.out_features
         capacity = math.ceil(self.capacity_factor * count / experts)
         in_order = nn.functional.one_hot(chosen.t().reshape(-1), experts)  # first choices of all tokens, then second ones
         place = (in_order.cumsum(dim=0) * in_order).sum(dim=1)  # from 1

@@ -2,13 +2,14 @@
 
 Also what runs on one process (no wrapper then). Memory per rank: 16 bytes per trained parameter (float32 weight,
 gradient, two moments) and 4 per frozen one; Muon's momentum is divided by the ranks (train.matrix_shares). bf16 and fp16
-through autocast, so weights, gradients and their reduction stay float32.
+through autocast, so weights, gradients and their reduction stay float32. Experts may be divided over ranks (`parallel.experts`,
+own_experts): DDP then leaves their tensors alone.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from terrace.train.optimizer import Rate
 from terrace.train.optimizers import Kind, Optimizers
 from terrace.train.strategies.frozen import whole_loss
 from terrace.train.strategies.interface import FrozenLoss, Loss, Setup, StepModule
+from terrace.train.strategies.own_experts import OwnExperts
 from terrace.train.strategies.shards import ReadTogether, Shard, divided, whole_shard
 
 
@@ -36,11 +38,15 @@ class DataParallel:
         self._offload = stage.activation_offload
         self.loss_scale = LossScale() if stage.precision == "fp16" else None
         self._context = context
-        self.model = materialise(setup.skeleton, self._together(setup.source, setup.skeleton), context.device)
+        self._experts = OwnExperts(setup.experts, context.world_size) if setup.experts is not None else None
+        names = [name for name, _ in setup.skeleton.named_parameters()]
+        self.model = materialise(setup.skeleton, self._together(setup.source, names), context.device)
         self._parameters = dict(self.model.named_parameters())
         self._module: Any = StepModule(self.model, setup.loss)
         self._synchronised = context.world_size > 1
         if self._synchronised:
+            own = [f"model.{name}" for name in names if self._is_own(name)]
+            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self._module, own)
             self._module = DistributedDataParallel(self._module, forward_sync_buffers=False, gradient_as_bucket_view=True)
         matrices = {name: self._parameters[name].shape for group in setup.groups if group.rule == "muon" for name in group.names}
         owners = shared_out(matrices, context.world_size) if self._synchronised else {}
@@ -60,6 +66,8 @@ class DataParallel:
             with self._kept_on_host(), compute_context(self._precision, self._device):
                 loss = self._module(batch)
             (loss * factor).backward()
+        if last and self._experts is not None:
+            self._experts.reduce(self._parameters)
         return loss.detach()
 
     def _kept_on_host(self) -> contextlib.AbstractContextManager[object]:
@@ -68,10 +76,11 @@ class DataParallel:
         return contextlib.nullcontext()
 
     def clip(self, limit: float | None) -> float:
-        gradients = [p.grad for p in (self._parameters[name] for name in self._trained) if p.grad is not None]
+        gradients = {name: found for name in self._trained if (found := self._parameters[name].grad) is not None}
         if self.loss_scale:
-            torch._foreach_mul_(gradients, 1.0 / self.loss_scale.value)
-        norm = torch.nn.utils.get_total_norm(gradients)
+            torch._foreach_mul_(list(gradients.values()), 1.0 / self.loss_scale.value)
+        alike = torch.nn.utils.get_total_norm
+        norm = self._experts.norm(gradients) if self._experts is not None else alike(list(gradients.values()))
         if limit is not None and bool(torch.isfinite(norm)):
             torch.nn.utils.clip_grads_with_norm_([self._parameters[name] for name in self._trained], limit, norm)
         return float(norm)
@@ -90,26 +99,41 @@ class DataParallel:
     def discard(self) -> None:
         self._optimizers.zero()
 
-    def _together(self, source: TensorSource, model: Any) -> ReadTogether:
-        return ReadTogether(source, [name for name, _ in model.named_parameters()], self._context)
+    def _is_own(self, name: str) -> bool:
+        """Whether this rank has a part of a tensor, of experts, rather than all of it."""
+        return self._experts is not None and name in self._experts
+
+    def _together(self, source: TensorSource, names: Iterable[str]) -> TensorSource:
+        """What this rank holds of these tensors, each byte of them read by one rank."""
+        together = ReadTogether(source, [name for name in names if not self._is_own(name)], self._context)
+        experts = self._experts
+        if experts is None:
+            return together
+        return lambda name: experts.read(source, name) if name in experts else together(name)
+
+    def _held(self, kind: Kind) -> Iterator[tuple[str, torch.Tensor]]:
+        if kind != "weights":
+            return self._optimizers.tensors(kind)
+        return ((name, parameter.detach()) for name, parameter in self._parameters.items())
 
     def shards(self, kind: Kind) -> Iterator[Shard]:
         if self._shared(kind):
-            return (whole_shard(name, tensor) for name, tensor in self._optimizers.tensors(kind))
-        whole = (whole_shard(name, tensor) for name, tensor in self.tensors(kind))
-        return divided(whole, self._context.rank, self._context.world_size)
+            yield from (whole_shard(name, tensor) for name, tensor in self._optimizers.tensors(kind))
+            return
+        held = list(self._held(kind))
+        alike = (whole_shard(name, tensor) for name, tensor in held if not self._is_own(name))
+        yield from divided(alike, self._context.rank, self._context.world_size)
+        if self._experts is not None:
+            yield from self._experts.shards((name, tensor) for name, tensor in held if self._is_own(name))
 
     def tensors(self, kind: Kind) -> Iterator[tuple[str, torch.Tensor]]:
-        if kind == "weights":
-            for name, parameter in self._parameters.items():
-                yield name, parameter.detach()
-            return
-        held = dict(self._optimizers.tensors(kind))
+        held = dict(self._held(kind))
         if self._shared(kind):
             steps = self._optimizers.steps()
             held |= {name: torch.empty_like(self._parameters[name]) for name in self._shares.owners if name in steps and name not in held}
             self._shares.exchange(held)
-        yield from sorted(held.items())
+        for name, tensor in held.items() if kind == "weights" else sorted(held.items()):
+            yield name, self._experts.whole(name, tensor) if self._experts is not None and self._is_own(name) else tensor
 
     def _shared(self, kind: Kind) -> bool:
         """Whether every rank has other tensors of the kind, whole: the momentum of the matrices that it steps."""
@@ -122,7 +146,7 @@ class DataParallel:
         return self._optimizers.kinds(name)
 
     def load_weights(self, source: TensorSource) -> None:
-        source = self._together(source, self.model)
+        source = self._together(source, self._parameters)
         with torch.no_grad():
             for name, parameter in self._parameters.items():
                 parameter.copy_(source(name))
@@ -134,8 +158,8 @@ class DataParallel:
 
     def load_optimizer(self, source: Callable[[Kind], TensorSource], steps: dict[str, int]) -> None:
         self._optimizers.load(
-            lambda kind: source(kind) if self._shared(kind) else ReadTogether(source(kind), steps, self._context), steps
+            lambda kind: source(kind) if self._shared(kind) else self._together(source(kind), steps), steps
         )
 
     def load_average(self, source: TensorSource) -> None:
-        self._optimizers.load_average(ReadTogether(source, self._trained, self._context))
+        self._optimizers.load_average(self._together(source, self._trained))

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from terrace.models.expert_parallel import ExpertDivision
 from terrace.models.weights import TensorSource
 from terrace.recipe.schema import Stage
 from terrace.train.loss_scale import LossScale
@@ -37,6 +38,7 @@ class Setup:
     stage: Stage
     context: WorkerContext
     loss: Loss
+    experts: ExpertDivision | None = None  # tensors of which the skeleton has this rank's rows alone
 
 
 class Strategy(Protocol):
