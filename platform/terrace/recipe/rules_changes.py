@@ -30,7 +30,11 @@ def check(recipe: Recipe, stage: Stage, at: Path, index: int) -> Iterator[Proble
         return  # an unknown family, which is said already
     side = changes.interpolate_positions
     if side is not None:
-        if family.resized(begun.config, side) is None:
+        try:
+            resized = family.resized(begun.config, side)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            return  # the map is wrong, which is said where it stands
+        if resized is None:
             yield Problem((*key, "interpolate_positions"), f"{family.name} has no learned positions of one fixed picture size to stretch")
         else:
             before = {message for _, message in family.check(begun.config, True)}
