@@ -119,6 +119,8 @@ def test_a_bucket_that_does_not_answer_is_one_line(world, monkeypatch, capsys):
         ([], []),
         (["stages.0.train.language.lr=1e308"], ["stages.0.train.language.lr"]),
         (["stages.0.train.language.lr=1e-12"], ["stages.0.train.language.lr"]),
+        (["stages.0.train.language.lr=4.8"], ["stages.0.train.language.lr"]),
+        (["stages.0.train.language.lr=4.8", "stages.0.optimizer={kind: lars}"], []),
         (["stages.0.budget={steps: 1e12}"], ["stages.0.budget.steps"]),
         (["stages.0.budget={epochs: 1e9}", "stages.0.batch.packs=1e9"], ["stages.0.budget.epochs", "stages.0.batch.packs"]),
         (["stages.0.optimizer={weight_decay: 50, eps: 0.1}"], ["stages.0.optimizer.weight_decay", "stages.0.optimizer.eps"]),

@@ -16,6 +16,7 @@ USUAL: tuple[tuple[tuple[str, ...], float, float], ...] = (
     (("loss_chunk_tokens",), 1, 1e7), (("failure", "max_restarts"), 0, 1e4), (("failure", "backoff_seconds"), 0, 86_400),
 )  # fmt: skip
 RATES = (1e-9, 0.5)
+MOST_OF_LARS = 50  # whose rates are multiplied by a layer's ratio of norms; papers have up to 0.3 for every 256 samples of a batch
 MOST_WORKERS = 20_000
 MOST_RATIO = 1e6  # of two weights of a mixture
 
@@ -26,10 +27,11 @@ def questions(recipe: Recipe) -> list[Problem]:
 
 
 def _stage(stage: Stage, at: Path) -> Iterator[Problem]:
+    least, most = RATES[0], MOST_OF_LARS if stage.optimizer.kind == "lars" else RATES[1]
     for part in PARTS:
         training = getattr(stage.train, part)
-        if training is not None and not RATES[0] <= training.lr <= RATES[1]:
-            yield Problem((*at, "train", part, "lr"), f"is {training.lr:g} meant? Learning rates lie between {RATES[0]:g} and {RATES[1]:g}")
+        if training is not None and not least <= training.lr <= most:
+            yield Problem((*at, "train", part, "lr"), f"is {training.lr:g} meant? Learning rates lie between {least:g} and {most:g}")
     for path, least, most in USUAL:
         value = stage
         for step in path:
