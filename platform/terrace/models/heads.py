@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import PreTrainedModel
 
 from terrace.errors import InputError
 from terrace.families.configurations import language_config
@@ -58,6 +59,9 @@ class MtpBlock(nn.Module):
             config.layer_types = ["full_attention" if "full_attention" in kinds else kinds[-1]]
         self.block = type(language)(config)
         self.block.embed_tokens = nn.Identity()  # the embeddings are the model's
+        for name, child in list(self.block.named_children()):
+            if isinstance(child, PreTrainedModel):  # Chameleon's quantiser of pictures, which a head never asks
+                delattr(self.block, name)
         norm = next(getattr(self.block, name) for name in FINAL_NORMS if hasattr(self.block, name))
         self.hidden_layernorm, self.token_layernorm = copy.deepcopy(norm), copy.deepcopy(norm)
         self.input_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
