@@ -28,10 +28,18 @@ def _field(default: Any = REQUIRED, **_: Any) -> Any:
     return default
 
 
+class _After:
+    """A validator of mode `after`, which looks at what was read and refuses it or gives it back."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+
+
 def _validator(mode: str) -> Callable[[Any], Any]:
-    if mode != "before":
+    kinds = {"before": _Before, "after": _After}
+    if mode not in kinds:
         raise NotImplementedError(f"a validator of mode {mode}: install pydantic")
-    return _Before
+    return kinds[mode]
 
 
 class _Model:
@@ -50,6 +58,8 @@ class _Model:
             if value is REQUIRED:
                 raise TypeError(f"{type(self).__name__} needs {name}")
             object.__setattr__(self, name, _converted(value, hint) if name in values else copy.deepcopy(value))
+        for validator in [one for owner in type(self).__mro__ for one in vars(owner).values() if isinstance(one, _After)]:
+            validator.function(self)
 
     @classmethod
     def model_validate(cls, value: Any) -> Any:

@@ -156,6 +156,6 @@ def test_examples_that_meet_must_be_equally_many_on_every_rank():
 
 
 def test_an_objective_that_no_entry_names_is_refused():
-    with pytest.raises(ValueError, match="'lm', 'grpo', 'reward_model'"):
+    with pytest.raises(ValueError, match="'lm', 'mlm', 'grpo', 'reward_model'"):
         tiny_recipe(objective="lmm")
     assert json.loads(json_bytes(toy_recipe().model_dump(mode="json")))["stages"][0]["objective"] == "toy"

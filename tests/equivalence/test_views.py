@@ -38,7 +38,7 @@ def head(module: Any, x: torch.Tensor) -> torch.Tensor:
     """A projector or predictor on rows [N, W], layer by layer."""
     for layer in module:
         kind = type(layer).__name__
-        if kind == "HeadLinear":
+        if kind in ("HeadLinear", "SmallLinear"):
             x = x @ layer.weight.T + (0 if layer.bias is None else layer.bias)
         elif kind in ("BatchNorm", "LayerNorm"):
             axis = 0 if kind == "BatchNorm" else 1
