@@ -284,7 +284,7 @@ def strategy_memory(rank: int, world_size: int, args: argparse.Namespace, name: 
     before = held_bytes()
     strategy = prepare_strategy(recipe.model, stage, config, context, partial(summed_loss, chunk_tokens=64))
     sizes = {n: int(np.prod(getattr(p, "ds_shape", p.shape))) for n, p in strategy.model.named_parameters()}
-    rates = [group.peak_lr for group in parameter_groups(strategy.model, stage)]
+    rates = [(group.peak_lr, group.weight_decay) for group in parameter_groups(strategy.model, stage)]
     held = 0
     for _ in range(2):  # moments exist from the first step on
         for place in range(2):

@@ -267,7 +267,7 @@ def train_variant(args: argparse.Namespace, settings: dict[str, Any]) -> dict[st
         objective = LanguageModelling(Opening(recipe, stage, feed, context, Path()))
         strategy = prepare_strategy(recipe.model, stage, config, context, objective.loss)
     groups = parameter_groups(strategy.model, stage)
-    rates = [group.peak_lr for group in groups]
+    rates = [(group.peak_lr, group.weight_decay) for group in groups]
     meter = Meter(config, stage, recipe.model, recipe.planning, context)
     batches = [
         [full_pack(step * args.packs + place, args.length, args.samples) for place in range(args.packs)] for step in range(2)
