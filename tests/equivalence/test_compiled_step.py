@@ -80,7 +80,7 @@ def test_weights_that_move_are_read_where_they_are(tmp_path):
 
 @pytest.mark.parametrize(("what", "told"), [
     ("no compiler", "no C compiler was found"), ("a compiler that fails", "ended with 3: cc: out of order"), ("bf16", "float32 on a CPU"),
-    ("another activation", "wants SiLU"),
+    ("autocast", "wants precision fp32, not bf16"), ("another activation", "wants SiLU"), ("an adapter", "without adapters"),
 ])  # fmt: skip
 def test_where_it_cannot_be_had_the_plain_step_decodes_and_the_log_says_why(what, told, tmp_path, monkeypatch, caplog):
     world = world_of("qwen2_5_vl", tmp_path)
@@ -89,7 +89,9 @@ def test_where_it_cannot_be_had_the_plain_step_decodes_and_the_log_says_why(what
         model.to(torch.bfloat16)
     elif what == "another activation":
         family_of_model(model).language(model).layers[1].mlp.act_fn = torch.nn.GELU()
-    else:
+    elif what == "an adapter":  # puts something around what a layer's part gives
+        family_of_model(model).language(model).layers[1].mlp.register_forward_hook(lambda _module, _inputs, output: output * 1.5)
+    elif what != "autocast":
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
         folder = tmp_path / "bin"
         folder.mkdir()
@@ -98,7 +100,7 @@ def test_where_it_cannot_be_had_the_plain_step_decodes_and_the_log_says_why(what
             (folder / "cc").chmod(0o700)
         monkeypatch.setenv("PATH", str(folder))
         monkeypatch.delenv("CC", raising=False)
-    engine = NativeEngine(model, world.never, world.stop, "cpu", "bf16" if what == "bf16" else "fp32", compiled=True)
+    engine = NativeEngine(model, world.never, world.stop, "cpu", "bf16" if what == "autocast" else "fp32", compiled=True)
     with caplog.at_level(logging.WARNING):
         answers = engine.generate(world.prompts[:1], SAMPLING)
         engine.generate(world.prompts[:1], SAMPLING)

@@ -213,18 +213,28 @@ class NativeEngine:
         return hidden[self._on_device(example.segment_ends.astype(np.int64) - 1)], kept, units
 
     def _short_step(self) -> DecodeStep | None:
-        if not usual(self._model):
-            return None
-        step = self._step
-        if self._compiled and step is None:
+        """The step with fewer operations, for models of the usual kind; compiled where that was asked for and can be had."""
+        known = usual(self._model)
+        if self._compiled and self._step is None:
             try:
-                step = CompiledStep(self._model)
+                self._step = self._compiled_step(known)
                 LOGGER.info("decoding steps are compiled")
             except NotCompiled as reason:
                 LOGGER.warning("decoding steps are not compiled: %s", reason)
-        if isinstance(step, CompiledStep):
-            step.begin()
-        return step or DecodeStep(self._model)
+                self._compiled = False
+        if not known:
+            return None
+        if isinstance(self._step, CompiledStep):
+            self._step.begin()
+        return self._step or DecodeStep(self._model)
+
+    def _compiled_step(self, known: bool) -> CompiledStep:
+        """Raises NotCompiled. Weights in float32 are not enough: under another precision the cache holds other numbers."""
+        if self._precision != "fp32":
+            raise NotCompiled(f"the compiled step wants precision fp32, not {self._precision}")
+        if not known:
+            raise NotCompiled("the compiled step wants a language model of the usual kind, without adapters")
+        return CompiledStep(self._model)
 
     def _decode(self, state: Sequences, cache: SharedPromptCache) -> tuple[np.ndarray, torch.Tensor]:
         """Rows, and their logits float32 [A, V] after one more token of each: all rows, or those that have a sequence."""

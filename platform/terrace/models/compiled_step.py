@@ -110,6 +110,9 @@ class CompiledStep(DecodeStep):
         for place in range(len(self._layers)):
             (prompt_keys, prompt_values), (own_keys, own_values) = cache.with_room(place, call.kv_heads, self._size)
             block = self._blocks[place]
+            for tensor in (prompt_keys, prompt_values, own_keys, own_values):  # C reads them by their addresses
+                assert tensor.dtype == torch.float32, "the compiled step reads a cache in float32"
+                assert tensor.is_contiguous()
             block.prompt_keys, block.prompt_values = prompt_keys.data_ptr(), prompt_values.data_ptr()
             block.own_keys, block.own_values = own_keys.data_ptr(), own_values.data_ptr()
             block.prompt_room, block.own_room = prompt_keys.shape[2], own_keys.shape[2]
@@ -128,11 +131,11 @@ class CompiledStep(DecodeStep):
             count * call.hidden, count * call.hidden, count * max(2 * call.inner, queries + 2 * pairs), count * queries,
             widest * (call.score_room + 2 * self._size),
         ]  # fmt: skip
-        room = torch.empty(sum(sizes))
+        room = torch.empty(sum(sizes), dtype=torch.float32)
         call.states, call.read, call.wide, call.heads_out, call.scores = (
             room.data_ptr() + 4 * offset for offset in np.cumsum([0, *sizes[:-1]]).tolist()
         )
-        logits = torch.empty(count, call.vocabulary)
+        logits = torch.empty(count, call.vocabulary, dtype=torch.float32)
         call.logits, call.cosines, call.sines = logits.data_ptr(), cosines.data_ptr(), sines.data_ptr()
         self._code.decode_step(ctypes.byref(call))
         return logits
