@@ -192,6 +192,18 @@ def test_masks_are_those_of_sample_and_epoch_alone_and_never_of_a_mark(tmp_path)
     assert nothing.supervised_tokens == 0
 
 
+def test_special_tokens_that_are_no_marks_are_neither_asked_for_nor_put_anywhere(tmp_path):
+    tokenizer = word_pieces(tmp_path / "pieces")
+    marks = tokenizer.marks(family := family_class("bert")())
+    unknown = WORD_PIECES.index("[UNK]")  # the tokenizer calls it special, and no family writes it
+    assert unknown not in marks.values()
+    masking = Masking.of(MlmOptions(share=0.5, masked=0.0, replaced=1.0), 3, tokenizer, family)
+    tokens = [marks["start"], *([unknown, 5, 8, 10] * 200), marks["end_of_text"]]
+    made = masking.pack(packed({"a": tokens}))
+    assert unknown not in made.targets
+    assert (made.input_ids == unknown).sum() == 200
+
+
 def test_whole_words_are_taken_or_left_as_a_tokenizer_marks_them(tmp_path):
     family, options = family_class("bert")(), MlmOptions(whole_words=True, share=0.4)
     tokenizer = word_pieces(tmp_path / "pieces")

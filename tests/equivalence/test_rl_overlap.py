@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from rl_stage import break_at, figures_of, prepare, rl_recipe, run
 from terrace.generation.copies import EngineOnCopy
 from terrace.objectives.grpo import PolicyOptions, token_losses
 from terrace.rl import ledger
+from terrace.rl.overlap import OverlappedCollector
 
 
 class Killed(BaseException):
@@ -90,7 +92,12 @@ def kill_and_go_on(folder, name: str, kills: int, seed: int, iterations: int, st
 
 def test_nothing_is_lost_or_trained_twice(folder, monkeypatch):
     slow_updates(monkeypatch)
+    ahead, allow = set(), OverlappedCollector._allow
+    monkeypatch.setattr(
+        OverlappedCollector, "_allow", lambda self, following: ahead.add(following - self._version) or allow(self, following)
+    )
     assert kill_and_go_on(folder, "killed", 3, 5, 4, 1) == 3
+    assert ahead == {0, 1}, "while the policy trains, groups are begun for the iterations behind that one"
     lines = checked(folder, "killed", 4, 1)
     assert any(oldest < line["iteration"] - 1 for line in lines for _, oldest, _ in line["trained"]), "some of it was generated meanwhile"
     for line in figures_of(folder, "killed"):
@@ -110,6 +117,19 @@ def test_nothing_is_lost_or_trained_twice_under_20_kills(folder, monkeypatch, st
         checked(folder, name, 12, staleness)
         runs += 1
     assert runs < 5, "most places are reached"
+
+
+@pytest.mark.parametrize(("staleness", "version", "following", "groups"), [
+    (2, 0, 0, 12), (2, 0, 1, 8), (2, 7, 7, 12), (2, 8, 8, 8), (2, 9, 9, 4), (2, 9, 10, 0), (0, 3, 3, 4), (0, 3, 4, 0),
+])  # fmt: skip
+def test_no_more_groups_are_begun_than_can_still_train(staleness, version, following, groups):
+    """Of 4 prompts and 10 iterations: those from `following` on that may train what the weights of `version` sample."""
+    collector = object.__new__(OverlappedCollector)
+    collector.order, collector.options = SimpleNamespace(iterations=10), SimpleNamespace(prompts_per_iteration=4)
+    collector.context, collector._ahead = SimpleNamespace(world_size=1), SimpleNamespace(lock=threading.Lock(), allowed=None)
+    collector._version, collector._most_stale, collector._extra = version, staleness, 0
+    collector._allow(following)
+    assert collector._ahead.allowed == groups
 
 
 def test_without_staleness_it_is_the_on_policy_run(folder):
