@@ -16,7 +16,7 @@ from terrace import cli
 from terrace.cluster.attempt_files import write_outcome
 from terrace.cluster.attempt_outcome import outcome
 from terrace.cluster.start_ray import require_answer
-from terrace.errors import DamagedData, InputError, Preempted
+from terrace.errors import DamagedData, InputError, Preempted, one_line
 from terrace.models.build import model_config
 from terrace.recipe.schema import Model
 
@@ -49,6 +49,19 @@ def test_what_a_retry_cannot_mend_is_not_retried(tmp_path):
     assert seen.failure == "input"  # which the state machine does not try again
     assert seen.message == f"{SENTENCE} (rank 0)"
     assert json.dumps(seen.message).count("\\u001b") == 0
+
+
+@pytest.mark.parametrize(
+    ("message", "kept"),
+    [
+        (SENTENCE, SENTENCE),
+        ("3 prompts cannot be judged\n  rows/1: no number\n", "3 prompts cannot be judged: rows/1: no number"),
+        ("2 problems:\n\n  a: wrong\n  b: wrong", "2 problems: a: wrong (`terrace logs RUN` shows the rest)"),
+        ("\n", ""),
+    ],
+)
+def test_a_journal_keeps_of_a_message_what_is_wrong_and_the_first_reason(message, kept):
+    assert one_line(message) == kept
 
 
 def test_a_cluster_that_is_not_there_is_said_at_once():
