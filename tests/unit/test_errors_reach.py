@@ -15,7 +15,7 @@ import pytest
 from terrace import cli
 from terrace.cluster.attempt_files import write_outcome
 from terrace.cluster.attempt_outcome import outcome
-from terrace.cluster.start_ray import require_answer
+from terrace.cluster.start_ray import require_answer, silence_daemons
 from terrace.errors import DamagedData, InputError, Preempted, one_line
 from terrace.models.build import model_config
 from terrace.recipe.schema import Model
@@ -49,6 +49,30 @@ def test_what_a_retry_cannot_mend_is_not_retried(tmp_path):
     assert seen.failure == "input"  # which the state machine does not try again
     assert seen.message == f"{SENTENCE} (rank 0)"
     assert json.dumps(seen.message).count("\\u001b") == 0
+
+
+def test_a_worker_that_was_killed_is_a_sentence_and_rays_paragraph_is_not_printed(capfd):
+    from ray._private import worker
+    from ray.exceptions import ActorDiedError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    from terrace.cluster.local import _describe
+
+    died = WorkerHealthCheckFailedError("A worker health check failed.", ActorDiedError())
+    failed = RuntimeError("the group failed")
+    failed.worker_failures = {3: died}
+    reason, message = _describe(failed)
+    assert reason == "ActorDiedError"
+    assert message == (
+        "rank 3: its process was killed, ran out of memory or does not answer (The actor died unexpectedly before finishing this task)"
+    )
+    printed = worker.print_to_stdstream
+    try:
+        silence_daemons()
+        worker.print_to_stdstream({"lines": ["A worker died or was killed ..."], "pid": "raylet", "is_err": True}, ignore_prefix=False)
+    finally:
+        worker.print_to_stdstream = printed
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(

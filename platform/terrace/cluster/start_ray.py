@@ -16,7 +16,9 @@ from typing import Any
 from terrace.errors import InputError, Preempted
 from terrace.recipe.schema import Recipe
 
+LOGGER = logging.getLogger(__name__)
 ANSWER_SECONDS = 10.0  # that a cluster has to answer
+
 
 def start_ray(recipe: Recipe, dashboard: bool = False) -> bool:
     """Connect to the cluster we belong to (`RAY_ADDRESS`, set inside a Ray job too), or start one on this machine.
@@ -41,6 +43,7 @@ def start_ray(recipe: Recipe, dashboard: bool = False) -> bool:
     if ray.is_initialized():
         return False
     logging.getLogger("ray").setLevel(logging.ERROR)
+    silence_daemons()
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     package = Path(__file__).resolve().parents[1]
     if os.environ.get("RAY_ADDRESS"):
@@ -68,6 +71,18 @@ def start_ray(recipe: Recipe, dashboard: bool = False) -> bool:
             **common,
         )
     return True
+
+
+def silence_daemons() -> None:
+    """What Ray's daemons say of a dead worker is a coloured paragraph on this process's standard error, whatever the level of its log:
+    it goes to our log; the sentence for people is the attempt's."""
+    from ray._private import worker
+
+    def say(data: dict[str, Any], *_: Any, **__: Any) -> None:
+        LOGGER.info("%s: %s", data.get("pid"), " ".join(data.get("lines", [])))
+
+    if hasattr(worker, "print_to_stdstream"):  # no public name of Ray's; without it the paragraph comes back, and nothing else
+        worker.print_to_stdstream = say
 
 
 def require_answer(address: str) -> None:

@@ -68,8 +68,8 @@ class Watch:
         rows = list(self._follower.rows())
         if rows and (plan := read_json(self._follower.path.with_name("plan.json"))):
             self._display.total(plan["total_steps"])
-        for row in rows:
-            self._display.step(row)
+        if rows:  # the newest: what an earlier attempt wrote is neither shown again nor taken for this one's speed
+            self._display.step(rows[-1])
         if rows and self._tracked:
             self._tracked.rows(self._stage)
         step = newest_checkpoint_step(stage_directory(self._run_dir, self._stage.index, self._stage.name))
