@@ -8,11 +8,16 @@ import signal
 import socket
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
+import grpc
 import pytest
 
 from terrace import cli
+from terrace.cluster import start_ray
 from terrace.cluster.attempt_files import write_outcome
 from terrace.cluster.attempt_outcome import outcome
 from terrace.cluster.start_ray import require_answer, silence_daemons
@@ -88,15 +93,25 @@ def test_a_journal_keeps_of_a_message_what_is_wrong_and_the_first_reason(message
     assert one_line(message) == kept
 
 
-def test_a_cluster_that_is_not_there_is_said_at_once():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+def test_a_cluster_that_is_not_there_is_said_at_once(monkeypatch):
+    """Nothing listens; something that never answers; a web server, as Ray's dashboard is one; and what Ray's servers are, gRPC."""
+    monkeypatch.setattr(start_ray, "ANSWER_SECONDS", 2.0)
+    started = time.monotonic()
+    grpc_server = grpc.server(ThreadPoolExecutor(1))
+    port = grpc_server.add_insecure_port("127.0.0.1:0")
+    grpc_server.start()
+    try:
         for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}", "auto", "local"):
             require_answer(address)
-    started = time.monotonic()
-    for address in (f"127.0.0.1:{port}", f"ray://localhost:{port}", f"[::1]:{port}", "127.0.0.1:99999"):
-        with pytest.raises(InputError, match=r"RAY_ADDRESS=.* no Ray cluster answers there"):
-            require_answer(address)
+    finally:
+        grpc_server.stop(0).wait()
+    with socket.create_server(("127.0.0.1", 0)) as silent, HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as web:
+        Thread(target=web.serve_forever, daemon=True).start()
+        others = [f"127.0.0.1:{one}" for one in (silent.getsockname()[1], web.server_port)]
+        for address in (f"127.0.0.1:{port}", f"ray://localhost:{port}", f"[::1]:{port}", "127.0.0.1:99999", *others):
+            with pytest.raises(InputError, match=r"RAY_ADDRESS=.* no Ray cluster answers there"):
+                require_answer(address)
+        web.shutdown()
     assert time.monotonic() - started < 30
 
 
