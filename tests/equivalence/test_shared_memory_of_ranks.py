@@ -18,6 +18,7 @@ from thread_ranks import run_threads
 
 from terrace.models.weights import Directory
 from terrace.recipe.schema import Recipe
+from terrace.train.checkpoint_index import joined_index
 
 
 def context_of(rank: int, ranks: int) -> Any:
@@ -57,6 +58,29 @@ def test_on_one_worker_reducing_at_every_pack_changes_no_bit(tmp_path):
         found[every_pack] = losses(folder), {name: final.read(name) for name in final.names}
     assert found[False][0] == found[True][0]
     assert all(torch.equal(tensor, found[True][1][name]) for name, tensor in found[False][1].items())
+
+
+@pytest.mark.parametrize("every_pack", [False, True])
+def test_gradients_are_there_before_the_last_pack_where_each_is_reduced(every_pack):
+    recipe = tiny_recipe(parallel={"strategy": "fsdp", "reduce_every_pack": every_pack})
+    strategy = strategy_of(recipe, 0, 1)
+    for last in (False, True):
+        strategy.accumulate(batch_of(1), 1e-2, last=last)
+        assert any(parameter.grad is not None for parameter in strategy._parameters.values()) == (every_pack or last)
+
+
+def test_replicas_of_a_hybrid_strategy_write_each_number_once():
+    recipe = tiny_recipe(parallel={"strategy": "fsdp", "hybrid_shard_size": 2})
+
+    def written(rank: int, ranks: int) -> Any:
+        shards = strategy_of(recipe, rank, ranks).shards("weights")
+        return {"weights": {shard.name: (list(shard.shape), shard.start, len(shard.values)) for shard in shards}}
+
+    found = run_threads(4, written)
+    assert all(found)
+    index, faults = joined_index(enumerate(found))
+    assert faults == []
+    assert {rank for placed in index["weights"].values() for rank in placed.ranks} == {0, 1, 2, 3}
 
 
 def gradients(rank: int, ranks: int, hybrid: int | None) -> dict[bool, dict[str, np.ndarray]]:
