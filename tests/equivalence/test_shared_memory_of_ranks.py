@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from packs import pack_segments, segment, tiny_recipe
+from packs import pack_segments, segment, tiny_model, tiny_recipe
 from processes import run_ranks
 from ranks import losses, stage_dir, train_stages
 from thread_ranks import run_threads
@@ -90,19 +90,38 @@ def test_gradients_reduced_at_every_pack_are_those_reduced_once(hybrid):
 def test_ranks_agree_on_when_gradients_are_reduced(caplog, asked, usable, expected):
     """The smallest device decides for all, unless the recipe does; more than once a step is said in the log, by rank 0."""
     from terrace.models.build import model_config
-    from terrace.train import reduction
+    from terrace.train import settled
 
     recipe = tiny_recipe(batch={"packs": 8}, parallel={"strategy": "fsdp", "reduce_every_pack": asked})
     config = model_config(recipe.model)
-    with mock.patch.object(reduction, "_usable_bytes", lambda context, margin: usable[context.rank]), caplog.at_level(logging.INFO):
-        found = run_threads(2, lambda rank, ranks: reduction.settle_reduction(recipe, recipe.stages[0], config, context_of(rank, ranks)))
+    with mock.patch.object(settled, "_usable_bytes", lambda context, margin: usable[context.rank]), caplog.at_level(logging.INFO):
+        found = run_threads(2, lambda rank, ranks: settled.settle(recipe, recipe.stages[0], config, context_of(rank, ranks)))
     assert [bool(stage.parallel.reduce_every_pack) for stage in found] == [expected, expected]
     said = [record.getMessage() for record in caplog.records if "reduced at every pack" in record.getMessage()]
     assert len(said) == expected
 
 
+@pytest.mark.parametrize(("asked", "usable", "expected"), [
+    (None, [1e15, 1e15], False), (None, [1e15, 1.0], True), (False, [1.0, 1.0], False), (True, [1e15, 1e15], True),
+])  # fmt: skip
+def test_ranks_agree_on_whether_the_copy_that_decodes_is_divided(caplog, tmp_path, asked, usable, expected):
+    from rl_stage import rl_recipe
+
+    from terrace.models.build import model_config
+    from terrace.recipe.schema import Model
+    from terrace.train import settled
+
+    recipe = rl_recipe(tmp_path, 1, {"shard_copy": asked}, parallel={"strategy": "fsdp"})
+    config = model_config(Model.model_validate(tiny_model()))
+    with mock.patch.object(settled, "_usable_bytes", lambda context, margin: usable[context.rank]), caplog.at_level(logging.INFO):
+        found = run_threads(2, lambda rank, ranks: settled.settle(recipe, recipe.stages[0], config, context_of(rank, ranks)))
+    assert [stage.grpo.shard_copy for stage in found] == [expected, expected]
+    said = [record.getMessage() for record in caplog.records if "the copy that decodes is divided" in record.getMessage()]
+    assert len(said) == expected
+
+
 def test_a_device_offers_what_the_margin_leaves():
-    from terrace.train.reduction import _usable_bytes
+    from terrace.train.settled import _usable_bytes
 
     card = SimpleNamespace(total_memory=100)
     with mock.patch("torch.cuda.get_device_properties", return_value=card):
