@@ -43,8 +43,11 @@ ANSWER_SECONDS = 10.0  # that a client has to say what it wants
 
 
 def python_of_workers(modules: Sequence[str]) -> str | None:
-    """A program that takes Python's place for the workers of one Ray, with a server behind it that imports `modules`, until this process
-    ends. None where workers are not forked."""
+    """A program that takes Python's place for the workers of one Ray, with a server behind it that imports `modules`, until the next one
+    or this process's end. None where workers are not forked."""
+    for server in _SERVERS:  # of a Ray that is no more: it ends with its last worker
+        if server.stdin:
+            server.stdin.close()
     if sys.platform != "linux" or os.environ.get(OFF, "1") == "0":
         return None
     folder = Path(tempfile.mkdtemp(prefix="terrace-fork-"))
