@@ -129,6 +129,16 @@ def run_rank(rank: int, world_size: int, recipe_values: dict[str, Any], folder: 
     run(Recipe.model_validate(recipe_values), Path(folder), name, rank, world_size)
 
 
+def run_rank_breaking(rank: int, world_size: int, recipe_values: dict[str, Any], folder: str, name: str) -> None:
+    """The same, broken in the update of iteration 1 on every rank."""
+
+    def fail() -> None:
+        raise RuntimeError("broken in the update")
+
+    break_at("update", 1, fail, call=1)
+    run_rank(rank, world_size, recipe_values, folder, name)
+
+
 def run_stopping(*arguments: Any, **keywords: Any) -> Any:
     """`run` or `run_rank` with a model that ends its answers early: every third token is an end of a turn."""
     from terrace.generation import engines

@@ -246,9 +246,8 @@ def main() -> None:
     print(f"{facts['samples']:,} JPEGs of {facts['mean_jpeg_bytes'] / 1e3:.0f} kB on average, {args.workers} workers, {args.rounds} rounds")
     chosen = [name for name in CONTESTANTS if not args.only or name in args.only]
     results: dict[str, list[Any]] = {name: [] for name in chosen}
-    load, others = machine_load.load_of_last_minute(), []
+    watched = machine_load.Watch()
     for turn in range(args.rounds):
-        others.append(machine_load.others_now())  # before a round: within it Ray's processes are nobody's children
         for name in chosen:
             found = run_contestant(name, root, args)
             results[name].append(found)
@@ -256,8 +255,8 @@ def main() -> None:
             print(f"round {turn + 1}: {name}: {told}", file=sys.stderr, flush=True)
             if args.json:
                 args.json.write_text(json.dumps(results, indent=1))
-    quiet = f"load {load:.2f} before; other processes took up to {max(others, default=0.0):.1%} of the cores between rounds"
-    print(f"\n{table(results)}\n{quiet}\n" if chosen else "")
+    load = watched.end()
+    print(f"\n{table(results)}\n{load}\n" if chosen else "")
     if not args.only or "index" in args.only:
         index = index_figures(root)
         print(

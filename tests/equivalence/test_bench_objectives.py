@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -48,6 +51,22 @@ def test_other_processes_are_counted_and_own_ones_are_not(monkeypatch):
     monkeypatch.setattr(machine_load.os, "cpu_count", lambda: 2)
     assert machine_load._share((0.0, 100.0, 20.0), (10.0, 112.0, 26.0)) == pytest.approx((12 - 6) / 20)
     assert machine_load._share((0.0, 100.0, 20.0), (10.0, 104.0, 25.0)) == 0.0
+
+
+def test_a_daemon_that_outlives_the_measured_command_is_no_other_process(monkeypatch):
+    monkeypatch.setattr(machine_load, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(machine_load, "LOOK_SECONDS", 0.02)
+    burn = "import time\nwhile time.process_time() < 0.3: pass"  # its parent ends at once, and nobody ever waits for it
+    start = f"import subprocess, sys\nprint(subprocess.Popen([sys.executable, '-c', {burn!r}], start_new_session=True).pid)"
+    watch = machine_load.Watch()
+    daemon = int(subprocess.run([sys.executable, "-c", start], check=True, capture_output=True, text=True).stdout)
+    for _ in range(500):
+        if (Path(f"/proc/{daemon}/stat").read_text().rpartition(")")[2].split()[0]) == "Z":
+            break
+        time.sleep(0.02)
+    watch.end()
+    assert [seconds for (process, _), seconds in watch._below.items() if process == daemon] == [pytest.approx(0.31, abs=0.06)]
+    os.waitpid(daemon, 0)
 
 
 @pytest.mark.slow

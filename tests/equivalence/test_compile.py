@@ -107,6 +107,14 @@ def test_kernels_give_the_same_numbers(tmp_path, fresh, name):
     assert_same_passes(found["compiled"], found["plain"], 1e-6, 1e-4)
 
 
+def test_blocks_with_hooks_inside_are_left_as_they_are(tmp_path):
+    model = model_of(adapted_case("window_adapters", tmp_path))
+    hooked = len(family_of_model(model).blocks_of(model, "vision"))
+    plain = [block for block in transformer_blocks(model) if block in list(family_of_model(model).blocks_of(model, "language"))]
+    assert compile_blocks(model, Traced()) == len(transformer_blocks(model)) - hooked == len(plain) > 0
+    assert all("forward" in vars(block) for block in plain)
+
+
 def test_without_a_compiler_it_is_refused_with_what_is_missing(monkeypatch):
     check_compiler("cpu")
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))

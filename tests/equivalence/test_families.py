@@ -25,6 +25,7 @@ from measured import activations, flops, trainable
 from middle_families import middle_case
 from pixel_references import NEEDS_TORCHVISION
 from published_pixels import published_pixels
+from thread_ranks import run_threads
 from transformers import AutoModelForImageTextToText
 
 from terrace.data.images import image_size, load_pixels
@@ -283,6 +284,42 @@ def test_greedy_decoding_equals_generate(case):
         for response in group:
             assert response.tokens.tolist() == expected[: len(response.tokens)]
             assert len(response.tokens) == len(expected)
+
+
+@pytest.mark.slow
+def test_decoding_with_weights_in_shards_says_the_same(case):
+    """On two ranks with different prompts, the second rank's first one ended earlier; every family's parts are gathered as they run."""
+    from terrace.data.prompt import read_prompt
+    from terrace.generation.copies import EngineOnCopy, light_copy
+    from terrace.generation.interface import Prompt, Sampling
+    from terrace.generation.sharded_weights import ShardedWeights
+    from terrace.worker.context import WorkerContext
+
+    model = model_of(case)
+    use_shared_prompt_attention(model, "sdpa_segments")
+    never, stop = forbidden_tokens(case.tokenizer, case.config), stop_tokens(case.tokenizer, case.config)
+    prompts = []
+    for number, sizes in enumerate(([(90, 60)], [(40, 40)], [(60, 120), (100, 100)])):
+        loaded = conversation(number, sizes)
+        read = read_prompt(loaded.sample, loaded.images, loaded.sizes, case.tokenizer, case.family, case.pixels)
+        prompts.append(Prompt(**vars(read.inputs), key=("s", number), id=str(number)))
+    mine, sampling = [prompts[:2], prompts[2:]], Sampling(samples=2, max_tokens=6, seed=3)
+
+    def work(rank, ranks):
+        copy = light_copy(case.config, torch.float32)
+        weights = ShardedWeights(copy, WorkerContext(rank=rank, world_size=ranks, local_rank=rank))
+        use_shared_prompt_attention(copy, "sdpa_segments")
+        engine = EngineOnCopy(weights, NativeEngine(copy, never, stop, "cpu", "fp32", max_rows=2), stays=False)
+        engine.update_weights(lambda: ((name, value.detach()) for name, value in model.named_parameters()))
+        with engine.together():
+            return engine.generate(mine[rank], sampling)
+
+    for some, groups in zip(mine, run_threads(2, work)):
+        reference = NativeEngine(model, never, stop, "cpu", "fp32", max_rows=2)
+        reference._short_step = lambda: None
+        for one, other in zip(reference.generate(some, sampling), groups, strict=True):
+            assert [a.tokens.tolist() for a in one] == [b.tokens.tolist() for b in other]
+            assert [a.logprobs.tolist() for a in one] == [b.logprobs.tolist() for b in other]
 
 
 def test_a_shared_prompt_gives_the_logits_of_separate_sequences(case):

@@ -16,8 +16,10 @@ from packs import tiny_recipe
 from processes import run_ranks
 from ranks import losses, packs_of_step, stage_dir, train_each, train_stages
 from safetensors.torch import load_file
+from traced import Traced
 from transformers import AutoModelForImageTextToText
 
+from terrace.models import compiled
 from terrace.models.attention import use_attention
 from terrace.models.batch import to_device
 from terrace.models.build import build_model, meta_model, model_config
@@ -183,6 +185,30 @@ def test_two_ranks_of_any_strategy_equal_one_process(tmp_path, reference):
     for name in recipes:
         for index in (0, 1):
             np.testing.assert_allclose(losses(tmp_path / "bf16" / name, index), losses(reference, index), rtol=2e-2, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
+@pytest.mark.parametrize("kernels", [False, True])
+def test_compiled_blocks_with_adapters_train_the_same(tmp_path, monkeypatch, kernels, dropout):
+    """Both stages, the second on top of the first one's merged weights. Kernels draw other numbers for dropout: there losses are near."""
+    torch.set_num_threads(1)
+    torch._dynamo.reset()
+    monkeypatch.setattr(compiled.GRAPHS, "__class__", compiled.Graphs if kernels else Traced)
+    before = compiled.GRAPHS.count
+    for way in ("plain", "compiled"):
+        recipe = two_stages(dropout=dropout, parallel={"strategy": "ddp", "compile": way == "compiled"})
+        train_stages(0, 1, recipe.model_dump(mode="json"), str(tmp_path / way))
+    assert compiled.GRAPHS.count > before
+    same = dropout == 0.0 or not kernels
+    for index in (0, 1):
+        expected = losses(tmp_path / "plain", index)
+        np.testing.assert_allclose(losses(tmp_path / "compiled", index), expected, rtol=1e-5 if same else 0.05)
+    ours, theirs = (tensors(stage_dir(tmp_path / way, 1) / "final") for way in ("compiled", "plain"))
+    assert ours.keys() == theirs.keys()
+    if same:
+        assert all(float((ours[name] - tensor).abs().max()) < 1e-4 for name, tensor in theirs.items())
 
 
 BARE = (("gemma3", "projector"),)  # whose matrices stand outside of linear layers: it trains whole beside the others' adapters

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from copy import deepcopy
 
 import numpy as np
 import pytest
 import torch
 
 from terrace.errors import TerraceError
-from terrace.generation.copies import EngineOnCopy, empty_copy, lighten
+from terrace.generation.copies import EngineOnCopy, WholeWeights, light_copy
 from terrace.generation.interface import Prompt, Response, Sampling, uniforms
 from terrace.generation.native import NativeEngine
 from terrace.generation.separate import as_bytes, from_bytes
@@ -200,12 +199,10 @@ def test_weights_are_replaced_between_two_steps_and_tokens_say_by_which_they_wer
 
 def test_a_copy_in_the_engine_s_precision_says_what_the_model_says(model):
     """In bf16, what linear layers read is handed over and kept in two bytes: token for token and bit for bit the same answers."""
-    copy_of = deepcopy(model)
-    lighten(copy_of, torch.bfloat16)
-    with torch.no_grad():
-        for parameter in copy_of.parameters():
-            parameter.zero_()
-    copied = EngineOnCopy(copy_of, NativeEngine(copy_of, FORBIDDEN, range(0, 512, 10), "cpu", "bf16"))
+    copy_of = light_copy(model.config, torch.bfloat16)
+    weights = WholeWeights(copy_of, "cpu")
+    use_shared_prompt_attention(copy_of, "sdpa_segments")
+    copied = EngineOnCopy(weights, NativeEngine(copy_of, FORBIDDEN, range(0, 512, 10), "cpu", "bf16"))
     names = {str(dtype).removeprefix("torch.") for dtype in copied.precisions.values()}
     assert names == {"bfloat16", "float32"}
     assert copied.precisions["lm_head.weight"] == torch.bfloat16
@@ -226,9 +223,10 @@ def test_a_copy_in_the_engine_s_precision_says_what_the_model_says(model):
 
 def test_a_copy_beside_a_training_model_is_there_only_while_it_generates(model):
     """Its memory is given back when it sleeps; made anew it says the same, and a hand-over that leaves a tensor out is refused."""
-    copy_of = empty_copy(model.config, "cpu", torch.float32)
+    copy_of = light_copy(model.config, torch.float32)
+    whole = WholeWeights(copy_of, "cpu")
     use_shared_prompt_attention(copy_of, "sdpa_segments")
-    copied = EngineOnCopy(copy_of, NativeEngine(copy_of, FORBIDDEN, (), "cpu", "fp32"), stays=False)
+    copied = EngineOnCopy(whole, NativeEngine(copy_of, FORBIDDEN, (), "cpu", "fp32"), stays=False)
     sampling, held = Sampling(samples=2, max_tokens=8, seed=8), {}
 
     def bytes_held() -> int:

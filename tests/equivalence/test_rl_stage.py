@@ -193,6 +193,34 @@ def test_two_ranks_have_the_figures_of_one(folder, undisturbed, strategy):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["zero3", "fsdp"])
+def test_a_copy_in_shards_decodes_what_a_whole_one_does(folder, strategy):
+    """The same answers, so the same losses."""
+    if strategy == "zero3":
+        pytest.importorskip("deepspeed")
+    for name, divided in ((f"whole-{strategy}", False), (f"divided-{strategy}", True)):
+        options = {"shard_copy": divided, "samples_per_prompt": 5}
+        recipe = rl_recipe(folder, 2, options, parallel={"strategy": strategy}, evaluate={"max_samples_per_kind": 1})
+        run_ranks(2, rl_stage.run_rank, recipe.model_dump(mode="json"), str(folder), name)
+    for one, two in zip(figures_of(folder, f"whole-{strategy}"), figures_of(folder, f"divided-{strategy}"), strict=True):
+        for key in ("loss", "grad_norm", "reward", "tasks", "supervised_tokens"):
+            assert close(one[key], two[key], 1e-6), key
+
+
+@pytest.mark.slow
+def test_a_rank_that_has_its_rollouts_serves_one_that_lost_them(folder):
+    """Broken between decoding and the update; one rank's file is gone then. The copy is in shards, so the other must take part again."""
+    recipe = rl_recipe(folder, 2, {"shard_copy": True}, parallel={"strategy": "fsdp"}, evaluate={"max_samples_per_kind": 1})
+    values = recipe.model_dump(mode="json")
+    run_ranks(2, rl_stage.run_rank, values, str(folder), "served-whole")
+    with pytest.raises(AssertionError, match="broken in the update"):
+        run_ranks(2, rl_stage.run_rank_breaking, values, str(folder), "served")
+    (folder / "served" / "iterations" / "000001" / "rollout-0-1.npz").unlink()
+    run_ranks(2, rl_stage.run_rank, values, str(folder), "served")
+    assert figures_of(folder, "served") == figures_of(folder, "served-whole")
+
+
+@pytest.mark.slow
 def test_a_reference_in_shards_on_two_ranks_gives_the_kl_of_a_whole_one(folder):
     options = {"kl_coefficient": 0.1, "updates_per_rollout": 2}
     run(rl_recipe(folder, 2, options), folder, "kl-whole")

@@ -11,13 +11,14 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from packs import pack_segments, segment, tiny_recipe
+from packs import pack_segments, segment, tiny_model, tiny_recipe
 from processes import run_ranks
 from ranks import losses, stage_dir, train_stages
 from thread_ranks import run_threads
 
 from terrace.models.weights import Directory
 from terrace.recipe.schema import Recipe
+from terrace.train.checkpoint_index import joined_index
 
 
 def context_of(rank: int, ranks: int) -> Any:
@@ -59,6 +60,29 @@ def test_on_one_worker_reducing_at_every_pack_changes_no_bit(tmp_path):
     assert all(torch.equal(tensor, found[True][1][name]) for name, tensor in found[False][1].items())
 
 
+@pytest.mark.parametrize("every_pack", [False, True])
+def test_gradients_are_there_before_the_last_pack_where_each_is_reduced(every_pack):
+    recipe = tiny_recipe(parallel={"strategy": "fsdp", "reduce_every_pack": every_pack})
+    strategy = strategy_of(recipe, 0, 1)
+    for last in (False, True):
+        strategy.accumulate(batch_of(1), 1e-2, last=last)
+        assert any(parameter.grad is not None for parameter in strategy._parameters.values()) == (every_pack or last)
+
+
+def test_replicas_of_a_hybrid_strategy_write_each_number_once():
+    recipe = tiny_recipe(parallel={"strategy": "fsdp", "hybrid_shard_size": 2})
+
+    def written(rank: int, ranks: int) -> Any:
+        shards = strategy_of(recipe, rank, ranks).shards("weights")
+        return {"weights": {shard.name: (list(shard.shape), shard.start, len(shard.values)) for shard in shards}}
+
+    found = run_threads(4, written)
+    assert all(found)
+    index, faults = joined_index(enumerate(found))
+    assert faults == []
+    assert {rank for placed in index["weights"].values() for rank in placed.ranks} == {0, 1, 2, 3}
+
+
 def gradients(rank: int, ranks: int, hybrid: int | None) -> dict[bool, dict[str, np.ndarray]]:
     """This rank's parts of the gradients of three packs, reduced once and at every pack."""
     found = {}
@@ -90,19 +114,38 @@ def test_gradients_reduced_at_every_pack_are_those_reduced_once(hybrid):
 def test_ranks_agree_on_when_gradients_are_reduced(caplog, asked, usable, expected):
     """The smallest device decides for all, unless the recipe does; more than once a step is said in the log, by rank 0."""
     from terrace.models.build import model_config
-    from terrace.train import reduction
+    from terrace.train import settled
 
     recipe = tiny_recipe(batch={"packs": 8}, parallel={"strategy": "fsdp", "reduce_every_pack": asked})
     config = model_config(recipe.model)
-    with mock.patch.object(reduction, "_usable_bytes", lambda context, margin: usable[context.rank]), caplog.at_level(logging.INFO):
-        found = run_threads(2, lambda rank, ranks: reduction.settle_reduction(recipe, recipe.stages[0], config, context_of(rank, ranks)))
+    with mock.patch.object(settled, "_usable_bytes", lambda context, margin: usable[context.rank]), caplog.at_level(logging.INFO):
+        found = run_threads(2, lambda rank, ranks: settled.settle(recipe, recipe.stages[0], config, context_of(rank, ranks)))
     assert [bool(stage.parallel.reduce_every_pack) for stage in found] == [expected, expected]
     said = [record.getMessage() for record in caplog.records if "reduced at every pack" in record.getMessage()]
     assert len(said) == expected
 
 
+@pytest.mark.parametrize(("asked", "usable", "expected"), [
+    (None, [1e15, 1e15], False), (None, [1e15, 1.0], True), (False, [1.0, 1.0], False), (True, [1e15, 1e15], True),
+])  # fmt: skip
+def test_ranks_agree_on_whether_the_copy_that_decodes_is_divided(caplog, tmp_path, asked, usable, expected):
+    from rl_stage import rl_recipe
+
+    from terrace.models.build import model_config
+    from terrace.recipe.schema import Model
+    from terrace.train import settled
+
+    recipe = rl_recipe(tmp_path, 1, {"shard_copy": asked}, parallel={"strategy": "fsdp"})
+    config = model_config(Model.model_validate(tiny_model()))
+    with mock.patch.object(settled, "_usable_bytes", lambda context, margin: usable[context.rank]), caplog.at_level(logging.INFO):
+        found = run_threads(2, lambda rank, ranks: settled.settle(recipe, recipe.stages[0], config, context_of(rank, ranks)))
+    assert [stage.grpo.shard_copy for stage in found] == [expected, expected]
+    said = [record.getMessage() for record in caplog.records if "the copy that decodes is divided" in record.getMessage()]
+    assert len(said) == expected
+
+
 def test_a_device_offers_what_the_margin_leaves():
-    from terrace.train.reduction import _usable_bytes
+    from terrace.train.settled import _usable_bytes
 
     card = SimpleNamespace(total_memory=100)
     with mock.patch("torch.cuda.get_device_properties", return_value=card):

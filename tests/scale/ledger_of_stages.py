@@ -26,6 +26,7 @@ LIMITS: dict[tuple[str, str], Limit] = {  # by action and what is counted; three
     ("save", "read"): (0, 0), ("save", "received"): (0.01, 0), ("save", "written"): (3.1, 0), ("save", "held"): (3.05, 0),
     ("resume", "read"): (6.1, 0), ("resume", "received"): (0.01, 0), ("resume", "written"): (0, 0), ("resume", "held"): (3.05, 0),
     ("generate", "held"): (0, 1.05), ("train after", "held"): (0, 0),  # a rollout engine's own weights, while it generates and after
+    ("generate in shards", "held"): (1.05, 0),  # between two layers, which are whole one at a time
     ("export", "read"): (0, 0), ("export", "received"): (1.3, 0), ("export", "written"): (1.3, 0), ("export", "held"): (1.3, 0),
 }
 _WEIGHTS_WHOLE = {  # ranks hold whole weights; DeepSpeed makes the rest of the state when it starts
@@ -45,7 +46,7 @@ OWN_LIMITS: dict[str, dict[tuple[str, str], Limit]] = {
         ("start", "received"): (0.0, 3.1), ("start", "held"): (5.2, 0.0), **_REFERENCE_IN_SHARDS,
     },
 }  # fmt: skip
-ACTIONS = ("start", "reference", "accumulate", "generate", "train after", "save", "resume", "export")
+ACTIONS = ("start", "reference", "accumulate", "generate", "generate in shards", "train after", "save", "resume", "export")
 
 
 @dataclass
@@ -90,8 +91,9 @@ def start_directory(strategy: str, width: int, folder: Path) -> list[int]:
 
 def one_rank(rank: int, ranks: int, strategy: str, width: int, folder: str) -> dict[str, Ledger]:
     """What one rank does, with `instruments` there: start, one step, save, resume, export."""
-    from terrace.generation.copies import EngineOnCopy, empty_copy
+    from terrace.generation.copies import EngineOnCopy, WholeWeights, light_copy
     from terrace.generation.native import NativeEngine
+    from terrace.generation.sharded_weights import ShardedWeights
     from terrace.models.batch import to_device
     from terrace.models.build import meta_model, model_config
     from terrace.models.weights import initial_weights
@@ -127,14 +129,16 @@ def one_rank(rank: int, ranks: int, strategy: str, width: int, folder: str) -> d
     made.clip(None)
     made.step([(1e-3, 0.0)] * len(made._groups if strategy.startswith("zero") else made._optimizers._groups))
     if not strategy.startswith("zero"):
-        with counted(ledgers["generate"]) as own:
-            model = empty_copy(config, "cpu", torch.float32)
-            engine = EngineOnCopy(model, NativeEngine(model, (), (), "cpu", "fp32"), stays=False)
-            engine.update_weights(lambda: made.tensors("weights"))
-            dist.barrier()
-            own.held = own.left()
-            engine.sleep()
-            ledgers["train after"].held = own.left()
+        for action in ("generate", "generate in shards"):
+            with counted(ledgers[action]) as own:
+                model = light_copy(config, torch.float32)
+                weights = WholeWeights(model, "cpu") if action == "generate" else ShardedWeights(model, context)
+                engine = EngineOnCopy(weights, NativeEngine(model, (), (), "cpu", "fp32"), stays=False)
+                engine.update_weights(lambda: made.tensors("weights"))
+                dist.barrier()
+                own.held = own.left()
+                engine.sleep()
+                ledgers["train after"].held = max(ledgers["train after"].held, own.left())
     writer = CheckpointWriter(place / "checkpoints", Checkpoint(), context, 1, storage)
     dist.barrier()
     with counted(ledgers["save"]):

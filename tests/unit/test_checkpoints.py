@@ -27,7 +27,7 @@ from terrace.storage.run_storage import run_storage
 from terrace.train import checkpoint as module
 from terrace.train.checkpoint import CheckpointWriter, Superseded
 from terrace.train.metrics import measured
-from terrace.train.restore import CheckpointReader, FoundCheckpoint, newest_complete
+from terrace.train.restore import CheckpointReader, FoundCheckpoint, find_fault, newest_complete
 from terrace.train.retention import superfluous
 from terrace.train.strategies.shards import divided, whole_shard
 from terrace.worker.context import WorkerContext
@@ -66,6 +66,19 @@ def newest(folder: Path) -> FoundCheckpoint:
 
 def reader_of(path: Path) -> CheckpointReader:
     return CheckpointReader(path, run_storage(path))
+
+
+def test_whichever_file_is_damaged_one_of_the_ranks_that_compare_them_finds_it(tmp_path: Path):
+    save(writer_in(tmp_path), 10)
+    folder = tmp_path / "checkpoints" / "step-000010"
+    names = sorted(json.loads((folder / "manifest.json").read_text())["files"])
+    assert len(names) >= 3
+    for name in names:
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        faults = [find_fault(folder, share=(rank, 2)) for rank in range(2)]
+        assert [fault for fault in faults if fault] == [f"{name} does not match its checksum"]
+        (folder / name).write_bytes(content)
 
 
 # ---------------------------------------------------------------- what stays

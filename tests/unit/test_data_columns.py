@@ -212,6 +212,20 @@ def test_rows_and_places_behind_two_to_the_32(tmp_path: Path):
     assert index.only(np.asarray([0, last])).ids[last] == "z9"
 
 
+def test_every_column_of_places_holds_what_lies_behind_two_to_the_31(tmp_path: Path):
+    places = [*(f"{STARTS}{group}" for group in LISTS), IDS[1], "member_offset", "member_size"]
+    far = {name: np.asarray([0, 5, 2**40]) for name in places}
+    found = write(tmp_path, DTYPES, [far])
+    assert all(found.columns[name][:].tolist() == [0, 5, 2**40] for name in places)
+
+
+@pytest.mark.parametrize("values", [[0, 0, 5, 9, 200], [-3, 0, 0, 7], [1, 2, 300, 70_000], [4, 6, 8, 10], [3, 3, 3]])
+def test_how_many_values_are_at_most_another_whatever_room_they_take(tmp_path: Path, values):
+    column = write(tmp_path, {"column": "i8"}, [{"column": np.asarray(values)}]).columns["column"]
+    asked = np.asarray([-(2**40), -4, -1, 0, 3, 7, 255, 256, 70_000, 2**40])
+    assert column.up_to(asked).tolist() == np.searchsorted(values, asked, "right").tolist()
+
+
 # ---------------------------------------------------------------- rows
 
 

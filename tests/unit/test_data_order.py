@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from terrace.data.order import balance
 from terrace.data.order.balance import CostModel, cost_model, deal, deal_in_order, max_over_mean
 from terrace.data.order.mixture import LONGEST_WRITTEN, Interleave, whole_weights
 from terrace.data.order.packing import default_window, lookahead, pack_best_fit, pack_window
@@ -219,6 +220,13 @@ def test_dealing_is_longest_first_and_then_the_best_exchanges(ranks, share, seed
         hands[slow][mine], hands[rank][theirs] = hands[rank][theirs], hands[slow][mine]
         loads[slow], loads[rank] = loads[slow] - moved, loads[rank] + moved
     assert deal(costs, ranks) == [sorted(hand) for hand in hands]
+
+
+def test_ranks_are_compared_with_the_slowest_whatever_number_at_a_time(monkeypatch):
+    costs = np.random.default_rng(3).lognormal(0, 1, 96).tolist()
+    hands = deal(costs, 12)
+    monkeypatch.setattr(balance, "COMPARED_TOGETHER", 1)
+    assert deal(costs, 12) == hands
 
 
 def test_dealing_saves_time_on_average():

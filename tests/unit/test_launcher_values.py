@@ -18,10 +18,20 @@ from terrace.cluster import heartbeat, ray_jobs, seen
 from terrace.cluster.attempt import LaunchRequest
 from terrace.cluster.attempt_files import Fenced, claim_attempt, read_json
 from terrace.cluster.attempt_outcome import progress_time
-from terrace.cluster.local_worker import reporter
+from terrace.cluster.local_worker import process_group_backend, reporter
 from terrace.cluster.ray_jobs import ClusterUnreachable, RayJobsLauncher
 
 NOT_YET = "Request failed with status code 500: No available agent to submit job, please try again later.."
+
+
+@pytest.mark.parametrize(("strategy", "offload", "gpus", "expected"), [
+    ("fsdp", {"offload_parameters": "cpu"}, 1, "cuda:nccl,cpu:gloo"), ("fsdp", {"offload_optimizer": "cpu"}, 0, None),
+    ("fsdp", {}, 1, None), ("zero2", {"offload_optimizer": "cpu"}, 1, None),
+])  # fmt: skip
+def test_shards_on_the_host_have_a_process_group_of_both_devices(strategy, offload, gpus, expected):
+    parallel = {"strategy": strategy, **offload}
+    stage = tiny_recipe(1, parallel=parallel, resources={"workers": 2, "gpus_per_worker": gpus}).stages[0]
+    assert process_group_backend(stage) == expected
 
 
 class Dashboard:

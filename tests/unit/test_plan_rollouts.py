@@ -58,3 +58,23 @@ def test_72b_does_not_fit_one_gpu_and_that_is_said():
     assert any("no room for one longest sequence" in note for note in stage.notes)
     _, larger = rollouts_of(*OF_72B, "stages.morl.grpo.placement=separate", "stages.morl.grpo.rollout_workers=8", gpu="mi300x-192gb")
     assert larger["sequences_per_gpu"] > 0
+
+
+def test_a_copy_that_leaves_no_room_is_divided_by_the_workers():
+    """In rounds, under fsdp or zero3, and where the recipe does not say otherwise."""
+    native = ("stages.morl.grpo.engine=native", "stages.morl.parallel.strategy=fsdp")
+    stage, _ = rollouts_of(*native)
+    assert stage.stage.grpo.shard_copy is False
+    stage, large = rollouts_of(*native, *OF_72B)
+    whole = 2 * sum(stage.parameters.values())  # bf16, and the embedding in float32
+    assert stage.stage.grpo.shard_copy is True
+    assert whole / 64 < large["copy_bytes"] < 0.1 * whole, "a share, and the embedding, which is the largest layer"
+    assert large["sent_bytes"] < 1.1 * whole / 64
+    assert any("divided by the workers" in note and "grpo.shard_copy" in note for note in stage.notes)
+    assert large["longest_response_seconds_at_least"] == pytest.approx(
+        32768 * 2 * (stage.parameters["language"] - 151936 * 8192) / 25e9, rel=0.01
+    ), "every token brings the weights through the network"
+    _, asked = rollouts_of(*native, *OF_72B, "stages.morl.grpo.shard_copy=false")
+    assert asked["copy_bytes"] > whole
+    _, seamless = rollouts_of(*native, *OF_72B, "stages.morl.grpo.rollout=seamless")
+    assert seamless["copy_bytes"] > whole

@@ -152,6 +152,12 @@ REFUSED = [
      "stages.3.grpo.overlap.max_staleness", "set max_staleness 0 with vllm"),
     ([*GRPO, REWARDS, "stages.3.grpo={compile_decoding: true, engine: vllm}"], "stages.3.grpo.compile_decoding", "is of engine native"),
     ([*GRPO, REWARDS, "stages.3.grpo={overlap: {}, max_response_tokens: 9}"], "stages.3.grpo.overlap", "rollout: seamless"),
+    ([*GRPO, REWARDS, "stages.3.parallel={strategy: ddp}", "stages.3.grpo={shard_copy: false, max_response_tokens: 9}"],
+     "stages.3.grpo.shard_copy", "under fsdp or zero3"),
+    ([*GRPO, REWARDS, "stages.3.parallel={strategy: fsdp}",
+      "stages.3.grpo={shard_copy: true, rollout: seamless, max_response_tokens: 9}"], "stages.3.grpo.shard_copy", "rollout: rounds"),
+    ([*GRPO, REWARDS, "stages.3.parallel={strategy: fsdp}",
+      "stages.3.grpo={shard_copy: true, compile_decoding: true, max_response_tokens: 9}"], "stages.3.grpo.shard_copy", "a compiled step"),
     (
         [*GRPO, REWARDS, "stages.3.grpo={overlap: {}, rollout: seamless, easy_pool_probability: 0.1, max_response_tokens: 9}"],
         "stages.3.grpo.easy_pool_probability",

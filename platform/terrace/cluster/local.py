@@ -7,8 +7,9 @@ preempted nodes: failures are the state machine's to count.
 from __future__ import annotations
 
 import logging
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,9 @@ class LocalLauncher:
 
     name = "local"
 
-    def __init__(self, recipe: Recipe, run_stage: StageFunction, dashboard: bool = False):
-        self._recipe, self._run_stage, self._dashboard = recipe, run_stage, dashboard
+    def __init__(self, recipe: Recipe, run_stage: StageFunction, dashboard: bool = False, preload: Sequence[str] = ()):
+        """`preload`: modules that workers import, for a Ray that is started here."""
+        self._recipe, self._run_stage, self._dashboard, self._preload = recipe, run_stage, dashboard, preload
         self._running: dict[tuple[str, int], _Running] = {}
         self._run_dir: Path | None = None
         self._started_ray = False
@@ -61,7 +63,7 @@ class LocalLauncher:
             LOGGER.warning("Ray's raylet on this machine is gone; it is started anew")
             self.close()
         # Not in the attempt's thread: Ray's processes die with the very thread that started them (PR_SET_PDEATHSIG).
-        self._started_ray = start_ray(self._recipe, self._dashboard) or self._started_ray
+        self._started_ray = start_ray(self._recipe, self._dashboard, self._preload) or self._started_ray
         running = _Running(threading.Thread(target=lambda: None))
         running.thread = threading.Thread(target=self._fit, args=(request, running), name=f"fit-{request.stage}", daemon=True)
         self._running[key] = running
@@ -155,7 +157,14 @@ def _trainer(recipe: Recipe, request: LaunchRequest, run_stage: StageFunction) -
     if resources.gpus_per_worker:
         per_worker["GPU"] = resources.gpus_per_worker
     workers = resources.workers if isinstance(resources.workers, int) else tuple(resources.workers)
-    return TorchTrainer(
+
+    class Trainer(TorchTrainer):
+        """Without the actors of Ray Train that have nothing to do here, each a process that imports Ray in every attempt."""
+
+        def _create_default_callbacks(self) -> list[Any]:
+            return [one for one in super()._create_default_callbacks() if type(one).__name__ not in needless_callbacks()]
+
+    return Trainer(
         run_worker,
         train_loop_config={
             "run_stage": run_stage,
@@ -174,6 +183,12 @@ def _trainer(recipe: Recipe, request: LaunchRequest, run_stage: StageFunction) -
         ),
         torch_config=TorchConfig(backend=process_group_backend(stage), timeout_s=1800),
     )
+
+
+def needless_callbacks() -> set[str]:
+    """Classes of Ray Train's own callbacks: of the data path, which is ours; on a Ray of our own also of the cleaner that gives a dead
+    driver's placement group back to the cluster, which ends with the driver. One that Ray no longer has by that name stays."""
+    return {"DatasetsCallback"} | (set() if os.environ.get("RAY_ADDRESS") else {"PlacementGroupCleanerCallback"})
 
 
 def _ray_storage(run_dir: Path) -> dict[str, Any]:

@@ -9,10 +9,11 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from terrace.cluster.fork_server import called_python, python_of_workers
 from terrace.errors import InputError, Preempted
 from terrace.recipe.schema import Recipe
 
@@ -20,12 +21,13 @@ LOGGER = logging.getLogger(__name__)
 ANSWER_SECONDS = 10.0  # that a cluster has to answer
 
 
-def start_ray(recipe: Recipe, dashboard: bool = False) -> bool:
+def start_ray(recipe: Recipe, dashboard: bool = False, preload: Sequence[str] = ()) -> bool:
     """Connect to the cluster we belong to (`RAY_ADDRESS`, set inside a Ray job too), or start one on this machine.
 
     A Ray of our own gets at least the logical CPUs that the largest stage asks for (workers, and one per worker for
     decoding), so that a recipe for two workers runs on a small laptop too, and an object store of a tenth of the
-    memory, at most 2 GiB. True if this call connected to or started it.
+    memory, at most 2 GiB. Its workers are forks of a process that has imported `preload` (`fork_server`). True if this call connected to or
+    started it.
     """
     for key, value in {
         "RAY_TRAIN_V2_ENABLED": "1",
@@ -35,6 +37,7 @@ def start_ray(recipe: Recipe, dashboard: bool = False) -> bool:
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # Ray Train gives it to its workers, and forks have the variables of all others
     }.items():
         os.environ.setdefault(key, value)
     import psutil
@@ -64,8 +67,10 @@ def start_ray(recipe: Recipe, dashboard: bool = False) -> bool:
         workers = most_workers(stage.resources.workers)
         held = (workers + stage.rollout_workers) * stage.resources.cpus_per_worker
         needed = max(needed, int(-(-held // 1)) + (stage.resources.decode_cpus or workers))
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine's only node away
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # our actors bring environments, which these lack
     memory = psutil.virtual_memory().available
-    with _own_signal_handlers():
+    with _own_signal_handlers(), called_python(python_of_workers(preload) if preload else None):
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, needed),
@@ -73,6 +78,7 @@ def start_ray(recipe: Recipe, dashboard: bool = False) -> bool:
             object_store_memory=int(min(2 * 2**30, max(128 * 2**20, memory // 10))),
             **common,
         )
+    _end_log_monitor()
     return True
 
 
@@ -86,6 +92,15 @@ def silence_daemons() -> None:
 
     if hasattr(worker, "print_to_stdstream"):  # no public name of Ray's; without it the paragraph comes back, and nothing else
         worker.print_to_stdstream = say
+
+
+def _end_log_monitor() -> None:
+    """Ray's process that looks ten times a second whether workers have printed something that the driver should see: nobody asked for
+    it (`log_to_driver`), their output lies in Ray's folder anyway. Where Ray has no such handle it goes on."""
+    import ray._private.worker as worker
+
+    with contextlib.suppress(Exception):
+        worker._global_node.kill_log_monitor(check_alive=False)
 
 
 def require_answer(address: str) -> None:

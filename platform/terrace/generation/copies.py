@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
 
 import torch
 
@@ -11,6 +12,7 @@ from terrace.data.tokenizer import TextTokenizer
 from terrace.errors import TerraceError
 from terrace.generation.interface import GroupReady, Prompt, Response, RolloutEngine, Sampling
 from terrace.generation.native import NativeEngine
+from terrace.generation.sharded_weights import ShardedWeights, resize
 from terrace.generation.tokens import forbidden_tokens, stop_tokens
 from terrace.generation.usage import Usage
 from terrace.models.attention import choose_backend
@@ -41,20 +43,18 @@ def open_copy_engine(
 
         return VllmEngine(stage, config, tokenizer, forbidden, stop, context, alone)
     backend, _ = choose_backend(section.attention, torch.device(context.device).type, stage.precision)
-    copy = empty_copy(config, context.device, DTYPES[stage.precision])
+    copy = light_copy(config, DTYPES[stage.precision])
+    weights = ShardedWeights(copy, context) if options.shard_copy and not alone else WholeWeights(copy, context.device)
     use_shared_prompt_attention(copy, backend)
     overlapped = options.overlap is not None and options.overlap.max_staleness > 0
     engine = NativeEngine(copy, forbidden, stop, context.device, stage.precision, compiled=options.compile_decoding)
-    return EngineOnCopy(copy, engine, stays=alone or overlapped)
+    return EngineOnCopy(weights, engine, stays=alone or overlapped)
 
 
-def empty_copy(config: Any, device: str, dtype: torch.dtype) -> Any:
-    """A model with memory as `lighten` leaves it, and nothing in it."""
+def light_copy(config: Any, dtype: torch.dtype) -> Any:
+    """A model on the meta device as `lighten` leaves it: no tensor has memory."""
     copy = meta_model(config)
     lighten(copy, dtype)
-    copy.to_empty(device=device)
-    copy.tie_weights()
-    restore_buffers(copy)
     return copy.requires_grad_(False)
 
 
@@ -73,16 +73,61 @@ def lighten(model: Any, dtype: torch.dtype) -> None:
             module.to(dtype)
 
 
+class Weights(Protocol):
+    """Tensors of a copy, whose memory comes and goes. `precisions` says in which type it takes each: what a hand-over has to bring."""
+
+    precisions: dict[str, torch.dtype]
+
+    def reserve(self) -> None:
+        """Make room for what this rank keeps."""
+
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        """Take over one whole tensor, or what this rank keeps of it."""
+
+    def release(self) -> None:
+        """Give the memory back."""
+
+    def together(self) -> AbstractContextManager[None]:
+        """See interface.RolloutEngine."""
+
+
+class WholeWeights:
+    """A whole model on every rank: decoding runs every layer for every token."""
+
+    def __init__(self, model: Any, device: str) -> None:
+        """`model`: on the meta device; it gets memory."""
+        model.to_empty(device=device)
+        model.tie_weights()
+        restore_buffers(model)
+        model.requires_grad_(False)
+        self._own = dict(model.named_parameters())
+        self.precisions = {name: parameter.dtype for name, parameter in self._own.items()}
+        self._sizes = {name: parameter.untyped_storage().nbytes() for name, parameter in self._own.items()}
+
+    def reserve(self) -> None:
+        for name, parameter in self._own.items():
+            resize(parameter, self._sizes[name])
+
+    def put(self, name: str, tensor: torch.Tensor) -> None:
+        self._own[name].copy_(tensor)
+
+    def release(self) -> None:
+        for parameter in self._own.values():
+            resize(parameter, 0)
+
+    def together(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+
 class EngineOnCopy:
-    """The native engine on a whole copy of a model that is sharded or changes meanwhile, renewed every iteration, also while it decodes.
+    """The native engine on a copy of a model that is sharded or changes meanwhile, renewed every iteration, also while it decodes.
 
-    Decoding runs every layer for every token, so the rank that decodes holds the weights whole while it does. Unless the copy `stays`, its
-    memory is given back when the engine sleeps, and training never sees it: `update_weights` makes it anew. `precisions` says in which
-    type it takes each tensor: what a hand-over has to bring, and nothing more."""
+    Unless the copy `stays`, its memory is given back when the engine sleeps, and training never sees it: `update_weights` makes it anew."""
 
-    def __init__(self, model: Any, engine: NativeEngine, stays: bool = True) -> None:
-        self._model, self._engine, self._stays = model, engine, stays
-        self._storages = [(parameter.untyped_storage(), parameter.untyped_storage().nbytes()) for parameter in model.parameters()]
+    def __init__(self, weights: Weights, engine: NativeEngine, stays: bool = True) -> None:
+        self._weights, self._engine, self._stays = weights, engine, stays
+        self.precisions = weights.precisions
+        self.together = weights.together
         self.sleep()
 
     def generate(
@@ -94,19 +139,12 @@ class EngineOnCopy:
     def converse(self, *arguments: Any) -> list[list[Response]]:
         return self._engine.converse(*arguments)
 
-    @property
-    def precisions(self) -> dict[str, torch.dtype]:
-        return {name: parameter.dtype for name, parameter in self._model.named_parameters()}
-
     def update_weights(self, tensors: Callable[[], Iterator[tuple[str, Any]]], version: int = 0) -> None:
-        own = dict(self._model.named_parameters())
-        missing = set() if self._stays else set(own)  # a copy that stays may be renewed in parts
-        for storage, size in self._storages:
-            if storage.nbytes() != size:
-                storage.resize_(size)
+        missing = set() if self._stays else set(self.precisions)  # a copy that stays may be renewed in parts
+        self._weights.reserve()
         with self._engine.replacing(version), torch.no_grad():
             for name, tensor in tensors():
-                own[name].copy_(tensor)
+                self._weights.put(name, tensor)
                 missing.discard(name)
         if missing:
             raise TerraceError(f"the rollout engine got no weights for {len(missing)} tensors, such as {min(missing)}")
@@ -117,8 +155,8 @@ class EngineOnCopy:
 
     def sleep(self) -> None:
         """Give the copy's memory back, if it does not stay."""
-        for storage, _ in () if self._stays else self._storages:
-            storage.resize_(0)
+        if not self._stays:
+            self._weights.release()
 
     def wake(self) -> None:
         """`update_weights` makes the copy."""

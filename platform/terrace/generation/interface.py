@@ -8,6 +8,7 @@ tempered distribution without those tokens, which is the distribution that the p
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -140,6 +141,9 @@ class RolloutEngine(Protocol):
     def update_weights(self, tensors: Callable[[], Iterator[tuple[str, Any]]], version: int = 0) -> None:
         """Take over the policy's weights; nothing to do where the engine runs on the training model. `version`: iterations that were
         trained before, which responses name. May be called while another thread generates, where `rollout: seamless` is offered."""
+
+    def together(self) -> AbstractContextManager[None]:
+        """Inside, ranks decode. Every rank enters, with prompts or without: an engine whose weights are in shards needs all of them."""
 
     def sleep(self) -> None:
         """Release memory for the policy step."""

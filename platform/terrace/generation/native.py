@@ -21,7 +21,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -122,6 +122,10 @@ class NativeEngine:
     def update_weights(self, tensors: Callable[[], Iterator[tuple[str, Any]]], version: int = 0) -> None:
         """Nothing but their number: the weights are the training model's own."""
         self.version = version
+
+    def together(self) -> AbstractContextManager[None]:
+        """Each rank decodes on its own."""
+        return nullcontext()
 
     def sleep(self) -> None:
         """Nothing is held between calls."""

@@ -13,6 +13,7 @@ import queue
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,10 @@ class SeparateEngine:
             if isinstance(error.cause, TerraceError):
                 raise error.cause from error
             raise
+
+    def together(self) -> AbstractContextManager[None]:
+        """Each rank decodes on its own."""
+        return nullcontext()
 
     def sleep(self) -> None:
         """Rollout workers share no memory with training."""

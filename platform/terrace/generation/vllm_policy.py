@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -96,6 +97,10 @@ class VllmEngine:
         assert self._loaded is not None, "update_weights comes first"
         assert self._stream is None, f"update_weights has not brought {sorted(self._missing)[:3]}"
         return self._loaded.generate(prompts, sampling, ready, stop=stop)
+
+    def together(self) -> AbstractContextManager[None]:
+        """Each rank decodes on its own."""
+        return nullcontext()
 
     def sleep(self) -> None:
         """Give the GPU's memory back for the policy step."""

@@ -99,7 +99,9 @@ def usual(model: Any) -> bool:
     layers = getattr(language, "layers", None)
     rotation = getattr(language, "rotary_emb", None)
     kind = getattr(rotation, "rope_type", None)  # of some families a dict, with a kind for each type of layer
-    if layers is None or not isinstance(kind, str) or kind not in STEADY_ROTATIONS or type(language.norm).__name__ not in NORMS:
+    if layers is None or not isinstance(kind, str) or kind not in STEADY_ROTATIONS:
+        return False
+    if type(getattr(language, "norm", None)).__name__ not in NORMS:  # some call theirs by another name
         return False
     return type(language.embed_tokens) is torch.nn.Embedding and all(
         type(layer).__name__ in LAYERS and _plain(layer) for layer in layers

@@ -21,7 +21,7 @@ from terrace.planner.memory import COMPUTE_BYTES, Memory, gradients_reach, optim
 from terrace.planner.parameters import active_parameters, head_parameters, parameter_counts, trainable_counts, trained_parts
 from terrace.planner.passes import passes_beside, rows_of_reference
 from terrace.planner.reduction import reduces_every_pack, settled
-from terrace.planner.rollouts import RolloutPlan, rollout_plan
+from terrace.planner.rollouts import RolloutPlan, rollout_plan, settled_copy
 from terrace.planner.shapes import stage_shape
 from terrace.planner.work import Work, has_images, stage_work
 from terrace.recipe.changes import stage_recipe
@@ -136,6 +136,7 @@ def _stage_plan(
     limit = usable_bytes(gpu, recipe.planning)
     stage, asked = settled(stage, shape, workers, pack, limit), stage
     memory = stage_memory(shape, stage, workers, pack)
+    stage = settled_copy(stage, shape, workers, memory, limit)
     flops = training_flops(shape, work.pack, trained, checkpointed_parts(stage))
     peak = gpu.bf16_tflops * 1e12 * (0.5 if stage.precision == "fp32" else 1.0)  # TF32 runs at half the rate of bf16
     forward, rate = sum(flops.forward.values()), used * peak * mfu

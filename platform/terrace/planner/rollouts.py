@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from terrace.families.shapes import ModelShape
 from terrace.planner.memory import COMPUTE_BYTES, FP32, Memory
 from terrace.planner.parameters import active_parameters, parameter_counts
-from terrace.planner.second_models import SHARDED, copy_bytes, has_copy, overlapped
+from terrace.planner.second_models import SHARDED, can_be_divided, copy_bytes, has_copy, overlapped
 from terrace.recipe.schema import Gpu, Stage
 from terrace.recipe.schema_grpo import GrpoOptions
 
@@ -33,7 +33,12 @@ class RolloutPlan:
     hand_over_seconds: float  # per iteration, at the bandwidths above
     longest_response_seconds: float  # at least
     always: bool  # the copy is there while the model trains as well
+    divided: bool  # by the workers, which decode in step
     on_gpus: bool
+
+    @property
+    def reading(self) -> str:
+        return "gathering" if self.divided else "reading"
 
     @property
     def sequences(self) -> int:
@@ -44,25 +49,39 @@ class RolloutPlan:
     def notes(self) -> list[str]:
         when = "always" if self.always else "while it generates"
         copies = f"{_gib(self.copy_bytes)} of weights in each {when}" if self.copy_bytes else "decode on the model that trains, no copy"
+        divided = ", divided by the workers, with the largest layer whole (grpo.shard_copy)" if self.divided else ""
         words = [
-            f"rollouts: {self.engines} engines, {copies}; keys and values of a longest sequence {_gib(self.sequence_bytes)}, room for "
-            f"{self.sequences} of them on a GPU",
+            f"rollouts: {self.engines} engines, {copies}{divided}; keys and values of a longest sequence {_gib(self.sequence_bytes)}, "
+            f"room for {self.sequences} of them on a GPU",
             f"weights to the engines per iteration: {_gib(self.gathered_bytes)} gathered by each rank (float32), {_gib(self.sent_bytes)} "
             f"sent to each engine: {self.hand_over_seconds:.2g} s at {NETWORK_BYTES_PER_SECOND / 1e9:g} GB/s between GPUs and "
             f"{HOST_BYTES_PER_SECOND / 1e9:g} GB/s to a GPU",
-            f"the longest response takes at least {self.longest_response_seconds:.3g} s, reading the weights once per token; how long all "
-            "of them take is not part of this plan",
+            f"the longest response takes at least {self.longest_response_seconds:.3g} s, {self.reading} the weights once per token; how "
+            "long all of them take is not part of this plan",
         ]  # fmt: skip
         if self.on_gpus and not self.sequences:
             words.append("no room for one longest sequence on the one GPU of an engine: choose a larger GPU, or shorter responses")
         return words
 
 
+def settled_copy(stage: Stage, shape: ModelShape, workers: int, memory: Memory, limit: float | None) -> Stage:
+    """The stage with `grpo.shard_copy` decided where it leaves that open: whether a whole copy leaves no room for one longest sequence
+    within `limit` bytes of a GPU (None: there is no limit), beside weights and optimizer."""
+    options = stage.grpo or GrpoOptions()
+    if not can_be_divided(stage) or options.shard_copy is not None:
+        return stage
+    compute = COMPUTE_BYTES[stage.precision]
+    beside = memory.weights + memory.optimizer + _sequence_bytes(shape, stage)
+    divided = workers > 1 and limit is not None and beside + copy_bytes(shape, compute) > limit
+    return stage.model_copy(update={"grpo": options.model_copy(update={"shard_copy": divided})})
+
+
 def rollout_plan(shape: ModelShape, stage: Stage, gpu: Gpu, workers: int, memory: Memory, usable: float) -> RolloutPlan:
-    """The rollouts of a `grpo` stage. `memory`: of the update, on a GPU."""
+    """The rollouts of a settled `grpo` stage. `memory`: of the update, on a GPU."""
     options = stage.grpo or GrpoOptions()
     size, language = sum(parameter_counts(shape).values()), shape.language
     compute = COMPUTE_BYTES[stage.precision]
+    divided = bool(options.shard_copy) and workers > 1
     if options.engine == "vllm":
         copy = float(size * compute)
         room = VLLM_SHARE[options.placement] * usable - copy
@@ -70,24 +89,33 @@ def rollout_plan(shape: ModelShape, stage: Stage, gpu: Gpu, workers: int, memory
         copy = copy_bytes(shape, compute)
         room = usable - copy
     else:
-        copy = copy_bytes(shape, compute) if has_copy(stage) else 0.0
+        copy = copy_bytes(shape, compute, workers if divided else 1) if has_copy(stage) else 0.0
         # A copy that is used while the model trains is part of the update's memory; else weights and optimizer stay beside it.
         room = usable - (memory.total if overlapped(options) else memory.weights + memory.optimizer + copy)
-    sequence = 2.0 * language.layers * language.key_heads * language.head_size * compute * stage.sequence_length
+    sequence = _sequence_bytes(shape, stage)
     read = active_parameters(shape)["language"] - (0 if language.tied else language.vocabulary * language.width)
+    bandwidth = NETWORK_BYTES_PER_SECOND if divided else gpu.bandwidth_gbs * 1e9
+    sent = copy_bytes(shape, compute) / workers if divided else copy
     gathered = FP32 * size * (workers - 1) / workers if stage.parallel.strategy in SHARDED else 0.0
     return RolloutPlan(
         engines=options.rollout_workers if options.placement == "separate" else workers,
         copy_bytes=copy,
         gathered_bytes=gathered,
-        sent_bytes=copy,
+        sent_bytes=sent,
         sequence_bytes=sequence,
         room_bytes=room,
-        hand_over_seconds=gathered / NETWORK_BYTES_PER_SECOND + copy / HOST_BYTES_PER_SECOND,
-        longest_response_seconds=options.max_response_tokens * read * compute / (gpu.bandwidth_gbs * 1e9),
+        hand_over_seconds=gathered / NETWORK_BYTES_PER_SECOND + sent / HOST_BYTES_PER_SECOND,
+        longest_response_seconds=options.max_response_tokens * read * compute / bandwidth,
         always=options.placement == "separate" or overlapped(options),
+        divided=divided,
         on_gpus=stage.resources.gpus_per_worker > 0,
     )
+
+
+def _sequence_bytes(shape: ModelShape, stage: Stage) -> float:
+    """Keys and values of a longest sequence."""
+    language = shape.language
+    return 2.0 * language.layers * language.key_heads * language.head_size * COMPUTE_BYTES[stage.precision] * stage.sequence_length
 
 
 def rollout_values(plan: RolloutPlan) -> dict[str, float]:

@@ -2,7 +2,8 @@
 
 A reference is held as the strategy holds weights: divided by the ranks under fsdp and zero3, else whole. An engine decodes with whole
 weights: the native one with those of the model that trains where a rank has them whole, else with a copy (linear layers in the stage's
-precision, the rest float32) that is there while it generates; one that generates while the model trains has it always.
+precision, the rest float32) that is there while it generates; one that generates while the model trains has it always. A copy that is
+divided by the ranks as well (grpo.shard_copy) has each layer whole while it runs.
 """
 
 from __future__ import annotations
@@ -34,10 +35,20 @@ def has_copy(stage: Stage) -> bool:
     return stage.objective == "grpo" and beside and (stage.parallel.strategy in SHARDED or overlapped(options))
 
 
-def copy_bytes(shape: ModelShape, compute: int) -> float:
-    """Whole weights of a native engine: what linear layers read in compute precision, embeddings in float32."""
+def can_be_divided(stage: Stage) -> bool:
+    """Whether the copy may be in shards: all ranks decode at the same time then, which rounds see to."""
+    options = stage.grpo or GrpoOptions()
+    return has_copy(stage) and stage.parallel.strategy in SHARDED and options.rollout == "rounds"
+
+
+def copy_bytes(shape: ModelShape, compute: int, shards: int = 1) -> float:
+    """Weights of a native engine: what linear layers read in compute precision, embeddings in float32. On more than one shard with the
+    layer that is the largest."""
     embeddings = shape.language.vocabulary * shape.language.width
-    return compute * (_parameters(shape) - embeddings) + FP32 * embeddings
+    whole = compute * (_parameters(shape) - embeddings) + FP32 * embeddings
+    if shards == 1:
+        return whole
+    return whole / shards + max(FP32 * embeddings, compute * max(size.block for size in part_sizes(shape).values()))
 
 
 def overlapped(options: GrpoOptions) -> bool:

@@ -107,6 +107,7 @@ def _grpo(recipe: Recipe, stage: Stage, at: Path) -> Iterator[Problem]:
 def _rollout(stage: Stage, options: GrpoOptions, key: Path) -> Iterator[Problem]:
     if options.compile_decoding and options.engine == "vllm":
         yield Problem((*key, "compile_decoding"), "is of engine native; vLLM compiles for itself")
+    yield from _shard_copy(stage, options, (*key, "shard_copy"))
     if options.rollout == "seamless" and options.placement == "separate":
         yield Problem((*key, "rollout"), "`seamless` decodes on the training workers; rollout workers of placement separate have rounds")
     if options.rollout == "seamless" and stage.environment:
@@ -123,6 +124,17 @@ def _rollout(stage: Stage, options: GrpoOptions, key: Path) -> Iterator[Problem]
         name = "easy_pool_probability" if options.easy_pool_probability else "drop_pass_rate_above"
         told = "changes what is drawn after every iteration, and with overlap the next prompts are drawn already; leave one of them out"
         yield Problem((*key, name), told)
+
+
+def _shard_copy(stage: Stage, options: GrpoOptions, key: Path) -> Iterator[Problem]:
+    if options.shard_copy is None:
+        return
+    if options.engine != "native" or options.placement != "colocated" or stage.parallel.strategy not in ("fsdp", "zero3"):
+        yield Problem(key, "is about the copy that engine native decodes with, colocated, under fsdp or zero3; leave it out")
+    elif options.shard_copy and options.rollout != "rounds":
+        yield Problem(key, "lets the workers decode in step, one round after another; set rollout: rounds")
+    elif options.shard_copy and options.compile_decoding:
+        yield Problem(key, "gathers layers as they run, which a compiled step does not do; leave compile_decoding out")
 
 
 def _environment(stage: Stage, at: Path) -> Iterator[Problem]:

@@ -97,6 +97,11 @@ class GrpoOptions(Strict):
         description="Decode with steps that a C compiler has compiled, where the device is a CPU, the precision fp32 and the model of the"
         " usual kind (docs/rl.md); elsewhere, and without a compiler, as without it, and the log says why.",
     )
+    shard_copy: bool | None = Field(
+        None,
+        description="Under fsdp and zero3, engine native decodes with a copy: false, a whole one on every worker; true, divided by the"
+        " workers, which then decode in step and gather each layer as it runs. Unset: true where a whole one does not fit on a GPU.",
+    )
     placement: Literal["colocated", "separate"] = Field(
         "colocated", description="Whether the training workers generate, or rollout workers of their own."
     )

@@ -141,7 +141,8 @@ class Collector:
         drawn, _ = self.reader.without_unready(drawn)
         usable, _ = self.reader.read_usable(drawn[self.context.rank :: self.context.world_size])
         prompts = [prompt for _, prompt in usable]
-        groups = self.environments.generate(self.engine, prompts, sampling, None) if prompts else []
+        with self.engine.together():
+            groups = self.environments.generate(self.engine, prompts, sampling, None) if prompts else []
         futures = [self._submit(prompt, group) for prompt, group in zip(prompts, groups)]
         rewards = [reward_values(future.result()) for future in futures]
         own = [self._group(*four) for four in zip([one for one, _ in usable], prompts, groups, rewards)]
@@ -178,19 +179,20 @@ class Collector:
 
         groups = load_rollout(rollout_file, identity)
         doing("decoding the rollouts of")
-        if groups is None:
-            sampling = Sampling(
-                samples=self.options.samples_per_prompt,
-                max_tokens=self.options.max_response_tokens,
-                temperature=self.options.temperature,
-                top_p=self.options.top_p,
-                seed=seed_of(self.seed, "rollout", iteration),
-            )
-            groups = self.environments.generate(self.engine, prompts, sampling, ready) if prompts else []
-            save_rollout(rollout_file, identity, groups)
-        else:
-            for place, group in enumerate(groups):
-                ready(place, group)
+        with self.engine.together():
+            if groups is None:
+                sampling = Sampling(
+                    samples=self.options.samples_per_prompt,
+                    max_tokens=self.options.max_response_tokens,
+                    temperature=self.options.temperature,
+                    top_p=self.options.top_p,
+                    seed=seed_of(self.seed, "rollout", iteration),
+                )
+                groups = self.environments.generate(self.engine, prompts, sampling, ready) if prompts else []
+                save_rollout(rollout_file, identity, groups)
+            else:
+                for place, group in enumerate(groups):
+                    ready(place, group)
         decoded = time.perf_counter()
         if rewards is None:
             rewards = []

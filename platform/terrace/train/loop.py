@@ -30,7 +30,7 @@ from terrace.train.metrics import MetricsLog, measured, step_line
 from terrace.train.optimizer import ParameterGroup, Rate, group_rates, parameter_groups, schedule_factor, weight_decay_at
 from terrace.train.profiling import StepProfiler
 from terrace.train.progress import Progress, next_attempt, resume_or_hand_over
-from terrace.train.reduction import settle_reduction
+from terrace.train.settled import settle
 from terrace.train.setup import prepare_strategy
 from terrace.train.step import BatchCounts, NonFinite, StepOutcome, count_batch, filled_up, nothing_done, run_step, seed_step
 from terrace.train.strategies.interface import Strategy
@@ -104,7 +104,8 @@ def train_stage(
     Raises Preempted after saving when told to stop, NonFinite when a loss or gradient is not a number and the recipe
     says stop, NothingLearned when steps make no optimizer step.
     """
-    stage, storage = recipe.stages[stage_index], storage or OnThisDisk()
+    storage = storage or OnThisDisk()
+    stage = settle(recipe, recipe.stages[stage_index], feed.config, context)
     notify = notifier(observers, context)
     attempt = next_attempt(stage_dir / "checkpoints", context) if attempt is None else attempt
     sequence = open_sequence_group(stage.parallel.sequence_parallel, context.rank, context.world_size)
@@ -115,7 +116,6 @@ def train_stage(
         contextlib.closing(objective),
     ):
         # Open: model, optimizer, checkpoint folder.
-        stage = settle_reduction(recipe, stage, feed.config, context)
         strategy = prepare_strategy(recipe.model, stage, feed.config, context, objective.loss, start_weights)
         groups = parameter_groups(strategy.model, stage)
         writer = CheckpointWriter(stage_dir / "checkpoints", stage.checkpoint, context, attempt, storage)
