@@ -87,7 +87,7 @@ def test_the_readme_leads_to_a_conversation(world, environment, record_property)
     with subprocess.Popen([*shlex.split(serve), "--port", "0"], cwd=world, env=environment, stdout=subprocess.PIPE, text=True) as server:
         try:
             address = re.search(r"http://\S+", server.stdout.readline())[0]
-            body = json.dumps({"model": "run", "messages": [{"role": "user", "content": "Hello?"}], "max_tokens": 4}).encode()
+            body = json.dumps({"model": "mine", "messages": [{"role": "user", "content": "Hello?"}], "max_tokens": 4}).encode()
             request = urllib.request.Request(f"{address}/v1/chat/completions", body, {"Content-Type": "application/json"})
             with urllib.request.urlopen(request, timeout=120) as response:
                 assert json.load(response)["choices"][0]["message"]["role"] == "assistant"

@@ -14,6 +14,7 @@ from starlette.testclient import TestClient
 from terrace.errors import InputError
 from terrace.talk.fetching import fetch_picture
 from terrace.talk.request import BadRequest, Limits, read_request
+from terrace.talk.serve_command import model_name
 from terrace.talk.server import Service, Settings
 from terrace.talk.talker import Answer, Enough, Said, Wishes
 from terrace.talk.text_stream import TextStream
@@ -96,6 +97,17 @@ def test_what_is_not_understood_is_refused_by_name(values, parameter, words):
     body = found.value.body()["error"]
     assert (body["param"], body["type"]) == (parameter, "invalid_request_error")
     assert words in body["message"]
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("mine/run/stages/01-sft/final", "mine"), ("runs/mine/stages/02-morl/final", "mine"), ("checkpoints/small", "small"),
+        ("checkpoints/final", "final"), ("run", "run"),
+    ],
+)  # fmt: skip
+def test_a_model_is_called_by_its_run(place, name, tmp_path):
+    assert model_name(tmp_path / place) == name
 
 
 def test_a_picture_has_a_largest_size():

@@ -81,6 +81,10 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def model_name(directory: Path) -> str:
-    """A run's name where the directory is a stage's `final/`, otherwise the directory's own."""
+    """A run's name where the directory is a stage's `final/`, otherwise the directory's own. A run that lies in a folder called `run`, as
+    `terrace init` proposes it, is called by the folder around it."""
     real = directory.resolve()
-    return real.parent.parent.parent.name if real.name == "final" and real.parent.parent.name == "stages" else real.name
+    if real.name != "final" or real.parent.parent.name != "stages":
+        return real.name
+    run = real.parent.parent.parent
+    return run.parent.name if run.name == "run" and run.parent.name else run.name
