@@ -45,7 +45,8 @@ def track_command(arguments: argparse.Namespace) -> int:
     recipe = require_run(run_dir)
     uri, place = arguments.uri or recipe.tracking.uri, mirror.place_of(run_dir)
     if uri == recipe.tracking.uri and (holder := lease_holder(run_dir)):
-        raise InputError(f"{place}: process {holder['pid']} on {holder['host']} runs it and sends its steps to {uri or 'its own'} already")
+        where = uri or "its own mlflow.db"
+        raise InputError(f"{place}: process {holder['pid']} on {holder['host']} runs it and sends its steps to {where} already")
     events = read_journal(run_dir).events
     state = fold([stage.name for stage in recipe.stages], events)
     if state.started_at is None:
