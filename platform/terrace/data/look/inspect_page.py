@@ -90,7 +90,7 @@ ins .special { color: inherit; }
   border: 1px solid var(--chip-ink); white-space: nowrap; }
 .rest, .damage { color: var(--wrong); }
 @media print { :root { --said: #064c3a; --tint: #e4f5ee; --mark: #555; --chip: #fff; --chip-ink: #222; } .text { max-height: none; }
-  .sources .panel, figure { break-inside: avoid; } .pack > header, .segment header, .strip { break-after: avoid; }
+  .sources .panel, .segment, header, figure { break-inside: avoid; } .pack > header, .segment header, .strip { break-after: avoid; }
   .strip, .segment, figure { print-color-adjust: exact; -webkit-print-color-adjust: exact; } .legend label { display: none; } }
 """
 
