@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
 import pytest
 from newcomer_world import QUESTION, TEMPLATE_MARK, write_checkpoint, write_rows
 
+from terrace.demo.along import Clock
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(1800)]
-SECONDS = 300.0  # of machine time on two cores: what "the first ten minutes" may take of them
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +57,6 @@ def run(command: str, folder: Path, environment: dict[str, str], **more) -> subp
     return done
 
 
-def spent() -> float:
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 @pytest.fixture
 def world(tmp_path) -> Path:
     write_rows(tmp_path / "data")
@@ -70,19 +64,22 @@ def world(tmp_path) -> Path:
     return tmp_path
 
 
-def test_the_readme_leads_to_a_conversation(world, environment):
+def test_the_readme_leads_to_a_conversation(world, environment, record_property):
     init, train, chat, serve = commands("README.md")
     for old, new in (("path/to/checkpoint", "checkpoints/mine"), ("path/to/rows", "data"), ("path/to/picture.png", "data/pictures/0.png")):
         init, chat = init.replace(old, new), chat.replace(old, new)
-    begun, started = spent(), time.monotonic()
-    run(init, world, environment)
-    run(train, world, environment)
     question = QUESTION.removeprefix("<image>")
-    said = run(chat, world, environment, input=f"{question}\n").stdout.strip()
+    with Clock() as clock:
+        before = clock.cpu_seconds
+        run(init, world, environment)
+        run(train, world, environment)
+        said = run(chat, world, environment, input=f"{question}\n").stdout.strip()
+        took = {"seconds": round(clock.seconds), "cpu_seconds": round(clock.cpu_seconds - before)}
     colours = json.loads((world / "data" / "colours.json").read_text())
     assert said == colours[0]["conversations"][1]["value"]
-    assert spent() - begun < SECONDS
-    print(f"machine time {spent() - begun:.0f} s, {time.monotonic() - started:.0f} s on the clock")
+    for name, value in took.items():  # written down, not held to: the machine may have other work
+        record_property(name, value)
+    print(f"from the checkpoint to the first answer: {took['seconds']} s on the clock, {took['cpu_seconds']} s of CPU in all processes")
 
     final = world / "mine" / "run" / "stages" / "01-sft" / "final"
     assert (final / "chat_template.jinja").read_text().startswith(TEMPLATE_MARK)

@@ -44,6 +44,22 @@ def finish(launcher: LocalLauncher, attempt: int):
     return launcher.observe(0, "stage-a", attempt)
 
 
+def test_ray_train_starts_no_actor_that_has_nothing_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Nor has Ray renamed what is left out: its own trainer still has both, and a cluster keeps the cleaner."""
+    monkeypatch.setenv("RAY_TRAIN_V2_ENABLED", "1")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    from terrace.cluster.local import _trainer, needless_callbacks
+
+    def names(trainer) -> set[str]:
+        return {type(one).__name__ for one in trainer._create_default_callbacks()}
+
+    trainer = _trainer(tiny_recipe(1, steps=1), LaunchRequest(0, "stage-a", 1, tmp_path), fake_stage)
+    of_ray = {type(one).__name__ for one in super(type(trainer), trainer)._create_default_callbacks()}
+    assert of_ray - names(trainer) == needless_callbacks() == {"DatasetsCallback", "PlacementGroupCleanerCallback"}
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
+    assert of_ray - names(trainer) == {"DatasetsCallback"}
+
+
 @pytest.mark.slow
 def test_how_attempts_end(ray_cluster, tmp_path: Path):
     """Program failure, wrong input, a worker's death, a stop with a checkpoint, success: each is told apart, in one line."""

@@ -119,10 +119,11 @@ def test_places_that_cannot_be_written_are_named(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nowhere")
     monkeypatch.chdir(tmp_path)
+    there = [f"data.sources.{name}.uri={tmp_path}/file" for name in ("captions", "documents", "text", "instructions", "grounding")]
     dead = {"RAY_ADDRESS": "127.0.0.1:1"}
     for arguments, variables, words in (
-        (["run", tiny, "--run-dir", str(tmp_path / "file")], {}, f"the run directory {tmp_path}/file cannot be made (it is a file)"),
-        (["run", tiny, "--run-dir", "/proc/nowhere"], {}, "the run directory /proc/nowhere cannot be made"),
+            (["run", tiny, "--run-dir", f"{tmp_path}/file", *there], {}, "/file cannot be made (it is a file)"),
+        (["run", tiny, "--run-dir", "/proc/nowhere", *there], {}, "the run directory /proc/nowhere cannot be made"),
         (["order", tiny, "alignment"], {}, "cannot be made (No such file or directory); set XDG_CACHE_HOME"),
         (["run", "demo", "--run-dir", str(tmp_path / "run")], dead, "no Ray cluster answers there"),
     ):

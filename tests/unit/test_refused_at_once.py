@@ -6,6 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from terrace import cli
+
+TINY = Path(__file__).resolve().parents[1] / "recipes" / "tiny.yaml"
 LINES = [
     "init mine --from nowhere --data x", "chat nowhere", "serve nowhere", "export nowhere out", "run nowhere.yaml --run-dir r",
     "run rows.jsonl --run-dir r", "status nowhere", "report nowhere", "track nowhere --uri http://127.0.0.1:1", "logs nowhere",
@@ -44,3 +49,35 @@ def test_wrong_names_are_refused_before_anything_slow_is_loaded(tmp_path: Path) 
     assert [answer for answer in answers if not answer.startswith("2\t1\t")] == []
     assert sorted(file.name for file in tmp_path.iterdir()) == ["rows.jsonl"], "nothing is left behind"
     assert all("`terrace init DIR --from CHECKPOINT --data rows.jsonl`" in answer for answer in answers if "\trun rows.jsonl" in answer)
+
+
+def test_a_run_writes_nothing_before_everything_is_there_and_never_over_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """What `validate` would say, with key and line; and a user's recipe that lies under the name of a run's own stays as it is."""
+    recipe, rows = tmp_path / "mine" / "recipe.yaml", tmp_path / "rows.jsonl"
+    recipe.parent.mkdir()
+    rows.write_text('{"messages": []}\n')
+    text = TINY.read_text().replace("data/", "../data/")
+    recipe.write_text(text)
+    line = 1 + next(at for at, words in enumerate(text.splitlines()) if "captions: {uri" in words)
+    wrong = ["tokenizer=/nonexistent", "model.config.text_config.vocab_size=300"]
+    assert cli.main(["run", str(recipe), "--run-dir", str(tmp_path / "run"), *wrong]) == 2
+    said = capsys.readouterr().err
+    assert "6 problems" in said
+    assert f"recipe.yaml:{line}: data.sources.captions.uri: there is nothing at" in said
+    assert "override `tokenizer=/nonexistent`: tokenizer.path: there is no tokenizer.json in /nonexistent" in said
+    places = [f"data.sources.{name}.uri={rows}" for name in ("captions", "documents", "text", "instructions", "grounding")]
+    for name in ("mine", "other"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "recipe.yaml").write_text(text)
+        assert cli.main(["run", str(recipe), "--run-dir", str(tmp_path / name), *places]) == 2
+        assert f"{name}/recipe.yaml is a recipe of yours, and a run keeps its own under that name" in capsys.readouterr().err
+        assert (tmp_path / name / "recipe.yaml").read_text() == text
+    assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")) == [
+        "mine", "mine/recipe.yaml", "other", "other/recipe.yaml", "rows.jsonl",
+    ]  # fmt: skip
+
+
+def test_arguments_that_may_be_left_out_are_not_asked_for(capsys: pytest.CaptureFixture) -> None:
+    for command in ("run", "validate", "plan", "order", "ingest", "inspect", "render", "duplicates", "recaption", "index"):
+        assert cli.main([command]) == 2
+        assert not {"key.path=value", "overrides"} & set(capsys.readouterr().err.split())

@@ -5,21 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from mlflow_server import MlflowServer, mlflow_server, runs_by_name, steps
 from report_run import write_run
 from waiting import eventually
 
@@ -29,71 +25,14 @@ from terrace.track.series import RunSpec, Series
 from terrace.track.tracking import open_tracking
 
 
-@dataclass
-class Server:
-    """`mlflow server` over sqlite, which can be killed and started again on the same port."""
-
-    folder: Path
-    port: int
-    process: subprocess.Popen | None = None
-
-    @property
-    def uri(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def start(self) -> None:
-        command = [
-            sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port), "--workers", "1",
-            "--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--artifacts-destination", str(self.folder / "artifacts"),
-        ]  # fmt: skip
-        environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        with open(self.folder / "server.log", "a") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-        assert eventually(self._answers, 240), (self.folder / "server.log").read_text()[-3000:]
-
-    def kill(self) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
-
-    def _answers(self) -> bool:
-        try:
-            return urllib.request.urlopen(f"{self.uri}/health", timeout=5).status == 200
-        except OSError:
-            return False
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    running = Server(tmp_path_factory.mktemp("mlflow"), port)
-    try:
-        running.start()
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[MlflowServer]:
+    with mlflow_server(tmp_path_factory.mktemp("mlflow")) as running:
         yield running
-    finally:
-        running.kill()
-
-
-def client(server: Server) -> Any:
-    from mlflow.tracking import MlflowClient
-
-    return MlflowClient(server.uri)
-
-
-def steps(found: Any, run: str, name: str) -> list[int]:
-    return [point.step for point in found.get_metric_history(run, name)]
-
-
-def runs_by_name(found: Any, experiment: str) -> dict[str, Any]:
-    identifier = found.get_experiment_by_name(experiment).experiment_id
-    return {run.info.run_name: run for run in found.search_runs([identifier])}
 
 
 def test_a_finished_run_is_sent_whole_and_once(
-    server: Server, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    server: MlflowServer, tmp_path: Path, capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     run_dir = write_run(tmp_path / "made", steps=40)
@@ -108,7 +47,7 @@ def test_a_finished_run_is_sent_whole_and_once(
     assert "terrace: the tracking server http://127.0.0.1:9 is not reached: MlflowException" in err
     assert out == f"{run_dir} is at {server.uri}\n" * 2
     assert "left out" not in err
-    found = client(server)
+    found = server.client()
     runs = runs_by_name(found, "sent")
     assert len(runs) == 4
     parent = runs.pop("made")
@@ -134,7 +73,7 @@ def test_a_finished_run_is_sent_whole_and_once(
     assert {file.path for file in found.list_artifacts(parent.info.run_id)} == {"recipe.yaml", "journal.jsonl"}
 
 
-def test_steps_of_an_outage_arrive_when_the_server_is_back(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_steps_of_an_outage_arrive_when_the_server_is_back(server: MlflowServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(tracking_module, "FIRST_WAIT_SECONDS", 0.3)
     monkeypatch.setattr(tracking_module, "LARGEST_WAIT_SECONDS", 0.3)
@@ -150,7 +89,7 @@ def test_steps_of_an_outage_arrive_when_the_server_is_back(server: Server, tmp_p
 
     rows(1, 5)
     assert tracking.flush(60)
-    assert eventually(lambda: len(steps(client(server), ids[0], "system/cpu_utilization_percentage")) > 1, 60)
+    assert eventually(lambda: len(steps(server.client(), ids[0], "system/cpu_utilization_percentage")) > 1, 60)
     server.kill()
     rows(6, 10)
     assert eventually(lambda: tracking.away, 60)
@@ -163,7 +102,7 @@ def test_steps_of_an_outage_arrive_when_the_server_is_back(server: Server, tmp_p
     server.start()
     assert eventually(lambda: tracking.flush(60), 120)
     tracking.close()
-    found = client(server)
+    found = server.client()
     assert steps(found, ids[0], "loss") == list(range(1, 31))
     assert {run.info.status for run in runs_by_name(found, "outage").values()} == {"FINISHED"}
     assert len(runs_by_name(found, "outage")) == 2
@@ -174,14 +113,14 @@ def test_steps_of_an_outage_arrive_when_the_server_is_back(server: Server, tmp_p
 
 
 @pytest.mark.slow
-def test_mlflows_pages_in_a_browser(server: Server, tmp_path: Path):
+def test_mlflows_pages_in_a_browser(server: MlflowServer, tmp_path: Path):
     """Chromium opens what a person opens: a chart with a line for each of the curriculum's figures, and the models of its stages."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
         pytest.skip("no Chromium on this machine")
     run_dir = write_run(tmp_path / "made", steps=40)
     assert cli.main(["track", str(run_dir), "--uri", server.uri, "--experiment", "looked-at"]) == 0
-    found = client(server)
+    found = server.client()
     run = runs_by_name(found, "looked-at")["made"]
     experiment = f"{server.uri}/#/experiments/{run.info.experiment_id}"
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-sync",

@@ -68,7 +68,7 @@ def init_command(arguments: argparse.Namespace) -> int:
         arguments.directory.mkdir(parents=True, exist_ok=True)
         file.write_text(recipe_text(values, decided, command, str(file)), encoding="utf-8")
     except OSError as error:
-        raise InputError(f"{file}: {error.strerror}") from error
+        raise InputError(f"cannot write {file}: {error.strerror}") from error
     load_recipe(file)
     if machine.gpus:
         print()

@@ -13,7 +13,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         description="Print the Curriculum of a recipe for a cluster: `terrace render R --cluster C | kubectl apply -f -`.",
     )
     parser.add_argument("recipe", type=Path, help="recipe file (YAML)")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the recipe")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help="changes to the recipe")
     parser.add_argument("--cluster", type=Path, required=True, help="cluster file (YAML): runtime, storage, queue, tracking")
     parser.add_argument("--name", help="name of the resource; default: the recipe's")
     parser.add_argument("--namespace", "-n", help="namespace written into the resource")

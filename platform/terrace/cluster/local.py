@@ -7,6 +7,7 @@ preempted nodes: failures are the state machine's to count.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -153,7 +154,14 @@ def _trainer(recipe: Recipe, request: LaunchRequest, run_stage: StageFunction) -
     if resources.gpus_per_worker:
         per_worker["GPU"] = resources.gpus_per_worker
     workers = resources.workers if isinstance(resources.workers, int) else tuple(resources.workers)
-    return TorchTrainer(
+
+    class Trainer(TorchTrainer):
+        """Without the actors of Ray Train that have nothing to do here, each a process that imports Ray in every attempt."""
+
+        def _create_default_callbacks(self) -> list[Any]:
+            return [one for one in super()._create_default_callbacks() if type(one).__name__ not in needless_callbacks()]
+
+    return Trainer(
         run_worker,
         train_loop_config={
             "run_stage": run_stage,
@@ -172,6 +180,12 @@ def _trainer(recipe: Recipe, request: LaunchRequest, run_stage: StageFunction) -
         ),
         torch_config=TorchConfig(backend=process_group_backend(stage), timeout_s=1800),
     )
+
+
+def needless_callbacks() -> set[str]:
+    """Classes of Ray Train's own callbacks: of the data path, which is ours; on a Ray of our own also of the cleaner that gives a dead
+    driver's placement group back to the cluster, which ends with the driver. One that Ray no longer has by that name stays."""
+    return {"DatasetsCallback"} | (set() if os.environ.get("RAY_ADDRESS") else {"PlacementGroupCleanerCallback"})
 
 
 def _ray_storage(run_dir: Path) -> dict[str, Any]:

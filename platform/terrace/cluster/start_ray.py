@@ -61,6 +61,8 @@ def start_ray(recipe: Recipe, dashboard: bool = False, preload: Sequence[str] = 
         workers = most_workers(stage.resources.workers)
         held = (workers + stage.rollout_workers) * stage.resources.cpus_per_worker
         needed = max(needed, int(-(-held // 1)) + (stage.resources.decode_cpus or workers))
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine's only node away
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # our actors bring environments, which these lack
     memory = psutil.virtual_memory().available
     with _own_signal_handlers(), called_python(python_of_workers(preload) if preload else None):
         ray.init(
@@ -70,7 +72,17 @@ def start_ray(recipe: Recipe, dashboard: bool = False, preload: Sequence[str] = 
             object_store_memory=int(min(2 * 2**30, max(128 * 2**20, memory // 10))),
             **common,
         )
+    _end_log_monitor()
     return True
+
+
+def _end_log_monitor() -> None:
+    """Ray's process that looks ten times a second whether workers have printed something that the driver should see: nobody asked for
+    it (`log_to_driver`), their output lies in Ray's folder anyway. Where Ray has no such handle it goes on."""
+    import ray._private.worker as worker
+
+    with contextlib.suppress(Exception):
+        worker._global_node.kill_log_monitor(check_alive=False)
 
 
 def require_answer(address: str) -> None:

@@ -31,6 +31,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     run.add_argument(
         "overrides",
         nargs="*",
+        default=[],
         metavar="key.path=value",
         help="changes to the recipe, for example stages.0.budget.steps=50",
     )
@@ -44,7 +45,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
     validate = subparsers.add_parser("validate", help="check a recipe and print its stages and parameter counts")
     validate.add_argument("recipe", type=Path)
-    validate.add_argument("overrides", nargs="*", metavar="key.path=value")
+    validate.add_argument("overrides", nargs="*", default=[], metavar="key.path=value")
     validate.add_argument("--offline", action="store_true", help="do not look whether sources, checkpoints and suites are there")
     validate.add_argument("--json", action="store_true", help="print the facts as JSON")
     validate.set_defaults(main=validate_command)
@@ -145,7 +146,23 @@ def _run(arguments: argparse.Namespace) -> int:
         if not (arguments.stage and arguments.attempt):
             raise InputError("--stage and --attempt belong together")
         return run_single_attempt(recipe, arguments.run_dir, arguments.stage, arguments.attempt, arguments.rerun)
+    _refuse_what_is_missing(recipe, arguments)
     return _control(recipe, arguments, _rerun(arguments))
+
+
+def _refuse_what_is_missing(recipe: Any, arguments: argparse.Namespace) -> None:
+    """Before anything of a new run is written: each key that names a file or folder which this machine lacks. Buckets are asked in their
+    time, with patience; a cluster's jobs may see folders that this machine does not."""
+    from terrace.curriculum.journal import read_journal
+    from terrace.curriculum.validate_inputs import missing_inputs
+    from terrace.recipe.errors import RecipeError
+    from terrace.recipe.loading import placed
+
+    if arguments.launcher == "ray" or (arguments.run_dir.is_dir() and read_journal(arguments.run_dir).events):
+        return
+    if missing := missing_inputs(recipe, remote=False):
+        file = recipe_file(arguments.recipe)
+        raise RecipeError(placed(missing, file, arguments.overrides), str(file))
 
 
 def _rerun(arguments: argparse.Namespace) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ from terrace.curriculum.actions import Action, Clear, Finish, Launch, Observatio
 from terrace.curriculum.graph import with_dependents
 from terrace.curriculum.journal import Journal, pending_requests, read_journal
 from terrace.curriculum.lease import outlast_lease
-from terrace.curriculum.run_directory import changed_keys, check_changes, store_recipe, stored_recipe
+from terrace.curriculum.run_directory import changed_keys, check_changes, refuse_foreign_recipe, store_recipe, stored_recipe
 from terrace.curriculum.state import RunState, StageState, apply, fold
 from terrace.curriculum.watch import Watch
 from terrace.errors import InputError
@@ -93,6 +93,8 @@ def run_curriculum(
     state = fold(names, read_journal(run_dir).events)
     if state.phase == "succeeded" and request is None and not changed_keys(stored_recipe(run_dir) or recipe, recipe):
         return Outcome("succeeded", 0, f"{mirror.place_of(run_dir)}: this run is complete; nothing to do", state)
+    if state.phase == "new":
+        refuse_foreign_recipe(run_dir)
     interrupted = threading.Event()
     mirror.require_conditions(run_dir)
     outlast_lease(run_dir, display.message)

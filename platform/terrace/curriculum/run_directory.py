@@ -46,6 +46,14 @@ def store_recipe(run_dir: Path, recipe: Recipe) -> None:
     write_atomic(Path(run_dir) / RECIPE_NAME, dump_recipe(recipe))
 
 
+def refuse_foreign_recipe(run_dir: Path) -> None:
+    """Of a folder in which nothing has run yet: InputError where a recipe of the user's lies under the name of the run's own."""
+    stored = stored_recipe(run_dir)
+    if stored is not None and (Path(run_dir) / RECIPE_NAME).read_text(encoding="utf-8") != dump_recipe(stored):
+        place = place_of(run_dir)
+        raise InputError(f"{place}/{RECIPE_NAME} is a recipe of yours, and a run keeps its own under that name; use --run-dir {place}/run")
+
+
 def changed_keys(old: Recipe, new: Recipe) -> list[str]:
     """Dotted keys whose values differ, in the recipe's order."""
     return _differences(old.model_dump(mode="json"), new.model_dump(mode="json"), "")

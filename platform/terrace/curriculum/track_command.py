@@ -72,7 +72,7 @@ def send_run(recipe: Recipe, run_dir: Path, state: RunState, uri: str | None, ex
     sent = tracking.flush(float("inf"))
     if not sent:
         tracking.close()
-        raise TerraceError(f"the tracking server {uri} is not reached: {tracking.why}; the same command sends the rest when it is back")
+        raise TerraceError(f"the tracking server {uri} {tracking.why}; the same command sends the rest when it is back")
     tracking.close()
     print(*said, sep="\n", end="\n" * bool(said), file=sys.stderr)
     if tracking.failed:

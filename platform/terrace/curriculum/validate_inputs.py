@@ -22,14 +22,15 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _INSIDE = {"model": "config.json", "tokenizer": "tokenizer.json"}  # the file that such a folder holds
 
 
-def missing_inputs(recipe: Recipe) -> list[Problem]:
-    """A problem for each file, folder and tracker that the recipe names and that is not there."""
+def missing_inputs(recipe: Recipe, remote: bool = True) -> list[Problem]:
+    """A problem for each file, folder and tracker that the recipe names and that is not there. `remote=False` asks no bucket."""
     storage = recipe.data.storage.model_copy(update=QUICK)
     unreachable: set[str] = set()
     clients = missing_clients(recipe.tracking.also)
     told = [f"{kind} is not installed here; `{install}` installs its client" for kind, install in clients.items()]
     wanted = [Problem(("tracking", "also"), one) for one in told]
-    return wanted + [problem for path, uri in named_places(recipe) for problem in _missing(path, uri, storage, unreachable)]
+    places = [(path, uri) for path, uri in named_places(recipe) if remote or not is_remote(uri)]
+    return wanted + [problem for path, uri in places for problem in _missing(path, uri, storage, unreachable)]
 
 
 def _missing(path: Path, uri: str, storage: Storage, unreachable: set[str]) -> Iterator[Problem]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from terrace.storage.run_layout import stage_directory
 from terrace.track.follow import MetricsFollower
 from terrace.track.progress import Display
 from terrace.track.tracking import Trackers, open_tracking
+
+TRACK_SECONDS = 2.0  # between two sendings: a transaction costs a tracking server as much for one step as for twenty
 
 
 class Watch:
@@ -31,6 +34,8 @@ class Watch:
         self._stage: StageState | None = None
         self._checkpoint: int | None = None
         self._attempt = 0
+        self._untracked = False  # rows have come since the last sending
+        self._track_at = 0.0  # of the monotonic clock: when the next one may be
 
     def start(self) -> None:
         """Open tracking and continue or create the curriculum's run."""
@@ -70,8 +75,10 @@ class Watch:
             self._display.total(plan["total_steps"])
         for row in rows:
             self._display.step(row)
-        if rows and self._tracked:
+        self._untracked = self._untracked or bool(rows)
+        if self._untracked and self._tracked and time.monotonic() >= self._track_at:
             self._tracked.rows(self._stage)
+            self._untracked, self._track_at = False, time.monotonic() + TRACK_SECONDS
         step = newest_checkpoint_step(stage_directory(self._run_dir, self._stage.index, self._stage.name))
         if step is not None and step != self._checkpoint:
             self._checkpoint = step

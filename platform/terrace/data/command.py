@@ -42,7 +42,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
 
 def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("recipe", nargs="?", type=Path, help="recipe file (YAML), or rows: a file or folder, as with --uri")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the recipe")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help="changes to the recipe")
     parser.add_argument("--source", action="append", metavar="NAME", help="only this source of the recipe (repeatable)")
     parser.add_argument("--uri", help="without a recipe: folder, file, glob or s3:// URI of one source")
     parser.add_argument("--name", default="source", help="with --uri: the source's name")

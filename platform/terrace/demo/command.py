@@ -34,7 +34,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         help="local: on a Ray that is started for it, as `terrace run` does (default); process: processes of this machine, less CPU time",
     )  # fmt: skip
     parser.add_argument("--dashboard", action="store_true", help="launcher local: start Ray's dashboard too")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the recipe")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help="changes to the recipe")
     parser.set_defaults(main=demo_command)
 
 

@@ -21,7 +21,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     evaluate.add_argument(
         "model", nargs="?", type=Path, help="model directory, for example RUN_DIR/stages/04-name/final"
     )
-    evaluate.add_argument("suites", nargs="*", metavar="suite", help="KIND:PATH")
+    evaluate.add_argument("suites", nargs="*", default=[], metavar="suite", help="KIND:PATH")
     evaluate.add_argument(
         "--out",
         type=Path,

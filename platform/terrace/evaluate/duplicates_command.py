@@ -25,7 +25,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         " decoded for it.",
     )
     parser.add_argument("recipe", type=Path, help="recipe file (YAML)")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the recipe")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help="changes to the recipe")
     parser.add_argument("--run-dir", type=Path, help="use (or make) the data of this run")
     parser.add_argument("--suite", action="append", metavar="KIND:FILE", help="compare with this suite too (default: those of the stages)")
     parser.add_argument("--json", action="store_true", help="print one JSON object per pair")

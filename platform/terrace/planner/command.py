@@ -21,7 +21,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         description="Plan a recipe from its text alone: whether each stage fits on the GPUs, how long it takes, what it costs.",
     )
     plan.add_argument("recipe", type=Path, help="recipe file (YAML)")
-    plan.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the recipe")
+    plan.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help="changes to the recipe")
     plan.add_argument("--gpu", help="GPU by name, for example h100-80gb (default: the recipe's planning.gpu)")
     plan.add_argument("--gpus", type=_positive_int, help="how many (default: each stage's resources.workers)")
     plan.add_argument("--mfu", type=_share, help="share of the GPU's peak that training reaches (default: planning.mfu)")

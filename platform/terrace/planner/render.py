@@ -200,14 +200,17 @@ def _model_rows(plan: Plan) -> list[list[str]]:
     ]
 
 
+def _about(value: float | None, exact: bool) -> str:
+    return si(value) if exact or value is None else f"~{si(value)}"
+
+
 def _work_rows(plan: Plan) -> list[list[str]]:
     price = plan.price_per_gpu_hour
     stages = plan.stages
-    tilde = "" if all(stage.work.exact for stage in stages) else "~"
     return [
         _row("tokens", plan, lambda s: si(s.work.tokens), si(_sum(s.work.tokens for s in stages))),
-        _row("samples", plan, lambda s: ("" if s.work.exact or s.stage.budget.samples else "~") + si(s.work.samples),
-             tilde + si(_sum(s.work.samples for s in stages))),
+        _row("samples", plan, lambda s: _about(s.work.samples, s.work.exact or bool(s.stage.budget.samples)),
+             _about(_sum(s.work.samples for s in stages), all(s.work.exact for s in stages))),
         _row("batch (packs x tokens)", plan, lambda s: f"{s.stage.batch.packs:,} x {s.stage.sequence_length:,}"),
         _row("optimizer steps", plan, lambda s: count(s.work.steps), count(_sum(s.work.steps for s in stages))),
         _row("model FLOPs", plan, lambda s: power(s.flops), power(_sum(s.flops for s in stages))),

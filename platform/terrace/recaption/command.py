@@ -19,7 +19,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         " listed in refused.jsonl.",
     )
     parser.add_argument("recipe", type=Path, help="recipe file (YAML)")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the recipe")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help="changes to the recipe")
     parser.add_argument("--name", action="append", metavar="NAME", help="only this entry of `recaption` (repeatable)")
     parser.add_argument("--run-dir", type=Path, help="use (or make) the ingested rows of this run")
     parser.add_argument("--batch-size", type=_count, default=16, metavar="N", help="pictures that are captioned or judged together (16)")

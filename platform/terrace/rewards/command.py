@@ -14,7 +14,7 @@ from terrace.errors import InputError
 def register(subparsers: argparse._SubParsersAction) -> None:
     parser = subparsers.add_parser("serve-rewards", help="serve a stage's rewards over HTTP (Ray Serve)")
     parser.add_argument("recipe", help="recipe file")
-    parser.add_argument("overrides", nargs="*", help="key.path=value")
+    parser.add_argument("overrides", nargs="*", default=[], help="key.path=value")
     parser.add_argument("--stage", help="stage name; default: the only grpo stage")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8100)

@@ -23,7 +23,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("reward", help="recipe file, or a rule: counting, math, package.module:function; - where each row names its `rule`")
     parser.add_argument("rows", type=Path, help="JSON Lines: response (or responses), solution, task, and what the rule needs")
-    parser.add_argument("overrides", nargs="*", help="key.path=value, of a recipe")
+    parser.add_argument("overrides", nargs="*", default=[], help="key.path=value, of a recipe")
     parser.add_argument("--stage", help="recipe: stage name; default: the only one with rewards")
     parser.add_argument(
         "--options", type=_options, default={}, metavar="JSON", help="options of the rule, for example '{\"partial\": true}'"

@@ -13,16 +13,18 @@ import re
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from terrace.track.follow import MetricsFollower
 from terrace.track.points import Point, flatten, metric_name
-from terrace.track.series import RunSpec, Series, batches
+from terrace.track.series import RunSpec, Series, StoreWaitsError, batches
 
 LOGGER = logging.getLogger(__name__)
 BATCH_POINTS = 900  # MLflow takes at most 1,000 metrics in one call
 LONGEST_TEXT = 500
+REFUSALS = ("INVALID_PARAMETER_VALUE", "BAD_REQUEST")  # error codes for what was sent, not for the state of the server
 MODEL_PLACE = "terrace.place"
 _NO_MODEL_NAME = re.compile(r"[^\w\-]", re.ASCII)
 _SETTINGS = {
@@ -164,6 +166,11 @@ class Store:
             if found is None:
                 location = self.artifact_dir.absolute().as_uri() if self.artifact_dir else None
                 self._experiment_id = client.create_experiment(self.experiment, artifact_location=location)
+            elif found.lifecycle_stage != "active":
+                raise StoreWaitsError(
+                    f"the experiment `{self.experiment}` was deleted there; restore it (`mlflow experiments restore --experiment-id"
+                    f" {found.experiment_id}`), or name another in `tracking.experiment`"
+                )
             else:
                 self._experiment_id = found.experiment_id
         return self._experiment_id
@@ -181,6 +188,7 @@ class Store:
                 self._client.update_run(run.info.run_id, status="RUNNING")
             if parent and run.data.tags.get("mlflow.parentRunId") != parent:
                 self._client.set_tag(run.info.run_id, "mlflow.parentRunId", parent)
+            self._complete(run, spec)
             self._ids[key] = run.info.run_id
             spec.done(run.info.run_id)
         return self._ids[key]
@@ -203,48 +211,64 @@ class Store:
         return found[0] if found else None
 
     def _made(self, spec: RunSpec, parent: str | None) -> Any:
-        from mlflow.entities import Param
-
         tags = {"mlflow.runName": spec.name, **spec.tags, "terrace.key": spec.key, **({"mlflow.parentRunId": parent} if parent else {})}
-        run = self._client.create_run(self._experiment_id, start_time=_milliseconds(spec.started), tags=tags, run_name=spec.name)
-        flat = [Param(metric_name(key), str(value)[:LONGEST_TEXT]) for key, value in flatten(spec.parameters)]
-        for start in range(0, len(flat), 100):
-            self._client.log_batch(run.info.run_id, params=flat[start : start + 100])
-        self._log_datasets(run.info.run_id, spec.datasets)
-        return run
+        return self._client.create_run(self._experiment_id, start_time=_milliseconds(spec.started), tags=tags, run_name=spec.name)
 
-    def _log_datasets(self, run_id: str, datasets: tuple[dict[str, str], ...]) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag
+    def _complete(self, run: Any, spec: RunSpec) -> None:
+        """What the run lacks of its parameters and datasets, as one does that was cut off while it was made. Refused ones are named."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
-        inputs = [DatasetInput(Dataset(**dataset), [InputTag("mlflow.data.context", "training")]) for dataset in datasets]
-        if inputs:
-            self._client.log_inputs(run_id, datasets=inputs)
+        run_id = run.info.run_id
+        named = dict[str, str]()
+        for key, value in flatten(spec.parameters):
+            name = metric_name(key)
+            while name in named:  # two that differ only in what no name may have
+                name += "_"
+            named[name] = str(value)[:LONGEST_TEXT]
+        missing = [Param(name, value) for name, value in named.items() if name not in run.data.params]
+        for start in range(0, len(missing), 100):
+            batch = missing[start : start + 100]
+            if self._refusal(partial(self._client.log_batch, run_id, params=batch)):
+                for one in batch:
+                    self._name_refusal(f"the parameter {one.key}", partial(self._client.log_batch, run_id, params=[one]))
+        known = {item.dataset.name for item in run.inputs.dataset_inputs} if run.inputs else set()
+        for dataset in (dataset for dataset in spec.datasets if dataset["name"] not in known):
+            inputs = [DatasetInput(Dataset(**dataset), [InputTag("mlflow.data.context", "training")])]
+            self._name_refusal(f"the dataset {dataset['name']}", partial(self._client.log_inputs, run_id, datasets=inputs))
+
+    def _refusal(self, call: Callable[[], object]) -> str:
+        """Make a call; why the server does not take what was sent, or nothing. Raises what else befalls it."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            call()
+        except MlflowException as error:
+            if error.error_code not in REFUSALS:
+                raise
+            return str(error).partition("\n")[0]
+        return ""
+
+    def _name_refusal(self, what: str, call: Callable[[], object]) -> None:
+        if why := self._refusal(call):
+            self.warn(f"tracking at {self.uri} does not take {what[:100]} ({why[:300]}); the rest is logged")
 
     def _send(self, run_id: str, metrics: list[Any]) -> None:
         """Metrics in one transaction; where the server refuses some for what they are, all others, and those are named once."""
-        from mlflow.exceptions import MlflowException
-
         metrics = [metric for metric in metrics if metric.key not in self._refused]
         for start in range(0, len(metrics), BATCH_POINTS):
             batch = metrics[start : start + BATCH_POINTS]
-            try:
-                self._client.log_batch(run_id, metrics=batch)
-            except MlflowException as error:
-                if error.error_code not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST") or not self._leave_out(run_id, batch):
-                    raise
-                self._send(run_id, batch)
+            send = partial(self._client.log_batch, run_id, metrics=batch)
+            if self._refusal(send):
+                if self._leave_out(run_id, batch):
+                    self._send(run_id, batch)
+                else:
+                    send()
 
     def _leave_out(self, run_id: str, batch: list[Any]) -> bool:
         """Find the names that the server refuses, one call for each; False where it takes none, so that the fault is another."""
-        from mlflow.exceptions import MlflowException
-
-        refused = {}
         names = {metric.key: metric for metric in batch}
-        for name, metric in names.items():
-            try:
-                self._client.log_batch(run_id, metrics=[metric])
-            except MlflowException as error:
-                refused[name] = str(error).partition("\n")[0]
+        answers = {name: self._refusal(partial(self._client.log_batch, run_id, metrics=[metric])) for name, metric in names.items()}
+        refused = {name: why for name, why in answers.items() if why}
         if len(refused) in (0, len(names)):
             return False
         self._refused |= set(refused)

@@ -12,6 +12,10 @@ from terrace.track.points import MARKER, STAGE_MARKER, Point, curriculum_points,
 Dated = tuple[str, float, float | None, int]  # name, value, when (seconds since the epoch), step
 
 
+class StoreWaitsError(Exception):
+    """The store is there and takes nothing until a person has changed something in it: as good as away, and the message says what."""
+
+
 @dataclass(frozen=True)
 class RunSpec:
     """A run as it should be on the server. `key` names it for ever; `run_id` is the one it had, if any; times in seconds (epoch)."""

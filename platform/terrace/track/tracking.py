@@ -1,8 +1,8 @@
 """What a controller says to its trackers, each in a thread of its own: a slow or dead server never holds up training.
 
-Calls wait in order. One that fails while the server is away is made again every few minutes, for ever; one that fails although the server
-answers is named and passed over after three tries, and those behind it go on. Rows are not kept here: a call says which file to
-look at, so an outage of days costs no memory and loses nothing.
+Calls wait in order. One that fails while the server is away, or waits for a person, is made again every few minutes, for ever; one that
+fails although the server answers is named and passed over after three tries, and those behind it go on. Rows are not kept here: a call
+says which file to look at, so an outage of days costs no memory and loses nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from terrace.track.also import AlsoStore, open_also
 from terrace.track.mlflow_store import Store
 from terrace.track.points import Point
-from terrace.track.series import RunSpec, Series
+from terrace.track.series import RunSpec, Series, StoreWaitsError
 
 LOGGER = logging.getLogger(__name__)
 FIRST_WAIT_SECONDS, LARGEST_WAIT_SECONDS = 15.0, 180.0  # between two tries while the server is away
@@ -35,7 +35,7 @@ class Tracking:
         self._changed = threading.Condition()
         self._closing = False
         self.away = False
-        self.why = ""  # it is away, in the words of the last error
+        self.why = ""  # it is away: "is not reached: ...", in the words of the last error
         self.failed = 0  # calls that were passed over
         self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
         self._thread.start()
@@ -49,10 +49,12 @@ class Tracking:
             if (key, series) in self._waiting:
                 return
             self._waiting.add((key, series))
+        named = {(key, series)}
 
         def look() -> None:
-            with self._changed:
-                self._waiting.discard((key, series))
+            with self._changed:  # at the first try alone: while it is tried again, one more of them may wait, and no third
+                self._waiting -= named
+                named.clear()
             self._store.log_rows(key, series)
 
         self._put((f"steps of {series.path.parent.name}", look))
@@ -119,7 +121,7 @@ class Tracking:
                 work[1]()
             except Exception as error:  # whatever it is, training must not hear of it
                 LOGGER.debug("tracking failed", exc_info=error)
-                if self._store.answers():
+                if not isinstance(error, StoreWaitsError) and self._store.answers():
                     self._back()
                     self._store.forget()
                     tries += 1
@@ -142,11 +144,11 @@ class Tracking:
             return self._changed.wait_for(lambda: self._closing, seconds)
 
     def _gone(self, error: Exception) -> None:
-        self.why = _line(error)
+        self.why = f"takes nothing: {error}" if isinstance(error, StoreWaitsError) else f"is not reached: {_line(error)}"
         if not self.away:
             self.away = True
             self._warn(
-                f"tracking at {self._store.uri} is not reached: {self.why}. The run goes on; metrics.jsonl keeps every step, and they"
+                f"tracking at {self._store.uri} {self.why}. The run goes on; metrics.jsonl keeps every step, and they"
                 " are sent when it is back."
             )
 

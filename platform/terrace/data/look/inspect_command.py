@@ -34,7 +34,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
         " index); a stage's data is prepared as for a run.",
     )
     parser.add_argument("target", action=Target, metavar="SOURCE|RECIPE:STAGE", help="rows, shards or s3:// URI; or recipe.yaml:stage")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the recipe")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help="changes to the recipe")
     parser.add_argument("--out", type=Path, required=True, metavar="PAGE", help="the HTML file to write")
     parser.add_argument("--samples", type=int, metavar="N", help="samples to show (default: 12 of a source, none of a stage)")
     parser.add_argument("--packs", type=int, metavar="N", help="packs to show (default: 1 of a source, 3 of a stage)")

@@ -25,7 +25,7 @@ def register(subparsers: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("recipe", type=Path, help="recipe file (YAML)")
     parser.add_argument("stage", help="name of the stage, or its number from 1")
-    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the recipe")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.path=value", help="changes to the recipe")
     parser.add_argument("--packs", type=int, default=8, metavar="N", help="how many packs (default 8)")
     parser.add_argument("--start", type=int, default=0, metavar="K", help="number of the first pack (default 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
