@@ -131,15 +131,18 @@ def terrace(root: Path, args: argparse.Namespace) -> Loader:
     import ray
     import torch
 
+    from terrace.cluster.fork_server import called_python, python_of_workers
+    from terrace.curriculum.attempt_worker import modules_of
     from terrace.data.order.plan import StagePlan
     from terrace.data.stream.rank_stream import open_stream
 
     recipe, prepared = terrace_data(root)
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 (with Ray's 15 it gives way to everything else on the machine; others do not)
-    ray.init(
-        address="local", num_cpus=args.workers, include_dashboard=False, object_store_memory=2**30, log_to_driver=False,
-        logging_level=logging.ERROR,
-    )  # fmt: skip
+    with called_python(python_of_workers(modules_of(recipe))):  # as the command starts it
+        ray.init(
+            address="local", num_cpus=args.workers, include_dashboard=False, object_store_memory=2**30, log_to_driver=False,
+            logging_level=logging.ERROR,
+        )  # fmt: skip
 
     def load(epochs: int) -> Delivered:
         stage = recipe.stages[0]

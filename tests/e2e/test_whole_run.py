@@ -141,6 +141,14 @@ def test_sigterm_saves_a_checkpoint_and_exits_with_143(reference: Path, override
     assert_equal_runs(tmp_path, reference)
 
 
+@pytest.mark.slow
+def test_workers_that_are_no_forks_train_the_same_bits(reference: Path, overrides: list[str], tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("TERRACE_FORK_WORKERS", "0")
+    ended = run_to_end(tmp_path, overrides, *LONGER)
+    assert ended.returncode == 0, ended.stderr + ended.stdout
+    assert_equal_runs(tmp_path, reference)
+
+
 def test_two_controllers_are_refused(overrides: list[str], tmp_path: Path):
     from terrace.curriculum.journal import Journal
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,9 @@ class LocalLauncher:
 
     name = "local"
 
-    def __init__(self, recipe: Recipe, run_stage: StageFunction, dashboard: bool = False):
-        self._recipe, self._run_stage, self._dashboard = recipe, run_stage, dashboard
+    def __init__(self, recipe: Recipe, run_stage: StageFunction, dashboard: bool = False, preload: Sequence[str] = ()):
+        """`preload`: modules that workers import, for a Ray that is started here."""
+        self._recipe, self._run_stage, self._dashboard, self._preload = recipe, run_stage, dashboard, preload
         self._running: dict[tuple[str, int], _Running] = {}
         self._run_dir: Path | None = None
         self._started_ray = False
@@ -62,7 +63,7 @@ class LocalLauncher:
             LOGGER.warning("Ray's raylet on this machine is gone; it is started anew")
             self.close()
         # Not in the attempt's thread: Ray's processes die with the very thread that started them (PR_SET_PDEATHSIG).
-        self._started_ray = start_ray(self._recipe, self._dashboard) or self._started_ray
+        self._started_ray = start_ray(self._recipe, self._dashboard, self._preload) or self._started_ray
         running = _Running(threading.Thread(target=lambda: None))
         running.thread = threading.Thread(target=self._fit, args=(request, running), name=f"fit-{request.stage}", daemon=True)
         self._running[key] = running

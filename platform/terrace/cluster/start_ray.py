@@ -9,21 +9,23 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from terrace.cluster.fork_server import called_python, python_of_workers
 from terrace.errors import InputError, Preempted
 from terrace.recipe.schema import Recipe
 
 ANSWER_SECONDS = 10.0  # that a cluster has to answer
 
-def start_ray(recipe: Recipe, dashboard: bool = False) -> bool:
+def start_ray(recipe: Recipe, dashboard: bool = False, preload: Sequence[str] = ()) -> bool:
     """Connect to the cluster we belong to (`RAY_ADDRESS`, set inside a Ray job too), or start one on this machine.
 
     A Ray of our own gets at least the logical CPUs that the largest stage asks for (workers, and one per worker for
     decoding), so that a recipe for two workers runs on a small laptop too, and an object store of a tenth of the
-    memory, at most 2 GiB. True if this call connected to or started it.
+    memory, at most 2 GiB. Its workers are forks of a process that has imported `preload` (`fork_server`). True if this call connected to or
+    started it.
     """
     for key, value in {
         "RAY_TRAIN_V2_ENABLED": "1",
@@ -33,6 +35,7 @@ def start_ray(recipe: Recipe, dashboard: bool = False) -> bool:
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
         "RAY_TRAIN_METRICS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",  # Ray Train gives it to its workers, and forks have the variables of all others
     }.items():
         os.environ.setdefault(key, value)
     import psutil
@@ -61,7 +64,7 @@ def start_ray(recipe: Recipe, dashboard: bool = False) -> bool:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine's only node away
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # our actors bring environments, which these lack
     memory = psutil.virtual_memory().available
-    with _own_signal_handlers():
+    with _own_signal_handlers(), called_python(python_of_workers(preload) if preload else None):
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, needed),

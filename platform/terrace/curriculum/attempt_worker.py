@@ -29,6 +29,14 @@ if TYPE_CHECKING:
     from terrace.worker.context import WorkerContext
 
 
+def modules_of(recipe: Recipe) -> list[str]:
+    """What the workers of a run import, for a process that imports it once for all of them."""
+    entries = [OBJECTIVES[stage.objective] for stage in recipe.stages]
+    always = ("cluster.local_worker", "data.prepare", "train.start", "train.finish", "train.loop")
+    of_objectives = (name for entry in entries for name in (entry.feed, entry.module))
+    return list(dict.fromkeys([__name__, *(f"terrace.{name}" for name in always), *of_objectives]))
+
+
 def run_in_worker(
     recipe: Recipe,
     stage_index: int,

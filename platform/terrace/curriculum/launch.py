@@ -37,9 +37,9 @@ def run_with_launcher(
 def make_launcher(recipe: Recipe, name: str, address: str | None, dashboard: bool) -> Launcher:
     if name == "local":
         from terrace.cluster.local import LocalLauncher
-        from terrace.curriculum.attempt_worker import run_in_worker
+        from terrace.curriculum.attempt_worker import modules_of, run_in_worker
 
-        return LocalLauncher(recipe, run_in_worker, dashboard)
+        return LocalLauncher(recipe, run_in_worker, dashboard, modules_of(recipe))
     if name == "ray":
         from terrace.cluster.ray_jobs import RayJobsLauncher
 
