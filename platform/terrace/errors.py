@@ -30,6 +30,14 @@ class Preempted(TerraceError):
     exit_status = 143
 
 
+def one_line(message: str) -> str:
+    """What a journal and a status keep of a message: its first line, and of several the next one, which is the first of the reasons."""
+    lines = [line.strip() for line in message.strip().splitlines() if line.strip()] or [""]
+    if len(lines) == 1:
+        return lines[0]
+    return f"{lines[0].removesuffix(':')}: {lines[1]}" + " (`terrace logs RUN` shows the rest)" * (len(lines) > 2)
+
+
 def nearest(word: str, choices: Iterable[str], limit: int = 8) -> str:
     """A hint that names the nearest valid word, or all of them when none is near and they are few. May be empty."""
     choices = list(choices)

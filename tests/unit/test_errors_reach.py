@@ -8,15 +8,20 @@ import signal
 import socket
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from threading import Thread
 
+import grpc
 import pytest
 
 from terrace import cli
+from terrace.cluster import start_ray
 from terrace.cluster.attempt_files import write_outcome
 from terrace.cluster.attempt_outcome import outcome
-from terrace.cluster.start_ray import require_answer
-from terrace.errors import DamagedData, InputError, Preempted
+from terrace.cluster.start_ray import require_answer, silence_daemons
+from terrace.errors import DamagedData, InputError, Preempted, one_line
 from terrace.models.build import model_config
 from terrace.recipe.schema import Model
 
@@ -51,15 +56,62 @@ def test_what_a_retry_cannot_mend_is_not_retried(tmp_path):
     assert json.dumps(seen.message).count("\\u001b") == 0
 
 
-def test_a_cluster_that_is_not_there_is_said_at_once():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+def test_a_worker_that_was_killed_is_a_sentence_and_rays_paragraph_is_not_printed(capfd):
+    from ray._private import worker
+    from ray.exceptions import ActorDiedError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+    from terrace.cluster.local import _describe
+
+    died = WorkerHealthCheckFailedError("A worker health check failed.", ActorDiedError())
+    failed = RuntimeError("the group failed")
+    failed.worker_failures = {3: died}
+    reason, message = _describe(failed)
+    assert reason == "ActorDiedError"
+    assert message == (
+        "rank 3: its process was killed, ran out of memory or does not answer (The actor died unexpectedly before finishing this task)"
+    )
+    printed = worker.print_to_stdstream
+    try:
+        silence_daemons()
+        worker.print_to_stdstream({"lines": ["A worker died or was killed ..."], "pid": "raylet", "is_err": True}, ignore_prefix=False)
+    finally:
+        worker.print_to_stdstream = printed
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("message", "kept"),
+    [
+        (SENTENCE, SENTENCE),
+        ("3 prompts cannot be judged\n  rows/1: no number\n", "3 prompts cannot be judged: rows/1: no number"),
+        ("2 problems:\n\n  a: wrong\n  b: wrong", "2 problems: a: wrong (`terrace logs RUN` shows the rest)"),
+        ("\n", ""),
+    ],
+)
+def test_a_journal_keeps_of_a_message_what_is_wrong_and_the_first_reason(message, kept):
+    assert one_line(message) == kept
+
+
+def test_a_cluster_that_is_not_there_is_said_at_once(monkeypatch):
+    """Nothing listens; something that never answers; a web server, as Ray's dashboard is one; and what Ray's servers are, gRPC."""
+    monkeypatch.setattr(start_ray, "ANSWER_SECONDS", 2.0)
+    started = time.monotonic()
+    grpc_server = grpc.server(ThreadPoolExecutor(1))
+    port = grpc_server.add_insecure_port("127.0.0.1:0")
+    grpc_server.start()
+    try:
         for address in (f"127.0.0.1:{port}", f"ray://127.0.0.1:{port}", "auto", "local"):
             require_answer(address)
-    started = time.monotonic()
-    for address in (f"127.0.0.1:{port}", f"ray://localhost:{port}", f"[::1]:{port}", "127.0.0.1:99999"):
-        with pytest.raises(InputError, match=r"RAY_ADDRESS=.* no Ray cluster answers there"):
-            require_answer(address)
+    finally:
+        grpc_server.stop(0).wait()
+    with socket.create_server(("127.0.0.1", 0)) as silent, HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as web:
+        Thread(target=web.serve_forever, daemon=True).start()
+        others = [f"127.0.0.1:{one}" for one in (silent.getsockname()[1], web.server_port)]
+        for address in (f"127.0.0.1:{port}", f"ray://localhost:{port}", f"[::1]:{port}", "127.0.0.1:99999", *others):
+            with pytest.raises(InputError, match=r"RAY_ADDRESS=.* no Ray cluster answers there"):
+                require_answer(address)
+        web.shutdown()
     assert time.monotonic() - started < 30
 
 

@@ -52,7 +52,7 @@ def program(tmp_path: Path, monkeypatch):
 
     monkeypatch.setattr(fork_server.subprocess, "Popen", popen)
     monkeypatch.setenv("TOLD", "all")
-    made = python_of_workers(["numpy", "terrace.recipe.schema", "no.such.module"])
+    made = python_of_workers(["numpy.random", "terrace.recipe.schema", "no.such.module"])
     monkeypatch.undo()
     yield made, script, servers[0]
     servers[0].stdin.close()

@@ -12,11 +12,15 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from report_run import made_recipe
 from stored_run import BUCKET, Machines
 
+from terrace.curriculum.state import RunState, StageState
+from terrace.curriculum.watch import Watch
 from terrace.storage.conditional import list_objects
+from terrace.storage.run_layout import stage_directory
 from terrace.track.follow import MetricsFollower, last_row
 from terrace.track.mlflow_store import Store
 from terrace.track.points import curriculum_points, flatten, metric_name, stage_points
@@ -88,6 +92,25 @@ def test_an_rl_stage_shows_the_reward_of_every_task():
         display.stage(5, 5, "morl", 10)
         display.step(row(10, tasks={"grounding": {"reward": 0.5}, "counting": {"reward": 0.25}}))
     assert output.getvalue().startswith("stage 5/5 morl  step 10/10  reward counting 0.250, grounding 0.500  1,23")
+
+
+def test_a_resumed_stage_shows_where_it_goes_on_and_not_what_was_shown_before(tmp_path: Path):
+    """The rows of the attempt before are there already: neither is its first step printed again, nor are its steps this one's speed."""
+    recipe = made_recipe()
+    output, now = io.StringIO(), [0.0]
+    state = RunState([StageState(stage.name, at) for at, stage in enumerate(recipe.stages)])
+    file = stage_directory(tmp_path, 0, recipe.stages[0].name) / "metrics.jsonl"
+    file.parent.mkdir(parents=True)
+    write(file, [row(step) for step in range(1, 201)])
+    watch = Watch(recipe, tmp_path, state, Display(output, clock=lambda: now[0]), pytest.fail)
+    watch.begin_stage(state.stages[0])
+    for step in (200, 210):
+        write(file, [row(more) for more in range(201, step + 1)])
+        watch.poll()
+        now[0] += 20.0
+    shown = [line.partition("step ")[2].partition("  loss")[0] for line in output.getvalue().splitlines()]
+    assert shown == ["200/400", "210/400"]
+    assert output.getvalue().splitlines()[1].endswith("6m20s left"), "190 steps at the 2 s that one took"
 
 
 def test_duration():

@@ -64,6 +64,9 @@ def test_a_finished_run_is_sent_whole_and_once(
     line = [point.step for point in found.get_metric_history(parent.info.run_id, "eval/caption/loss")]
     assert {0, 40, 80} <= set(line)
     assert len(line) == len(set(line))
+    worked = max(json.loads(line)["time"] for line in (run_dir / "journal.jsonl").read_text().split("\n")[:-1])
+    assert parent.info.status == "SCHEDULED"
+    assert parent.info.end_time == int(worked * 1000), "the clock of a run that rests stands still"
     assert len(parent.data.tags["mlflow.user"]) > 0
     assert parent.data.tags["mlflow.source.name"] == "terrace run made"
     models = {model.source_run_id: model for model in found.search_logged_models([parent.info.experiment_id])}

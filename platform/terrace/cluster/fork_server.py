@@ -222,8 +222,8 @@ def become(wanted: Wanted) -> None:
     os.nice(wanted.nice - os.nice(0))
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(wanted.oom)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed()  # Python's own generator does so by itself
+    if "numpy.random" in sys.modules:
+        sys.modules["numpy.random"].seed()  # Python's own generator does so by itself
     script, *_ = sys.argv = wanted.words
     sys.path.insert(0, os.path.dirname(script))
     gc.unfreeze()

@@ -138,6 +138,9 @@ def _describe(error: BaseException) -> tuple[str, str]:
     causes = list(getattr(error, "worker_failures", {}).items())
     if causes:
         rank, cause = causes[0]
+        if (seen := getattr(cause, "health_check_failure", None)) is not None:
+            told = next((line.strip() for line in str(seen).splitlines() if line.strip()), "")
+            return type(seen).__name__, f"rank {rank}: its process was killed, ran out of memory or does not answer ({told.rstrip('.')})"
         lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
         return type(cause).__name__, f"rank {rank}: {lines[0] if lines else type(cause).__name__}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

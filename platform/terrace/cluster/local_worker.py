@@ -22,7 +22,7 @@ from terrace.cluster import attempt_files as files
 from terrace.cluster import stop_notice
 from terrace.cluster.attempt_log import log_to
 from terrace.cluster.heartbeat import Heartbeat
-from terrace.errors import Preempted, TerraceError
+from terrace.errors import Preempted, TerraceError, one_line
 from terrace.recipe.schema import Stage
 from terrace.storage import mirror
 from terrace.storage.run_layout import stage_directory
@@ -112,7 +112,7 @@ def _run_worker(config: dict[str, Any], run_dir: Path, place: Surroundings) -> N
             message = str(error) or type(error).__name__
             outcome.update(
                 error=type(error).__name__,
-                message=message.strip().splitlines()[0]
+                message=one_line(message)
                 if isinstance(error, TerraceError)
                 else f"{type(error).__name__}: {message.strip().splitlines()[0]}",
                 exit_status=getattr(error, "exit_status", 1),

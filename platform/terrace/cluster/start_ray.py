@@ -17,7 +17,9 @@ from terrace.cluster.fork_server import called_python, python_of_workers
 from terrace.errors import InputError, Preempted
 from terrace.recipe.schema import Recipe
 
+LOGGER = logging.getLogger(__name__)
 ANSWER_SECONDS = 10.0  # that a cluster has to answer
+
 
 def start_ray(recipe: Recipe, dashboard: bool = False, preload: Sequence[str] = ()) -> bool:
     """Connect to the cluster we belong to (`RAY_ADDRESS`, set inside a Ray job too), or start one on this machine.
@@ -44,14 +46,18 @@ def start_ray(recipe: Recipe, dashboard: bool = False, preload: Sequence[str] = 
     if ray.is_initialized():
         return False
     logging.getLogger("ray").setLevel(logging.ERROR)
+    silence_daemons()
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     package = Path(__file__).resolve().parents[1]
     if os.environ.get("RAY_ADDRESS"):
         require_answer(os.environ["RAY_ADDRESS"])
         if not _installed():
             common["runtime_env"] = {"py_modules": [str(package)]}
-        with _own_signal_handlers():
-            ray.init(**common)
+        try:
+            with _own_signal_handlers():
+                ray.init(**common)
+        except ConnectionError as error:
+            raise _no_cluster(os.environ["RAY_ADDRESS"], str(error).partition("\n")[0]) from error
         return True
     if not _installed():
         paths = [str(package.parent), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
@@ -76,6 +82,18 @@ def start_ray(recipe: Recipe, dashboard: bool = False, preload: Sequence[str] = 
     return True
 
 
+def silence_daemons() -> None:
+    """What Ray's daemons say of a dead worker is a coloured paragraph on this process's standard error, whatever the level of its log:
+    it goes to our log; the sentence for people is the attempt's."""
+    from ray._private import worker
+
+    def say(data: dict[str, Any], *_: Any, **__: Any) -> None:
+        LOGGER.info("%s: %s", data.get("pid"), " ".join(data.get("lines", [])))
+
+    if hasattr(worker, "print_to_stdstream"):  # no public name of Ray's; without it the paragraph comes back, and nothing else
+        worker.print_to_stdstream = say
+
+
 def _end_log_monitor() -> None:
     """Ray's process that looks ten times a second whether workers have printed something that the driver should see: nobody asked for
     it (`log_to_driver`), their output lies in Ray's folder anyway. Where Ray has no such handle it goes on."""
@@ -86,17 +104,32 @@ def _end_log_monitor() -> None:
 
 
 def require_answer(address: str) -> None:
-    """Raise InputError where nothing listens at a cluster's address: Ray itself would try for ten minutes."""
+    """Raise InputError where no cluster listens at its address, or something else does: Ray itself would try for ten minutes."""
     host, colon, port = address.rpartition("://")[2].partition("/")[0].rpartition(":")
     if not colon or not port.isdigit():
         return  # `auto`, `local`: Ray looks on this machine, and says at once when there is none
     try:
-        socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
+        with socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") == "0" and not _speaks_grpc(connection):
+                raise _no_cluster(address, "what listens there is something else; the dashboard's port is not the cluster's")
     except (OSError, OverflowError) as error:
-        raise InputError(
-            f"RAY_ADDRESS={address}: no Ray cluster answers there ({getattr(error, 'strerror', None) or error}); start it, name another"
-            " address, or unset RAY_ADDRESS to use this machine alone"
-        ) from error
+        raise _no_cluster(address, str(getattr(error, "strerror", None) or error)) from error
+
+
+def _no_cluster(address: str, why: str) -> InputError:
+    return InputError(
+        f"RAY_ADDRESS={address}: no Ray cluster answers there ({why}); start it, name another address, or unset RAY_ADDRESS to use this"
+        " machine alone"
+    )
+
+
+def _speaks_grpc(connection: socket.socket) -> bool:
+    """Whether a connection is answered as Ray's servers do: HTTP/2's greeting is followed by a frame of settings (RFC 9113, 3.4)."""
+    connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+    head = b""
+    while len(head) < 4 and (more := connection.recv(9)):
+        head += more
+    return head[3:4] == b"\x04"
 
 
 @contextlib.contextmanager

@@ -266,7 +266,8 @@ def _budget_spent(failure: Failure, stage: StageState) -> dict[str, Any] | None:
     """The event that fails the run, when the stage's last failure was one too many."""
     if stage.phase != "waiting":
         return None
-    where = f"stage {stage.name}, attempt {stage.attempt}: {stage.message or stage.reason}"
+    why = str(stage.message or stage.reason).removeprefix(f"stage {stage.name}: ")
+    where = f"stage {stage.name}, attempt {stage.attempt}: {why}"
     if stage.reason == "InputWrong":
         return {"event": "run_failed", "stage": stage.name, "reason": "InputWrong", "message": where}
     if stage.program_failures > failure.max_restarts:

@@ -46,18 +46,22 @@ def track_command(arguments: argparse.Namespace) -> int:
     uri, place = arguments.uri or recipe.tracking.uri, mirror.place_of(run_dir)
     if uri == recipe.tracking.uri and (holder := lease_holder(run_dir)):
         raise InputError(f"{place}: process {holder['pid']} on {holder['host']} runs it and sends its steps to {uri or 'its own'} already")
-    state = fold([stage.name for stage in recipe.stages], read_journal(run_dir).events)
+    events = read_journal(run_dir).events
+    state = fold([stage.name for stage in recipe.stages], events)
     if state.started_at is None:
         raise InputError(f"{place} has not started yet: there is nothing to track")
     also = arguments.also or recipe.tracking.also
-    send_run(recipe, run_dir, state, uri, arguments.experiment or recipe.tracking.experiment, also)
+    seen_at = max((event["time"] for event in events if isinstance(event.get("time"), int | float)), default=None)
+    send_run(recipe, run_dir, state, uri, arguments.experiment or recipe.tracking.experiment, also, seen_at)
     print(f"{place} is at {uri or f'sqlite:///{run_dir}/mlflow.db'}")
     for kind in dict.fromkeys(also):
         print(f"{place} is in {run_dir / kind}")
     return 0
 
 
-def send_run(recipe: Recipe, run_dir: Path, state: RunState, uri: str | None, experiment: str, also: Sequence[str] = ()) -> None:
+def send_run(
+    recipe: Recipe, run_dir: Path, state: RunState, uri: str | None, experiment: str, also: Sequence[str], seen_at: float | None
+) -> None:
     """All that the run directory has, to MLflow and to each of `also`. Raises TerraceError where the server is not reached, or something
     was left out."""
     said: list[str] = []
@@ -67,8 +71,8 @@ def send_run(recipe: Recipe, run_dir: Path, state: RunState, uri: str | None, ex
     for stage in state.stages:
         if stage.attempt and not stage.must_clear:  # of a rerun that has not begun, the folder still holds what was before
             run.start_stage(stage, lambda run_id: None)
-            run.end_stage(stage, STAGE_STATUS.get(stage.phase, "SCHEDULED"))
-    run.end(RUN_STATUS.get(state.phase, "SCHEDULED"))
+            run.end_stage(stage, STAGE_STATUS.get(stage.phase, "SCHEDULED"), seen_at)
+    run.end(RUN_STATUS.get(state.phase, "SCHEDULED"), seen_at)
     sent = tracking.flush(float("inf"))
     if not sent:
         tracking.close()

@@ -83,8 +83,9 @@ class TrackedRun:
         offset = self._steps_before(stage)
         self._tracking.log_rows(self._key(), Series(path, every, stage.index + 1, offset, _suffix(stage)))
 
-    def end_stage(self, stage: StageState, status: str) -> None:
-        """The attempt is over (FINISHED, FAILED, SCHEDULED): the rest of its rows, its result, its state."""
+    def end_stage(self, stage: StageState, status: str, seen_at: float | None = None) -> None:
+        """The attempt is over (FINISHED, FAILED, SCHEDULED): the rest of its rows, its result, its state. `seen_at`: when somebody last
+        worked on a run that is told of afterwards, at which the clock of what did not end stands still."""
         self.rows(stage)
         folder, tags = self._folder(stage), {}
         if stage.result:
@@ -99,12 +100,12 @@ class TrackedRun:
             self._tracking.log_artifacts(self._key(stage), [folder / "result.json", folder / "plan.json"])
             tags["terrace.final"] = place_of(folder / "final")
             self._tracking.log_model(self._key(stage), f"{self._recipe.name}-{folder.name}", tags["terrace.final"], steps)
-        self._tracking.end_run(self._key(stage), status, tags, stage.completed_at)
+        self._tracking.end_run(self._key(stage), status, tags, stage.completed_at or seen_at)
 
-    def end(self, status: str) -> None:
-        """Leave the curriculum's run in this state, with recipe and journal as artifacts."""
+    def end(self, status: str, seen_at: float | None = None) -> None:
+        """Leave the curriculum's run in this state, with recipe and journal as artifacts. `seen_at`: see `end_stage`."""
         self._tracking.log_artifacts(self._key(), [self._run_dir / "recipe.yaml", self._run_dir / "journal.jsonl"])
-        self._tracking.end_run(self._key(), status, ended=self._state.ended_at)
+        self._tracking.end_run(self._key(), status, ended=self._state.ended_at or seen_at)
 
     def _folder(self, stage: StageState) -> Path:
         return stage_directory(self._run_dir, stage.index, stage.name)

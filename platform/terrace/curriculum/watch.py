@@ -73,8 +73,8 @@ class Watch:
         rows = list(self._follower.rows())
         if rows and (plan := read_json(self._follower.path.with_name("plan.json"))):
             self._display.total(plan["total_steps"])
-        for row in rows:
-            self._display.step(row)
+        if rows:  # the newest: what an earlier attempt wrote is neither shown again nor taken for this one's speed
+            self._display.step(rows[-1])
         self._untracked = self._untracked or bool(rows)
         if self._untracked and self._tracked and time.monotonic() >= self._track_at:
             self._tracked.rows(self._stage)

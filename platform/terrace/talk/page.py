@@ -27,9 +27,9 @@ main { flex: 1; overflow-y: auto; padding: 20px; }
 #empty { color: var(--muted); text-align: center; margin-top: 12vh; }
 form { border-top: 1px solid var(--line); background: var(--panel); padding: 12px 20px; }
 form > div { max-width: 760px; margin: 0 auto; display: flex; gap: 8px; align-items: flex-end; flex-wrap: wrap; }
-#pictures { gap: 8px; padding-bottom: 6px; }
+#pictures { gap: 8px; padding-bottom: 10px; }
 #pictures:empty { display: none; }
-#pictures button { padding: 0; border: 0; background: none; }
+#pictures button { padding: 0; border: 0; background: none; height: auto; }
 #pictures img { max-height: 64px; margin: 0; }
 textarea { flex: 1 1 120px; min-width: 0; resize: none; font: inherit; color: inherit; background: var(--page);
   border: 1px solid var(--line); border-radius: 10px; padding: 9px 12px; height: 44px; }
@@ -40,6 +40,8 @@ button:focus-visible, textarea:focus-visible, .file:focus-within { outline: 2px 
 .file input { position: absolute; opacity: 0; width: 1px; height: 1px; }
 #key { height: 32px; border: 1px solid var(--line); border-radius: 8px; padding: 0 8px; background: var(--page); color: inherit; }
 header button { height: 32px; }
+@media print { html, body { height: auto; } main { overflow: visible; } form, header button { display: none; }
+  .turn { break-inside: avoid; } }
 """
 
 SCRIPT = """

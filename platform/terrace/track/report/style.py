@@ -84,8 +84,10 @@ details { margin-top: 10px; } summary { cursor: pointer; font-weight: 600; }
 pre { font: 12px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace; background: var(--panel); border: 1px solid var(--line);
   border-radius: 10px; padding: 14px 16px; white-space: pre-wrap; overflow-wrap: anywhere; }
 @media screen and (max-width: 820px) { .g3 { grid-template-columns: repeat(2, minmax(0, 1fr)); }
-  .pair { grid-template-columns: minmax(0, 1fr); } }
-@media screen and (max-width: 600px) { .g2, .g3 { grid-template-columns: minmax(0, 1fr); } .panel > .chart svg { min-width: 560px; } }
+  .pair { grid-template-columns: minmax(0, 1fr); } .timeline { min-width: 860px; }
+  .panel > .chart text, .g2 > .chart text { font-size: 16px; } }
+@media screen and (max-width: 600px) { .g2, .g3 { grid-template-columns: minmax(0, 1fr); } .panel > .chart svg { min-width: 560px; }
+  .panel > .chart text { font-size: 19px; } }
 @media print { @page { size: A4 landscape; margin: 12mm; } :root { --run1: #123c8c; --run2: #8a3f05; --bar: #4a4f5a; --good: #0a5a32;
   --bad: #8f1d22; --hold: #5c4708; }
   body { font-size: 12px; } nav, #recipe { display: none; } .panel { padding: 10px 12px; border-radius: 0; border-width: 1px 0; }
