@@ -12,6 +12,7 @@ import yaml
 from newcomer_world import write_checkpoint, write_rows
 
 from terrace.cli import main
+from terrace.curriculum.validate_inputs import missing_inputs
 from terrace.recipe.loading import load_recipe
 from terrace.recipe.questions import questions
 
@@ -59,6 +60,13 @@ def test_paths_are_relative_to_the_recipe_and_everything_is_there(world, tmp_pat
     (world / "run" / "journal.jsonl").touch()
     (world / "run" / "recipe.yaml").write_text((world / "recipe.yaml").read_text())
     assert load_recipe(world / "run" / "recipe.yaml").data.sources["rows"].uri == "data"
+
+
+def test_a_folder_that_recaptioning_will_write_need_not_be_there(world):
+    given = ["data.sources.rows.kind=caption", "recaption={better: {source: rows, captioner: checkpoint, out: later}}"]
+    recipe = load_recipe(world / "recipe.yaml", given)
+    assert not (world / "later").exists()
+    assert missing_inputs(recipe) == []
 
 
 def test_every_file_that_is_not_there_is_named_at_once(world, monkeypatch, capsys):

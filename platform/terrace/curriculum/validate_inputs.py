@@ -29,7 +29,8 @@ def missing_inputs(recipe: Recipe, remote: bool = True) -> list[Problem]:
     clients = missing_clients(recipe.tracking.also)
     told = [f"{kind} is not installed here; `{install}` installs its client" for kind, install in clients.items()]
     wanted = [Problem(("tracking", "also"), one) for one in told]
-    places = [(path, uri) for path, uri in named_places(recipe) if remote or not is_remote(uri)]
+    read = [(path, uri) for path, uri in named_places(recipe) if path[0] != "recaption"]  # whose folder is a result
+    places = [(path, uri) for path, uri in read if remote or not is_remote(uri)]
     return wanted + [problem for path, uri in places for problem in _missing(path, uri, storage, unreachable)]
 
 
