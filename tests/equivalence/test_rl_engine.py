@@ -15,13 +15,12 @@ from terrace.generation.interface import Prompt, Response, Sampling, uniforms
 from terrace.generation.native import NativeEngine
 from terrace.generation.separate import as_bytes, from_bytes
 from terrace.models.attention import attention
-from terrace.models.build import build_model, model_config
 from terrace.models.shared_prompt import use_shared_prompt_attention
 from terrace.objectives.grpo import PolicyOptions, summed_policy_loss
-from terrace.recipe.schema import Model
 from terrace.rl.units import TrainGroup, pack_groups, policy_batch
 
-from packs import IMAGE_PAD, VIDEO_PAD, reference_images, segment, tiny_model  # isort: skip
+from decoding import PROMPTS, decoding_model  # isort: skip
+from packs import IMAGE_PAD, VIDEO_PAD, reference_images  # isort: skip
 
 STOP = 502
 FORBIDDEN = (IMAGE_PAD, VIDEO_PAD)
@@ -29,26 +28,7 @@ FORBIDDEN = (IMAGE_PAD, VIDEO_PAD)
 
 @pytest.fixture(scope="module")
 def model():
-    torch.set_num_threads(1)
-    description = Model.model_validate(tiny_model())
-    model = build_model(description, model_config(description))
-    with torch.no_grad():  # larger weights, so that distributions are far from uniform and prompts matter
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4)
-    use_shared_prompt_attention(model, "sdpa_segments")
-    return model
-
-
-def prompt_of(number: int, images) -> Prompt:
-    rng = np.random.default_rng(number)
-    ids, _, positions, patches, grids = segment(rng, 5 + 4 * number, images)
-    patches_of_image = grids.prod(axis=1)
-    inputs = (ids, positions, patches, grids, patches_of_image // 4, patches_of_image)
-    return Prompt(*inputs, key=("prompts", number), id=f"prompt-{number}", task="task")
-
-
-PROMPTS = [prompt_of(0, [(2, 3)]), prompt_of(1, []), prompt_of(2, [(1, 2), (4, 2)])]
+    return decoding_model()
 
 
 def engine_of(model, stop=(STOP,), **changes) -> NativeEngine:

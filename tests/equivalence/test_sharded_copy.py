@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 
 from terrace.errors import TerraceError
 from terrace.generation.copies import EngineOnCopy, light_copy
-from terrace.generation.interface import Prompt, Sampling
+from terrace.generation.interface import Sampling
 from terrace.generation.native import NativeEngine
 from terrace.generation.sharded_weights import ShardedWeights
-from terrace.models.build import build_model, model_config
 from terrace.models.shared_prompt import use_shared_prompt_attention
-from terrace.recipe.schema import Model
 from terrace.worker.context import WorkerContext
 
-from packs import IMAGE_PAD, VIDEO_PAD, segment, tiny_model  # isort: skip
+from decoding import PROMPTS, decoding_model, prompt_of  # isort: skip
+from packs import IMAGE_PAD, VIDEO_PAD  # isort: skip
 from thread_ranks import run_threads  # isort: skip
 
 FORBIDDEN, STOP = (IMAGE_PAD, VIDEO_PAD), range(0, 512, 10)
@@ -25,26 +23,7 @@ SAMPLING = Sampling(samples=3, max_tokens=12, seed=8)
 
 @pytest.fixture(scope="module")
 def model():
-    torch.set_num_threads(1)
-    description = Model.model_validate(tiny_model())
-    model = build_model(description, model_config(description))
-    with torch.no_grad():  # larger weights, so that distributions are far from uniform and prompts matter
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4)
-    use_shared_prompt_attention(model, "sdpa_segments")
-    return model
-
-
-def prompt_of(number: int, images) -> Prompt:
-    rng = np.random.default_rng(number)
-    ids, _, positions, patches, grids = segment(rng, 5 + 4 * number, images)
-    patches_of_image = grids.prod(axis=1)
-    inputs = (ids, positions, patches, grids, patches_of_image // 4, patches_of_image)
-    return Prompt(*inputs, key=("prompts", number), id=f"prompt-{number}", task="task")
-
-
-PROMPTS = [prompt_of(0, [(2, 3)]), prompt_of(1, []), prompt_of(2, [(1, 2), (4, 2)]), prompt_of(3, [])]
+    return decoding_model()
 
 
 def sharded_engine(model, rank: int, ranks: int, precision: str = "fp32") -> tuple[EngineOnCopy, ShardedWeights]:
@@ -68,7 +47,7 @@ def answers(groups) -> list:
 def test_ranks_in_step_say_what_each_would_say_with_whole_weights(model, precision):
     """Rank r of 3 has its own prompts, of other lengths and numbers of pictures; the last has none. Twice, as iterations do."""
     tensors = {name: value.detach() for name, value in model.named_parameters()}
-    mine = [PROMPTS[:1], PROMPTS[1:], []]
+    mine = [PROMPTS[:1], [*PROMPTS[1:], prompt_of(3, [])], []]
 
     def work(rank: int, ranks: int):
         engine, weights = sharded_engine(model, rank, ranks, precision)
