@@ -108,7 +108,7 @@ def test_a_tracker_without_its_client_is_refused_by_name(tmp_path: Path, monkeyp
     problems = [problem for problem in missing_inputs(load_recipe(tiny, ["tracking.also=[wandb]"])) if problem.path[0] == "tracking"]
     assert [problem.message for problem in problems] == ["wandb is not installed here; `pip install 'terrace[wandb]'` installs its client"]
     assert cli.main(["run", str(tiny), "--run-dir", str(tmp_path / "run"), "tracking.also=[wandb]"]) == 2
-    assert "terrace: tracking.also: wandb is not installed here; `pip install 'terrace[wandb]'`" in capsys.readouterr().err
+    assert "tracking.also: wandb is not installed here; `pip install 'terrace[wandb]'`" in capsys.readouterr().err
     assert not (tmp_path / "run").exists(), "refused before anything is prepared"
     with pytest.raises(InputError, match="tensorboard"):
         load_recipe(tiny, ["tracking.also=[tensorbord]"])
