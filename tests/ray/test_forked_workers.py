@@ -13,6 +13,8 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY / "tests" / "e2e"))
 from e2e_runs import environment  # noqa: E402
 
+from terrace.cluster import fork_server  # noqa: E402
+
 PROGRAM = """
 import json, sys
 from terrace.cluster.start_ray import start_ray
@@ -47,7 +49,7 @@ print(json.dumps(found))
 @pytest.mark.ray
 def test_workers_have_everything_and_share_no_numbers():
     program = [sys.executable, "-c", PROGRAM, str(REPOSITORY / "tests" / "recipes" / "tiny.yaml")]
-    values = {name: value for name, value in environment().items() if name != "OMP_NUM_THREADS"}
+    values = {name: value for name, value in environment().items() if name != "OMP_NUM_THREADS"} | {fork_server.SWITCH: "1"}
     ended = subprocess.run(program, env=values, capture_output=True, text=True, timeout=280)
     assert ended.returncode == 0, ended.stderr
     *forks, other = json.loads(ended.stdout.splitlines()[-1])

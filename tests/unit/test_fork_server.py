@@ -52,6 +52,7 @@ def program(tmp_path: Path, monkeypatch):
 
     monkeypatch.setattr(fork_server.subprocess, "Popen", popen)
     monkeypatch.setenv("TOLD", "all")
+    monkeypatch.setattr(fork_server, "GPUS", ())
     made = python_of_workers(["numpy.random", "terrace.recipe.schema", "no.such.module"])
     monkeypatch.undo()
     yield made, script, servers[0]
@@ -154,7 +155,17 @@ def test_python_is_called_otherwise_while_ray_starts_alone(monkeypatch):
     assert sys.executable == before
     with called_python(None):
         assert sys.executable == before
-    monkeypatch.setenv(fork_server.OFF, "0")
+    monkeypatch.setenv(fork_server.SWITCH, "0")
     assert python_of_workers(["json"]) is None
     assert sys.executable == before
     assert fixed({"OMP_NUM_THREADS": "2", "HOME": "x", "PYTHONPATH": "y"}) == {"OMP_NUM_THREADS": "2", "PYTHONPATH": "y"}
+
+
+def test_beside_a_gpu_workers_are_forks_only_where_that_was_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.delenv(fork_server.SWITCH, raising=False)
+    monkeypatch.setattr(fork_server, "GPUS", (str(tmp_path / "nvidiactl"),))
+    assert fork_server.wanted_here()
+    (tmp_path / "nvidiactl").touch()
+    assert not fork_server.wanted_here()
+    monkeypatch.setenv(fork_server.SWITCH, "1")
+    assert fork_server.wanted_here()

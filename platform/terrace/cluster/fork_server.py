@@ -2,7 +2,8 @@
 
 An attempt has processes of its own so that memory and CUDA end with it, and each of them would import Ray, torch and transformers anew,
 five seconds of a core. A fork has them at once and shares their pages with the others. The server runs no thread of its own, starts no
-work and touches no GPU; each worker is a process like any other to Ray, to the process table and to whoever kills it.
+work and touches no GPU; each worker is a process like any other to Ray, to the process table and to whoever kills it. On a machine with
+GPUs this has not run yet, so there it is done only where it is asked for.
 
 Ray's core reads its variables when it is imported, so the server takes those of the first worker that is wanted, and imports Ray then; a
 worker with other variables is not forked. Nor is one whose environment (`runtime_env`) has more than variables, or any on a cluster.
@@ -31,7 +32,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-OFF = "TERRACE_FORK_WORKERS"  # 0: every worker starts as a new Python
+SWITCH = "TERRACE_FORK_WORKERS"  # 0: every worker starts as a new Python; 1: forks, beside GPUs too
+GPUS = ("/dev/nvidiactl", "/dev/kfd")  # what drivers of NVIDIA and AMD put there
 NO_JOB = {"RAY_JOB_ID": "ffffffff"}  # of the workers that Ray starts before there is a job: they take any
 OWN = frozenset({*NO_JOB, "PWD", "OLDPWD", "SHLVL", "_"})  # variables that each worker has for itself: the others are what shells note
 READ_WHEN_LOADED = ("PYTHON", "LD_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "MALLOC_")  # variables that libraries read once
@@ -48,7 +50,7 @@ def python_of_workers(modules: Sequence[str]) -> str | None:
     for server in _SERVERS:  # of a Ray that is no more: it ends with its last worker
         if server.stdin:
             server.stdin.close()
-    if sys.platform != "linux" or os.environ.get(OFF, "1") == "0":
+    if sys.platform != "linux" or not wanted_here():
         return None
     folder = Path(tempfile.mkdtemp(prefix="terrace-fork-"))
     address, python = folder / "server", folder / "python"
@@ -66,6 +68,11 @@ def python_of_workers(modules: Sequence[str]) -> str | None:
         files = {"stdin": subprocess.PIPE, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         _SERVERS.append(subprocess.Popen(command, pass_fds=[listener.fileno()], start_new_session=True, **files))
     return str(python)
+
+
+def wanted_here() -> bool:
+    """Whether workers are to be forks: as the variable says, else where there is no GPU."""
+    return os.environ.get(SWITCH, "0" if any(map(os.path.exists, GPUS)) else "1") != "0"
 
 
 _SERVERS: list[subprocess.Popen[bytes]] = []  # held, so that their standard inputs stay open
