@@ -48,7 +48,7 @@ class Wrapped(nn.Linear):
     """An adapter around a layer looks like this."""
 
 
-@pytest.mark.parametrize("change", ["hook", "linear", "layer", "norm", "rotation"])
+@pytest.mark.parametrize("change", ["hook", "linear", "layer", "norm", "no norm", "rotation"])
 def test_what_was_changed_takes_the_long_way(change, tmp_path):
     model = world_of("qwen2_5_vl", tmp_path).model(1)
     language = family_of_model(model).language(model)
@@ -61,6 +61,8 @@ def test_what_was_changed_takes_the_long_way(change, tmp_path):
         layer.__class__ = type("OtherLayer", (type(layer),), {})
     elif change == "norm":
         language.norm = nn.RMSNorm(4)
+    elif change == "no norm":  # by that name
+        del language.norm
     else:
         language.rotary_emb.rope_type = "dynamic"
     assert not usual(model)

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from decoding import PROMPTS
 from families import case_of, conversation
-from packs import IMAGE_PAD, VIDEO_PAD, segment, tiny_model, tiny_recipe
+from packs import IMAGE_PAD, VIDEO_PAD, tiny_model, tiny_recipe
 from ranks import memory_feed
 
 from terrace.data.prompt import read_prompt
@@ -48,15 +49,6 @@ def model_with(kind: str) -> Any:
             parameter.mul_(3)
     use_shared_prompt_attention(model, "sdpa_segments")
     return model
-
-
-def prompt_of(number: int, images: list[tuple[int, int]]) -> Prompt:
-    ids, _, positions, patches, grids = segment(np.random.default_rng(number), 5 + 4 * number, images)
-    counts = grids.prod(axis=1)
-    return Prompt(ids, positions, patches, grids, counts // 4, counts, key=("prompts", number), id=f"prompt-{number}", task="task")
-
-
-PROMPTS = [prompt_of(0, [(2, 3)]), prompt_of(1, []), prompt_of(2, [(1, 2), (4, 2)])]
 
 
 @pytest.mark.parametrize("kind", ["mtp", "medusa"])

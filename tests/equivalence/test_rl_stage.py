@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import importlib.util
 import io
 import json
@@ -190,6 +191,27 @@ def test_two_ranks_have_the_figures_of_one(folder, undisturbed, strategy):
             "tasks",
         ):
             assert close(one[key], two[key], 1e-3), key
+
+
+def test_ranks_decode_together_in_rounds_and_in_evaluations(folder, monkeypatch):
+    """Where an engine needs every rank (weights in shards), none may decode outside of what all enter."""
+    inside, generate, calls = [False], NativeEngine.generate, []
+
+    @contextlib.contextmanager
+    def together(self):
+        inside[0] = True
+        yield
+        inside[0] = False
+
+    def generating(self, *arguments, **keywords):
+        calls.append(inside[0])
+        return generate(self, *arguments, **keywords)
+
+    monkeypatch.setattr(NativeEngine, "together", together)
+    monkeypatch.setattr(NativeEngine, "generate", generating)
+    run(rl_recipe(folder, 1, evaluate={"max_samples_per_kind": 1}), folder, "together")
+    assert len(calls) >= 3, "a greedy and a sampled evaluation, and a round"
+    assert all(calls)
 
 
 @pytest.mark.slow

@@ -6,6 +6,8 @@ import pytest
 
 from terrace.planner.plan import make_plan
 from terrace.planner.render import plan_values
+from terrace.planner.rollouts import settled_copy
+from terrace.planner.shapes import stage_shape
 from terrace.recipe.loading import load_recipe
 
 OF_72B = [
@@ -69,6 +71,7 @@ def test_a_copy_that_leaves_no_room_is_divided_by_the_workers():
     whole = 2 * sum(stage.parameters.values())  # bf16, and the embedding in float32
     assert stage.stage.grpo.shard_copy is True
     assert whole / 64 < large["copy_bytes"] < 0.1 * whole, "a share, and the embedding, which is the largest layer"
+    assert large["copy_bytes"] > 4 * 151936 * 8192, "of which a rank has all while it runs"
     assert large["sent_bytes"] < 1.1 * whole / 64
     assert any("divided by the workers" in note and "grpo.shard_copy" in note for note in stage.notes)
     assert large["longest_response_seconds_at_least"] == pytest.approx(
@@ -78,3 +81,14 @@ def test_a_copy_that_leaves_no_room_is_divided_by_the_workers():
     assert asked["copy_bytes"] > whole
     _, seamless = rollouts_of(*native, *OF_72B, "stages.morl.grpo.rollout=seamless")
     assert seamless["copy_bytes"] > whole
+
+
+def test_a_copy_is_divided_as_soon_as_one_longest_sequence_has_no_room():
+    plan = make_plan(load_recipe("mimo-vl-7b-rl", ["stages.morl.grpo.engine=native", "stages.morl.parallel.strategy=fsdp"]))
+    [found] = [stage for stage in plan.stages if stage.name == "morl"]
+    stage = found.stage.model_copy(update={"grpo": found.stage.grpo.model_copy(update={"shard_copy": None})})
+    shape, rollouts = stage_shape(plan.recipe, stage), found.rollouts
+    needed = found.memory.weights + found.memory.optimizer + rollouts.copy_bytes + rollouts.sequence_bytes
+    for limit, divided in ((needed, False), (needed - 1, True), (None, False)):
+        assert settled_copy(stage, shape, found.workers, found.memory, limit).grpo.shard_copy is divided
+    assert settled_copy(stage, shape, 1, found.memory, 1.0).grpo.shard_copy is False, "one worker has all of it anyway"
