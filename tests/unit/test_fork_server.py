@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -171,27 +169,3 @@ def test_beside_a_gpu_workers_are_forks_only_where_that_was_asked_for(monkeypatc
     assert not fork_server.wanted_here()
     monkeypatch.setenv(fork_server.SWITCH, "1")
     assert fork_server.wanted_here()
-
-
-@pytest.mark.parametrize("place", ["a folder with a name too long for a socket's " * 3, "missing"])
-def test_a_temporary_folder_that_does_not_serve_is_passed_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, place: str):
-    """As machines of a cluster have: /tmp serves then, and where that does not, each worker is a new Python."""
-    monkeypatch.setattr(fork_server, "GPUS", ())
-    monkeypatch.setattr(fork_server.tempfile, "tempdir", str(tmp_path / place))
-    if place != "missing":
-        (tmp_path / place).mkdir()
-    started: list[list[str]] = []
-
-    def popen(command: list[str], **_: object) -> subprocess.Popen[bytes]:
-        started.append(command)
-        return subprocess.Popen(["true"], stdin=subprocess.PIPE)
-
-    monkeypatch.setattr(fork_server, "subprocess", SimpleNamespace(Popen=popen, PIPE=subprocess.PIPE, DEVNULL=subprocess.DEVNULL))
-    made = python_of_workers(["json"])
-    assert made is not None
-    shutil.rmtree(Path(made).parent)
-    assert [Path(command[5]) for command in started] == [Path(made).parent]
-    assert Path(made).parent.parent == Path("/tmp")
-    assert place == "missing" or not list((tmp_path / place).iterdir())
-    monkeypatch.setattr(fork_server, "LONGEST_ADDRESS", 4)
-    assert python_of_workers(["json"]) is None

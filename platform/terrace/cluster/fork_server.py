@@ -27,10 +27,11 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from terrace.storage.socket_folder import socket_folder
 
 SWITCH = "TERRACE_FORK_WORKERS"  # 0: every worker starts as a new Python; 1: forks, beside GPUs too
 GPUS = ("/dev/nvidiactl", "/dev/kfd")  # what drivers of NVIDIA and AMD put there
@@ -38,7 +39,6 @@ NO_JOB = {"RAY_JOB_ID": "ffffffff"}  # of the workers that Ray starts before the
 OWN = frozenset({*NO_JOB, "PWD", "OLDPWD", "SHLVL", "_"})  # variables that each worker has for itself: the others are what shells note
 READ_WHEN_LOADED = ("PYTHON", "LD_", "OMP_", "GOMP_", "KMP_", "MKL_", "OPENBLAS_", "MALLOC_")  # variables that libraries read once
 RAY = ("ray.train.torch", "ray.data")  # what all workers import of Ray
-LONGEST_ADDRESS = 107  # bytes of a socket's name (unix(7))
 ANSWER_SECONDS = 10.0  # that a client has to say what it wants
 
 
@@ -53,22 +53,13 @@ def python_of_workers(modules: Sequence[str]) -> str | None:
             server.stdin.close()
     if sys.platform != "linux" or not wanted_here():
         return None
-    for place in dict.fromkeys([tempfile.gettempdir(), "/tmp"]):  # the folder made there is ours alone
-        with contextlib.suppress(OSError):
-            folder = Path(tempfile.mkdtemp(prefix="terrace-fork-", dir=place))
-            if (program := _started(folder, modules)) is not None:
-                return program
-            shutil.rmtree(folder)
-    return None
-
-
-def _started(folder: Path, modules: Sequence[str]) -> str | None:
-    """The program, its server started; None in a folder whose name is too long for a socket's, or from which nothing may be run."""
+    folder = socket_folder("terrace-fork-")
     address, python = folder / "server", folder / "python"
     words = [sys.executable, "-I", "-S", str(Path(__file__).with_name("fork_client.py")), str(address), sys.executable]
     python.write_text(f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
     python.chmod(0o700)
-    if len(os.fsencode(address)) > LONGEST_ADDRESS or not os.access(python, os.X_OK):
+    if not os.access(python, os.X_OK):  # a place from which nothing may be run
+        shutil.rmtree(folder)
         return None
     # Its standard input is how it hears that this process has gone.
     with socket.socket(socket.AF_UNIX) as listener:

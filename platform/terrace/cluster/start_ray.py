@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,9 +17,11 @@ from typing import Any
 from terrace.cluster.fork_server import called_python, python_of_workers
 from terrace.errors import InputError, Preempted
 from terrace.recipe.schema import Recipe
+from terrace.storage.socket_folder import place_for
 
 LOGGER = logging.getLogger(__name__)
 ANSWER_SECONDS = 10.0  # that a cluster has to answer
+RAY_SOCKET = "/ray/session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store"  # the longest that Ray makes in a temporary folder
 
 
 def start_ray(recipe: Recipe, dashboard: bool = False, preload: Sequence[str] = ()) -> bool:
@@ -69,6 +72,7 @@ def start_ray(recipe: Recipe, dashboard: bool = False, preload: Sequence[str] = 
         needed = max(needed, int(-(-held // 1)) + (stage.resources.decode_cpus or workers))
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine's only node away
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # our actors bring environments, which these lack
+    leave_long_folder()
     memory = psutil.virtual_memory().available
     with _own_signal_handlers(), called_python(python_of_workers(preload) if preload else None):
         ray.init(
@@ -80,6 +84,14 @@ def start_ray(recipe: Recipe, dashboard: bool = False, preload: Sequence[str] = 
         )
     _end_log_monitor()
     return True
+
+
+def leave_long_folder() -> None:
+    """Ray's sockets lie below `TMPDIR`: /tmp where their names would be too long."""
+    if "RAY_TMPDIR" not in os.environ and (place := place_for(RAY_SOCKET)) != tempfile.gettempdir():
+        os.environ["RAY_TMPDIR"] = place
+        told = "Ray's own files lie in %s/ray: the name of %s is too long for its sockets; RAY_TMPDIR names another folder"
+        LOGGER.warning(told, place, tempfile.gettempdir())
 
 
 def silence_daemons() -> None:

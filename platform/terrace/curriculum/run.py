@@ -24,6 +24,7 @@ from terrace.curriculum.actions import Action, Clear, Finish, Launch, Observatio
 from terrace.curriculum.graph import with_dependents
 from terrace.curriculum.journal import Journal, pending_requests, read_journal
 from terrace.curriculum.lease import outlast_lease
+from terrace.curriculum.refused import refused_sentences
 from terrace.curriculum.run_directory import changed_keys, check_changes, refuse_foreign_recipe, store_recipe, stored_recipe
 from terrace.curriculum.state import RunState, StageState, apply, fold
 from terrace.curriculum.watch import Watch
@@ -31,6 +32,7 @@ from terrace.errors import InputError
 from terrace.recipe.identity import recipe_hash, taken_from
 from terrace.recipe.schema import Recipe
 from terrace.storage import mirror
+from terrace.storage.files import join
 from terrace.storage.run_layout import stage_directory
 from terrace.track.progress import Display
 
@@ -307,7 +309,8 @@ def move_aside(folder: Path, rerun: int) -> None:
 
 
 def prepare_run_data(recipe: Recipe, run_dir: Path, display: Display) -> dict[str, Any]:
-    """Ingest and index what is not yet, train or copy the tokenizer; what the journal should know of it."""
+    """Ingest and index what is not yet, train or copy the tokenizer; what the journal should know of it. Says how many samples of a
+    source were refused: they are listed by name, but whoever starts a run does not read that list unasked."""
     from terrace.data.prepare import prepare_data
 
     if any(taken_from(recipe, index) for index in range(len(recipe.stages))):
@@ -317,7 +320,12 @@ def prepare_run_data(recipe: Recipe, run_dir: Path, display: Display) -> dict[st
     mirror.fetch_folder(run_dir / "data", mirror.DATA_LAST)
     prepared = prepare_data(recipe, run_dir, display.activity)
     mirror.store_folder(run_dir / "data", mirror.DATA_LAST)
-    return {"sources": {name: len(index.ids) for name, index in prepared.sources.items()}}
+    kept = {name: len(index.ids) for name, index in prepared.sources.items()}
+    refused = {name: dict(index.refused) for name, index in prepared.sources.items() if index.refused}
+    sentences = refused_sentences(refused, kept)
+    for name, sentence in zip(refused, sentences):
+        display.message(f"{sentence}; each is named in {join(prepared.sources[name].folder, 'refused.jsonl')}")
+    return {"sources": kept, **({"refused": refused, "message": "; ".join(sentences)} if refused else {})}
 
 
 @contextmanager

@@ -58,6 +58,8 @@ class RunState:
     phase: RunPhase = "new"
     request: Literal["pause", "suspend", "cancel"] | None = None
     prepared: bool = False
+    samples: dict[str, int] = field(default_factory=dict)  # by source, those to train on
+    refused: dict[str, dict[str, int]] = field(default_factory=dict)  # by source and reason, those that are left out
     recipe_hash: str | None = None
     reason: str = ""
     message: str = ""
@@ -138,7 +140,7 @@ def _controller_started(state: RunState, event: Event) -> None:
 
 
 def _data_prepared(state: RunState, event: Event) -> None:
-    state.prepared = True
+    state.prepared, state.samples, state.refused = True, event.get("sources") or {}, event.get("refused") or {}
 
 
 def _tracking_started(state: RunState, event: Event) -> None:

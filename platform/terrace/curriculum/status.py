@@ -1,7 +1,7 @@
 """Where a run stands, for people (`terrace status DIR`) and for programs (`--json`): read-only, safe at any time.
 
-The JSON form is a contract: `phase`, `reason`, `message`, `request`, `controller`, and per stage `name`, `phase`,
-`attempt`, `step`, `total_steps`, `loss`, `evaluation`, `checkpoints`, `final`, `failures`.
+The JSON form is a contract: `phase`, `reason`, `message`, `request`, `samples` and `refused` by source, `controller`, and per stage
+`name`, `phase`, `attempt`, `step`, `total_steps`, `loss`, `evaluation`, `checkpoints`, `final`, `failures`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 from terrace.cluster.attempt_files import read_json
 from terrace.cluster.attempt_outcome import checkpoint_steps
 from terrace.curriculum.journal import lease_holder, read_journal
+from terrace.curriculum.refused import refused_sentences
 from terrace.curriculum.run_directory import require_run
 from terrace.curriculum.state import RunState, StageState, fold
 from terrace.curriculum.watch import planned_steps
@@ -53,6 +54,8 @@ def run_status(run_dir: Path) -> dict[str, Any]:
         "reason": state.reason,
         "message": state.message or _why(state, holder),
         "request": state.request,
+        "samples": state.samples,
+        "refused": state.refused,
         "controller": {key: holder[key] for key in ("host", "pid", "acquired")} if holder else None,
         "started_at": state.started_at,
         "ended_at": state.ended_at,
@@ -149,6 +152,8 @@ def print_status(status: dict[str, Any]) -> None:
     )
     if status["message"]:
         console.print(escape(status["message"]), style=style, soft_wrap=True)
+    for sentence in refused_sentences(status["refused"], status["samples"]):
+        console.print(escape(sentence), style="yellow", soft_wrap=True)
     columns = (
         ("stage", "left"), ("phase", "left"), ("step", "right"), ("loss", "right"), ("before", "right"), ("after", "right"),
         ("checkpoint", "left"), ("attempts", "right"), ("time", "right"),

@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from typing import Any
 
 from terrace.data.order.plan import StagePlan
 from terrace.data.types import PackSpec
+from terrace.storage.socket_folder import socket_folder
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class PlannerServer:
 
     def __init__(self, planner: Planner, others: int):
         self._planner = planner
-        folder = Path(tempfile.mkdtemp(prefix="terrace-plan-"))
+        folder = socket_folder("terrace-plan-")
         self.address = Address(str(folder / "socket"), secrets.token_bytes(32))
         self._listener = Listener(self.address.socket, "AF_UNIX", backlog=max(1, others), authkey=self.address.key)
         threading.Thread(target=self._accept, args=(others, folder), name="terrace-planner", daemon=True).start()
