@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,11 @@ def read_journal(run_dir: Path) -> JournalContent:
         events.append(event)
         valid += len(line) + 1
     return JournalContent(events, valid)
+
+
+def last_seen(events: Iterable[dict[str, Any]]) -> float | None:
+    """When somebody last worked on the run (seconds since the epoch); None where no event has a time."""
+    return max((event["time"] for event in events if isinstance(event.get("time"), int | float)), default=None)
 
 
 # ---------------------------------------------------------------- writer

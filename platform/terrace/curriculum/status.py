@@ -12,7 +12,7 @@ from typing import Any
 
 from terrace.cluster.attempt_files import read_json
 from terrace.cluster.attempt_outcome import checkpoint_steps
-from terrace.curriculum.journal import lease_holder, read_journal
+from terrace.curriculum.journal import last_seen, lease_holder, read_journal
 from terrace.curriculum.refused import refused_sentences
 from terrace.curriculum.run_directory import require_run
 from terrace.curriculum.state import RunState, StageState, fold
@@ -70,7 +70,7 @@ def _seen_at(events: list[dict[str, Any]], phase: str) -> float | None:
     """When somebody last worked on a run that rests; None while it runs. Its clocks stand still there."""
     if phase == "running":
         return None
-    return max((event["time"] for event in events if isinstance(event.get("time"), int | float)), default=None)
+    return last_seen(events)
 
 
 def _stage_phase(stage: StageState, phase: str) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from terrace.curriculum.command import RUN_HELP, run_directory
-from terrace.curriculum.journal import lease_holder, read_journal
+from terrace.curriculum.journal import last_seen, lease_holder, read_journal
 from terrace.curriculum.run_directory import require_run
 from terrace.curriculum.state import RunState, fold
 from terrace.curriculum.tracked import TrackedRun
@@ -52,8 +52,7 @@ def track_command(arguments: argparse.Namespace) -> int:
     if state.started_at is None:
         raise InputError(f"{place} has not started yet: there is nothing to track")
     also = arguments.also or recipe.tracking.also
-    seen_at = max((event["time"] for event in events if isinstance(event.get("time"), int | float)), default=None)
-    send_run(recipe, run_dir, state, uri, arguments.experiment or recipe.tracking.experiment, also, seen_at)
+    send_run(recipe, run_dir, state, uri, arguments.experiment or recipe.tracking.experiment, also, last_seen(events))
     print(f"{place} is at {uri or f'sqlite:///{run_dir}/mlflow.db'}")
     for kind in dict.fromkeys(also):
         print(f"{place} is in {run_dir / kind}")
