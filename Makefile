@@ -16,7 +16,7 @@ export DS_ACCELERATOR ?= cpu
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all test-cluster test-s3 test-vllm lint \
-	bench-data bench-objectives bench-plans bench-rl bench-rewards bench-train docs site clean
+	bench-data bench-objectives bench-plans bench-rl bench-rewards bench-small-steps bench-train docs site clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 22
@@ -88,6 +88,9 @@ bench-rl: $(STAMP)  ## Seconds per RL iteration
 
 bench-rewards: $(STAMP)  ## CPU per judgement of the rule rewards
 	$(BIN)/python tests/bench/bench_rewards.py $(ARGS)
+
+bench-small-steps: $(STAMP)  ## Muon's step beside torch's, patches as products beside convolutions
+	$(BIN)/python tests/bench/bench_small_steps.py $(ARGS)
 
 bench-train: $(STAMP)  ## A training step beside a bare PyTorch loop, transformers.Trainer and other strategies
 	$(BIN)/python tests/bench/bench_train.py $(ARGS)

@@ -52,7 +52,10 @@ def run_in_worker(
 ) -> None:
     """Run the stage in this worker. Raises Preempted after a checkpoint when `should_stop` gave a reason."""
     from terrace.worker.context import WorkerContext
+    from terrace.worker.memory import keep_freed_memory
 
+    if device == "cpu":
+        keep_freed_memory()
     context = WorkerContext(rank, world_size, local_rank, device, report, should_stop)
     folder = stage_directory(run_dir, stage_index, recipe.stages[stage_index].name)
 

@@ -21,6 +21,7 @@ from terrace.families.registry import built_in, family_class, written_architectu
 from terrace.models.families.interface import configurations
 from terrace.models.families.registry import family_model, family_model_named, family_of_model
 from terrace.models.parts import part_parameters
+from terrace.models.patch_products import as_products
 from terrace.models.tensor_files import local_config
 from terrace.models.weights import TensorSource, initial_weights
 from terrace.recipe.schema import Model, PartName, Recipe
@@ -95,6 +96,7 @@ def meta_model(config: Any) -> Any:
     finally:
         transformers_logging.set_verbosity(verbosity)
     model.tie_weights()
+    as_products(model)
     for name, buffer in list(model.named_buffers()):
         module, _, leaf = name.rpartition(".")
         if leaf in family_of_model(model).held_buffers:  # else nothing would load, check, hand over or export it

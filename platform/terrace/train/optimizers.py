@@ -19,6 +19,7 @@ from terrace.models.weights import TensorSource, stretches_of
 from terrace.recipe.schema import Stage
 from terrace.train.lars import Lars
 from terrace.train.matrix_shares import MatrixShares
+from terrace.train.muon import Muon
 from terrace.train.optimizer import ParameterGroup, Rate, Rule
 
 Kind = Literal["weights", "exp_avg", "exp_avg_sq", "momentum_buffer", "row_var", "col_var", "variance", "average"]
@@ -61,7 +62,7 @@ def torch_optimizer(rule: Rule, stage: Stage, groups: list[dict[str, Any]]) -> t
         return Lars(groups, options.momentum, options.trust)
     if rule == "adafactor":
         return torch.optim.Adafactor(groups, lr=0.0)
-    return torch.optim.Muon(groups, lr=0.0, momentum=options.momentum or 0.95, nesterov=True, adjust_lr_fn=MUON_RMS)
+    return Muon(groups, lr=0.0, momentum=options.momentum or 0.95, nesterov=True, adjust_lr_fn=MUON_RMS)
 
 
 def fill_parts(targets: Mapping[str, Any], source: TensorSource, part: Part) -> None:

@@ -1,0 +1,48 @@
+"""A process that keeps freed memory touches no new page when it allocates the same again."""
+
+from __future__ import annotations
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+
+from terrace.worker.memory import keep_freed_memory
+
+PROBE = """
+import ctypes, resource, sys
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+if sys.argv[1] == "keep":
+    from terrace.worker.memory import keep_freed_memory
+    assert keep_freed_memory()
+def once():
+    blocks = [libc.malloc(8 * 2**20) for _ in range(4)]
+    for block in blocks:
+        ctypes.memset(block, 1, 8 * 2**20)
+    for block in blocks:
+        libc.free(block)
+for _ in range(3):
+    once()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    once()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def faults(kind: str) -> int:
+    return int(subprocess.run([sys.executable, "-c", PROBE, kind], capture_output=True, text=True, check=True, timeout=120).stdout)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="no glibc")
+def test_memory_that_was_freed_is_used_again():
+    pages_of_one_turn = 4 * 8 * 2**20 // 4096
+    assert faults("plain") > 4 * pages_of_one_turn
+    assert faults("keep") < pages_of_one_turn / 10
+
+
+def test_without_glibc_nothing_is_changed(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    assert keep_freed_memory() is False
