@@ -40,9 +40,9 @@ SAMPLES = {
     "reasoning": 1600,
     "albums": 120,
     "pairs": 900,
-    "rl/counting": 1000,
-    "rl/grounding": 1000,
-    "rl/arithmetic": 1000,
+    "rl/counting": 500,
+    "rl/grounding": 500,
+    "rl/arithmetic": 500,
     "rl/clicking": 600,
 }
 
