@@ -23,7 +23,7 @@ from terrace.recipe.schema import Source
 
 Drawn = tuple[Row, dict[str, Image.Image]]  # a row, and its pictures by path
 
-VERSION = 7  # of what is drawn: a folder of another one is drawn anew
+VERSION = 8  # of what is drawn: a folder of another one is drawn anew
 FOLDER_NAME = "demo-corpus"  # recipes that point into a folder of this name get it drawn
 
 # Samples per file. A file's name and content are the source's; see `jobs/recipes/demo.yaml` for kinds and mixtures.

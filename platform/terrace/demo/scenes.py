@@ -33,6 +33,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (40, 42, 48),
 }
 PAPER = (244, 244, 250)
+BOARD = (255, 255, 255)
 SHAPES = ("circle", "square", "triangle", "star")
 WORDS = ("BUS", "CAFE", "HOTEL", "PARK", "STOP", "TAXI", "ZOO", "MILK")
 BUTTONS = ("OK", "Save", "Open", "Help", "Send", "Quit")
@@ -183,7 +184,10 @@ def _draw_shape(canvas: _Canvas, shape: str, colour: str, left: int, top: int, s
 
 
 def draw_sign(seed: int, most: int = 2) -> Scene:
-    """1 to `most` coloured signs in different rows, each with one printed word, a letter to a patch."""
+    """1 to `most` signs in different rows, each with one printed word in a coloured frame, a letter to a patch.
+
+    Letters are black on white in every frame: on boards of six colours each letter was six things to learn.
+    """
     rng = random.Random(seed)
     count = rng.randint(1, most)
     canvas, things = _Canvas(), []
@@ -194,8 +198,9 @@ def draw_sign(seed: int, most: int = 2) -> Scene:
             round(first * PATCH) + 1, round(line * PATCH) + 1, round((first + len(word)) * PATCH) - 1, round((line + 1) * PATCH) - 1
         )  # fmt: skip
         canvas.rectangle(box, COLOURS[colour], radius=8)
+        canvas.rectangle((box[0] + 4, box[1] + 4, box[2] - 4, box[3] - 4), BOARD, radius=5)
         for place, letter in enumerate(word):
-            canvas.text(_patch_centre(first + place, line), letter, 40, _ink_on(colour), bold=True)
+            canvas.text(_patch_centre(first + place, line), letter, 34, COLOURS["black"], bold=True)
         things.append(Thing("word", word, colour, box))
     return Scene("sign", canvas.finish(), tuple(things))
 
