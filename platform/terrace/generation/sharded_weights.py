@@ -23,10 +23,11 @@ from terrace.errors import TerraceError
 from terrace.models.build import restore_buffers
 from terrace.models.families.registry import family_of_model, output_layer
 from terrace.models.parts import transformer_blocks
+from terrace.models.patch_products import PatchProduct
 from terrace.worker.context import WorkerContext
 
 FAILED = -1
-MULTIPLY = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d)  # whose weights nothing reads but their own forward
+MULTIPLY = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d, PatchProduct)  # whose weights nothing reads but their own forward
 
 
 @dataclass
