@@ -88,3 +88,19 @@ def test_a_closure_is_refused():
     weights = matrices([(4, 4)])
     with pytest.raises(ValueError, match="takes no closure"):
         Muon(weights, adjust_lr_fn="match_rms_adamw").step(lambda: 0.0)
+
+
+@pytest.mark.parametrize("other", [{"nesterov": False}, {"adjust_lr_fn": "original"}])
+def test_options_that_it_does_not_have_are_refused(other):
+    with pytest.raises(ValueError, match="match_rms_adamw"):
+        Muon(matrices([(4, 4)]), **{"adjust_lr_fn": "match_rms_adamw", **other})
+
+
+def test_only_the_updates_of_one_batch_are_held(monkeypatch):
+    """Else a step would hold a copy of all matrices."""
+    monkeypatch.setattr(muon, "BATCH_NUMBERS", 1)
+    made, asked, lerp, whole = [], [], torch.Tensor.lerp, muon.orthogonalise
+    monkeypatch.setattr(torch.Tensor, "lerp", lambda *args: made.append(1) or lerp(*args))
+    monkeypatch.setattr(muon, "orthogonalise", lambda *args: asked.append(len(made)) or whole(*args))
+    after(Muon, 1)
+    assert asked == list(range(1, len(SHAPES) + 1))

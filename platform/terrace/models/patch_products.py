@@ -2,8 +2,8 @@
 
 Towers of the Qwen kind get their pictures as patches and embed each by a `Conv3d` of the patch's own size. Convolution kernels are not
 made for that: cuDNN's in bf16 was measured 50,000 times slower than the product on some devices
-(https://github.com/huggingface/transformers/issues/45750), and on a CPU it takes twice the time (docs/performance.md). Weights keep
-their names and shapes, so checkpoints, strategies and exports know nothing of it.
+(https://github.com/huggingface/transformers/issues/45750), and on a CPU it takes two and a half times as long (docs/performance.md).
+Weights keep their names and shapes, so checkpoints, strategies and exports know nothing of it.
 """
 
 from __future__ import annotations

@@ -22,7 +22,12 @@ ALONE = 16  # matrices with a side up to this go alone: PyTorch multiplies as sm
 
 
 class Muon(torch.optim.Muon):
-    """Takes gradients that are there: a closure is refused. Updates are scaled as `match_rms_adamw` does."""
+    """Nesterov momentum, and updates scaled as `match_rms_adamw` does: ValueError for other options of torch's, and for a closure."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
+        if not self.defaults["nesterov"] or self.defaults["adjust_lr_fn"] != "match_rms_adamw":
+            raise ValueError("Muon here has nesterov=True and adjust_lr_fn='match_rms_adamw'")
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
@@ -33,35 +38,34 @@ class Muon(torch.optim.Muon):
             gradients: list[torch.Tensor] = []
             momenta: list[torch.Tensor] = []
             self._init_group(group, weights, gradients, momenta)
-            for momentum, gradient in zip(momenta, gradients, strict=True):
-                momentum.lerp_(gradient, 1 - group["momentum"])
-            updates = [gradient.lerp(momentum, group["momentum"]) for momentum, gradient in zip(momenta, gradients, strict=True)]
-            for place, direction in _orthogonal(updates, group):
-                weight = weights[place]
-                weight.mul_(1 - group["lr"] * group["weight_decay"])
-                weight.add_(direction, alpha=-group["lr"] * 0.2 * max(weight.shape) ** 0.5)
+            for places in _batches(weights):  # beside the state there are never more updates than those of one batch
+                updates = []
+                for place in places:
+                    momenta[place].lerp_(gradients[place], 1 - group["momentum"])
+                    updates.append(gradients[place].lerp(momenta[place], group["momentum"]))
+                for place, direction in zip(places, _orthogonal(updates, group), strict=True):
+                    weight = weights[place]
+                    weight.mul_(1 - group["lr"] * group["weight_decay"])
+                    weight.add_(direction, alpha=-group["lr"] * 0.2 * max(weight.shape) ** 0.5)
 
 
-def _orthogonal(updates: Sequence[torch.Tensor], options: dict[str, Any]) -> Iterator[tuple[int, torch.Tensor]]:
-    """(place, orthogonalised update) of each, those of one shape after each other."""
-    for places in _batches(updates):
-        first = updates[places[0]]
-        dtype = products_in(first.device.type)
-        if isinstance(first, DTensor):  # a shard: torch brings together what its products need
-            yield places[0], orthogonalise(first.to(dtype), options["ns_coefficients"], options["ns_steps"], options["eps"])
-            continue
-        batch = torch.stack([updates[place].to(dtype) for place in places])
-        yield from zip(places, orthogonalise(batch, options["ns_coefficients"], options["ns_steps"], options["eps"]), strict=True)
+def _orthogonal(updates: Sequence[torch.Tensor], options: dict[str, Any]) -> Sequence[torch.Tensor]:
+    """The updates of one batch, [rows, columns] each, orthogonalised."""
+    dtype = products_in(updates[0].device.type)
+    how = (options["ns_coefficients"], options["ns_steps"], options["eps"])
+    if isinstance(updates[0], DTensor):  # a shard: torch brings together what its products need
+        return [orthogonalise(update.to(dtype), *how) for update in updates]
+    return orthogonalise(torch.stack([update.to(dtype) for update in updates]), *how).unbind()
 
 
-def _batches(updates: Sequence[torch.Tensor]) -> Iterator[list[int]]:
-    """Places of updates that go together."""
+def _batches(weights: Sequence[torch.Tensor]) -> Iterator[list[int]]:
+    """Places of the weights that are stepped together: of one shape, within BATCH_NUMBERS."""
     alike: dict[Any, list[int]] = defaultdict(list)
-    for place, update in enumerate(updates):
-        alone = isinstance(update, DTensor) or min(update.shape) <= ALONE
-        alike[place if alone else (update.shape, update.device)].append(place)
+    for place, weight in enumerate(weights):
+        alone = isinstance(weight, DTensor) or min(weight.shape) <= ALONE
+        alike[place if alone else (weight.shape, weight.device)].append(place)
     for places in alike.values():
-        most = max(1, BATCH_NUMBERS // max(1, updates[places[0]].numel()))
+        most = max(1, BATCH_NUMBERS // max(1, weights[places[0]].numel()))
         yield from (places[start : start + most] for start in range(0, len(places), most))
 
 
