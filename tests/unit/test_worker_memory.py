@@ -7,7 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from packs import tiny_recipe
 
+from terrace.curriculum import attempt_worker
+from terrace.worker import memory
 from terrace.worker.memory import keep_freed_memory
 
 PROBE = """
@@ -46,3 +49,14 @@ def test_memory_that_was_freed_is_used_again():
 def test_without_glibc_nothing_is_changed(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
     assert keep_freed_memory() is False
+
+
+@pytest.mark.parametrize(("device", "kept"), [("cpu", [1]), ("cuda:0", [])])
+def test_training_processes_on_a_cpu_keep_theirs(device, kept, monkeypatch, tmp_path):
+    calls: list[int] = []
+    monkeypatch.setattr(memory, "keep_freed_memory", lambda: calls.append(1))
+    monkeypatch.setattr(attempt_worker, "run_stage", lambda *_: None)
+    attempt_worker.run_in_worker(
+        tiny_recipe(), 0, tmp_path, 1, rank=0, world_size=1, local_rank=0, device=device, report=print, should_stop=lambda: None
+    )
+    assert calls == kept
